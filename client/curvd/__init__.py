@@ -1,0 +1,1 @@
+"""curvd: remote curvature queries on neural networks."""

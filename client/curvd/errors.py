@@ -1,0 +1,194 @@
+"""Every error that curvd raises on purpose.
+
+    CurvdError
+    ├── InvalidArgument         your call is wrong; the message says how to mend it
+    │   ├── InvalidVector           an operand's shape, dtype or values
+    │   ├── InvalidTensors          bytes that are not the safetensors file they claim to be
+    │   ├── StateMismatch           a model state with missing, extra or misshapen tensors
+    │   └── InvalidSpec             an option of a model, dataset, loss, session or operator
+    ├── NotFound                the name refers to nothing on this server
+    │   ├── ModelNotFound · DatasetNotFound · SessionNotFound · BuilderNotFound
+    ├── FailedPrecondition      the call is right, the state of things is not
+    │   ├── VersionMismatch         the session holds another parameter version
+    │   ├── CurvatureUnverified     no AD mode reproduces finite differences
+    │   ├── NotDeterministic        two evaluations of the same objective disagree
+    │   └── StillInUse              a session still needs what was to be deleted
+    ├── RequestIdReused         the same request id came with other content
+    ├── ResourceExhausted       a limit was reached; the message names it
+    │   ├── LimitExceeded           larger than the server accepts: retrying cannot help
+    │   ├── Overloaded              the queue is full: retry after ``retry_after_s``
+    │   └── OutOfMemory             it does not fit the device, even in the smallest pieces
+    ├── Unauthenticated · PermissionDenied
+    ├── Cancelled · DeadlineExceeded
+    ├── Unavailable             no server, or one that is draining: safe to retry
+    ├── Unimplemented           this server does not offer the call
+    └── Internal                a defect of curvd: please report it
+
+Each class carries the canonical gRPC status it travels as (``code``) and the machine
+readable ``reason`` of its ``google.rpc.ErrorInfo``. `BY_REASON` and `BY_CODE` are the
+one table between exceptions and status codes; server and client both read it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import ClassVar
+
+DOMAIN = "curvd"
+"""``ErrorInfo.domain`` of every error in this module."""
+
+
+class CurvdError(Exception):
+    """Root of everything curvd raises on purpose.
+
+    Args:
+        message: What is wrong, with the value, the limit and the remedy.
+        retry_after_s: When a retry may succeed, if the server knows.
+        **values: The values in the message, for programs; sent as ErrorInfo metadata.
+
+    Attributes:
+        code: Name of the gRPC status this error travels as.
+        reason: Machine readable reason, UPPER_SNAKE_CASE, unique to the class.
+        metadata: The values as strings.
+    """
+
+    code: ClassVar[str] = "UNKNOWN"
+    reason: ClassVar[str] = "CURVD_ERROR"
+
+    def __init_subclass__(cls, *, code: str | None = None) -> None:
+        """Derive the reason from the class name and inherit or set the code."""
+        super().__init_subclass__()
+        if code is not None:
+            cls.code = code
+        cls.reason = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).upper()
+
+    def __init__(
+        self, message: str = "", *, retry_after_s: float | None = None, **values: object
+    ) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.metadata: Mapping[str, str] = {k: str(v) for k, v in values.items()}
+
+
+class InvalidArgument(CurvdError, code="INVALID_ARGUMENT"):
+    """The call is wrong whatever the state of the server."""
+
+
+class InvalidVector(InvalidArgument):
+    """An operand has the wrong shape or dtype, or is not finite."""
+
+
+class InvalidTensors(InvalidArgument):
+    """Bytes that are not the safetensors file they claim to be."""
+
+
+class StateMismatch(InvalidArgument):
+    """A model state has missing, extra or misshapen tensors; all are named."""
+
+
+class InvalidSpec(InvalidArgument):
+    """An option of a model, dataset, loss, session or operator is out of range."""
+
+
+class NotFound(CurvdError, code="NOT_FOUND"):
+    """The name refers to nothing on this server."""
+
+
+class ModelNotFound(NotFound):
+    """No such model is registered."""
+
+
+class DatasetNotFound(NotFound):
+    """No such dataset is registered."""
+
+
+class SessionNotFound(NotFound):
+    """No such session: it was never created, was deleted, or its lease ran out."""
+
+
+class BuilderNotFound(NotFound):
+    """The server's operator has not allowed a builder of this name."""
+
+
+class FailedPrecondition(CurvdError, code="FAILED_PRECONDITION"):
+    """The call is right, the state of things is not."""
+
+
+class VersionMismatch(FailedPrecondition):
+    """The session holds another parameter version than the caller requires."""
+
+
+class CurvatureUnverified(FailedPrecondition):
+    """No AD mode reproduces finite differences; the disagreeing parameters are named."""
+
+
+class NotDeterministic(FailedPrecondition):
+    """Two evaluations of the same objective disagree, so no operator is defined."""
+
+
+class StillInUse(FailedPrecondition):
+    """A session still needs what was to be deleted."""
+
+
+class RequestIdReused(CurvdError, code="ALREADY_EXISTS"):
+    """The same request id came with other content."""
+
+
+class ResourceExhausted(CurvdError, code="RESOURCE_EXHAUSTED"):
+    """A limit was reached."""
+
+
+class LimitExceeded(ResourceExhausted):
+    """Larger than this server accepts; retrying cannot help."""
+
+
+class Overloaded(ResourceExhausted):
+    """The queue is full; retry after `retry_after_s`."""
+
+
+class OutOfMemory(ResourceExhausted):
+    """It does not fit the device, even in the smallest pieces."""
+
+
+class Unauthenticated(CurvdError, code="UNAUTHENTICATED"):
+    """The call carries no credentials, or wrong ones."""
+
+
+class PermissionDenied(CurvdError, code="PERMISSION_DENIED"):
+    """The caller may not touch this resource."""
+
+
+class Cancelled(CurvdError, code="CANCELLED"):
+    """The caller gave up, or the session was deleted while the call ran."""
+
+
+class DeadlineExceeded(CurvdError, code="DEADLINE_EXCEEDED"):
+    """The caller's deadline passed."""
+
+
+class Unavailable(CurvdError, code="UNAVAILABLE"):
+    """No server answers, or it is draining; every curvd call may be retried."""
+
+
+class Unimplemented(CurvdError, code="UNIMPLEMENTED"):
+    """This server does not offer the call."""
+
+
+class Internal(CurvdError, code="INTERNAL"):
+    """A defect of curvd."""
+
+
+def _tree(root: type[CurvdError]) -> list[type[CurvdError]]:
+    return [root, *(c for sub in root.__subclasses__() for c in _tree(sub))]
+
+
+BY_REASON: Mapping[str, type[CurvdError]] = {c.reason: c for c in _tree(CurvdError)}
+"""ErrorInfo reason -> exception class, for errors that come from a curvd server."""
+
+BY_CODE: Mapping[str, type[CurvdError]] = {
+    c.code: c for c in reversed(_tree(CurvdError)) if c.__base__ is CurvdError
+}
+"""Status code -> the general class, for statuses that gRPC itself produces."""
+
+__all__ = ["BY_CODE", "BY_REASON", "DOMAIN", *(c.__name__ for c in BY_REASON.values())]

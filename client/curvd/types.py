@@ -1,0 +1,287 @@
+"""The domain's values: frozen, hashable, free of torch and grpc.
+
+Letters: ``K`` columns, ``P`` parameters, ``N`` data points, ``B`` batch size.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from curvd.errors import InvalidSpec
+
+
+class Dtype(enum.StrEnum):
+    """Element type in which a session computes; values are safetensors' names."""
+
+    FLOAT32 = "F32"
+    FLOAT64 = "F64"
+    BFLOAT16 = "BF16"
+
+
+class Reduction(enum.StrEnum):
+    """How the losses of the data points become one number."""
+
+    MEAN = "mean"
+    SUM = "sum"
+
+
+class Mode(enum.StrEnum):
+    """How layers that differ between training and evaluation behave."""
+
+    EVAL = "eval"
+    BATCH_STATISTICS = "batch_statistics"
+    """BatchNorm normalises with the statistics of the session's fixed mini-batches."""
+
+
+class InputStyle(enum.StrEnum):
+    """How the dataset's inputs are handed to the model."""
+
+    POSITIONAL = "positional"
+    """``model(x1, x2, …)`` in the order of `DatasetSpec.inputs`."""
+    KEYWORDS = "keywords"
+    """``model(name1=x1, …)``."""
+    MAPPING = "mapping"
+    """``model({name1: x1, …})``."""
+
+
+class LossName(enum.StrEnum):
+    """The losses that a server knows by name."""
+
+    CROSS_ENTROPY = "cross_entropy"
+    MSE = "mse"
+    BCE_WITH_LOGITS = "bce_with_logits"
+
+
+class OperatorKind(enum.StrEnum):
+    """Which linear map on parameter space."""
+
+    HESSIAN = "hessian"
+    GGN = "ggn"
+    FISHER = "fisher"
+    """Type-1 Fisher: targets sampled from the model's own distribution."""
+    EMPIRICAL_FISHER = "empirical_fisher"
+    """Uncentred second moment of the per-example gradients."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSpec:
+    """A loss by name.
+
+    The objective is over the whole dataset: ``mean`` divides by the weight of all
+    counted targets (ignored ones excluded, class weights included), ``mse`` and
+    ``bce_with_logits`` by the number of elements, as torch does for one big batch.
+    """
+
+    name: LossName
+    reduction: Reduction = Reduction.MEAN
+    ignore_index: int | None = None
+    """Targets with this class index count nothing (cross_entropy); torch's is -100."""
+    class_weights: tuple[float, ...] | None = None
+    """One weight per class (cross_entropy), or per output (bce: ``pos_weight``)."""
+    label_smoothing: float = 0.0
+    """In [0, 1] (cross_entropy)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", _member(LossName, self.name, "loss"))
+        object.__setattr__(self, "reduction", _member(Reduction, self.reduction, "reduction"))
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            msg = f"label_smoothing must be in [0, 1], got {self.label_smoothing}"
+            raise InvalidSpec(msg, label_smoothing=self.label_smoothing)
+        if self.name is not LossName.CROSS_ENTROPY and (
+            self.ignore_index is not None or self.label_smoothing
+        ):
+            msg = f"ignore_index and label_smoothing belong to cross_entropy, not {self.name}"
+            raise InvalidSpec(msg, loss=self.name)
+        if self.class_weights is not None:
+            weights = tuple(float(w) for w in self.class_weights)
+            object.__setattr__(self, "class_weights", weights)
+            if self.name is LossName.MSE:
+                msg = "class_weights belong to cross_entropy and bce_with_logits, not mse"
+                raise InvalidSpec(msg, loss=self.name)
+            if not weights or any(not math.isfinite(w) or w < 0 for w in weights):
+                msg = f"class_weights must be finite and not negative, got {weights}"
+                raise InvalidSpec(msg, class_weights=weights)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperatorSpec:
+    """A linear map ``scale * A + damping * I`` on the parameter space of a session."""
+
+    kind: OperatorKind = OperatorKind.HESSIAN
+    block_sizes: tuple[int, ...] | None = None
+    """Parameters (tensors) per diagonal block, in order; None keeps all cross terms."""
+    damping: float = 0.0
+    scale: float = 1.0
+    mc_samples: int = 0
+    """Sampled targets per data point (ggn: 0 is exact; fisher: at least 1)."""
+    seed: int = 0
+    """Fixes the sampled targets to the bit."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", _member(OperatorKind, self.kind, "operator"))
+        if self.block_sizes is not None:
+            sizes = tuple(int(n) for n in self.block_sizes)
+            object.__setattr__(self, "block_sizes", sizes)
+            if not sizes or min(sizes) <= 0:
+                msg = f"block_sizes must be positive, got {sizes}"
+                raise InvalidSpec(msg, block_sizes=sizes)
+        for name in ("damping", "scale"):
+            if not math.isfinite(getattr(self, name)):
+                msg = f"{name} must be finite, got {getattr(self, name)}"
+                raise InvalidSpec(msg, **{name: getattr(self, name)})
+        if self.kind is OperatorKind.FISHER and self.mc_samples == 0:
+            object.__setattr__(self, "mc_samples", 1)
+        sampled = self.kind in (OperatorKind.GGN, OperatorKind.FISHER)
+        if self.mc_samples < 0 or (self.mc_samples and not sampled):
+            msg = f"mc_samples={self.mc_samples} does not fit operator {self.kind}"
+            raise InvalidSpec(msg, mc_samples=self.mc_samples, operator=self.kind)
+        if not 0 <= self.seed < 2**63:
+            msg = f"seed must be in [0, 2**63), got {self.seed}"
+            raise InvalidSpec(msg, seed=self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    """One parameter tensor and its place in the flat vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    """Index of its first element in a vector of length ``P``."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """The ordered parameters of a session: what a vector of length ``P`` means."""
+
+    parameters: tuple[ParameterSpec, ...]
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> ParameterLayout:
+        """Lay out parameters in the mapping's order.
+
+        Args:
+            shapes: Parameter name to shape.
+
+        Returns:
+            The layout with offsets filled in.
+        """
+        offset, parameters = 0, []
+        for name, shape in shapes.items():
+            spec = ParameterSpec(name, tuple(shape), offset)
+            parameters.append(spec)
+            offset += spec.size
+        return cls(tuple(parameters))
+
+    @cached_property
+    def size(self) -> int:
+        """``P``: total number of parameters."""
+        return sum(p.size for p in self.parameters)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Parameter names in order."""
+        return tuple(p.name for p in self.parameters)
+
+    @cached_property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Parameter shapes in order."""
+        return tuple(p.shape for p in self.parameters)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements per parameter, in order."""
+        return tuple(p.size for p in self.parameters)
+
+    def check_blocks(self, block_sizes: tuple[int, ...] | None) -> None:
+        """Refuse block sizes that do not cover the parameters.
+
+        Args:
+            block_sizes: Parameters per block, or None.
+
+        Raises:
+            InvalidSpec: If they do not sum to the number of parameters.
+        """
+        if block_sizes is not None and sum(block_sizes) != len(self.parameters):
+            msg = (
+                f"block_sizes sum to {sum(block_sizes)}, but the session has "
+                f"{len(self.parameters)} parameters; they must be equal"
+            )
+            raise InvalidSpec(msg, block_sizes=block_sizes, parameters=len(self.parameters))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """An architecture by name; its state travels beside it as safetensors."""
+
+    builder: str
+    config: Mapping[str, object] = field(default_factory=dict)
+    """JSON values only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetSpec:
+    """How named tensors become mini-batches."""
+
+    inputs: tuple[str, ...]
+    target: str
+    batch_size: int
+    input_style: InputStyle = InputStyle.POSITIONAL
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", tuple(self.inputs))
+        object.__setattr__(
+            self, "input_style", _member(InputStyle, self.input_style, "input_style")
+        )
+        if not self.inputs or len({*self.inputs, self.target}) != len(self.inputs) + 1:
+            msg = (
+                "inputs and target must be distinct names and at least one input, "
+                f"got {self.inputs} and {self.target!r}"
+            )
+            raise InvalidSpec(msg, inputs=self.inputs, target=self.target)
+        if self.batch_size < 1:
+            msg = f"batch_size must be at least 1, got {self.batch_size}"
+            raise InvalidSpec(msg, batch_size=self.batch_size)
+
+
+def _member(kind: type[enum.StrEnum], value: object, what: str) -> enum.StrEnum:
+    try:
+        return kind(value)
+    except ValueError:
+        known = ", ".join(kind)
+        msg = f"unknown {what} {value!r}; known: {known}"
+        raise InvalidSpec(msg, **{what: value}) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReport:
+    """How an operator is computed, and the evidence that it is right."""
+
+    mode: str
+    """AD mode, e.g. ``kept_double_backward``."""
+    columns_at_once: int
+    """Columns that go through the linear part together."""
+    batches: int
+    """Mini-batches per product."""
+    kept_batches: int
+    """Mini-batches whose linearisation stays in memory; the rest are recomputed."""
+    kept_bytes: int
+    """Memory held by the kept linearisations."""
+    compiled: bool
+    symmetry_gap: float
+    """``|u.Av - v.Au|`` relative to its magnitude, float64, on a slice of the data."""
+    difference_gap: float
+    """Largest relative error of a parameter's rows against central differences."""
+    seconds_per_product: float
+    """Measured for one column when the operator was built."""
+    peak_bytes: int
+    """Predicted peak device memory of one product, parameters and data included."""

@@ -1,0 +1,337 @@
+from curvd.v1 import types_pb2 as _types_pb2
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class SessionState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SESSION_STATE_UNSPECIFIED: _ClassVar[SessionState]
+    SESSION_STATE_READY: _ClassVar[SessionState]
+    SESSION_STATE_COLD: _ClassVar[SessionState]
+SESSION_STATE_UNSPECIFIED: SessionState
+SESSION_STATE_READY: SessionState
+SESSION_STATE_COLD: SessionState
+
+class Upload(_message.Message):
+    __slots__ = ("digest", "total_bytes", "offset")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    total_bytes: int
+    offset: int
+    def __init__(self, digest: _Optional[str] = ..., total_bytes: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class UploadNeeded(_message.Message):
+    __slots__ = ("committed_bytes",)
+    COMMITTED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    committed_bytes: int
+    def __init__(self, committed_bytes: _Optional[int] = ...) -> None: ...
+
+class Model(_message.Message):
+    __slots__ = ("id", "builder", "config_json", "tensors", "state_bytes")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    BUILDER_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    builder: str
+    config_json: str
+    tensors: _containers.RepeatedCompositeFieldContainer[_types_pb2.TensorInfo]
+    state_bytes: int
+    def __init__(self, id: _Optional[str] = ..., builder: _Optional[str] = ..., config_json: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_types_pb2.TensorInfo, _Mapping]]] = ..., state_bytes: _Optional[int] = ...) -> None: ...
+
+class Dataset(_message.Message):
+    __slots__ = ("id", "tensors", "inputs", "target", "batch_size", "input_style", "data_points", "total_bytes")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    INPUT_STYLE_FIELD_NUMBER: _ClassVar[int]
+    DATA_POINTS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    tensors: _containers.RepeatedCompositeFieldContainer[_types_pb2.TensorInfo]
+    inputs: _containers.RepeatedScalarFieldContainer[str]
+    target: str
+    batch_size: int
+    input_style: _types_pb2.InputStyle
+    data_points: int
+    total_bytes: int
+    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_types_pb2.TensorInfo, _Mapping]]] = ..., inputs: _Optional[_Iterable[str]] = ..., target: _Optional[str] = ..., batch_size: _Optional[int] = ..., input_style: _Optional[_Union[_types_pb2.InputStyle, str]] = ..., data_points: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+
+class Session(_message.Message):
+    __slots__ = ("id", "name", "model_id", "dataset_id", "loss", "dtype", "mode", "version", "parameters_digest", "parameters", "parameter_count", "data_points", "batches", "device", "budget_bytes", "operators", "state", "create_time", "expire_time")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    DATASET_ID_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_COUNT_FIELD_NUMBER: _ClassVar[int]
+    DATA_POINTS_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OPERATORS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    name: str
+    model_id: str
+    dataset_id: str
+    loss: _types_pb2.Loss
+    dtype: _types_pb2.Dtype
+    mode: _types_pb2.Mode
+    version: int
+    parameters_digest: str
+    parameters: _containers.RepeatedCompositeFieldContainer[_types_pb2.Parameter]
+    parameter_count: int
+    data_points: int
+    batches: int
+    device: str
+    budget_bytes: int
+    operators: _containers.RepeatedCompositeFieldContainer[_types_pb2.BuiltOperator]
+    state: SessionState
+    create_time: _timestamp_pb2.Timestamp
+    expire_time: _timestamp_pb2.Timestamp
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., loss: _Optional[_Union[_types_pb2.Loss, _Mapping]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., mode: _Optional[_Union[_types_pb2.Mode, str]] = ..., version: _Optional[int] = ..., parameters_digest: _Optional[str] = ..., parameters: _Optional[_Iterable[_Union[_types_pb2.Parameter, _Mapping]]] = ..., parameter_count: _Optional[int] = ..., data_points: _Optional[int] = ..., batches: _Optional[int] = ..., device: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., operators: _Optional[_Iterable[_Union[_types_pb2.BuiltOperator, _Mapping]]] = ..., state: _Optional[_Union[SessionState, str]] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class RegisterModelHeader(_message.Message):
+    __slots__ = ("builder", "config_json", "state")
+    BUILDER_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    builder: str
+    config_json: str
+    state: Upload
+    def __init__(self, builder: _Optional[str] = ..., config_json: _Optional[str] = ..., state: _Optional[_Union[Upload, _Mapping]] = ...) -> None: ...
+
+class RegisterModelRequest(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: RegisterModelHeader
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[RegisterModelHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class RegisterModelResponse(_message.Message):
+    __slots__ = ("model", "upload_needed")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_NEEDED_FIELD_NUMBER: _ClassVar[int]
+    model: Model
+    upload_needed: UploadNeeded
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., upload_needed: _Optional[_Union[UploadNeeded, _Mapping]] = ...) -> None: ...
+
+class RegisterDatasetHeader(_message.Message):
+    __slots__ = ("inputs", "target", "batch_size", "input_style", "tensors")
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    INPUT_STYLE_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    inputs: _containers.RepeatedScalarFieldContainer[str]
+    target: str
+    batch_size: int
+    input_style: _types_pb2.InputStyle
+    tensors: Upload
+    def __init__(self, inputs: _Optional[_Iterable[str]] = ..., target: _Optional[str] = ..., batch_size: _Optional[int] = ..., input_style: _Optional[_Union[_types_pb2.InputStyle, str]] = ..., tensors: _Optional[_Union[Upload, _Mapping]] = ...) -> None: ...
+
+class RegisterDatasetRequest(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: RegisterDatasetHeader
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[RegisterDatasetHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class RegisterDatasetResponse(_message.Message):
+    __slots__ = ("dataset", "upload_needed")
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_NEEDED_FIELD_NUMBER: _ClassVar[int]
+    dataset: Dataset
+    upload_needed: UploadNeeded
+    def __init__(self, dataset: _Optional[_Union[Dataset, _Mapping]] = ..., upload_needed: _Optional[_Union[UploadNeeded, _Mapping]] = ...) -> None: ...
+
+class CreateSessionRequest(_message.Message):
+    __slots__ = ("model_id", "dataset_id", "loss", "dtype", "mode", "operators", "budget_bytes", "lease", "name", "request_id", "validate_only")
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    DATASET_ID_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    OPERATORS_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    VALIDATE_ONLY_FIELD_NUMBER: _ClassVar[int]
+    model_id: str
+    dataset_id: str
+    loss: _types_pb2.Loss
+    dtype: _types_pb2.Dtype
+    mode: _types_pb2.Mode
+    operators: _containers.RepeatedCompositeFieldContainer[_types_pb2.Operator]
+    budget_bytes: int
+    lease: _duration_pb2.Duration
+    name: str
+    request_id: str
+    validate_only: bool
+    def __init__(self, model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., loss: _Optional[_Union[_types_pb2.Loss, _Mapping]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., mode: _Optional[_Union[_types_pb2.Mode, str]] = ..., operators: _Optional[_Iterable[_Union[_types_pb2.Operator, _Mapping]]] = ..., budget_bytes: _Optional[int] = ..., lease: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., name: _Optional[str] = ..., request_id: _Optional[str] = ..., validate_only: bool = ...) -> None: ...
+
+class CreateSessionResponse(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: Session
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
+
+class GetSessionRequest(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+
+class GetSessionResponse(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: Session
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
+
+class ListSessionsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListSessionsResponse(_message.Message):
+    __slots__ = ("sessions", "next_page_token")
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    sessions: _containers.RepeatedCompositeFieldContainer[Session]
+    next_page_token: str
+    def __init__(self, sessions: _Optional[_Iterable[_Union[Session, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class RenewSessionRequest(_message.Message):
+    __slots__ = ("session_id", "lease")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    lease: _duration_pb2.Duration
+    def __init__(self, session_id: _Optional[str] = ..., lease: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class RenewSessionResponse(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: Session
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
+
+class DeleteSessionRequest(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+
+class DeleteSessionResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class UpdateParametersHeader(_message.Message):
+    __slots__ = ("session_id", "values", "expected_version", "request_id")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    values: Upload
+    expected_version: int
+    request_id: str
+    def __init__(self, session_id: _Optional[str] = ..., values: _Optional[_Union[Upload, _Mapping]] = ..., expected_version: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class UpdateParametersRequest(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: UpdateParametersHeader
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[UpdateParametersHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class ParameterVersion(_message.Message):
+    __slots__ = ("version", "parameters_digest")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    parameters_digest: str
+    def __init__(self, version: _Optional[int] = ..., parameters_digest: _Optional[str] = ...) -> None: ...
+
+class UpdateParametersResponse(_message.Message):
+    __slots__ = ("version", "upload_needed")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_NEEDED_FIELD_NUMBER: _ClassVar[int]
+    version: ParameterVersion
+    upload_needed: UploadNeeded
+    def __init__(self, version: _Optional[_Union[ParameterVersion, _Mapping]] = ..., upload_needed: _Optional[_Union[UploadNeeded, _Mapping]] = ...) -> None: ...
+
+class GetServerInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("upload_bytes", "operand_bytes", "header_bytes", "columns", "pending_columns", "sessions", "default_budget_bytes")
+    UPLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OPERAND_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HEADER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    PENDING_COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    upload_bytes: int
+    operand_bytes: int
+    header_bytes: int
+    columns: int
+    pending_columns: int
+    sessions: int
+    default_budget_bytes: int
+    def __init__(self, upload_bytes: _Optional[int] = ..., operand_bytes: _Optional[int] = ..., header_bytes: _Optional[int] = ..., columns: _Optional[int] = ..., pending_columns: _Optional[int] = ..., sessions: _Optional[int] = ..., default_budget_bytes: _Optional[int] = ...) -> None: ...
+
+class Device(_message.Message):
+    __slots__ = ("name", "description", "total_bytes", "free_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    description: str
+    total_bytes: int
+    free_bytes: int
+    def __init__(self, name: _Optional[str] = ..., description: _Optional[str] = ..., total_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
+
+class GetServerInfoResponse(_message.Message):
+    __slots__ = ("version", "torch_version", "limits", "devices", "builders", "capabilities")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    BUILDERS_FIELD_NUMBER: _ClassVar[int]
+    CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    torch_version: str
+    limits: Limits
+    devices: _containers.RepeatedCompositeFieldContainer[Device]
+    builders: _containers.RepeatedScalarFieldContainer[str]
+    capabilities: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[str] = ..., torch_version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., builders: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -1,0 +1,153 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[Dtype]
+    DTYPE_FLOAT32: _ClassVar[Dtype]
+    DTYPE_FLOAT64: _ClassVar[Dtype]
+    DTYPE_BFLOAT16: _ClassVar[Dtype]
+
+class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MODE_UNSPECIFIED: _ClassVar[Mode]
+    MODE_EVAL: _ClassVar[Mode]
+    MODE_BATCH_STATISTICS: _ClassVar[Mode]
+
+class InputStyle(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    INPUT_STYLE_UNSPECIFIED: _ClassVar[InputStyle]
+    INPUT_STYLE_POSITIONAL: _ClassVar[InputStyle]
+    INPUT_STYLE_KEYWORDS: _ClassVar[InputStyle]
+    INPUT_STYLE_MAPPING: _ClassVar[InputStyle]
+
+class LossName(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LOSS_NAME_UNSPECIFIED: _ClassVar[LossName]
+    LOSS_NAME_CROSS_ENTROPY: _ClassVar[LossName]
+    LOSS_NAME_MSE: _ClassVar[LossName]
+    LOSS_NAME_BCE_WITH_LOGITS: _ClassVar[LossName]
+
+class Reduction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REDUCTION_UNSPECIFIED: _ClassVar[Reduction]
+    REDUCTION_MEAN: _ClassVar[Reduction]
+    REDUCTION_SUM: _ClassVar[Reduction]
+
+class OperatorKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OPERATOR_KIND_UNSPECIFIED: _ClassVar[OperatorKind]
+    OPERATOR_KIND_HESSIAN: _ClassVar[OperatorKind]
+    OPERATOR_KIND_GGN: _ClassVar[OperatorKind]
+    OPERATOR_KIND_FISHER: _ClassVar[OperatorKind]
+    OPERATOR_KIND_EMPIRICAL_FISHER: _ClassVar[OperatorKind]
+DTYPE_UNSPECIFIED: Dtype
+DTYPE_FLOAT32: Dtype
+DTYPE_FLOAT64: Dtype
+DTYPE_BFLOAT16: Dtype
+MODE_UNSPECIFIED: Mode
+MODE_EVAL: Mode
+MODE_BATCH_STATISTICS: Mode
+INPUT_STYLE_UNSPECIFIED: InputStyle
+INPUT_STYLE_POSITIONAL: InputStyle
+INPUT_STYLE_KEYWORDS: InputStyle
+INPUT_STYLE_MAPPING: InputStyle
+LOSS_NAME_UNSPECIFIED: LossName
+LOSS_NAME_CROSS_ENTROPY: LossName
+LOSS_NAME_MSE: LossName
+LOSS_NAME_BCE_WITH_LOGITS: LossName
+REDUCTION_UNSPECIFIED: Reduction
+REDUCTION_MEAN: Reduction
+REDUCTION_SUM: Reduction
+OPERATOR_KIND_UNSPECIFIED: OperatorKind
+OPERATOR_KIND_HESSIAN: OperatorKind
+OPERATOR_KIND_GGN: OperatorKind
+OPERATOR_KIND_FISHER: OperatorKind
+OPERATOR_KIND_EMPIRICAL_FISHER: OperatorKind
+
+class Loss(_message.Message):
+    __slots__ = ("name", "reduction", "ignore_index", "class_weights", "label_smoothing")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    REDUCTION_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    CLASS_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    LABEL_SMOOTHING_FIELD_NUMBER: _ClassVar[int]
+    name: LossName
+    reduction: Reduction
+    ignore_index: int
+    class_weights: _containers.RepeatedScalarFieldContainer[float]
+    label_smoothing: float
+    def __init__(self, name: _Optional[_Union[LossName, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., ignore_index: _Optional[int] = ..., class_weights: _Optional[_Iterable[float]] = ..., label_smoothing: _Optional[float] = ...) -> None: ...
+
+class Operator(_message.Message):
+    __slots__ = ("kind", "block_sizes", "damping", "scale", "mc_samples", "seed")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZES_FIELD_NUMBER: _ClassVar[int]
+    DAMPING_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    MC_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    kind: OperatorKind
+    block_sizes: _containers.RepeatedScalarFieldContainer[int]
+    damping: float
+    scale: float
+    mc_samples: int
+    seed: int
+    def __init__(self, kind: _Optional[_Union[OperatorKind, str]] = ..., block_sizes: _Optional[_Iterable[int]] = ..., damping: _Optional[float] = ..., scale: _Optional[float] = ..., mc_samples: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class Parameter(_message.Message):
+    __slots__ = ("name", "shape", "offset")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    offset: int
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class Plan(_message.Message):
+    __slots__ = ("mode", "columns_at_once", "batches", "kept_batches", "kept_bytes", "compiled", "symmetry_gap", "difference_gap", "seconds_per_product", "peak_bytes")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_AT_ONCE_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    KEPT_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    KEPT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COMPILED_FIELD_NUMBER: _ClassVar[int]
+    SYMMETRY_GAP_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCE_GAP_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_PER_PRODUCT_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    mode: str
+    columns_at_once: int
+    batches: int
+    kept_batches: int
+    kept_bytes: int
+    compiled: bool
+    symmetry_gap: float
+    difference_gap: float
+    seconds_per_product: float
+    peak_bytes: int
+    def __init__(self, mode: _Optional[str] = ..., columns_at_once: _Optional[int] = ..., batches: _Optional[int] = ..., kept_batches: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., compiled: bool = ..., symmetry_gap: _Optional[float] = ..., difference_gap: _Optional[float] = ..., seconds_per_product: _Optional[float] = ..., peak_bytes: _Optional[int] = ...) -> None: ...
+
+class BuiltOperator(_message.Message):
+    __slots__ = ("operator", "plan")
+    OPERATOR_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    operator: Operator
+    plan: Plan
+    def __init__(self, operator: _Optional[_Union[Operator, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ...) -> None: ...
+
+class TensorInfo(_message.Message):
+    __slots__ = ("name", "dtype", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...

@@ -1,0 +1,403 @@
+"""Arrays <-> one safetensors file cut into chunks: both halves, side by side.
+
+`chunks` and `Assembler` are inverses. `chunks` yields the header (8-byte length and
+JSON) and then views of the arrays' own memory; `Assembler` checks the header before it
+allocates anything and receives the payload in place. The library's own `save` and
+`load` are not used on this path: `save` scrambles arrays that are not contiguous, and
+`load` takes only ``bytes`` and copies them (both measured with safetensors 0.8).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curvd.errors import InvalidTensors, LimitExceeded
+
+CHUNK_BYTES = 2 << 20
+"""Payload per message: 1-4 MiB is best, and 4 MiB breaks gRPC's default limit."""
+
+MAX_HEADER_BYTES = 4 << 20
+"""Largest JSON header that is accepted: about 40,000 tensors."""
+
+_ALIGNMENT = 64
+"""Payloads start at a multiple of this, so that a mapped file has aligned arrays."""
+
+_NUMPY = {
+    "BOOL": np.dtype("bool"),
+    "U8": np.dtype("uint8"),
+    "I8": np.dtype("int8"),
+    "I16": np.dtype("<i2"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+}
+_NAME = {dtype: name for name, dtype in _NUMPY.items()}
+ITEM_BYTES: Mapping[str, int] = {
+    **{name: d.itemsize for name, d in _NUMPY.items()},
+    "BF16": 2,  # NumPy has no such type; arrays of it are handled as uint16 bits.
+}
+"""Element types that may travel, and their sizes."""
+
+Buffer = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """One tensor in a safetensors header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """Offset of its first byte in the payload."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    @property
+    def stop(self) -> int:
+        """Offset after its last byte in the payload."""
+        return self.start + self.nbytes
+
+    def view(self, payload: Buffer) -> NDArray[np.generic]:
+        """Look at this tensor in a payload.
+
+        Args:
+            payload: [bytes] The whole payload.
+
+        Returns:
+            A view of its memory in this tensor's shape; BF16 as uint16 bits.
+        """
+        raw = payload[self.start : self.stop]
+        return raw.view(_NUMPY.get(self.dtype, np.dtype("<u2"))).reshape(self.shape)
+
+
+Header = Mapping[str, TensorHeader]
+"""Tensor name to its place, in the order of the payload."""
+
+
+def header_of(arrays: Mapping[str, NDArray[np.generic]]) -> Header:
+    """Lay arrays out one after the other.
+
+    Args:
+        arrays: Name to array, any layout.
+
+    Returns:
+        Their header.
+
+    Raises:
+        InvalidTensors: If an element type cannot travel.
+    """
+    header, start = {}, 0
+    for name, array in arrays.items():
+        dtype = _NAME.get(array.dtype.newbyteorder("="))
+        if dtype is None:
+            msg = f"tensor {name!r} has dtype {array.dtype}; known: {', '.join(_NAME.values())}"
+            raise InvalidTensors(msg, tensor=name, dtype=array.dtype)
+        header[name] = TensorHeader(dtype, tuple(array.shape), start)
+        start = header[name].stop
+    return header
+
+
+def dump_header(header: Header) -> bytes:
+    """Serialise a header; the inverse of `load_header`.
+
+    Args:
+        header: What to write.
+
+    Returns:
+        8-byte little-endian length and JSON, padded with spaces.
+    """
+    entries = {
+        name: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.start, t.stop]}
+        for name, t in header.items()
+    }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def load_header(text: bytes) -> Header:
+    """Parse and check the JSON of a header.
+
+    Args:
+        text: The JSON, without the 8-byte length.
+
+    Returns:
+        The tensors in the order of the payload.
+
+    Raises:
+        InvalidTensors: If it is not JSON, an entry is malformed, an element type is
+            unknown, or the tensors overlap or leave gaps.
+    """
+    try:
+        entries = json.loads(text, object_pairs_hook=_unique)
+        if not isinstance(entries, dict):
+            raise TypeError
+        entries.pop("__metadata__", None)
+        tensors = {name: _entry(name, entry) for name, entry in entries.items()}
+    except InvalidTensors:
+        raise
+    except (ValueError, TypeError, RecursionError) as error:
+        msg = f"the safetensors header is not a JSON object of tensors: {error}"
+        raise InvalidTensors(msg) from None
+    header = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)))
+    end = 0
+    for name, tensor in header.items():
+        if tensor.start != end:
+            what = "overlaps the one before it" if tensor.start < end else "leaves a gap before it"
+            msg = f"tensor {name!r} starts at byte {tensor.start}, expected {end}: it {what}"
+            raise InvalidTensors(msg, tensor=name, start=tensor.start, expected=end)
+        end = tensor.stop
+    return header
+
+
+def payload_bytes(header: Header) -> int:
+    """Size of the payload that a header describes.
+
+    Args:
+        header: From `load_header` or `header_of`.
+
+    Returns:
+        Its bytes.
+    """
+    return max((t.stop for t in header.values()), default=0)
+
+
+def chunks(
+    arrays: Mapping[str, NDArray[np.generic]], *, chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[memoryview]:
+    """Cut arrays into the chunks of one safetensors file.
+
+    Args:
+        arrays: Name to array. Contiguous ones are not copied.
+        chunk_bytes: Payload per chunk.
+
+    Yields:
+        The header, then the payload.
+    """
+    yield memoryview(dump_header(header_of(arrays)))
+    for array in arrays.values():
+        yield from pieces(bytes_of(array), chunk_bytes=chunk_bytes)
+
+
+def pieces(data: memoryview, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
+    """Cut bytes into chunks without copying.
+
+    Args:
+        data: What to cut.
+        chunk_bytes: Size of all chunks but the last.
+
+    Yields:
+        Views, one after the other.
+    """
+    for start in range(0, data.nbytes, chunk_bytes):
+        yield data[start : start + chunk_bytes]
+
+
+def bytes_of(array: NDArray[np.generic]) -> memoryview:
+    """Look at an array's memory, row-major and little-endian.
+
+    Args:
+        array: Any layout; copied only if it is not contiguous or byte-swapped.
+
+    Returns:
+        Its bytes.
+    """
+    plain = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return memoryview(plain.reshape(-1).view(np.uint8))
+
+
+def digest(arrays: Mapping[str, NDArray[np.generic]]) -> tuple[str, int]:
+    """Hash the safetensors file that `chunks` would produce.
+
+    Args:
+        arrays: Name to array.
+
+    Returns:
+        SHA-256 as lower-case hexadecimal digits, and the file's size in bytes.
+    """
+    sha, total = hashlib.sha256(), 0
+    for chunk in chunks(arrays, chunk_bytes=16 << 20):
+        sha.update(chunk)
+        total += chunk.nbytes
+    return sha.hexdigest(), total
+
+
+class Assembler:
+    """Receives one safetensors file, in place.
+
+    The payload is delivered in pieces of `piece_bytes`, each in a buffer of its own,
+    so that the first columns of a matrix can be used before the last have arrived.
+
+    Args:
+        accept: Called once with the checked header, before anything is allocated;
+            returns the bytes per piece (0 for the whole payload in one piece), or
+            raises to refuse what is announced.
+        max_bytes: Largest payload that is accepted.
+        allocate: Returns a buffer of so many bytes.
+    """
+
+    def __init__(
+        self,
+        accept: Callable[[Header], int] = lambda header: 0,
+        *,
+        max_bytes: int,
+        allocate: Callable[[int], Buffer] = lambda n: np.empty(n, np.uint8),
+    ) -> None:
+        self._accept, self._max_bytes, self._allocate = accept, max_bytes, allocate
+        self._prefix = bytearray()
+        self._header: Header | None = None
+        self._total = self._received = self._piece_bytes = self._filled = 0
+        self._piece: Buffer = np.empty(0, np.uint8)
+
+    @property
+    def header(self) -> Header | None:
+        """The header, once it has arrived."""
+        return self._header
+
+    def feed(self, chunk: memoryview) -> Iterator[Buffer]:
+        """Take the next bytes of the file.
+
+        Args:
+            chunk: Any number of bytes.
+
+        Yields:
+            The pieces that these bytes completed, in order.
+
+        Raises:
+            InvalidTensors: If the header is malformed or bytes follow the payload.
+            LimitExceeded: If the header or the payload is larger than accepted.
+        """
+        if self._header is None:
+            chunk = self._feed_header(chunk)
+            if self._header is None:
+                return
+        if self._received + chunk.nbytes > self._total:
+            msg = f"more than the {self._total} bytes of payload that the header announces"
+            raise InvalidTensors(msg, payload_bytes=self._total)
+        self._received += chunk.nbytes
+        while chunk.nbytes:
+            take = min(chunk.nbytes, self._piece.nbytes - self._filled)
+            self._piece[self._filled : self._filled + take] = np.frombuffer(
+                chunk[:take], np.uint8
+            )
+            self._filled += take
+            chunk = chunk[take:]
+            if self._filled == self._piece.nbytes:
+                done = self._piece
+                self._next_piece(self._total - self._received + chunk.nbytes)
+                yield done
+
+    def finish(self) -> Header:
+        """Make sure that nothing is missing.
+
+        Returns:
+            The header.
+
+        Raises:
+            InvalidTensors: If the file ended early.
+        """
+        if self._header is None:
+            msg = f"the stream ended after {len(self._prefix)} bytes, within the header"
+            raise InvalidTensors(msg, received=len(self._prefix))
+        if self._received < self._total:
+            msg = f"the stream ended after {self._received} of {self._total} bytes of payload"
+            raise InvalidTensors(msg, received=self._received, announced=self._total)
+        return self._header
+
+    def _feed_header(self, chunk: memoryview) -> memoryview:
+        """Collect the header; return the bytes after it."""
+        have = len(self._prefix)
+        self._prefix += chunk[: MAX_HEADER_BYTES + 8]
+        if len(self._prefix) < 8:
+            return memoryview(b"")
+        size = int.from_bytes(self._prefix[:8], "little")
+        if size > MAX_HEADER_BYTES:
+            msg = (
+                f"the safetensors header announces {size} bytes; the limit is "
+                f"{MAX_HEADER_BYTES}. Send fewer tensors, or flatten them into one"
+            )
+            raise LimitExceeded(msg, header_bytes=size, limit=MAX_HEADER_BYTES)
+        if len(self._prefix) < 8 + size:
+            return memoryview(b"")
+        header = load_header(bytes(self._prefix[8 : 8 + size]))
+        self._total = payload_bytes(header)
+        if self._total > self._max_bytes:
+            msg = f"a payload of {self._total} bytes exceeds the limit of {self._max_bytes}"
+            raise LimitExceeded(msg, payload_bytes=self._total, limit=self._max_bytes)
+        self._piece_bytes = self._accept(header) or self._total
+        self._header = header
+        self._next_piece(self._total)
+        return chunk[8 + size - have :]
+
+    def _next_piece(self, remaining: int) -> None:
+        size = min(self._piece_bytes, remaining)
+        self._filled = 0
+        self._piece = self._allocate(size) if size else np.empty(0, np.uint8)
+
+
+def load(parts: Iterator[memoryview], *, max_bytes: int) -> dict[str, NDArray[np.generic]]:
+    """Join the chunks of one safetensors file into arrays; the inverse of `chunks`.
+
+    Args:
+        parts: The chunks.
+        max_bytes: Largest payload that is accepted.
+
+    Returns:
+        Name to array; all are views of one buffer. BF16 comes as uint16 bits.
+
+    Raises:
+        InvalidTensors: If the bytes are not the file they claim to be.
+        LimitExceeded: If it is larger than accepted.
+    """
+    assembler = Assembler(max_bytes=max_bytes)
+    payload = np.empty(0, np.uint8)
+    for part in parts:
+        for piece in assembler.feed(part):
+            payload = piece
+    return {name: tensor.view(payload) for name, tensor in assembler.finish().items()}
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        msg = "a name occurs twice"
+        raise ValueError(msg)
+    return entries
+
+
+def _entry(name: str, entry: object) -> TensorHeader:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        msg = f"tensor {name!r} needs dtype, shape and data_offsets, and nothing else"
+        raise InvalidTensors(msg, tensor=name)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in ITEM_BYTES:
+        msg = f"tensor {name!r} has element type {dtype!r}; known: {', '.join(ITEM_BYTES)}"
+        raise InvalidTensors(msg, tensor=name, dtype=dtype)
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        msg = f"tensor {name!r}: shape and data_offsets must be natural numbers"
+        raise InvalidTensors(msg, tensor=name)
+    tensor = TensorHeader(dtype, tuple(shape), offsets[0])
+    if tensor.stop != offsets[1]:
+        msg = (
+            f"tensor {name!r} of shape {shape} and type {dtype} has {tensor.nbytes} "
+            f"bytes, but its offsets span {offsets[1] - offsets[0]}"
+        )
+        raise InvalidTensors(msg, tensor=name)
+    return tensor
+
+
+def _naturals(value: object) -> bool:
+    # bool is an int in Python, and JSON's true is no size.
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)

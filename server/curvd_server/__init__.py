@@ -1,0 +1,1 @@
+"""The curvd server: holds sessions and multiplies curvature operators onto vectors."""
