@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 from google.protobuf import message_factory
 from google.protobuf.descriptor import Descriptor, MethodDescriptor
@@ -58,11 +59,11 @@ class Codec:
             start, size = _read_varint(data, 1)
             if start + size == len(data):
                 return memoryview(data)[start:]
-        message = self.message.FromString(data)
+        message: Any = self.message.FromString(data)
         # Another order of fields, or a repeated chunk: legal protobuf, only slower.
         if self.bulk and message.WhichOneof("part") == "chunk":
             return memoryview(message.chunk)
-        return message
+        return cast("Message", message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,10 @@ class Rpc:
 
         The name of the channel method and of the handler factory in grpcio.
         """
-        ends = ("stream" if s else "unary" for s in (self.client_streams, self.server_streams))
+        ends = (
+            "stream" if s else "unary"
+            for s in (self.client_streams, self.server_streams)
+        )
         return "_".join(ends)
 
 

@@ -10,8 +10,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 from curvd.errors import InvalidSpec
+
+E = TypeVar("E", bound=enum.StrEnum)
 
 
 class Dtype(enum.StrEnum):
@@ -87,7 +90,9 @@ class LossSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", _member(LossName, self.name, "loss"))
-        object.__setattr__(self, "reduction", _member(Reduction, self.reduction, "reduction"))
+        object.__setattr__(
+            self, "reduction", _member(Reduction, self.reduction, "reduction")
+        )
         if not 0.0 <= self.label_smoothing <= 1.0:
             msg = f"label_smoothing must be in [0, 1], got {self.label_smoothing}"
             raise InvalidSpec(msg, label_smoothing=self.label_smoothing)
@@ -100,7 +105,9 @@ class LossSpec:
             weights = tuple(float(w) for w in self.class_weights)
             object.__setattr__(self, "class_weights", weights)
             if self.name is LossName.MSE:
-                msg = "class_weights belong to cross_entropy and bce_with_logits, not mse"
+                msg = (
+                    "class_weights belong to cross_entropy and bce_with_logits, not mse"
+                )
                 raise InvalidSpec(msg, loss=self.name)
             if not weights or any(not math.isfinite(w) or w < 0 for w in weights):
                 msg = f"class_weights must be finite and not negative, got {weights}"
@@ -216,7 +223,9 @@ class ParameterLayout:
                 f"block_sizes sum to {sum(block_sizes)}, but the session has "
                 f"{len(self.parameters)} parameters; they must be equal"
             )
-            raise InvalidSpec(msg, block_sizes=block_sizes, parameters=len(self.parameters))
+            raise InvalidSpec(
+                msg, block_sizes=block_sizes, parameters=len(self.parameters)
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,13 +262,13 @@ class DatasetSpec:
             raise InvalidSpec(msg, batch_size=self.batch_size)
 
 
-def _member(kind: type[enum.StrEnum], value: object, what: str) -> enum.StrEnum:
+def _member(kind: type[E], value: str, what: str) -> E:
     try:
         return kind(value)
     except ValueError:
-        known = ", ".join(kind)
+        known = ", ".join(member.value for member in kind)
         msg = f"unknown {what} {value!r}; known: {known}"
-        raise InvalidSpec(msg, **{what: value}) from None
+        raise InvalidSpec(msg, value=value) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,3 +294,129 @@ class PlanReport:
     """Measured for one column when the operator was built."""
     peak_bytes: int
     """Predicted peak device memory of one product, parameters and data included."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A named tensor of a dataset or a model state."""
+
+    name: str
+    dtype: str
+    """safetensors element type, for example ``F32``."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """A registered model."""
+
+    id: str
+    spec: ModelSpec
+    tensors: tuple[TensorInfo, ...]
+    state_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetInfo:
+    """A registered dataset."""
+
+    id: str
+    spec: DatasetSpec
+    tensors: tuple[TensorInfo, ...]
+    data_points: int
+    """``N``."""
+    total_bytes: int
+
+
+class SessionState(enum.StrEnum):
+    """Where a session is in its life."""
+
+    READY = "ready"
+    COLD = "cold"
+    """Restored from disk after a restart; warms up at its first use."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionInfo:
+    """A model, a dataset and a loss on a device, as of one moment."""
+
+    id: str
+    """Empty if it was only validated."""
+    name: str
+    model_id: str
+    dataset_id: str
+    loss: LossSpec
+    dtype: Dtype
+    mode: Mode
+    version: int
+    """Current parameter version; starts at 1."""
+    parameters_digest: str
+    """SHA-256 over the parameters of this version."""
+    layout: ParameterLayout
+    data_points: int
+    batches: int
+    device: str
+    budget_bytes: int
+    operators: tuple[tuple[OperatorSpec, PlanReport], ...]
+    """Operators built so far at this version."""
+    state: SessionState
+    create_time_s: float
+    """Seconds since the epoch."""
+    expire_time_s: float | None
+    """When the lease ends unless a call renews it; None: never."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a server refuses to exceed."""
+
+    upload_bytes: int
+    operand_bytes: int
+    header_bytes: int
+    columns: int
+    pending_columns: int
+    sessions: int
+    default_budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceInfo:
+    """A device that computes."""
+
+    name: str
+    description: str
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerInfo:
+    """What a server is and offers."""
+
+    version: str
+    torch_version: str
+    limits: Limits
+    devices: tuple[DeviceInfo, ...]
+    builders: tuple[str, ...]
+    capabilities: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultInfo:
+    """Where a result comes from, and what it cost."""
+
+    version: int
+    """Parameter version that the result belongs to."""
+    parameters_digest: str
+    model_id: str
+    dataset_id: str
+    plan: PlanReport | None
+    """None for gradients."""
+    loss: float | None = None
+    """The objective's value; gradients only."""
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    runs: int = 0
+    """Device runs that the request took part in."""
+    run_columns: int = 0
+    """Columns in those runs, other callers' included."""

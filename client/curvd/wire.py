@@ -119,7 +119,11 @@ def dump_header(header: Header) -> bytes:
         8-byte little-endian length and JSON, padded with spaces.
     """
     entries = {
-        name: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.start, t.stop]}
+        name: {
+            "dtype": t.dtype,
+            "shape": list(t.shape),
+            "data_offsets": [t.start, t.stop],
+        }
         for name, t in header.items()
     }
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -151,11 +155,17 @@ def load_header(text: bytes) -> Header:
     except (ValueError, TypeError, RecursionError) as error:
         msg = f"the safetensors header is not a JSON object of tensors: {error}"
         raise InvalidTensors(msg) from None
-    header = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)))
+    header = dict(
+        sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop))
+    )
     end = 0
     for name, tensor in header.items():
         if tensor.start != end:
-            what = "overlaps the one before it" if tensor.start < end else "leaves a gap before it"
+            what = (
+                "overlaps the one before it"
+                if tensor.start < end
+                else "leaves a gap before it"
+            )
             msg = f"tensor {name!r} starts at byte {tensor.start}, expected {end}: it {what}"
             raise InvalidTensors(msg, tensor=name, start=tensor.start, expected=end)
         end = tensor.stop
@@ -215,7 +225,7 @@ def bytes_of(array: NDArray[np.generic]) -> memoryview:
         Its bytes.
     """
     plain = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    return memoryview(plain.reshape(-1).view(np.uint8))
+    return plain.reshape(-1).view(np.uint8).data
 
 
 def digest(arrays: Mapping[str, NDArray[np.generic]]) -> tuple[str, int]:
@@ -347,7 +357,9 @@ class Assembler:
         self._piece = self._allocate(size) if size else np.empty(0, np.uint8)
 
 
-def load(parts: Iterator[memoryview], *, max_bytes: int) -> dict[str, NDArray[np.generic]]:
+def load(
+    parts: Iterator[memoryview], *, max_bytes: int
+) -> dict[str, NDArray[np.generic]]:
     """Join the chunks of one safetensors file into arrays; the inverse of `chunks`.
 
     Args:

@@ -1,0 +1,77 @@
+# The only menu. Everything installs what it needs into $(VENV) first.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# A folder with `build`, `compose` and `podman` commands to use in place of docker's.
+CONTAINERS ?= $(wildcard ../shared/containers)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test big-test test-gpu lint types proto proto-check image-test bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing curvd[demo] into $(VENV) (torch is large: this can take minutes)"
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing curvd[dev] into $(VENV) (torch is large: this can take minutes)"
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/demo.stamp ## the main job on real data, in about a minute
+	$(BIN)/curvd demo
+
+test: $(VENV)/dev.stamp lint types proto-check ## everything that must pass
+	$(BIN)/pytest -m 'not gpu and not big'
+
+big-test: $(VENV)/dev.stamp ## vectors beyond 2 GiB; needs 20 GiB of memory
+	$(BIN)/pytest -m big
+
+test-gpu: $(VENV)/dev.stamp ## what needs a CUDA device
+	$(BIN)/pytest -m gpu
+
+lint: $(VENV)/dev.stamp ## style of the code, the contract and the imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/buf lint proto
+
+types: $(VENV)/dev.stamp ## static types
+	$(BIN)/mypy
+
+# Generated with the oldest supported grpcio-tools, in an environment of its own:
+# generated code refuses to load with anything older than its generator.
+$(VENV)/proto/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)/proto
+	$(VENV)/proto/bin/pip install --quiet --disable-pip-version-check \
+	  'grpcio-tools==1.66.2' 'setuptools<81'
+	@touch $@
+
+PROTOC = $(VENV)/proto/bin/python -m grpc_tools.protoc -Iproto proto/curvd/v1/*.proto
+
+proto: $(VENV)/proto/.stamp ## regenerate client/curvd/v1 from proto/
+	$(PROTOC) --python_out=client --pyi_out=client --grpc_python_out=client
+	rm -f client/curvd/v1/types_pb2_grpc.py # it has no service, so no stub
+
+proto-check: $(VENV)/proto/.stamp ## prove that the generated code is fresh
+	@rm -rf $(VENV)/proto/out && mkdir -p $(VENV)/proto/out
+	$(PROTOC) --python_out=$(VENV)/proto/out --pyi_out=$(VENV)/proto/out \
+	  --grpc_python_out=$(VENV)/proto/out
+	@rm -f $(VENV)/proto/out/curvd/v1/types_pb2_grpc.py
+	@touch $(VENV)/proto/out/curvd/v1/__init__.py
+	diff -r --exclude=__pycache__ $(VENV)/proto/out/curvd/v1 client/curvd/v1
+
+image-test: $(VENV)/dev.stamp ## build both images, compose the server, ask it from the host
+	CONTAINERS='$(CONTAINERS)' PYTHON='$(BIN)/python' tests/images.sh
+
+bench: $(VENV)/dev.stamp ## every ratio against its peers, with targets
+	for script in bench/engine.py bench/smoke.py; do $(BIN)/python $$script --check || exit 1; done
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,384 @@
+"""Types <-> protobuf messages: each pair side by side, each the other's inverse.
+
+Enumerations convert by name: ``Dtype.FLOAT32`` is ``DTYPE_FLOAT32``. Messages that are
+unset or at their default convert to our defaults, as the contract's comments say.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
+
+from google.protobuf import timestamp_pb2
+from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
+from google.protobuf.message import Message
+
+from curvd import types
+from curvd.errors import InvalidSpec
+from curvd.v1 import curvature_service_pb2 as curvature_pb
+from curvd.v1 import session_service_pb2 as session_pb
+from curvd.v1 import types_pb2 as types_pb
+
+E = TypeVar("E", bound=enum.Enum)
+D = TypeVar("D")
+
+
+def _enum_to(prefix: str) -> Callable[[enum.Enum], str]:
+    # protobuf's constructors take the names of enumeration values.
+    return lambda member: f"{prefix}_{member.name}"
+
+
+def _enum_from(
+    wrapper: EnumTypeWrapper, prefix: str, kind: type[E], default: E | None = None
+) -> Callable[[int], E]:
+    def convert(number: int) -> E:
+        if number == 0 and default is not None:
+            return default
+        try:
+            return kind[wrapper.Name(number).removeprefix(f"{prefix}_")]
+        except (ValueError, KeyError):
+            known = ", ".join(f"{prefix}_{m.name}" for m in kind)
+            msg = f"{prefix.lower()} must be one of {known}; got {number}"
+            raise InvalidSpec(msg, value=number) from None
+
+    return convert
+
+
+dtype_to_proto = _enum_to("DTYPE")
+dtype_from_proto = _enum_from(types_pb.Dtype, "DTYPE", types.Dtype)
+mode_to_proto = _enum_to("MODE")
+mode_from_proto = _enum_from(types_pb.Mode, "MODE", types.Mode, types.Mode.EVAL)
+input_style_to_proto = _enum_to("INPUT_STYLE")
+input_style_from_proto = _enum_from(
+    types_pb.InputStyle, "INPUT_STYLE", types.InputStyle, types.InputStyle.POSITIONAL
+)
+_state_to_proto = _enum_to("SESSION_STATE")
+_state_from_proto = _enum_from(
+    session_pb.SessionState, "SESSION_STATE", types.SessionState
+)
+_loss_name_to = _enum_to("LOSS_NAME")
+_loss_name_from = _enum_from(types_pb.LossName, "LOSS_NAME", types.LossName)
+_reduction_to = _enum_to("REDUCTION")
+_reduction_from = _enum_from(
+    types_pb.Reduction, "REDUCTION", types.Reduction, types.Reduction.MEAN
+)
+_kind_to = _enum_to("OPERATOR_KIND")
+_kind_from = _enum_from(
+    types_pb.OperatorKind,
+    "OPERATOR_KIND",
+    types.OperatorKind,
+    types.OperatorKind.HESSIAN,
+)
+
+
+def loss_to_proto(loss: types.LossSpec) -> types_pb.Loss:
+    """Convert a loss."""
+    return types_pb.Loss(
+        name=_loss_name_to(loss.name),
+        reduction=_reduction_to(loss.reduction),
+        ignore_index=loss.ignore_index,
+        class_weights=loss.class_weights,
+        label_smoothing=loss.label_smoothing,
+    )
+
+
+def loss_from_proto(message: types_pb.Loss) -> types.LossSpec:
+    """Convert a loss.
+
+    Raises:
+        InvalidSpec: If its name is unset or an option is out of range.
+    """
+    return types.LossSpec(
+        name=_loss_name_from(message.name),
+        reduction=_reduction_from(message.reduction),
+        ignore_index=_optional(message, "ignore_index"),
+        class_weights=tuple(message.class_weights) or None,
+        label_smoothing=message.label_smoothing,
+    )
+
+
+def operator_to_proto(spec: types.OperatorSpec) -> types_pb.Operator:
+    """Convert an operator."""
+    return types_pb.Operator(
+        kind=_kind_to(spec.kind),
+        block_sizes=spec.block_sizes,
+        damping=spec.damping,
+        scale=spec.scale,
+        mc_samples=spec.mc_samples,
+        seed=spec.seed,
+    )
+
+
+def operator_from_proto(message: types_pb.Operator) -> types.OperatorSpec:
+    """Convert an operator; an empty message is the Hessian.
+
+    Raises:
+        InvalidSpec: If an option is out of range.
+    """
+    return types.OperatorSpec(
+        kind=_kind_from(message.kind),
+        block_sizes=tuple(message.block_sizes) or None,
+        damping=message.damping,
+        scale=message.scale if message.HasField("scale") else 1.0,
+        mc_samples=message.mc_samples,
+        seed=message.seed,
+    )
+
+
+def layout_to_proto(layout: types.ParameterLayout) -> list[types_pb.Parameter]:
+    """Convert a layout."""
+    return [
+        types_pb.Parameter(name=p.name, shape=p.shape, offset=p.offset)
+        for p in layout.parameters
+    ]
+
+
+def layout_from_proto(messages: Sequence[types_pb.Parameter]) -> types.ParameterLayout:
+    """Convert a layout."""
+    return types.ParameterLayout(
+        tuple(types.ParameterSpec(m.name, tuple(m.shape), m.offset) for m in messages)
+    )
+
+
+def plan_to_proto(plan: types.PlanReport) -> types_pb.Plan:
+    """Convert a plan."""
+    return types_pb.Plan(**asdict(plan))
+
+
+def plan_from_proto(message: types_pb.Plan) -> types.PlanReport:
+    """Convert a plan."""
+    return _same_names(types.PlanReport, message)
+
+
+def tensors_to_proto(
+    tensors: Sequence[types.TensorInfo],
+) -> list[types_pb.TensorInfo]:
+    """Convert tensor descriptions."""
+    return [
+        types_pb.TensorInfo(name=t.name, dtype=t.dtype, shape=t.shape) for t in tensors
+    ]
+
+
+def tensors_from_proto(
+    messages: Sequence[types_pb.TensorInfo],
+) -> tuple[types.TensorInfo, ...]:
+    """Convert tensor descriptions."""
+    return tuple(types.TensorInfo(m.name, m.dtype, tuple(m.shape)) for m in messages)
+
+
+def config_to_json(config: Mapping[str, object]) -> str:
+    """Write a builder's configuration as canonical JSON.
+
+    Raises:
+        InvalidSpec: If a value is not JSON.
+    """
+    try:
+        return json.dumps(
+            dict(config), sort_keys=True, separators=(",", ":"), allow_nan=False
+        )
+    except (TypeError, ValueError) as error:
+        msg = f"the builder's config must be JSON: {error}"
+        raise InvalidSpec(msg) from None
+
+
+def config_from_json(text: str) -> dict[str, object]:
+    """Read a builder's configuration.
+
+    Raises:
+        InvalidSpec: If it is not a JSON object.
+    """
+    try:
+        config = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        msg = f"config_json is not JSON: {error}"
+        raise InvalidSpec(msg) from None
+    if not isinstance(config, dict):
+        msg = f"config_json must be a JSON object, got {type(config).__name__}"
+        raise InvalidSpec(msg)
+    return config
+
+
+def model_to_proto(model: types.ModelInfo) -> session_pb.Model:
+    """Convert a registered model."""
+    return session_pb.Model(
+        id=model.id,
+        builder=model.spec.builder,
+        config_json=config_to_json(model.spec.config),
+        tensors=tensors_to_proto(model.tensors),
+        state_bytes=model.state_bytes,
+    )
+
+
+def model_from_proto(message: session_pb.Model) -> types.ModelInfo:
+    """Convert a registered model."""
+    return types.ModelInfo(
+        id=message.id,
+        spec=types.ModelSpec(
+            builder=message.builder, config=config_from_json(message.config_json)
+        ),
+        tensors=tensors_from_proto(message.tensors),
+        state_bytes=message.state_bytes,
+    )
+
+
+def dataset_to_proto(dataset: types.DatasetInfo) -> session_pb.Dataset:
+    """Convert a registered dataset."""
+    return session_pb.Dataset(
+        id=dataset.id,
+        tensors=tensors_to_proto(dataset.tensors),
+        inputs=dataset.spec.inputs,
+        target=dataset.spec.target,
+        batch_size=dataset.spec.batch_size,
+        input_style=input_style_to_proto(dataset.spec.input_style),
+        data_points=dataset.data_points,
+        total_bytes=dataset.total_bytes,
+    )
+
+
+def dataset_from_proto(message: session_pb.Dataset) -> types.DatasetInfo:
+    """Convert a registered dataset."""
+    return types.DatasetInfo(
+        id=message.id,
+        spec=dataset_spec_from_proto(message),
+        tensors=tensors_from_proto(message.tensors),
+        data_points=message.data_points,
+        total_bytes=message.total_bytes,
+    )
+
+
+def dataset_spec_from_proto(
+    message: session_pb.Dataset | session_pb.RegisterDatasetHeader,
+) -> types.DatasetSpec:
+    """Read how tensors become mini-batches.
+
+    Raises:
+        InvalidSpec: If names repeat or the batch size is not positive.
+    """
+    return types.DatasetSpec(
+        inputs=tuple(message.inputs),
+        target=message.target,
+        batch_size=message.batch_size,
+        input_style=input_style_from_proto(message.input_style),
+    )
+
+
+def session_to_proto(info: types.SessionInfo) -> session_pb.Session:
+    """Convert a session."""
+    return session_pb.Session(
+        id=info.id,
+        name=info.name,
+        model_id=info.model_id,
+        dataset_id=info.dataset_id,
+        loss=loss_to_proto(info.loss),
+        dtype=dtype_to_proto(info.dtype),
+        mode=mode_to_proto(info.mode),
+        version=info.version,
+        parameters_digest=info.parameters_digest,
+        parameters=layout_to_proto(info.layout),
+        parameter_count=info.layout.size,
+        data_points=info.data_points,
+        batches=info.batches,
+        device=info.device,
+        budget_bytes=info.budget_bytes,
+        operators=[
+            types_pb.BuiltOperator(
+                operator=operator_to_proto(spec), plan=plan_to_proto(plan)
+            )
+            for spec, plan in info.operators
+        ],
+        state=_state_to_proto(info.state),
+        create_time=_timestamp(info.create_time_s),
+        expire_time=(
+            None if info.expire_time_s is None else _timestamp(info.expire_time_s)
+        ),
+    )
+
+
+def session_from_proto(message: session_pb.Session) -> types.SessionInfo:
+    """Convert a session."""
+    expires = message.HasField("expire_time")
+    return types.SessionInfo(
+        id=message.id,
+        name=message.name,
+        model_id=message.model_id,
+        dataset_id=message.dataset_id,
+        loss=loss_from_proto(message.loss),
+        dtype=dtype_from_proto(message.dtype),
+        mode=mode_from_proto(message.mode),
+        version=message.version,
+        parameters_digest=message.parameters_digest,
+        layout=layout_from_proto(message.parameters),
+        data_points=message.data_points,
+        batches=message.batches,
+        device=message.device,
+        budget_bytes=message.budget_bytes,
+        operators=tuple(
+            (operator_from_proto(m.operator), plan_from_proto(m.plan))
+            for m in message.operators
+        ),
+        state=_state_from_proto(message.state),
+        create_time_s=message.create_time.ToNanoseconds() / 1e9,
+        expire_time_s=message.expire_time.ToNanoseconds() / 1e9 if expires else None,
+    )
+
+
+def server_info_to_proto(info: types.ServerInfo) -> session_pb.GetServerInfoResponse:
+    """Convert a server's description."""
+    return session_pb.GetServerInfoResponse(
+        version=info.version,
+        torch_version=info.torch_version,
+        limits=session_pb.Limits(**asdict(info.limits)),
+        devices=[session_pb.Device(**asdict(d)) for d in info.devices],
+        builders=info.builders,
+        capabilities=info.capabilities,
+    )
+
+
+def server_info_from_proto(
+    message: session_pb.GetServerInfoResponse,
+) -> types.ServerInfo:
+    """Convert a server's description."""
+    return types.ServerInfo(
+        version=message.version,
+        torch_version=message.torch_version,
+        limits=_same_names(types.Limits, message.limits),
+        devices=tuple(_same_names(types.DeviceInfo, d) for d in message.devices),
+        builders=tuple(message.builders),
+        capabilities=tuple(message.capabilities),
+    )
+
+
+def result_from_proto(
+    header: curvature_pb.ResultHeader, summary: curvature_pb.ResultSummary
+) -> types.ResultInfo:
+    """Read where a result comes from, and what it cost."""
+    return types.ResultInfo(
+        version=header.version,
+        parameters_digest=header.parameters_digest,
+        model_id=header.model_id,
+        dataset_id=header.dataset_id,
+        plan=plan_from_proto(header.plan) if header.HasField("plan") else None,
+        loss=_optional(header, "loss"),
+        queue_s=summary.queue_s,
+        compute_s=summary.compute_s,
+        runs=summary.runs,
+        run_columns=summary.run_columns,
+    )
+
+
+def _same_names(kind: type[D], message: Message) -> D:
+    """Read a dataclass whose fields are scalars named as the message's."""
+    return kind(**{f.name: getattr(message, f.name) for f in fields(kind)})  # type: ignore[arg-type]
+
+
+def _optional(message: Message, name: str) -> Any:
+    return getattr(message, name) if message.HasField(name) else None
+
+
+def _timestamp(seconds: float) -> timestamp_pb2.Timestamp:
+    stamp = timestamp_pb2.Timestamp()
+    stamp.FromNanoseconds(round(seconds * 1e9))
+    return stamp
