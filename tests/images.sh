@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Builds both images, starts the composed CPU server, and asks it from the host.
+# CONTAINERS names a folder whose `build`, `compose` and `podman` stand in for docker's.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+if [[ -n ${CONTAINERS:-} ]]; then
+  [[ ! -x $CONTAINERS/setup ]] || "$CONTAINERS/setup"
+  build() { "$CONTAINERS/build" . "$2" --target "$1" --format docker; }
+  compose() { "$CONTAINERS/compose" "$@"; }
+  engine() { "$CONTAINERS/podman" "$@"; }
+  prefix=localhost/
+else
+  build() { docker build --target "$1" --tag "$2" .; }
+  compose() { docker compose "$@"; }
+  engine() { docker "$@"; }
+  prefix=
+fi
+
+build client curvd-client
+build server curvd-server
+
+echo "the client image answers and holds no torch"
+engine run --rm --read-only --cap-drop ALL "${prefix}curvd-client" --help | grep -q serve
+! engine run --rm --entrypoint python "${prefix}curvd-client" -c 'import torch' 2>/dev/null
+
+export CURVD_IMAGE="${prefix}curvd-server"
+export CURVD_PUBLISH="127.0.0.1:${PORT:-50551}"
+compose --profile cpu up --detach --no-build cpu
+trap 'compose --profile cpu down --volumes' EXIT
+
+echo "a client on the host gets a right product from the composed server"
+"$python" tests/images_client.py "$CURVD_PUBLISH"
+container=$(engine ps --filter "ancestor=${prefix}curvd-server" --format '{{.ID}}' | head -n 1)
+engine exec "$container" curvd health 127.0.0.1:50551
+echo "the server runs without root, on a read-only root"
+[[ $(engine exec "$container" id -u) == 10001 ]]
+! engine exec "$container" touch /forbidden 2>/dev/null
+echo "images: passed"
