@@ -25,7 +25,16 @@ def modules() -> dict[str, Path]:
 def imports(path: Path, known: set[str]) -> tuple[set[str], set[str]]:
     """Own modules and third-party packages that a file imports, wherever it does."""
     own, foreign = set(), set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    only_typing = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in only_typing:
+            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

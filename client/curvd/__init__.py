@@ -1,1 +1,148 @@
-"""curvd: remote curvature queries on neural networks."""
+"""curvd: remote curvature queries on neural networks.
+
+    with curvd.connect("127.0.0.1:50551") as client:
+        model = client.register_model("mlp", {"widths": [8, 3]}, state)
+        dataset = client.register_dataset(data, inputs=["x"], target="y", batch_size=32)
+        session = client.create_session(model, dataset, loss="cross_entropy")
+        product = session.hessian() @ v
+
+This module is the door: what it does not name may change without notice. `curvd.aio` is
+the same client for asyncio, `curvd.errors` draws the tree of exceptions.
+"""
+
+from __future__ import annotations
+
+from curvd import aio, errors
+from curvd._version import VERSION as __version__
+from curvd.aio import AsyncClient, AsyncOperator, AsyncSession
+from curvd.allocator import tune_allocator
+from curvd.client import Client, connect
+from curvd.config import ClientConfig, RetryConfig, TlsConfig
+from curvd.errors import (
+    BuilderNotFound,
+    Cancelled,
+    CurvatureUnverified,
+    CurvdError,
+    DatasetNotFound,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    InvalidSpec,
+    InvalidTensors,
+    InvalidVector,
+    LimitExceeded,
+    ModelNotFound,
+    NotDeterministic,
+    NotFound,
+    OutOfMemory,
+    Overloaded,
+    PermissionDenied,
+    RequestIdReused,
+    ResourceExhausted,
+    SessionNotFound,
+    StateMismatch,
+    StillInUse,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+    VersionMismatch,
+)
+from curvd.operator import RemoteOperator
+from curvd.session import Session
+from curvd.types import (
+    DatasetInfo,
+    DatasetSpec,
+    DeviceInfo,
+    Dtype,
+    InputStyle,
+    Limits,
+    LossName,
+    LossSpec,
+    Mode,
+    ModelInfo,
+    ModelSpec,
+    OperatorKind,
+    OperatorSpec,
+    ParameterLayout,
+    ParameterSpec,
+    PlanReport,
+    Reduction,
+    ResultInfo,
+    ServerInfo,
+    SessionInfo,
+    SessionState,
+    TensorInfo,
+)
+
+__all__ = [  # noqa: RUF022 - grouped, not sorted
+    # the client
+    "connect",
+    "Client",
+    "Session",
+    "RemoteOperator",
+    "ClientConfig",
+    "RetryConfig",
+    "TlsConfig",
+    "tune_allocator",
+    # the same for asyncio
+    "aio",
+    "AsyncClient",
+    "AsyncSession",
+    "AsyncOperator",
+    # words of the domain
+    "DatasetInfo",
+    "DatasetSpec",
+    "DeviceInfo",
+    "Dtype",
+    "InputStyle",
+    "Limits",
+    "LossName",
+    "LossSpec",
+    "Mode",
+    "ModelInfo",
+    "ModelSpec",
+    "OperatorKind",
+    "OperatorSpec",
+    "ParameterLayout",
+    "ParameterSpec",
+    "PlanReport",
+    "Reduction",
+    "ResultInfo",
+    "ServerInfo",
+    "SessionInfo",
+    "SessionState",
+    "TensorInfo",
+    # errors
+    "errors",
+    "BuilderNotFound",
+    "Cancelled",
+    "CurvatureUnverified",
+    "CurvdError",
+    "DatasetNotFound",
+    "DeadlineExceeded",
+    "FailedPrecondition",
+    "Internal",
+    "InvalidArgument",
+    "InvalidSpec",
+    "InvalidTensors",
+    "InvalidVector",
+    "LimitExceeded",
+    "ModelNotFound",
+    "NotDeterministic",
+    "NotFound",
+    "OutOfMemory",
+    "Overloaded",
+    "PermissionDenied",
+    "RequestIdReused",
+    "ResourceExhausted",
+    "SessionNotFound",
+    "StateMismatch",
+    "StillInUse",
+    "Unauthenticated",
+    "Unavailable",
+    "Unimplemented",
+    "VersionMismatch",
+    # this package
+    "__version__",
+]

@@ -89,9 +89,9 @@ class LossSpec:
     """In [0, 1] (cross_entropy)."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", _member(LossName, self.name, "loss"))
+        object.__setattr__(self, "name", member(LossName, self.name, "loss"))
         object.__setattr__(
-            self, "reduction", _member(Reduction, self.reduction, "reduction")
+            self, "reduction", member(Reduction, self.reduction, "reduction")
         )
         if not 0.0 <= self.label_smoothing <= 1.0:
             msg = f"label_smoothing must be in [0, 1], got {self.label_smoothing}"
@@ -129,7 +129,7 @@ class OperatorSpec:
     """Fixes the sampled targets to the bit."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", _member(OperatorKind, self.kind, "operator"))
+        object.__setattr__(self, "kind", member(OperatorKind, self.kind, "operator"))
         if self.block_sizes is not None:
             sizes = tuple(int(n) for n in self.block_sizes)
             object.__setattr__(self, "block_sizes", sizes)
@@ -249,7 +249,7 @@ class DatasetSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", tuple(self.inputs))
         object.__setattr__(
-            self, "input_style", _member(InputStyle, self.input_style, "input_style")
+            self, "input_style", member(InputStyle, self.input_style, "input_style")
         )
         if not self.inputs or len({*self.inputs, self.target}) != len(self.inputs) + 1:
             msg = (
@@ -262,7 +262,20 @@ class DatasetSpec:
             raise InvalidSpec(msg, batch_size=self.batch_size)
 
 
-def _member(kind: type[E], value: str, what: str) -> E:
+def member(kind: type[E], value: str, what: str) -> E:
+    """Find the member of an enumeration.
+
+    Args:
+        kind: The enumeration.
+        value: A member, or its value.
+        what: What is being chosen, for the message.
+
+    Returns:
+        The member.
+
+    Raises:
+        InvalidSpec: If there is none.
+    """
     try:
         return kind(value)
     except ValueError:

@@ -1,0 +1,215 @@
+"""What a caller asks for, in the words of the contract: one function per call."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+from google.protobuf import wrappers_pb2
+
+from curvd import convert, types
+from curvd._calls import TensorStream, Unary
+from curvd.arrays import Array, Layout, Operand, arrange, vector_dtype
+from curvd.errors import InvalidSpec
+from curvd.rpcs import RPCS, Codec, Rpc
+from curvd.types import DatasetInfo, LossSpec, ModelInfo, OperatorSpec, SessionInfo
+from curvd.v1 import curvature_service_pb2 as curvature_pb
+from curvd.v1 import session_service_pb2 as session_pb
+
+Page = tuple[list[SessionInfo], str]
+"""Sessions, and the token of the next page; empty on the last."""
+
+# grpc.health.v1 in terms of messages that protobuf ships: on the wire its request is
+# a string in field 1 and its response a small number in field 1.
+_HEALTH = Rpc(
+    service="grpc.health.v1.Health",
+    name="Check",
+    client_streams=False,
+    server_streams=False,
+    request=Codec(wrappers_pb2.StringValue, bulk=False),
+    response=Codec(wrappers_pb2.UInt32Value, bulk=False),
+)
+_SERVING = 1
+
+
+def product(
+    session: SessionInfo,
+    spec: OperatorSpec,
+    operand: Operand,
+    *,
+    expected_version: int | None,
+    block: int = 0,
+) -> TensorStream[Any]:
+    """Multiply an operator onto vectors.
+
+    Args:
+        session: Where.
+        spec: Which operator.
+        operand: What to multiply.
+        expected_version: Refuse to compute at another parameter version.
+        block: Columns to hand out together; 0: all at the end.
+
+    Returns:
+        The call; its result is in the operand's layout.
+    """
+    header = curvature_pb.ProductHeader(
+        session_id=session.id,
+        operator=convert.operator_to_proto(spec),
+        expected_version=expected_version,
+        request_id=_new_id(),
+    )
+    return TensorStream(
+        RPCS["MatVec" if operand.columns is None else "MatMat"],
+        header,
+        operand,
+        shape=operand.shape,
+        dtype=operand.dtype,
+        finish=operand.restore,
+        block=block,
+    )
+
+
+def gradient(
+    session: SessionInfo, *, layout: Layout, expected_version: int | None
+) -> TensorStream[tuple[float, Any]]:
+    """Compute the objective and its gradient, laid out as the caller wants it."""
+    arrange(np.empty(session.layout.size), session.layout, layout)  # refuse it early
+    request = curvature_pb.GradientRequest(
+        session_id=session.id,
+        expected_version=expected_version,
+        request_id=_new_id(),
+    )
+
+    def finish(vector: Array) -> tuple[float, Any]:
+        loss = call.info.loss if call.info else None
+        return cast("float", loss), arrange(vector, session.layout, layout)
+
+    call = TensorStream(
+        RPCS["Gradient"],
+        request,
+        None,
+        shape=(session.layout.size,),
+        dtype=vector_dtype(session.dtype),
+        finish=finish,
+    )
+    return call
+
+
+def create_session(
+    model: ModelInfo | str,
+    dataset: DatasetInfo | str,
+    *,
+    loss: LossSpec | Mapping[str, Any] | str,
+    dtype: Any,
+    mode: types.Mode | str,
+    operators: Sequence[OperatorSpec | str],
+    budget_bytes: int | None,
+    lease_s: float | None,
+    name: str,
+    validate_only: bool,
+) -> Unary[SessionInfo]:
+    """Bring model, dataset and loss together."""
+    if isinstance(operators, str):
+        operators = [operators]
+    request = session_pb.CreateSessionRequest(
+        model_id=model if isinstance(model, str) else model.id,
+        dataset_id=dataset if isinstance(dataset, str) else dataset.id,
+        loss=convert.loss_to_proto(_loss(loss)),
+        dtype=convert.dtype_to_proto(_dtype(dtype)),
+        mode=convert.mode_to_proto(types.member(types.Mode, mode, "mode")),
+        operators=[convert.operator_to_proto(_operator(o)) for o in operators],
+        budget_bytes=budget_bytes,
+        name=name,
+        request_id=_new_id(),
+        validate_only=validate_only,
+    )
+    _set_lease(request, lease_s)
+    return Unary(RPCS["CreateSession"], request, _session)
+
+
+def get_session(session_id: str) -> Unary[SessionInfo]:
+    """Describe a session."""
+    request = session_pb.GetSessionRequest(session_id=session_id)
+    return Unary(RPCS["GetSession"], request, _session)
+
+
+def list_sessions(page_token: str) -> Unary[Page]:
+    """List one page of sessions."""
+    request = session_pb.ListSessionsRequest(page_token=page_token, page_size=1000)
+
+    def read(response: session_pb.ListSessionsResponse) -> Page:
+        found = [convert.session_from_proto(m) for m in response.sessions]
+        return found, response.next_page_token
+
+    return Unary(RPCS["ListSessions"], request, read)
+
+
+def renew_session(session_id: str, lease_s: float | None) -> Unary[SessionInfo]:
+    """Put off the end of a lease."""
+    request = session_pb.RenewSessionRequest(session_id=session_id)
+    _set_lease(request, lease_s)
+    return Unary(RPCS["RenewSession"], request, _session)
+
+
+def delete_session(session_id: str) -> Unary[None]:
+    """End a session."""
+    request = session_pb.DeleteSessionRequest(session_id=session_id)
+    return Unary(RPCS["DeleteSession"], request, lambda response: None)
+
+
+def server_info() -> Unary[types.ServerInfo]:
+    """Describe the server."""
+    request = session_pb.GetServerInfoRequest()
+    return Unary(RPCS["GetServerInfo"], request, convert.server_info_from_proto)
+
+
+def healthy() -> Unary[bool]:
+    """Ask the server's health service."""
+    return Unary(_HEALTH, wrappers_pb2.StringValue(), lambda r: r.value == _SERVING)
+
+
+def _session(response: Any) -> SessionInfo:
+    return convert.session_from_proto(response.session)
+
+
+def _set_lease(request: Any, lease_s: float | None) -> None:
+    if lease_s is not None:
+        if not lease_s > 0:
+            msg = f"lease_s must be positive, got {lease_s}"
+            raise InvalidSpec(msg, lease_s=lease_s)
+        request.lease.FromNanoseconds(round(lease_s * 1e9))
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex
+
+
+def _loss(loss: LossSpec | Mapping[str, Any] | str) -> LossSpec:
+    if isinstance(loss, Mapping):
+        return _from_keywords(LossSpec, loss)
+    return loss if isinstance(loss, LossSpec) else LossSpec(name=loss)  # type: ignore[arg-type]
+
+
+def _operator(operator: OperatorSpec | str) -> OperatorSpec:
+    if isinstance(operator, OperatorSpec):
+        return operator
+    return OperatorSpec(kind=operator)  # type: ignore[arg-type]
+
+
+def _from_keywords(
+    kind: Callable[..., LossSpec], keywords: Mapping[str, Any]
+) -> LossSpec:
+    try:
+        return kind(**keywords)
+    except TypeError as error:
+        msg = f"loss {dict(keywords)!r}: {error}"
+        raise InvalidSpec(msg) from None
+
+
+def _dtype(value: Any) -> types.Dtype:
+    # "F32", "float32", np.float32, np.dtype("float32") and torch.float32 are one thing.
+    name = str(getattr(value, "__name__", value)).removeprefix("torch.")
+    named = types.Dtype.__members__.get(name.upper(), name)
+    return types.member(types.Dtype, named, "dtype")

@@ -1,0 +1,202 @@
+"""What a session offers without a call, the same for both clients."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+from curvd.types import (
+    OperatorKind,
+    OperatorSpec,
+    ParameterLayout,
+    ResultInfo,
+    SessionInfo,
+)
+
+O = TypeVar("O")  # noqa: E741 - the operator type of the client
+
+
+class SessionBase(ABC, Generic[O]):
+    """A model, a dataset and a loss on a device of the server.
+
+    The four operator methods make no call: the server builds and verifies an operator
+    when it is first used, or when the session is created with ``operators=``.
+
+    Args:
+        info: What the server said about it.
+    """
+
+    def __init__(self, info: SessionInfo) -> None:
+        self._info = info
+        self.last: ResultInfo | None = None
+        """Where the latest gradient came from and what it cost."""
+
+    @property
+    def info(self) -> SessionInfo:
+        """What this client knows: as of the last `refresh`, update or creation."""
+        return self._info
+
+    @property
+    def id(self) -> str:
+        """What `Client.session` finds it by."""
+        return self._info.id
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """Names, shapes and order of the parameters."""
+        return self._info.layout
+
+    @abstractmethod
+    def operator(self, spec: OperatorSpec, *, expected_version: int | None = None) -> O:
+        """Make any operator.
+
+        Args:
+            spec: Which.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            The operator.
+
+        Raises:
+            InvalidSpec: If its blocks do not cover the parameters.
+        """
+
+    def hessian(
+        self,
+        *,
+        block_sizes: Sequence[int] | None = None,
+        damping: float = 0.0,
+        scale: float = 1.0,
+        expected_version: int | None = None,
+    ) -> O:
+        """Second derivative of the objective.
+
+        Args:
+            block_sizes: Parameters (tensors) per diagonal block; None: one block.
+            damping: Added to the diagonal.
+            scale: Multiplies the Hessian, not the damping.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            ``scale * H + damping * I``.
+        """
+        spec = OperatorSpec(
+            kind=OperatorKind.HESSIAN,
+            block_sizes=_blocks(block_sizes),
+            damping=damping,
+            scale=scale,
+        )
+        return self.operator(spec, expected_version=expected_version)
+
+    def ggn(
+        self,
+        *,
+        block_sizes: Sequence[int] | None = None,
+        damping: float = 0.0,
+        scale: float = 1.0,
+        mc_samples: int = 0,
+        seed: int = 0,
+        expected_version: int | None = None,
+    ) -> O:
+        """Generalised Gauss-Newton: the loss's Hessian between two Jacobians.
+
+        Args:
+            block_sizes: Parameters (tensors) per diagonal block; None: one block.
+            damping: Added to the diagonal.
+            scale: Multiplies the GGN, not the damping.
+            mc_samples: Sampled targets per data point; 0: exact.
+            seed: Fixes the sampled targets.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            ``scale * G + damping * I``.
+        """
+        spec = OperatorSpec(
+            kind=OperatorKind.GGN,
+            block_sizes=_blocks(block_sizes),
+            damping=damping,
+            scale=scale,
+            mc_samples=mc_samples,
+            seed=seed,
+        )
+        return self.operator(spec, expected_version=expected_version)
+
+    def fisher(
+        self,
+        *,
+        block_sizes: Sequence[int] | None = None,
+        damping: float = 0.0,
+        scale: float = 1.0,
+        mc_samples: int = 1,
+        seed: int = 0,
+        expected_version: int | None = None,
+    ) -> O:
+        """Type-1 Fisher: targets sampled from the model's own distribution.
+
+        Args:
+            block_sizes: Parameters (tensors) per diagonal block; None: one block.
+            damping: Added to the diagonal.
+            scale: Multiplies the Fisher, not the damping.
+            mc_samples: Sampled targets per data point, at least 1.
+            seed: Fixes the sampled targets.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            ``scale * F + damping * I``.
+        """
+        spec = OperatorSpec(
+            kind=OperatorKind.FISHER,
+            block_sizes=_blocks(block_sizes),
+            damping=damping,
+            scale=scale,
+            mc_samples=mc_samples,
+            seed=seed,
+        )
+        return self.operator(spec, expected_version=expected_version)
+
+    def empirical_fisher(
+        self,
+        *,
+        block_sizes: Sequence[int] | None = None,
+        damping: float = 0.0,
+        scale: float = 1.0,
+        expected_version: int | None = None,
+    ) -> O:
+        """Uncentred second moment of the per-example gradients.
+
+        Args:
+            block_sizes: Parameters (tensors) per diagonal block; None: one block.
+            damping: Added to the diagonal.
+            scale: Multiplies the Fisher, not the damping.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            ``scale * F + damping * I``.
+        """
+        spec = OperatorSpec(
+            kind=OperatorKind.EMPIRICAL_FISHER,
+            block_sizes=_blocks(block_sizes),
+            damping=damping,
+            scale=scale,
+        )
+        return self.operator(spec, expected_version=expected_version)
+
+    def __repr__(self) -> str:
+        i = self._info
+        return (
+            f"<{type(self).__name__} {i.id!r} {i.name!r} P={i.layout.size} "
+            f"N={i.data_points} {i.dtype} on {i.device}, version {i.version}>"
+        )
+
+    def _advance(self, version: int, digest: str) -> int:
+        # Operators of the old version are gone on the server.
+        self._info = dataclasses.replace(
+            self._info, version=version, parameters_digest=digest, operators=()
+        )
+        return version
+
+
+def _blocks(sizes: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if sizes is None else tuple(sizes)

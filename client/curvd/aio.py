@@ -1,0 +1,309 @@
+"""The asyncio client: the names and signatures of `curvd.client`, with ``await``.
+
+    async with curvd.aio.connect("127.0.0.1:50551") as client:
+        session = await client.session("…")
+        H = session.hessian()
+        product = await (H @ v)
+
+A client belongs to the event loop of its first call. Cancelling a task cancels its work
+on the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+from curvd import _requests, _uploads
+from curvd._calls import TensorStream
+from curvd._connection import AsyncConnection
+from curvd._session import SessionBase
+from curvd._uploads import Progress, Tensors
+from curvd.arrays import Layout
+from curvd.client import configured
+from curvd.config import ClientConfig, Pem, TlsConfig
+from curvd.errors import SessionNotFound
+from curvd.operator import OperatorBase
+from curvd.progress import shown
+from curvd.types import (
+    DatasetInfo,
+    Dtype,
+    InputStyle,
+    LossSpec,
+    Mode,
+    ModelInfo,
+    OperatorSpec,
+    ServerInfo,
+    SessionInfo,
+)
+
+T = TypeVar("T")
+
+
+def connect(
+    target: str,
+    *,
+    config: ClientConfig | None = None,
+    token: str | None = None,
+    tls: TlsConfig | Pem | bool | None = None,
+    deadline_s: float | None = None,
+) -> AsyncClient:
+    """Make a client; see `curvd.connect`."""
+    return AsyncClient(target, configured(config, token, tls, deadline_s))
+
+
+class AsyncClient:
+    """A server's models, datasets and sessions; see `curvd.Client`.
+
+    Args:
+        target: ``host:port``, or ``unix:/path``.
+        config: How to reach it.
+    """
+
+    def __init__(self, target: str, config: ClientConfig) -> None:
+        self._connection = AsyncConnection(target, config)
+
+    async def register_model(
+        self,
+        builder: str,
+        config: Mapping[str, Any] | None,
+        state: Tensors,
+        *,
+        progress: Progress | bool = False,
+    ) -> ModelInfo:
+        """Register an architecture with its state; see `curvd.Client`."""
+        with shown(progress, "model") as callback:
+            # Hashing gigabytes would hold up the event loop.
+            call = await asyncio.to_thread(
+                _uploads.register_model, builder, config, state, callback
+            )
+            return await self._connection.run(call)
+
+    async def register_dataset(
+        self,
+        tensors: Tensors,
+        *,
+        inputs: Sequence[str] | str,
+        target: str,
+        batch_size: int,
+        input_style: InputStyle | str = InputStyle.POSITIONAL,
+        progress: Progress | bool = False,
+    ) -> DatasetInfo:
+        """Register named tensors as fixed mini-batches; see `curvd.Client`."""
+        with shown(progress, "dataset") as callback:
+            call = await asyncio.to_thread(
+                _uploads.register_dataset,
+                tensors,
+                inputs=inputs,
+                target=target,
+                batch_size=batch_size,
+                input_style=input_style,
+                progress=callback,
+            )
+            return await self._connection.run(call)
+
+    async def create_session(
+        self,
+        model: ModelInfo | str,
+        dataset: DatasetInfo | str,
+        *,
+        loss: LossSpec | Mapping[str, Any] | str,
+        dtype: Any = Dtype.FLOAT32,
+        mode: Mode | str = Mode.EVAL,
+        operators: Sequence[OperatorSpec | str] = (),
+        budget_bytes: int | None = None,
+        lease_s: float | None = None,
+        name: str = "",
+        validate_only: bool = False,
+    ) -> AsyncSession:
+        """Bring a model, a dataset and a loss together; see `curvd.Client`."""
+        call = _requests.create_session(
+            model,
+            dataset,
+            loss=loss,
+            dtype=dtype,
+            mode=mode,
+            operators=operators,
+            budget_bytes=budget_bytes,
+            lease_s=lease_s,
+            name=name,
+            validate_only=validate_only,
+        )
+        return AsyncSession(self._connection, await self._connection.run(call))
+
+    async def session(self, session_id: str) -> AsyncSession:
+        """Find a session that exists; see `curvd.Client`."""
+        call = _requests.get_session(session_id)
+        return AsyncSession(self._connection, await self._connection.run(call))
+
+    async def sessions(self) -> list[SessionInfo]:
+        """List the sessions, oldest first."""
+        found, token = await self._connection.run(_requests.list_sessions(""))
+        while token:
+            page, token = await self._connection.run(_requests.list_sessions(token))
+            found += page
+        return found
+
+    async def server_info(self) -> ServerInfo:
+        """Describe the server: versions, limits, devices, builders, capabilities."""
+        return await self._connection.run(_requests.server_info())
+
+    async def healthy(self) -> bool:
+        """Tell whether the server is serving; False while it drains."""
+        return await self._connection.run(_requests.healthy())
+
+    async def close(self) -> None:
+        """Close the connection; sessions stay on the server."""
+        await self._connection.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._connection.target}>"
+
+
+class AsyncSession(SessionBase["AsyncOperator"]):
+    """A model, a dataset and a loss on a device of the server; see `curvd.Session`.
+
+    Args:
+        connection: To the server.
+        info: What the server said about it.
+    """
+
+    def __init__(self, connection: AsyncConnection, info: SessionInfo) -> None:
+        super().__init__(info)
+        self._connection = connection
+
+    def operator(
+        self, spec: OperatorSpec, *, expected_version: int | None = None
+    ) -> AsyncOperator:
+        """Make any operator; see `curvd.Session`."""
+        return AsyncOperator(self._connection, self._info, spec, expected_version)
+
+    async def gradient(
+        self, *, layout: Layout = "flat", expected_version: int | None = None
+    ) -> tuple[float, Any]:
+        """Compute the objective and its gradient; see `curvd.Session`."""
+        call = _requests.gradient(
+            self._info, layout=layout, expected_version=expected_version
+        )
+        loss_and_gradient = await self._connection.run(call)
+        self.last = call.info
+        return loss_and_gradient
+
+    async def update_parameters(
+        self,
+        values: Tensors,
+        *,
+        expected_version: int | None = None,
+        progress: Progress | bool = False,
+    ) -> int:
+        """Replace some or all values; see `curvd.Session`."""
+        with shown(progress, "parameters") as callback:
+            call = await asyncio.to_thread(
+                _uploads.update_parameters,
+                self.id,
+                values,
+                expected_version=expected_version,
+                request_id=uuid.uuid4().hex,
+                progress=callback,
+            )
+            return self._advance(*await self._connection.run(call))
+
+    async def refresh(self) -> SessionInfo:
+        """Ask for the session as it is now: version, plans, lease."""
+        self._info = await self._connection.run(_requests.get_session(self.id))
+        return self._info
+
+    async def renew(self, lease_s: float | None = None) -> SessionInfo:
+        """Put off the end of the lease; see `curvd.Session`."""
+        call = _requests.renew_session(self.id, lease_s)
+        self._info = await self._connection.run(call)
+        return self._info
+
+    async def delete(self) -> None:
+        """End the session, cancel its work and free its memory."""
+        call = _requests.delete_session(self.id)
+        try:
+            await self._connection.run(call)
+        except SessionNotFound:
+            if call.attempts == 1:
+                raise
+            # An earlier attempt deleted it, and its answer was lost.
+
+    async def __aenter__(self) -> AsyncSession:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with contextlib.suppress(SessionNotFound):  # its end is what was wanted
+            await self.delete()
+
+
+class AsyncOperator(OperatorBase):
+    """``scale * A + damping * I`` on a session's parameters; see `curvd.RemoteOperator`.
+
+    ``H @ x`` and ``x @ H`` check the operand at once and return what is to be awaited.
+
+    Args:
+        connection: To the server.
+        session: The session whose parameters it acts on.
+        spec: Which operator.
+        expected_version: Refuse to compute at another parameter version.
+    """
+
+    def __init__(
+        self,
+        connection: AsyncConnection,
+        session: SessionInfo,
+        spec: OperatorSpec,
+        expected_version: int | None = None,
+    ) -> None:
+        super().__init__(session, spec, expected_version)
+        self._connection = connection
+
+    def __matmul__(self, x: T) -> Awaitable[T]:
+        return self._run(self._product(x))
+
+    def __rmatmul__(self, x: T) -> Awaitable[T]:
+        return self._run(self._product(x, leading=True))
+
+    async def matvec(self, v: T, /) -> T:
+        """Multiply one vector; see `curvd.RemoteOperator`."""
+        return await self._run(self._product(v, columns=False))
+
+    async def matmat(self, V: T, /) -> T:
+        """Multiply K columns; see `curvd.RemoteOperator`."""
+        return await self._run(self._product(V, columns=True))
+
+    async def iter_matmat(
+        self, V: T, /, *, columns: int = 1
+    ) -> AsyncGenerator[T, None]:
+        """Multiply K columns and hand out blocks; see `curvd.RemoteOperator`."""
+        call = self._blocks(V, columns)
+        async with contextlib.aclosing(self._connection.blocks(call)) as blocks:
+            async for block in blocks:
+                yield call.finish(block)
+        self.last = call.info
+
+    async def _run(self, call: TensorStream[T]) -> T:
+        result = await self._connection.run(call)
+        self.last = call.info
+        return result

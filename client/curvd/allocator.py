@@ -1,0 +1,40 @@
+"""Settings of the C allocator for processes that move large vectors."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+# Parameter numbers of glibc's <malloc.h>.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
+
+# gRPC allocates and frees every message. With glibc's defaults the pages go back to
+# the kernel each time, and faulting them in again costs more than copying; with these,
+# 40 MB and more move 1.2-1.6 times faster. A larger mmap threshold makes torch's
+# temporaries stay on the heap and fragment it.
+_SETTINGS = (
+    (_M_MMAP_THRESHOLD, 32 << 20),
+    (_M_TRIM_THRESHOLD, 128 << 20),
+    (_M_TOP_PAD, 16 << 20),
+    (_M_ARENA_MAX, 1),
+)
+
+
+def tune_allocator() -> bool:
+    """Set up glibc's malloc for vectors of megabytes, for the whole process.
+
+    The command line and the server call this at start-up. A library must not change
+    its host process, so `import curvd` does not: call it early in a program of yours
+    that moves vectors of 4 MB and more.
+
+    Returns:
+        Whether it took effect: True on Linux with glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        mallopt = libc.mallopt
+    except (OSError, AttributeError):
+        return False  # musl
+    return all([mallopt(parameter, value) == 1 for parameter, value in _SETTINGS])

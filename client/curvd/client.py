@@ -1,0 +1,251 @@
+"""The blocking client: models, datasets and sessions on a server."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from curvd import _requests, _uploads
+from curvd._connection import Connection
+from curvd._uploads import Progress, Tensors
+from curvd.config import ClientConfig, Pem, TlsConfig
+from curvd.progress import shown
+from curvd.session import Session
+from curvd.types import (
+    DatasetInfo,
+    Dtype,
+    InputStyle,
+    LossSpec,
+    Mode,
+    ModelInfo,
+    OperatorSpec,
+    ServerInfo,
+    SessionInfo,
+)
+
+
+def connect(
+    target: str,
+    *,
+    config: ClientConfig | None = None,
+    token: str | None = None,
+    tls: TlsConfig | Pem | bool | None = None,
+    deadline_s: float | None = None,
+) -> Client:
+    """Make a client. Nothing is sent before its first call.
+
+    Args:
+        target: ``host:port``, or ``unix:/path``.
+        config: Everything; the other arguments override it.
+        token: Sent with every call; needs TLS or a target on this machine.
+        tls: True for the system's certificates, a file (or PEM) with the server's CA,
+            or a `TlsConfig` for mutual TLS. False or None: plain text.
+        deadline_s: Longest a call may take, its repetitions included.
+
+    Returns:
+        The client; close it, or use it in a ``with``.
+    """
+    return Client(target, configured(config, token, tls, deadline_s))
+
+
+def configured(
+    config: ClientConfig | None,
+    token: str | None,
+    tls: TlsConfig | Pem | bool | None,
+    deadline_s: float | None,
+) -> ClientConfig:
+    """Read the arguments of `connect`.
+
+    Args:
+        config: Where to start from; None: the defaults.
+        token: Overrides `config` unless it is None.
+        tls: Likewise.
+        deadline_s: Likewise.
+
+    Returns:
+        The configuration that they add up to.
+    """
+    changes: dict[str, Any] = {}
+    if token is not None:
+        changes["token"] = token
+    if deadline_s is not None:
+        changes["deadline_s"] = deadline_s
+    if isinstance(tls, TlsConfig):
+        changes["tls"] = tls
+    elif isinstance(tls, bool):
+        changes["tls"] = TlsConfig() if tls else None
+    elif tls is not None:
+        changes["tls"] = TlsConfig(ca=tls)
+    return dataclasses.replace(config or ClientConfig(), **changes)
+
+
+class Client:
+    """A server's models, datasets and sessions. Threads may share it.
+
+    Every call is repeated when the server is away for a moment, within the limits of
+    `ClientConfig.retry`; every error is a `curvd.CurvdError`.
+
+    Args:
+        target: ``host:port``, or ``unix:/path``.
+        config: How to reach it.
+    """
+
+    def __init__(self, target: str, config: ClientConfig) -> None:
+        self._connection = Connection(target, config)
+
+    def register_model(
+        self,
+        builder: str,
+        config: Mapping[str, Any] | None,
+        state: Tensors,
+        *,
+        progress: Progress | bool = False,
+    ) -> ModelInfo:
+        """Register an architecture with its state. Same content, same model.
+
+        What the server has already is not sent again, and an upload that breaks goes
+        on where it was.
+
+        Args:
+            builder: Name of one of `ServerInfo.builders`.
+            config: Its options, JSON values only.
+            state: Every entry of the module's state: ``module.state_dict()``, NumPy
+                arrays by name, or the path of a safetensors file. bfloat16 tensors
+                travel as float32, unless they come in a file.
+            progress: Called with bytes done and in total; True draws a bar on stderr.
+
+        Returns:
+            The model.
+        """
+        with shown(progress, "model") as callback:
+            call = _uploads.register_model(builder, config, state, callback)
+            return self._connection.run(call)
+
+    def register_dataset(
+        self,
+        tensors: Tensors,
+        *,
+        inputs: Sequence[str] | str,
+        target: str,
+        batch_size: int,
+        input_style: InputStyle | str = InputStyle.POSITIONAL,
+        progress: Progress | bool = False,
+    ) -> DatasetInfo:
+        """Register named tensors as fixed mini-batches. Same content, same dataset.
+
+        Args:
+            tensors: Inputs and target by name, [N, ...] each, or the path of a
+                safetensors file.
+            inputs: Names of the model's inputs, in order.
+            target: Name of the target.
+            batch_size: ``B``; the last mini-batch may be smaller.
+            input_style: How the model wants its inputs.
+            progress: Called with bytes done and in total; True draws a bar on stderr.
+
+        Returns:
+            The dataset.
+        """
+        with shown(progress, "dataset") as callback:
+            call = _uploads.register_dataset(
+                tensors,
+                inputs=inputs,
+                target=target,
+                batch_size=batch_size,
+                input_style=input_style,
+                progress=callback,
+            )
+            return self._connection.run(call)
+
+    def create_session(
+        self,
+        model: ModelInfo | str,
+        dataset: DatasetInfo | str,
+        *,
+        loss: LossSpec | Mapping[str, Any] | str,
+        dtype: Any = Dtype.FLOAT32,
+        mode: Mode | str = Mode.EVAL,
+        operators: Sequence[OperatorSpec | str] = (),
+        budget_bytes: int | None = None,
+        lease_s: float | None = None,
+        name: str = "",
+        validate_only: bool = False,
+    ) -> Session:
+        """Bring a model, a dataset and a loss together, verified and warm.
+
+        Args:
+            model: From `register_model`, or its id.
+            dataset: From `register_dataset`, or its id.
+            loss: A name, a `LossSpec`, or its keywords as a dict.
+            dtype: What to compute in: ``"F32"``, ``np.float64``, ``torch.bfloat16``, …
+            mode: Whether layers evaluate or use the statistics of the mini-batches.
+            operators: What to build before the answer; empty: the Hessian.
+            budget_bytes: Memory for kept linearisations; None: the server's default.
+            lease_s: Delete the session after so long without a call; None: never.
+            name: A label for people.
+            validate_only: Check and predict only: `Session.info` has the plans, and
+                its id is empty.
+
+        Returns:
+            The session.
+        """
+        call = _requests.create_session(
+            model,
+            dataset,
+            loss=loss,
+            dtype=dtype,
+            mode=mode,
+            operators=operators,
+            budget_bytes=budget_bytes,
+            lease_s=lease_s,
+            name=name,
+            validate_only=validate_only,
+        )
+        return Session(self._connection, self._connection.run(call))
+
+    def session(self, session_id: str) -> Session:
+        """Find a session that exists.
+
+        Args:
+            session_id: Its id.
+
+        Returns:
+            The session.
+        """
+        call = _requests.get_session(session_id)
+        return Session(self._connection, self._connection.run(call))
+
+    def sessions(self) -> list[SessionInfo]:
+        """List the sessions, oldest first."""
+        found, token = self._connection.run(_requests.list_sessions(""))
+        while token:
+            page, token = self._connection.run(_requests.list_sessions(token))
+            found += page
+        return found
+
+    def server_info(self) -> ServerInfo:
+        """Describe the server: versions, limits, devices, builders, capabilities."""
+        return self._connection.run(_requests.server_info())
+
+    def healthy(self) -> bool:
+        """Tell whether the server is serving; False while it drains."""
+        return self._connection.run(_requests.healthy())
+
+    def close(self) -> None:
+        """Close the connection; sessions stay on the server."""
+        self._connection.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._connection.target}>"

@@ -1,0 +1,193 @@
+"""A curvature operator that lives on a server and multiplies like a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from curvd import _requests
+from curvd._calls import TensorStream
+from curvd._connection import Connection
+from curvd.arrays import operand, vector_dtype
+from curvd.errors import InvalidSpec, InvalidVector
+from curvd.types import OperatorSpec, ParameterLayout, ResultInfo, SessionInfo
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+T = TypeVar("T")
+
+
+class OperatorBase:
+    """What is known about an operator without a call; see `RemoteOperator`.
+
+    Args:
+        session: The session whose parameters it acts on.
+        spec: Which operator.
+        expected_version: Refuse to compute at another parameter version.
+    """
+
+    # Without it, NumPy would take ``ndarray @ operator`` apart into a loop over entries.
+    __array_ufunc__ = None
+
+    def __init__(
+        self, session: SessionInfo, spec: OperatorSpec, expected_version: int | None
+    ) -> None:
+        session.layout.check_blocks(spec.block_sizes)
+        self._session = session
+        self.spec = spec
+        """Kind, blocks, damping and scale."""
+        self.expected_version = expected_version
+        """The only parameter version that a product may belong to; None: any."""
+        self.last: ResultInfo | None = None
+        """Where the latest product came from and what it cost."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(P, P)``."""
+        return (self._session.layout.size, self._session.layout.size)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Element type of the vectors: float64 for float64 sessions, else float32."""
+        return vector_dtype(self._session.dtype)
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """Names, shapes and order of the parameters that a vector consists of."""
+        return self._session.layout
+
+    def __repr__(self) -> str:
+        kind = type(self).__name__
+        return (
+            f"<{kind} {self.spec.kind} {self.shape} {self.dtype} "
+            f"of session {self._session.id!r}>"
+        )
+
+    def _product(
+        self,
+        value: T,
+        *,
+        columns: bool | None = None,
+        leading: bool = False,
+        block: int = 0,
+    ) -> TensorStream[T]:
+        """Check the operand and make the call; `columns` says whether it needs K."""
+        v = operand(value, self.layout, self._session.dtype, leading=leading)
+        if columns is not None and columns != (v.columns is not None):
+            msg = (
+                "matmat needs a column axis, [P, K] or [*shape, K]; for one vector "
+                "there is matvec"
+                if columns
+                else f"matvec takes one vector, not {v.columns} columns; for those "
+                "there is matmat"
+            )
+            raise InvalidVector(msg, columns=v.columns)
+        return _requests.product(
+            self._session,
+            self.spec,
+            v,
+            expected_version=self.expected_version,
+            block=block,
+        )
+
+    def _blocks(self, value: T, columns: int) -> TensorStream[T]:
+        if columns < 1:
+            msg = f"columns must be at least 1, got {columns}"
+            raise InvalidSpec(msg, columns=columns)
+        return self._product(value, columns=True, block=columns)
+
+
+class RemoteOperator(OperatorBase):
+    """``scale * A + damping * I`` on the parameters of a session.
+
+    ``H @ x`` takes one vector or K columns, as one array [P] or [P, K], or as a list,
+    tuple or dict with one array per parameter, [*shape] or [*shape, K], and answers in
+    the same layout: NumPy for NumPy, torch for torch (on the same device). ``x @ H``
+    has columns leading: [P], [K, P], [*shape] or [K, *shape]. Operators are symmetric.
+
+    Shapes, element types, names and values are checked before a byte is sent. An
+    operator costs nothing to make; give each thread its own if `last` matters.
+
+    Args:
+        connection: To the server.
+        session: The session whose parameters it acts on.
+        spec: Which operator.
+        expected_version: Refuse to compute at another parameter version.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        session: SessionInfo,
+        spec: OperatorSpec,
+        expected_version: int | None = None,
+    ) -> None:
+        super().__init__(session, spec, expected_version)
+        self._connection = connection
+
+    def __matmul__(self, x: T) -> T:
+        return self._run(self._product(x))
+
+    def __rmatmul__(self, x: T) -> T:
+        return self._run(self._product(x, leading=True))
+
+    def matvec(self, v: T, /) -> T:
+        """Multiply one vector.
+
+        Args:
+            v: [P], or one array [*shape] per parameter.
+
+        Returns:
+            The product, laid out like `v`.
+        """
+        return self._run(self._product(v, columns=False))
+
+    def matmat(self, V: T, /) -> T:
+        """Multiply K columns.
+
+        Args:
+            V: [P, K], or one array [*shape, K] per parameter.
+
+        Returns:
+            The products, laid out like `V`.
+        """
+        return self._run(self._product(V, columns=True))
+
+    def iter_matmat(self, V: T, /, *, columns: int = 1) -> Iterator[T]:
+        """Multiply K columns, and hand out results while later ones are computed.
+
+        All belong to one parameter version.
+
+        Args:
+            V: [P, K], or one array [*shape, K] per parameter.
+            columns: Columns per block; the last block may have fewer.
+
+        Yields:
+            Blocks of products in order, each laid out like `V`.
+        """
+        call = self._blocks(V, columns)
+        for block in self._connection.blocks(call):
+            yield call.finish(block)
+        self.last = call.info
+
+    def to_scipy(self, dtype: Any = np.float64) -> LinearOperator:
+        """Make a SciPy operator of it, for `eigsh`, `cg` and the like.
+
+        Args:
+            dtype: What SciPy computes in. Operands are cast to what the session takes,
+                and products back to the operand's own type.
+
+        Returns:
+            A symmetric [P, P] linear operator.
+        """
+        from curvd.linop import linear_operator  # needs curvd[scipy]
+
+        return linear_operator(self, dtype)
+
+    def _run(self, call: TensorStream[T]) -> T:
+        result = self._connection.run(call)
+        self.last = call.info
+        return result

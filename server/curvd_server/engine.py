@@ -1,0 +1,354 @@
+"""Operators: built once with evidence and a plan, applied any number of times.
+
+    problem = Problem.load(module, parameters, arrays, data, loss)
+    operator = build(problem, OperatorSpec(), budget_bytes=2**30)
+    rows = operator.apply(columns)            # [K, P] -> [K, P]
+    operator = operator.at(problem.with_parameters(new))
+
+Everything here is synchronous and belongs to the one compute thread of its device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from curvd.errors import InvalidVector, OutOfMemory
+from curvd.types import OperatorSpec, PlanReport
+from torch import Tensor
+
+from curvd_server.curvature import MODES, Linearisation, Rows, kept_bytes
+from curvd_server.objective import Array, Problem, check_cancelled, never
+from curvd_server.plans import Choice, Plan, choose
+from curvd_server.verify import block_ranges, check_repeatable
+
+TUNING_S = 3.0
+"""Default time for measuring candidate plans."""
+SHARED = 16
+"""Columns that share one linearisation when it has to be recomputed."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Work done so far; for tests and metrics."""
+
+    linearisations: int = 0
+    """Mini-batches linearised (forward and first backward)."""
+    batch_products: int = 0
+    """Mini-batches multiplied, each with one chunk of columns."""
+    columns: int = 0
+    """Columns returned."""
+
+
+def build(
+    problem: Problem,
+    spec: OperatorSpec,
+    *,
+    budget_bytes: int,
+    plan: Plan | None = None,
+    tuning_s: float = TUNING_S,
+    cancelled: Callable[[], bool] = never,
+) -> Operator:
+    """Verify an operator, choose its plan and warm it up.
+
+    Args:
+        problem: The objective at its current parameters.
+        spec: The operator.
+        budget_bytes: Memory for kept linearisations.
+        plan: Taken if it verifies; else candidates are timed.
+        tuning_s: Time for timing candidates.
+        cancelled: Polled between mini-batches and candidates.
+
+    Returns:
+        An operator that is ready to multiply.
+
+    Raises:
+        InvalidSpec: If the block sizes do not fit the parameters.
+        NotDeterministic: If two evaluations disagree.
+        CurvatureUnverified: If no AD mode is right.
+    """
+    problem.layout.check_blocks(spec.block_sizes)
+    _check_objective(problem)
+    check_cancelled(cancelled)
+    choice = choose(problem, spec, plan=plan, budget_s=tuning_s, cancelled=cancelled)
+    operator = Operator(problem, spec, choice, budget_bytes)
+    operator.warm(cancelled=cancelled)
+    operator.check_repeatable()
+    return operator
+
+
+class Operator:
+    """``scale * A + damping * I`` on the parameter space of one problem.
+
+    Args:
+        problem: The objective at one parameter version.
+        spec: Which operator.
+        choice: The plan and its evidence.
+        budget_bytes: Memory for kept linearisations.
+    """
+
+    def __init__(
+        self, problem: Problem, spec: OperatorSpec, choice: Choice, budget_bytes: int
+    ) -> None:
+        self.problem, self.spec = problem, spec
+        self.counters = Counters()
+        self._choice, self._budget_bytes = choice, budget_bytes
+        self._blocks = block_ranges(spec, len(problem.parameters))
+        self._width = choice.plan.columns_at_once
+        self._kept: list[Linearisation | None] = [None] * problem.batches
+        self._bytes: list[int] | None = None
+        self._seconds = 0.0
+
+    @property
+    def plan(self) -> Plan:
+        """How products are computed; hand it to `build` for a similar problem."""
+        return self._choice.plan
+
+    @property
+    def report(self) -> PlanReport:
+        """The plan and the evidence that it is right."""
+        kept = self._kept_indices()
+        transient = max(self._batch_bytes()) * self._width
+        column_bytes = self.problem.layout.size * self.problem.result_dtype.itemsize
+        kept_total = sum(self._batch_bytes()[i] for i in kept)
+        return PlanReport(
+            mode=self._mode_name(len(kept)),
+            columns_at_once=self._width,
+            batches=self.problem.batches,
+            kept_batches=len(kept),
+            kept_bytes=kept_total,
+            compiled=False,
+            symmetry_gap=self._choice.evidence.symmetry_gap,
+            difference_gap=self._choice.evidence.difference_gap,
+            seconds_per_product=self._seconds,
+            peak_bytes=self.problem.device_bytes
+            + kept_total
+            + transient
+            + 3 * self._width * column_bytes,
+        )
+
+    def at(self, problem: Problem) -> Operator:
+        """Make this operator for new parameters, with the same plan.
+
+        Nothing is measured or linearised before the first product. This operator
+        stays valid until it is closed.
+        """
+        moved = Operator(problem, self.spec, self._choice, self._budget_bytes)
+        moved._width, moved._bytes = self._width, self._bytes
+        moved._seconds = self._seconds
+        return moved
+
+    def close(self) -> None:
+        """Return the memory of all kept linearisations, now."""
+        self._kept = [None] * self.problem.batches
+
+    def warm(self, *, cancelled: Callable[[], bool] = never) -> None:
+        """Linearise the mini-batches that fit the budget, and time a product."""
+        for index in self._kept_indices():
+            check_cancelled(cancelled)
+            self._linearisation(index)
+        check_cancelled(cancelled)
+        column = torch.ones(
+            1, self.problem.layout.size, dtype=self.problem.result_dtype
+        ).to(self.problem.device)
+        start = time.perf_counter()
+        self._batch_product(0, column, torch.zeros_like(column), never)
+        if self.problem.device.type == "cuda":
+            torch.cuda.synchronize(self.problem.device)
+        self._seconds = (time.perf_counter() - start) * self.problem.batches
+
+    def check_repeatable(self) -> None:
+        """Refuse an operator whose product differs between two evaluations."""
+        p = self.problem
+        generator = torch.Generator().manual_seed(1)
+        column = torch.randn(1, p.layout.size, generator=generator)
+        column = column.to(p.device, p.result_dtype)
+        first, second = torch.zeros_like(column), torch.zeros_like(column)
+        for out in (first, second):
+            self._batch_product(0, column, out, never)
+        check_repeatable("product", first, second)
+
+    def apply(self, columns: Array, *, cancelled: Callable[[], bool] = never) -> Tensor:
+        """Multiply columns.
+
+        Args:
+            columns: ``V: [K, P]``, any K.
+            cancelled: Polled between mini-batches.
+
+        Returns:
+            ``(scale * A + damping * I) V^T``, transposed: ``[K, P]`` in
+            `Problem.result_dtype` on the problem's device.
+
+        Raises:
+            InvalidVector: If the shape is not ``[K, P]``.
+            Cancelled: If the caller gave up.
+            OutOfMemory: If one column does not fit even with nothing kept.
+        """
+        results = [rows for _, rows in self.stream(columns, cancelled=cancelled)]
+        if not results:
+            size = self.problem.layout.size
+            return torch.empty(0, size, dtype=self.problem.result_dtype)
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def stream(
+        self,
+        columns: Array,
+        *,
+        at_once: int | None = None,
+        cancelled: Callable[[], bool] = never,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Multiply columns and hand results out as they are ready.
+
+        Args:
+            columns: ``V: [K, P]``.
+            at_once: Columns per result; by default what the plan does best.
+            cancelled: Polled between mini-batches.
+
+        Yields:
+            The index of the first column, and the rows ``[k, P]``.
+        """
+        V = self._checked(columns)
+        all_kept = len(self._kept_indices()) == self.problem.batches
+        step = at_once or max(self._width, 1 if all_kept else SHARED)
+        for start in range(0, len(V), step):
+            part = V[start : start + step].to(
+                self.problem.device, self.problem.result_dtype
+            )
+            yield start, self._multiply(part, cancelled)
+
+    def _checked(self, columns: Array) -> Tensor:
+        V = torch.from_numpy(columns) if isinstance(columns, np.ndarray) else columns
+        size = self.problem.layout.size
+        if V.ndim != 2 or V.shape[1] != size or not V.is_floating_point():
+            msg = (
+                f"columns must be floating point [K, P={size}], "
+                f"got {V.dtype} {list(V.shape)}"
+            )
+            raise InvalidVector(msg, shape=tuple(V.shape), P=size)
+        return V
+
+    def _multiply(self, V: Tensor, cancelled: Callable[[], bool]) -> Tensor:
+        out = torch.zeros_like(V)
+        for index in range(self.problem.batches):
+            self._batch_product(index, V, out, cancelled)
+        if self.spec.scale != 1.0:
+            out *= self.spec.scale
+        if self.spec.damping:
+            out.add_(V, alpha=self.spec.damping)
+        self.counters.columns += len(V)
+        return out
+
+    def _batch_product(
+        self, index: int, V: Tensor, out: Tensor, cancelled: Callable[[], bool]
+    ) -> None:
+        """Add one mini-batch's product, in chunks of columns that fit."""
+        check_cancelled(cancelled)
+        linear = self._linearisation(index)
+        start = 0
+        while start < len(V):
+            check_cancelled(cancelled)
+            stop = min(start + self._width, len(V))
+            try:
+                pieces = self._block_rows(linear, V[start:stop])
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                linear = self._relieve(index, linear, error)
+                continue
+            self._add(pieces, out[start:stop])
+            self.counters.batch_products += 1
+            start = stop
+
+    def _block_rows(self, linear: Linearisation, V: Tensor) -> list[Rows]:
+        """Multiply one chunk of columns by every diagonal block."""
+        batched = len(V) > 1
+        columns = V.to(self.problem.dtype) if batched else V[0].to(self.problem.dtype)
+        lead = columns.shape[:-1]
+        layout = self.problem.layout.parameters
+        tangents = [
+            columns[..., p.offset : p.offset + p.size].reshape(*lead, *p.shape)
+            for p in layout
+        ]
+        return [
+            linear.product(tangents[b.start : b.stop], b, batched=batched)
+            for b in self._blocks
+        ]
+
+    def _add(self, pieces: list[Rows], out: Tensor) -> None:
+        layout = self.problem.layout.parameters
+        rows = [row for piece in pieces for row in piece]
+        for p, row in zip(layout, rows, strict=True):
+            if row is not None:
+                out[:, p.offset : p.offset + p.size] += row.reshape(len(out), p.size)
+
+    def _linearisation(self, index: int) -> Linearisation:
+        kept = self._kept[index]
+        if kept is not None:
+            return kept
+        self.counters.linearisations += 1
+        mode = MODES[self.plan.mode]
+        fresh = mode(self.problem, self.spec, self.problem.data[index])
+        if index in self._kept_indices():
+            self._kept[index] = fresh
+        return fresh
+
+    def _kept_indices(self) -> range:
+        """Say which mini-batches are kept: the first that fit the budget."""
+        total = 0
+        for index, size in enumerate(self._batch_bytes()):
+            total += size
+            if total > self._budget_bytes or not size:
+                return range(index)
+        return range(self.problem.batches)
+
+    def _batch_bytes(self) -> list[int]:
+        """Bytes of each linearisation: the first is measured, the others by rows."""
+        if self._bytes is None:
+            data = self.problem.data
+            first = kept_bytes(self.plan.mode, self.problem, self.spec, data[0])
+            rows = len(data[0].targets)
+            self._bytes = [-(-first * len(b.targets) // rows) for b in data]
+        return self._bytes
+
+    def _relieve(
+        self, index: int, linear: Linearisation, error: RuntimeError
+    ) -> Linearisation:
+        """Make room after running out of memory: halve the chunk, then keep less."""
+        if self.problem.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self._width > 1:
+            self._width //= 2
+            return linear
+        if not any(self._kept):
+            need = self.report.peak_bytes
+            msg = (
+                f"one column does not fit the device with nothing kept (predicted peak "
+                f"{need} bytes); use a smaller batch_size"
+            )
+            raise OutOfMemory(msg, peak_bytes=need) from error
+        self._budget_bytes = 0
+        self._kept = [None] * self.problem.batches
+        del linear
+        return self._linearisation(index)
+
+    def _mode_name(self, kept: int) -> str:
+        if kept == self.problem.batches:
+            return f"kept_{self.plan.mode}"
+        return f"{'partly_kept' if kept else 'recomputed'}_{self.plan.mode}"
+
+
+def _check_objective(problem: Problem) -> None:
+    """Evaluate loss and gradient twice on the first mini-batch."""
+    first, second = (problem.batch_gradient(problem.data[0]) for _ in range(2))
+    check_repeatable("loss", first[0], second[0])
+    for name, a, b in zip(problem.layout.names, first[1], second[1], strict=True):
+        if a is not None and b is not None:
+            check_repeatable(f"gradient of {name}", a, b)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text

@@ -1,0 +1,426 @@
+"""The function that is differentiated: a model, a dataset and a loss as one sum.
+
+    objective(θ) = (1 / normaliser) * sum over mini-batches b of loss_sum(f(θ, x_b), y_b)
+
+A `Problem` is immutable: new parameters make a new one that shares model and data, so
+work that runs on the old version is never disturbed. Not thread-safe: one compute
+thread per device evaluates it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from curvd.errors import Cancelled, InvalidSpec
+from curvd.types import DatasetSpec, Dtype, InputStyle, LossSpec, Mode, ParameterLayout
+from torch import Tensor, nn
+
+from curvd_server.losses import Loss
+from curvd_server.rewrites import rewrite, use_batch_statistics
+
+Array = np.ndarray[Any, Any] | Tensor
+
+TORCH_DTYPES = {
+    Dtype.FLOAT32: torch.float32,
+    Dtype.FLOAT64: torch.float64,
+    Dtype.BFLOAT16: torch.bfloat16,
+}
+
+
+def never() -> bool:
+    """Never cancel."""
+    return False
+
+
+def check_cancelled(cancelled: Callable[[], bool]) -> None:
+    """Raise `Cancelled` if the caller gave up; called between mini-batches."""
+    if cancelled():
+        msg = "the caller gave up; the product stopped between two mini-batches"
+        raise Cancelled(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One fixed mini-batch."""
+
+    start: int
+    """Index of its first data point."""
+    inputs: tuple[Tensor, ...]
+    """Each ``[B, ...]``, in the order of `DatasetSpec.inputs`."""
+    targets: Tensor
+    """``[B, ...]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The architecture, with everything that is not differentiated."""
+
+    skeleton: nn.Module
+    """In evaluation mode; its own parameters have no memory (device ``meta``)."""
+    constants: Mapping[str, Tensor]
+    """Frozen parameters and buffers by name."""
+    names: tuple[str, ...]
+    """Names of the differentiated parameters, in order."""
+    data: DatasetSpec
+
+    def __call__(self, parameters: Sequence[Tensor], batch: Batch) -> Tensor:
+        """Run the model.
+
+        Args:
+            parameters: One tensor per name.
+            batch: The data.
+
+        Returns:
+            Its outputs; of a structured result, the field ``logits``.
+
+        Raises:
+            InvalidSpec: If the result is neither a tensor nor has ``logits``.
+        """
+        state = dict(self.constants)
+        state.update(zip(self.names, parameters, strict=True))
+        args: tuple[Any, ...] = batch.inputs
+        kwargs: dict[str, Tensor] = {}
+        if self.data.input_style is InputStyle.KEYWORDS:
+            args, kwargs = (), self._named(batch)
+        elif self.data.input_style is InputStyle.MAPPING:
+            args = (self._named(batch),)
+        result = torch.func.functional_call(self.skeleton, state, args, kwargs)
+        if isinstance(result, Mapping):
+            result = result.get("logits", result)
+        result = getattr(result, "logits", result)
+        if not isinstance(result, Tensor):
+            msg = (
+                f"the model returned {type(result).__name__}; it must return a tensor "
+                "or something with a field 'logits'"
+            )
+            raise InvalidSpec(msg, returned=type(result).__name__)
+        return result
+
+    def _named(self, batch: Batch) -> dict[str, Tensor]:
+        return dict(zip(self.data.inputs, batch.inputs, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """An objective at one version of its parameters."""
+
+    model: Model
+    loss: Loss
+    layout: ParameterLayout
+    parameters: tuple[Tensor, ...]
+    """In the order of `layout`."""
+    data: tuple[Batch, ...]
+    normaliser: float
+    """What ``mean`` divides by, over the whole dataset; 1 for ``sum``."""
+    mode: Mode
+
+    @classmethod
+    def load(
+        cls,
+        module: nn.Module,
+        parameters: Mapping[str, Array],
+        arrays: Mapping[str, Array],
+        data: DatasetSpec,
+        loss: LossSpec,
+        mode: Mode = Mode.EVAL,
+        dtype: Dtype = Dtype.FLOAT32,
+        device: str | torch.device = "cpu",
+    ) -> Problem:
+        """Assemble an objective.
+
+        Memory is shared with arrays that have the right type and place already, so
+        the caller must not write to them afterwards.
+
+        Args:
+            module: The architecture; it is copied, never modified. Parameters with
+                ``requires_grad`` span the operators, in ``named_parameters`` order,
+                tied ones once.
+            parameters: Values of parameters and buffers by name; those missing keep
+                the module's values. Unknown names are the caller's to refuse.
+            arrays: The dataset, each with the leading axis ``N``.
+            data: How the arrays become mini-batches.
+            loss: The loss and its reduction.
+            mode: How BatchNorm behaves.
+            dtype: Of parameters, buffers and floating point data.
+            device: Where to compute.
+
+        Returns:
+            The problem at these parameters.
+
+        Raises:
+            InvalidSpec: If data, model and loss do not fit each other.
+        """
+        kind, place = TORCH_DTYPES[dtype], torch.device(device)
+        state = _aliased(module, parameters)
+        variables, constants, skeleton = _take_apart(module, mode, state, kind, place)
+        if not variables:
+            msg = "the model has no parameter with requires_grad; nothing to multiply"
+            raise InvalidSpec(msg)
+        batches = _cut(arrays, data, kind, place)
+        shapes = {name: tuple(p.shape) for name, p in variables.items()}
+        problem = cls(
+            model=Model(skeleton, constants, tuple(variables), data),
+            loss=Loss.of(loss, kind, place),
+            layout=ParameterLayout.of(shapes),
+            parameters=tuple(variables.values()),
+            data=batches,
+            normaliser=1.0,
+            mode=mode,
+        )
+        return problem._normalised()
+
+    def _normalised(self) -> Problem:
+        """Check the targets and count them."""
+        first = self.data[0]
+        with torch.no_grad():
+            outputs = self.outputs(self.parameters, _rows(first, slice(0, 2)))
+        counted = 0.0
+        for batch in self.data:
+            self.loss.check(outputs, batch.targets)
+            counted += float(self.loss.counts(batch.targets).sum())
+        if not counted > 0:
+            msg = "no target counts: all have ignore_index or class weight zero"
+            raise InvalidSpec(msg, counted=counted)
+        normaliser = counted if self.loss.is_mean else 1.0
+        return dataclasses.replace(self, normaliser=normaliser)
+
+    def with_parameters(self, parameters: Mapping[str, Array]) -> Problem:
+        """Make a new version; this one stays valid.
+
+        Args:
+            parameters: New values of some or all parameters (or constants) by name.
+
+        Returns:
+            A problem that shares model and data with this one.
+
+        Raises:
+            InvalidSpec: If a name is unknown or a shape differs.
+        """
+        old = dict(zip(self.layout.names, self.parameters, strict=True))
+        constants = dict(self.model.constants)
+        for name, value in parameters.items():
+            home = old if name in old else constants
+            if name not in home or tuple(value.shape) != tuple(home[name].shape):
+                want = tuple(home[name].shape) if name in home else "no such parameter"
+                msg = f"parameter {name!r}: got shape {tuple(value.shape)}, want {want}"
+                raise InvalidSpec(msg, parameter=name)
+            new = _tensor(value).to(home[name], copy=True)
+            home[name] = new
+        model = dataclasses.replace(self.model, constants=constants)
+        return dataclasses.replace(self, model=model, parameters=tuple(old.values()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which products are computed."""
+        return self.parameters[0].dtype
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """In which products are accumulated and returned; at least float32."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Where products are computed."""
+        return self.parameters[0].device
+
+    @property
+    def batches(self) -> int:
+        """Number of mini-batches."""
+        return len(self.data)
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory of parameters, constants and data."""
+        tensors = [*self.parameters, *self.model.constants.values()]
+        tensors += [t for b in self.data for t in (*b.inputs, b.targets)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def outputs(self, parameters: Sequence[Tensor], batch: Batch) -> Tensor:
+        """Run the model on a mini-batch, ``[B, ...]``."""
+        return self.model(parameters, batch)
+
+    def batch_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Compute a mini-batch's share of the objective from the model's outputs."""
+        return self.loss.sum(outputs, batch.targets) / self.normaliser
+
+    def objective(self, parameters: Sequence[Tensor], batch: Batch) -> Tensor:
+        """Compute a mini-batch's share of the objective, a scalar."""
+        return self.batch_loss(self.outputs(parameters, batch), batch)
+
+    def batch_gradient(self, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
+        """Differentiate one mini-batch's share.
+
+        Returns:
+            The loss, and one tensor per parameter or None where it is not used.
+        """
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_() for p in self.parameters]
+            loss = self.objective(leaves, batch)
+            if not loss.requires_grad:
+                return loss, [None] * len(leaves)
+            rows = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return loss.detach(), list(rows)
+
+    def gradient(
+        self, *, cancelled: Callable[[], bool] = never
+    ) -> tuple[float, Tensor]:
+        """Differentiate the objective.
+
+        Args:
+            cancelled: Polled before each mini-batch.
+
+        Returns:
+            The loss and its gradient ``[P]`` in `result_dtype`.
+        """
+        gradient = torch.zeros(
+            self.layout.size, dtype=self.result_dtype, device=self.device
+        )
+        total = 0.0
+        for batch in self.data:
+            check_cancelled(cancelled)
+            loss, rows = self.batch_gradient(batch)
+            add_rows(gradient, self.layout, rows)
+            total += float(loss)
+        return total, gradient
+
+    def excerpt(self, rows: int) -> Problem:
+        """Take a small problem of one mini-batch, in float64 on the CPU.
+
+        Args:
+            rows: How many data points; the first whose targets count are taken.
+
+        Returns:
+            The excerpt, with its own normaliser.
+        """
+        chosen: list[tuple[Tensor, ...]] = []
+        for batch in self.data:
+            counts = self.loss.counts(batch.targets)
+            weight = counts.reshape(len(counts), -1).sum(1)
+            for row in weight.nonzero().flatten()[: rows - len(chosen)].tolist():
+                one = _rows(batch, slice(row, row + 1))
+                chosen.append((*one.inputs, one.targets))
+            if len(chosen) == rows:
+                break
+        *inputs, targets = (_exact(torch.cat(t)) for t in zip(*chosen, strict=True))
+        constants = {name: _exact(t) for name, t in self.model.constants.items()}
+        small = Problem(
+            model=dataclasses.replace(self.model, constants=constants),
+            loss=Loss.of(self.loss.spec, torch.float64, torch.device("cpu")),
+            layout=self.layout,
+            parameters=tuple(_exact(p) for p in self.parameters),
+            data=(Batch(0, tuple(inputs), targets),),
+            normaliser=1.0,
+            mode=self.mode,
+        )
+        return small._normalised()
+
+
+def add_rows(
+    vector: Tensor, layout: ParameterLayout, rows: Sequence[Tensor | None]
+) -> None:
+    """Add per-parameter tensors into a flat vector.
+
+    Args:
+        vector: ``[P]``, written to.
+        layout: Where each parameter lies.
+        rows: One tensor per parameter; None adds nothing.
+    """
+    for spec, row in zip(layout.parameters, rows, strict=True):
+        if row is not None:
+            vector[spec.offset : spec.offset + spec.size] += row.reshape(-1)
+
+
+def _take_apart(
+    module: nn.Module,
+    mode: Mode,
+    state: Mapping[str, Array],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], nn.Module]:
+    """Split a module into variables, constants and a skeleton without parameters."""
+
+    def place(name: str, own: Tensor) -> Tensor:
+        value = _tensor(state[name]) if name in state else own.detach().clone()
+        return value.to(device, dtype if own.is_floating_point() else own.dtype)
+
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+        for p in module.parameters()
+    }
+    skeleton = copy.deepcopy(module, memo).eval().to(dtype)
+    rewrite(skeleton)
+    if mode is Mode.BATCH_STATISTICS:
+        use_batch_statistics(skeleton)
+    kept = {name for name, _ in skeleton.named_buffers()}
+    variables, constants = {}, {}
+    for name, p in module.named_parameters():
+        (variables if p.requires_grad else constants)[name] = place(name, p)
+    for name, b in module.named_buffers():
+        if name in kept:
+            constants[name] = place(name, b)
+    return variables, constants, skeleton
+
+
+def _aliased(module: nn.Module, state: Mapping[str, Array]) -> dict[str, Array]:
+    """Let a tied parameter be given under any of its names."""
+    first: dict[int, str] = {}
+    known = dict(state)
+    for name, p in module.named_parameters(remove_duplicate=False):
+        home = first.setdefault(id(p), name)
+        if name in state and home not in known:
+            known[home] = state[name]
+    return known
+
+
+def _cut(
+    arrays: Mapping[str, Array],
+    data: DatasetSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Batch, ...]:
+    """Cut the dataset into fixed mini-batches, the last one maybe smaller."""
+    names = (*data.inputs, data.target)
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        msg = f"the dataset lacks {missing}; it has {sorted(arrays)}"
+        raise InvalidSpec(msg, missing=missing)
+    tensors = []
+    for name in names:
+        tensor = _tensor(arrays[name])
+        floating = tensor.is_floating_point()
+        kind = dtype if floating else tensor.dtype
+        if name == data.target and not floating:
+            kind = torch.int64  # class indices
+        tensors.append(tensor.to(device, kind))
+    lengths = {name: len(t) for name, t in zip(names, tensors, strict=True)}
+    if len(set(lengths.values())) != 1 or not len(tensors[0]):
+        msg = f"tensors of a dataset need one common length above 0, got {lengths}"
+        raise InvalidSpec(msg, lengths=lengths)
+    *inputs, targets = (t.split(data.batch_size) for t in tensors)
+    return tuple(
+        Batch(i * data.batch_size, tuple(t[i] for t in inputs), target)
+        for i, target in enumerate(targets)
+    )
+
+
+def _rows(batch: Batch, rows: slice) -> Batch:
+    start = batch.start + (rows.start or 0)
+    return Batch(start, tuple(t[rows] for t in batch.inputs), batch.targets[rows])
+
+
+def _tensor(array: Array) -> Tensor:
+    if isinstance(array, Tensor):
+        return array.detach()
+    # note: torch warns about read-only memory, which could be written through it.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.cpu().double() if tensor.is_floating_point() else tensor.cpu()

@@ -1,0 +1,86 @@
+"""Layers whose higher derivatives torch gets wrong, written so that they are right.
+
+Applied to the session's own copy of a module. Both were found by comparison with
+central differences (torch 2.11 and 2.13); functional uses of the same kernels inside
+a custom module are beyond reach here and are left to the verification.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+
+class PlainWeightNorm(nn.Module):
+    """``g * v / |v|`` from elementary operations.
+
+    The double backward of ``torch._weight_norm`` is wrong in the rows of ``v``.
+    """
+
+    dim: int
+
+    def forward(self, g: Tensor, v: Tensor) -> Tensor:
+        """Scale the directions ``v`` to the lengths ``g``."""
+        axes = [a for a in range(v.ndim) if self.dim == -1 or a != self.dim % v.ndim]
+        return v * (g / v.square().sum(axes, keepdim=True).sqrt())
+
+
+class PaddedEmbedding(nn.Embedding):
+    """An embedding whose padding row is a constant in every AD mode.
+
+    ``F.embedding(padding_idx=...)`` drops the padding row in reverse mode only.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Look rows up; those at `padding_idx` carry no derivative."""
+        rows = F.embedding(input, self.weight)
+        padded = (input == self.padding_idx).unsqueeze(-1)
+        return torch.where(padded, rows.detach(), rows)
+
+
+def rewrite(module: nn.Module) -> None:
+    """Replace troublesome layers of `module` in place.
+
+    Args:
+        module: A copy that belongs to the session.
+    """
+    weight_norm: Any = getattr(parametrizations, "_WeightNorm", None)
+    for layer in module.modules():
+        if weight_norm is not None and type(layer) is weight_norm:
+            layer.__class__ = PlainWeightNorm
+        elif type(layer) is nn.Embedding and _is_plain_padding(layer):
+            layer.__class__ = PaddedEmbedding
+
+
+def _is_plain_padding(layer: nn.Embedding) -> bool:
+    renormed = layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse
+    return layer.padding_idx is not None and not renormed
+
+
+def use_batch_statistics(module: nn.Module) -> None:
+    """Make every BatchNorm of `module` normalise with its mini-batch's statistics.
+
+    Args:
+        module: A copy in evaluation mode that belongs to the session.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            # Without running statistics evaluation mode uses the batch's, and
+            # nothing is read or written.
+            layer.track_running_stats = False
+            layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+
+
+def use_differentiable_attention() -> None:
+    """Allow only the attention kernel that can be differentiated twice.
+
+    Process-global (also on the CPU), so the server calls it once at start-up.
+    """
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_math_sdp(True)
