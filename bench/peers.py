@@ -89,10 +89,14 @@ class FlightClient:
 
     def echo(self, source: np.ndarray, target: np.ndarray) -> None:
         """Send [P], receive [P] in place."""
-        descriptor = self._flight.FlightDescriptor.for_command(str(source.size).encode())
+        descriptor = self._flight.FlightDescriptor.for_command(
+            str(source.size).encode()
+        )
         writer, reader = self._client.do_exchange(descriptor)
         with writer:
-            sender = threading.Thread(target=lambda: (_write(writer, source), writer.done_writing()))
+            sender = threading.Thread(
+                target=lambda: (_write(writer, source), writer.done_writing())
+            )
             sender.start()
             filled = 0
             for chunk in reader:

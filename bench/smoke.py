@@ -58,7 +58,9 @@ def reference(module: nn.Module, inputs: np.ndarray, labels: np.ndarray, v: np.n
     return (difference / (2 * step)).numpy()
 
 
-def one_client(target: str, session_id: str, vectors: np.ndarray, start: threading.Barrier):
+def one_client(
+    target: str, session_id: str, vectors: np.ndarray, start: threading.Barrier
+):
     """Ask for one product after the other; return results and run sizes."""
     with curvd.connect(target) as client:
         hessian = client.session(session_id).hessian()
@@ -72,7 +74,9 @@ def one_client(target: str, session_id: str, vectors: np.ndarray, start: threadi
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit non-zero on a failure")
+    parser.add_argument(
+        "--check", action="store_true", help="exit non-zero on a failure"
+    )
     arguments = parser.parse_args()
     module, inputs, labels = problem()
     with (
@@ -97,7 +101,8 @@ def main() -> int:
         with ThreadPoolExecutor(CLIENTS) as pool:
             answers = list(
                 pool.map(
-                    lambda mine: one_client(target, session.info.id, mine, barrier), vectors
+                    lambda mine: one_client(target, session.info.id, mine, barrier),
+                    vectors,
                 )
             )
         seconds = time.perf_counter() - began
@@ -110,7 +115,9 @@ def main() -> int:
             worst = max(worst, np.linalg.norm(product - exact) / np.linalg.norm(exact))
     requests = CLIENTS * PRODUCTS
     passed = worst <= TOLERANCE and round(runs) < requests
-    print(f"{'clients':>8} {'requests':>9} {'device runs':>12} {'worst error':>12} {'seconds':>8}")
+    print(
+        f"{'clients':>8} {'requests':>9} {'device runs':>12} {'worst error':>12} {'seconds':>8}"
+    )
     print(f"{CLIENTS:8d} {requests:9d} {round(runs):12d} {worst:12.1e} {seconds:8.2f}")
     print("passed" if passed else "FAILED")
     return int(arguments.check and not passed)

@@ -17,7 +17,7 @@ def main(target: str) -> None:
     with curvd.connect(target) as client:
         session = client.create_session(
             model=client.register_model(
-                "mlp", {"widths": [7, 3], "bias": False}, {"0.weight": weight}
+                "mlp", {"widths": [7, 3], "bias": False}, {"1.weight": weight}
             ),
             dataset=client.register_dataset(
                 {"x": inputs, "y": targets}, inputs=["x"], target="y", batch_size=16

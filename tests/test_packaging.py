@@ -18,7 +18,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 def test_imports_form_the_dag_that_the_architecture_shows():
     """ARCHITECTURE.md holds the table that `python tests/imports.py` prints."""
     text = (ROOT / "ARCHITECTURE.md").read_text()
-    shown = re.search(r"<!-- imports: begin -->\n(.*?)\n?<!-- imports: end -->", text, re.S)
+    shown = re.search(
+        r"<!-- imports: begin -->\n(.*?)\n?<!-- imports: end -->", text, re.S
+    )
     assert shown is not None
     assert shown[1].strip() == imports.markdown()
 
@@ -32,12 +34,16 @@ def test_the_client_never_imports_the_server_or_torch():
 
 
 def test_the_server_sees_the_client_package_only_through_the_contract():
-    contract = {f"curvd.{m}" for m in ("errors", "types", "rpcs", "wire", "convert", "v1")}
+    contract = {
+        f"curvd.{m}" for m in ("errors", "types", "rpcs", "wire", "convert", "v1")
+    }
     contract |= {"curvd.allocator"}  # the same setting on both sides
     for name, path in imports.modules().items():
         own, _ = imports.imports(path, set(imports.modules()))
         if name.startswith("curvd_server") and name not in imports.DOORS:
-            assert {o for o in own if not o.startswith("curvd_server")} <= contract, name
+            assert {o for o in own if not o.startswith("curvd_server")} <= contract, (
+                name
+            )
 
 
 def test_the_middle_of_the_server_knows_neither_torch_nor_grpc():
@@ -50,7 +56,9 @@ def test_the_middle_of_the_server_knows_neither_torch_nor_grpc():
 def test_importing_curvd_imports_nothing_heavy():
     heavy = {"torch", "scipy", "matplotlib", "rich", "curvd_server"}
     code = f"import curvd, curvd.cli, sys; print(*({heavy!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == []
 
 
@@ -59,8 +67,13 @@ def test_floors_are_those_of_the_generated_code():
     generated = ROOT / "client/curvd/v1"
     grpc_text = (generated / "curvature_service_pb2_grpc.py").read_text()
     protobuf_text = (generated / "curvature_service_pb2.py").read_text()
-    assert re.search(r"GRPC_GENERATED_VERSION = '(.*)'", grpc_text)[1] == floors["grpcio"]
-    assert re.search(r"Protobuf Python Version: (.*)", protobuf_text)[1] == floors["protobuf"]
+    assert (
+        re.search(r"GRPC_GENERATED_VERSION = '(.*)'", grpc_text)[1] == floors["grpcio"]
+    )
+    assert (
+        re.search(r"Protobuf Python Version: (.*)", protobuf_text)[1]
+        == floors["protobuf"]
+    )
 
 
 def test_every_dependency_is_defended():
@@ -75,7 +88,9 @@ def test_every_dependency_is_defended():
             assert re.search(rf"^\|.*\b{name}\b", text, re.M), name
 
 
-@pytest.mark.parametrize("error", curvd.errors.BY_REASON.values(), ids=lambda e: e.__name__)
+@pytest.mark.parametrize(
+    "error", curvd.errors.BY_REASON.values(), ids=lambda e: e.__name__
+)
 def test_every_error_is_documented(error):
     row = f"| `{error.__name__}` | `{error.code}` | `{error.reason}` |"
     assert row in (ROOT / "docs/errors.md").read_text()

@@ -12,7 +12,10 @@ def test_the_ten_line_example_runs(live_target, capsys):
     pytest.importorskip("torch")
     example = re.search(r"```python\n(.*?)```", README, re.S)[1]
     assert len(example.strip().splitlines()) <= 12
-    exec(compile(example.replace("127.0.0.1:50551", live_target), "README.md", "exec"), {})
+    exec(
+        compile(example.replace("127.0.0.1:50551", live_target), "README.md", "exec"),
+        {},
+    )
     assert capsys.readouterr().out == "(27, 27) (27,) (27, 27)\n"
 
 

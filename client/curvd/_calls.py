@@ -151,9 +151,16 @@ class TensorStream(Call[T]):
         self._arrived = 0
         self._result_header: curvature_pb.ResultHeader | None = None
         self._summary: curvature_pb.ResultSummary | None = None
-        buffer = {} if self._block else {"allocate": self._in_place}
-        nbytes = math.prod(self._shape) * self._dtype.itemsize
-        self._assembler = wire.Assembler(self._accept, max_bytes=nbytes, **buffer)
+        # Neither function refers to the call: a cycle would keep every result alive
+        # until the garbage collector finds it.
+        values, allocate = self._values.reshape(-1).view(np.uint8), {}
+        if not self._block:
+            allocate = {"allocate": lambda nbytes: values}
+        self._assembler = wire.Assembler(
+            _expecting(self.rpc, self._shape, self._dtype, self._block),
+            max_bytes=math.prod(self._shape) * self._dtype.itemsize,
+            **allocate,
+        )
 
     def feed(self, part: Part) -> Iterator[Any]:
         """Receive the next bytes in place.
@@ -203,7 +210,7 @@ class TensorStream(Call[T]):
         yield self.rpc.request.message(header=self._header)
         tensor = wire.TensorHeader(_WIRE_NAME[self._dtype], self._operand.shape, 0)
         yield memoryview(wire.dump_header({"v": tensor}))
-        yield from wire.packed(wire.bytes_of(row) for row in self._operand.rows())
+        yield from wire.packed(map(wire.bytes_of, self._operand.values()))
 
     def _message(self, part: Message) -> None:
         kind = part.WhichOneof("part")
@@ -212,23 +219,25 @@ class TensorStream(Call[T]):
         elif kind == "summary":
             self._summary = getattr(part, kind)
 
-    def _accept(self, header: wire.Header) -> int:
-        tensor = header.get("result")
-        expected = (_WIRE_NAME[self._dtype], self._shape)
-        if len(header) != 1 or not tensor or (tensor.dtype, tensor.shape) != expected:
-            raise _malformed(
-                self.rpc, f"expected one tensor of {expected}, got {header}"
-            )
-        return self._block * self._shape[-1] * self._dtype.itemsize
-
-    def _in_place(self, nbytes: int) -> wire.Buffer:
-        # The whole payload is one piece, so this is called once, for all of it.
-        return self._values.reshape(-1).view(np.uint8)
-
     def _pin(self) -> None:
         # Blocks of one result belong to one parameter version, whatever happens.
         if self._result_header is not None:
             self._header.expected_version = self._result_header.version
+
+
+def _expecting(
+    rpc: Rpc, shape: tuple[int, ...], dtype: np.dtype[Any], block: int
+) -> Callable[[wire.Header], int]:
+    """Make the check of a result's safetensors header."""
+    expected = (_WIRE_NAME[dtype], shape)
+
+    def accept(header: wire.Header) -> int:
+        tensor = header.get("result")
+        if len(header) != 1 or not tensor or (tensor.dtype, tensor.shape) != expected:
+            raise _malformed(rpc, f"expected one tensor of {expected}, got {header}")
+        return block * shape[-1] * dtype.itemsize
+
+    return accept
 
 
 def _malformed(rpc: Rpc, why: object) -> Internal:

@@ -183,7 +183,7 @@ class AsyncConnection:
                         yield block
         except grpc.RpcError as error:
             if call.failure is None:
-                raise (statuses or [error])[0] from None
+                raise (statuses[0] if statuses else error) from None
         finally:
             response.cancel()  # whoever leaves early stops the work
         if call.failure is not None:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from google.protobuf import wrappers_pb2
 
 from curvd import convert, types
 from curvd._calls import TensorStream, Unary
-from curvd.arrays import Array, Layout, Operand, arrange, vector_dtype
-from curvd.errors import InvalidSpec
+from curvd.arrays import Layout, Operand, arrange, vector_dtype
+from curvd.errors import Internal, InvalidSpec
 from curvd.rpcs import RPCS, Codec, Rpc
-from curvd.types import DatasetInfo, LossSpec, ModelInfo, OperatorSpec, SessionInfo
+from curvd.types import (
+    DatasetInfo,
+    LossSpec,
+    ModelInfo,
+    OperatorSpec,
+    ResultInfo,
+    SessionInfo,
+)
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import session_service_pb2 as session_pb
 
@@ -73,28 +80,34 @@ def product(
 
 def gradient(
     session: SessionInfo, *, layout: Layout, expected_version: int | None
-) -> TensorStream[tuple[float, Any]]:
-    """Compute the objective and its gradient, laid out as the caller wants it."""
+) -> TensorStream[Any]:
+    """Compute the objective's gradient, laid out as the caller wants it."""
     arrange(np.empty(session.layout.size), session.layout, layout)  # refuse it early
     request = curvature_pb.GradientRequest(
         session_id=session.id,
         expected_version=expected_version,
         request_id=_new_id(),
     )
-
-    def finish(vector: Array) -> tuple[float, Any]:
-        loss = call.info.loss if call.info else None
-        return cast("float", loss), arrange(vector, session.layout, layout)
-
-    call = TensorStream(
+    return TensorStream(
         RPCS["Gradient"],
         request,
         None,
         shape=(session.layout.size,),
         dtype=vector_dtype(session.dtype),
-        finish=finish,
+        finish=lambda vector: arrange(vector, session.layout, layout),
     )
-    return call
+
+
+def loss_of(info: ResultInfo | None) -> float:
+    """Read the objective off a gradient's result.
+
+    Raises:
+        Internal: If the server did not say it.
+    """
+    if info is None or info.loss is None:
+        msg = "the server's answer to Gradient breaks the contract: it has no loss"
+        raise Internal(msg)
+    return info.loss
 
 
 def create_session(

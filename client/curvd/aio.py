@@ -200,9 +200,9 @@ class AsyncSession(SessionBase["AsyncOperator"]):
         call = _requests.gradient(
             self._info, layout=layout, expected_version=expected_version
         )
-        loss_and_gradient = await self._connection.run(call)
+        gradient = await self._connection.run(call)
         self.last = call.info
-        return loss_and_gradient
+        return _requests.loss_of(call.info), gradient
 
     async def update_parameters(
         self,

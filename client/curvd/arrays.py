@@ -28,6 +28,9 @@ _VECTOR_DTYPE: Mapping[Dtype, np.dtype[Any]] = {
     Dtype.BFLOAT16: np.dtype(np.float32),
 }
 
+_PIECE = 1 << 18
+"""Elements: one chunk of float64."""
+
 
 @dataclass(frozen=True, slots=True)
 class Operand:
@@ -48,18 +51,19 @@ class Operand:
         size = self.layout.size
         return (size,) if self.columns is None else (self.columns, size)
 
-    def rows(self) -> Iterator[Array]:
-        """Walk through the values in the order of the wire, without copying.
+    def values(self) -> Iterator[Array]:
+        """Walk through the values in the order of the wire.
 
         Yields:
-            Arrays whose values, row-major, follow one another.
+            One-dimensional arrays that follow one another. What is strided comes in
+            short pieces, so that whoever needs it contiguous never copies much.
         """
-        if self.columns is None:
-            yield from self.leaves
-        else:
-            for k in range(self.columns):
-                for leaf in self.leaves:
-                    yield leaf[k]
+        for k in range(1 if self.columns is None else self.columns):
+            for leaf in self.leaves:
+                flat = (leaf if self.columns is None else leaf[k]).reshape(-1)
+                step = max(flat.size if flat.flags.c_contiguous else _PIECE, 1)
+                for start in range(0, flat.size, step):
+                    yield flat[start : start + step]
 
 
 def vector_dtype(dtype: Dtype) -> np.dtype[Any]:
@@ -123,7 +127,7 @@ def split(rows: Array, layout: ParameterLayout) -> list[Array]:
         Views [..., *shape], one per parameter.
     """
     return [
-        rows[..., p.offset : p.offset + p.size].reshape(*rows.shape[:-1], *p.shape)
+        rows[..., p.offset : p.offset + p.size].reshape((*rows.shape[:-1], *p.shape))
         for p in layout.parameters
     ]
 

@@ -60,9 +60,9 @@ class Session(SessionBase[RemoteOperator]):
         call = _requests.gradient(
             self._info, layout=layout, expected_version=expected_version
         )
-        loss_and_gradient = self._connection.run(call)
+        gradient = self._connection.run(call)
         self.last = call.info
-        return loss_and_gradient
+        return _requests.loss_of(call.info), gradient
 
     def update_parameters(
         self,

@@ -70,6 +70,57 @@ class OperatorKind(enum.StrEnum):
     """Uncentred second moment of the per-example gradients."""
 
 
+class Which(enum.StrEnum):
+    """Which end of a spectrum."""
+
+    LARGEST = "largest"
+    SMALLEST = "smallest"
+    BOTH = "both"
+    """Half of them from each end; an odd one more from the top."""
+    LARGEST_MAGNITUDE = "largest_magnitude"
+
+
+class Distribution(enum.StrEnum):
+    """Of a probe's independent elements: mean zero, variance one."""
+
+    RADEMACHER = "rademacher"
+    """+1 and -1, equally likely."""
+    NORMAL = "normal"
+
+
+class Estimator(enum.StrEnum):
+    """How a trace or a diagonal is estimated."""
+
+    HUTCHINSON = "hutchinson"
+    HUTCHPP = "hutch++"
+    """Traces only."""
+    EXCHANGEABLE = "exchangeable"
+    """XTrace and XDiag."""
+
+
+class Solver(enum.StrEnum):
+    """How a linear system is solved."""
+
+    CG = "cg"
+    """For positive definite operators; stops and says so at negative curvature."""
+    MINRES = "minres"
+    """For any symmetric operator."""
+
+
+class Stop(enum.StrEnum):
+    """Why a query ended."""
+
+    CONVERGED = "converged"
+    PRODUCTS = "products"
+    """The products that it was allowed are used up; the result is the best so far."""
+    TIME = "time"
+    """Its time is up; the result is the best so far."""
+    STAGNATED = "stagnated"
+    """The rounding of the operator allows no better."""
+    NEGATIVE_CURVATURE = "negative_curvature"
+    """The operator is not positive definite, and the algorithm needs that."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossSpec:
     """A loss by name.

@@ -425,7 +425,7 @@ def _entry(name: str, entry: object) -> TensorHeader:
         msg = f"tensor {name!r} needs dtype, shape and data_offsets, and nothing else"
         raise InvalidTensors(msg, tensor=name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         msg = f"tensor {name!r} has element type {dtype!r}; known: {', '.join(ITEM_BYTES)}"
         raise InvalidTensors(msg, tensor=name, dtype=dtype)
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from curvd.errors import InvalidSpec
 from torch import Tensor, nn
+
+from curvd.errors import InvalidSpec
 
 Builder = Callable[[Mapping[str, Any]], nn.Module]
 

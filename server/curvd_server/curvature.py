@@ -4,11 +4,14 @@
 returns multiplies any number of vectors at the cost of the linear part alone. There
 are several modes, equal in exact arithmetic:
 
+* ``program``: ``jvp(grad)`` traced once and evaluated up to the tangents; see `program`.
 * ``double_backward``: the graph of the gradient is kept; a product walks it backwards
   (Pearlmutter, Neural Computation 6, 1994, as reverse over reverse). It runs in C++
-  without Python or the GIL. Restricted to a block it visits only the nodes between
-  the block's layers and the loss, so blocks share forward and first backward work.
+  without Python or the GIL, which wins where operations are tiny.
 * ``forward_over_reverse``: ``jvp(grad)``; keeps nothing, recomputes all.
+
+Restricted to a block, the first two visit only what lies between the block's layers
+and the loss, so the blocks share forward and first backward work.
 
 Rows come as one tensor per parameter, or None for zeros.
 """
@@ -20,14 +23,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from curvd.types import OperatorKind, OperatorSpec
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from curvd.types import OperatorKind, OperatorSpec
 from curvd_server.objective import Batch, Problem
 from curvd_server.outputs import Metric, metric
-
-Rows = list[Tensor | None]
+from curvd_server.program import Rows, held_bytes, program
 
 
 class Linearisation(Protocol):
@@ -244,6 +246,8 @@ def kept_bytes(mode: str, problem: Problem, spec: OperatorSpec, batch: Batch) ->
         return 0
     own = (*problem.parameters, *problem.model.constants.values(), *batch.inputs)
     known = {t.untyped_storage().data_ptr() for t in own}
+    if mode == "program":
+        return held_bytes(program(problem, spec, batch), known)
     seen: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -258,6 +262,7 @@ def kept_bytes(mode: str, problem: Problem, spec: OperatorSpec, batch: Batch) ->
 
 
 MODES: dict[str, Mode] = {
+    "program": program,
     "double_backward": double_backward,
     "forward_over_reverse": forward_over_reverse,
 }

@@ -30,7 +30,7 @@ from torch import nn
 import curvd
 from curvd_server import builders
 
-CONFIG = {"in_channels": 1, "classes": 10, "width": 16}
+CONFIG = {"channels": 1, "classes": 10, "widths": [16, 32]}
 EIGENVALUES = 12
 TOLERANCE = 1e-4
 """float32 products against the float64 reference, relative to its norm."""

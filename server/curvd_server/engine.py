@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from curvd.errors import InvalidVector, OutOfMemory
-from curvd.types import OperatorSpec, PlanReport
 from torch import Tensor
 
+from curvd.errors import InvalidVector, OutOfMemory
+from curvd.types import OperatorSpec, PlanReport
 from curvd_server.curvature import MODES, Linearisation, Rows, kept_bytes
 from curvd_server.objective import Array, Problem, check_cancelled, never
 from curvd_server.plans import Choice, Plan, choose
@@ -73,7 +73,14 @@ def build(
     problem.layout.check_blocks(spec.block_sizes)
     _check_objective(problem)
     check_cancelled(cancelled)
-    choice = choose(problem, spec, plan=plan, budget_s=tuning_s, cancelled=cancelled)
+    choice = choose(
+        problem,
+        spec,
+        plan=plan,
+        budget_bytes=budget_bytes,
+        budget_s=tuning_s,
+        cancelled=cancelled,
+    )
     operator = Operator(problem, spec, choice, budget_bytes)
     operator.warm(cancelled=cancelled)
     operator.check_repeatable()
@@ -214,10 +221,9 @@ class Operator:
         all_kept = len(self._kept_indices()) == self.problem.batches
         step = at_once or max(self._width, 1 if all_kept else SHARED)
         for start in range(0, len(V), step):
-            part = V[start : start + step].to(
-                self.problem.device, self.problem.result_dtype
-            )
-            yield start, self._multiply(part, cancelled)
+            part = V[start : start + step]
+            part = part.to(self.problem.device, self.problem.result_dtype)
+            yield start, self._multiply(part.contiguous(), cancelled)
 
     def _checked(self, columns: Array) -> Tensor:
         V = torch.from_numpy(columns) if isinstance(columns, np.ndarray) else columns
@@ -231,7 +237,7 @@ class Operator:
         return V
 
     def _multiply(self, V: Tensor, cancelled: Callable[[], bool]) -> Tensor:
-        out = torch.zeros_like(V)
+        out = torch.empty_like(V)
         for index in range(self.problem.batches):
             self._batch_product(index, V, out, cancelled)
         if self.spec.scale != 1.0:
@@ -244,7 +250,10 @@ class Operator:
     def _batch_product(
         self, index: int, V: Tensor, out: Tensor, cancelled: Callable[[], bool]
     ) -> None:
-        """Add one mini-batch's product, in chunks of columns that fit."""
+        """Add one mini-batch's product, in chunks of columns that fit.
+
+        The first mini-batch overwrites `out`, which saves clearing it.
+        """
         check_cancelled(cancelled)
         linear = self._linearisation(index)
         start = 0
@@ -258,7 +267,7 @@ class Operator:
                     raise
                 linear = self._relieve(index, linear, error)
                 continue
-            self._add(pieces, out[start:stop])
+            self._add(pieces, out[start:stop], first=index == 0)
             self.counters.batch_products += 1
             start = stop
 
@@ -277,12 +286,16 @@ class Operator:
             for b in self._blocks
         ]
 
-    def _add(self, pieces: list[Rows], out: Tensor) -> None:
+    def _add(self, pieces: list[Rows], out: Tensor, *, first: bool) -> None:
         layout = self.problem.layout.parameters
         rows = [row for piece in pieces for row in piece]
         for p, row in zip(layout, rows, strict=True):
+            place = out[:, p.offset : p.offset + p.size]
             if row is not None:
-                out[:, p.offset : p.offset + p.size] += row.reshape(len(out), p.size)
+                row = row.reshape(len(out), p.size)
+                place.copy_(row) if first else place.add_(row)
+            elif first:
+                place.zero_()
 
     def _linearisation(self, index: int) -> Linearisation:
         kept = self._kept[index]

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from curvd.errors import InvalidSpec
-from curvd.types import LossName, LossSpec, Reduction
 from torch import Tensor
 
-_NEVER = -100  # torch's ignore_index when none is asked for; `check` refuses negatives
+from curvd.errors import InvalidSpec
+from curvd.types import LossName, LossSpec, Reduction
+
+_IGNORED = -100  # what torch ignores if nothing else is asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Loss:
     def ignore_index(self) -> int:
         """The class index that counts nothing."""
         index = self.spec.ignore_index
-        return _NEVER if index is None else index
+        return _IGNORED if index is None else index
 
     @property
     def is_mean(self) -> bool:
@@ -99,7 +100,7 @@ class Loss:
 
         Args:
             outputs: Of the first rows, to learn their shape.
-            targets: Of the whole dataset, ``[N, ...]``.
+            targets: Of a mini-batch, ``[B, ...]``.
 
         Raises:
             InvalidSpec: If shapes, types or class indices do not fit.
@@ -113,7 +114,8 @@ class Loss:
                 )
                 raise InvalidSpec(msg, outputs=got[0], targets=got[1])
             return
-        classes = classes_second(outputs, targets[: len(outputs)]).shape[1]
+        rows = min(len(outputs), len(targets))
+        classes = classes_second(outputs[:rows], targets[:rows]).shape[1]
         if self.weights is not None and len(self.weights) != classes:
             msg = f"class_weights has {len(self.weights)} entries for {classes} classes"
             raise InvalidSpec(msg, class_weights=len(self.weights), classes=classes)

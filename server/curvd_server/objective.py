@@ -17,12 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from curvd.errors import Cancelled, InvalidSpec
-from curvd.types import DatasetSpec, Dtype, InputStyle, LossSpec, Mode, ParameterLayout
 from torch import Tensor, nn
 
+from curvd.errors import Cancelled, InvalidSpec
+from curvd.types import (
+    DatasetSpec,
+    Dtype,
+    InputStyle,
+    LossName,
+    LossSpec,
+    Mode,
+    ParameterLayout,
+)
 from curvd_server.losses import Loss
-from curvd_server.rewrites import rewrite, use_batch_statistics
+from curvd_server.rewrites import fixed_rows, rewrite, use_batch_statistics
 
 Array = np.ndarray[Any, Any] | Tensor
 
@@ -68,6 +76,8 @@ class Model:
     names: tuple[str, ...]
     """Names of the differentiated parameters, in order."""
     data: DatasetSpec
+    fixed: tuple[tuple[str, int], ...] = ()
+    """Rows of parameters that carry no derivative (padding), by name and index."""
 
     def __call__(self, parameters: Sequence[Tensor], batch: Batch) -> Tensor:
         """Run the model.
@@ -156,16 +166,19 @@ class Problem:
         Raises:
             InvalidSpec: If data, model and loss do not fit each other.
         """
-        kind, place = TORCH_DTYPES[dtype], torch.device(device)
+        mode, kind, place = Mode(mode), TORCH_DTYPES[Dtype(dtype)], torch.device(device)
         state = _aliased(module, parameters)
         variables, constants, skeleton = _take_apart(module, mode, state, kind, place)
         if not variables:
             msg = "the model has no parameter with requires_grad; nothing to multiply"
             raise InvalidSpec(msg)
-        batches = _cut(arrays, data, kind, place)
+        classes = loss.name is LossName.CROSS_ENTROPY
+        batches = _cut(arrays, data, kind, place, classes=classes)
         shapes = {name: tuple(p.shape) for name, p in variables.items()}
         problem = cls(
-            model=Model(skeleton, constants, tuple(variables), data),
+            model=Model(
+                skeleton, constants, tuple(variables), data, fixed_rows(skeleton)
+            ),
             loss=Loss.of(loss, kind, place),
             layout=ParameterLayout.of(shapes),
             parameters=tuple(variables.values()),
@@ -210,8 +223,7 @@ class Problem:
                 want = tuple(home[name].shape) if name in home else "no such parameter"
                 msg = f"parameter {name!r}: got shape {tuple(value.shape)}, want {want}"
                 raise InvalidSpec(msg, parameter=name)
-            new = _tensor(value).to(home[name], copy=True)
-            home[name] = new
+            home[name] = _tensor(value).to(home[name], copy=True).contiguous()
         model = dataclasses.replace(self.model, constants=constants)
         return dataclasses.replace(self, model=model, parameters=tuple(old.values()))
 
@@ -348,7 +360,8 @@ def _take_apart(
 
     def place(name: str, own: Tensor) -> Tensor:
         value = _tensor(state[name]) if name in state else own.detach().clone()
-        return value.to(device, dtype if own.is_floating_point() else own.dtype)
+        kind = dtype if own.is_floating_point() else own.dtype
+        return value.to(device, kind).contiguous()
 
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
@@ -384,8 +397,13 @@ def _cut(
     data: DatasetSpec,
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    classes: bool,
 ) -> tuple[Batch, ...]:
-    """Cut the dataset into fixed mini-batches, the last one maybe smaller."""
+    """Cut the dataset into fixed mini-batches, the last one maybe smaller.
+
+    Targets of integer type are class indices if the loss has `classes`, else numbers.
+    """
     names = (*data.inputs, data.target)
     missing = [name for name in names if name not in arrays]
     if missing:
@@ -397,7 +415,7 @@ def _cut(
         floating = tensor.is_floating_point()
         kind = dtype if floating else tensor.dtype
         if name == data.target and not floating:
-            kind = torch.int64  # class indices
+            kind = torch.int64 if classes else dtype
         tensors.append(tensor.to(device, kind))
     lengths = {name: len(t) for name, t in zip(names, tensors, strict=True)}
     if len(set(lengths.values())) != 1 or not len(tensors[0]):

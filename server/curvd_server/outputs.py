@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from curvd.types import LossName, OperatorKind, OperatorSpec
 from torch import Tensor
 
+from curvd.types import LossName, OperatorKind, OperatorSpec
 from curvd_server.losses import classes_last
 from curvd_server.objective import Batch, Problem
 

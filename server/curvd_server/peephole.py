@@ -46,6 +46,8 @@ def simplify(
     for node in list(graph.nodes):
         if node.target is _ADD:
             _drop_zero(graph, node, values)
+        elif node.target is aten.copy.default:
+            _drop_copy(graph, node)
     for node in list(graph.nodes):
         if node.target in _SCALES:
             _fold_factor(graph, node, values)
@@ -98,7 +100,10 @@ def without_zeros(graph: fx.Graph, inputs: range, outputs: range) -> fx.Graph:
                 tuple(r and (renamed[r] if r.op != "get_attr" else None) for r in kept)
             )
         elif operands and all(renamed[o] is None for o in operands):
-            renamed[node] = None
+            # A tangent joined to a constant is not zero when the tangent is.
+            joins = node.target is aten.cat.default
+            affine = joins and len(operands) < len(node.all_input_nodes)
+            renamed[node] = special.node_copy(node, copied) if affine else None
         elif (only := _only_summand(node, renamed)) is not None:
             renamed[node] = only
         else:
@@ -135,7 +140,8 @@ def _new_constant(
     values[name] = value
     with graph.inserting_before(at):
         node = graph.get_attr(name)
-    node.meta["val"] = value
+    # note: a graph is a reference cycle, so it must not hold the value itself.
+    node.meta["val"] = torch.empty_like(value, device="meta")
     return node
 
 
@@ -165,6 +171,16 @@ def _drop_zero(graph: fx.Graph, node: fx.Node, values: Mapping[str, Any]) -> Non
             node.replace_all_uses_with(tangent)
             graph.erase_node(node)
             return
+
+
+def _drop_copy(graph: fx.Graph, node: fx.Node) -> None:
+    """``copy(anything, t) -> t`` if `t` has the result's shape and type already."""
+    source: Any = node.args[1]
+    have, want = source.meta.get("val"), node.meta.get("val")
+    if isinstance(have, Tensor) and isinstance(want, Tensor):
+        if have.shape == want.shape and have.dtype == want.dtype:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
 
 
 def _fold_factor(graph: fx.Graph, node: fx.Node, values: dict[str, Any]) -> None:

@@ -6,19 +6,19 @@ the next session of that structure verifies one plan instead of timing many.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from curvd.errors import CurvatureUnverified
 from curvd.types import OperatorSpec
-from torch import Tensor
-
-from curvd_server.curvature import MODES
+from curvd_server.curvature import MODES, Linearisation, kept_bytes
 from curvd_server.objective import Problem, check_cancelled
-from curvd_server.verify import Evidence, Truth, block_ranges
+from curvd_server.verify import Evidence, Truth, block_ranges, disagreements
 
 WORTH = 0.9
 """A candidate must need less than this share of the best simpler one's time.
@@ -85,6 +85,7 @@ def choose(
     spec: OperatorSpec,
     *,
     plan: Plan | None,
+    budget_bytes: int,
     budget_s: float,
     cancelled: Callable[[], bool],
 ) -> Choice:
@@ -94,6 +95,7 @@ def choose(
         problem: The objective.
         spec: The operator.
         plan: Taken if it verifies, without timing anything.
+        budget_bytes: Memory for kept linearisations.
         budget_s: Time for measuring candidates, verification excluded.
         cancelled: Polled between candidates.
 
@@ -104,11 +106,15 @@ def choose(
         CurvatureUnverified: If no mode reproduces finite differences.
     """
     truth = Truth(problem, spec)
+    stopwatch = Stopwatch(problem, spec, budget_bytes, budget_s)
     found: dict[str, Evidence] = {}
-    ranked = _ranked(problem, spec, plan, budget_s, cancelled)
-    for candidate in ranked:
+    for candidate in _ranked(stopwatch, plan or recall(problem, spec), cancelled):
         check_cancelled(cancelled)
-        evidence = truth.examine(candidate.mode, batched=candidate.batched)
+        evidence = truth.examine(candidate.mode, batched=False)
+        if evidence.ok and candidate.batched:
+            evidence = truth.examine(candidate.mode, batched=True)
+        if evidence.ok and candidate.mode == "program":
+            evidence = _compared(problem, spec, truth, candidate, evidence)
         if evidence.ok:
             remember(problem, spec, candidate)
             return Choice(candidate, evidence)
@@ -116,74 +122,118 @@ def choose(
     raise _unverified(found)
 
 
+def _compared(
+    problem: Problem, spec: OperatorSpec, truth: Truth, plan: Plan, evidence: Evidence
+) -> Evidence:
+    """Hold a plan whose work depends on shapes and blocks against a plainer one."""
+    others = (m for m in MODES if m != plan.mode and truth.examine(m, batched=False).ok)
+    reference = next(others, None)
+    if reference is None:
+        return evidence
+    wrong = disagreements(problem, spec, plan.mode, reference, batched=plan.batched)
+    return dataclasses.replace(evidence, wrong=wrong)
+
+
 def _ranked(
-    problem: Problem,
-    spec: OperatorSpec,
-    plan: Plan | None,
-    budget_s: float,
-    cancelled: Callable[[], bool],
+    stopwatch: Stopwatch, known: Plan | None, cancelled: Callable[[], bool]
 ) -> Iterator[Plan]:
-    """Yield plans, the most promising first."""
-    known = plan or recall(problem, spec)
+    """Yield plans, the most promising first.
+
+    The mode is the one that multiplies a single column fastest, because a lone caller
+    waits for one; more columns go through together where that pays.
+    """
     if known is not None:
         yield known
-    timed: dict[Plan, float] = {}
-    deadline = time.perf_counter() + budget_s
-    for candidate in _candidates():
-        check_cancelled(cancelled)
-        if timed and time.perf_counter() > deadline:
-            break
-        seconds = seconds_per_column(problem, spec, candidate)
-        if seconds is not None:
-            timed[candidate] = seconds
-    yield from sorted(timed, key=lambda p: timed[p] * (1.0 if p.batched else WORTH))
-    yield from (Plan(mode) for mode in MODES if Plan(mode) not in timed)
-
-
-def _candidates() -> Iterator[Plan]:
+    timed: dict[str, float] = {}
     for mode in MODES:
+        check_cancelled(cancelled)
+        if timed and stopwatch.is_over():
+            break
+        seconds = stopwatch.seconds_per_column(Plan(mode))
+        if seconds is not None:
+            timed[mode] = seconds
+    for mode in sorted(timed, key=timed.__getitem__):
+        best, best_s = Plan(mode), timed[mode] * WORTH
+        for width in _WIDTHS:
+            check_cancelled(cancelled)
+            if not stopwatch.allows(width, timed[mode]):
+                break
+            seconds = stopwatch.seconds_per_column(Plan(mode, width))
+            if seconds is not None and seconds < best_s:
+                best, best_s = Plan(mode, width), seconds * WORTH
+        if best.batched:
+            yield best
         yield Plan(mode)
-    for width in _WIDTHS:
-        for mode in MODES:
-            yield Plan(mode, width)
+    yield from (Plan(mode) for mode in MODES if mode not in timed)
 
 
-def seconds_per_column(
-    problem: Problem, spec: OperatorSpec, plan: Plan
-) -> float | None:
-    """Time the linear part of a plan on the first mini-batch.
+class Stopwatch:
+    """Times plans on the first mini-batch, within a time budget.
 
     Args:
         problem: The objective.
         spec: The operator.
-        plan: The candidate.
-
-    Returns:
-        Seconds per column, or None if torch cannot run it.
+        budget_bytes: Memory for kept linearisations.
+        budget_s: Seconds from now.
     """
-    blocks = block_ranges(spec, len(problem.parameters))
-    lead = (plan.columns_at_once,) if plan.batched else ()
-    columns = [p.expand(*lead, *p.shape) for p in problem.parameters]
-    best = float("inf")
-    try:
-        linear = MODES[plan.mode](problem, spec, problem.data[0])
-        for _ in range(2):  # the first run warms caches and allocators
+
+    def __init__(
+        self, problem: Problem, spec: OperatorSpec, budget_bytes: int, budget_s: float
+    ) -> None:
+        self._problem, self._spec, self._bytes = problem, spec, budget_bytes
+        self._deadline = time.perf_counter() + budget_s
+
+    def is_over(self) -> bool:
+        """Tell whether the time is used up."""
+        return time.perf_counter() > self._deadline
+
+    def allows(self, width: int, seconds: float) -> bool:
+        """Tell whether `width` columns at once may be tried, given one's time."""
+        return time.perf_counter() + 2 * width * seconds < self._deadline
+
+    def seconds_per_column(self, plan: Plan) -> float | None:
+        """Time a plan's product, and its linearisation in so far as it is not kept.
+
+        Args:
+            plan: The candidate.
+
+        Returns:
+            Seconds per column, or None if torch cannot run it.
+        """
+        problem, batch = self._problem, self._problem.data[0]
+        try:
+            MODES[plan.mode](problem, self._spec, batch)  # warms, traces
+            start = time.perf_counter()
+            linear = MODES[plan.mode](problem, self._spec, batch)
+            self._wait()
+            build_s = time.perf_counter() - start
+            product_s = self._product_s(linear, plan)
+            size = kept_bytes(plan.mode, problem, self._spec, batch)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError):
+            return None
+        kept = min(1.0, self._bytes / max(size * problem.batches, 1))
+        return product_s + (1.0 - kept) * build_s
+
+    def _product_s(self, linear: Linearisation, plan: Plan) -> float:
+        blocks = block_ranges(self._spec, len(self._problem.parameters))
+        lead = (plan.columns_at_once,) if plan.batched else ()
+        columns = [p.expand(*lead, *p.shape) for p in self._problem.parameters]
+        seconds = []
+        for _ in range(3):  # the first run warms caches and allocators
             start = time.perf_counter()
             for block in blocks:
                 inside = columns[block.start : block.stop]
-                rows = linear.product(inside, block, batched=plan.batched)
-            _wait(problem, rows)
-            best = min(best, time.perf_counter() - start)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
-        return None
-    return best / plan.columns_at_once
+                linear.product(inside, block, batched=plan.batched)
+            self._wait()
+            seconds.append(time.perf_counter() - start)
+            if self.is_over():
+                break
+        return min(seconds) / plan.columns_at_once
 
-
-def _wait(problem: Problem, rows: list[Tensor | None]) -> None:
-    """Wait for the device, whose work is asynchronous."""
-    del rows
-    if problem.device.type == "cuda":
-        torch.cuda.synchronize(problem.device)
+    def _wait(self) -> None:
+        """Wait for the device, whose work is asynchronous."""
+        if self._problem.device.type == "cuda":
+            torch.cuda.synchronize(self._problem.device)
 
 
 def _unverified(found: dict[str, Evidence]) -> CurvatureUnverified:

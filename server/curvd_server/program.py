@@ -15,16 +15,17 @@ all mini-batches, parameter versions and diagonal blocks:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from curvd.types import OperatorKind, OperatorSpec
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from curvd.types import OperatorKind, OperatorSpec
 from curvd_server.objective import Batch, Problem
 from curvd_server.outputs import Metric, metric
 from curvd_server.peephole import simplify, without_zeros
@@ -92,7 +93,8 @@ class _JacobianProgram:
             (pushed,) = pushing(*tangents)
             if pushed is None:
                 return [None] * len(block)
-            return list(pulling(self.metric(pushed)))
+            # The program's views were traced for a contiguous cotangent.
+            return list(pulling(self.metric(pushed).contiguous()))
 
     def held(self) -> list[Any]:
         """List what is kept in memory."""
@@ -174,7 +176,8 @@ def _fresh_trace(problem: Problem, batch: Batch, *, hessian: bool) -> fx.GraphMo
 
     constants = tuple(problem.model.constants.values())
     with torch.no_grad():
-        cotangents = () if hessian else (problem.outputs(primals, batch),)
+        z = None if hessian else problem.outputs(primals, batch)
+    cotangents = () if z is None else (z.new_empty(z.shape),)
     # note: one tensor in two places would be traced as one input.
     tangents = tuple(torch.empty_like(p) for p in primals)
     args = (primals, constants, batch.inputs, batch.targets, tangents, cotangents)
@@ -237,13 +240,21 @@ def partially_evaluate(
 
 
 def _compile(graph: fx.Graph, constants: Mapping[str, Any]) -> Call:
-    """Make a graph callable; only the constants that it names are attached."""
-    root = nn.Module()
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            setattr(root, node.target, constants[node.target])
-    module: Call = fx.GraphModule(root, graph).forward
-    return module
+    """Make a graph callable.
+
+    Graph and module are a reference cycle, so they must not hold the constants: these
+    become arguments, bound outside, and are freed with the linearisation.
+    """
+    first = next(iter(graph.nodes))
+    named: dict[str, fx.Node] = {}
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        if node.target not in named:
+            with graph.inserting_before(first):
+                named[node.target] = graph.placeholder(node.target)
+        node.replace_all_uses_with(named[node.target])
+        graph.erase_node(node)
+    forward = fx.GraphModule(nn.Module(), graph).forward
+    return functools.partial(forward, *(constants[name] for name in named))
 
 
 def _tensors(middle: Metric) -> list[Any]:

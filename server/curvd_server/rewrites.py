@@ -7,6 +7,8 @@ a custom module are beyond reach here and are left to the verification.
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ class PaddedEmbedding(nn.Embedding):
     ``F.embedding(padding_idx=...)`` drops the padding row in reverse mode only.
     """
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         """Look rows up; those at `padding_idx` carry no derivative."""
         rows = F.embedding(input, self.weight)
         padded = (input == self.padding_idx).unsqueeze(-1)
@@ -61,6 +63,21 @@ def _is_plain_padding(layer: nn.Embedding) -> bool:
     return layer.padding_idx is not None and not renormed
 
 
+def fixed_rows(module: nn.Module) -> tuple[tuple[str, int], ...]:
+    """List the padding rows of a rewritten module, by parameter name and index.
+
+    The outputs depend on such a row, but by definition no derivative does, so finite
+    differences must not move it.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    padded = (m for m in module.modules() if isinstance(m, PaddedEmbedding))
+    return tuple(
+        (names[id(m.weight)], m.padding_idx)
+        for m in padded
+        if m.padding_idx is not None and m.weight.requires_grad
+    )
+
+
 def use_batch_statistics(module: nn.Module) -> None:
     """Make every BatchNorm of `module` normalise with its mini-batch's statistics.
 
@@ -80,6 +97,10 @@ def use_differentiable_attention() -> None:
 
     Process-global (also on the CPU), so the server calls it once at start-up.
     """
+    with warnings.catch_warnings():
+        # torch's own forward-mode rules use what torch itself deprecates.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from curvd.errors import NotDeterministic
-from curvd.types import OperatorKind, OperatorSpec
 from torch import Tensor
 
+from curvd.errors import NotDeterministic
+from curvd.types import OperatorKind, OperatorSpec
 from curvd_server.curvature import MODES, Rows
-from curvd_server.objective import Problem
+from curvd_server.objective import Batch, Problem
 from curvd_server.outputs import metric
 
 STEPS = (1e-6, 1e-5, 1e-7, 1e-8, 1e-9, 1e-4)
@@ -33,6 +33,8 @@ EXCELLENT, TOLERANCE = 1e-7, 1e-4
 
 A correct mode reaches 1e-9; the wrong ones known to us are off by 1e-2 and more.
 """
+AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.5}
+"""How far two correct modes may differ in a session's own precision."""
 EXCERPT_ROWS = 4
 REPEAT_RTOL, REPEAT_ATOL = 5e-5, 1e-6
 """As curvlinops' determinism check."""
@@ -66,6 +68,9 @@ class Truth:
             [s * _normal(p, generator) for s, p in zip(scales, excerpt.parameters)]
             for _ in range(3)
         ]
+        for name, row in excerpt.model.fixed:
+            for direction in draw:
+                direction[excerpt.layout.names.index(name)][row] = 0.0
         self._problem = _moved(excerpt, draw[0], 0.03)
         self._spec = spec
         self._directions = draw[1:]
@@ -181,6 +186,61 @@ class Truth:
         return [n for n, gap in zip(names, gaps) if not gap <= TOLERANCE]
 
 
+def disagreements(
+    problem: Problem, spec: OperatorSpec, mode: str, reference: str, *, batched: bool
+) -> tuple[str, ...]:
+    """Compare two modes in the session's own precision, shapes and blocks.
+
+    The excerpt is small and in float64; a mode whose work depends on the shape of the
+    mini-batch, or on the block, is also held against another one here.
+
+    Args:
+        problem: The objective.
+        spec: The operator.
+        mode: Name in `MODES` of the mode in question.
+        reference: Of one that reproduced the truth.
+        batched: Whether to examine the vectorised product.
+
+    Returns:
+        Names of the parameters whose rows disagree on some mini-batch.
+    """
+    tolerance = AGREEMENT[problem.dtype]
+    generator = torch.Generator().manual_seed(4)
+    tangents = [_normal(p, generator).mul_(_scale(p)).to(p) for p in problem.parameters]
+    wrong: list[str] = []
+    for batch in _one_of_each_shape(problem):
+        ours = MODES[mode](problem, spec, batch)
+        theirs = MODES[reference](problem, spec, batch)
+        got: list[Tensor] = []
+        want: list[Tensor] = []
+        for block in block_ranges(spec, len(tangents)):
+            inside = tangents[block.start : block.stop]
+            want += _wide(theirs.product(inside, block, batched=False), inside)
+            if batched:
+                twice = [torch.stack((t, t)) for t in inside]
+                rows = ours.product(twice, block, batched=True)
+                got += _wide([r if r is None else r[1] for r in rows], inside)
+            else:
+                got += _wide(ours.product(inside, block, batched=False), inside)
+        gaps = _gaps(got, want, floor=tolerance)
+        names = problem.layout.names
+        wrong += [n for n, g in zip(names, gaps, strict=True) if not g <= tolerance]
+    return tuple(dict.fromkeys(wrong))
+
+
+def _wide(rows: Rows, like: Sequence[Tensor]) -> list[Tensor]:
+    pairs = zip(rows, like, strict=True)
+    return [(torch.zeros_like(t) if r is None else r).double() for r, t in pairs]
+
+
+def _one_of_each_shape(problem: Problem) -> list[Batch]:
+    shapes = {
+        tuple(t.shape for t in (*batch.inputs, batch.targets)): batch
+        for batch in problem.data
+    }
+    return list(shapes.values())
+
+
 def block_ranges(spec: OperatorSpec, parameters: int) -> list[range]:
     """List the parameter indices of each diagonal block; one block if there is none."""
     if spec.block_sizes is None:
@@ -226,11 +286,14 @@ def _gradient(problem: Problem) -> list[Tensor]:
     ]
 
 
-def _gaps(got: Sequence[Tensor], want: Sequence[Tensor]) -> list[float]:
+def _gaps(
+    got: Sequence[Tensor], want: Sequence[Tensor], *, floor: float = 1e-6
+) -> list[float]:
     """Relative error per parameter; rows far below the largest may be rounding."""
     norms = [float(w.norm()) for w in want]
-    floor = 1e-6 * math.hypot(*norms) + 1e-300
-    return [float((g - w).norm()) / (n + floor) for g, w, n in zip(got, want, norms)]
+    least = floor * math.hypot(*norms) + 1e-300
+    triples = zip(got, want, norms, strict=True)
+    return [float((g - w).norm()) / (n + least) for g, w, n in triples]
 
 
 def _asymmetry(

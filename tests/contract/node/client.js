@@ -61,7 +61,7 @@ function upload(method, header, field, file) {
     call.end();
   });
   return attempt().then((asked) => asked.outcome === 'upload_needed'
-    ? attempt(asked.upload_needed.committed_bytes) : asked);
+    ? attempt(asked.upload_needed.committed_bytes || 0) : asked);
 }
 
 function matVec(sessionId, v) {
@@ -80,7 +80,7 @@ async function main() {
   const X = matrix(N, D), Y = matrix(N, M), W = matrix(M, D), v = matrix(M, D);
   const { model } = await upload('RegisterModel',
     { builder: 'mlp', config_json: JSON.stringify({ widths: [D, M], bias: false }) },
-    'state', dump({ '0.weight': [[M, D], W] }));
+    'state', dump({ '1.weight': [[M, D], W] }));
   const { dataset } = await upload('RegisterDataset',
     { inputs: ['x'], target: 'y', batch_size: 7 },
     'tensors', dump({ x: [[N, D], X], y: [[N, M], Y] }));

@@ -1,0 +1,133 @@
+"""Options of the command line: from flags, the environment, or a TOML file."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from curvd.config import DEFAULT_PORT
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_PORT}"
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+LIMITS = {
+    "upload_bytes": "Largest model, dataset or update.",
+    "operand_bytes": "Largest operand of one MatMat.",
+    "columns": "Columns of one MatMat.",
+    "pending_columns": "Columns that may wait for a device.",
+    "pending_bytes": "Memory of operands and results that are under way.",
+    "block_bytes": "Memory of one column block of a MatMat.",
+    "run_columns": "Columns that are computed together.",
+    "sessions": "Sessions at once.",
+    "operators": "Operators that one session keeps built.",
+    "default_budget_bytes": "Memory for one session's kept linearisations.",
+}
+"""Fields of the server's `LimitsConfig`, which is not imported for ``--help``."""
+
+
+class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """Bytes, as a number or with a unit: ``4GiB``."""
+
+    name = "size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Read a size; an int is one already."""
+        match = re.fullmatch(r"(\d+) ?([KMGT]iB)?", str(value))
+        if match is None:
+            self.fail(f"{value!r} is not a size such as 1048576 or 4GiB", param, ctx)
+        return int(match[1]) * _UNITS[match[2] or ""]
+
+
+def option(name: str, help_text: str, **settings: Any) -> Callable[[F], F]:
+    """Declare an option that the environment may set, too.
+
+    Args:
+        name: Spelled ``--such-as``; the variable is ``CURVD_SUCH_AS``.
+        help_text: One sentence.
+        **settings: As for `click.option`.
+
+    Returns:
+        The decorator.
+    """
+    envvar = "CURVD_" + name.strip("-").replace("-", "_").upper()
+    return click.option(
+        name, envvar=envvar, show_envvar=True, help=help_text, **settings
+    )
+
+
+def connection_options(command: F) -> F:
+    """Add the target and what it takes to reach it to a command.
+
+    Args:
+        command: Takes ``target`` and what `_config` takes.
+
+    Returns:
+        The command.
+    """
+    for decorate in (
+        option("--tls-server-name", "Name that the server's certificate carries."),
+        option("--tls-client-key", "The key of --tls-client-cert.", type=FILE),
+        option("--tls-client-cert", "This client's own (mutual TLS).", type=FILE),
+        option("--tls-ca", "Certificates that may sign the server's.", type=FILE),
+        option("--tls", "Encrypt; implied by --tls-ca.", is_flag=True),
+        option("--token-file", "A file with the token.", type=FILE),
+        option("--token", "The server's token; others can see a command line."),
+        click.argument("target", envvar="CURVD_TARGET", default=DEFAULT_TARGET),
+    ):
+        command = decorate(command)
+    return command
+
+
+def limit_options(command: F) -> F:
+    """Add an option for each limit of a server to a command.
+
+    Args:
+        command: Takes the names of `LIMITS`.
+
+    Returns:
+        The command.
+    """
+    for name, help_text in reversed(LIMITS.items()):
+        kind = Size() if name.endswith("_bytes") else click.INT
+        flag = f"--{name.replace('_', '-')}"
+        command = option(flag, help_text, type=kind)(command)
+    return command
+
+
+def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
+    """Make a TOML file the defaults of a command's options.
+
+    Args:
+        ctx: Of the command.
+        param: The option that names the file.
+        path: The file.
+
+    Raises:
+        click.BadParameter: If it is not TOML or names an option that does not exist.
+    """
+    if path is None:
+        return
+    try:
+        settings = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        msg = f"{path}: {error}"
+        raise click.BadParameter(msg, ctx, param) from error
+    settings = {name.replace("-", "_"): value for name, value in settings.items()}
+    if "builders" in settings:
+        pairs = settings.pop("builders").items()
+        settings["builder"] = [f"{name}={place}" for name, place in pairs]
+    known = {p.name for p in ctx.command.params} - {param.name}
+    if unknown := sorted(settings.keys() - known):
+        msg = f"{path} sets what does not exist: {', '.join(unknown)}"
+        raise click.BadParameter(msg, ctx, param)
+    ctx.default_map = {**(ctx.default_map or {}), **settings}

@@ -1,0 +1,274 @@
+"""The composition root: everything is made here, wired, started and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from curvd.allocator import tune_allocator
+from curvd.errors import FailedPrecondition, InvalidSpec
+from curvd.rpcs import RPCS
+from curvd.types import ServerInfo
+from curvd_server import compute, logs
+from curvd_server.batching import Batcher
+from curvd_server.catalogue import Catalogue
+from curvd_server.config import ServerConfig
+from curvd_server.device import Device
+from curvd_server.interceptors import Gate, TokenInterceptor
+from curvd_server.registration import Registry
+from curvd_server.service.curvature_service import CurvatureService
+from curvd_server.service.handlers import generic_handlers
+from curvd_server.service.session_service import SessionService
+from curvd_server.session import Facilities
+from curvd_server.sessions import SessionStore
+from curvd_server.storage import BlobStore
+
+CAPABILITIES = (
+    "block_diagonal",
+    "empirical_fisher",
+    "fisher",
+    "ggn",
+    "hessian",
+    "resumable_uploads",
+    "validate_only",
+)
+
+_SWEEP_S = 1.0
+_SERVICES = sorted({rpc.service for rpc in RPCS.values()})
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that serves."""
+
+    target: str
+    """Where a client on this machine connects."""
+    batcher: Batcher
+    sessions: SessionStore
+
+
+def serve(config: ServerConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Blocks.
+
+    Args:
+        config: Everything about the server.
+    """
+    tune_allocator()
+    logs.set_up(config.log_level)
+    asyncio.run(_serve(config))
+
+
+@contextlib.contextmanager
+def serve_in_thread(
+    config: ServerConfig, *, device: Device | None = None
+) -> Iterator[str]:
+    """Serve from a thread of this process; for tests, examples and benchmarks.
+
+    Args:
+        config: Everything about the server; port 0 takes a free one.
+        device: What computes; None: the one that `config` names.
+
+    Yields:
+        The target to connect to.
+    """
+    started: Future[str] = Future()
+    stop: Future[None] = Future()
+
+    async def main() -> None:
+        try:
+            async with running(config, device=device) as server:
+                started.set_result(server.target)
+                await asyncio.wrap_future(stop)
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),), name="curvd-server")
+    thread.start()
+    try:
+        yield started.result()
+    finally:
+        stop.set_result(None)
+        thread.join()
+
+
+@contextlib.asynccontextmanager
+async def running(
+    config: ServerConfig, *, device: Device | None = None
+) -> AsyncIterator[Running]:
+    """Start a server, and drain it at the end.
+
+    Args:
+        config: Everything about it.
+        device: What computes; None: the one that `config` names.
+
+    Yields:
+        The server, once it serves.
+
+    Raises:
+        InvalidSpec: If it cannot listen there, or the configuration is wrong.
+        FailedPrecondition: If another server uses the data directory.
+    """
+    if device is None:
+        device = compute.TorchDevice(config.builders, config.device)
+    limits = config.limits
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(_owned(config.data_dir))
+        catalogue = Catalogue(config.data_dir / "catalogue.sqlite")
+        stack.callback(catalogue.close)
+        blobs = BlobStore(config.data_dir / "blobs")
+        blobs.sweep(catalogue.referenced())
+        batcher = Batcher(
+            run_columns=limits.run_columns,
+            run_bytes=limits.block_bytes,
+            pending_columns=limits.pending_columns,
+            pending_bytes=limits.pending_bytes,
+            name=f"curvd-{config.device}",
+        )
+        stack.callback(batcher.close)
+        facilities = Facilities(
+            catalogue=catalogue,
+            blobs=blobs,
+            device=device,
+            batcher=batcher,
+            limits=limits,
+            clock=time.time,
+        )
+        sessions = SessionStore(facilities)
+        stack.push_async_callback(sessions.close)
+        services = [
+            SessionService(
+                registry=Registry(catalogue, blobs, device.architecture),
+                sessions=sessions,
+                blobs=blobs,
+                limits=limits,
+                describe=lambda: _describe(config, device),
+            ),
+            CurvatureService(sessions=sessions, batcher=batcher, limits=limits),
+        ]
+        target = await stack.enter_async_context(_listening(config, services))
+        sweeper = asyncio.create_task(_expire(sessions))
+        stack.callback(sweeper.cancel)
+        yield Running(target, batcher, sessions)
+
+
+@contextlib.asynccontextmanager
+async def _listening(
+    config: ServerConfig, services: list[object]
+) -> AsyncIterator[str]:
+    """Serve the services with health and reflection; drain at the end."""
+    gate, token = Gate(), config.bearer_token()
+    server = grpc.aio.server(
+        interceptors=[] if token is None else [TokenInterceptor(token)],
+        options=config.server_options(),
+    )
+    server.add_generic_rpc_handlers(generic_handlers(services, gate))
+    reporter = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(reporter, server)
+    names = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    target = _bind(server, config)
+    await server.start()
+    for name in ("", *_SERVICES):
+        await reporter.set(name, health_pb2.HealthCheckResponse.SERVING)
+    log = logs.logger()
+    log.info("serving", target=target, device=config.device)
+    try:
+        yield target
+    finally:
+        log.info("draining", grace_s=config.drain_s)
+        gate.draining = True
+        await reporter.enter_graceful_shutdown()
+        await server.stop(config.drain_s)
+        log.info("stopped")
+
+
+async def _serve(config: ServerConfig) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running(config) as server:
+        print(f"curvd serves at {server.target}", flush=True)  # noqa: T201
+        await stop.wait()
+
+
+async def _expire(sessions: SessionStore) -> None:
+    while True:
+        await asyncio.sleep(_SWEEP_S)
+        try:
+            for session_id in await sessions.expire():
+                logs.logger().info("expired", session=session_id)
+        except Exception:
+            logs.logger().exception("defect", task="expire")
+
+
+def _describe(config: ServerConfig, device: Device) -> ServerInfo:
+    return ServerInfo(
+        version=_version(),
+        torch_version=device.torch_version,
+        limits=config.limits.published(),
+        devices=(device.describe(),),
+        builders=device.builders,
+        capabilities=CAPABILITIES,
+    )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("curvd")
+    except metadata.PackageNotFoundError:  # a source tree on the path
+        return "unknown"
+
+
+def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
+    """Take the port, and say how a client on this machine reaches it."""
+    credentials = config.credentials()
+    try:
+        port = (
+            server.add_insecure_port(config.listen)
+            if credentials is None
+            else server.add_secure_port(config.listen, credentials)
+        )
+    except RuntimeError as error:
+        msg = (
+            f"cannot listen on {config.listen}: the address is taken, not of this "
+            "machine, or the TLS files do not fit each other"
+        )
+        raise InvalidSpec(msg, listen=config.listen) from error
+    if config.listen.startswith("unix:"):
+        # Only this user: a socket is as local as its permissions.
+        os.chmod(config.listen.removeprefix("unix:"), 0o600)
+    if config.listen.startswith("unix"):
+        return config.listen
+    host = config.listen.rpartition(":")[0]
+    here = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    return f"{here}:{port}"
+
+
+@contextlib.contextmanager
+def _owned(data_dir: Path) -> Iterator[None]:
+    """Keep other servers off a data directory; the kernel forgets if we crash."""
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (data_dir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            msg = f"another server uses the data directory {data_dir}; choose another"
+            raise FailedPrecondition(msg, data_dir=data_dir) from None
+        yield

@@ -1,0 +1,335 @@
+"""Who computes next: one thread per device, and a queue that joins products.
+
+Natural batching: what queued for the same operator while the device was busy runs as
+one product. There is no timer, so a lone caller never waits. Operators take turns, so
+that a caller with many requests delays another by one run at most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curvd.errors import OutOfMemory, Overloaded, Unavailable
+
+T = TypeVar("T")
+Columns = NDArray[Any]
+Poll = Callable[[], bool]
+"""Says whether to stop; asked between mini-batches."""
+
+_FIRST_GUESS_S = 0.1
+_LONGEST_RETRY_S = 30.0
+
+
+class Multiplies(Protocol):
+    """What products are asked from."""
+
+    def apply(self, columns: Columns, *, cancelled: Poll) -> Columns:
+        """Multiply columns: [K, P] -> [K, P]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[T]):
+    """A result, and what it took."""
+
+    value: T
+    queue_s: float
+    """Between submission and start."""
+    compute_s: float
+    """Of the run, shared with whoever was in it."""
+    run_columns: int
+    """Columns in the run, those of others included; 0 if it was no product."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatcherStatistics:
+    """What a batcher has done, and holds."""
+
+    runs: int
+    """Times that the device was started."""
+    requests: int
+    """Products and jobs submitted."""
+    columns: int
+    """Columns computed."""
+    cancelled: int
+    """Requests that were given up, before or during their run."""
+    waiting: int
+    """Requests in the queue."""
+    reserved_columns: int
+    """Columns of the requests under way."""
+    reserved_bytes: int
+    """Memory of the requests under way."""
+
+
+class Ticket(Future[Done[T]]):
+    """A request in the queue. Cancelling it also stops a run that nobody else needs."""
+
+    def __init__(
+        self, job: Callable[[Poll], T] | None, columns: Columns | None
+    ) -> None:
+        super().__init__()
+        self.job, self.columns = job, columns
+        self.abandoned = False
+        self.submitted_s = time.monotonic()
+
+    def cancel(self) -> bool:
+        """Give up. A run stops at the next mini-batch if all its members have."""
+        self.abandoned = True
+        return super().cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """Requests that run in order: products with one operator, or jobs."""
+
+    operator: Multiplies | None
+    tickets: deque[Ticket[Any]]
+
+
+class Batcher:
+    """The queue in front of a device, and the thread that works it off.
+
+    Args:
+        run_columns: Columns that run together at most, unless one request has more.
+        run_bytes: Operand bytes that run together at most, likewise.
+        pending_columns: Columns that may be under way before callers are turned away.
+        pending_bytes: Memory that may be under way, likewise.
+        name: Of the thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_columns: int,
+        run_bytes: int,
+        pending_columns: int,
+        pending_bytes: int,
+        name: str = "device",
+    ) -> None:
+        self._run_columns, self._run_bytes = run_columns, run_bytes
+        self._pending = (pending_columns, pending_bytes)
+        self._reserved = [0, 0]
+        self._lanes: OrderedDict[Hashable, _Lane] = OrderedDict()
+        self._wakeup = threading.Condition()
+        self._closed = False
+        self._runs = self._requests = self._columns = self._cancelled = 0
+        self._seconds_per_column = _FIRST_GUESS_S
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def reserve(self, columns: int, nbytes: int) -> Iterator[None]:
+        """Make room for a request before anything is allocated for it.
+
+        Args:
+            columns: That it will have in the queue at once.
+            nbytes: Memory that it will need at once.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            Overloaded: If others take the room. A request alone always gets it.
+        """
+        wanted = (columns, nbytes)
+        with self._wakeup:
+            full = any(
+                have + want > limit
+                for have, want, limit in zip(
+                    self._reserved, wanted, self._pending, strict=True
+                )
+            )
+            if full and any(self._reserved):
+                raise self._overloaded(columns, nbytes)
+            self._reserved = [
+                a + b for a, b in zip(self._reserved, wanted, strict=True)
+            ]
+        try:
+            yield
+        finally:
+            with self._wakeup:
+                self._reserved = [
+                    a - b for a, b in zip(self._reserved, wanted, strict=True)
+                ]
+
+    def multiply(self, operator: Multiplies, columns: Columns) -> Ticket[Columns]:
+        """Queue a product.
+
+        Args:
+            operator: With whose other products it may run.
+            columns: V: [K, P].
+
+        Returns:
+            Its result [K, P], to come.
+        """
+        return self._submit(("operator", id(operator)), operator, Ticket(None, columns))
+
+    def run(self, job: Callable[[Poll], T], *, lane: Hashable = None) -> Ticket[T]:
+        """Queue a job that has the device for itself.
+
+        Args:
+            job: Called on the device's thread with what it should poll.
+            lane: Jobs of one lane run in order; lanes take turns.
+
+        Returns:
+            Its result, to come.
+        """
+        return self._submit(("job", lane), None, Ticket(job, None))
+
+    def statistics(self) -> BatcherStatistics:
+        """Report what was done, and what waits."""
+        with self._wakeup:
+            return BatcherStatistics(
+                runs=self._runs,
+                requests=self._requests,
+                columns=self._columns,
+                cancelled=self._cancelled,
+                waiting=sum(len(lane.tickets) for lane in self._lanes.values()),
+                reserved_columns=self._reserved[0],
+                reserved_bytes=self._reserved[1],
+            )
+
+    def close(self) -> None:
+        """Cancel what waits or runs, and end the thread."""
+        with self._wakeup:
+            self._closed = True
+            self._wakeup.notify()
+        self._thread.join()
+
+    def _submit(
+        self, key: Hashable, operator: Multiplies | None, ticket: Ticket[T]
+    ) -> Ticket[T]:
+        with self._wakeup:
+            if self._closed:
+                msg = "the server is shutting down"
+                raise Unavailable(msg)
+            lane = self._lanes.setdefault(key, _Lane(operator, deque()))
+            lane.tickets.append(ticket)
+            self._requests += 1
+            self._wakeup.notify()
+        return ticket
+
+    def _work(self) -> None:
+        # A call per run: nothing of a run outlives it while the device is idle.
+        while self._step():
+            pass
+
+    def _step(self) -> bool:
+        with self._wakeup:
+            self._wakeup.wait_for(lambda: self._lanes or self._closed)
+            if self._closed:
+                self._refuse_all()
+                return False
+            key, lane = self._lanes.popitem(last=False)
+            tickets = self._take(lane)
+            if lane.tickets:
+                self._lanes[key] = lane  # behind those that wait already
+        if tickets:
+            self._execute(lane.operator, tickets)
+        return True
+
+    def _take(self, lane: _Lane) -> list[Ticket[Any]]:
+        """Take what runs together from the front of a lane; skip the cancelled."""
+        taken: list[Ticket[Any]] = []
+        columns = nbytes = 0
+        while lane.tickets:
+            head = lane.tickets[0].columns
+            if taken and (
+                head is None
+                or columns + len(head) > self._run_columns
+                or nbytes + head.nbytes > self._run_bytes
+            ):
+                break
+            ticket = lane.tickets.popleft()
+            if not ticket.set_running_or_notify_cancel():
+                self._cancelled += 1
+                continue
+            taken.append(ticket)
+            if head is None:
+                break
+            columns, nbytes = columns + len(head), nbytes + head.nbytes
+        return taken
+
+    def _execute(self, operator: Multiplies | None, tickets: list[Ticket[Any]]) -> None:
+        start_s = time.monotonic()
+        counts = [0 if t.columns is None else len(t.columns) for t in tickets]
+        try:
+            values = self._compute(operator, tickets)
+        except OutOfMemory as error:
+            if len(tickets) > 1:
+                # Together they may not fit; then each has only itself to blame.
+                for ticket in tickets:
+                    self._execute(operator, [ticket])
+                return
+            tickets[0].set_exception(error)
+        except Exception as error:
+            for ticket in tickets:
+                ticket.set_exception(error)
+        else:
+            compute_s = time.monotonic() - start_s
+            for ticket, value in zip(tickets, values, strict=True):
+                queue_s = start_s - ticket.submitted_s
+                ticket.set_result(Done(value, queue_s, compute_s, sum(counts)))
+        self._count(tickets, sum(counts), time.monotonic() - start_s)
+
+    def _compute(
+        self, operator: Multiplies | None, tickets: list[Ticket[Any]]
+    ) -> list[Any]:
+        def cancelled() -> bool:
+            return self._closed or all(ticket.abandoned for ticket in tickets)
+
+        if operator is None:
+            (ticket,) = tickets
+            assert ticket.job is not None
+            return [ticket.job(cancelled)]
+        parts = [t.columns for t in tickets if t.columns is not None]
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        rows = operator.apply(joined, cancelled=cancelled)
+        ends = np.cumsum([len(part) for part in parts])
+        return [
+            rows[end - len(part) : end] for part, end in zip(parts, ends, strict=True)
+        ]
+
+    def _count(self, tickets: list[Ticket[Any]], columns: int, seconds: float) -> None:
+        with self._wakeup:
+            self._runs += 1
+            self._columns += columns
+            self._cancelled += sum(ticket.abandoned for ticket in tickets)
+            if columns:
+                # A moving average: what a column costs changes with who asks.
+                self._seconds_per_column += 0.2 * (
+                    seconds / columns - self._seconds_per_column
+                )
+
+    def _refuse_all(self) -> None:
+        msg = "the server is shutting down"
+        for lane in self._lanes.values():
+            for ticket in lane.tickets:
+                if ticket.set_running_or_notify_cancel():
+                    ticket.set_exception(Unavailable(msg))
+        self._lanes.clear()
+
+    def _overloaded(self, columns: int, nbytes: int) -> Overloaded:
+        retry_after_s = min(
+            _LONGEST_RETRY_S, 0.05 + self._seconds_per_column * self._reserved[0]
+        )
+        msg = (
+            f"the queue is full: {self._reserved[0]} columns and {self._reserved[1]} bytes "
+            f"are under way, {columns} and {nbytes} more would exceed the limits of "
+            f"{self._pending[0]} and {self._pending[1]}; retry in {retry_after_s:.1f} s"
+        )
+        return Overloaded(
+            msg,
+            retry_after_s=retry_after_s,
+            pending_columns=self._reserved[0],
+            pending_bytes=self._reserved[1],
+        )

@@ -1,0 +1,325 @@
+"""The engine behind plain arrays: the door between the server's middle and torch.
+
+Everything but `TorchDevice.architecture` belongs to the device's one thread.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from curvd.errors import BuilderNotFound, CurvdError, InvalidSpec, OutOfMemory
+from curvd.types import (
+    DatasetSpec,
+    DeviceInfo,
+    Dtype,
+    LossSpec,
+    Mode,
+    ModelSpec,
+    OperatorSpec,
+    ParameterLayout,
+    PlanReport,
+    TensorInfo,
+)
+from curvd_server import builders, engine
+from curvd_server.objective import Problem
+from curvd_server.registration import Architecture
+from curvd_server.rewrites import use_differentiable_attention
+
+Arrays = Mapping[str, NDArray[Any]]
+Poll = Callable[[], bool]
+
+_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+
+
+class TorchDevice:
+    """Builds models and loads objectives onto one device.
+
+    Args:
+        entries: The operator's own builders: name to ``module:callable``.
+        device: For example ``cuda:0``.
+
+    Raises:
+        InvalidSpec: If a builder cannot be loaded or the device is not there.
+    """
+
+    def __init__(self, entries: Mapping[str, str], device: str) -> None:
+        use_differentiable_attention()
+        self._builders = builders.resolve(entries)
+        self._name = device
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            msg = f"torch cannot use device {device!r}: {str(error).splitlines()[0]}"
+            raise InvalidSpec(msg, device=device) from error
+
+    @property
+    def name(self) -> str:
+        """For example ``cpu`` or ``cuda:0``."""
+        return self._name
+
+    @property
+    def torch_version(self) -> str:
+        """Of torch."""
+        return torch.__version__
+
+    @property
+    def builders(self) -> tuple[str, ...]:
+        """Names of the builders that are allowed."""
+        return tuple(self._builders)
+
+    def describe(self) -> DeviceInfo:
+        """Describe the device and its memory."""
+        if self.name.startswith("cuda"):
+            free, total = torch.cuda.mem_get_info(self.name)
+            return DeviceInfo(
+                name=self.name,
+                description=torch.cuda.get_device_name(self.name),
+                total_bytes=total,
+                free_bytes=free,
+            )
+        memory = psutil.virtual_memory()
+        return DeviceInfo(
+            name=self.name,
+            description=platform.processor() or platform.machine(),
+            total_bytes=memory.total,
+            free_bytes=memory.available,
+        )
+
+    def architecture(self, spec: ModelSpec) -> Architecture:
+        """Find out what a builder makes; without memory if it can be built so.
+
+        Args:
+            spec: Builder and configuration.
+
+        Returns:
+            The tensors of its state.
+        """
+        try:
+            with torch.device("meta"):
+                module = self._build(spec)
+        except CurvdError:
+            raise
+        except Exception:  # it looks at values while it builds
+            module = self._build(spec)
+        names: dict[int, str] = {}
+        tensors, ties = {}, {}
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor):
+                dtype, shape = _NAMES[tensor.dtype], tuple(tensor.shape)
+                tensors[name] = TensorInfo(name, dtype, shape)
+                home = names.setdefault(id(tensor), name)
+                if home != name:
+                    ties[name] = home
+        return Architecture(tensors, ties)
+
+    def load(
+        self,
+        model: ModelSpec,
+        state: Arrays,
+        arrays: Arrays,
+        data: DatasetSpec,
+        loss: LossSpec,
+        mode: Mode,
+        dtype: Dtype,
+    ) -> TorchProblem:
+        """Bring a model, a dataset and a loss together on the device.
+
+        Args:
+            model: Builder and configuration.
+            state: Parameters and buffers by name.
+            arrays: The dataset.
+            data: How it becomes mini-batches.
+            loss: The loss.
+            mode: How BatchNorm behaves.
+            dtype: Of the computation.
+
+        Returns:
+            The objective.
+
+        Raises:
+            InvalidSpec: If they do not fit each other.
+        """
+        module = self._build(model)
+        with _translated():
+            try:
+                problem = Problem.load(
+                    module,
+                    _tensors(state),
+                    _tensors(arrays),
+                    data,
+                    loss,
+                    mode,
+                    dtype,
+                    self.name,
+                )
+            except (TypeError, ValueError, LookupError, RuntimeError) as error:
+                if _is_out_of_memory(error):
+                    raise
+                # Not our defect: what the model said when it saw the data.
+                first_line = str(error).partition("\n")[0]
+                msg = (
+                    f"model {model.builder!r} cannot run on this dataset: "
+                    f"{type(error).__name__}: {first_line}"
+                )
+                raise InvalidSpec(msg, builder=model.builder) from error
+        return TorchProblem(problem)
+
+    def _build(self, spec: ModelSpec) -> nn.Module:
+        builder = self._builders.get(spec.builder)
+        if builder is None:
+            known = ", ".join(self._builders)
+            msg = (
+                f"no builder {spec.builder!r} is allowed on this server; known: {known}"
+            )
+            raise BuilderNotFound(msg, builder=spec.builder)
+        try:
+            return builder(spec.config)
+        except (TypeError, ValueError, KeyError) as error:
+            msg = (
+                f"builder {spec.builder!r} refuses its config: "
+                f"{type(error).__name__}: {error}"
+            )
+            raise InvalidSpec(msg, builder=spec.builder) from error
+
+
+class TorchProblem:
+    """An objective at one version of its parameters.
+
+    Args:
+        problem: The engine's.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """What a vector of length P means."""
+        return self._problem.layout
+
+    @property
+    def batches(self) -> int:
+        """Mini-batches per pass over the data."""
+        return self._problem.batches
+
+    def with_parameters(self, values: Arrays) -> TorchProblem:
+        """Make a new version; this one stays valid.
+
+        Args:
+            values: Parameters and buffers by name; what this objective does not use
+                (running statistics in batch mode, for example) is passed over.
+
+        Returns:
+            The new version.
+        """
+        used = {*self._problem.layout.names, *self._problem.model.constants}
+        with _translated():
+            tensors = _tensors({n: v for n, v in values.items() if n in used})
+            return TorchProblem(self._problem.with_parameters(tensors))
+
+    def gradient(self, *, cancelled: Poll) -> tuple[float, NDArray[Any]]:
+        """Compute the loss and its gradient [P]."""
+        with _translated():
+            loss, gradient = self._problem.gradient(cancelled=cancelled)
+            return loss, gradient.cpu().numpy()
+
+    def build(
+        self, spec: OperatorSpec, *, budget_bytes: int, cancelled: Poll
+    ) -> TorchOperator:
+        """Verify and warm an operator.
+
+        Args:
+            spec: Which.
+            budget_bytes: Memory for kept linearisations.
+            cancelled: Polled between mini-batches.
+
+        Returns:
+            The operator.
+        """
+        with _translated():
+            return TorchOperator(
+                engine.build(
+                    self._problem, spec, budget_bytes=budget_bytes, cancelled=cancelled
+                )
+            )
+
+    def move(self, operator: TorchOperator) -> TorchOperator:
+        """Make the same operator for this version; nothing is computed yet."""
+        return TorchOperator(operator.inner.at(self._problem), operator.report)
+
+
+class TorchOperator:
+    """An operator that is built.
+
+    Args:
+        inner: The engine's.
+        report: How it is computed; by default as it says now.
+    """
+
+    def __init__(
+        self, inner: engine.Operator, report: PlanReport | None = None
+    ) -> None:
+        self.inner = inner
+        # Asked here, on the device's thread, because it may measure.
+        self.report = report or inner.report
+
+    def apply(self, columns: NDArray[Any], *, cancelled: Poll) -> NDArray[Any]:
+        """Multiply columns: [K, P] -> [K, P]."""
+        with _translated():
+            return self.inner.apply(columns, cancelled=cancelled).cpu().numpy()
+
+    def close(self) -> None:
+        """Return its memory."""
+        self.inner.close()
+
+
+class _translated:
+    """Turns torch's out-of-memory into ours; everything else passes."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: object, error: BaseException | None, trace: object
+    ) -> None:
+        if _is_out_of_memory(error):
+            msg = (
+                "the device has not enough memory: use a smaller batch_size, a smaller "
+                "budget_bytes, or delete sessions"
+            )
+            raise OutOfMemory(msg) from error
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _tensors(arrays: Arrays) -> dict[str, Any]:
+    # NumPy has no bfloat16; its bits come as uint16, which is no type of the wire.
+    return {
+        name: torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+        if a.dtype == np.uint16
+        else a
+        for name, a in arrays.items()
+    }

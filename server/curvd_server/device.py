@@ -1,0 +1,102 @@
+"""What the server needs from whatever computes.
+
+Problems and operators belong to the device's one thread; arrays are NumPy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from curvd.types import (
+    DatasetSpec,
+    DeviceInfo,
+    Dtype,
+    LossSpec,
+    Mode,
+    ModelSpec,
+    OperatorSpec,
+    ParameterLayout,
+    PlanReport,
+)
+from curvd_server.registration import Architecture
+
+Array = NDArray[Any]
+Poll = Callable[[], bool]
+"""Says whether to stop; asked between mini-batches."""
+
+
+class Operator(Protocol):
+    """An operator that is built: verified and warm."""
+
+    @property
+    def report(self) -> PlanReport:
+        """How it is computed; costs nothing."""
+
+    def apply(self, columns: Array, *, cancelled: Poll) -> Array:
+        """Multiply columns: [K, P] -> [K, P]."""
+
+    def close(self) -> None:
+        """Return its memory."""
+
+
+class Problem(Protocol):
+    """An objective at one version of its parameters."""
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """What a vector of length P means."""
+
+    @property
+    def batches(self) -> int:
+        """Mini-batches per pass over the data."""
+
+    def with_parameters(self, values: Mapping[str, Array]) -> Problem:
+        """Make a new version; this one stays valid."""
+
+    def gradient(self, *, cancelled: Poll) -> tuple[float, Array]:
+        """Compute the loss and its gradient [P]."""
+
+    def build(
+        self, spec: OperatorSpec, *, budget_bytes: int, cancelled: Poll
+    ) -> Operator:
+        """Verify and warm an operator."""
+
+    def move(self, operator: Any) -> Operator:
+        """Make another version's operator for this one; nothing is computed yet."""
+
+
+class Device(Protocol):
+    """Where objectives are loaded."""
+
+    @property
+    def name(self) -> str:
+        """For example ``cpu`` or ``cuda:0``."""
+
+    @property
+    def builders(self) -> tuple[str, ...]:
+        """Names of the builders that are allowed."""
+
+    @property
+    def torch_version(self) -> str:
+        """Of torch."""
+
+    def describe(self) -> DeviceInfo:
+        """Describe the device and its memory."""
+
+    def architecture(self, spec: ModelSpec) -> Architecture:
+        """Find out what a builder makes of a configuration; on any thread."""
+
+    def load(
+        self,
+        model: ModelSpec,
+        state: Mapping[str, Array],
+        arrays: Mapping[str, Array],
+        data: DatasetSpec,
+        loss: LossSpec,
+        mode: Mode,
+        dtype: Dtype,
+    ) -> Problem:
+        """Bring a model, a dataset and a loss together."""

@@ -1,0 +1,1 @@
+"""The methods of the contract: one short method per RPC."""

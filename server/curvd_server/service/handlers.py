@@ -1,0 +1,99 @@
+"""From methods to gRPC handlers: the table of RPCs gives names, shapes and codecs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from itertools import groupby
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from curvd.errors import InvalidSpec
+from curvd.rpcs import RPCS, Part, Rpc
+from curvd_server.interceptors import Gate
+
+Send = Callable[[Part], Awaitable[None]]
+"""Sends one part of a response; waits while the client reads slowly."""
+
+
+def generic_handlers(
+    services: list[object], gate: Gate
+) -> list[grpc.GenericRpcHandler]:
+    """Make gRPC's handlers for all methods of the contract.
+
+    A method takes the request, or an asynchronous iterator of its parts. It returns
+    the response, or takes a `Send` for the parts of it.
+
+    Args:
+        services: Objects with a method ``mat_vec`` for each RPC ``MatVec``.
+        gate: What each call passes through.
+
+    Returns:
+        One handler per service.
+    """
+    return [
+        grpc.method_handlers_generic_handler(
+            service,
+            {rpc.name: _handler(rpc, _method(services, rpc), gate) for rpc in rpcs},
+        )
+        for service, rpcs in groupby(RPCS.values(), key=lambda rpc: rpc.service)
+    ]
+
+
+async def opened(
+    requests: AsyncIterator[Part],
+) -> tuple[Any, AsyncIterator[memoryview]]:
+    """Take the header off a stream of tensors.
+
+    Args:
+        requests: Its parts.
+
+    Returns:
+        The header, and the chunks that follow.
+
+    Raises:
+        InvalidSpec: If the stream does not begin with a header.
+    """
+    first: Any = await anext(aiter(requests), None)
+    if first is None or isinstance(first, memoryview) or not first.HasField("header"):
+        msg = "the first message of the stream must be a header"
+        raise InvalidSpec(msg)
+    return first.header, _chunks(requests)
+
+
+async def _chunks(requests: AsyncIterator[Part]) -> AsyncIterator[memoryview]:
+    async for part in requests:
+        if not isinstance(part, memoryview):
+            msg = "after the header, a stream carries chunks only"
+            raise InvalidSpec(msg)
+        yield part
+
+
+def _method(services: list[object], rpc: Rpc) -> Callable[..., Awaitable[Any]]:
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", rpc.name).lower()
+    (method,) = (getattr(s, name) for s in services if hasattr(s, name))
+    bound: Callable[..., Awaitable[Any]] = method
+    return bound
+
+
+def _handler(
+    rpc: Rpc, method: Callable[..., Awaitable[Any]], gate: Gate
+) -> grpc.RpcMethodHandler[Any, Any]:
+    async def serve(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async with gate.call(rpc, context):
+            if rpc.server_streams:
+                # Written, not yielded: all of a call happens in one task, so that
+                # what it holds is let go when the call ends, not when a generator is
+                # collected.
+                return await method(request, context.write)
+            return await method(request)
+
+    factory = getattr(grpc, f"{rpc.shape}_rpc_method_handler")
+    handler: grpc.RpcMethodHandler[Any, Any] = factory(
+        serve,
+        request_deserializer=rpc.request.load,
+        response_serializer=rpc.response.dump,
+    )
+    return handler

@@ -1,0 +1,217 @@
+"""SessionService: registering models and datasets, and the life of a session."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+
+import structlog
+from google.protobuf.duration_pb2 import Duration
+
+from curvd import convert
+from curvd.errors import CurvdError, InvalidSpec
+from curvd.rpcs import Part
+from curvd.types import ServerInfo
+from curvd.v1 import session_service_pb2 as session_pb
+from curvd_server.config import LimitsConfig
+from curvd_server.registration import Registry, model_spec
+from curvd_server.service import uploads
+from curvd_server.service.handlers import opened
+from curvd_server.session import Update
+from curvd_server.sessions import NewSession, SessionStore
+from curvd_server.storage import BlobStore, check_digest
+from curvd_server.validate import check_lease, check_text
+
+T = TypeVar("T")
+
+_PAGE, _LARGEST_PAGE = 100, 1000
+
+
+class SessionService:
+    """One method per RPC.
+
+    Args:
+        registry: Of models and datasets.
+        sessions: Of the server.
+        blobs: Where uploads go.
+        limits: Of the server.
+        describe: Describes the server.
+    """
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        sessions: SessionStore,
+        blobs: BlobStore,
+        limits: LimitsConfig,
+        describe: Callable[[], ServerInfo],
+    ) -> None:
+        self._registry, self._sessions = registry, sessions
+        self._blobs, self._limits, self._describe = blobs, limits, describe
+
+    async def register_model(
+        self, requests: AsyncIterator[Part]
+    ) -> session_pb.RegisterModelResponse:
+        """Register an architecture with its state."""
+        header, chunks = await opened(requests)
+        spec = model_spec(header.builder, header.config_json)
+        found = await self._registered(
+            header.state,
+            chunks,
+            lambda: self._registry.model(spec, header.state.digest),
+        )
+        if found is None:
+            missing = uploads.needed(header.state, self._blobs)
+            return session_pb.RegisterModelResponse(upload_needed=missing)
+        return session_pb.RegisterModelResponse(model=convert.model_to_proto(found))
+
+    async def register_dataset(
+        self, requests: AsyncIterator[Part]
+    ) -> session_pb.RegisterDatasetResponse:
+        """Register named tensors as fixed mini-batches."""
+        header, chunks = await opened(requests)
+        spec = convert.dataset_spec_from_proto(header)
+        found = await self._registered(
+            header.tensors,
+            chunks,
+            lambda: self._registry.dataset(spec, header.tensors.digest),
+        )
+        if found is None:
+            missing = uploads.needed(header.tensors, self._blobs)
+            return session_pb.RegisterDatasetResponse(upload_needed=missing)
+        dataset = convert.dataset_to_proto(found)
+        return session_pb.RegisterDatasetResponse(dataset=dataset)
+
+    async def create_session(
+        self, request: session_pb.CreateSessionRequest
+    ) -> session_pb.CreateSessionResponse:
+        """Bring a model, a dataset and a loss together."""
+        budget = request.budget_bytes if request.HasField("budget_bytes") else None
+        if budget is not None and budget < 0:
+            msg = f"budget_bytes must not be negative, got {budget}"
+            raise InvalidSpec(msg, budget_bytes=budget)
+        new = NewSession(
+            model_id=request.model_id,
+            dataset_id=request.dataset_id,
+            loss=convert.loss_from_proto(request.loss),
+            dtype=convert.dtype_from_proto(request.dtype),
+            mode=convert.mode_from_proto(request.mode),
+            operators=tuple(map(convert.operator_from_proto, request.operators)),
+            budget_bytes=budget,
+            lease_s=_lease_s(request),
+            name=check_text(request.name, "name"),
+            request_id=check_text(request.request_id, "request_id"),
+            fingerprint=_fingerprint(request),
+        )
+        info = await self._sessions.create(new, validate_only=request.validate_only)
+        structlog.contextvars.bind_contextvars(session=info.id)
+        return session_pb.CreateSessionResponse(session=convert.session_to_proto(info))
+
+    async def get_session(
+        self, request: session_pb.GetSessionRequest
+    ) -> session_pb.GetSessionResponse:
+        """Describe one session."""
+        info = self._sessions.get(request.session_id)
+        return session_pb.GetSessionResponse(session=convert.session_to_proto(info))
+
+    async def list_sessions(
+        self, request: session_pb.ListSessionsRequest
+    ) -> session_pb.ListSessionsResponse:
+        """List the sessions, oldest first."""
+        if request.page_size < 0:
+            msg = f"page_size must not be negative, got {request.page_size}"
+            raise InvalidSpec(msg, page_size=request.page_size)
+        limit = min(request.page_size or _PAGE, _LARGEST_PAGE)
+        infos, after = self._sessions.page(after=request.page_token, limit=limit)
+        return session_pb.ListSessionsResponse(
+            sessions=map(convert.session_to_proto, infos), next_page_token=after
+        )
+
+    async def renew_session(
+        self, request: session_pb.RenewSessionRequest
+    ) -> session_pb.RenewSessionResponse:
+        """Put off the end of a session's lease."""
+        info = await self._sessions.renew(request.session_id, _lease_s(request))
+        return session_pb.RenewSessionResponse(session=convert.session_to_proto(info))
+
+    async def delete_session(
+        self, request: session_pb.DeleteSessionRequest
+    ) -> session_pb.DeleteSessionResponse:
+        """End a session, cancel its work and return its memory."""
+        structlog.contextvars.bind_contextvars(session=request.session_id)
+        await self._sessions.delete(request.session_id)
+        return session_pb.DeleteSessionResponse()
+
+    async def update_parameters(
+        self, requests: AsyncIterator[Part]
+    ) -> session_pb.UpdateParametersResponse:
+        """Replace some or all parameter values."""
+        header, chunks = await opened(requests)
+        structlog.contextvars.bind_contextvars(session=header.session_id)
+        expected = (
+            header.expected_version if header.HasField("expected_version") else None
+        )
+        update = Update(
+            digest=check_digest(header.values.digest),
+            expected_version=expected,
+            request_id=check_text(header.request_id, "request_id"),
+        )
+        # Before the bytes: they may have been replaced since.
+        made = await self._sessions.made_by(header.session_id, update)
+        if made is None:
+            with self._blobs.held(update.digest):
+                if not await uploads.receive(
+                    header.values, chunks, self._blobs, self._limits
+                ):
+                    missing = uploads.needed(header.values, self._blobs)
+                    return session_pb.UpdateParametersResponse(upload_needed=missing)
+                made = await self._sessions.update(header.session_id, update)
+        version = session_pb.ParameterVersion(
+            version=made.version, parameters_digest=made.parameters_digest
+        )
+        return session_pb.UpdateParametersResponse(version=version)
+
+    async def get_server_info(
+        self, request: session_pb.GetServerInfoRequest
+    ) -> session_pb.GetServerInfoResponse:
+        """Tell versions, limits, devices, builders, capabilities."""
+        info = await asyncio.to_thread(self._describe)
+        return convert.server_info_to_proto(info)
+
+    async def _registered(
+        self,
+        upload: session_pb.Upload,
+        chunks: AsyncIterator[memoryview],
+        register: Callable[[], T | None],
+    ) -> T | None:
+        """Find a resource, or make it once its bytes are there."""
+        digest = check_digest(upload.digest)
+        try:
+            with self._blobs.held(digest):
+                # Before the bytes: it may be there, or never be welcome.
+                found = await asyncio.to_thread(register)
+                if found is None and await uploads.receive(
+                    upload, chunks, self._blobs, self._limits
+                ):
+                    found = await asyncio.to_thread(register)
+                return found
+        except CurvdError:
+            await asyncio.to_thread(self._registry.release, digest)
+            raise
+
+
+def _lease_s(request: Any) -> float | None:
+    if not request.HasField("lease"):
+        return None
+    lease: Duration = request.lease
+    return check_lease(lease.ToNanoseconds() / 1e9)
+
+
+def _fingerprint(request: session_pb.CreateSessionRequest) -> str:
+    content = session_pb.CreateSessionRequest()
+    content.CopyFrom(request)
+    content.ClearField("request_id")
+    return hashlib.sha256(content.SerializeToString(deterministic=True)).hexdigest()

@@ -1,0 +1,361 @@
+"""All sessions of a server: making, finding, leasing, ending them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import weakref
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+
+from curvd.errors import LimitExceeded, SessionNotFound
+from curvd.types import (
+    Dtype,
+    LossSpec,
+    Mode,
+    OperatorSpec,
+    ParameterLayout,
+    SessionInfo,
+    SessionState,
+)
+from curvd_server.catalogue import StoredSession, StoredVersion
+from curvd_server.session import (
+    Facilities,
+    Lease,
+    Session,
+    Update,
+    check_same,
+    to_the_end,
+)
+from curvd_server.state import state_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSession:
+    """What a session is to be."""
+
+    model_id: str
+    dataset_id: str
+    loss: LossSpec
+    dtype: Dtype = Dtype.FLOAT32
+    mode: Mode = Mode.EVAL
+    operators: tuple[OperatorSpec, ...] = ()
+    """To build before the answer; empty: the Hessian."""
+    budget_bytes: int | None = None
+    lease_s: float | None = None
+    name: str = ""
+    request_id: str = ""
+    fingerprint: str = ""
+    """Hash of the request, without its id."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStatistics:
+    """What a store holds."""
+
+    ready: int
+    """Sessions on the device."""
+    cold: int
+    """Sessions that warm up at their first use."""
+    users: int
+    """Calls that use a session right now."""
+    operators: int
+    """Operators that are built."""
+
+
+class SessionStore:
+    """All sessions of a server. Those of an earlier process come back cold.
+
+    Args:
+        facilities: What they work with.
+    """
+
+    def __init__(self, facilities: Facilities) -> None:
+        self._with = facilities
+        # Two equal requests wait for each other; the entry goes with the last one.
+        self._making: weakref.WeakValueDictionary[str, asyncio.Lock] = (
+            weakref.WeakValueDictionary()
+        )
+        self._being_made = self._latest_us = 0
+        # Leases begin anew: nobody could renew one while the server was away.
+        self._sessions = {
+            stored.info.id: Session(facilities, stored)
+            for stored in facilities.catalogue.sessions()
+        }
+
+    def get(self, session_id: str) -> SessionInfo:
+        """Describe a session as it is now; that renews its lease.
+
+        Args:
+            session_id: Which.
+
+        Returns:
+            The session.
+
+        Raises:
+            SessionNotFound: If there is none.
+        """
+        session = self._find(session_id)
+        session.touch()
+        return session.info()
+
+    def page(self, *, after: str = "", limit: int) -> tuple[list[SessionInfo], str]:
+        """Describe sessions, oldest first.
+
+        Args:
+            after: Id of the last session of the page before.
+            limit: At most so many.
+
+        Returns:
+            One page, and `after` for the next; empty if there is none.
+        """
+        # Ids sort by time, so a page follows even one whose last session is gone.
+        alive = {i: s for i, s in self._sessions.items() if not s.is_over}
+        later = [alive[i].info() for i in sorted(alive) if i > after]
+        return later[:limit], later[limit - 1].id if len(later) > limit else ""
+
+    def statistics(self) -> SessionStatistics:
+        """Report what is held."""
+        sessions = self._sessions.values()
+        ready = sum(s.live.problem is not None for s in sessions)
+        return SessionStatistics(
+            ready=ready,
+            cold=len(sessions) - ready,
+            users=sum(s.users for s in sessions),
+            operators=sum(len(s.live.reports) for s in sessions),
+        )
+
+    async def create(
+        self, new: NewSession, *, validate_only: bool = False
+    ) -> SessionInfo:
+        """Bring a model, a dataset and a loss together, verified and warm.
+
+        Args:
+            new: What the session is to be.
+            validate_only: Check and predict; keep nothing.
+
+        Returns:
+            The session. The same request id answers with the session it made.
+
+        Raises:
+            ModelNotFound: If the model is not registered.
+            DatasetNotFound: If the dataset is not registered.
+            RequestIdReused: If the same request id came with other content.
+            LimitExceeded: If there are too many sessions.
+        """
+        key = new.request_id or secrets.token_hex(16)
+        async with self._making.setdefault(key, asyncio.Lock()):
+            made = self._made_by(new)
+            if made is not None:
+                return made.info()
+            self._check_room()
+            self._being_made += 1
+            try:
+                return await self._create(new, validate_only)
+            finally:
+                self._being_made -= 1
+
+    @contextlib.asynccontextmanager
+    async def lease(
+        self,
+        session_id: str,
+        *,
+        operator: OperatorSpec | None = None,
+        expected_version: int | None = None,
+    ) -> AsyncIterator[Lease]:
+        """Use a session at its current version.
+
+        The version stays valid as long as the lease is held, whatever is updated
+        meanwhile. Deleting the session cancels the task that holds it.
+
+        Args:
+            session_id: Which.
+            operator: Build this one first, unless it is there.
+            expected_version: Refuse another version.
+
+        Yields:
+            The session's version.
+
+        Raises:
+            SessionNotFound: If there is none.
+            VersionMismatch: If it is at another version.
+            Cancelled: If it was deleted meanwhile.
+        """
+        session = self._find(session_id)
+        async with session.lease(operator, expected_version) as lease:
+            yield lease
+
+    async def made_by(self, session_id: str, update: Update) -> StoredVersion | None:
+        """Find the version that the same request made before.
+
+        Args:
+            session_id: Of which session.
+            update: The request; its blob need not be there any more.
+
+        Returns:
+            The version; None if the request is new.
+
+        Raises:
+            SessionNotFound: If there is no such session.
+            RequestIdReused: If the same request id came with other content.
+        """
+        return await self._find(session_id).made_by(update)
+
+    async def update(self, session_id: str, update: Update) -> StoredVersion:
+        """Move a session to new values. Running work finishes on its version.
+
+        Args:
+            session_id: Which.
+            update: The values; their blob must be complete and held.
+
+        Returns:
+            The new version, or the one that the same request made before.
+
+        Raises:
+            SessionNotFound: If there is none.
+            VersionMismatch: If it is at another version than expected.
+            StateMismatch: If the values do not fit the model.
+            RequestIdReused: If the same request id came with other content.
+        """
+        return await self._find(session_id).update(update)
+
+    async def renew(self, session_id: str, lease_s: float | None) -> SessionInfo:
+        """Put off the end of a session.
+
+        Args:
+            session_id: Which.
+            lease_s: A new length of its lease; None: as before.
+
+        Returns:
+            The session as it is now.
+
+        Raises:
+            SessionNotFound: If there is none.
+        """
+        session = self._find(session_id)
+        if lease_s is not None:
+            catalogue = self._with.catalogue
+            await asyncio.to_thread(catalogue.set_lease, session_id, lease_s)
+            session.stored = replace(session.stored, lease_s=lease_s)
+        return self.get(session_id)
+
+    async def delete(self, session_id: str) -> None:
+        """End a session: forget it, cancel its work, free its memory.
+
+        Args:
+            session_id: Which.
+
+        Raises:
+            SessionNotFound: If there is none.
+        """
+        await self._end(self._find(session_id))
+
+    async def expire(self) -> list[str]:
+        """End the sessions whose lease ran out.
+
+        Returns:
+            Their ids.
+        """
+        over = [s for s in self._sessions.values() if s.is_over]
+        for session in over:
+            await self._end(session)
+        return [session.id for session in over]
+
+    async def close(self) -> None:
+        """Give the device's memory back; the sessions stay in the catalogue."""
+        for session in self._sessions.values():
+            await session.live.close()
+
+    async def _create(self, new: NewSession, validate_only: bool) -> SessionInfo:
+        stored = await asyncio.to_thread(self._described, new)
+        session = Session(self._with, stored)
+        try:
+            problem = await session.warm()
+            for spec in new.operators or (OperatorSpec(),):
+                session.live.release(await session.live.acquire(spec))
+            info = replace(
+                stored.info,
+                id="" if validate_only else self._new_id(),
+                layout=problem.layout,
+                batches=problem.batches,
+            )
+            session.stored = replace(stored, info=info)
+            if not validate_only:
+                await to_the_end(self._add(session))
+            return session.info()
+        finally:
+            if session.id not in self._sessions:
+                await to_the_end(session.live.close())
+
+    def _described(self, new: NewSession) -> StoredSession:
+        """Say what is known before anything is on the device. Blocks."""
+        model = self._with.catalogue.model(new.model_id)
+        dataset = self._with.catalogue.dataset(new.dataset_id)
+        budget_bytes = new.budget_bytes
+        if budget_bytes is None:
+            budget_bytes = self._with.limits.default_budget_bytes
+        info = SessionInfo(
+            id="",
+            name=new.name,
+            model_id=new.model_id,
+            dataset_id=new.dataset_id,
+            loss=new.loss,
+            dtype=new.dtype,
+            mode=new.mode,
+            version=1,
+            parameters_digest=state_of(self._with.blobs, model, {}).digest(),
+            layout=ParameterLayout(()),
+            data_points=dataset.info.data_points,
+            batches=0,
+            device=self._with.device.name,
+            budget_bytes=budget_bytes,
+            operators=(),
+            state=SessionState.COLD,
+            create_time_s=self._with.clock(),
+            expire_time_s=None,
+        )
+        return StoredSession(
+            info=info,
+            lease_s=new.lease_s,
+            request_id=new.request_id,
+            fingerprint=new.fingerprint,
+            sources={},
+        )
+
+    async def _add(self, session: Session) -> None:
+        await asyncio.to_thread(self._with.catalogue.add_session, session.stored)
+        session.touch()
+        self._sessions[session.id] = session
+
+    async def _end(self, session: Session) -> None:
+        del self._sessions[session.id]
+        await to_the_end(session.end())
+
+    def _made_by(self, new: NewSession) -> Session | None:
+        for session in self._sessions.values():
+            if new.request_id and session.stored.request_id == new.request_id:
+                known = session.stored.fingerprint
+                check_same(known, new.fingerprint, new.request_id)
+                return session
+        return None
+
+    def _find(self, session_id: str) -> Session:
+        session = self._sessions.get(session_id)
+        if session is None or session.is_over:
+            msg = (
+                f"no session {session_id!r} on this server: it was never created, was "
+                "deleted, or its lease ran out"
+            )
+            raise SessionNotFound(msg, session_id=session_id)
+        return session
+
+    def _check_room(self) -> None:
+        held, limit = len(self._sessions) + self._being_made, self._with.limits.sessions
+        if held >= limit:
+            msg = f"{held} sessions are the limit of this server (sessions); delete one"
+            raise LimitExceeded(msg, sessions=held, limit=limit)
+
+    def _new_id(self) -> str:
+        self._latest_us = max(self._latest_us + 1, int(self._with.clock() * 1e6))
+        return f"{self._latest_us:014x}-{secrets.token_hex(4)}"

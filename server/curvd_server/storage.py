@@ -1,0 +1,361 @@
+"""Blobs on disk: safetensors files under the SHA-256 of their bytes.
+
+``<data_dir>/blobs/<digest>`` is complete and verified; ``<digest>.part`` is an upload
+that may go on. Two uploads of the same bytes help each other: what one of them has
+written, the other need not. Methods block on the disk; call them off the event loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curvd import wire
+from curvd.errors import (
+    InvalidSpec,
+    InvalidTensors,
+    LimitExceeded,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
+
+ABANDONED_S = 24 * 3600.0
+"""An upload that nobody went on with, or referred to, for so long is removed."""
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_READ_BYTES = 8 << 20
+
+
+def check_digest(digest: str) -> str:
+    """Refuse what is no SHA-256, and so could be a path.
+
+    Args:
+        digest: From a stranger.
+
+    Returns:
+        The digest.
+
+    Raises:
+        InvalidSpec: Unless it is 64 lower-case hexadecimal digits.
+    """
+    if _DIGEST.fullmatch(digest) is None:
+        msg = f"digest must be 64 lower-case hexadecimal digits, got {digest[:80]!r}"
+        raise InvalidSpec(msg, digest=digest[:80])
+    return digest
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A complete safetensors file, mapped into memory."""
+
+    digest: str
+    header: wire.Header
+    arrays: Mapping[str, NDArray[Any]]
+    """Tensor name to a view of the file; BF16 as uint16 bits. Writes stay private."""
+    total_bytes: int
+
+
+class BlobStore:
+    """The blobs of one data directory.
+
+    Args:
+        directory: Where they lie; made if it is not there.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._partials: dict[str, _Partial] = {}
+        self._held: Counter[str] = Counter()
+
+    def has(self, digest: str) -> bool:
+        """Tell whether a blob is complete."""
+        return self._path(digest).exists()
+
+    def committed_bytes(self, digest: str) -> int:
+        """Tell from where an upload goes on."""
+        with self._lock:
+            partial = self._partials.get(digest)
+            if partial is not None:
+                return partial.size
+        try:
+            return self._path(digest, ".part").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    @contextlib.contextmanager
+    def held(self, digest: str) -> Iterator[None]:
+        """Keep a blob from being removed before something refers to it.
+
+        Args:
+            digest: Of the blob, which need not be there yet.
+
+        Yields:
+            Nothing.
+        """
+        with self._lock:
+            self._held[digest] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held[digest] -= 1
+
+    @contextlib.contextmanager
+    def upload(self, digest: str, *, offset: int, total_bytes: int) -> Iterator[Upload]:
+        """Write a blob, or the rest of one.
+
+        Args:
+            digest: SHA-256 that the whole file must have.
+            offset: Where the first bytes belong; at most the committed bytes.
+            total_bytes: Size of the whole file.
+
+        Yields:
+            Takes the bytes. Leaving early keeps what has arrived.
+
+        Raises:
+            InvalidSpec: If the offset would leave a gap.
+        """
+        with self._lock:
+            partial = self._partials.get(digest)
+            if partial is None:
+                partial = _Partial(self._path(digest, ".part"))
+                self._partials[digest] = partial
+            partial.users += 1
+        try:
+            if offset > partial.size:
+                msg = (
+                    f"upload.offset {offset} is beyond the {partial.size} bytes that "
+                    "have arrived: go on from there"
+                )
+                raise InvalidSpec(msg, offset=offset, committed_bytes=partial.size)
+            yield Upload(partial, self._path(digest), offset, total_bytes)
+        finally:
+            with self._lock:
+                partial.users -= 1
+                if not partial.users:
+                    partial.close()
+                    del self._partials[digest]
+
+    def open(self, digest: str) -> Blob:
+        """Map a complete blob.
+
+        Args:
+            digest: Which.
+
+        Returns:
+            Its tensors; nothing is read before it is looked at.
+
+        Raises:
+            NotFound: If it is not there.
+            InvalidTensors: If it is no safetensors file.
+            LimitExceeded: If its header is too large.
+        """
+        path = self._path(digest)
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                header, start = read_header(file, size)
+            # Copy-on-write: torch wants memory that it could write to.
+            payload = (
+                np.memmap(path, np.uint8, mode="c", offset=start, shape=size - start)
+                if size > start
+                else np.empty(0, np.uint8)
+            )
+        except FileNotFoundError:
+            msg = f"blob {digest} is not on this server"
+            raise NotFound(msg, digest=digest) from None
+        arrays = {name: tensor.view(payload) for name, tensor in header.items()}
+        return Blob(digest, header, arrays, size)
+
+    def release(self, digest: str, needed: Callable[[], set[str]]) -> None:
+        """Remove a blob that nothing needs any more.
+
+        Args:
+            digest: Of the blob. One that is held goes at a later `sweep`.
+            needed: Finds the digests to keep. It is asked while nobody can begin to
+                hold the blob, so that a new reference is never missed.
+        """
+        with self._lock:
+            if not self._held[digest] and digest not in needed():
+                self._path(digest).unlink(missing_ok=True)
+
+    def sweep(self, referenced: set[str], *, now_s: float | None = None) -> None:
+        """Remove what nothing refers to and nobody goes on with; for start-up.
+
+        Args:
+            referenced: Digests to keep.
+            now_s: Seconds since the epoch.
+        """
+        now_s = time.time() if now_s is None else now_s
+        for path in self._directory.iterdir():
+            idle_s = now_s - path.stat().st_mtime
+            if path.name not in referenced and idle_s > ABANDONED_S:
+                path.unlink()
+
+    def _path(self, digest: str, suffix: str = "") -> Path:
+        return self._directory / (check_digest(digest) + suffix)
+
+
+class _Partial:
+    """A file that grows, and the hash of what is in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.users = path, 0
+        self.lock = threading.Lock()
+        self.file = path.open("ab", buffering=0)
+        self.size = path.stat().st_size
+        self.sha = hashlib.sha256()
+        self.hashed = 0
+
+    def append(self, data: memoryview) -> None:
+        self.catch_up()
+        try:
+            written = 0
+            while written < data.nbytes:
+                written += self.file.write(data[written:])
+        except OSError as error:
+            self.file.truncate(self.size)
+            msg = f"the server cannot store the upload: {error.strerror}"
+            raise ResourceExhausted(msg) from error
+        self.sha.update(data)
+        self.size += data.nbytes
+        self.hashed = self.size
+
+    def catch_up(self) -> None:
+        """Hash what an earlier upload has left; only that is read again."""
+        if self.hashed == self.size:
+            return
+        with self.path.open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                self.sha.update(block)
+        self.hashed = self.size
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Upload:
+    """Appends to a blob that is not complete.
+
+    Args:
+        partial: The file, perhaps shared with another upload of the same bytes.
+        path: Where the complete blob goes.
+        offset: Where the next bytes belong.
+        total_bytes: Size of the whole file.
+    """
+
+    def __init__(
+        self, partial: _Partial, path: Path, offset: int, total_bytes: int
+    ) -> None:
+        self._partial, self._path = partial, path
+        self._position, self._total = offset, total_bytes
+
+    def write(self, data: memoryview) -> None:
+        """Take the next bytes.
+
+        Args:
+            data: What follows what was written before.
+
+        Raises:
+            InvalidTensors: If there are more than announced.
+        """
+        if self._position + data.nbytes > self._total:
+            msg = f"more than the {self._total} bytes that the upload announces"
+            raise InvalidTensors(msg, total_bytes=self._total)
+        with self._partial.lock:
+            known = self._partial.size - self._position
+            if known < 0:
+                msg = "another upload of the same digest brought other bytes; ask again"
+                raise Unavailable(msg, digest=self._path.name)
+            if known < data.nbytes and not self._path.exists():
+                self._partial.append(data[known:])
+        self._position += data.nbytes
+
+    def finish(self) -> bool:
+        """Verify and keep the blob if it is complete.
+
+        Returns:
+            Whether it is; what has arrived is kept in any case.
+
+        Raises:
+            InvalidTensors: If the bytes do not have the digest; they are dropped.
+        """
+        if self._position < self._total:
+            return False
+        partial = self._partial
+        with partial.lock:
+            if self._path.exists():
+                return True  # the other upload of the same bytes was first
+            partial.catch_up()
+            digest = partial.sha.hexdigest()
+            if digest != self._path.name or partial.size != self._total:
+                partial.file.truncate(0)
+                partial.size = partial.hashed = 0
+                partial.sha = hashlib.sha256()
+                msg = (
+                    f"the bytes that arrived have SHA-256 {digest}, the upload announces "
+                    f"{self._path.name}; nothing of them was kept"
+                )
+                raise InvalidTensors(msg, digest=digest, announced=self._path.name)
+            os.fsync(partial.file.fileno())
+            partial.path.rename(self._path)
+            _fsync_directory(self._path.parent)
+        return True
+
+
+def read_header(file: BinaryIO, size: int) -> tuple[wire.Header, int]:
+    """Read and check the header of a safetensors file.
+
+    Args:
+        file: At its beginning.
+        size: Bytes in the file.
+
+    Returns:
+        The header, and the offset of the payload.
+
+    Raises:
+        InvalidTensors: If it is malformed, or the payload has another size.
+        LimitExceeded: If it is too large.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    start = 8 + length
+    if length > wire.MAX_HEADER_BYTES:
+        msg = (
+            f"the safetensors header announces {length} bytes; the limit is "
+            f"{wire.MAX_HEADER_BYTES}. Send fewer tensors, or flatten them into one"
+        )
+        raise LimitExceeded(msg, header_bytes=length, limit=wire.MAX_HEADER_BYTES)
+    if size < start:
+        msg = f"the file has {size} bytes and ends within its header of {start}"
+        raise InvalidTensors(msg, total_bytes=size)
+    header = wire.load_header(file.read(length))
+    if size - start != wire.payload_bytes(header):
+        msg = (
+            f"the file has {size - start} bytes of payload, but its header describes "
+            f"{wire.payload_bytes(header)}"
+        )
+        raise InvalidTensors(msg, payload_bytes=size - start)
+    return header, start
+
+
+def _fsync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,206 @@
+"""What is refused before it reaches the queue.
+
+After batching, one bad request would fail its neighbours; and sizes come from
+strangers, so they are judged before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded
+from curvd.types import Dtype, ParameterLayout
+from curvd.wire import Header
+from curvd_server.config import LimitsConfig
+
+LONGEST_TEXT = 128
+"""Characters of a name or a request id."""
+
+_SEGMENT = 1 << 20
+
+
+def vector_dtype(dtype: Dtype) -> np.dtype[Any]:
+    """Tell the element type in which a session's vectors travel.
+
+    Args:
+        dtype: Of the session.
+
+    Returns:
+        float64 for float64 sessions, else float32.
+    """
+    return np.dtype(np.float64 if dtype is Dtype.FLOAT64 else np.float32)
+
+
+def check_text(value: str, what: str) -> str:
+    """Refuse a label that is too long.
+
+    Args:
+        value: From a stranger.
+        what: Its name.
+
+    Returns:
+        The value.
+
+    Raises:
+        InvalidSpec: If it has more than `LONGEST_TEXT` characters.
+    """
+    if len(value) > LONGEST_TEXT:
+        msg = f"{what} has {len(value)} characters; the limit is {LONGEST_TEXT}"
+        raise InvalidSpec(msg, length=len(value), limit=LONGEST_TEXT)
+    return value
+
+
+def check_lease(lease_s: float | None) -> float | None:
+    """Refuse a lease that has no length.
+
+    Args:
+        lease_s: Seconds, or None for ever.
+
+    Returns:
+        The lease.
+
+    Raises:
+        InvalidSpec: Unless it is positive.
+    """
+    if lease_s is not None and not lease_s > 0:
+        msg = f"a lease must be positive, got {lease_s} s; leave it out for no end"
+        raise InvalidSpec(msg, lease_s=lease_s)
+    return lease_s
+
+
+def check_upload(total_bytes: int, offset: int, limits: LimitsConfig) -> None:
+    """Refuse an upload by what it announces.
+
+    Args:
+        total_bytes: Of the whole file.
+        offset: Where its first bytes belong.
+        limits: Of the server.
+
+    Raises:
+        InvalidSpec: If the numbers make no sense.
+        LimitExceeded: If the file is too large.
+    """
+    if total_bytes < 8 or not 0 <= offset <= total_bytes:
+        msg = (
+            "upload.total_bytes must be at least 8 and offset within it, got "
+            f"{total_bytes} and {offset}"
+        )
+        raise InvalidSpec(msg, total_bytes=total_bytes, offset=offset)
+    if total_bytes > limits.upload_bytes:
+        msg = (
+            f"an upload of {total_bytes} bytes exceeds this server's limit of "
+            f"{limits.upload_bytes} (upload_bytes)"
+        )
+        raise LimitExceeded(msg, total_bytes=total_bytes, limit=limits.upload_bytes)
+
+
+def check_operand(
+    header: Header,
+    *,
+    matrix: bool,
+    layout: ParameterLayout,
+    dtype: Dtype,
+    limits: LimitsConfig,
+) -> int:
+    """Judge an operand by its header.
+
+    Args:
+        header: Of the safetensors file that was announced.
+        matrix: Whether [K, P] is wanted, else [P].
+        layout: Of the session.
+        dtype: Of the session.
+        limits: Of the server.
+
+    Returns:
+        K; 1 for a vector.
+
+    Raises:
+        InvalidVector: If it is not the one tensor ``v`` of the right type and shape.
+        LimitExceeded: If it is too large.
+    """
+    if set(header) != {"v"}:
+        names = ", ".join(map(repr, header)) or "none"
+        msg = f"an operand is one tensor named 'v'; the tensors sent are {names}"
+        raise InvalidVector(msg, tensors=names)
+    tensor, name = header["v"], "F64" if dtype is Dtype.FLOAT64 else "F32"
+    if tensor.dtype != name:
+        msg = f"the operand has element type {tensor.dtype}; this session's is {name}"
+        raise InvalidVector(msg, dtype=tensor.dtype, expected=name)
+    if len(tensor.shape) != 1 + matrix or tensor.shape[-1] != layout.size:
+        want = f"[K, {layout.size}]" if matrix else f"[{layout.size}]"
+        msg = f"the operand has shape {list(tensor.shape)}; this session's is {want}"
+        raise InvalidVector(msg, shape=tensor.shape, parameter_count=layout.size)
+    columns = tensor.shape[0] if matrix else 1
+    for what, value, limit in (
+        ("columns", columns, limits.columns),
+        ("bytes", tensor.nbytes, limits.operand_bytes),
+    ):
+        if value > limit:
+            msg = (
+                f"the operand has {value} {what}; the limit is {limit}. Send fewer "
+                "columns per call"
+            )
+            raise LimitExceeded(msg, value=value, limit=limit)
+    return columns
+
+
+def check_finite(
+    columns: NDArray[Any], *, layout: ParameterLayout, first: int = 0
+) -> None:
+    """Refuse NaN and infinity, and name the place.
+
+    Args:
+        columns: [K, P].
+        layout: Of the session.
+        first: Index of the first column, for the message.
+
+    Raises:
+        InvalidVector: If a value is not finite.
+    """
+    for index, column in enumerate(columns, first):
+        start = _first_not_finite(column)
+        if start is None:
+            continue
+        at = max(
+            (p for p in layout.parameters if p.offset <= start and p.size),
+            key=lambda p: p.offset,
+        )
+        msg = (
+            f"column {index} has {column[start]} at index {start}, in parameter "
+            f"{at.name!r}; operands must be finite"
+        )
+        raise InvalidVector(msg, column=index, index=start, parameter=at.name)
+
+
+def check_finite_data(name: str, dtype: str, array: NDArray[Any]) -> None:
+    """Refuse a tensor of a dataset that is not finite.
+
+    Args:
+        name: Of the tensor.
+        dtype: safetensors element type; BF16 arrays are uint16 bits.
+        array: The values; read in segments, so that a mapped file stays on disk.
+
+    Raises:
+        InvalidSpec: If a value is not finite.
+    """
+    start = _first_not_finite(array.reshape(-1), bits=dtype == "BF16")
+    if start is not None:
+        row = start // max(1, math.prod(array.shape[1:]))
+        msg = f"tensor {name!r} is not finite in data point {row}; remove it or mend it"
+        raise InvalidSpec(msg, tensor=name, data_point=row)
+
+
+def _first_not_finite(values: NDArray[Any], *, bits: bool = False) -> int | None:
+    """Find the first NaN or infinity; in segments, to stay in the cache."""
+    if not bits and values.dtype.kind != "f":
+        return None
+    for start in range(0, len(values), _SEGMENT):
+        part = values[start : start + _SEGMENT]
+        finite = (part & 0x7F80) != 0x7F80 if bits else np.isfinite(part)
+        if not finite.all():
+            return start + int(np.argmin(finite))
+    return None

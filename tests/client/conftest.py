@@ -1,0 +1,93 @@
+"""Both clients against one fake, in one style."""
+
+import asyncio
+import inspect
+
+import pytest
+from client import fakes
+
+import curvd
+
+QUICK = curvd.ClientConfig(
+    retry=curvd.RetryConfig(first_s=0.0, longest_s=0.0, give_up_s=10.0)
+)
+"""Repeats without a pause, so that tests never sleep."""
+
+
+class Blocking:
+    """An asyncio client that can be used like the blocking one."""
+
+    def __init__(self, inner, loop):
+        self.inner, self.loop = inner, loop
+
+    def __getattr__(self, name):
+        value = getattr(self.inner, name)
+        if not callable(value):
+            return value
+        return lambda *args, **kwargs: self._wait(value(*args, **kwargs))
+
+    def __matmul__(self, x):
+        return self._wait(self.inner @ x)
+
+    def __rmatmul__(self, x):
+        return self._wait(x @ self.inner)
+
+    __array_ufunc__ = None
+
+    def __enter__(self):
+        self._wait(self.inner.__aenter__())
+        return self
+
+    def __exit__(self, *args):
+        self._wait(self.inner.__aexit__(*args))
+
+    def _wait(self, value):
+        if inspect.isawaitable(value):
+            value = self.loop.run_until_complete(value)
+        elif inspect.isasyncgen(value):
+            return self._drain(value)
+        if type(value).__name__.startswith("Async"):
+            return Blocking(value, self.loop)
+        return value
+
+    def _drain(self, generator):
+        try:
+            while True:
+                yield self.loop.run_until_complete(anext(generator))
+        except StopAsyncIteration:
+            pass
+        finally:
+            self.loop.run_until_complete(generator.aclose())
+
+
+@pytest.fixture
+def service():
+    return fakes.FakeService()
+
+
+@pytest.fixture
+def target(service):
+    with fakes.serving(service) as address:
+        yield address
+
+
+@pytest.fixture(params=["sync", "async"])
+def connect(request):
+    """`curvd.connect`, or `curvd.aio.connect` made to block."""
+    if request.param == "sync":
+        yield curvd.connect
+        return
+    loop = asyncio.new_event_loop()
+    yield lambda *args, **kwargs: Blocking(curvd.aio.connect(*args, **kwargs), loop)
+    loop.close()
+
+
+@pytest.fixture
+def client(connect, target):
+    with connect(target, config=QUICK) as client:
+        yield client
+
+
+@pytest.fixture
+def session(client):
+    return client.create_session("m", "d", loss="mse", dtype="F64")

@@ -1,0 +1,382 @@
+"""A server of the whole contract without torch: its Hessian is a matrix that is known."""
+
+import contextlib
+import dataclasses
+import hashlib
+import threading
+from collections import defaultdict
+from concurrent import futures
+
+import grpc
+import numpy as np
+
+from curvd import convert, types, wire
+from curvd.errors import CurvdError, SessionNotFound, VersionMismatch
+from curvd.rpcs import RPCS
+from curvd.status import DETAILS_KEY, dump
+from curvd.v1 import curvature_service_pb2 as curvature_pb
+from curvd.v1 import session_service_pb2 as session_pb
+
+LAYOUT = types.ParameterLayout.of({"0.weight": (3, 8), "0.bias": (3,)})
+P = LAYOUT.size
+_HALF = np.random.default_rng(7).standard_normal((P, P))
+MATRIX = _HALF + _HALF.T
+GRADIENT = np.arange(P, dtype=np.float64)
+LOSS = 0.25
+
+PLAN = types.PlanReport(
+    mode="known_matrix",
+    columns_at_once=8,
+    batches=4,
+    kept_batches=4,
+    kept_bytes=1024,
+    compiled=False,
+    symmetry_gap=1e-16,
+    difference_gap=1e-9,
+    seconds_per_product=1e-6,
+    peak_bytes=4096,
+)
+INFO = types.ServerInfo(
+    version="0.0.0",
+    torch_version="none",
+    limits=types.Limits(
+        upload_bytes=1 << 30,
+        operand_bytes=1 << 30,
+        header_bytes=1 << 20,
+        columns=1000,
+        pending_columns=1000,
+        sessions=10,
+        default_budget_bytes=1 << 20,
+    ),
+    devices=(
+        types.DeviceInfo(
+            name="cpu", description="a fake", total_bytes=1 << 30, free_bytes=1 << 29
+        ),
+    ),
+    builders=("mlp",),
+    capabilities=(),
+)
+
+
+@dataclasses.dataclass
+class Fault:
+    """Raise `error` at once, or instead of the n-th part that comes in or goes out."""
+
+    error: Exception
+    after_in: int | None = None
+    after_out: int | None = None
+
+
+class FakeService:
+    """One handler per RPC: a generator from request parts to response parts."""
+
+    def __init__(self):
+        self.calls = []
+        """(name, header, metadata) of every call, in order."""
+        self.chunk_bytes = defaultdict(int)
+        """Chunk bytes received, by RPC."""
+        self.sessions = {}
+        self.uploads = {}
+        self.by_request = {}
+        self.serving = True
+        self.page_size = 1000
+        self.cancelled = threading.Event()
+        self._faults = defaultdict(list)
+
+    def fail(self, name, error, *, times=1, **where):
+        self._faults[name] += [Fault(error, **where)] * times
+
+    def names(self):
+        return [name for name, _, _ in self.calls]
+
+    def GetServerInfo(self, parts):
+        next(parts)
+        yield convert.server_info_to_proto(INFO)
+
+    def RegisterModel(self, parts):
+        header = next(parts).header
+        upload = self._receive("RegisterModel", header.state, parts)
+        if isinstance(upload, session_pb.UploadNeeded):
+            yield session_pb.RegisterModelResponse(upload_needed=upload)
+            return
+        info = types.ModelInfo(
+            id=hashlib.sha256(header.SerializeToString()).hexdigest()[:8],
+            spec=types.ModelSpec(
+                builder=header.builder,
+                config=convert.config_from_json(header.config_json),
+            ),
+            tensors=_tensors(upload),
+            state_bytes=header.state.total_bytes,
+        )
+        yield session_pb.RegisterModelResponse(model=convert.model_to_proto(info))
+
+    def RegisterDataset(self, parts):
+        header = next(parts).header
+        upload = self._receive("RegisterDataset", header.tensors, parts)
+        if isinstance(upload, session_pb.UploadNeeded):
+            yield session_pb.RegisterDatasetResponse(upload_needed=upload)
+            return
+        spec = convert.dataset_spec_from_proto(header)
+        info = types.DatasetInfo(
+            id="d" + header.tensors.digest[:8],
+            spec=spec,
+            tensors=_tensors(upload),
+            data_points=len(upload[spec.target]),
+            total_bytes=header.tensors.total_bytes,
+        )
+        yield session_pb.RegisterDatasetResponse(dataset=convert.dataset_to_proto(info))
+
+    def CreateSession(self, parts):
+        request = next(parts)
+        if request.request_id not in self.by_request:
+            self.by_request[request.request_id] = self._create(request)
+        info = self.by_request[request.request_id]
+        yield session_pb.CreateSessionResponse(session=convert.session_to_proto(info))
+
+    def _create(self, request):
+        session_id = "" if request.validate_only else f"s{len(self.sessions)}"
+        operators = [convert.operator_from_proto(o) for o in request.operators]
+        info = types.SessionInfo(
+            id=session_id,
+            name=request.name,
+            model_id=request.model_id,
+            dataset_id=request.dataset_id,
+            loss=convert.loss_from_proto(request.loss),
+            dtype=convert.dtype_from_proto(request.dtype),
+            mode=convert.mode_from_proto(request.mode),
+            version=1,
+            parameters_digest="1" * 64,
+            layout=LAYOUT,
+            data_points=100,
+            batches=4,
+            device="cpu",
+            budget_bytes=request.budget_bytes,
+            operators=tuple((o, PLAN) for o in operators or [types.OperatorSpec()]),
+            state=types.SessionState.READY,
+            create_time_s=1.0,
+            expire_time_s=(
+                1.0 + request.lease.ToSeconds() if request.HasField("lease") else None
+            ),
+        )
+        if session_id:
+            self.sessions[session_id] = info
+        return info
+
+    def GetSession(self, parts):
+        info = self._session(next(parts))
+        yield session_pb.GetSessionResponse(session=convert.session_to_proto(info))
+
+    def ListSessions(self, parts):
+        start = int(next(parts).page_token or 0)
+        infos = list(self.sessions.values())
+        stop = start + self.page_size
+        yield session_pb.ListSessionsResponse(
+            sessions=map(convert.session_to_proto, infos[start:stop]),
+            next_page_token=str(stop) if stop < len(infos) else "",
+        )
+
+    def RenewSession(self, parts):
+        request = next(parts)
+        info = self._session(request)
+        if request.HasField("lease"):
+            info = dataclasses.replace(
+                info, expire_time_s=1.0 + request.lease.ToSeconds()
+            )
+            self.sessions[info.id] = info
+        yield session_pb.RenewSessionResponse(session=convert.session_to_proto(info))
+
+    def DeleteSession(self, parts):
+        del self.sessions[self._session(next(parts)).id]
+        yield session_pb.DeleteSessionResponse()
+
+    def UpdateParameters(self, parts):
+        header = next(parts).header
+        info = self._session(header)
+        if header.request_id not in self.by_request:
+            self._check_version(header, info)
+            upload = self._receive("UpdateParameters", header.values, parts)
+            if isinstance(upload, session_pb.UploadNeeded):
+                yield session_pb.UpdateParametersResponse(upload_needed=upload)
+                return
+            self.by_request[header.request_id] = info.version + 1
+            self.sessions[info.id] = dataclasses.replace(
+                info, version=info.version + 1, parameters_digest="2" * 64
+            )
+        version = session_pb.ParameterVersion(
+            version=self.by_request[header.request_id], parameters_digest="2" * 64
+        )
+        yield session_pb.UpdateParametersResponse(version=version)
+
+    def MatVec(self, parts):
+        yield from self._multiply("MatVec", curvature_pb.MatVecResponse, parts)
+
+    def MatMat(self, parts):
+        yield from self._multiply("MatMat", curvature_pb.MatMatResponse, parts)
+
+    def Gradient(self, parts):
+        request = next(parts)
+        info = self._session(request)
+        self._check_version(request, info)
+        gradient = GRADIENT.astype(_numpy(info))
+        yield from self._result(
+            curvature_pb.GradientResponse, info, gradient, loss=LOSS
+        )
+
+    def _multiply(self, name, message, parts):
+        header = next(parts).header
+        info = self._session(header)
+        self._check_version(header, info)
+        v = wire.load(self._count(name, parts), max_bytes=1 << 30)["v"]
+        assert v.dtype == _numpy(info)
+        matrix = operator_matrix(convert.operator_from_proto(header.operator))
+        yield from self._result(message, info, (v @ matrix).astype(v.dtype))
+
+    def _result(self, message, info, result, **extra):
+        header = curvature_pb.ResultHeader(
+            version=info.version,
+            parameters_digest=info.parameters_digest,
+            model_id=info.model_id,
+            dataset_id=info.dataset_id,
+            plan=None if extra else convert.plan_to_proto(PLAN),
+            **extra,
+        )
+        yield message(header=header)
+        # Small chunks that respect no boundary: the client must not care.
+        yield from wire.chunks({"result": result}, chunk_bytes=100)
+        yield message(summary=curvature_pb.ResultSummary(compute_s=0.5, runs=1))
+
+    def _receive(self, name, upload, parts):
+        held = self.uploads.setdefault(upload.digest, bytearray())
+        chunks = list(self._until_broken(self._count(name, parts)))
+        if chunks:
+            assert upload.offset <= len(held)
+            del held[upload.offset :]
+        for chunk in chunks:
+            if isinstance(chunk, Exception):
+                raise chunk
+            held += chunk
+        if len(held) < upload.total_bytes:
+            return session_pb.UploadNeeded(committed_bytes=len(held))
+        assert hashlib.sha256(held).hexdigest() == upload.digest
+        return wire.load(iter([memoryview(bytes(held))]), max_bytes=1 << 30)
+
+    def _until_broken(self, parts):
+        try:
+            yield from parts
+        except CurvdError as error:
+            yield error
+
+    def _count(self, name, parts):
+        for part in parts:
+            self.chunk_bytes[name] += part.nbytes
+            yield part
+
+    def _session(self, request):
+        if request.session_id not in self.sessions:
+            msg = f"no session {request.session_id!r}"
+            raise SessionNotFound(msg, session_id=request.session_id)
+        return self.sessions[request.session_id]
+
+    def _check_version(self, request, info):
+        if request.HasField("expected_version"):
+            expected = request.expected_version
+            if expected != info.version:
+                msg = f"expected version {expected}, the session is at {info.version}"
+                raise VersionMismatch(msg, expected=expected, current=info.version)
+
+    def handle(self, rpc, request, context):
+        """Adapt one call to its generator, with the faults that were ordered."""
+        parts = request if rpc.client_streams else iter([request])
+        fault = self._faults[rpc.name].pop(0) if self._faults[rpc.name] else None
+        try:
+            parts = self._noted(rpc, parts, context)
+            if fault is not None and fault.after_in is not None:
+                parts = _broken(parts, fault.after_in, fault.error)
+            elif fault is not None and fault.after_out is None:
+                next(parts)
+                raise fault.error
+            responses = getattr(self, rpc.name)(parts)
+            if fault is not None and fault.after_out is not None:
+                responses = _broken(responses, fault.after_out, fault.error)
+            yield from responses
+        except CurvdError as error:
+            context.set_trailing_metadata([(DETAILS_KEY, dump(error))])
+            context.abort(grpc.StatusCode[error.code], str(error))
+
+    def _noted(self, rpc, parts, context):
+        for count, part in enumerate(parts):
+            if count == 0:
+                header = getattr(part, "header", part) if rpc.client_streams else part
+                metadata = dict(context.invocation_metadata())
+                self.calls.append((rpc.name, header, metadata))
+            yield part
+
+
+def _broken(parts, limit, error):
+    for count, part in enumerate(parts):
+        if count == limit:
+            raise error
+        yield part
+    raise error
+
+
+def operator_matrix(spec):
+    """What the fake multiplies by: [P, P]."""
+    matrix = MATRIX
+    if spec.block_sizes is not None:
+        matrix, first = np.zeros_like(MATRIX), 0
+        for size in spec.block_sizes:
+            own = LAYOUT.parameters[first : first + size]
+            rows = slice(own[0].offset, own[-1].offset + own[-1].size)
+            matrix[rows, rows] = MATRIX[rows, rows]
+            first += size
+    return spec.scale * matrix + spec.damping * np.eye(P)
+
+
+def _tensors(arrays):
+    return tuple(
+        types.TensorInfo(name, t.dtype, t.shape)
+        for name, t in wire.header_of(arrays).items()
+    )
+
+
+def _numpy(info):
+    return np.float64 if info.dtype is types.Dtype.FLOAT64 else np.float32
+
+
+@contextlib.contextmanager
+def serving(service, *, credentials=None, address="127.0.0.1:0"):
+    """Serve a fake; yields its target."""
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=8))
+    for rpc in RPCS.values():
+        server.add_generic_rpc_handlers((_handlers(service, rpc),))
+    server.add_generic_rpc_handlers((_health(service),))
+    if credentials is None:
+        port = server.add_insecure_port(address)
+    else:
+        port = server.add_secure_port(address, credentials)
+    server.start()
+    try:
+        yield address if address.startswith("unix:") else f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+def _handlers(service, rpc):
+    def behaviour(request, context):
+        responses = service.handle(rpc, request, context)
+        return responses if rpc.server_streams else next(responses)
+
+    method = getattr(grpc, f"{rpc.shape}_rpc_method_handler")(
+        behaviour, rpc.request.load, rpc.response.dump
+    )
+    return grpc.method_handlers_generic_handler(rpc.service, {rpc.name: method})
+
+
+def _health(service):
+    method = grpc.unary_unary_rpc_method_handler(
+        lambda request, context: b"\x08\x01" if service.serving else b"\x08\x02"
+    )
+    return grpc.method_handlers_generic_handler(
+        "grpc.health.v1.Health", {"Check": method}
+    )

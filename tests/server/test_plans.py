@@ -1,0 +1,130 @@
+"""Plans: chosen by measurement among those that verify, remembered by structure."""
+
+from __future__ import annotations
+
+import pytest
+from server.reference import columns, error, problem_of
+from server.zoo import ANIMALS
+
+from curvd.errors import CurvatureUnverified, InvalidSpec
+from curvd.types import OperatorSpec
+from curvd_server import plans
+from curvd_server.curvature import MODES
+from curvd_server.engine import build
+from curvd_server.plans import Plan, Stopwatch
+from curvd_server.verify import Truth
+
+HUGE = 2**30
+GELU = next(a for a in ANIMALS if a.name == "gelu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plans, "_remembered", {})
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, seconds: dict[Plan, float]) -> list[Plan]:
+    """Replace the clock; return the list of plans that get timed."""
+    asked: list[Plan] = []
+
+    def pretend(self, plan: Plan) -> float | None:
+        asked.append(plan)
+        return seconds.get(plan)
+
+    monkeypatch.setattr(Stopwatch, "seconds_per_column", pretend)
+    return asked
+
+
+def test_the_fastest_mode_for_one_column_wins(monkeypatch):
+    timed(monkeypatch, {Plan("program"): 2.0, Plan("double_backward"): 1.0})
+    operator = build(problem_of(GELU), OperatorSpec(), budget_bytes=HUGE, tuning_s=99)
+    assert operator.plan == Plan("double_backward")
+
+
+def test_columns_go_together_only_where_that_really_gains(monkeypatch):
+    one, eight = Plan("program"), Plan("program", 8)
+    for gain, expected in ((0.95, one), (0.5, eight)):
+        plans._remembered.clear()
+        timed(monkeypatch, {one: 1.0, eight: gain})
+        problem = problem_of(GELU)
+        operator = build(problem, OperatorSpec(), budget_bytes=HUGE, tuning_s=999)
+        assert operator.plan == expected
+
+
+def test_a_faster_mode_that_is_wrong_is_passed_over(monkeypatch):
+    def crooked(problem, spec, batch):
+        right = MODES["double_backward"](problem, spec, batch)
+
+        class Crooked:
+            def product(self, tangents, block, *, batched):
+                rows = right.product(tangents, block, batched=batched)
+                return [rows[0] * 1.01, *rows[1:]]
+
+        return Crooked()
+
+    monkeypatch.setitem(MODES, "crooked", crooked)
+    timed(monkeypatch, {Plan("crooked"): 0.1, Plan("double_backward"): 1.0})
+    operator = build(problem_of(GELU), OperatorSpec(), budget_bytes=HUGE, tuning_s=99)
+    assert operator.plan == Plan("double_backward")
+
+
+def test_the_next_session_of_the_structure_times_nothing(monkeypatch):
+    asked = timed(monkeypatch, {Plan("double_backward"): 1.0})
+    first, second = problem_of(GELU), problem_of(GELU)
+    plan = build(first, OperatorSpec(), budget_bytes=HUGE).plan
+    asked.clear()
+    again = build(second, OperatorSpec(), budget_bytes=HUGE)
+    assert (again.plan, asked) == (plan, [])
+    build(problem_of(GELU, batch_size=3), OperatorSpec(), budget_bytes=HUGE)
+    assert asked
+
+
+def test_a_remembered_plan_is_verified_again(monkeypatch):
+    problem = problem_of(GELU)
+    plans.remember(problem, OperatorSpec(), Plan("program"))
+    seen: list[str] = []
+    real = Truth.examine
+
+    def watched(self, mode, *, batched):
+        seen.append(mode)
+        return real(self, mode, batched=batched)
+
+    monkeypatch.setattr(Truth, "examine", watched)
+    build(problem, OperatorSpec(), budget_bytes=HUGE)
+    assert seen == ["program"]
+
+
+def test_whatever_is_measured_the_product_is_the_same():
+    problem = problem_of(GELU)
+    V = columns(problem, 9)
+    chosen = build(problem, OperatorSpec(), budget_bytes=HUGE, tuning_s=2.0)
+    fixed = build(
+        problem, OperatorSpec(), budget_bytes=HUGE, plan=Plan("double_backward")
+    )
+    assert error(chosen.apply(V), fixed.apply(V)) < 1e-12
+
+
+def test_the_report_is_the_evidence():
+    report = build(problem_of(GELU), OperatorSpec(), budget_bytes=HUGE).report
+    assert report.difference_gap < 1e-6
+    assert report.symmetry_gap < 1e-9
+    assert report.batches == report.kept_batches == 2
+    assert 0 < report.kept_bytes < report.peak_bytes
+    assert report.seconds_per_product > 0
+
+
+def test_if_nothing_verifies_every_mode_is_reported(monkeypatch):
+    for mode in list(MODES):
+
+        def broken(problem, spec, batch, mode=mode):
+            raise RuntimeError(f"{mode} is not implemented")
+
+        monkeypatch.setitem(MODES, mode, broken)
+    with pytest.raises(CurvatureUnverified, match="program is not implemented"):
+        build(problem_of(GELU), OperatorSpec(), budget_bytes=HUGE)
+
+
+def test_block_sizes_that_do_not_cover_the_parameters_are_refused():
+    spec = OperatorSpec(block_sizes=(1, 2))
+    with pytest.raises(InvalidSpec, match="sum to 3, but the session has 4"):
+        build(problem_of(GELU), spec, budget_bytes=HUGE)

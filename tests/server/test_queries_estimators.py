@@ -1,0 +1,329 @@
+"""Estimators: unbiased, and inside their own error bars 95 % of the time over seeds."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from curvd.types import Estimator, Stop
+from curvd_server.queries.base import Products, drain
+from curvd_server.queries.density import spectral_density
+from curvd_server.queries.diagonal import diagonal
+from curvd_server.queries.logdet import logdet
+from curvd_server.queries.norm import frobenius_norm
+from curvd_server.queries.sampling import Target
+from curvd_server.queries.trace import trace
+
+SIZE = 80
+SEEDS = 200
+
+
+def matrix(decay=2.0, floor=0.0, size=SIZE):
+    """Eigenvalues fall like a power; some are negative unless there is a floor."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(
+        torch.randn(size, size, generator=generator, dtype=torch.float64)
+    )[0]
+    values = torch.arange(1, size + 1, dtype=torch.float64) ** -decay
+    if not floor:
+        values[::5] *= -0.5
+    return (basis * (values + floor)) @ basis.T
+
+
+def products_of(A, **options):
+    return Products(lambda V: V @ A, size=len(A), dtype=A.dtype, **options)
+
+
+def binomial_slack(count, probability=0.95, deviations=4):
+    return probability - deviations * math.sqrt(probability * (1 - probability) / count)
+
+
+@pytest.mark.parametrize("estimator", Estimator)
+def test_traces_are_unbiased_and_inside_their_error_bars(estimator):
+    A = matrix()
+    exact = float(A.trace())
+    found = [
+        drain(
+            trace(
+                products_of(A), estimator=estimator, target=Target(samples=40), seed=s
+            )
+        )
+        for s in range(SEEDS)
+    ]
+    values = np.array([f.value for f in found])
+    assert abs(values.mean() - exact) < 4 * values.std() / math.sqrt(SEEDS)
+    inside = np.mean([abs(f.value - exact) <= f.half_width for f in found])
+    assert inside >= binomial_slack(SEEDS), inside
+    assert all(f.products <= 40 for f in found)
+
+
+def test_xtrace_beats_hutchinson_where_eigenvalues_decay():
+    A = matrix(decay=3.0)
+    exact = float(A.trace())
+
+    def error(estimator):
+        target = Target(samples=40)
+        return np.sqrt(
+            np.mean([
+                (
+                    drain(
+                        trace(
+                            products_of(A), estimator=estimator, target=target, seed=s
+                        )
+                    ).value
+                    - exact
+                )
+                ** 2
+                for s in range(30)
+            ])
+        )
+
+    assert error(Estimator.EXCHANGEABLE) < 0.05 * error(Estimator.HUTCHINSON)
+    assert error(Estimator.HUTCHPP) < 0.2 * error(Estimator.HUTCHINSON)
+
+
+@pytest.mark.parametrize("estimator", Estimator)
+def test_traces_stop_at_the_requested_standard_error(estimator):
+    A = matrix(decay=1.0, floor=0.1)
+    target = Target(relative=0.02, samples=4000)
+    found = drain(trace(products_of(A), estimator=estimator, target=target))
+    assert found.stopped is Stop.CONVERGED
+    assert found.standard_error <= 0.02 * abs(found.value)
+    assert found.value == pytest.approx(float(A.trace()), rel=0.1)
+    assert found.products < 1000
+
+
+@pytest.mark.parametrize("estimator", Estimator)
+def test_traces_of_low_rank_maps_are_exact_once_the_sketch_spans_them(estimator):
+    vectors = torch.randn(
+        3, SIZE, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+    )
+    A = vectors.T @ vectors
+    found = drain(trace(products_of(A), estimator=estimator, target=Target(samples=60)))
+    if estimator is Estimator.HUTCHINSON:
+        assert abs(found.value - float(A.trace())) < 4 * found.standard_error
+    else:
+        assert found.value == pytest.approx(float(A.trace()), rel=1e-9)
+        assert found.standard_error < 1e-6 * found.value
+
+
+@pytest.mark.parametrize("estimator", [Estimator.HUTCHINSON, Estimator.EXCHANGEABLE])
+def test_diagonals_are_unbiased_and_inside_their_error_bars(estimator):
+    A = matrix()
+    exact = A.diagonal().numpy()
+    found = [
+        drain(
+            diagonal(
+                products_of(A), estimator=estimator, target=Target(samples=60), seed=s
+            )
+        )
+        for s in range(100)
+    ]
+    values = np.stack([f.values for f in found])
+    deviations = (values.mean(0) - exact) / (values.std(0) / 10)
+    assert np.abs(deviations).max() < 5
+    # 2.05 is Student's 97.5 % quantile for the 30 samples that 60 products make.
+    inside = np.mean([
+        np.abs(f.values.numpy() - exact) <= 2.05 * f.standard_errors.numpy()
+        for f in found
+    ])
+    assert inside >= 0.93, inside
+
+
+def test_xdiag_is_exact_when_the_sketch_spans_everything():
+    A = matrix(size=12)
+    found = drain(diagonal(products_of(A), target=Target(samples=100)))
+    np.testing.assert_allclose(found.values, A.diagonal(), atol=1e-12)
+    assert found.products == 24
+
+
+def test_xdiag_equals_its_definition():
+    from curvd_server.queries.diagonal import _exchanged
+    from curvd_server.queries.sketch import Sketch
+
+    A = matrix(size=20)
+    sketch = Sketch(products_of(A), seed=3)
+    sketch.grow(4)
+    sketch.grow(3)
+    W, Y = sketch.w, sketch.y
+    np.testing.assert_allclose(sketch.r.T @ sketch.q, Y, atol=1e-12)
+    diagonals, traces = [], []
+    for i in range(7):
+        others = torch.cat((Y[:i], Y[i + 1 :]))
+        Q = torch.linalg.qr(others.T)[0]
+        P = Q @ Q.T
+        rest = torch.eye(20, dtype=A.dtype) - P
+        diagonals.append((P @ A).diagonal() + W[i] * (rest @ A @ W[i]))
+        traces.append(float((P @ A @ P).trace() + W[i] @ rest @ A @ rest @ W[i]))
+    found = _exchanged(products_of(A), sketch).result(Stop.CONVERGED)
+    np.testing.assert_allclose(found.values, torch.stack(diagonals).mean(0), atol=1e-12)
+    np.testing.assert_allclose(sketch.exchanged_traces(), traces, atol=1e-12)
+
+
+def test_frobenius_norms_are_inside_their_error_bars():
+    A = matrix(decay=0.5)
+    exact = float(torch.linalg.matrix_norm(A))
+    found = [
+        drain(frobenius_norm(products_of(A), target=Target(samples=50), seed=s))
+        for s in range(SEEDS)
+    ]
+    inside = np.mean([abs(f.value - exact) <= f.half_width for f in found])
+    assert inside >= binomial_slack(SEEDS), inside
+    precise = drain(
+        frobenius_norm(products_of(A), target=Target(relative=0.01, samples=10**4))
+    )
+    assert precise.standard_error <= 0.01 * precise.value
+    assert precise.value == pytest.approx(exact, rel=0.05)
+
+
+def test_log_determinants_are_inside_their_error_bars():
+    A = matrix(decay=1.0, floor=0.5)
+    damped = A + 0.1 * torch.eye(SIZE, dtype=A.dtype)
+    exact = float(torch.logdet(damped))
+    found = [
+        drain(
+            logdet(
+                products_of(A),
+                damping=0.1,
+                steps=25,
+                target=Target(samples=20),
+                seed=s,
+                block=4,
+            )
+        )
+        for s in range(SEEDS)
+    ]
+    inside = np.mean([abs(f.value - exact) <= f.half_width for f in found])
+    assert inside >= binomial_slack(SEEDS), inside
+    assert found[0].products == 20 * 25
+    assert found[0].smallest >= float(torch.linalg.eigvalsh(damped)[0]) - 1e-9
+
+
+def test_log_determinants_of_indefinite_maps_are_refused_with_the_ritz_value_that_proves_it():
+    found = drain(
+        logdet(products_of(matrix()), damping=1e-3, target=Target(samples=20))
+    )
+    assert found.stopped is Stop.NEGATIVE_CURVATURE
+    assert math.isnan(found.value)
+    assert found.smallest < 0
+
+
+def test_log_determinants_of_shifted_identities_have_no_variance():
+    A = torch.zeros(SIZE, SIZE, dtype=torch.float64)
+    found = drain(logdet(products_of(A), damping=3.0, target=Target(samples=12)))
+    assert found.value == pytest.approx(SIZE * math.log(3))
+    assert found.standard_error < 1e-10
+
+
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_densities_integrate_to_one_and_match_the_smoothed_spectrum(logarithmic):
+    A = matrix(decay=1.0)
+    found = drain(
+        spectral_density(
+            products_of(A),
+            samples=60,
+            steps=40,
+            width=0.1,
+            logarithmic=logarithmic,
+            floor=1e-3,
+            block=7,
+        )
+    )
+    values = torch.linalg.eigvalsh(A).numpy()
+    axis, places = found.grid, values
+    if logarithmic:
+        axis, places = np.log10(axis), np.log10(np.maximum(np.abs(values), 1e-3))
+    exact = np.exp(-0.5 * ((axis[:, None] - places) / 0.1) ** 2).mean(1) / (
+        0.1 * math.sqrt(2 * math.pi)
+    )
+    assert np.trapezoid(found.density, axis) == pytest.approx(1, abs=1e-3)
+    inside = (
+        np.abs(found.density - exact) <= 4 * found.standard_error + 0.02 * exact.max()
+    )
+    assert inside.mean() > 0.98
+    assert found.products == 60 * 40
+    np.testing.assert_allclose(found.weights.sum(1), 1)
+    np.testing.assert_allclose(found.nodes.max(), values.max(), rtol=1e-6)
+
+
+def test_densities_of_tiny_ranks_need_few_steps():
+    vectors = torch.randn(
+        2, SIZE, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+    )
+    found = drain(
+        spectral_density(products_of(vectors.T @ vectors), samples=3, steps=50, block=3)
+    )
+    assert found.products <= 3 * 4
+    assert np.isfinite(found.density).all()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        lambda p: trace(p, estimator=Estimator.HUTCHINSON, target=Target(samples=100)),
+        lambda p: trace(p, estimator=Estimator.HUTCHPP, target=Target(samples=100)),
+        lambda p: trace(
+            p, estimator=Estimator.EXCHANGEABLE, target=Target(samples=100)
+        ),
+        lambda p: diagonal(p, target=Target(samples=100)),
+        lambda p: diagonal(
+            p, estimator=Estimator.HUTCHINSON, target=Target(samples=100)
+        ),
+        lambda p: frobenius_norm(p, target=Target(samples=100)),
+        lambda p: spectral_density(p, samples=9, steps=9),
+        lambda p: logdet(p, damping=10.0, target=Target(samples=9), steps=9),
+    ],
+)
+@pytest.mark.parametrize("limit", [0, 1, 2, 33])
+def test_queries_never_exceed_their_products_and_return_the_best_so_far(query, limit):
+    counted = []
+    A = matrix()
+    products = Products(
+        lambda V: (counted.append(len(V)), V @ A)[1],
+        size=SIZE,
+        dtype=A.dtype,
+        limit=limit,
+    )
+    found = drain(query(products))
+    assert found.products == sum(counted) <= limit
+    assert found.stopped is Stop.PRODUCTS
+
+
+def test_queries_whose_time_is_up_return_the_best_so_far():
+    A = matrix()
+    clock = iter([False, False, True])
+    products = products_of(A, expired=lambda: next(clock))
+    found = drain(
+        trace(
+            products,
+            estimator=Estimator.HUTCHINSON,
+            target=Target(samples=100),
+            block=4,
+        )
+    )
+    assert found.stopped is Stop.TIME
+    assert found.samples == 8
+    assert math.isfinite(found.value)
+
+
+def test_the_jackknife_of_xtrace_equals_its_definition():
+    from curvd_server.queries.sketch import Sketch
+
+    A = matrix(size=20)
+    sketch = Sketch(products_of(A), seed=3)
+    sketch.grow(6)
+    mean = float(np.mean(sketch.exchanged_traces()))
+    W, Y = sketch.w, sketch.y
+    without = []
+    for j in range(6):
+        values = []
+        for i in set(range(6)) - {j}:
+            others = [m for m in range(6) if m not in (i, j)]
+            Q = torch.linalg.qr(Y[others].T)[0]
+            P = Q @ Q.T
+            rest = torch.eye(20, dtype=A.dtype) - P
+            values.append(float((P @ A @ P).trace() + W[i] @ rest @ A @ rest @ W[i]))
+        without.append(np.mean(values))
+    expected = math.sqrt(5 / 6 * np.sum((np.array(without) - mean) ** 2))
+    assert sketch.jackknife_error(mean) == pytest.approx(expected, rel=1e-9)

@@ -1,0 +1,204 @@
+"""Blobs: whole or not there, verified, resumable, and gone when nothing needs them."""
+
+import hashlib
+import json
+import os
+
+import numpy as np
+import pytest
+from server.fakes import file_of, put
+
+from curvd.errors import (
+    InvalidSpec,
+    InvalidTensors,
+    LimitExceeded,
+    NotFound,
+    Unavailable,
+)
+from curvd_server.storage import ABANDONED_S, BlobStore
+
+ARRAYS = {"x": np.arange(6.0).reshape(2, 3), "n": np.arange(3)}
+
+
+@pytest.fixture
+def blobs(tmp_path):
+    return BlobStore(tmp_path / "blobs")
+
+
+def test_a_blob_comes_back_as_views_of_a_mapped_file(blobs):
+    digest = put(blobs, ARRAYS)
+    blob = blobs.open(digest)
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(blob.arrays[name], array)
+        assert not blob.arrays[name].flags.owndata
+
+
+def test_writing_to_a_view_does_not_change_the_file(blobs):
+    digest = put(blobs, ARRAYS)
+    blobs.open(digest).arrays["x"][:] = 0
+    np.testing.assert_array_equal(blobs.open(digest).arrays["x"], ARRAYS["x"])
+
+
+def test_an_upload_goes_on_where_it_broke_even_after_a_restart(blobs, tmp_path):
+    data, digest = file_of(ARRAYS)
+    with (
+        pytest.raises(ConnectionError),
+        blobs.upload(digest, offset=0, total_bytes=len(data)) as upload,
+    ):
+        upload.write(memoryview(data)[:100])
+        raise ConnectionError
+    restarted = BlobStore(tmp_path / "blobs")
+    assert restarted.committed_bytes(digest) == 100
+    assert not restarted.has(digest)
+    with restarted.upload(digest, offset=100, total_bytes=len(data)) as upload:
+        upload.write(memoryview(data)[100:])
+        assert upload.finish()
+    assert restarted.open(digest).total_bytes == len(data)
+
+
+def test_an_upload_that_ends_early_is_kept_but_not_complete(blobs):
+    data, digest = file_of(ARRAYS)
+    with blobs.upload(digest, offset=0, total_bytes=len(data)) as upload:
+        upload.write(memoryview(data)[:-1])
+        assert not upload.finish()
+    assert blobs.committed_bytes(digest) == len(data) - 1
+
+
+def test_two_uploads_of_the_same_bytes_help_each_other(blobs):
+    data, digest = file_of(ARRAYS)
+    view, size = memoryview(data), len(data)
+    with (
+        blobs.upload(digest, offset=0, total_bytes=size) as first,
+        blobs.upload(digest, offset=0, total_bytes=size) as second,
+    ):
+        first.write(view[:100])
+        second.write(view[:150])
+        first.write(view[100:])
+        assert first.finish()
+        second.write(view[150:])
+        assert second.finish()
+    assert blobs.open(digest).arrays.keys() == ARRAYS.keys()
+
+
+def test_bytes_with_another_digest_are_dropped_and_both_digests_named(blobs):
+    data, digest = file_of(ARRAYS)
+    lie = "0" * 64
+    with blobs.upload(lie, offset=0, total_bytes=len(data)) as upload:
+        upload.write(memoryview(data))
+        with pytest.raises(InvalidTensors, match=f"{digest}.*{lie}"):
+            upload.finish()
+    assert blobs.committed_bytes(lie) == 0
+    assert not blobs.has(lie)
+
+
+def test_whoever_went_on_with_bytes_that_were_dropped_asks_again(blobs):
+    data, digest = file_of(ARRAYS)
+    wrong, size = bytes(len(data)), len(data)
+    with (
+        blobs.upload(digest, offset=0, total_bytes=size) as liar,
+        blobs.upload(digest, offset=0, total_bytes=size) as honest,
+    ):
+        honest.write(memoryview(data)[:50])
+        liar.write(memoryview(wrong))
+        with pytest.raises(InvalidTensors):
+            liar.finish()
+        with pytest.raises(Unavailable, match="ask again"):
+            honest.write(memoryview(data)[50:])
+
+
+def test_a_gap_is_refused(blobs):
+    with (
+        pytest.raises(InvalidSpec, match=r"upload\.offset 5 is beyond the 0 bytes"),
+        blobs.upload("0" * 64, offset=5, total_bytes=10),
+    ):
+        pass
+
+
+def test_more_than_announced_is_refused(blobs):
+    with blobs.upload("0" * 64, offset=0, total_bytes=10) as upload:
+        with pytest.raises(InvalidTensors, match="more than the 10 bytes"):
+            upload.write(memoryview(bytes(11)))
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "A" * 64, "0" * 63, "0" * 64 + "\n"]
+)
+def test_a_name_is_never_a_path(blobs, name):
+    for use in (blobs.has, blobs.open, blobs.committed_bytes):
+        with pytest.raises(InvalidSpec, match="64 lower-case hexadecimal digits"):
+            use(name)
+
+
+def _keep(blobs, data):
+    """Keep any bytes as a blob with the right digest."""
+    digest = hashlib.sha256(data).hexdigest()
+    with blobs.upload(digest, offset=0, total_bytes=len(data)) as upload:
+        upload.write(memoryview(data))
+        assert upload.finish()
+    return digest
+
+
+def _file(header, payload=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (
+        (len(text) if length is None else length).to_bytes(8, "little") + text + payload
+    )
+
+
+def _one(dtype, shape, offsets, payload=bytes(8)):
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+    return _file({"x": entry}, payload)
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (_one("F32", [2], [0, 8], b""), "0 bytes of payload"),
+        (_one("F32", [2], [0, 8], bytes(9)), "9 bytes of payload"),
+        (_one("F32", [9], [0, 8]), "36 bytes"),
+        (_one("F32", [1], [4, 8]), "gap"),
+        (_one("PY", [1], [0, 8]), "element type"),
+        (_file(b"[]"), "not a JSON object"),
+        (_file(b"{}", length=999), "ends within its header"),
+    ],
+)
+def test_a_file_that_lies_about_itself_is_refused(blobs, data, match):
+    with pytest.raises(InvalidTensors, match=match):
+        blobs.open(_keep(blobs, data))
+
+
+def test_an_oversized_header_is_refused_before_it_is_read(blobs):
+    with pytest.raises(
+        LimitExceeded, match="announces 1099511627776 bytes; the limit is"
+    ):
+        blobs.open(_keep(blobs, _file(b"{}", length=1 << 40)))
+
+
+def test_a_blob_that_is_not_there_is_not_found(blobs):
+    with pytest.raises(NotFound, match="is not on this server"):
+        blobs.open("0" * 64)
+
+
+def test_a_blob_goes_when_nothing_needs_it_and_stays_when_held(blobs):
+    digest = put(blobs, ARRAYS)
+    blobs.release(digest, lambda: {digest})
+    assert blobs.has(digest)
+    with blobs.held(digest):
+        blobs.release(digest, set)
+    assert blobs.has(digest)
+    mapped = blobs.open(digest).arrays["x"]
+    blobs.release(digest, set)
+    assert not blobs.has(digest)
+    np.testing.assert_array_equal(mapped, ARRAYS["x"])
+
+
+def test_a_sweep_removes_what_is_old_and_not_needed(blobs, tmp_path):
+    kept, dropped = put(blobs, ARRAYS), put(blobs, {"x": np.zeros(1)})
+    part = tmp_path / "blobs" / ("1" * 64 + ".part")
+    part.touch()
+    now_s = part.stat().st_mtime + ABANDONED_S / 2
+    blobs.sweep({kept}, now_s=now_s)
+    assert len(os.listdir(tmp_path / "blobs")) == 3
+    blobs.sweep({kept}, now_s=now_s + ABANDONED_S)
+    assert os.listdir(tmp_path / "blobs") == [kept]
+    assert not blobs.has(dropped)

@@ -1,0 +1,109 @@
+"""What is refused before the queue, and what the message names."""
+
+import numpy as np
+import pytest
+
+from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded
+from curvd.types import Dtype, ParameterLayout
+from curvd.wire import TensorHeader
+from curvd_server import validate
+from curvd_server.config import LimitsConfig
+
+LAYOUT = ParameterLayout.of({"a": (2,), "empty": (0,), "b": (3,)})
+
+
+def operand(
+    shape, dtype="F32", name="v", *, matrix=True, session=Dtype.FLOAT32, **limits
+):
+    header = {name: TensorHeader(dtype, shape, 0)}
+    return validate.check_operand(
+        header,
+        matrix=matrix,
+        layout=LAYOUT,
+        dtype=session,
+        limits=LimitsConfig(**limits),
+    )
+
+
+def test_a_right_operand_passes():
+    assert operand((7, 5)) == 7
+    assert operand((0, 5)) == 0
+    assert operand((5,), matrix=False) == 1
+    assert operand((7, 5), "F64", session=Dtype.FLOAT64) == 7
+    assert operand((7, 5), "F32", session=Dtype.BFLOAT16) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"shape": (7, 6)}, r"shape \[7, 6\]; this session's is \[K, 5\]"),
+        ({"shape": (5,)}, r"shape \[5\]; this session's is \[K, 5\]"),
+        ({"shape": (1, 5), "matrix": False}, r"this session's is \[5\]"),
+        ({"shape": (1, 5), "dtype": "F64"}, "element type F64; this session's is F32"),
+        ({"shape": (1, 5), "dtype": "BF16"}, "element type BF16"),
+        (
+            {"shape": (1, 5), "name": "w"},
+            "one tensor named 'v'; the tensors sent are 'w'",
+        ),
+    ],
+)
+def test_a_wrong_operand_is_named(arguments, match):
+    with pytest.raises(InvalidVector, match=match):
+        operand(**arguments)
+
+
+def test_an_operand_has_limits():
+    with pytest.raises(LimitExceeded, match="3 columns; the limit is 2"):
+        operand((3, 5), columns=2)
+    with pytest.raises(LimitExceeded, match="60 bytes; the limit is 59"):
+        operand((3, 5), operand_bytes=59)
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "parameter"),
+    [(1, np.nan, "a"), (2, np.inf, "b"), (4, -np.inf, "b")],
+)
+def test_what_is_not_finite_is_named_by_column_and_parameter(index, value, parameter):
+    columns = np.zeros((3, 5), np.float32)
+    validate.check_finite(columns, layout=LAYOUT)
+    columns[1, index] = value
+    with pytest.raises(InvalidVector, match="column 11 has") as caught:
+        validate.check_finite(columns, layout=LAYOUT, first=10)
+    assert caught.value.metadata == {
+        "column": "11",
+        "index": str(index),
+        "parameter": parameter,
+    }
+
+
+def test_data_is_finite_in_every_type():
+    validate.check_finite_data("n", "I64", np.ones((3, 2), np.int64))
+    half = np.array([[0x3F80], [0x7F80]], np.uint16)  # 1 and infinity in bfloat16
+    validate.check_finite_data("h", "BF16", half[:1])
+    with pytest.raises(InvalidSpec, match="tensor 'h' is not finite in data point 1"):
+        validate.check_finite_data("h", "BF16", half)
+    wide = np.ones((4, 3))
+    wide[2, 1] = np.nan
+    with pytest.raises(InvalidSpec, match="data point 2"):
+        validate.check_finite_data("x", "F64", wide)
+
+
+def test_what_an_upload_announces_is_judged_first():
+    limits = LimitsConfig(upload_bytes=100)
+    validate.check_upload(100, 0, limits)
+    with pytest.raises(
+        LimitExceeded, match="101 bytes exceeds this server's limit of 100"
+    ):
+        validate.check_upload(101, 0, limits)
+    for total, offset in ((0, 0), (-1, 0), (50, 51), (50, -1)):
+        with pytest.raises(InvalidSpec, match="offset within it"):
+            validate.check_upload(total, offset, limits)
+
+
+def test_labels_and_leases_have_bounds():
+    assert validate.check_text("x" * 128, "name") == "x" * 128
+    with pytest.raises(InvalidSpec, match="name has 129 characters; the limit is 128"):
+        validate.check_text("x" * 129, "name")
+    assert validate.check_lease(None) is None
+    with pytest.raises(InvalidSpec, match="must be positive"):
+        validate.check_lease(0.0)
