@@ -34,10 +34,8 @@ def test_the_client_never_imports_the_server_or_torch():
 
 
 def test_the_server_sees_the_client_package_only_through_the_contract():
-    contract = {
-        f"curvd.{m}" for m in ("errors", "types", "rpcs", "wire", "convert", "v1")
-    }
-    contract |= {"curvd.allocator"}  # the same setting on both sides
+    shared = ("errors", "status", "types", "rpcs", "wire", "convert", "v1", "allocator")
+    contract = {f"curvd.{module}" for module in shared}
     for name, path in imports.modules().items():
         own, _ = imports.imports(path, set(imports.modules()))
         if name.startswith("curvd_server") and name not in imports.DOORS:

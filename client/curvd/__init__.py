@@ -49,12 +49,24 @@ from curvd.errors import (
     VersionMismatch,
 )
 from curvd.operator import RemoteOperator
+from curvd.results import (
+    Density,
+    DiagonalEstimate,
+    Eigenpairs,
+    Estimate,
+    LogDeterminant,
+    QueryInfo,
+    QueryProgress,
+    Solution,
+)
 from curvd.session import Session
 from curvd.types import (
     DatasetInfo,
     DatasetSpec,
     DeviceInfo,
+    Distribution,
     Dtype,
+    Estimator,
     InputStyle,
     Limits,
     LossName,
@@ -72,7 +84,10 @@ from curvd.types import (
     ServerInfo,
     SessionInfo,
     SessionState,
+    Solver,
+    Stop,
     TensorInfo,
+    Which,
 )
 
 __all__ = [  # noqa: RUF022 - grouped, not sorted
@@ -113,6 +128,20 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "SessionInfo",
     "SessionState",
     "TensorInfo",
+    # queries
+    "Density",
+    "DiagonalEstimate",
+    "Distribution",
+    "Eigenpairs",
+    "Estimate",
+    "Estimator",
+    "LogDeterminant",
+    "QueryInfo",
+    "QueryProgress",
+    "Solution",
+    "Solver",
+    "Stop",
+    "Which",
     # errors
     "errors",
     "BuilderNotFound",

@@ -29,6 +29,7 @@ from curvd.config import ClientConfig, Pem, TlsConfig
 from curvd.errors import SessionNotFound
 from curvd.operator import OperatorBase
 from curvd.progress import shown
+from curvd.queries import AsyncQueryMethods
 from curvd.types import (
     DatasetInfo,
     Dtype,
@@ -257,7 +258,7 @@ class AsyncSession(SessionBase["AsyncOperator"]):
             await self.delete()
 
 
-class AsyncOperator(OperatorBase):
+class AsyncOperator(AsyncQueryMethods, OperatorBase):
     """``scale * A + damping * I`` on a session's parameters; see `curvd.RemoteOperator`.
 
     ``H @ x`` and ``x @ H`` check the operand at once and return what is to be awaited.

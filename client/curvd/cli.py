@@ -1,4 +1,4 @@
-"""The command line: ``curvd serve``, ``info``, ``health`` and ``demo``.
+"""The command line: ``curvd serve``, ``info``, ``health``, ``demo``, and queries.
 
 Nothing of the server is imported before a command needs it, so that ``--help`` and the
 client's commands work on the base install.
@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from curvd import _query_commands
 from curvd._options import (
     FILE,
     LIMITS,
@@ -218,6 +219,8 @@ def _session_lines(sessions: list[SessionInfo]) -> list[str]:
         ]
     return lines
 
+
+_query_commands.add_to(main, _config)
 
 if __name__ == "__main__":
     main()

@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 from curvd import types
 from curvd.errors import InvalidSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
+from curvd.v1 import query_service_pb2 as query_pb
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd.v1 import types_pb2 as types_pb
 
@@ -382,3 +383,15 @@ def _timestamp(seconds: float) -> timestamp_pb2.Timestamp:
     stamp = timestamp_pb2.Timestamp()
     stamp.FromNanoseconds(round(seconds * 1e9))
     return stamp
+
+
+which_to_proto = _enum_to("WHICH")
+which_from_proto = _enum_from(query_pb.Which, "WHICH", types.Which, types.Which.LARGEST)
+estimator_to_proto = _enum_to("ESTIMATOR")
+estimator_from_proto = _enum_from(
+    query_pb.Estimator, "ESTIMATOR", types.Estimator, types.Estimator.EXCHANGEABLE
+)
+solver_to_proto = _enum_to("SOLVER")
+solver_from_proto = _enum_from(query_pb.Solver, "SOLVER", types.Solver, types.Solver.CG)
+stop_to_proto = _enum_to("STOP")
+stop_from_proto = _enum_from(query_pb.Stop, "STOP", types.Stop)

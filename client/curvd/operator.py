@@ -10,8 +10,10 @@ import numpy as np
 from curvd import _requests
 from curvd._calls import TensorStream
 from curvd._connection import Connection
+from curvd._query_calls import Queries
 from curvd.arrays import operand, vector_dtype
 from curvd.errors import InvalidSpec, InvalidVector
+from curvd.queries import QueryMethods
 from curvd.types import OperatorSpec, ParameterLayout, ResultInfo, SessionInfo
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class OperatorBase:
     ) -> None:
         session.layout.check_blocks(spec.block_sizes)
         self._session = session
+        self._queries = Queries(session, spec, expected_version)
         self.spec = spec
         """Kind, blocks, damping and scale."""
         self.expected_version = expected_version
@@ -100,7 +103,7 @@ class OperatorBase:
         return self._product(value, columns=True, block=columns)
 
 
-class RemoteOperator(OperatorBase):
+class RemoteOperator(QueryMethods, OperatorBase):
     """``scale * A + damping * I`` on the parameters of a session.
 
     ``H @ x`` takes one vector or K columns, as one array [P] or [P, K], or as a list,

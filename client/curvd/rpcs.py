@@ -16,7 +16,11 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import Descriptor, MethodDescriptor
 from google.protobuf.message import Message
 
-from curvd.v1 import curvature_service_pb2, session_service_pb2
+from curvd.v1 import (
+    curvature_service_pb2,
+    query_service_pb2,
+    session_service_pb2,
+)
 
 Part = Message | memoryview
 """What a stream carries: a message, or the bytes of one chunk."""
@@ -115,7 +119,7 @@ def _rpc(method: MethodDescriptor) -> Rpc:
 
 RPCS: Mapping[str, Rpc] = {
     method.name: _rpc(method)
-    for file in (session_service_pb2, curvature_service_pb2)
+    for file in (session_service_pb2, curvature_service_pb2, query_service_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 }

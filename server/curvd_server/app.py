@@ -32,6 +32,7 @@ from curvd_server.interceptors import Gate, TokenInterceptor
 from curvd_server.registration import Registry
 from curvd_server.service.curvature_service import CurvatureService
 from curvd_server.service.handlers import generic_handlers
+from curvd_server.service.query_service import QueryService
 from curvd_server.service.session_service import SessionService
 from curvd_server.session import Facilities
 from curvd_server.sessions import SessionStore
@@ -48,6 +49,8 @@ CAPABILITIES = (
 )
 
 _SWEEP_S = 1.0
+_GOODBYE_S = 0.5
+"""For statuses that are on their way to the client."""
 _SERVICES = sorted({rpc.service for rpc in RPCS.values()})
 
 
@@ -151,6 +154,8 @@ async def running(
         )
         sessions = SessionStore(facilities)
         stack.push_async_callback(sessions.close)
+        queries = QueryService(sessions=sessions, batcher=batcher, limits=limits)
+        stack.callback(queries.close)
         services = [
             SessionService(
                 registry=Registry(catalogue, blobs, device.architecture),
@@ -160,6 +165,7 @@ async def running(
                 describe=lambda: _describe(config, device),
             ),
             CurvatureService(sessions=sessions, batcher=batcher, limits=limits),
+            queries,
         ]
         target = await stack.enter_async_context(_listening(config, services))
         sweeper = asyncio.create_task(_expire(sessions))
@@ -192,9 +198,10 @@ async def _listening(
         yield target
     finally:
         log.info("draining", grace_s=config.drain_s)
-        gate.draining = True
         await reporter.enter_graceful_shutdown()
-        await server.stop(config.drain_s)
+        await gate.drain(config.drain_s)
+        # Not with all of the grace: whoever watches the health would use it up.
+        await server.stop(_GOODBYE_S)
         log.info("stopped")
 
 

@@ -8,6 +8,7 @@ only choose among the names.
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -91,7 +92,7 @@ def mlp(config: Mapping[str, Any]) -> nn.Module:
     bias = c.flag("bias", True)
     c.done()
     layers: list[nn.Module] = [nn.Flatten()]
-    for i, (inner, outer) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (inner, outer) in enumerate(itertools.pairwise(widths)):
         layers += [activation()] if i else []
         layers.append(nn.Linear(inner, outer, bias=bias))
     return nn.Sequential(*layers)
@@ -181,7 +182,9 @@ class _Layer(nn.Module):
         )
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.ln2(x)), approximate="tanh"))
+        wide = F.gelu(self.up(self.ln2(x)), approximate="tanh")
+        result: Tensor = x + self.down(wide)
+        return result
 
 
 class _Gpt(nn.Module):
@@ -203,7 +206,8 @@ class _Gpt(nn.Module):
         x = self.tokens(tokens) + self.positions(places)
         for layer in self.layers:
             x = layer(x)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
 
 def gpt(config: Mapping[str, Any]) -> nn.Module:

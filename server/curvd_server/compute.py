@@ -287,6 +287,11 @@ class TorchOperator:
         with _translated():
             return self.inner.apply(columns, cancelled=cancelled).cpu().numpy()
 
+    def multiply(self, columns: Tensor, *, cancelled: Poll) -> Tensor:
+        """Multiply columns that are on the device: [K, P] -> [K, P]."""
+        with _translated():
+            return self.inner.apply(columns, cancelled=cancelled)
+
     def close(self) -> None:
         """Return its memory."""
         self.inner.close()

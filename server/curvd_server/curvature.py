@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvd.types import OperatorKind, OperatorSpec
-from curvd_server.objective import Batch, Problem
+from curvd_server.data import Batch
+from curvd_server.objective import Problem
 from curvd_server.outputs import Metric, metric
 from curvd_server.program import Rows, held_bytes, program
 
@@ -137,12 +138,14 @@ class _ForwardThenReverse:
             whole = (*fixed[: block.start], *inner, *fixed[block.stop :])
             return self.problem.outputs(whole, self.batch)
 
-        z, pull = torch.func.vjp(outputs, here)
+        pair: Any = torch.func.vjp(outputs, here)
+        z, pull = pair
         middle = metric(self.problem, self.spec, z, self.batch)
 
         def product(*columns: Tensor) -> tuple[Tensor, ...]:
             pushed = torch.func.jvp(outputs, (here,), (columns,))[1]
-            rows: tuple[Tensor, ...] = pull(middle(pushed))[0]
+            pulled: Any = pull(middle(pushed))
+            rows: tuple[Tensor, ...] = pulled[0]
             return rows
 
         return _run(product, tangents, batched=batched)
@@ -259,6 +262,17 @@ def kept_bytes(mode: str, problem: Problem, spec: OperatorSpec, batch: Batch) ->
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         MODES[mode](problem, spec, batch)
     return sum(seen.values())
+
+
+def block_ranges(spec: OperatorSpec, parameters: int) -> list[range]:
+    """List the parameter indices of each diagonal block; one block if there is none."""
+    if spec.block_sizes is None:
+        return [range(parameters)]
+    blocks, start = [], 0
+    for size in spec.block_sizes:
+        blocks.append(range(start, start + size))
+        start += size
+    return blocks
 
 
 MODES: dict[str, Mode] = {

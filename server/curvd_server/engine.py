@@ -20,10 +20,12 @@ from torch import Tensor
 
 from curvd.errors import InvalidVector, OutOfMemory
 from curvd.types import OperatorSpec, PlanReport
-from curvd_server.curvature import MODES, Linearisation, Rows, kept_bytes
-from curvd_server.objective import Array, Problem, check_cancelled, never
+from curvd_server.curvature import MODES, Linearisation, block_ranges, kept_bytes
+from curvd_server.data import Array
+from curvd_server.objective import Problem, check_cancelled, never
 from curvd_server.plans import Choice, Plan, choose
-from curvd_server.verify import block_ranges, check_repeatable
+from curvd_server.program import Rows
+from curvd_server.repeatable import check_objective, check_repeatable
 
 TUNING_S = 3.0
 """Default time for measuring candidate plans."""
@@ -71,7 +73,7 @@ def build(
         CurvatureUnverified: If no AD mode is right.
     """
     problem.layout.check_blocks(spec.block_sizes)
-    _check_objective(problem)
+    check_objective(problem)
     check_cancelled(cancelled)
     choice = choose(
         problem,
@@ -351,15 +353,6 @@ class Operator:
         if kept == self.problem.batches:
             return f"kept_{self.plan.mode}"
         return f"{'partly_kept' if kept else 'recomputed'}_{self.plan.mode}"
-
-
-def _check_objective(problem: Problem) -> None:
-    """Evaluate loss and gradient twice on the first mini-batch."""
-    first, second = (problem.batch_gradient(problem.data[0]) for _ in range(2))
-    check_repeatable("loss", first[0], second[0])
-    for name, a, b in zip(problem.layout.names, first[1], second[1], strict=True):
-        if a is not None and b is not None:
-            check_repeatable(f"gradient of {name}", a, b)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -41,9 +41,23 @@ class Gate:
     """What every call of ours passes through."""
 
     def __init__(self) -> None:
-        self.draining = False
-        """Whether new calls are turned away."""
         self._log = logger()
+        self._draining = False
+        self._calls = 0
+        self._idle = asyncio.Event()
+
+    async def drain(self, grace_s: float) -> None:
+        """Turn new calls away, and wait for those under way.
+
+        Args:
+            grace_s: How long at most.
+        """
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while self._calls:
+                    self._idle.clear()
+                    await self._idle.wait()
 
     @contextlib.asynccontextmanager
     async def call(
@@ -60,8 +74,9 @@ class Gate:
         """
         start_s, code = time.monotonic(), "OK"
         structlog.contextvars.clear_contextvars()
+        self._calls += 1
         try:
-            if self.draining:
+            if self._draining:
                 msg = "this server is shutting down; retry, another may answer"
                 raise Unavailable(msg)
             yield
@@ -72,6 +87,9 @@ class Gate:
             code = error.code
             await abort(context, error)
         except Exception as error:
+            if context.done():  # the client left, and a read or write noticed first
+                code = "CANCELLED"
+                raise asyncio.CancelledError from error
             code = Internal.code
             self._log.exception("defect", rpc=rpc.name)
             msg = (
@@ -80,6 +98,8 @@ class Gate:
             )
             await abort(context, Internal(msg))
         finally:
+            self._calls -= 1
+            self._idle.set()
             self._log.info(
                 "call",
                 rpc=rpc.name,

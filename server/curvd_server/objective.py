@@ -9,13 +9,11 @@ thread per device evaluates it.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,16 +27,17 @@ from curvd.types import (
     Mode,
     ParameterLayout,
 )
+from curvd_server.data import (
+    TORCH_DTYPES,
+    Array,
+    Batch,
+    cut,
+    exact,
+    rows_of,
+    tensor_of,
+)
 from curvd_server.losses import Loss
-from curvd_server.rewrites import fixed_rows, rewrite, use_batch_statistics
-
-Array = np.ndarray[Any, Any] | Tensor
-
-TORCH_DTYPES = {
-    Dtype.FLOAT32: torch.float32,
-    Dtype.FLOAT64: torch.float64,
-    Dtype.BFLOAT16: torch.bfloat16,
-}
+from curvd_server.rewrites import aliased, fixed_rows, take_apart
 
 
 def never() -> bool:
@@ -51,18 +50,6 @@ def check_cancelled(cancelled: Callable[[], bool]) -> None:
     if cancelled():
         msg = "the caller gave up; the product stopped between two mini-batches"
         raise Cancelled(msg)
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One fixed mini-batch."""
-
-    start: int
-    """Index of its first data point."""
-    inputs: tuple[Tensor, ...]
-    """Each ``[B, ...]``, in the order of `DatasetSpec.inputs`."""
-    targets: Tensor
-    """``[B, ...]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,13 +154,13 @@ class Problem:
             InvalidSpec: If data, model and loss do not fit each other.
         """
         mode, kind, place = Mode(mode), TORCH_DTYPES[Dtype(dtype)], torch.device(device)
-        state = _aliased(module, parameters)
-        variables, constants, skeleton = _take_apart(module, mode, state, kind, place)
+        state = aliased(module, parameters)
+        variables, constants, skeleton = take_apart(module, mode, state, kind, place)
         if not variables:
             msg = "the model has no parameter with requires_grad; nothing to multiply"
             raise InvalidSpec(msg)
         classes = loss.name is LossName.CROSS_ENTROPY
-        batches = _cut(arrays, data, kind, place, classes=classes)
+        batches = cut(arrays, data, kind, place, classes=classes)
         shapes = {name: tuple(p.shape) for name, p in variables.items()}
         problem = cls(
             model=Model(
@@ -192,7 +179,7 @@ class Problem:
         """Check the targets and count them."""
         first = self.data[0]
         with torch.no_grad():
-            outputs = self.outputs(self.parameters, _rows(first, slice(0, 2)))
+            outputs = self.outputs(self.parameters, rows_of(first, slice(0, 2)))
         counted = 0.0
         for batch in self.data:
             self.loss.check(outputs, batch.targets)
@@ -223,7 +210,7 @@ class Problem:
                 want = tuple(home[name].shape) if name in home else "no such parameter"
                 msg = f"parameter {name!r}: got shape {tuple(value.shape)}, want {want}"
                 raise InvalidSpec(msg, parameter=name)
-            home[name] = _tensor(value).to(home[name], copy=True).contiguous()
+            home[name] = tensor_of(value).to(home[name], copy=True).contiguous()
         model = dataclasses.replace(self.model, constants=constants)
         return dataclasses.replace(self, model=model, parameters=tuple(old.values()))
 
@@ -316,17 +303,17 @@ class Problem:
             counts = self.loss.counts(batch.targets)
             weight = counts.reshape(len(counts), -1).sum(1)
             for row in weight.nonzero().flatten()[: rows - len(chosen)].tolist():
-                one = _rows(batch, slice(row, row + 1))
+                one = rows_of(batch, slice(row, row + 1))
                 chosen.append((*one.inputs, one.targets))
             if len(chosen) == rows:
                 break
-        *inputs, targets = (_exact(torch.cat(t)) for t in zip(*chosen, strict=True))
-        constants = {name: _exact(t) for name, t in self.model.constants.items()}
+        *inputs, targets = (exact(torch.cat(t)) for t in zip(*chosen, strict=True))
+        constants = {name: exact(t) for name, t in self.model.constants.items()}
         small = Problem(
             model=dataclasses.replace(self.model, constants=constants),
             loss=Loss.of(self.loss.spec, torch.float64, torch.device("cpu")),
             layout=self.layout,
-            parameters=tuple(_exact(p) for p in self.parameters),
+            parameters=tuple(exact(p) for p in self.parameters),
             data=(Batch(0, tuple(inputs), targets),),
             normaliser=1.0,
             mode=self.mode,
@@ -347,98 +334,3 @@ def add_rows(
     for spec, row in zip(layout.parameters, rows, strict=True):
         if row is not None:
             vector[spec.offset : spec.offset + spec.size] += row.reshape(-1)
-
-
-def _take_apart(
-    module: nn.Module,
-    mode: Mode,
-    state: Mapping[str, Array],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], nn.Module]:
-    """Split a module into variables, constants and a skeleton without parameters."""
-
-    def place(name: str, own: Tensor) -> Tensor:
-        value = _tensor(state[name]) if name in state else own.detach().clone()
-        kind = dtype if own.is_floating_point() else own.dtype
-        return value.to(device, kind).contiguous()
-
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
-        for p in module.parameters()
-    }
-    skeleton = copy.deepcopy(module, memo).eval().to(dtype)
-    rewrite(skeleton)
-    if mode is Mode.BATCH_STATISTICS:
-        use_batch_statistics(skeleton)
-    kept = {name for name, _ in skeleton.named_buffers()}
-    variables, constants = {}, {}
-    for name, p in module.named_parameters():
-        (variables if p.requires_grad else constants)[name] = place(name, p)
-    for name, b in module.named_buffers():
-        if name in kept:
-            constants[name] = place(name, b)
-    return variables, constants, skeleton
-
-
-def _aliased(module: nn.Module, state: Mapping[str, Array]) -> dict[str, Array]:
-    """Let a tied parameter be given under any of its names."""
-    first: dict[int, str] = {}
-    known = dict(state)
-    for name, p in module.named_parameters(remove_duplicate=False):
-        home = first.setdefault(id(p), name)
-        if name in state and home not in known:
-            known[home] = state[name]
-    return known
-
-
-def _cut(
-    arrays: Mapping[str, Array],
-    data: DatasetSpec,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    classes: bool,
-) -> tuple[Batch, ...]:
-    """Cut the dataset into fixed mini-batches, the last one maybe smaller.
-
-    Targets of integer type are class indices if the loss has `classes`, else numbers.
-    """
-    names = (*data.inputs, data.target)
-    missing = [name for name in names if name not in arrays]
-    if missing:
-        msg = f"the dataset lacks {missing}; it has {sorted(arrays)}"
-        raise InvalidSpec(msg, missing=missing)
-    tensors = []
-    for name in names:
-        tensor = _tensor(arrays[name])
-        floating = tensor.is_floating_point()
-        kind = dtype if floating else tensor.dtype
-        if name == data.target and not floating:
-            kind = torch.int64 if classes else dtype
-        tensors.append(tensor.to(device, kind))
-    lengths = {name: len(t) for name, t in zip(names, tensors, strict=True)}
-    if len(set(lengths.values())) != 1 or not len(tensors[0]):
-        msg = f"tensors of a dataset need one common length above 0, got {lengths}"
-        raise InvalidSpec(msg, lengths=lengths)
-    *inputs, targets = (t.split(data.batch_size) for t in tensors)
-    return tuple(
-        Batch(i * data.batch_size, tuple(t[i] for t in inputs), target)
-        for i, target in enumerate(targets)
-    )
-
-
-def _rows(batch: Batch, rows: slice) -> Batch:
-    start = batch.start + (rows.start or 0)
-    return Batch(start, tuple(t[rows] for t in batch.inputs), batch.targets[rows])
-
-
-def _tensor(array: Array) -> Tensor:
-    if isinstance(array, Tensor):
-        return array.detach()
-    # note: torch warns about read-only memory, which could be written through it.
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor.cpu().double() if tensor.is_floating_point() else tensor.cpu()

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from curvd.types import LossName, OperatorKind, OperatorSpec
+from curvd_server.data import Batch
 from curvd_server.losses import classes_last
-from curvd_server.objective import Batch, Problem
+from curvd_server.objective import Problem
 
 Metric = Callable[[Tensor], Tensor]
 """``u: [..., *outputs] -> M u``, same shape."""
@@ -212,4 +213,5 @@ def _sampled_square(
     else:
         p = z.cpu().double().sigmoid().reshape(len(z), -1, 1)
         square = torch.where(uniform < p, (1 - p) / p, p / (1 - p))
-    return square.mean(-1).reshape(z.shape).to(z)
+    mean: Tensor = square.mean(-1)
+    return mean.reshape(z.shape).to(z)

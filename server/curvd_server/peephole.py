@@ -6,8 +6,9 @@ between products. All keep the result up to rounding.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -29,124 +30,80 @@ _SCALES = {
 _SHAPES = {aten.t.default, aten.view.default, aten._unsafe_view.default}
 
 
-def simplify(
-    graph: fx.Graph, constants: Mapping[str, Any]
-) -> tuple[fx.Graph, dict[str, Any]]:
+Values = Mapping[str, Any]
+Recipe = dict[str, Callable[[Values], Tensor]]
+"""How to compute new constants from earlier ones, by name, in order."""
+
+
+def simplify(graph: fx.Graph, zeros: Set[str]) -> tuple[fx.Graph, Recipe]:
     """Apply all rules.
 
+    Nothing here looks at a value, so that the result serves every mini-batch.
+
     Args:
-        graph: A linear program; owned by the caller and rewritten.
-        constants: Values of its ``get_attr`` nodes.
+        graph: A linear program whose constants are ``get_attr`` nodes; a copy is
+            rewritten.
+        zeros: Names of the constants that are zero.
 
     Returns:
-        The graph and the constants that it still names.
+        The simplified graph and how to make the constants that it has in addition.
     """
-    values = dict(constants)
+    new = fx.Graph()
+    new.output(new.graph_copy(graph, {}))
+    graph, recipe = new, Recipe()
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
         if node.target is _ADD:
-            _drop_zero(graph, node, values)
+            _drop_zero(graph, node, zeros)
         elif node.target is aten.copy.default:
             _drop_copy(graph, node)
     for node in list(graph.nodes):
         if node.target in _SCALES:
-            _fold_factor(graph, node, values)
+            _fold_factor(graph, node, recipe)
     for node in list(graph.nodes):
         if node.target is _MUL:
-            _gather_factors(graph, node, values)
+            _gather_factors(graph, node, recipe)
     for node in list(graph.nodes):
         if node.target is _ADD:
             _accumulate_product(graph, node) or _join_weight_gradients(graph, node)
     graph.eliminate_dead_code()
     graph.lint()
-    named = {node.target for node in graph.nodes if node.op == "get_attr"}
-    return graph, {name: values[name] for name in values if name in named}
+    return graph, recipe
 
 
-def without_zeros(graph: fx.Graph, inputs: range, outputs: range) -> fx.Graph:
-    """Specialise a linear program to some inputs and outputs; the others are zero.
-
-    Args:
-        graph: The program.
-        inputs: Indices of the placeholders that stay.
-        outputs: Indices of the results that stay.
-
-    Returns:
-        A program of the remaining inputs; a result that is always zero is None.
-    """
-    special = fx.Graph()
-    renamed: dict[fx.Node, fx.Node | None] = {}
-    position = 0
-
-    def copied(node: fx.Node) -> fx.Node:
-        found = renamed[node]
-        if found is None:
-            value = node.meta["val"]
-            found = special.call_function(
-                torch.zeros,
-                (tuple(value.shape),),
-                {"dtype": value.dtype, "device": value.device},
-            )
-        return found
-
-    for node in graph.nodes:
-        operands = [o for o in node.all_input_nodes if o.op != "get_attr"]
-        if node.op == "placeholder":
-            renamed[node] = special.node_copy(node) if position in inputs else None
-            position += 1
-        elif node.op == "output":
-            kept = [node.args[0][i] for i in outputs]
-            special.output(
-                tuple(r and (renamed[r] if r.op != "get_attr" else None) for r in kept)
-            )
-        elif operands and all(renamed[o] is None for o in operands):
-            # A tangent joined to a constant is not zero when the tangent is.
-            joins = node.target is aten.cat.default
-            affine = joins and len(operands) < len(node.all_input_nodes)
-            renamed[node] = special.node_copy(node, copied) if affine else None
-        elif (only := _only_summand(node, renamed)) is not None:
-            renamed[node] = only
-        else:
-            renamed[node] = special.node_copy(node, copied)
-    special.eliminate_dead_code()
-    return special
-
-
-def _only_summand(
-    node: fx.Node, renamed: Mapping[fx.Node, fx.Node | None]
-) -> fx.Node | None:
-    """Give ``a`` for ``a + 0`` of equal shapes."""
-    if node.target is not _ADD or node.kwargs or len(node.all_input_nodes) != 2:
-        return None
-    alive = [o for o in node.all_input_nodes if renamed[o] is not None]
-    if len(alive) != 1 or _shape(alive[0]) != _shape(node):
-        return None
-    return renamed[alive[0]]
+def addends(graph: fx.Graph) -> frozenset[str]:
+    """Name the constants that a program adds; a linear one adds only zeros."""
+    return frozenset(
+        str(operand.target)
+        for node in graph.nodes
+        if node.target is _ADD
+        for operand in node.all_input_nodes
+        if operand.op == "get_attr"
+    )
 
 
 def _constant(node: object) -> bool:
     return not isinstance(node, fx.Node) or node.op == "get_attr"
 
 
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    value = node.meta.get("val")
+def _shape(node: Any) -> tuple[int, ...]:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def _new_constant(
-    graph: fx.Graph, at: fx.Node, values: dict[str, Any], value: Tensor
+    graph: fx.Graph,
+    at: fx.Node,
+    recipe: Recipe,
+    like: Tensor,
+    compute: Callable[[Values], Tensor],
 ) -> fx.Node:
-    name = f"f{len(values)}"
-    values[name] = value
+    name = f"f{len(recipe)}"
+    recipe[name] = compute
     with graph.inserting_before(at):
         node = graph.get_attr(name)
-    # note: a graph is a reference cycle, so it must not hold the value itself.
-    node.meta["val"] = torch.empty_like(value, device="meta")
+    node.meta["val"] = like
     return node
-
-
-def _value(node: Any, values: Mapping[str, Any]) -> Any:
-    return values[node.target] if isinstance(node, fx.Node) else node
 
 
 def _replace(
@@ -160,13 +117,13 @@ def _replace(
     return new
 
 
-def _drop_zero(graph: fx.Graph, node: fx.Node, values: Mapping[str, Any]) -> None:
+def _drop_zero(graph: fx.Graph, node: fx.Node, zeros: Set[str]) -> None:
     """``t + 0 -> t``: tangents of what does not depend on the parameters."""
-    for tangent, other in (node.args, node.args[::-1]):
+    pairs: Any = (node.args, node.args[::-1])
+    for tangent, other in pairs:
         if _constant(tangent) or not _constant(other) or node.kwargs:
             continue
-        value = _value(other, values)
-        zero = not value.any() if isinstance(value, Tensor) else value == 0
+        zero = other == 0 or (isinstance(other, fx.Node) and other.target in zeros)
         if zero and _shape(tangent) == _shape(node):
             node.replace_all_uses_with(tangent)
             graph.erase_node(node)
@@ -183,20 +140,29 @@ def _drop_copy(graph: fx.Graph, node: fx.Node) -> None:
             graph.erase_node(node)
 
 
-def _fold_factor(graph: fx.Graph, node: fx.Node, values: dict[str, Any]) -> None:
+def _fold_factor(graph: fx.Graph, node: fx.Node, recipe: Recipe) -> None:
     """``gelu_backward(t, h) -> t * gelu'(h)``, the factor computed once."""
     tangent, *others = node.args
     if _constant(tangent) or not all(map(_constant, others)):
         return
-    like = next(_value(o, values) for o in others if isinstance(o, fx.Node))
-    known = [_value(o, values) for o in others]
-    extra = {k: _value(v, values) for k, v in node.kwargs.items()}
-    factor = node.target(torch.ones_like(like), *known, **extra)  # type: ignore[operator]
-    constant = _new_constant(graph, node, values, factor)
+    target: Any = node.target
+    first = next(o for o in others if isinstance(o, fx.Node))
+    # note: a name, not a node, because a graph must not be kept alive by a recipe.
+    names = [_named(o) for o in others]
+    extra = {k: _named(v) for k, v in node.kwargs.items()}
+
+    def factor(values: Values) -> Tensor:
+        known = [read(values) for read in names]
+        options = {k: read(values) for k, read in extra.items()}
+        result: Tensor = target(torch.ones_like(known[at]), *known, **options)
+        return result
+
+    at = others.index(first)
+    constant = _new_constant(graph, node, recipe, first.meta["val"], factor)
     _replace(graph, node, _MUL, (tangent, constant))
 
 
-def _gather_factors(graph: fx.Graph, node: fx.Node, values: dict[str, Any]) -> None:
+def _gather_factors(graph: fx.Graph, node: fx.Node, recipe: Recipe) -> None:
     """``(t * a) * b -> t * (a * b)`` with the constants multiplied once."""
     inner, outer = _split_factors(node)
     if inner is None or inner.target is not _MUL or len(inner.users) != 1:
@@ -204,14 +170,27 @@ def _gather_factors(graph: fx.Graph, node: fx.Node, values: dict[str, Any]) -> N
     tangent, factor = _split_factors(inner)
     if tangent is None:
         return
-    product = _value(factor, values) * _value(outer, values)
-    if isinstance(product, Tensor):
-        full = _shape(tangent)
-        if _shape(node) != full or product.numel() > tangent.meta["val"].numel():
+    if not isinstance(factor, fx.Node) and not isinstance(outer, fx.Node):
+        product = factor * outer
+    else:
+        shapes = _shape(factor), _shape(outer)
+        shape: Any = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+        whole = _shape(tangent)
+        if _shape(node) != whole or math.prod(shape) > math.prod(whole):
             return
-        product = _new_constant(graph, node, values, product)
+        like = torch.empty(shape, dtype=node.meta["val"].dtype, device="meta")
+        left, right = _named(factor), _named(outer)
+        product = _new_constant(graph, node, recipe, like, lambda v: left(v) * right(v))
     _replace(graph, node, _MUL, (tangent, product))
     graph.erase_node(inner)
+
+
+def _named(operand: Any) -> Callable[[Values], Any]:
+    """Read an operand, a constant by name or a plain value."""
+    if not isinstance(operand, fx.Node):
+        return lambda _: operand
+    name = str(operand.target)
+    return lambda values: values[name]
 
 
 def _split_factors(node: fx.Node) -> tuple[fx.Node | None, Any]:

@@ -16,9 +16,9 @@ import torch
 
 from curvd.errors import CurvatureUnverified
 from curvd.types import OperatorSpec
-from curvd_server.curvature import MODES, Linearisation, kept_bytes
+from curvd_server.curvature import MODES, Linearisation, block_ranges, kept_bytes
 from curvd_server.objective import Problem, check_cancelled
-from curvd_server.verify import Evidence, Truth, block_ranges, disagreements
+from curvd_server.verify import Evidence, Truth, disagreements
 
 WORTH = 0.9
 """A candidate must need less than this share of the best simpler one's time.

@@ -1,20 +1,25 @@
-"""Layers whose higher derivatives torch gets wrong, written so that they are right.
+"""The session's own copy of a module, and the layers that are rewritten in it.
 
-Applied to the session's own copy of a module. Both were found by comparison with
+These have higher derivatives that torch gets wrong. Both were found by comparison with
 central differences (torch 2.11 and 2.13); functional uses of the same kernels inside
 a custom module are beyond reach here and are left to the verification.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+
+from curvd.types import Mode
+from curvd_server.data import Array, tensor_of
 
 
 class PlainWeightNorm(nn.Module):
@@ -40,7 +45,7 @@ class PaddedEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Look rows up; those at `padding_idx` carry no derivative."""
         rows = F.embedding(input, self.weight)
-        padded = (input == self.padding_idx).unsqueeze(-1)
+        padded = torch.eq(input, int(self.padding_idx or 0)).unsqueeze(-1)
         return torch.where(padded, rows.detach(), rows)
 
 
@@ -90,6 +95,62 @@ def use_batch_statistics(module: nn.Module) -> None:
             # nothing is read or written.
             layer.track_running_stats = False
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+
+
+def take_apart(
+    module: nn.Module,
+    mode: Mode,
+    state: Mapping[str, Array],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], nn.Module]:
+    """Split a module into variables, constants and a skeleton without parameters.
+
+    Args:
+        module: Copied, never modified.
+        mode: How BatchNorm behaves.
+        state: Values by name; those missing are the module's own.
+        dtype: Of floating point tensors.
+        device: Where they go.
+
+    Returns:
+        Differentiated parameters by name, the other parameters and the buffers by
+        name, and the rewritten copy in evaluation mode, its parameters without memory.
+    """
+
+    def place(name: str, own: Tensor) -> Tensor:
+        value = tensor_of(state[name]) if name in state else own.detach().clone()
+        kind = dtype if own.is_floating_point() else own.dtype
+        return value.to(device, kind).contiguous()
+
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+        for p in module.parameters()
+    }
+    skeleton = copy.deepcopy(module, memo).eval().to(dtype)
+    rewrite(skeleton)
+    if mode is Mode.BATCH_STATISTICS:
+        use_batch_statistics(skeleton)
+    kept = {name for name, _ in skeleton.named_buffers()}
+    variables: dict[str, Tensor] = {}
+    constants: dict[str, Tensor] = {}
+    for name, p in module.named_parameters():
+        (variables if p.requires_grad else constants)[name] = place(name, p)
+    for name, b in module.named_buffers():
+        if name in kept:
+            constants[name] = place(name, b)
+    return variables, constants, skeleton
+
+
+def aliased(module: nn.Module, state: Mapping[str, Array]) -> dict[str, Array]:
+    """Let a tied parameter be given under any of its names."""
+    first: dict[int, str] = {}
+    known = dict(state)
+    for name, p in module.named_parameters(remove_duplicate=False):
+        home = first.setdefault(id(p), name)
+        if name in state and home not in known:
+            known[home] = state[name]
+    return known
 
 
 def use_differentiable_attention() -> None:

@@ -26,6 +26,9 @@ from curvd_server.storage import BlobStore
 
 T = TypeVar("T")
 
+_PATIENCE_S = 5.0
+"""How long the end of a session waits for calls that were cancelled."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facilities:
@@ -120,6 +123,7 @@ class Session:
         lease_s = stored.lease_s
         return replace(
             stored.info,
+            device=self._with.device.name,  # perhaps another one than before
             operators=self.live.reports,
             state=SessionState.COLD if cold else SessionState.READY,
             expire_time_s=None if lease_s is None else self._used_s + lease_s,
@@ -191,7 +195,9 @@ class Session:
         for task in self._tasks:
             task.cancel()
         if self._tasks:
-            await self._unused.wait()
+            # A client that neither reads nor leaves keeps what it has until it does.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._unused.wait(), _PATIENCE_S)
         await self.live.close()
         await self._release(set(self.stored.sources.values()))
 

@@ -8,8 +8,6 @@ written, the other need not. Methods block on the disk; call them off the event 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 import re
 import threading
 import time
@@ -28,15 +26,13 @@ from curvd.errors import (
     InvalidTensors,
     LimitExceeded,
     NotFound,
-    ResourceExhausted,
-    Unavailable,
 )
+from curvd_server.partials import Partial, Upload
 
 ABANDONED_S = 24 * 3600.0
 """An upload that nobody went on with, or referred to, for so long is removed."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_READ_BYTES = 8 << 20
 
 
 def check_digest(digest: str) -> str:
@@ -79,7 +75,7 @@ class BlobStore:
         self._directory = directory
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._partials: dict[str, _Partial] = {}
+        self._partials: dict[str, Partial] = {}
         self._held: Counter[str] = Counter()
 
     def has(self, digest: str) -> bool:
@@ -133,7 +129,7 @@ class BlobStore:
         with self._lock:
             partial = self._partials.get(digest)
             if partial is None:
-                partial = _Partial(self._path(digest, ".part"))
+                partial = Partial(self._path(digest, ".part"))
                 self._partials[digest] = partial
             partial.users += 1
         try:
@@ -211,113 +207,6 @@ class BlobStore:
         return self._directory / (check_digest(digest) + suffix)
 
 
-class _Partial:
-    """A file that grows, and the hash of what is in it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.users = path, 0
-        self.lock = threading.Lock()
-        self.file = path.open("ab", buffering=0)
-        self.size = path.stat().st_size
-        self.sha = hashlib.sha256()
-        self.hashed = 0
-
-    def append(self, data: memoryview) -> None:
-        self.catch_up()
-        try:
-            written = 0
-            while written < data.nbytes:
-                written += self.file.write(data[written:])
-        except OSError as error:
-            self.file.truncate(self.size)
-            msg = f"the server cannot store the upload: {error.strerror}"
-            raise ResourceExhausted(msg) from error
-        self.sha.update(data)
-        self.size += data.nbytes
-        self.hashed = self.size
-
-    def catch_up(self) -> None:
-        """Hash what an earlier upload has left; only that is read again."""
-        if self.hashed == self.size:
-            return
-        with self.path.open("rb") as file:
-            while block := file.read(_READ_BYTES):
-                self.sha.update(block)
-        self.hashed = self.size
-
-    def close(self) -> None:
-        self.file.close()
-
-
-class Upload:
-    """Appends to a blob that is not complete.
-
-    Args:
-        partial: The file, perhaps shared with another upload of the same bytes.
-        path: Where the complete blob goes.
-        offset: Where the next bytes belong.
-        total_bytes: Size of the whole file.
-    """
-
-    def __init__(
-        self, partial: _Partial, path: Path, offset: int, total_bytes: int
-    ) -> None:
-        self._partial, self._path = partial, path
-        self._position, self._total = offset, total_bytes
-
-    def write(self, data: memoryview) -> None:
-        """Take the next bytes.
-
-        Args:
-            data: What follows what was written before.
-
-        Raises:
-            InvalidTensors: If there are more than announced.
-        """
-        if self._position + data.nbytes > self._total:
-            msg = f"more than the {self._total} bytes that the upload announces"
-            raise InvalidTensors(msg, total_bytes=self._total)
-        with self._partial.lock:
-            known = self._partial.size - self._position
-            if known < 0:
-                msg = "another upload of the same digest brought other bytes; ask again"
-                raise Unavailable(msg, digest=self._path.name)
-            if known < data.nbytes and not self._path.exists():
-                self._partial.append(data[known:])
-        self._position += data.nbytes
-
-    def finish(self) -> bool:
-        """Verify and keep the blob if it is complete.
-
-        Returns:
-            Whether it is; what has arrived is kept in any case.
-
-        Raises:
-            InvalidTensors: If the bytes do not have the digest; they are dropped.
-        """
-        if self._position < self._total:
-            return False
-        partial = self._partial
-        with partial.lock:
-            if self._path.exists():
-                return True  # the other upload of the same bytes was first
-            partial.catch_up()
-            digest = partial.sha.hexdigest()
-            if digest != self._path.name or partial.size != self._total:
-                partial.file.truncate(0)
-                partial.size = partial.hashed = 0
-                partial.sha = hashlib.sha256()
-                msg = (
-                    f"the bytes that arrived have SHA-256 {digest}, the upload announces "
-                    f"{self._path.name}; nothing of them was kept"
-                )
-                raise InvalidTensors(msg, digest=digest, announced=self._path.name)
-            os.fsync(partial.file.fileno())
-            partial.path.rename(self._path)
-            _fsync_directory(self._path.parent)
-        return True
-
-
 def read_header(file: BinaryIO, size: int) -> tuple[wire.Header, int]:
     """Read and check the header of a safetensors file.
 
@@ -351,11 +240,3 @@ def read_header(file: BinaryIO, size: int) -> tuple[wire.Header, int]:
         )
         raise InvalidTensors(msg, payload_bytes=size - start)
     return header, start
-
-
-def _fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

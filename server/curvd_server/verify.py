@@ -20,11 +20,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from curvd.errors import NotDeterministic
 from curvd.types import OperatorKind, OperatorSpec
-from curvd_server.curvature import MODES, Rows
-from curvd_server.objective import Batch, Problem
+from curvd_server.curvature import MODES, block_ranges
+from curvd_server.data import Batch
+from curvd_server.objective import Problem
 from curvd_server.outputs import metric
+from curvd_server.program import Rows
 
 STEPS = (1e-6, 1e-5, 1e-7, 1e-8, 1e-9, 1e-4)
 """Step widths relative to the parameters' scale, the usually best first."""
@@ -36,8 +37,6 @@ A correct mode reaches 1e-9; the wrong ones known to us are off by 1e-2 and more
 AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.5}
 """How far two correct modes may differ in a session's own precision."""
 EXCERPT_ROWS = 4
-REPEAT_RTOL, REPEAT_ATOL = 5e-5, 1e-6
-"""As curvlinops' determinism check."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,10 @@ class Truth:
         generator = torch.Generator().manual_seed(0)
         scales = [_scale(p) for p in excerpt.parameters]
         draw = [
-            [s * _normal(p, generator) for s, p in zip(scales, excerpt.parameters)]
+            [
+                s * _normal(p, generator)
+                for s, p in zip(scales, excerpt.parameters, strict=True)
+            ]
             for _ in range(3)
         ]
         for name, row in excerpt.model.fixed:
@@ -95,7 +97,9 @@ class Truth:
         linear = MODES[mode](self._problem, self._spec, self._problem.data[0])
         whole = range(len(self._problem.parameters))
         if batched:
-            stacked = [torch.stack(pair) for pair in zip(*self._directions)]
+            stacked = [
+                torch.stack(pair) for pair in zip(*self._directions, strict=True)
+            ]
             rows = self._filled(linear.product(stacked, whole, batched=True), 2)
             first, second = ([r[k] for r in rows] for k in (0, 1))
         else:
@@ -106,7 +110,7 @@ class Truth:
         gaps = self._difference_gaps(first)
         symmetry = _asymmetry(self._directions, first, second)
         names = self._problem.layout.names
-        wrong = [n for n, gap in zip(names, gaps) if not gap <= TOLERANCE]
+        wrong = [n for n, gap in zip(names, gaps, strict=True) if not gap <= TOLERANCE]
         if not wrong and not symmetry <= TOLERANCE:
             wrong = [names[gaps.index(max(gaps))]]
         for block in self._probed_blocks():
@@ -125,7 +129,7 @@ class Truth:
         best = [math.inf] * len(rows)
         for k in range(len(STEPS)):
             gaps = _gaps(rows, self._differences(k))
-            best = [min(b, g) for b, g in zip(best, gaps)]
+            best = [min(b, g) for b, g in zip(best, gaps, strict=True)]
             if max(best) <= EXCELLENT:
                 break
         return best
@@ -180,10 +184,13 @@ class Truth:
         full = product(masked, range(len(whole)), batched=False)
         want = self._filled(full)[block.start : block.stop]
         rows = product(inside, block, batched=False)
-        got = [torch.zeros_like(w) if r is None else r for r, w in zip(rows, want)]
+        got = [
+            torch.zeros_like(w) if r is None else r
+            for r, w in zip(rows, want, strict=True)
+        ]
         names = self._problem.layout.names[block.start : block.stop]
         gaps = _gaps(got, want)
-        return [n for n, gap in zip(names, gaps) if not gap <= TOLERANCE]
+        return [n for n, gap in zip(names, gaps, strict=True) if not gap <= TOLERANCE]
 
 
 def disagreements(
@@ -239,43 +246,6 @@ def _one_of_each_shape(problem: Problem) -> list[Batch]:
         for batch in problem.data
     }
     return list(shapes.values())
-
-
-def block_ranges(spec: OperatorSpec, parameters: int) -> list[range]:
-    """List the parameter indices of each diagonal block; one block if there is none."""
-    if spec.block_sizes is None:
-        return [range(parameters)]
-    blocks, start = [], 0
-    for size in spec.block_sizes:
-        blocks.append(range(start, start + size))
-        start += size
-    return blocks
-
-
-def check_repeatable(what: str, first: Tensor, second: Tensor) -> None:
-    """Refuse an objective that does not give the same value twice.
-
-    Args:
-        what: ``loss``, ``gradient`` or ``product``, for the message.
-        first: One evaluation.
-        second: Another one of the same.
-
-    Raises:
-        NotDeterministic: If they differ beyond rounding.
-    """
-    if torch.allclose(first, second, rtol=REPEAT_RTOL, atol=REPEAT_ATOL):
-        return
-    if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
-        msg = f"the {what} is not finite; check the parameters and the data"
-        raise NotDeterministic(msg, what=what)
-    gap = float((first - second).abs().max())
-    msg = (
-        f"two evaluations of the {what} on one mini-batch differ by {gap:.1e} (allowed: "
-        f"relative {REPEAT_RTOL:.0e} or absolute {REPEAT_ATOL:.0e}); the likely cause "
-        "is a random layer, such as dropout called with training=True, or a model "
-        "that changes its own state"
-    )
-    raise NotDeterministic(msg, what=what, gap=gap)
 
 
 def _gradient(problem: Problem) -> list[Tensor]:

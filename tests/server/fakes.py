@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from curvd import wire
-from curvd.errors import Cancelled
+from curvd.errors import BuilderNotFound, Cancelled
 from curvd.types import (
     DatasetSpec,
+    DeviceInfo,
     LossName,
     LossSpec,
     ModelSpec,
@@ -97,10 +98,20 @@ class FakeDevice:
     """Remembers what was asked of it."""
 
     name = "fake"
+    builders = ("two",)
+    torch_version = "none"
     kept_bytes = 10
 
     def __init__(self):
         self.loads, self.built, self.operators = 0, [], []
+
+    def describe(self):
+        return DeviceInfo(name="fake", description="", total_bytes=2, free_bytes=1)
+
+    def architecture(self, spec):
+        if spec.builder != "two":
+            raise BuilderNotFound(f"no builder {spec.builder!r}", builder=spec.builder)
+        return two_tensors(spec)
 
     def load(self, model, state, arrays, data, loss, mode, dtype):
         self.loads += 1

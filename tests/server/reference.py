@@ -63,12 +63,6 @@ def central_difference(problem: Problem, v: Tensor) -> Tensor:
     return (4 * quotient(1e-5) - quotient(2e-5)) / 3
 
 
-def dense_hessian(problem: Problem) -> Tensor:
-    """One central difference per parameter."""
-    eye = torch.eye(problem.layout.size, dtype=torch.float64)
-    return torch.stack([central_difference(problem, e) for e in eye])
-
-
 def jacobian(problem: Problem, index: int) -> tuple[Tensor, Tensor]:
     """Outputs ``z`` of a mini-batch and ``dz/dθ: [*z, P]``, row by row."""
     leaves = [p.detach().requires_grad_() for p in problem.parameters]

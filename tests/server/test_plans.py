@@ -91,7 +91,7 @@ def test_a_remembered_plan_is_verified_again(monkeypatch):
 
     monkeypatch.setattr(Truth, "examine", watched)
     build(problem, OperatorSpec(), budget_bytes=HUGE)
-    assert seen == ["program"]
+    assert seen[0] == "program"  # then the mode that it is compared with
 
 
 def test_whatever_is_measured_the_product_is_the_same():

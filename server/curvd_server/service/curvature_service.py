@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ Columns = NDArray[Any]
 
 _BLOCKS = 2
 """Column blocks of one call under way: one computes while another travels."""
+_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64"}
 _SMALL_BYTES = 1 << 20
 """Up to here, work on an array is quicker than handing it to a thread."""
 
@@ -90,6 +92,18 @@ class CurvatureService:
             await product.run(chunks, send)
 
 
+@dataclass(frozen=True, slots=True)
+class _Event:
+    """What the receiving half of a product tells the sending one."""
+
+    shape: tuple[int, ...] = ()
+    """The operand was announced."""
+    block: bool = False
+    """Columns were queued."""
+    error: Exception | None = None
+    """Nothing more will come; nor will it if nothing is set."""
+
+
 class _Product:
     """One product under way: columns come in, are queued, and go out in order."""
 
@@ -108,41 +122,43 @@ class _Product:
         self._message = RPCS[name].response.message
         self._batcher, self._limits, self._stack = batcher, limits, stack
         self._layout, self._dtype = lease.info.layout, _dtype(lease)
-        self._shape: asyncio.Future[tuple[int, ...]] = (
-            asyncio.get_running_loop().create_future()
-        )
         self._window = asyncio.Semaphore(_BLOCKS)
-        self._arrived: asyncio.Queue[bool] = asyncio.Queue()
-        """True for each block that was queued, False at the end."""
+        self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._tickets: deque[Ticket[Columns]] = deque()
 
     async def run(self, chunks: AsyncIterator[memoryview], send: Send) -> None:
         """Receive and send at the same time, until both are done."""
+        receiver = asyncio.create_task(self._receive(chunks))
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._receive(chunks))
-                await self._send(send)
-        except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+            await self._send(send)
         finally:
+            receiver.cancel()
             for ticket in self._tickets:
                 ticket.cancel()
 
     async def _receive(self, chunks: AsyncIterator[memoryview]) -> None:
         assembler = wire.Assembler(self._accept, max_bytes=self._limits.operand_bytes)
         first = 0
-        async for chunk in chunks:
-            for piece in assembler.feed(chunk):
-                columns = piece.view(self._dtype).reshape(-1, self._layout.size)
-                await _off_the_loop(
-                    validate.check_finite, columns, layout=self._layout, first=first
-                )
-                first += len(columns)
-                await self._window.acquire()
-                self._tickets.append(self._batcher.multiply(self._operator, columns))
-                self._arrived.put_nowait(True)
-        assembler.finish()
-        self._arrived.put_nowait(False)
+        try:
+            async for chunk in chunks:
+                for piece in assembler.feed(chunk):
+                    columns = piece.view(self._dtype).reshape(-1, self._layout.size)
+                    await self._queue(columns, first)
+                    first += len(columns)
+            assembler.finish()
+            self._events.put_nowait(_Event())
+        except Exception as error:
+            # Not by cancelling the sender: a write that is cut off leaves a call that
+            # cannot be ended with a status any more.
+            self._events.put_nowait(_Event(error=error))
+
+    async def _queue(self, columns: Columns, first: int) -> None:
+        await _off_the_loop(
+            validate.check_finite, columns, layout=self._layout, first=first
+        )
+        await self._window.acquire()
+        self._tickets.append(self._batcher.multiply(self._operator, columns))
+        self._events.put_nowait(_Event(block=True))
 
     def _accept(self, header: wire.Header) -> int:
         """Judge the operand by its header, and make room for it."""
@@ -160,21 +176,25 @@ class _Product:
         # Twice: the operand and its result.
         reservation = self._batcher.reserve(at_once, 2 * at_once * column_bytes)
         self._stack.enter_context(reservation)
-        self._shape.set_result(header["v"].shape)
+        self._events.put_nowait(_Event(shape=header["v"].shape))
         return block * column_bytes
 
     async def _send(self, send: Send) -> None:
-        shape, done = await self._shape, []
-        tensor = wire.TensorHeader(
-            "F64" if self._dtype == np.float64 else "F32", shape, 0
-        )
+        shape, done = (await self._next()).shape, []
+        tensor = wire.TensorHeader(_NAMES[self._dtype], shape, 0)
         header = _result_header(self._lease, plan=True)
         await send(self._message(header=header))
         await send(memoryview(wire.dump_header({"result": tensor})))
-        while await self._arrived.get():
+        while (await self._next()).block:
             done.append(await self._send_block(send))
             self._window.release()
         await send(self._message(summary=_summary(done)))
+
+    async def _next(self) -> _Event:
+        event = await self._events.get()
+        if event.error is not None:
+            raise event.error
+        return event
 
     async def _send_block(self, send: Send) -> Done[None]:
         ticket = self._tickets[0]

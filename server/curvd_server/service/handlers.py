@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import groupby
@@ -82,12 +83,24 @@ def _handler(
     rpc: Rpc, method: Callable[..., Awaitable[Any]], gate: Gate
 ) -> grpc.RpcMethodHandler[Any, Any]:
     async def serve(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async def send(part: Part) -> None:
+            # note: a write that is cut off leaves a call that cannot be ended with a
+            # status any more (grpcio 1.85: TOO_MANY_OPERATIONS); it ends by itself
+            # when the client reads on or goes away.
+            write = asyncio.ensure_future(context.write(part))
+            try:
+                await asyncio.shield(write)
+            except asyncio.CancelledError:
+                await asyncio.wait([write])
+                write.exception()  # the call is over, whatever became of this part
+                raise
+
         async with gate.call(rpc, context):
             if rpc.server_streams:
                 # Written, not yielded: all of a call happens in one task, so that
                 # what it holds is let go when the call ends, not when a generator is
                 # collected.
-                return await method(request, context.write)
+                return await method(request, send)
             return await method(request)
 
     factory = getattr(grpc, f"{rpc.shape}_rpc_method_handler")

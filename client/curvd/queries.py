@@ -1,0 +1,520 @@
+"""Queries of an operator, blocking and asynchronous; see `curvd._query_calls`."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from curvd._connection import AsyncConnection, Connection
+from curvd._query_calls import Observe, Queries, QueryCall
+from curvd.progress import watched
+from curvd.results import (
+    Density,
+    DiagonalEstimate,
+    Eigenpairs,
+    Estimate,
+    LogDeterminant,
+    Solution,
+)
+from curvd.types import Estimator, Solver, Which
+
+T = TypeVar("T")
+
+
+class QueryMethods:
+    """Whole computations that run on the server; a base of `curvd.RemoteOperator`.
+
+    Results say what they cost (`products`), to which parameter `version` they belong
+    and whether they `converged`. Leaving a call, by an exception or Ctrl-C, stops the
+    work on the server.
+    """
+
+    _connection: Connection
+    _queries: Queries
+
+    def eigsh(
+        self,
+        k: int = 6,
+        *,
+        which: Which | str = Which.LARGEST,
+        tolerance: float = 1e-6,
+        basis_size: int = 0,
+        seed: int = 0,
+        warm_start: bool = False,
+        vectors: bool = True,
+        max_products: int | None = None,
+        time_limit_s: float | None = None,
+        progress: Observe | bool = False,
+    ) -> Eigenpairs:
+        """Compute extremal eigenpairs.
+
+        Args:
+            k: How many.
+            which: ``largest``, ``smallest``, ``both`` or ``largest_magnitude``.
+            tolerance: Residual relative to each eigenvalue's magnitude.
+            basis_size: Vectors in the server's memory before a restart; 0: 2 k + 20.
+            seed: Of the start vector.
+            warm_start: Begin with what the last call of this kind found, at whatever
+                version: it tracks the eigenpairs of changing parameters.
+            vectors: Whether to fetch the eigenvectors.
+            max_products: Stop after so many columns; None: the server's limit.
+            time_limit_s: Start no product after so long; the result is the best so far.
+            progress: Called with a `QueryProgress`; True draws a line on a terminal.
+
+        Returns:
+            The pairs, largest eigenvalue first; the best so far if it was stopped.
+        """
+        call = self._queries.eigsh(
+            k,
+            which,
+            tolerance,
+            basis_size,
+            seed,
+            warm_start,
+            vectors,
+            max_products,
+            time_limit_s,
+        )
+        return self._ask(call, progress)
+
+    def trace(
+        self,
+        *,
+        estimator: Estimator | str = Estimator.EXCHANGEABLE,
+        relative_error: float = 0.0,
+        absolute_error: float = 0.0,
+        samples: int = 100,
+        seed: int = 0,
+        max_products: int | None = None,
+        time_limit_s: float | None = None,
+        progress: Observe | bool = False,
+    ) -> Estimate:
+        """Estimate the trace.
+
+        Args:
+            estimator: ``exchangeable`` (XTrace), ``hutch++`` or ``hutchinson``.
+            relative_error: Standard error at which to stop, relative; 0: never.
+            absolute_error: Standard error at which to stop; 0: never.
+            samples: Products at most.
+            seed: Of the probes, see `curvd.probes`.
+            max_products: Stop after so many columns; None: the server's limit.
+            time_limit_s: Start no product after so long; the result is the best so far.
+            progress: Called with a `QueryProgress`; True draws a line on a terminal.
+
+        Returns:
+            The trace with its error.
+        """
+        call = self._queries.trace(
+            estimator,
+            relative_error,
+            absolute_error,
+            samples,
+            seed,
+            max_products,
+            time_limit_s,
+        )
+        return self._ask(call, progress)
+
+    def diagonal(
+        self,
+        *,
+        estimator: Estimator | str = Estimator.EXCHANGEABLE,
+        relative_error: float = 0.0,
+        absolute_error: float = 0.0,
+        samples: int = 100,
+        seed: int = 0,
+        max_products: int | None = None,
+        time_limit_s: float | None = None,
+        progress: Observe | bool = False,
+    ) -> DiagonalEstimate:
+        """Estimate the diagonal.
+
+        Args:
+            estimator: ``exchangeable`` (XDiag) or ``hutchinson``.
+            relative_error: Stop when the norm of the errors is so small, relative to
+                the diagonal's; 0: never.
+            absolute_error: The same, absolute; 0: never.
+            samples: Products at most.
+            seed: Of the probes, see `curvd.probes`.
+            max_products: Stop after so many columns; None: the server's limit.
+            time_limit_s: Start no product after so long; the result is the best so far.
+            progress: Called with a `QueryProgress`; True draws a line on a terminal.
+
+        Returns:
+            The diagonal [P] with its errors.
+        """
+        call = self._queries.diagonal(
+            estimator,
+            relative_error,
+            absolute_error,
+            samples,
+            seed,
+            max_products,
+            time_limit_s,
+        )
+        return self._ask(call, progress)
+
+    def frobenius_norm(
+        self,
+        *,
+        relative_error: float = 0.0,
+        absolute_error: float = 0.0,
+        samples: int = 100,
+        seed: int = 0,
+        max_products: int | None = None,
+        time_limit_s: float | None = None,
+        progress: Observe | bool = False,
+    ) -> Estimate:
+        """Estimate the Frobenius norm.
+
+        Args:
+            relative_error: Standard error at which to stop, relative; 0: never.
+            absolute_error: Standard error at which to stop; 0: never.
+            samples: Products at most.
+            seed: Of the probes, see `curvd.probes`.
+            max_products: Stop after so many columns; None: the server's limit.
+            time_limit_s: Start no product after so long; the result is the best so far.
+            progress: Called with a `QueryProgress`; True draws a line on a terminal.
+
+        Returns:
+            The norm with its error.
+        """
+        call = self._queries.frobenius_norm(
+            relative_error,
+            absolute_error,
+            samples,
+            seed,
+            max_products,
+            time_limit_s,
+        )
+        return self._ask(call, progress)
+
+    def spectral_density(
+        self,
+        *,
+        probes: int = 8,
+        steps: int = 64,
+        points: int = 512,
+        width: float | None = None,
+        logarithmic: bool = False,
+        floor: float | None = None,
+        seed: int = 0,
+        max_products: int | None = None,
+        time_limit_s: float | None = None,
+        progress: Observe | bool = False,
+    ) -> Density:
+        """Estimate the density of eigenvalues.
+
+        Args:
+            probes: Random vectors that are averaged over.
+            steps: Lanczos steps per probe, each one product.
+            points: Of the grid.
+            width: Of the smoothing Gaussian; None: 1 % of the axis.
+            logarithmic: Whether the axis is the logarithm of the magnitude.
+            floor: Smallest magnitude on that axis; None: 1e-7 of the largest.
+            seed: Of the probes.
+            max_products: Stop after so many columns; None: the server's limit.
+            time_limit_s: Start no product after so long; the result is the best so far.
+            progress: Called with a `QueryProgress`; True draws a line on a terminal.
+
+        Returns:
+            The density with its error.
+        """
+        call = self._queries.spectral_density(
+            probes,
+            steps,
+            points,
+            width,
+            logarithmic,
+            floor,
+            seed,
+            max_products,
+            time_limit_s,
+        )
+        return self._ask(call, progress)
+
+    def solve(
+        self,
+        b: Any,
+        /,
+        *,
+        solver: Solver | str = Solver.CG,
+        damping: float = 0.0,
+        tolerance: float = 1e-6,
+        x0: Any = None,
+        preconditioner: Any = None,
+        seed: int = 0,
+        max_products: int | None = None,
+        time_limit_s: float | None = None,
+        progress: Observe | bool = False,
+    ) -> Solution:
+        """Solve ``(A + damping * I) x = b``.
+
+        Args:
+            b: [P] or [P, K], or per parameter; any layout that `@` takes.
+            solver: ``cg``, or ``minres`` for indefinite operators.
+            damping: Added to every eigenvalue, beside the operator's own.
+            tolerance: Residual relative to ``|b|``.
+            x0: First guess, like b.
+            preconditioner: CG: an approximate diagonal, positive [P]; or the number of
+                products from which the server estimates one.
+            seed: Of that estimate.
+            max_products: Stop after so many columns; None: the server's limit.
+            time_limit_s: Start no product after so long; the result is the best so far.
+            progress: Called with a `QueryProgress`; True draws a line on a terminal.
+
+        Returns:
+            The solutions, and how true they are. Check `Solution.converged`: CG stops,
+            and says so, where the operator has negative curvature.
+        """
+        call = self._queries.solve(
+            b,
+            solver,
+            damping,
+            tolerance,
+            x0,
+            preconditioner,
+            seed,
+            max_products,
+            time_limit_s,
+        )
+        return self._ask(call, progress)
+
+    def logdet(
+        self,
+        *,
+        damping: float = 0.0,
+        steps: int = 32,
+        relative_error: float = 0.0,
+        absolute_error: float = 0.0,
+        probes: int = 30,
+        seed: int = 0,
+        max_products: int | None = None,
+        time_limit_s: float | None = None,
+        progress: Observe | bool = False,
+    ) -> LogDeterminant:
+        """Estimate ``log det(A + damping * I)``.
+
+        Args:
+            damping: Added to every eigenvalue, beside the operator's own.
+            steps: Lanczos steps per probe, each one product.
+            relative_error: Standard error at which to stop, relative; 0: never.
+            absolute_error: Standard error at which to stop; 0: never.
+            probes: Random vectors at most.
+            seed: Of the probes.
+            max_products: Stop after so many columns; None: the server's limit.
+            time_limit_s: Start no product after so long; the result is the best so far.
+            progress: Called with a `QueryProgress`; True draws a line on a terminal.
+
+        Returns:
+            The number with its error; NaN, with the Ritz value that proves it, if the
+            operator is not positive definite.
+        """
+        call = self._queries.logdet(
+            damping,
+            steps,
+            relative_error,
+            absolute_error,
+            probes,
+            seed,
+            max_products,
+            time_limit_s,
+        )
+        return self._ask(call, progress)
+
+    def _ask(self, call: QueryCall[T], progress: Observe | bool) -> T:
+        with watched(progress, call.rpc.name) as observe:
+            call.observe = observe
+            return self._connection.run(call)
+
+
+class AsyncQueryMethods:
+    """The same for asyncio; a base of `curvd.AsyncOperator`."""
+
+    _connection: AsyncConnection
+    _queries: Queries
+
+    async def eigsh(
+        self,
+        k: int = 6,
+        *,
+        which: Which | str = Which.LARGEST,
+        tolerance: float = 1e-6,
+        basis_size: int = 0,
+        seed: int = 0,
+        warm_start: bool = False,
+        vectors: bool = True,
+        max_products: int | None = None,
+        time_limit_s: float | None = None,
+        progress: Observe | bool = False,
+    ) -> Eigenpairs:
+        """Compute extremal eigenpairs; see `curvd.RemoteOperator`."""
+        call = self._queries.eigsh(
+            k,
+            which,
+            tolerance,
+            basis_size,
+            seed,
+            warm_start,
+            vectors,
+            max_products,
+            time_limit_s,
+        )
+        return await self._ask(call, progress)
+
+    async def trace(
+        self,
+        *,
+        estimator: Estimator | str = Estimator.EXCHANGEABLE,
+        relative_error: float = 0.0,
+        absolute_error: float = 0.0,
+        samples: int = 100,
+        seed: int = 0,
+        max_products: int | None = None,
+        time_limit_s: float | None = None,
+        progress: Observe | bool = False,
+    ) -> Estimate:
+        """Estimate the trace; see `curvd.RemoteOperator`."""
+        call = self._queries.trace(
+            estimator,
+            relative_error,
+            absolute_error,
+            samples,
+            seed,
+            max_products,
+            time_limit_s,
+        )
+        return await self._ask(call, progress)
+
+    async def diagonal(
+        self,
+        *,
+        estimator: Estimator | str = Estimator.EXCHANGEABLE,
+        relative_error: float = 0.0,
+        absolute_error: float = 0.0,
+        samples: int = 100,
+        seed: int = 0,
+        max_products: int | None = None,
+        time_limit_s: float | None = None,
+        progress: Observe | bool = False,
+    ) -> DiagonalEstimate:
+        """Estimate the diagonal; see `curvd.RemoteOperator`."""
+        call = self._queries.diagonal(
+            estimator,
+            relative_error,
+            absolute_error,
+            samples,
+            seed,
+            max_products,
+            time_limit_s,
+        )
+        return await self._ask(call, progress)
+
+    async def frobenius_norm(
+        self,
+        *,
+        relative_error: float = 0.0,
+        absolute_error: float = 0.0,
+        samples: int = 100,
+        seed: int = 0,
+        max_products: int | None = None,
+        time_limit_s: float | None = None,
+        progress: Observe | bool = False,
+    ) -> Estimate:
+        """Estimate the Frobenius norm; see `curvd.RemoteOperator`."""
+        call = self._queries.frobenius_norm(
+            relative_error,
+            absolute_error,
+            samples,
+            seed,
+            max_products,
+            time_limit_s,
+        )
+        return await self._ask(call, progress)
+
+    async def spectral_density(
+        self,
+        *,
+        probes: int = 8,
+        steps: int = 64,
+        points: int = 512,
+        width: float | None = None,
+        logarithmic: bool = False,
+        floor: float | None = None,
+        seed: int = 0,
+        max_products: int | None = None,
+        time_limit_s: float | None = None,
+        progress: Observe | bool = False,
+    ) -> Density:
+        """Estimate the density of eigenvalues; see `curvd.RemoteOperator`."""
+        call = self._queries.spectral_density(
+            probes,
+            steps,
+            points,
+            width,
+            logarithmic,
+            floor,
+            seed,
+            max_products,
+            time_limit_s,
+        )
+        return await self._ask(call, progress)
+
+    async def solve(
+        self,
+        b: Any,
+        /,
+        *,
+        solver: Solver | str = Solver.CG,
+        damping: float = 0.0,
+        tolerance: float = 1e-6,
+        x0: Any = None,
+        preconditioner: Any = None,
+        seed: int = 0,
+        max_products: int | None = None,
+        time_limit_s: float | None = None,
+        progress: Observe | bool = False,
+    ) -> Solution:
+        """Solve ``(A + damping * I) x = b``; see `curvd.RemoteOperator`."""
+        call = self._queries.solve(
+            b,
+            solver,
+            damping,
+            tolerance,
+            x0,
+            preconditioner,
+            seed,
+            max_products,
+            time_limit_s,
+        )
+        return await self._ask(call, progress)
+
+    async def logdet(
+        self,
+        *,
+        damping: float = 0.0,
+        steps: int = 32,
+        relative_error: float = 0.0,
+        absolute_error: float = 0.0,
+        probes: int = 30,
+        seed: int = 0,
+        max_products: int | None = None,
+        time_limit_s: float | None = None,
+        progress: Observe | bool = False,
+    ) -> LogDeterminant:
+        """Estimate ``log det(A + damping * I)``; see `curvd.RemoteOperator`."""
+        call = self._queries.logdet(
+            damping,
+            steps,
+            relative_error,
+            absolute_error,
+            probes,
+            seed,
+            max_products,
+            time_limit_s,
+        )
+        return await self._ask(call, progress)
+
+    async def _ask(self, call: QueryCall[T], progress: Observe | bool) -> T:
+        with watched(progress, call.rpc.name) as observe:
+            call.observe = observe
+            return await self._connection.run(call)

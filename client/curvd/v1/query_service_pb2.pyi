@@ -1,0 +1,369 @@
+from curvd.v1 import curvature_service_pb2 as _curvature_service_pb2
+from curvd.v1 import types_pb2 as _types_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Which(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WHICH_UNSPECIFIED: _ClassVar[Which]
+    WHICH_LARGEST: _ClassVar[Which]
+    WHICH_SMALLEST: _ClassVar[Which]
+    WHICH_BOTH: _ClassVar[Which]
+    WHICH_LARGEST_MAGNITUDE: _ClassVar[Which]
+
+class Estimator(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ESTIMATOR_UNSPECIFIED: _ClassVar[Estimator]
+    ESTIMATOR_HUTCHINSON: _ClassVar[Estimator]
+    ESTIMATOR_HUTCHPP: _ClassVar[Estimator]
+    ESTIMATOR_EXCHANGEABLE: _ClassVar[Estimator]
+
+class Solver(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SOLVER_UNSPECIFIED: _ClassVar[Solver]
+    SOLVER_CG: _ClassVar[Solver]
+    SOLVER_MINRES: _ClassVar[Solver]
+
+class Stop(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STOP_UNSPECIFIED: _ClassVar[Stop]
+    STOP_CONVERGED: _ClassVar[Stop]
+    STOP_PRODUCTS: _ClassVar[Stop]
+    STOP_TIME: _ClassVar[Stop]
+    STOP_STAGNATED: _ClassVar[Stop]
+    STOP_NEGATIVE_CURVATURE: _ClassVar[Stop]
+WHICH_UNSPECIFIED: Which
+WHICH_LARGEST: Which
+WHICH_SMALLEST: Which
+WHICH_BOTH: Which
+WHICH_LARGEST_MAGNITUDE: Which
+ESTIMATOR_UNSPECIFIED: Estimator
+ESTIMATOR_HUTCHINSON: Estimator
+ESTIMATOR_HUTCHPP: Estimator
+ESTIMATOR_EXCHANGEABLE: Estimator
+SOLVER_UNSPECIFIED: Solver
+SOLVER_CG: Solver
+SOLVER_MINRES: Solver
+STOP_UNSPECIFIED: Stop
+STOP_CONVERGED: Stop
+STOP_PRODUCTS: Stop
+STOP_TIME: Stop
+STOP_STAGNATED: Stop
+STOP_NEGATIVE_CURVATURE: Stop
+
+class Query(_message.Message):
+    __slots__ = ("session_id", "operator", "expected_version", "request_id", "max_products", "time_limit_s")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    OPERATOR_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MAX_PRODUCTS_FIELD_NUMBER: _ClassVar[int]
+    TIME_LIMIT_S_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    operator: _types_pb2.Operator
+    expected_version: int
+    request_id: str
+    max_products: int
+    time_limit_s: float
+    def __init__(self, session_id: _Optional[str] = ..., operator: _Optional[_Union[_types_pb2.Operator, _Mapping]] = ..., expected_version: _Optional[int] = ..., request_id: _Optional[str] = ..., max_products: _Optional[int] = ..., time_limit_s: _Optional[float] = ...) -> None: ...
+
+class QueryProgress(_message.Message):
+    __slots__ = ("iteration", "products", "estimates", "residuals", "elapsed_s")
+    ITERATION_FIELD_NUMBER: _ClassVar[int]
+    PRODUCTS_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATES_FIELD_NUMBER: _ClassVar[int]
+    RESIDUALS_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
+    iteration: int
+    products: int
+    estimates: _containers.RepeatedScalarFieldContainer[float]
+    residuals: _containers.RepeatedScalarFieldContainer[float]
+    elapsed_s: float
+    def __init__(self, iteration: _Optional[int] = ..., products: _Optional[int] = ..., estimates: _Optional[_Iterable[float]] = ..., residuals: _Optional[_Iterable[float]] = ..., elapsed_s: _Optional[float] = ...) -> None: ...
+
+class QuerySummary(_message.Message):
+    __slots__ = ("stopped", "products", "elapsed_s", "queue_s", "compute_s")
+    STOPPED_FIELD_NUMBER: _ClassVar[int]
+    PRODUCTS_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    stopped: Stop
+    products: int
+    elapsed_s: float
+    queue_s: float
+    compute_s: float
+    def __init__(self, stopped: _Optional[_Union[Stop, str]] = ..., products: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ...) -> None: ...
+
+class Accuracy(_message.Message):
+    __slots__ = ("relative_error", "absolute_error", "samples", "seed")
+    RELATIVE_ERROR_FIELD_NUMBER: _ClassVar[int]
+    ABSOLUTE_ERROR_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    relative_error: float
+    absolute_error: float
+    samples: int
+    seed: int
+    def __init__(self, relative_error: _Optional[float] = ..., absolute_error: _Optional[float] = ..., samples: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class EstimateSummary(_message.Message):
+    __slots__ = ("query", "value", "standard_error", "half_width", "samples")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    STANDARD_ERROR_FIELD_NUMBER: _ClassVar[int]
+    HALF_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    query: QuerySummary
+    value: float
+    standard_error: float
+    half_width: float
+    samples: int
+    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., value: _Optional[float] = ..., standard_error: _Optional[float] = ..., half_width: _Optional[float] = ..., samples: _Optional[int] = ...) -> None: ...
+
+class EigshRequest(_message.Message):
+    __slots__ = ("query", "k", "which", "tolerance", "basis_size", "seed", "warm_start", "values_only")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    WHICH_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    BASIS_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    WARM_START_FIELD_NUMBER: _ClassVar[int]
+    VALUES_ONLY_FIELD_NUMBER: _ClassVar[int]
+    query: Query
+    k: int
+    which: Which
+    tolerance: float
+    basis_size: int
+    seed: int
+    warm_start: bool
+    values_only: bool
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., k: _Optional[int] = ..., which: _Optional[_Union[Which, str]] = ..., tolerance: _Optional[float] = ..., basis_size: _Optional[int] = ..., seed: _Optional[int] = ..., warm_start: bool = ..., values_only: bool = ...) -> None: ...
+
+class EigshResponse(_message.Message):
+    __slots__ = ("header", "chunk", "summary", "progress")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    header: _curvature_service_pb2.ResultHeader
+    chunk: bytes
+    summary: EigshSummary
+    progress: QueryProgress
+    def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., summary: _Optional[_Union[EigshSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
+
+class EigshSummary(_message.Message):
+    __slots__ = ("query", "values", "residuals", "tolerances", "asymmetry", "restarts", "warm")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    RESIDUALS_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCES_FIELD_NUMBER: _ClassVar[int]
+    ASYMMETRY_FIELD_NUMBER: _ClassVar[int]
+    RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    WARM_FIELD_NUMBER: _ClassVar[int]
+    query: QuerySummary
+    values: _containers.RepeatedScalarFieldContainer[float]
+    residuals: _containers.RepeatedScalarFieldContainer[float]
+    tolerances: _containers.RepeatedScalarFieldContainer[float]
+    asymmetry: float
+    restarts: int
+    warm: bool
+    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., values: _Optional[_Iterable[float]] = ..., residuals: _Optional[_Iterable[float]] = ..., tolerances: _Optional[_Iterable[float]] = ..., asymmetry: _Optional[float] = ..., restarts: _Optional[int] = ..., warm: bool = ...) -> None: ...
+
+class TraceRequest(_message.Message):
+    __slots__ = ("query", "estimator", "accuracy")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATOR_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    query: Query
+    estimator: Estimator
+    accuracy: Accuracy
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., estimator: _Optional[_Union[Estimator, str]] = ..., accuracy: _Optional[_Union[Accuracy, _Mapping]] = ...) -> None: ...
+
+class TraceResponse(_message.Message):
+    __slots__ = ("header", "summary", "progress")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    header: _curvature_service_pb2.ResultHeader
+    summary: EstimateSummary
+    progress: QueryProgress
+    def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., summary: _Optional[_Union[EstimateSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
+
+class DiagonalRequest(_message.Message):
+    __slots__ = ("query", "estimator", "accuracy")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATOR_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    query: Query
+    estimator: Estimator
+    accuracy: Accuracy
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., estimator: _Optional[_Union[Estimator, str]] = ..., accuracy: _Optional[_Union[Accuracy, _Mapping]] = ...) -> None: ...
+
+class DiagonalResponse(_message.Message):
+    __slots__ = ("header", "chunk", "summary", "progress")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    header: _curvature_service_pb2.ResultHeader
+    chunk: bytes
+    summary: DiagonalSummary
+    progress: QueryProgress
+    def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., summary: _Optional[_Union[DiagonalSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
+
+class DiagonalSummary(_message.Message):
+    __slots__ = ("query", "samples")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    query: QuerySummary
+    samples: int
+    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., samples: _Optional[int] = ...) -> None: ...
+
+class FrobeniusNormRequest(_message.Message):
+    __slots__ = ("query", "accuracy")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    query: Query
+    accuracy: Accuracy
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., accuracy: _Optional[_Union[Accuracy, _Mapping]] = ...) -> None: ...
+
+class FrobeniusNormResponse(_message.Message):
+    __slots__ = ("header", "summary", "progress")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    header: _curvature_service_pb2.ResultHeader
+    summary: EstimateSummary
+    progress: QueryProgress
+    def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., summary: _Optional[_Union[EstimateSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
+
+class SpectralDensityRequest(_message.Message):
+    __slots__ = ("query", "probes", "steps", "points", "width", "logarithmic", "floor", "seed")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    PROBES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    POINTS_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    LOGARITHMIC_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    query: Query
+    probes: int
+    steps: int
+    points: int
+    width: float
+    logarithmic: bool
+    floor: float
+    seed: int
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., probes: _Optional[int] = ..., steps: _Optional[int] = ..., points: _Optional[int] = ..., width: _Optional[float] = ..., logarithmic: bool = ..., floor: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class SpectralDensityResponse(_message.Message):
+    __slots__ = ("header", "chunk", "summary", "progress")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    header: _curvature_service_pb2.ResultHeader
+    chunk: bytes
+    summary: SpectralDensitySummary
+    progress: QueryProgress
+    def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., summary: _Optional[_Union[SpectralDensitySummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
+
+class SpectralDensitySummary(_message.Message):
+    __slots__ = ("query", "width")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    query: QuerySummary
+    width: float
+    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., width: _Optional[float] = ...) -> None: ...
+
+class SolveHeader(_message.Message):
+    __slots__ = ("query", "solver", "damping", "tolerance", "diagonal_samples", "seed")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    SOLVER_FIELD_NUMBER: _ClassVar[int]
+    DAMPING_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    DIAGONAL_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    query: Query
+    solver: Solver
+    damping: float
+    tolerance: float
+    diagonal_samples: int
+    seed: int
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., solver: _Optional[_Union[Solver, str]] = ..., damping: _Optional[float] = ..., tolerance: _Optional[float] = ..., diagonal_samples: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class SolveRequest(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: SolveHeader
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[SolveHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class SolveResponse(_message.Message):
+    __slots__ = ("header", "chunk", "summary", "progress")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    header: _curvature_service_pb2.ResultHeader
+    chunk: bytes
+    summary: SolveSummary
+    progress: QueryProgress
+    def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., summary: _Optional[_Union[SolveSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
+
+class SolveSummary(_message.Message):
+    __slots__ = ("query", "residuals", "relative_residuals", "curvatures", "indefinite", "column_stops", "iterations")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    RESIDUALS_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_RESIDUALS_FIELD_NUMBER: _ClassVar[int]
+    CURVATURES_FIELD_NUMBER: _ClassVar[int]
+    INDEFINITE_FIELD_NUMBER: _ClassVar[int]
+    COLUMN_STOPS_FIELD_NUMBER: _ClassVar[int]
+    ITERATIONS_FIELD_NUMBER: _ClassVar[int]
+    query: QuerySummary
+    residuals: _containers.RepeatedScalarFieldContainer[float]
+    relative_residuals: _containers.RepeatedScalarFieldContainer[float]
+    curvatures: _containers.RepeatedScalarFieldContainer[float]
+    indefinite: _containers.RepeatedScalarFieldContainer[bool]
+    column_stops: _containers.RepeatedScalarFieldContainer[Stop]
+    iterations: int
+    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., residuals: _Optional[_Iterable[float]] = ..., relative_residuals: _Optional[_Iterable[float]] = ..., curvatures: _Optional[_Iterable[float]] = ..., indefinite: _Optional[_Iterable[bool]] = ..., column_stops: _Optional[_Iterable[_Union[Stop, str]]] = ..., iterations: _Optional[int] = ...) -> None: ...
+
+class LogDetRequest(_message.Message):
+    __slots__ = ("query", "damping", "steps", "accuracy")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    DAMPING_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    query: Query
+    damping: float
+    steps: int
+    accuracy: Accuracy
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., damping: _Optional[float] = ..., steps: _Optional[int] = ..., accuracy: _Optional[_Union[Accuracy, _Mapping]] = ...) -> None: ...
+
+class LogDetResponse(_message.Message):
+    __slots__ = ("header", "summary", "progress")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    header: _curvature_service_pb2.ResultHeader
+    summary: LogDetSummary
+    progress: QueryProgress
+    def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., summary: _Optional[_Union[LogDetSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
+
+class LogDetSummary(_message.Message):
+    __slots__ = ("estimate", "smallest")
+    ESTIMATE_FIELD_NUMBER: _ClassVar[int]
+    SMALLEST_FIELD_NUMBER: _ClassVar[int]
+    estimate: EstimateSummary
+    smallest: float
+    def __init__(self, estimate: _Optional[_Union[EstimateSummary, _Mapping]] = ..., smallest: _Optional[float] = ...) -> None: ...

@@ -1,0 +1,100 @@
+"""Arrays as they arrive and mini-batches as they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvd.errors import InvalidSpec
+from curvd.types import DatasetSpec, Dtype
+
+Array = np.ndarray[Any, Any] | Tensor
+
+TORCH_DTYPES = {
+    Dtype.FLOAT32: torch.float32,
+    Dtype.FLOAT64: torch.float64,
+    Dtype.BFLOAT16: torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One fixed mini-batch."""
+
+    start: int
+    """Index of its first data point."""
+    inputs: tuple[Tensor, ...]
+    """Each ``[B, ...]``, in the order of `DatasetSpec.inputs`."""
+    targets: Tensor
+    """``[B, ...]``."""
+
+
+def cut(
+    arrays: Mapping[str, Array],
+    data: DatasetSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    classes: bool,
+) -> tuple[Batch, ...]:
+    """Cut the dataset into fixed mini-batches, the last one maybe smaller.
+
+    Args:
+        arrays: By name, each with the leading axis ``N``.
+        data: Which are inputs and targets, and the batch size.
+        dtype: Of floating point arrays.
+        device: Where they go.
+        classes: Whether targets of integer type are class indices, or numbers.
+
+    Returns:
+        The mini-batches in order.
+
+    Raises:
+        InvalidSpec: If arrays are missing or differ in length.
+    """
+    names = (*data.inputs, data.target)
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        msg = f"the dataset lacks {missing}; it has {sorted(arrays)}"
+        raise InvalidSpec(msg, missing=missing)
+    tensors: list[Tensor] = []
+    for name in names:
+        tensor = tensor_of(arrays[name])
+        floating = tensor.is_floating_point()
+        kind = dtype if floating else tensor.dtype
+        if name == data.target and not floating:
+            kind = torch.int64 if classes else dtype
+        tensors.append(tensor.to(device, kind))
+    lengths = {name: len(t) for name, t in zip(names, tensors, strict=True)}
+    if len(set(lengths.values())) != 1 or not len(tensors[0]):
+        msg = f"tensors of a dataset need one common length above 0, got {lengths}"
+        raise InvalidSpec(msg, lengths=lengths)
+    *inputs, targets = (torch.split(t, data.batch_size) for t in tensors)
+    return tuple(
+        Batch(i * data.batch_size, tuple(t[i] for t in inputs), target)
+        for i, target in enumerate(targets)
+    )
+
+
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    """Take some data points of a mini-batch."""
+    start = batch.start + (rows.start or 0)
+    return Batch(start, tuple(t[rows] for t in batch.inputs), batch.targets[rows])
+
+
+def tensor_of(array: Array) -> Tensor:
+    """View an array as a tensor, sharing memory where it may be written to."""
+    if isinstance(array, Tensor):
+        return array.detach()
+    # note: torch warns about read-only memory, which could be written through it.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """Bring a tensor to the CPU, floating point ones in float64."""
+    return tensor.cpu().double() if tensor.is_floating_point() else tensor.cpu()

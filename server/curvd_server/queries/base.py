@@ -1,0 +1,216 @@
+"""What all queries share: counted products, progress, and why they stopped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from curvd.types import Stop
+
+R = TypeVar("R")
+
+Multiply: TypeAlias = Callable[[Tensor], Tensor]
+"""Maps V: [K, P] to AV: [K, P], columns first, on the device where V is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a query is."""
+
+    iteration: int
+    products: int
+    """Columns multiplied so far."""
+    estimates: tuple[float, ...] = ()
+    """What is known of the result: eigenvalues, or the one number asked for."""
+    residuals: tuple[float, ...] = ()
+    """Residual norms or standard errors that belong to the estimates."""
+
+
+Query: TypeAlias = Generator[Progress, None, R]
+"""A running query: yields progress between products, returns its result."""
+
+
+class Products:
+    """A linear map that counts its columns and knows when to stop.
+
+    Args:
+        multiply: The map.
+        size: P.
+        dtype: Element type of its vectors.
+        device: Where its vectors live.
+        limit: Most columns that may be multiplied; None: no limit.
+        expired: Whether the time is up; asked between products.
+    """
+
+    def __init__(
+        self,
+        multiply: Multiply,
+        *,
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        limit: int | None = None,
+        expired: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._multiply, self._expired = multiply, expired
+        self.size, self.dtype, self.device = size, dtype, torch.device(device)
+        self.limit = limit
+        self.done = 0
+        self.largest = 0.0
+        """Largest ``|Av| / |v|`` seen, a lower bound of the norm."""
+
+    def __call__(self, V: Tensor) -> Tensor:
+        """Multiply and count.
+
+        Args:
+            V: [K, P].
+
+        Returns:
+            AV: [K, P].
+        """
+        result = self._multiply(V)
+        self.done += len(V)
+        return result
+
+    def empty(self, *rows: int) -> Tensor:
+        """Allocate vectors like those of the map.
+
+        Args:
+            *rows: Leading axes.
+
+        Returns:
+            [*rows, P], uninitialised.
+        """
+        shape = (*rows, self.size)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def refusal(self, columns: int = 1) -> Stop | None:
+        """Say why so many more columns must not be multiplied.
+
+        Args:
+            columns: How many.
+
+        Returns:
+            The reason, or None if they may.
+        """
+        if self.limit is not None and self.done + columns > self.limit:
+            return Stop.PRODUCTS
+        return Stop.TIME if self._expired() else None
+
+    def allowed(self, wanted: int) -> int:
+        """Count how many of the wanted columns the limit leaves.
+
+        Args:
+            wanted: How many the algorithm would like.
+
+        Returns:
+            At most that many, at least 0.
+        """
+        if self.limit is None:
+            return wanted
+        return max(0, min(wanted, self.limit - self.done))
+
+
+def norms(V: Tensor) -> Tensor:
+    """Compute Euclidean norms, accumulated in double precision.
+
+    Args:
+        V: [K, P] or [P].
+
+    Returns:
+        [K] or a scalar, float64.
+    """
+    found: Tensor = torch.linalg.vector_norm(V, dim=-1, dtype=torch.float64)
+    return found
+
+
+def dots(U: Tensor, V: Tensor) -> Tensor:
+    """Compute inner products row by row, accumulated in double precision.
+
+    Args:
+        U: [K, P].
+        V: [K, P].
+
+    Returns:
+        [K], float64.
+    """
+    # Column by column: the double precision copy of a whole block would not fit.
+    pairs = [torch.dot(u.double(), v.double()) for u, v in zip(U, V, strict=True)]
+    return torch.stack(pairs) if pairs else U.new_zeros(0, dtype=torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A mean of independent samples with its uncertainty."""
+
+    value: float
+    standard_error: float
+    half_width: float
+    """Half the width of the 95 % interval of Student's distribution."""
+
+
+def mean_of(samples: list[float]) -> Mean:
+    """Average independent samples.
+
+    Args:
+        samples: At least one; errors are infinite below two.
+
+    Returns:
+        Mean, standard error, and 95 % half width.
+    """
+    count = len(samples)
+    value = math.fsum(samples) / count
+    if count < 2:
+        return Mean(value, math.inf, math.inf)
+    variance = math.fsum((s - value) ** 2 for s in samples) / (count - 1)
+    error = math.sqrt(variance / count)
+    return Mean(value, error, error * student_975(count - 1))
+
+
+def student_975(freedom: int) -> float:
+    """Compute the 97.5 % quantile of Student's distribution.
+
+    Exact for one and two degrees of freedom; above, the expansion of Abramowitz &
+    Stegun (1964), 26.7.5, which is right to 2 % at three and to 1e-4 from ten on.
+
+    Args:
+        freedom: Degrees of freedom, at least 1.
+
+    Returns:
+        The quantile.
+    """
+    if freedom == 1:
+        return 12.706204736
+    if freedom == 2:
+        return 4.302652730
+    x, n = 1.959963985, freedom
+    terms = (
+        x,
+        (x**3 + x) / 4 / n,
+        (5 * x**5 + 16 * x**3 + 3 * x) / 96 / n**2,
+        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384 / n**3,
+        (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160 / n**4,
+    )
+    return math.fsum(terms)
+
+
+def drain(query: Query[R]) -> R:
+    """Run a query to its end.
+
+    Args:
+        query: From one of the algorithms.
+
+    Returns:
+        Its result.
+    """
+    while True:
+        try:
+            next(query)
+        except StopIteration as end:
+            result: R = end.value
+            return result

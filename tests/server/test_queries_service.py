@@ -1,0 +1,389 @@
+"""Queries through a real server: right, counted, cancellable, fair."""
+
+import asyncio
+import contextlib
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import curvd
+from curvd import probes
+from curvd_server import builders
+from curvd_server.app import running
+from curvd_server.config import ServerConfig
+
+WIDTHS = {"activation": "tanh", "widths": [5, 6, 3]}
+
+
+def data():
+    rng = np.random.default_rng(0)
+    return {
+        "x": rng.standard_normal((24, 5)),
+        "y": rng.integers(0, 3, 24),
+    }
+
+
+def module():
+    torch.manual_seed(0)
+    return builders.BUILDERS["mlp"](WIDTHS).double()
+
+
+def open_session(client, **options):
+    model = client.register_model("mlp", WIDTHS, module().state_dict())
+    dataset = client.register_dataset(data(), inputs=["x"], target="y", batch_size=8)
+    options = {"loss": "cross_entropy", "dtype": "F64"} | options
+    return client.create_session(model, dataset, **options)
+
+
+@pytest.fixture(scope="module")
+def session(live_target):
+    with curvd.connect(live_target) as client, open_session(client) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """The Hessian by central differences of the gradient, float64: [P, P]."""
+    net, points = module(), data()
+    x, y = torch.from_numpy(points["x"]), torch.from_numpy(points["y"])
+    parameters = list(net.parameters())
+    start = nn.utils.parameters_to_vector(parameters).detach()
+
+    def gradient(theta):
+        nn.utils.vector_to_parameters(theta, parameters)
+        loss = nn.functional.cross_entropy(net(x), y)
+        return nn.utils.parameters_to_vector(torch.autograd.grad(loss, parameters))
+
+    step = 1e-5
+    rows = [
+        (gradient(start + step * e) - gradient(start - step * e)) / (2 * step)
+        for e in torch.eye(len(start), dtype=torch.float64)
+    ]
+    return torch.stack(rows).numpy()
+
+
+@pytest.mark.parametrize("which", curvd.Which)
+def test_eigenvalues_match_finite_differences(session, dense, which):
+    found = session.hessian().eigsh(4, which=which, tolerance=1e-9)
+    exact = np.linalg.eigvalsh(dense)
+    expected = {
+        "largest": exact[-4:],
+        "smallest": exact[:4],
+        "both": np.r_[exact[:2], exact[-2:]],
+        "largest_magnitude": exact[np.argsort(-np.abs(exact))[:4]],
+    }[which]
+    np.testing.assert_allclose(found.values, np.sort(expected)[::-1], rtol=1e-6)
+    products = session.hessian() @ np.ascontiguousarray(found.vectors)
+    recomputed = np.linalg.norm(products - found.vectors * found.values, axis=0)
+    np.testing.assert_allclose(found.residuals, recomputed, atol=1e-12)
+    assert found.converged
+    assert found.version == 1
+
+
+def test_scale_damping_and_blocks_of_the_operator_are_in_the_result(session, dense):
+    found = session.hessian(scale=2.0, damping=0.5).eigsh(1)
+    assert found.values[0] == pytest.approx(2 * np.linalg.eigvalsh(dense)[-1] + 0.5)
+    sizes = [p.size for p in session.layout.parameters]
+    inside = np.zeros_like(dense)
+    for start, size in zip(np.cumsum([0, *sizes[:-1]]), sizes, strict=True):
+        inside[start : start + size, start : start + size] = 1
+    blocks = session.hessian(block_sizes=[1] * len(sizes))
+    found = blocks.eigsh(2, which="smallest")
+    exact = np.linalg.eigvalsh(dense * inside)[:2][::-1]
+    np.testing.assert_allclose(found.values, exact, rtol=1e-6, atol=1e-9)
+
+
+def test_every_estimate_holds_the_truth(session, dense):
+    H, P = session.hessian(), len(dense)
+    for estimator in curvd.Estimator:
+        found = H.trace(estimator=estimator, samples=2 * P)
+        low, high = found.interval
+        assert low - 1e-7 <= np.trace(dense) <= high + 1e-7
+    diagonal = H.diagonal(samples=2 * P)
+    np.testing.assert_allclose(diagonal.values, np.diag(dense), atol=1e-7)
+    norm = H.frobenius_norm(samples=200)
+    low, high = norm.interval
+    assert low <= np.linalg.norm(dense) <= high
+    logdet = H.logdet(damping=1.0, steps=40, probes=40)
+    low, high = logdet.interval
+    assert low <= np.linalg.slogdet(dense + np.eye(P))[1] <= high
+    density = H.spectral_density(probes=4, steps=30)
+    assert np.trapezoid(density.density, density.grid) == pytest.approx(1, abs=1e-3)
+    assert density.products == 4 * 30
+
+
+def test_the_client_can_repeat_an_estimate_from_its_seed(session):
+    H = session.hessian()
+    found = H.trace(estimator="hutchinson", samples=16, seed=11)
+    W = probes.probes("rademacher", 11, range(16), H.shape[0], H.dtype)
+    repeated = np.mean(np.sum(W * (W @ H), axis=1))
+    assert found.value == pytest.approx(repeated, rel=1e-10)
+
+
+@pytest.mark.parametrize("layout", ["vector", "columns", "dict"])
+def test_solutions_come_in_the_layout_of_b_with_true_residuals(session, layout):
+    G = session.ggn()
+    rng = np.random.default_rng(1)
+    if layout == "dict":
+        b = {p.name: rng.standard_normal(p.shape) for p in G.layout.parameters}
+    else:
+        b = rng.standard_normal((G.shape[0],) + ((3,) if layout == "columns" else ()))
+    found = G.solve(b, damping=0.1, tolerance=1e-8)
+    back = session.ggn(damping=0.1) @ found.x
+
+    def flat(v):
+        if layout != "dict":
+            return v
+        return np.concatenate([np.ravel(part) for part in v.values()])
+
+    residual = np.linalg.norm(flat(b) - flat(back), axis=0)
+    np.testing.assert_allclose(
+        found.residuals, np.atleast_1d(residual), rtol=1e-4, atol=1e-14
+    )
+    assert found.converged
+    again = G.solve(b, damping=0.1, tolerance=1e-7, x0=found.x)
+    assert again.products == len(found.residuals)
+
+
+def test_preconditioners_come_from_the_client_or_are_estimated(session, dense):
+    H, b = session.hessian(damping=2.0), np.ones(len(dense))
+    exact = np.linalg.solve(dense + 2 * np.eye(len(dense)), b)
+    diagonal = np.diag(dense) + 2
+    for preconditioner in (diagonal, 10):
+        found = H.solve(b, preconditioner=preconditioner, tolerance=1e-9)
+        np.testing.assert_allclose(found.x, exact, rtol=1e-6)
+
+
+def test_indefinite_systems_are_reported(session, dense):
+    b = np.linalg.eigh(dense)[1][:, 0]
+    found = session.hessian().solve(b)
+    assert not found.converged
+    assert found.column_stops == (curvd.Stop.NEGATIVE_CURVATURE,)
+    assert found.indefinite == (True,)
+    shifted = session.hessian().solve(b + 1, solver="minres", damping=1e-2)
+    assert shifted.indefinite == (True,)
+    assert np.isnan(session.hessian().logdet(damping=1e-9).value)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda H: H.eigsh(0), r"k must be in \[1, 57\], got 0"),
+        (lambda H: H.eigsh(58), r"k must be in \[1, 57\], got 58"),
+        (lambda H: H.eigsh(5, basis_size=3), r"basis_size must be in \[7, 57\], got 3"),
+        (lambda H: H.eigsh(1, tolerance=-1.0), "tolerance must be positive"),
+        (
+            lambda H: H.eigsh(1, which="middle"),
+            "unknown which 'middle'; known: largest",
+        ),
+        (lambda H: H.trace(samples=-1), "samples must be in"),
+        (
+            lambda H: H.trace(relative_error=float("nan")),
+            "relative_error must be finite",
+        ),
+        (
+            lambda H: H.diagonal(estimator="hutch++"),
+            "hutch\\+\\+ estimates traces only",
+        ),
+        (
+            lambda H: H.solve(np.ones(57), solver="minres", preconditioner=5),
+            "for cg, not minres",
+        ),
+        (
+            lambda H: H.solve(np.ones(57), preconditioner=np.zeros(57)),
+            "must be positive",
+        ),
+        (lambda H: H.logdet(damping=float("inf")), "damping must be finite"),
+        (lambda H: H.trace(time_limit_s=0.0), "time_limit_s must be positive"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused_with_value_and_limit(session, ask, message):
+    with pytest.raises(curvd.InvalidArgument, match=message):
+        ask(session.hessian())
+
+
+def test_products_and_time_end_a_query_with_the_best_so_far(session):
+    H = session.hessian()
+    few = H.eigsh(3, tolerance=1e-12, max_products=7)
+    assert few.info.stopped is curvd.Stop.PRODUCTS
+    assert few.products == 7
+    assert len(few.values) == 3
+    late = H.trace(estimator="hutchinson", samples=100_000, time_limit_s=1e-4)
+    assert late.info.stopped is curvd.Stop.TIME
+    assert late.products < 100_000
+
+
+def test_warm_starts_follow_the_parameters(live_target):
+    with curvd.connect(live_target) as client, open_session(client) as session:
+        H = session.hessian()
+        cold = H.eigsh(2, tolerance=1e-3, warm_start=True)
+        assert not cold.warm
+        state = {n: v + 1e-4 for n, v in module().state_dict().items()}
+        session.update_parameters(state)
+        warm = H.eigsh(2, tolerance=1e-3, warm_start=True)
+        again = H.eigsh(2, tolerance=1e-3)
+        assert warm.warm and warm.version == 2
+        assert warm.products < again.products
+        np.testing.assert_allclose(warm.values, again.values, rtol=1e-4)
+
+
+def test_progress_names_products_estimates_and_residuals(session):
+    seen = []
+    found = session.hessian().trace(
+        estimator="hutchinson", samples=3000, progress=seen.append
+    )
+    assert seen
+    assert [p.products for p in seen] == sorted(p.products for p in seen)
+    assert seen[-1].products <= found.products == 3000
+    assert all(len(p.estimates) == len(p.residuals) == 1 for p in seen)
+
+
+async def test_the_asynchronous_client_asks_the_same(live_target):
+    async with curvd.aio.connect(live_target) as client:
+        dataset = await client.register_dataset(
+            data(), inputs=["x"], target="y", batch_size=8
+        )
+        model = await client.register_model("mlp", WIDTHS, module().state_dict())
+        async with await client.create_session(
+            model, dataset, loss="cross_entropy", dtype="F64"
+        ) as session:
+            H = session.hessian()
+            pairs, trace = await asyncio.gather(H.eigsh(2), H.trace())
+            assert pairs.converged
+            assert trace.products <= 100
+            solved = await H.solve(np.ones(H.shape[0]), damping=3.0)
+            assert solved.converged
+
+
+class Pausing:
+    """Wraps an operator's products so that a test decides when each may end."""
+
+    def __init__(self, operator):
+        self.inner, self.log = operator.multiply, []
+        self.entered, self.gate = threading.Semaphore(0), threading.Semaphore(0)
+        self.stopped = threading.Event()
+
+    def multiply(self, columns, *, cancelled):
+        self.log.append("query")
+        self.entered.release()
+        while not self.gate.acquire(timeout=0.01):
+            if cancelled():
+                self.log.append("cancelled")
+                self.stopped.set()
+                msg = "given up"
+                raise curvd.Cancelled(msg)
+        return self.inner(columns, cancelled=cancelled)
+
+
+async def held_operator(server, session):
+    """The operator of a session, with its products in the test's hand."""
+    async with server.sessions.lease(
+        session.id, operator=session.hessian().spec
+    ) as lease:
+        pausing = Pausing(lease.operator)
+        lease.operator.multiply = pausing.multiply
+        return pausing, lease.operator
+
+
+async def connected(server, stack):
+    client = await stack.enter_async_context(curvd.aio.connect(server.target))
+    dataset = await client.register_dataset(
+        data(), inputs=["x"], target="y", batch_size=8
+    )
+    model = await client.register_model("mlp", WIDTHS, module().state_dict())
+    return await client.create_session(
+        model, dataset, loss="cross_entropy", dtype="F64"
+    )
+
+
+async def test_cancelling_stops_the_product_that_runs_and_no_other_begins(tmp_path):
+    config = ServerConfig(listen="127.0.0.1:0", data_dir=tmp_path)
+    async with running(config) as server, contextlib.AsyncExitStack() as stack:
+        session = await connected(server, stack)
+        pausing, _ = await held_operator(server, session)
+        query = asyncio.create_task(session.hessian().eigsh(3))
+        await asyncio.to_thread(pausing.entered.acquire)
+        pausing.gate.release()
+        await asyncio.to_thread(pausing.entered.acquire)
+        query.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await query
+        await asyncio.to_thread(pausing.stopped.wait)
+        assert pausing.log == ["query", "query", "cancelled"]
+
+
+async def test_a_matvec_waits_for_one_product_of_two_queries_at_most(tmp_path):
+    config = ServerConfig(listen="127.0.0.1:0", data_dir=tmp_path)
+    async with running(config) as server, contextlib.AsyncExitStack() as stack:
+        session = await connected(server, stack)
+        pausing, operator = await held_operator(server, session)
+        product = operator.apply
+
+        def logged(columns, *, cancelled):
+            pausing.log.append("matvec")
+            return product(columns, cancelled=cancelled)
+
+        operator.apply = logged
+        queued, multiply = asyncio.Event(), server.batcher.multiply
+
+        def noted(*args):
+            ticket = multiply(*args)
+            queued.set()
+            return ticket
+
+        server.batcher.multiply = noted
+        H, v = session.hessian(), np.ones(57)
+        queries = [asyncio.create_task(H.eigsh(3, seed=s)) for s in (1, 2)]
+        for _ in range(10):
+            await asyncio.to_thread(pausing.entered.acquire)
+            queued.clear()
+            matvec = asyncio.create_task(H @ v)
+            await queued.wait()
+            at = len(pausing.log)
+            pausing.gate.release()
+            await matvec
+            assert pausing.log[at:].index("matvec") == 0
+        for query in queries:
+            query.cancel()
+        await asyncio.gather(*queries, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["eigs", "-k", "3"], ["residual", "converged"]),
+        (["trace", "--operator", "ggn"], ["95 % interval", "products"]),
+        (["density", "--steps", "20", "--log"], ["Ritz values", "160 products"]),
+    ],
+)
+def test_the_command_line_asks_and_draws(
+    session, live_target, tmp_path, command, words
+):
+    from click.testing import CliRunner
+
+    from curvd.cli import main
+
+    picture = tmp_path / "out.png"
+    name, *options = command
+    args = [name, session.id, live_target, *options, "--plot", str(picture)]
+    done = CliRunner().invoke(main, args, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert all(word in done.output for word in words), done.output
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_result_can_be_drawn(session):
+    H = session.hessian()
+    b = np.ones(H.shape[0])
+    results = [
+        H.eigsh(3),
+        H.trace(),
+        H.diagonal(),
+        H.spectral_density(probes=2, steps=10, logarithmic=True),
+        H.solve(b, damping=5.0),
+    ]
+    for result in results:
+        assert result.plot().get_ylabel()
