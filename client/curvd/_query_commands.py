@@ -135,5 +135,7 @@ def _finish(found: Eigenpairs | Estimate | Density, picture: Path | None) -> Non
     if picture is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
         axes = found.plot()
-        axes.get_figure(root=True).savefig(picture, dpi=150)
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        figure.savefig(picture, dpi=150)
         click.echo(f"picture: {picture}")

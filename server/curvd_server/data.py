@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,20 @@ def cut(
         Batch(i * data.batch_size, tuple(t[i] for t in inputs), target)
         for i, target in enumerate(targets)
     )
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """View consecutive mini-batches, slices of the same arrays, as one."""
+
+    def whole(parts: Sequence[Tensor]) -> Tensor:
+        first, rows = parts[0], sum(len(p) for p in parts)
+        return first.as_strided(
+            (rows, *first.shape[1:]), first.stride(), first.storage_offset()
+        )
+
+    inputs = zip(*(b.inputs for b in batches), strict=True)
+    targets = whole([b.targets for b in batches])
+    return Batch(batches[0].start, tuple(map(whole, inputs)), targets)
 
 
 def rows_of(batch: Batch, rows: slice) -> Batch:

@@ -63,7 +63,7 @@ def main(picture: Path = Path("demo-output/spectrum.png")) -> int:
     console.print(
         "[bold]1. Train[/] a small convolutional net on real digits (scikit-learn)"
     )
-    net = train(epochs=15)
+    net = train(epochs=25)
     console.print(f"   held-out accuracy {net.accuracy:.1%}")
 
     console.print("[bold]2. Serve[/]: a curvd server in a process of its own")

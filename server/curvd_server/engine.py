@@ -107,7 +107,9 @@ class Operator:
         self._choice, self._budget_bytes = choice, budget_bytes
         self._blocks = block_ranges(spec, len(problem.parameters))
         self._width = choice.plan.columns_at_once
-        self._kept: list[Linearisation | None] = [None] * problem.batches
+        # What is computed in one step: a mini-batch, or some of them joined.
+        self._work = problem.joined(choice.plan.batches_at_once)
+        self._kept: list[Linearisation | None] = [None] * self._work.batches
         self._bytes: list[int] | None = None
         self._seconds = 0.0
 
@@ -127,7 +129,9 @@ class Operator:
             mode=self._mode_name(len(kept)),
             columns_at_once=self._width,
             batches=self.problem.batches,
-            kept_batches=len(kept),
+            kept_batches=min(
+                len(kept) * self.plan.batches_at_once, self.problem.batches
+            ),
             kept_bytes=kept_total,
             compiled=False,
             symmetry_gap=self._choice.evidence.symmetry_gap,
@@ -152,7 +156,7 @@ class Operator:
 
     def close(self) -> None:
         """Return the memory of all kept linearisations, now."""
-        self._kept = [None] * self.problem.batches
+        self._kept = [None] * self._work.batches
 
     def warm(self, *, cancelled: Callable[[], bool] = never) -> None:
         """Linearise the mini-batches that fit the budget, and time a product."""
@@ -167,7 +171,7 @@ class Operator:
         self._batch_product(0, column, torch.zeros_like(column), never)
         if self.problem.device.type == "cuda":
             torch.cuda.synchronize(self.problem.device)
-        self._seconds = (time.perf_counter() - start) * self.problem.batches
+        self._seconds = (time.perf_counter() - start) * self._work.batches
 
     def check_repeatable(self) -> None:
         """Refuse an operator whose product differs between two evaluations."""
@@ -220,7 +224,7 @@ class Operator:
             The index of the first column, and the rows ``[k, P]``.
         """
         V = self._checked(columns)
-        all_kept = len(self._kept_indices()) == self.problem.batches
+        all_kept = len(self._kept_indices()) == self._work.batches
         step = at_once or max(self._width, 1 if all_kept else SHARED)
         for start in range(0, len(V), step):
             part = V[start : start + step]
@@ -240,7 +244,7 @@ class Operator:
 
     def _multiply(self, V: Tensor, cancelled: Callable[[], bool]) -> Tensor:
         out = torch.empty_like(V)
-        for index in range(self.problem.batches):
+        for index in range(self._work.batches):
             self._batch_product(index, V, out, cancelled)
         if self.spec.scale != 1.0:
             out *= self.spec.scale
@@ -305,7 +309,7 @@ class Operator:
             return kept
         self.counters.linearisations += 1
         mode = MODES[self.plan.mode]
-        fresh = mode(self.problem, self.spec, self.problem.data[index])
+        fresh = mode(self._work, self.spec, self._work.data[index])
         if index in self._kept_indices():
             self._kept[index] = fresh
         return fresh
@@ -317,13 +321,13 @@ class Operator:
             total += size
             if total > self._budget_bytes or not size:
                 return range(index)
-        return range(self.problem.batches)
+        return range(self._work.batches)
 
     def _batch_bytes(self) -> list[int]:
         """Bytes of each linearisation: the first is measured, the others by rows."""
         if self._bytes is None:
-            data = self.problem.data
-            first = kept_bytes(self.plan.mode, self.problem, self.spec, data[0])
+            data = self._work.data
+            first = kept_bytes(self.plan.mode, self._work, self.spec, data[0])
             rows = len(data[0].targets)
             self._bytes = [-(-first * len(b.targets) // rows) for b in data]
         return self._bytes
@@ -345,12 +349,12 @@ class Operator:
             )
             raise OutOfMemory(msg, peak_bytes=need) from error
         self._budget_bytes = 0
-        self._kept = [None] * self.problem.batches
+        self._kept = [None] * self._work.batches
         del linear
         return self._linearisation(index)
 
     def _mode_name(self, kept: int) -> str:
-        if kept == self.problem.batches:
+        if kept == self._work.batches:
             return f"kept_{self.plan.mode}"
         return f"{'partly_kept' if kept else 'recomputed'}_{self.plan.mode}"
 

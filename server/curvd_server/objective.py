@@ -33,6 +33,7 @@ from curvd_server.data import (
     Batch,
     cut,
     exact,
+    join,
     rows_of,
     tensor_of,
 )
@@ -288,6 +289,18 @@ class Problem:
             add_rows(gradient, self.layout, rows)
             total += float(loss)
         return total, gradient
+
+    def joined(self, count: int) -> Problem:
+        """Make the same objective with `count` mini-batches at a time as one.
+
+        Larger matrix products are faster, and the objective is a sum over data points,
+        so this changes rounding only. Batch statistics forbid it; then nothing changes.
+        """
+        if count == 1 or self.mode is Mode.BATCH_STATISTICS:
+            return self
+        starts = range(0, len(self.data), count)
+        data = tuple(join(self.data[i : i + count]) for i in starts)
+        return dataclasses.replace(self, data=data)
 
     def excerpt(self, rows: int) -> Problem:
         """Take a small problem of one mini-batch, in float64 on the CPU.

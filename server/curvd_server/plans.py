@@ -26,6 +26,13 @@ WORTH = 0.9
 Walking columns one by one gives the same bits however requests were put together,
 so columns go through together only where that really gains.
 """
+WORTH_JOINING = 0.97
+"""The same for joining mini-batches, which costs nothing but a longer step."""
+LONGEST_STEP_S = 0.5
+"""Mini-batches are joined only while one column's product stays below this.
+
+Work that was given up stops after the step that runs: a mini-batch, or joined ones.
+"""
 _WIDTHS = (8, 32)
 
 
@@ -37,6 +44,8 @@ class Plan:
     """Name in `curvature.MODES`."""
     columns_at_once: int = 1
     """Columns that go through the linear part together; 1 walks them one by one."""
+    batches_at_once: int = 1
+    """Consecutive mini-batches that are computed as one."""
 
     @property
     def batched(self) -> bool:
@@ -110,11 +119,14 @@ def choose(
     found: dict[str, Evidence] = {}
     for candidate in _ranked(stopwatch, plan or recall(problem, spec), cancelled):
         check_cancelled(cancelled)
+        if candidate.batches_at_once > 1 and not truth.is_sum_over_data():
+            candidate = dataclasses.replace(candidate, batches_at_once=1)
         evidence = truth.examine(candidate.mode, batched=False)
         if evidence.ok and candidate.batched:
             evidence = truth.examine(candidate.mode, batched=True)
         if evidence.ok and candidate.mode == "program":
-            evidence = _compared(problem, spec, truth, candidate, evidence)
+            work = problem.joined(candidate.batches_at_once)
+            evidence = _compared(work, spec, truth, candidate, evidence)
         if evidence.ok:
             remember(problem, spec, candidate)
             return Choice(candidate, evidence)
@@ -153,43 +165,70 @@ def _ranked(
         if seconds is not None:
             timed[mode] = seconds
     for mode in sorted(timed, key=timed.__getitem__):
-        best, best_s = Plan(mode), timed[mode] * WORTH
-        for width in _WIDTHS:
-            check_cancelled(cancelled)
-            if not stopwatch.allows(width, timed[mode]):
-                break
-            seconds = stopwatch.seconds_per_column(Plan(mode, width))
-            if seconds is not None and seconds < best_s:
-                best, best_s = Plan(mode, width), seconds * WORTH
-        if best.batched:
-            yield best
-        yield Plan(mode)
+        check_cancelled(cancelled)
+        narrow, seconds = _joined(stopwatch, Plan(mode), timed[mode])
+        check_cancelled(cancelled)
+        wide = _widened(stopwatch, narrow, seconds)
+        yield wide
+        if wide != narrow:
+            yield narrow
     yield from (Plan(mode) for mode in MODES if mode not in timed)
 
 
+def _joined(stopwatch: Stopwatch, plan: Plan, seconds: float) -> tuple[Plan, float]:
+    """Join as many mini-batches as a short step holds, if that is faster."""
+    count = min(stopwatch.batches, int(LONGEST_STEP_S / seconds))
+    if count < 2 or stopwatch.is_over():
+        return plan, seconds
+    steps = -(-stopwatch.batches // count)
+    joined = dataclasses.replace(plan, batches_at_once=-(-stopwatch.batches // steps))
+    joined_s = stopwatch.seconds_per_column(joined)
+    if joined_s is None or joined_s > WORTH_JOINING * seconds:
+        return plan, seconds
+    return joined, joined_s
+
+
+def _widened(stopwatch: Stopwatch, plan: Plan, seconds: float) -> Plan:
+    """Take several columns at once, if that is really faster."""
+    best, best_s = plan, seconds * WORTH
+    for width in _WIDTHS:
+        if not stopwatch.allows(width * plan.batches_at_once * seconds):
+            break
+        wide = dataclasses.replace(plan, columns_at_once=width)
+        wide_s = stopwatch.seconds_per_column(wide)
+        if wide_s is not None and wide_s < best_s:
+            best, best_s = wide, wide_s * WORTH
+    return best
+
+
 class Stopwatch:
-    """Times plans on the first mini-batch, within a time budget.
+    """Times plans on the first mini-batches, within a budget of measured time.
 
     Args:
         problem: The objective.
         spec: The operator.
         budget_bytes: Memory for kept linearisations.
-        budget_s: Seconds from now.
+        budget_s: Seconds of products; tracing and verifying are not counted.
     """
 
     def __init__(
         self, problem: Problem, spec: OperatorSpec, budget_bytes: int, budget_s: float
     ) -> None:
         self._problem, self._spec, self._bytes = problem, spec, budget_bytes
-        self._deadline = time.perf_counter() + budget_s
+        self._left_s = budget_s
+
+    @property
+    def batches(self) -> int:
+        """Mini-batches that may be joined."""
+        return self._problem.batches
 
     def is_over(self) -> bool:
         """Tell whether the time is used up."""
-        return time.perf_counter() > self._deadline
+        return self._left_s <= 0
 
-    def allows(self, width: int, seconds: float) -> bool:
-        """Tell whether `width` columns at once may be tried, given one's time."""
-        return time.perf_counter() + 2 * width * seconds < self._deadline
+    def allows(self, seconds: float) -> bool:
+        """Tell whether a product of this length may be timed, and once for warmth."""
+        return 2 * seconds < self._left_s
 
     def seconds_per_column(self, plan: Plan) -> float | None:
         """Time a plan's product, and its linearisation in so far as it is not kept.
@@ -198,35 +237,41 @@ class Stopwatch:
             plan: The candidate.
 
         Returns:
-            Seconds per column, or None if torch cannot run it.
+            Seconds per column and mini-batch, or None if torch cannot run it or a
+            joined linearisation exceeds the budget of bytes.
         """
-        problem, batch = self._problem, self._problem.data[0]
+        problem = self._problem.joined(plan.batches_at_once)
+        batch = problem.data[0]
         try:
-            MODES[plan.mode](problem, self._spec, batch)  # warms, traces
+            size = kept_bytes(plan.mode, problem, self._spec, batch)  # warms, traces
+            if plan.batches_at_once > 1 and size > self._bytes:
+                return None
             start = time.perf_counter()
             linear = MODES[plan.mode](problem, self._spec, batch)
             self._wait()
             build_s = time.perf_counter() - start
+            self._left_s -= build_s
             product_s = self._product_s(linear, plan)
-            size = kept_bytes(plan.mode, problem, self._spec, batch)
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
             return None
         kept = min(1.0, self._bytes / max(size * problem.batches, 1))
-        return product_s + (1.0 - kept) * build_s
+        seconds = product_s + (1.0 - kept) * build_s
+        return seconds * len(self._problem.data[0].targets) / len(batch.targets)
 
     def _product_s(self, linear: Linearisation, plan: Plan) -> float:
         blocks = block_ranges(self._spec, len(self._problem.parameters))
         lead = (plan.columns_at_once,) if plan.batched else ()
         columns = [p.expand(*lead, *p.shape) for p in self._problem.parameters]
-        seconds = []
-        for _ in range(3):  # the first run warms caches and allocators
+        seconds: list[float] = []
+        while len(seconds) < 3:  # the first run warms caches and allocators
             start = time.perf_counter()
             for block in blocks:
                 inside = columns[block.start : block.stop]
                 linear.product(inside, block, batched=plan.batched)
             self._wait()
             seconds.append(time.perf_counter() - start)
-            if self.is_over():
+            self._left_s -= seconds[-1]
+            if self.is_over() and len(seconds) > 1:
                 break
         return min(seconds) / plan.columns_at_once
 

@@ -12,6 +12,7 @@ meaningful (it is the formulas that are verified, and they do not depend on the 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from curvd.types import OperatorKind, OperatorSpec
 from curvd_server.curvature import MODES, block_ranges
-from curvd_server.data import Batch
+from curvd_server.data import Batch, rows_of
 from curvd_server.objective import Problem
 from curvd_server.outputs import metric
 from curvd_server.program import Rows
@@ -92,6 +93,20 @@ class Truth:
             return self._examine(mode, batched=batched)
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             return Evidence(math.inf, math.inf, (), f"{error}".split("\n")[0][:300])
+
+    def is_sum_over_data(self) -> bool:
+        """Tell whether the gradient is the sum of the data points' own gradients."""
+        problem, whole = self._problem, self._problem.data[0]
+        if len(whole.targets) == 1:
+            return True
+        want = _gradient(problem)
+        parts = (slice(0, 1), slice(1, None))
+        rows = [
+            _gradient(dataclasses.replace(problem, data=(rows_of(whole, part),)))
+            for part in parts
+        ]
+        got = [a + b for a, b in zip(*rows, strict=True)]
+        return max(_gaps(got, want)) <= TOLERANCE
 
     def _examine(self, mode: str, *, batched: bool) -> Evidence:
         linear = MODES[mode](self._problem, self._spec, self._problem.data[0])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from server.reference import columns, error, problem_of
-from server.zoo import ANIMALS
+from server.zoo import ANIMALS, Animal
+from torch import nn
 
 from curvd.errors import CurvatureUnverified, InvalidSpec
-from curvd.types import OperatorSpec
+from curvd.types import LossSpec, OperatorSpec
 from curvd_server import plans
 from curvd_server.curvature import MODES
 from curvd_server.engine import build
@@ -51,6 +53,42 @@ def test_columns_go_together_only_where_that_really_gains(monkeypatch):
         assert operator.plan == expected
 
 
+def test_mini_batches_are_joined_where_that_gains(monkeypatch):
+    """Four mini-batches of two data points, a quarter of a second each."""
+    one, two = Plan("program"), Plan("program", 1, 2)
+    for gain, expected in ((0.99, one), (0.5, two)):
+        plans._remembered.clear()
+        asked = timed(monkeypatch, {one: 0.24, two: gain * 0.24})
+        problem = problem_of(GELU, batch_size=1)
+        operator = build(problem, OperatorSpec(), budget_bytes=HUGE, tuning_s=1)
+        assert operator.plan == expected
+        assert two in asked
+        assert operator.report.batches == operator.report.kept_batches == 6
+        V = columns(problem, 2)
+        plain = build(problem, OperatorSpec(), budget_bytes=HUGE, plan=one)
+        assert error(operator.apply(V), plain.apply(V)) < 1e-12
+
+
+def test_coupled_data_points_are_not_joined(monkeypatch):
+    """Batch statistics forbid it, and so does a model that mixes its rows."""
+
+    class Mixing(nn.Linear):
+        def forward(self, x):
+            return super().forward(torch.tanh(x - x.mean(0)))
+
+    joined = Plan("double_backward", 1, 3)
+    statistics = next(a for a in ANIMALS if a.name == "batchnorm_statistics")
+    mixing = Animal("mixing", lambda: Mixing(4, 3), loss=LossSpec(name="mse"))
+    for animal in (statistics, mixing):
+        problem = problem_of(animal, batch_size=2)
+        plain = build(
+            problem, OperatorSpec(), budget_bytes=HUGE, plan=Plan("double_backward")
+        )
+        operator = build(problem, OperatorSpec(), budget_bytes=HUGE, plan=joined)
+        V = columns(problem, 1)
+        assert error(operator.apply(V), plain.apply(V)) < 1e-12
+
+
 def test_a_faster_mode_that_is_wrong_is_passed_over(monkeypatch):
     def crooked(problem, spec, batch):
         right = MODES["double_backward"](problem, spec, batch)
@@ -63,7 +101,7 @@ def test_a_faster_mode_that_is_wrong_is_passed_over(monkeypatch):
         return Crooked()
 
     monkeypatch.setitem(MODES, "crooked", crooked)
-    timed(monkeypatch, {Plan("crooked"): 0.1, Plan("double_backward"): 1.0})
+    timed(monkeypatch, {Plan("crooked"): 0.6, Plan("double_backward"): 1.0})
     operator = build(problem_of(GELU), OperatorSpec(), budget_bytes=HUGE, tuning_s=99)
     assert operator.plan == Plan("double_backward")
 
