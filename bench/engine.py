@@ -65,8 +65,8 @@ CASES = {
     "gpt": Case(
         "gpt",
         {"vocabulary": 1024, "context": 64, "layers": 8, "width": 320, "heads": 5},
-        4,
         2,
+        4,
         (8, 32),
         1.9,
         2,
@@ -137,7 +137,8 @@ def ours(c: Contest, budget_bytes: int = 16 * GIB, **spec: Any) -> Operator:
     operator = build(c.problem, OperatorSpec(**spec), budget_bytes=budget_bytes)
     report = operator.report
     print(
-        f"    {spec or 'hessian'}: {report.mode}, {report.columns_at_once} at once, "
+        f"    {spec or 'hessian'}: {report.mode}, {operator.plan.batches_at_once} "
+        f"mini-batches and {report.columns_at_once} columns at once, "
         f"kept {report.kept_bytes / 2**20:.0f} MiB, gaps: differences "
         f"{report.difference_gap:.0e}, symmetry {report.symmetry_gap:.0e}",
         flush=True,
