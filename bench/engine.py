@@ -424,12 +424,12 @@ def blocks(name: str, c: Contest, table: Table, unit: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("models", nargs="*", default=list(CASES), choices=[*CASES, []])
+    parser.add_argument("models", nargs="*", metavar="model", help=", ".join(CASES))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     use_differentiable_attention()
     table, start = Table([]), time.perf_counter()
-    for name in arguments.models:
+    for name in arguments.models or CASES:
         measure(name, table)
     print(f"\n{time.perf_counter() - start:.0f} s; torch {torch.__version__}, 1 thread")
     for miss in table.missed:

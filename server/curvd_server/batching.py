@@ -229,12 +229,16 @@ class Batcher:
             if self._closed:
                 self._refuse_all()
                 return False
-            key, lane = self._lanes.popitem(last=False)
+            key, lane = next(iter(self._lanes.items()))
             tickets = self._take(lane)
-            if lane.tickets:
-                self._lanes[key] = lane  # behind those that wait already
         if tickets:
             self._execute(lane.operator, tickets)
+        with self._wakeup:
+            # Behind all others, also those that came during the run: a caller who
+            # comes now waits for the run under way at most, however many queue.
+            self._lanes.move_to_end(key)
+            if not lane.tickets:
+                del self._lanes[key]
         return True
 
     def _take(self, lane: _Lane) -> list[Ticket[Any]]:

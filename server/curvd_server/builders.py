@@ -48,9 +48,10 @@ class _Config:
 
     def integers(self, key: str, default: list[int], least: int) -> list[int]:
         value = self._take(key, default)
-        listed = isinstance(value, list | tuple) and len(value) >= least
-        if not listed or any(type(n) is not int or n < 1 for n in value):
-            raise self._refuse(key, value, f"a list of {least} or more integers >= 1")
+        listed = isinstance(value, list | tuple) and least <= len(value) <= 1_024
+        if not listed or any(type(n) is not int or not 1 <= n <= 2**20 for n in value):
+            want = f"a list of {least} or more integers in [1, {2**20}], at most 1024"
+            raise self._refuse(key, value, want)
         return list(value)
 
     def flag(self, key: str, default: bool) -> bool:

@@ -297,7 +297,7 @@ def test_gradients_are_torchs():
     assert error(gradient, flat(want)) < 1e-13
 
 
-def test_the_caller_may_be_in_inference_or_no_grad_mode():
+def test_the_callers_grad_mode_does_not_matter():
     operator = make(mode="double_backward")
     V = columns(operator.problem, 1)
     want = operator.apply(V)

@@ -315,6 +315,42 @@ async def test_cancelling_stops_the_product_that_runs_and_no_other_begins(tmp_pa
         assert pausing.log == ["query", "query", "cancelled"]
 
 
+async def test_a_matvec_waits_for_one_product_of_two_queries_at_most(tmp_path):
+    config = ServerConfig(listen="127.0.0.1:0", data_dir=tmp_path)
+    async with running(config) as server, contextlib.AsyncExitStack() as stack:
+        session = await connected(server, stack)
+        pausing, operator = await held_operator(server, session)
+        product = operator.apply
+
+        def logged(columns, *, cancelled):
+            pausing.log.append("matvec")
+            return product(columns, cancelled=cancelled)
+
+        operator.apply = logged
+        queued, multiply = asyncio.Event(), server.batcher.multiply
+
+        def noted(*args):
+            ticket = multiply(*args)
+            queued.set()
+            return ticket
+
+        server.batcher.multiply = noted
+        H, v = session.hessian(), np.ones(57)
+        queries = [asyncio.create_task(H.eigsh(3, seed=s)) for s in (1, 2)]
+        for _ in range(10):
+            await asyncio.to_thread(pausing.entered.acquire)
+            queued.clear()
+            matvec = asyncio.create_task(H @ v)
+            await queued.wait()
+            at = len(pausing.log)
+            pausing.gate.release()
+            await matvec
+            assert pausing.log[at:].index("matvec") == 0
+        for query in queries:
+            query.cancel()
+        await asyncio.gather(*queries, return_exceptions=True)
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [
