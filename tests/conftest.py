@@ -1,5 +1,12 @@
 """One real server for the tests that talk to one."""
 
+import os
+
+# Tests multiply small matrices; several threads for each would wait for one another
+# far longer than they compute. Set before NumPy or torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 
 
