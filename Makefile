@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CONTAINERS ?= $(wildcard ../shared/containers)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test big-test test-gpu lint types proto proto-check image-test bench clean
+.PHONY: help demo test lint types proto proto-check image-test bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
@@ -29,13 +29,7 @@ demo: $(VENV)/demo.stamp ## the main job on real data, in about a minute
 	$(BIN)/curvd demo
 
 test: $(VENV)/dev.stamp lint types proto-check ## everything that must pass
-	$(BIN)/pytest -m 'not gpu and not big'
-
-big-test: $(VENV)/dev.stamp ## vectors beyond 2 GiB; needs 20 GiB of memory
-	$(BIN)/pytest -m big
-
-test-gpu: $(VENV)/dev.stamp ## what needs a CUDA device
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest -m 'not gpu'
 
 lint: $(VENV)/dev.stamp ## style of the code, the contract and the imports
 	$(BIN)/ruff check .
