@@ -55,6 +55,7 @@ def test_columns_go_together_only_where_that_really_gains(monkeypatch):
 
 def test_mini_batches_are_joined_where_that_gains(monkeypatch):
     """Four mini-batches of two data points, a quarter of a second each."""
+    monkeypatch.setattr(plans, "LONGEST_STEP_S", 0.5)
     one, two = Plan("program"), Plan("program", 1, 2)
     for gain, expected in ((0.99, one), (0.5, two)):
         plans._remembered.clear()
