@@ -127,13 +127,15 @@ async def running(
         InvalidSpec: If it cannot listen there, or the configuration is wrong.
         FailedPrecondition: If another server uses the data directory.
     """
-    if device is None:
-        device = compute.TorchDevice(config.builders, config.device)
     limits = config.limits
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_owned(config.data_dir))
         catalogue = Catalogue(config.data_dir / "catalogue.sqlite")
         stack.callback(catalogue.close)
+        if device is None:
+            device = compute.TorchDevice(
+                config.builders, config.device, catalogue.plans
+            )
         blobs = BlobStore(config.data_dir / "blobs")
         blobs.sweep(catalogue.referenced())
         batcher = Batcher(

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from curvd import convert
 from curvd.errors import DatasetNotFound, FailedPrecondition, ModelNotFound
@@ -36,6 +37,10 @@ CREATE TABLE versions (
     version INTEGER NOT NULL, parameters_digest TEXT NOT NULL,
     request_id TEXT NOT NULL, fingerprint TEXT NOT NULL,
     PRIMARY KEY (session_id, version)) STRICT;
+"""
+# note: outside the schema, because what it holds may be lost at any time.
+_PLANS = """
+CREATE TABLE IF NOT EXISTS plans (key TEXT PRIMARY KEY, plan TEXT NOT NULL) STRICT;
 """
 
 
@@ -111,10 +116,13 @@ class Catalogue:
             self._db.executescript(
                 f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
             )
+        self._db.executescript(_PLANS)
+        self.plans = Plans(self)
+        """How operators were computed, so that they round the same after a restart."""
 
     def add_model(self, model: StoredModel) -> None:
         """Keep a model; one that is there already stays."""
-        self._write(
+        self.write(
             "INSERT OR IGNORE INTO models VALUES (?, ?, ?, ?)",
             model.info.id,
             model.digest,
@@ -128,7 +136,7 @@ class Catalogue:
         Raises:
             ModelNotFound: If it is not registered.
         """
-        rows = self._read(
+        rows = self.read(
             "SELECT digest, record, ties FROM models WHERE id = ?", model_id
         )
         if not rows:
@@ -140,7 +148,7 @@ class Catalogue:
 
     def add_dataset(self, dataset: StoredDataset) -> None:
         """Keep a dataset; one that is there already stays."""
-        self._write(
+        self.write(
             "INSERT OR IGNORE INTO datasets VALUES (?, ?, ?)",
             dataset.info.id,
             dataset.digest,
@@ -153,9 +161,7 @@ class Catalogue:
         Raises:
             DatasetNotFound: If it is not registered.
         """
-        rows = self._read(
-            "SELECT digest, record FROM datasets WHERE id = ?", dataset_id
-        )
+        rows = self.read("SELECT digest, record FROM datasets WHERE id = ?", dataset_id)
         if not rows:
             msg = f"no dataset {dataset_id!r} on this server; register it first"
             raise DatasetNotFound(msg, dataset_id=dataset_id)
@@ -182,7 +188,7 @@ class Catalogue:
 
     def set_lease(self, session_id: str, lease_s: float | None) -> None:
         """Keep the length of a session's lease."""
-        self._write("UPDATE sessions SET lease_s = ? WHERE id = ?", lease_s, session_id)
+        self.write("UPDATE sessions SET lease_s = ? WHERE id = ?", lease_s, session_id)
 
     def add_version(
         self, info: SessionInfo, version: StoredVersion, sources: Mapping[str, str]
@@ -217,7 +223,7 @@ class Catalogue:
 
     def version_of(self, session_id: str, request_id: str) -> StoredVersion | None:
         """Find the version that a request made; the last thousand are remembered."""
-        rows = self._read(
+        rows = self.read(
             "SELECT version, parameters_digest, request_id, fingerprint FROM versions"
             " WHERE session_id = ? AND request_id = ?",
             session_id,
@@ -236,7 +242,7 @@ class Catalogue:
                 fingerprint=fingerprint,
                 sources=json.loads(sources),
             )
-            for record, lease_s, request_id, fingerprint, sources in self._read(
+            for record, lease_s, request_id, fingerprint, sources in self.read(
                 "SELECT record, lease_s, request_id, fingerprint, sources FROM sessions"
                 " ORDER BY ordinal"
             )
@@ -244,16 +250,16 @@ class Catalogue:
 
     def delete_session(self, session_id: str) -> None:
         """Forget a session and its versions."""
-        self._write("DELETE FROM sessions WHERE id = ?", session_id)
+        self.write("DELETE FROM sessions WHERE id = ?", session_id)
 
     def referenced(self) -> set[str]:
         """Collect the digests of all blobs that something needs."""
         digests = {
             digest
             for table in ("models", "datasets")
-            for (digest,) in self._read(f"SELECT digest FROM {table}")
+            for (digest,) in self.read(f"SELECT digest FROM {table}")
         }
-        for (sources,) in self._read("SELECT sources FROM sessions"):
+        for (sources,) in self.read("SELECT sources FROM sessions"):
             digests.update(json.loads(sources).values())
         return digests
 
@@ -262,13 +268,35 @@ class Catalogue:
         with self._lock:
             self._db.close()
 
-    def _read(self, sql: str, *values: object) -> list[tuple]:  # type: ignore[type-arg]
+    def read(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
+        """Run a query."""
         with self._lock:
             return self._db.execute(sql, values).fetchall()
 
-    def _write(self, sql: str, *values: object) -> None:
+    def write(self, sql: str, *values: object) -> None:
+        """Change something, on the disk when this returns."""
         with self._lock:
             self._db.execute(sql, values)
+
+
+class Plans:
+    """Plans by structure.
+
+    Args:
+        catalogue: Where they are kept.
+    """
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._catalogue = catalogue
+
+    def get(self, key: str, default: str) -> str:
+        """Look one up."""
+        rows = self._catalogue.read("SELECT plan FROM plans WHERE key = ?", key)
+        return str(rows[0][0]) if rows else default
+
+    def __setitem__(self, key: str, plan: str) -> None:
+        """Keep one."""
+        self._catalogue.write("INSERT OR REPLACE INTO plans VALUES (?, ?)", key, plan)
 
 
 def _session_record(info: SessionInfo) -> bytes:

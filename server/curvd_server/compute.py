@@ -5,6 +5,7 @@ Everything but `TorchDevice.architecture` belongs to the device's one thread.
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,12 +31,15 @@ from curvd.types import (
 )
 from curvd_server import builders, engine
 from curvd_server.objective import Problem
+from curvd_server.plans import Memory
 from curvd_server.registration import Architecture
 from curvd_server.rewrites import use_differentiable_attention
 
 Arrays = Mapping[str, NDArray[Any]]
 Poll = Callable[[], bool]
 
+_ARCHITECTURES = 32
+"""Whose traced programs are remembered; a program holds no parameters and no data."""
 _NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -56,14 +60,19 @@ class TorchDevice:
     Args:
         entries: The operator's own builders: name to ``module:callable``.
         device: For example ``cuda:0``.
+        plans: Plans of earlier operators; None: those of this object's life.
 
     Raises:
         InvalidSpec: If a builder cannot be loaded or the device is not there.
     """
 
-    def __init__(self, entries: Mapping[str, str], device: str) -> None:
+    def __init__(
+        self, entries: Mapping[str, str], device: str, plans: Memory | None = None
+    ) -> None:
         use_differentiable_attention()
+        self._plans: Memory = {} if plans is None else plans
         self._builders = builders.resolve(entries)
+        self._programs: dict[str, dict[Any, Any]] = {}
         self._name = device
         try:
             torch.empty(0, device=device)
@@ -170,6 +179,7 @@ class TorchDevice:
                     mode,
                     dtype,
                     self.name,
+                    self._traced(model),
                 )
             except (TypeError, ValueError, LookupError, RuntimeError) as error:
                 if _is_out_of_memory(error):
@@ -181,7 +191,16 @@ class TorchDevice:
                     f"{type(error).__name__}: {first_line}"
                 )
                 raise InvalidSpec(msg, builder=model.builder) from error
-        return TorchProblem(problem)
+        return TorchProblem(problem, self._plans)
+
+    def _traced(self, spec: ModelSpec) -> dict[Any, Any]:
+        """Find what was traced of an architecture, so that its next session is quick."""
+        key = f"{spec.builder} {json.dumps(dict(spec.config), sort_keys=True)}"
+        found = self._programs.pop(key, {})
+        self._programs[key] = found  # the latest last
+        if len(self._programs) > _ARCHITECTURES:
+            del self._programs[next(iter(self._programs))]
+        return found
 
     def _build(self, spec: ModelSpec) -> nn.Module:
         builder = self._builders.get(spec.builder)
@@ -206,10 +225,11 @@ class TorchProblem:
 
     Args:
         problem: The engine's.
+        plans: Where the plans of its operators are remembered.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
+    def __init__(self, problem: Problem, plans: Memory) -> None:
+        self._problem, self._plans = problem, plans
 
     @property
     def layout(self) -> ParameterLayout:
@@ -234,7 +254,8 @@ class TorchProblem:
         used = {*self._problem.layout.names, *self._problem.model.constants}
         with _translated():
             tensors = _tensors({n: v for n, v in values.items() if n in used})
-            return TorchProblem(self._problem.with_parameters(tensors))
+            moved = self._problem.with_parameters(tensors)
+            return TorchProblem(moved, self._plans)
 
     def gradient(self, *, cancelled: Poll) -> tuple[float, NDArray[Any]]:
         """Compute the loss and its gradient [P]."""
@@ -256,11 +277,14 @@ class TorchProblem:
             The operator.
         """
         with _translated():
-            return TorchOperator(
-                engine.build(
-                    self._problem, spec, budget_bytes=budget_bytes, cancelled=cancelled
-                )
+            inner = engine.build(
+                self._problem,
+                spec,
+                budget_bytes=budget_bytes,
+                memory=self._plans,
+                cancelled=cancelled,
             )
+            return TorchOperator(inner)
 
     def move(self, operator: TorchOperator) -> TorchOperator:
         """Make the same operator for this version; nothing is computed yet."""

@@ -23,7 +23,7 @@ from curvd.types import OperatorSpec, PlanReport
 from curvd_server.curvature import MODES, Linearisation, block_ranges, kept_bytes
 from curvd_server.data import Array
 from curvd_server.objective import Problem, check_cancelled, never
-from curvd_server.plans import Choice, Plan, choose
+from curvd_server.plans import Choice, Memory, Plan, choose
 from curvd_server.program import Rows
 from curvd_server.repeatable import check_objective, check_repeatable
 
@@ -51,6 +51,7 @@ def build(
     *,
     budget_bytes: int,
     plan: Plan | None = None,
+    memory: Memory | None = None,
     tuning_s: float = TUNING_S,
     cancelled: Callable[[], bool] = never,
 ) -> Operator:
@@ -61,6 +62,7 @@ def build(
         spec: The operator.
         budget_bytes: Memory for kept linearisations.
         plan: Taken if it verifies; else candidates are timed.
+        memory: Plans of earlier operators, and where this one's is kept.
         tuning_s: Time for timing candidates.
         cancelled: Polled between mini-batches and candidates.
 
@@ -79,6 +81,7 @@ def build(
         problem,
         spec,
         plan=plan,
+        memory={} if memory is None else memory,
         budget_bytes=budget_bytes,
         budget_s=tuning_s,
         cancelled=cancelled,

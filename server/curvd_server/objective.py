@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,6 +66,8 @@ class Model:
     data: DatasetSpec
     fixed: tuple[tuple[str, int], ...] = ()
     """Rows of parameters that carry no derivative (padding), by name and index."""
+    programs: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What was traced of this architecture; shared by all models that have it."""
 
     def __call__(self, parameters: Sequence[Tensor], batch: Batch) -> Tensor:
         """Run the model.
@@ -129,6 +131,7 @@ class Problem:
         mode: Mode = Mode.EVAL,
         dtype: Dtype = Dtype.FLOAT32,
         device: str | torch.device = "cpu",
+        programs: dict[Any, Any] | None = None,
     ) -> Problem:
         """Assemble an objective.
 
@@ -147,6 +150,7 @@ class Problem:
             mode: How BatchNorm behaves.
             dtype: Of parameters, buffers and floating point data.
             device: Where to compute.
+            programs: What was traced of the same architecture; by default nothing.
 
         Returns:
             The problem at these parameters.
@@ -165,7 +169,12 @@ class Problem:
         shapes = {name: tuple(p.shape) for name, p in variables.items()}
         problem = cls(
             model=Model(
-                skeleton, constants, tuple(variables), data, fixed_rows(skeleton)
+                skeleton,
+                constants,
+                tuple(variables),
+                data,
+                fixed_rows(skeleton),
+                {} if programs is None else programs,
             ),
             loss=Loss.of(loss, kind, place),
             layout=ParameterLayout.of(shapes),

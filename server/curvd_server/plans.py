@@ -1,16 +1,19 @@
 """How an operator is computed: candidates are timed, the fastest that is right wins.
 
 A plan is remembered by structure (architecture, shapes, loss, operator, device), so
-the next session of that structure verifies one plan instead of timing many.
+the next session of that structure, or the same one after a restart, verifies one plan
+instead of timing many, and rounds as before.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 
@@ -28,12 +31,11 @@ so columns go through together only where that really gains.
 """
 WORTH_JOINING = 0.97
 """The same for joining mini-batches, which costs nothing but a longer step."""
-LONGEST_STEP_S = 0.0
+LONGEST_STEP_S = 0.5
 """Mini-batches are joined only while one column's product stays below this.
 
-Work that was given up stops after the step that runs. 0 joins nothing, and so keeps the
-promise that it stops within one mini-batch; a longer step trades that for speed where
-mini-batches are short.
+Work that was given up stops after the step that runs: within one mini-batch, or within
+so many seconds of short ones.
 """
 _WIDTHS = (8, 32)
 
@@ -63,32 +65,54 @@ class Choice:
     evidence: Evidence
 
 
-_remembered: dict[tuple[Any, ...], Plan] = {}
+class Memory(Protocol):
+    """Plans by structure, as JSON: a dict, or something that outlives the process."""
+
+    def get(self, key: str, default: str, /) -> str:
+        """Look one up."""
+
+    def __setitem__(self, key: str, value: str, /) -> None:
+        """Keep one."""
 
 
-def structure(problem: Problem, spec: OperatorSpec) -> tuple[Any, ...]:
-    """Name everything that a plan's speed and rightness depend on but the values."""
+def structure(problem: Problem, spec: OperatorSpec) -> str:
+    """Hash everything that a plan's speed and rightness depend on but the values."""
     first = problem.data[0]
-    return (
+    parts = (
         repr(problem.model.skeleton),
         problem.layout.parameters,
-        tuple(t.shape for t in (*first.inputs, first.targets)),
+        [tuple(t.shape) for t in (*first.inputs, first.targets)],
+        problem.batches,
         problem.loss.spec,
         problem.mode,
         problem.dtype,
         problem.device.type,
+        torch.__version__,
         (spec.kind, spec.block_sizes, spec.mc_samples),
     )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def recall(problem: Problem, spec: OperatorSpec) -> Plan | None:
-    """Look up the plan of an earlier session of the same structure."""
-    return _remembered.get(structure(problem, spec))
+def recall(memory: Memory, key: str) -> Plan | None:
+    """Look up the plan of an earlier session of the same structure.
+
+    Args:
+        memory: Where plans are kept.
+        key: From `structure`.
+
+    Returns:
+        The plan, or None if there is none that this version understands.
+    """
+    try:
+        plan = Plan(**json.loads(memory.get(key, "")))
+    except (ValueError, TypeError):
+        return None
+    return plan if plan.mode in MODES else None
 
 
-def remember(problem: Problem, spec: OperatorSpec, plan: Plan) -> None:
+def remember(memory: Memory, key: str, plan: Plan) -> None:
     """Keep a verified plan for later sessions of the same structure."""
-    _remembered[structure(problem, spec)] = plan
+    memory[key] = json.dumps(dataclasses.asdict(plan))
 
 
 def choose(
@@ -96,6 +120,7 @@ def choose(
     spec: OperatorSpec,
     *,
     plan: Plan | None,
+    memory: Memory,
     budget_bytes: int,
     budget_s: float,
     cancelled: Callable[[], bool],
@@ -106,6 +131,7 @@ def choose(
         problem: The objective.
         spec: The operator.
         plan: Taken if it verifies, without timing anything.
+        memory: Plans of earlier sessions; likewise.
         budget_bytes: Memory for kept linearisations.
         budget_s: Time for measuring candidates, verification excluded.
         cancelled: Polled between candidates.
@@ -119,7 +145,8 @@ def choose(
     truth = Truth(problem, spec)
     stopwatch = Stopwatch(problem, spec, budget_bytes, budget_s)
     found: dict[str, Evidence] = {}
-    for candidate in _ranked(stopwatch, plan or recall(problem, spec), cancelled):
+    key = structure(problem, spec)
+    for candidate in _ranked(stopwatch, plan or recall(memory, key), cancelled):
         check_cancelled(cancelled)
         if candidate.batches_at_once > 1 and not truth.is_sum_over_data():
             candidate = dataclasses.replace(candidate, batches_at_once=1)
@@ -130,7 +157,7 @@ def choose(
             work = problem.joined(candidate.batches_at_once)
             evidence = _compared(work, spec, truth, candidate, evidence)
         if evidence.ok:
-            remember(problem, spec, candidate)
+            remember(memory, key, candidate)
             return Choice(candidate, evidence)
         found[candidate.mode] = evidence
     raise _unverified(found)

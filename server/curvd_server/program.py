@@ -16,7 +16,6 @@ diagonal blocks:
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,11 +33,6 @@ from curvd_server.tracing import Traced, evaluate, split, trace
 
 Rows = list[Tensor | None]
 Call = Callable[..., Sequence[Tensor]]
-
-_programs: weakref.WeakKeyDictionary[nn.Module, dict[Any, Program]] = (
-    weakref.WeakKeyDictionary()
-)
-"""Per skeleton, so that a program lives as long as the sessions that use it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +153,15 @@ def _program(problem: Problem, batch: Batch, *, hessian: bool) -> Program:
     """Trace the operator for the shapes of a mini-batch, or find it done."""
     tensors = (*batch.inputs, batch.targets)
     shapes = tuple((tuple(t.shape), t.dtype) for t in tensors)
-    key = (hessian, shapes, problem.dtype, problem.device, problem.normaliser)
-    cache = _programs.setdefault(problem.model.skeleton, {})
+    own = (problem.model.names, problem.model.data, problem.loss.spec, problem.mode)
+    place = (problem.dtype, problem.device, problem.normaliser)
+    key = (hessian, shapes, *own, *place)
+    cache = problem.model.programs
     if key not in cache:
         known = len(problem.parameters) + len(problem.model.constants) + len(tensors)
         cache[key] = Program(split(trace(problem, batch, hessian=hessian), known))
-    return cache[key]
+    found: Program = cache[key]
+    return found
 
 
 def held_bytes(linear: _HessianProgram | _JacobianProgram, known: set[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from server.reference import columns, error, problem_of
@@ -9,8 +10,15 @@ from server.zoo import ANIMALS, Animal
 from torch import nn
 
 from curvd.errors import CurvatureUnverified, InvalidSpec
-from curvd.types import LossSpec, OperatorSpec
-from curvd_server import plans
+from curvd.types import (
+    DatasetSpec,
+    Dtype,
+    LossSpec,
+    Mode,
+    ModelSpec,
+    OperatorSpec,
+)
+from curvd_server import compute, plans, program
 from curvd_server.curvature import MODES
 from curvd_server.engine import build
 from curvd_server.plans import Plan, Stopwatch
@@ -18,11 +26,6 @@ from curvd_server.verify import Truth
 
 HUGE = 2**30
 GELU = next(a for a in ANIMALS if a.name == "gelu")
-
-
-@pytest.fixture(autouse=True)
-def nothing_remembered(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(plans, "_remembered", {})
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, seconds: dict[Plan, float]) -> list[Plan]:
@@ -46,7 +49,6 @@ def test_the_fastest_mode_for_one_column_wins(monkeypatch):
 def test_columns_go_together_only_where_that_really_gains(monkeypatch):
     one, eight = Plan("program"), Plan("program", 8)
     for gain, expected in ((0.95, one), (0.5, eight)):
-        plans._remembered.clear()
         timed(monkeypatch, {one: 1.0, eight: gain})
         problem = problem_of(GELU)
         operator = build(problem, OperatorSpec(), budget_bytes=HUGE, tuning_s=999)
@@ -54,11 +56,9 @@ def test_columns_go_together_only_where_that_really_gains(monkeypatch):
 
 
 def test_mini_batches_are_joined_where_that_gains(monkeypatch):
-    """Four mini-batches of two data points, a quarter of a second each."""
-    monkeypatch.setattr(plans, "LONGEST_STEP_S", 0.5)
+    """Six mini-batches of one data point, a quarter of a second each."""
     one, two = Plan("program"), Plan("program", 1, 2)
     for gain, expected in ((0.99, one), (0.5, two)):
-        plans._remembered.clear()
         asked = timed(monkeypatch, {one: 0.24, two: gain * 0.24})
         problem = problem_of(GELU, batch_size=1)
         operator = build(problem, OperatorSpec(), budget_bytes=HUGE, tuning_s=1)
@@ -109,18 +109,31 @@ def test_a_faster_mode_that_is_wrong_is_passed_over(monkeypatch):
 
 def test_the_next_session_of_the_structure_times_nothing(monkeypatch):
     asked = timed(monkeypatch, {Plan("double_backward"): 1.0})
-    first, second = problem_of(GELU), problem_of(GELU)
-    plan = build(first, OperatorSpec(), budget_bytes=HUGE).plan
+    memory: dict[str, str] = {}
+    options = {"budget_bytes": HUGE, "memory": memory}
+    plan = build(problem_of(GELU), OperatorSpec(), **options).plan
     asked.clear()
-    again = build(second, OperatorSpec(), budget_bytes=HUGE)
+    again = build(problem_of(GELU), OperatorSpec(), **options)
     assert (again.plan, asked) == (plan, [])
-    build(problem_of(GELU, batch_size=3), OperatorSpec(), budget_bytes=HUGE)
+    build(problem_of(GELU, batch_size=3), OperatorSpec(), **options)
     assert asked
+
+
+def test_a_plan_that_another_version_remembered_is_not_believed():
+    problem, spec = problem_of(GELU), OperatorSpec()
+    key = plans.structure(problem, spec)
+    for text in ("", "{", "[]", '{"mode": "magic"}', '{"mode": "program", "x": 1}'):
+        assert plans.recall({key: text}, key) is None
+    memory: dict[str, str] = {}
+    plans.remember(memory, key, Plan("program", 8, 2))
+    assert plans.recall(memory, key) == Plan("program", 8, 2)
 
 
 def test_a_remembered_plan_is_verified_again(monkeypatch):
     problem = problem_of(GELU)
-    plans.remember(problem, OperatorSpec(), Plan("program"))
+    memory: dict[str, str] = {}
+    key = plans.structure(problem, OperatorSpec())
+    plans.remember(memory, key, Plan("program"))
     seen: list[str] = []
     real = Truth.examine
 
@@ -129,7 +142,7 @@ def test_a_remembered_plan_is_verified_again(monkeypatch):
         return real(self, mode, batched=batched)
 
     monkeypatch.setattr(Truth, "examine", watched)
-    build(problem, OperatorSpec(), budget_bytes=HUGE)
+    build(problem, OperatorSpec(), budget_bytes=HUGE, memory=memory)
     assert seen[0] == "program"  # then the mode that it is compared with
 
 
@@ -167,3 +180,48 @@ def test_block_sizes_that_do_not_cover_the_parameters_are_refused():
     spec = OperatorSpec(block_sizes=(1, 2))
     with pytest.raises(InvalidSpec, match="sum to 3, but the session has 4"):
         build(problem_of(GELU), spec, budget_bytes=HUGE)
+
+
+def test_an_architecture_is_traced_once(monkeypatch):
+    """Its next session, and its next version, runs what was traced before."""
+    device = compute.TorchDevice({}, "cpu")
+    traced: list[object] = []
+    real = program.trace
+    monkeypatch.setattr(
+        program, "trace", lambda *a, **k: traced.append(1) or real(*a, **k)
+    )
+
+    def product(widths: list[int], scale: float):
+        module = device._build(
+            spec := ModelSpec(builder="mlp", config={"widths": widths})
+        )
+        state = {n: scale * p.detach().numpy() for n, p in module.named_parameters()}
+        problem = device.load(
+            spec,
+            state,
+            {"x": np.ones((3, 4)), "y": np.ones((3, 2))},
+            DatasetSpec(inputs=("x",), target="y", batch_size=2),
+            LossSpec(name="mse"),
+            Mode.EVAL,
+            Dtype.FLOAT64,
+        )
+        plans.remember(
+            problem._plans,
+            plans.structure(problem._problem, OperatorSpec()),
+            Plan("program"),
+        )
+        operator = problem.build(
+            OperatorSpec(), budget_bytes=HUGE, cancelled=lambda: False
+        )
+        return operator.apply(
+            np.ones((1, problem.layout.size)), cancelled=lambda: False
+        )
+
+    first = product([4, 3, 2], 1.0)
+    once = len(traced)
+    second = product([4, 3, 2], 2.0)
+    assert once > 0
+    assert len(traced) == once
+    assert error(torch.from_numpy(first), torch.from_numpy(second)) > 0.1
+    product([4, 5, 2], 1.0)
+    assert len(traced) == 2 * once
