@@ -110,6 +110,7 @@ def operator_to_proto(spec: types.OperatorSpec) -> types_pb.Operator:
         scale=spec.scale,
         mc_samples=spec.mc_samples,
         seed=spec.seed,
+        parameters=spec.parameters,
     )
 
 
@@ -126,6 +127,7 @@ def operator_from_proto(message: types_pb.Operator) -> types.OperatorSpec:
         scale=message.scale if message.HasField("scale") else 1.0,
         mc_samples=message.mc_samples,
         seed=message.seed,
+        parameters=tuple(message.parameters) or None,
     )
 
 

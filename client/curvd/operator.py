@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,7 +38,8 @@ class OperatorBase:
     def __init__(
         self, session: SessionInfo, spec: OperatorSpec, expected_version: int | None
     ) -> None:
-        session.layout.check_blocks(spec.block_sizes)
+        # As the operator sees it: its vectors consist of the parameters it acts on.
+        session = dataclasses.replace(session, layout=session.layout.of_operator(spec))
         self._session = session
         self._queries = Queries(session, spec, expected_version)
         self.spec = spec

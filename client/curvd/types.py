@@ -178,6 +178,8 @@ class OperatorSpec:
     """Sampled targets per data point (ggn: 0 is exact; fisher: at least 1)."""
     seed: int = 0
     """Fixes the sampled targets to the bit."""
+    parameters: tuple[str, ...] | None = None
+    """Names of those that it acts on, in this order, the others fixed; None: all."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", member(OperatorKind, self.kind, "operator"))
@@ -187,6 +189,14 @@ class OperatorSpec:
             if not sizes or min(sizes) <= 0:
                 msg = f"block_sizes must be positive, got {sizes}"
                 raise InvalidSpec(msg, block_sizes=sizes)
+        if self.parameters is not None:
+            names = tuple(self.parameters)
+            object.__setattr__(self, "parameters", names)
+            if not names or len(set(names)) < len(names):
+                msg = (
+                    f"parameters must be names, each once and at least one, got {names}"
+                )
+                raise InvalidSpec(msg, parameters=names)
         for name in ("damping", "scale"):
             if not math.isfinite(getattr(self, name)):
                 msg = f"{name} must be finite, got {getattr(self, name)}"
@@ -260,7 +270,36 @@ class ParameterLayout:
         """Elements per parameter, in order."""
         return tuple(p.size for p in self.parameters)
 
-    def check_blocks(self, block_sizes: tuple[int, ...] | None) -> None:
+    def of_operator(self, spec: OperatorSpec) -> ParameterLayout:
+        """Lay out the parameters that an operator acts on.
+
+        Args:
+            spec: Which; of the session that has this layout.
+
+        Returns:
+            What a vector means that it multiplies.
+
+        Raises:
+            InvalidSpec: If the session has no such parameter, or the blocks do not
+                cover the operator's.
+        """
+        chosen = self
+        if spec.parameters is not None:
+            shapes = {p.name: p.shape for p in self.parameters}
+            unknown = [name for name in spec.parameters if name not in shapes]
+            if unknown:
+                msg = (
+                    f"the session has no parameter {unknown[0]!r}; it has "
+                    f"{len(shapes)}, from {self.names[0]!r} to {self.names[-1]!r}"
+                )
+                raise InvalidSpec(msg, parameter=unknown[0])
+            chosen = ParameterLayout.of({
+                name: shapes[name] for name in spec.parameters
+            })
+        chosen._check_blocks(spec.block_sizes)
+        return chosen
+
+    def _check_blocks(self, block_sizes: tuple[int, ...] | None) -> None:
         """Refuse block sizes that do not cover the parameters.
 
         Args:
@@ -271,7 +310,7 @@ class ParameterLayout:
         """
         if block_sizes is not None and sum(block_sizes) != len(self.parameters):
             msg = (
-                f"block_sizes sum to {sum(block_sizes)}, but the session has "
+                f"block_sizes sum to {sum(block_sizes)}, but the operator acts on "
                 f"{len(self.parameters)} parameters; they must be equal"
             )
             raise InvalidSpec(

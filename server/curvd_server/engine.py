@@ -70,11 +70,11 @@ def build(
         An operator that is ready to multiply.
 
     Raises:
-        InvalidSpec: If the block sizes do not fit the parameters.
+        InvalidSpec: If the operator's parameters or blocks are not the problem's.
         NotDeterministic: If two evaluations disagree.
         CurvatureUnverified: If no AD mode is right.
     """
-    problem.layout.check_blocks(spec.block_sizes)
+    problem = problem.restricted(spec)
     check_objective(problem)
     check_cancelled(cancelled)
     choice = choose(
@@ -152,7 +152,8 @@ class Operator:
         Nothing is measured or linearised before the first product. This operator
         stays valid until it is closed.
         """
-        moved = Operator(problem, self.spec, self._choice, self._budget_bytes)
+        here = problem.restricted(self.spec)
+        moved = Operator(here, self.spec, self._choice, self._budget_bytes)
         moved._width, moved._bytes = self._width, self._bytes
         moved._seconds = self._seconds
         return moved

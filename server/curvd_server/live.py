@@ -75,7 +75,7 @@ class Live:
         built = self._built.pop(spec, None)
         if built is None:
             assert self.problem is not None
-            self.problem.layout.check_blocks(spec.block_sizes)
+            self.problem.layout.of_operator(spec)  # refuse it early
             built = Built(await self._run(self._building(spec)))
             self._retire(list(self._built)[: len(self._built) + 1 - self._capacity])
         self._built[spec] = built

@@ -25,6 +25,7 @@ from curvd.types import (
     LossName,
     LossSpec,
     Mode,
+    OperatorSpec,
     ParameterLayout,
 )
 from curvd_server.data import (
@@ -223,6 +224,31 @@ class Problem:
             home[name] = tensor_of(value).to(home[name], copy=True).contiguous()
         model = dataclasses.replace(self.model, constants=constants)
         return dataclasses.replace(self, model=model, parameters=tuple(old.values()))
+
+    def restricted(self, spec: OperatorSpec) -> Problem:
+        """Make the same objective as a function of an operator's parameters alone.
+
+        Args:
+            spec: Which operator.
+
+        Returns:
+            A problem in whose model all other parameters are constants.
+
+        Raises:
+            InvalidSpec: If it names a parameter that is not there.
+        """
+        layout = self.layout.of_operator(spec)
+        if spec.parameters is None:
+            return self
+        values = dict(zip(self.layout.names, self.parameters, strict=True))
+        chosen = tuple(values.pop(name) for name in layout.names)
+        model = dataclasses.replace(
+            self.model,
+            constants={**self.model.constants, **values},
+            names=layout.names,
+            fixed=tuple(f for f in self.model.fixed if f[0] in layout.names),
+        )
+        return dataclasses.replace(self, model=model, layout=layout, parameters=chosen)
 
     @property
     def dtype(self) -> torch.dtype:

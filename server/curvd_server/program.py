@@ -153,10 +153,11 @@ def _program(problem: Problem, batch: Batch, *, hessian: bool) -> Program:
     """Trace the operator for the shapes of a mini-batch, or find it done."""
     tensors = (*batch.inputs, batch.targets)
     shapes = tuple((tuple(t.shape), t.dtype) for t in tensors)
-    own = (problem.model.names, problem.model.data, problem.loss.spec, problem.mode)
+    model = problem.model
+    own = (model.names, *model.constants, model.data, problem.loss.spec, problem.mode)
     place = (problem.dtype, problem.device, problem.normaliser)
     key = (hessian, shapes, *own, *place)
-    cache = problem.model.programs
+    cache = model.programs
     if key not in cache:
         known = len(problem.parameters) + len(problem.model.constants) + len(tensors)
         cache[key] = Program(split(trace(problem, batch, hessian=hessian), known))

@@ -67,6 +67,7 @@ class Lease:
     """A session at one version; it stays valid as long as it is held."""
 
     info: SessionInfo
+    """Its layout is that of the operator, if one was asked for."""
     problem: Problem
     operator: Operator | None
     """The one that was asked for, built."""
@@ -166,6 +167,9 @@ class Session:
                     built = await self.live.acquire(operator)
                     stack.callback(self.live.release, built)
                 info = self.info()
+                if operator is not None:
+                    layout = info.layout.of_operator(operator)
+                    info = replace(info, layout=layout)
             yield Lease(info, problem, built.operator if built else None)
 
     async def made_by(self, update: Update) -> StoredVersion | None:

@@ -85,20 +85,22 @@ class Loss(_message.Message):
     def __init__(self, name: _Optional[_Union[LossName, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., ignore_index: _Optional[int] = ..., class_weights: _Optional[_Iterable[float]] = ..., label_smoothing: _Optional[float] = ...) -> None: ...
 
 class Operator(_message.Message):
-    __slots__ = ("kind", "block_sizes", "damping", "scale", "mc_samples", "seed")
+    __slots__ = ("kind", "block_sizes", "damping", "scale", "mc_samples", "seed", "parameters")
     KIND_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZES_FIELD_NUMBER: _ClassVar[int]
     DAMPING_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     MC_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     kind: OperatorKind
     block_sizes: _containers.RepeatedScalarFieldContainer[int]
     damping: float
     scale: float
     mc_samples: int
     seed: int
-    def __init__(self, kind: _Optional[_Union[OperatorKind, str]] = ..., block_sizes: _Optional[_Iterable[int]] = ..., damping: _Optional[float] = ..., scale: _Optional[float] = ..., mc_samples: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+    parameters: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, kind: _Optional[_Union[OperatorKind, str]] = ..., block_sizes: _Optional[_Iterable[int]] = ..., damping: _Optional[float] = ..., scale: _Optional[float] = ..., mc_samples: _Optional[int] = ..., seed: _Optional[int] = ..., parameters: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Parameter(_message.Message):
     __slots__ = ("name", "shape", "offset")
