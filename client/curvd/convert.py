@@ -83,6 +83,8 @@ def loss_to_proto(loss: types.LossSpec) -> types_pb.Loss:
         ignore_index=loss.ignore_index,
         class_weights=loss.class_weights,
         label_smoothing=loss.label_smoothing,
+        shift=loss.shift,
+        beta=loss.beta,
     )
 
 
@@ -98,6 +100,8 @@ def loss_from_proto(message: types_pb.Loss) -> types.LossSpec:
         ignore_index=_optional(message, "ignore_index"),
         class_weights=tuple(message.class_weights) or None,
         label_smoothing=message.label_smoothing,
+        shift=message.shift,
+        beta=message.beta if message.HasField("beta") else 1.0,
     )
 
 

@@ -57,6 +57,14 @@ class LossName(enum.StrEnum):
     CROSS_ENTROPY = "cross_entropy"
     MSE = "mse"
     BCE_WITH_LOGITS = "bce_with_logits"
+    NLL = "nll"
+    """Of outputs that are log-probabilities."""
+    SMOOTH_L1 = "smooth_l1"
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether integer targets are indices of classes, not numbers."""
+        return self in (LossName.CROSS_ENTROPY, LossName.NLL)
 
 
 class OperatorKind(enum.StrEnum):
@@ -121,23 +129,45 @@ class Stop(enum.StrEnum):
     """The operator is not positive definite, and the algorithm needs that."""
 
 
+_LOSS_OPTIONS = (
+    ("ignore_index", None, (LossName.CROSS_ENTROPY, LossName.NLL)),
+    ("label_smoothing", 0.0, (LossName.CROSS_ENTROPY,)),
+    ("shift", False, (LossName.CROSS_ENTROPY,)),
+    ("beta", 1.0, (LossName.SMOOTH_L1,)),
+    (
+        "class_weights",
+        None,
+        (LossName.CROSS_ENTROPY, LossName.NLL, LossName.BCE_WITH_LOGITS),
+    ),
+)
+"""Option, its default, and the losses that have it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossSpec:
     """A loss by name.
 
     The objective is over the whole dataset: ``mean`` divides by the weight of all
-    counted targets (ignored ones excluded, class weights included), ``mse`` and
-    ``bce_with_logits`` by the number of elements, as torch does for one big batch.
+    counted targets (ignored ones excluded, class weights included), ``mse``,
+    ``smooth_l1`` and ``bce_with_logits`` by the number of elements, as torch does for
+    one big batch.
     """
 
     name: LossName
     reduction: Reduction = Reduction.MEAN
     ignore_index: int | None = None
-    """Targets with this class index count nothing (cross_entropy); torch's is -100."""
+    """Targets with this class index count nothing (cross_entropy, nll); torch's is
+    -100."""
     class_weights: tuple[float, ...] | None = None
-    """One weight per class (cross_entropy), or per output (bce: ``pos_weight``)."""
+    """One weight per class (cross_entropy, nll), or per output (bce:
+    ``pos_weight``)."""
     label_smoothing: float = 0.0
     """In [0, 1] (cross_entropy)."""
+    shift: bool = False
+    """Hold the logits at position t against the target at t + 1, as causal language
+    models are trained (cross_entropy)."""
+    beta: float = 1.0
+    """Errors below it are squared (smooth_l1)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", member(LossName, self.name, "loss"))
@@ -147,19 +177,16 @@ class LossSpec:
         if not 0.0 <= self.label_smoothing <= 1.0:
             msg = f"label_smoothing must be in [0, 1], got {self.label_smoothing}"
             raise InvalidSpec(msg, label_smoothing=self.label_smoothing)
-        if self.name is not LossName.CROSS_ENTROPY and (
-            self.ignore_index is not None or self.label_smoothing
-        ):
-            msg = f"ignore_index and label_smoothing belong to cross_entropy, not {self.name}"
-            raise InvalidSpec(msg, loss=self.name)
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            msg = f"beta must be finite and above 0, got {self.beta}; for l1 take a small one"
+            raise InvalidSpec(msg, beta=self.beta)
+        for option, default, owners in _LOSS_OPTIONS:
+            if getattr(self, option) != default and self.name not in owners:
+                msg = f"{option} belongs to {' and '.join(owners)}, not {self.name}"
+                raise InvalidSpec(msg, loss=self.name, option=option)
         if self.class_weights is not None:
             weights = tuple(float(w) for w in self.class_weights)
             object.__setattr__(self, "class_weights", weights)
-            if self.name is LossName.MSE:
-                msg = (
-                    "class_weights belong to cross_entropy and bce_with_logits, not mse"
-                )
-                raise InvalidSpec(msg, loss=self.name)
             if not weights or any(not math.isfinite(w) or w < 0 for w in weights):
                 msg = f"class_weights must be finite and not negative, got {weights}"
                 raise InvalidSpec(msg, class_weights=weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ def cut(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    classes: bool,
+    prepare: Callable[[Tensor], Tensor],
 ) -> tuple[Batch, ...]:
     """Cut the dataset into fixed mini-batches, the last one maybe smaller.
 
@@ -49,7 +49,7 @@ def cut(
         data: Which are inputs and targets, and the batch size.
         dtype: Of floating point arrays.
         device: Where they go.
-        classes: Whether targets of integer type are class indices, or numbers.
+        prepare: Brings the targets, all of them, into the form that the loss wants.
 
     Returns:
         The mini-batches in order.
@@ -65,15 +65,13 @@ def cut(
     tensors: list[Tensor] = []
     for name in names:
         tensor = tensor_of(arrays[name])
-        floating = tensor.is_floating_point()
-        kind = dtype if floating else tensor.dtype
-        if name == data.target and not floating:
-            kind = torch.int64 if classes else dtype
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
         tensors.append(tensor.to(device, kind))
     lengths = {name: len(t) for name, t in zip(names, tensors, strict=True)}
     if len(set(lengths.values())) != 1 or not len(tensors[0]):
         msg = f"tensors of a dataset need one common length above 0, got {lengths}"
         raise InvalidSpec(msg, lengths=lengths)
+    tensors[-1] = prepare(tensors[-1])
     *inputs, targets = (torch.split(t, data.batch_size) for t in tensors)
     return tuple(
         Batch(i * data.batch_size, tuple(t[i] for t in inputs), target)

@@ -28,7 +28,7 @@ class Loss:
 
     spec: LossSpec
     weights: Tensor | None
-    """Per class (cross_entropy) or per output (bce ``pos_weight``), or None."""
+    """Per class (cross_entropy, nll) or per output (bce ``pos_weight``), or None."""
 
     @classmethod
     def of(cls, spec: LossSpec, dtype: torch.dtype, device: torch.device) -> Loss:
@@ -38,12 +38,44 @@ class Loss:
         weights = torch.tensor(spec.class_weights, dtype=_wide(dtype), device=device)
         return cls(spec, weights)
 
+    def prepared(self, dtype: torch.dtype, targets: Tensor) -> Tensor:
+        """Bring a dataset's targets into the form that the other methods want.
+
+        Args:
+            dtype: Of numbers.
+            targets: ``[N, ...]``, as they were registered.
+
+        Returns:
+            Class indices in int64, numbers in `dtype`; with ``shift`` each position
+            has the target of the next one, and the last position one that is ignored.
+
+        Raises:
+            InvalidSpec: If the loss cannot use such targets.
+        """
+        name = self.spec.name
+        if targets.is_floating_point():
+            if name is LossName.NLL or self.spec.shift:
+                what = "shift" if self.spec.shift else "nll"
+                msg = (
+                    f"{what} needs targets that are class indices, got {targets.dtype}"
+                )
+                raise InvalidSpec(msg, dtype=targets.dtype)
+            return targets
+        targets = targets.to(torch.int64 if name.has_classes else dtype)
+        if not self.spec.shift:
+            return targets
+        if targets.ndim < 2:
+            msg = f"shift needs targets [N, T, ...], got {tuple(targets.shape)}"
+            raise InvalidSpec(msg, targets=tuple(targets.shape))
+        last = torch.full_like(targets[:, :1], self.ignore_index)
+        return torch.cat((targets[:, 1:], last), 1)
+
     def sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Sum the losses of all targets.
 
         Args:
             outputs: What the model returned.
-            targets: As `check` accepts them.
+            targets: As `prepared` makes and `check` accepts them.
 
         Returns:
             A scalar, differentiable in `outputs` as often as one likes.
@@ -52,9 +84,21 @@ class Loss:
         if self.spec.name is LossName.MSE:
             # note: F.mse_loss has no second derivative in forward mode (torch 2.13).
             return (outputs - targets).square().sum()
+        if self.spec.name is LossName.SMOOTH_L1:
+            return F.smooth_l1_loss(
+                outputs, targets, beta=self.spec.beta, reduction="sum"
+            )
         if self.spec.name is LossName.BCE_WITH_LOGITS:
             return F.binary_cross_entropy_with_logits(
                 outputs, targets, pos_weight=self.weights, reduction="sum"
+            )
+        if self.spec.name is LossName.NLL:
+            return F.nll_loss(
+                classes_second(outputs, targets),
+                targets,
+                weight=self.weights,
+                ignore_index=self.ignore_index,
+                reduction="sum",
             )
         return F.cross_entropy(
             classes_second(outputs, targets),
@@ -74,7 +118,7 @@ class Loss:
         Returns:
             The weight of each, ``[B, ...]``, in float64.
         """
-        if self.spec.name is not LossName.CROSS_ENTROPY:
+        if not self.spec.name.has_classes:
             return torch.ones_like(targets, dtype=torch.float64)
         if targets.is_floating_point():
             return torch.ones_like(targets[:, 0], dtype=torch.float64)
@@ -106,7 +150,7 @@ class Loss:
             InvalidSpec: If shapes, types or class indices do not fit.
         """
         name, got = self.spec.name, (tuple(outputs.shape[1:]), tuple(targets.shape[1:]))
-        if name is not LossName.CROSS_ENTROPY or targets.is_floating_point():
+        if not name.has_classes or targets.is_floating_point():
             if got[0] != got[1]:
                 msg = (
                     f"{name} needs outputs and targets of one shape, got {got[0]} and "
@@ -130,7 +174,7 @@ class Loss:
 
 
 def classes_last(outputs: Tensor, targets: Tensor) -> bool:
-    """Tell where the class axis of cross_entropy's outputs is.
+    """Tell where the class axis of the outputs is.
 
     It is the last one if the others match the targets, as language models have it
     (``[B, T, C]`` with targets ``[B, T]``); else the second, as torch has it
@@ -154,14 +198,14 @@ def classes_last(outputs: Tensor, targets: Tensor) -> bool:
     if len(shape) >= 2 and (shape[0], *shape[2:]) == rest:
         return False
     msg = (
-        f"cross_entropy needs outputs [B, C, ...] or [B, ..., C] for targets [B, ...], "
+        f"class indices need outputs [B, C, ...] or [B, ..., C] for targets [B, ...], "
         f"got outputs {shape} and targets {rest}"
     )
     raise InvalidSpec(msg, outputs=shape, targets=rest)
 
 
 def classes_second(outputs: Tensor, targets: Tensor) -> Tensor:
-    """View cross_entropy's outputs as torch wants them: ``[B, C, ...]``."""
+    """View the outputs as torch's losses of classes want them: ``[B, C, ...]``."""
     return outputs.movedim(-1, 1) if classes_last(outputs, targets) else outputs
 
 

@@ -10,6 +10,7 @@ thread per device evaluates it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,6 @@ from curvd.types import (
     DatasetSpec,
     Dtype,
     InputStyle,
-    LossName,
     LossSpec,
     Mode,
     OperatorSpec,
@@ -165,8 +165,10 @@ class Problem:
         if not variables:
             msg = "the model has no parameter with requires_grad; nothing to multiply"
             raise InvalidSpec(msg)
-        classes = loss.name is LossName.CROSS_ENTROPY
-        batches = cut(arrays, data, kind, place, classes=classes)
+        named = Loss.of(loss, kind, place)
+        batches = cut(
+            arrays, data, kind, place, prepare=functools.partial(named.prepared, kind)
+        )
         shapes = {name: tuple(p.shape) for name, p in variables.items()}
         problem = cls(
             model=Model(
@@ -177,7 +179,7 @@ class Problem:
                 fixed_rows(skeleton),
                 {} if programs is None else programs,
             ),
-            loss=Loss.of(loss, kind, place),
+            loss=named,
             layout=ParameterLayout.of(shapes),
             parameters=tuple(variables.values()),
             data=batches,

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvd.errors import InvalidSpec
 from curvd.types import LossName, OperatorKind, OperatorSpec
 from curvd_server.data import Batch
 from curvd_server.losses import classes_last
@@ -44,23 +45,50 @@ def metric(
 
     Returns:
         The metric; it holds tensors of the size of the outputs only.
+
+    Raises:
+        InvalidSpec: If this loss has no such metric.
     """
+    _check_defined(problem.loss.spec.name, spec)
     wide = torch.promote_types(outputs.dtype, torch.float32)
     z = outputs.detach().to(wide)
     if spec.kind is OperatorKind.EMPIRICAL_FISHER:
         return _empirical(problem, z, batch)
-    if problem.loss.spec.name is LossName.CROSS_ENTROPY:
+    if problem.loss.spec.name.has_classes:
         last = classes_last(outputs, batch.targets)
         axis = -1 if last else 1 - outputs.ndim
         p = z.softmax(axis)
         weight = _class_weight(problem, z, batch, axis) / problem.normaliser
         if not spec.mc_samples:
             return _Softmax(p, weight, axis)
-        return _sampled_softmax(p, weight, axis, spec, batch)
+        drawn = _drawn_classes(p, axis, spec, batch)
+        if problem.loss.spec.name is LossName.NLL:
+            # The score of log-probabilities is minus one at the class drawn.
+            one = p.new_ones(()).expand(drawn.shape)
+            seen = torch.zeros_like(p).scatter_add(axis, drawn, one)
+            return _Diagonal(weight * seen / spec.mc_samples)
+        return _SampledSoftmax(p, weight, drawn, axis)
     curvature = _elementwise(problem, z, batch) / problem.normaliser
     if spec.mc_samples:
         curvature = curvature * _sampled_square(problem, z, spec, batch)
     return _Diagonal(curvature)
+
+
+def _check_defined(loss: LossName, spec: OperatorSpec) -> None:
+    """Refuse what would be zero, or a sample of no distribution."""
+    if loss is LossName.NLL and spec.kind is OperatorKind.GGN:
+        msg = (
+            "nll is linear in the model's outputs, so its Gauss-Newton matrix is zero: "
+            "use cross_entropy on logits, or the Fisher, which samples it"
+        )
+        raise InvalidSpec(msg, loss=loss, operator=spec.kind)
+    if loss is LossName.SMOOTH_L1 and spec.mc_samples:
+        msg = (
+            f"{spec.kind} with mc_samples={spec.mc_samples} draws targets from the "
+            "loss's distribution, and smooth_l1 stands for none: use the exact ggn or "
+            "the empirical Fisher"
+        )
+        raise InvalidSpec(msg, loss=loss, operator=spec.kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +174,12 @@ def _class_weight(problem: Problem, z: Tensor, batch: Batch, axis: int) -> Tenso
 
 
 def _elementwise(problem: Problem, z: Tensor, batch: Batch) -> Tensor:
-    """Give the second derivative of mse or bce_with_logits in each output."""
+    """Give the second derivative of a loss without classes in each output."""
     if problem.loss.spec.name is LossName.MSE:
         return torch.full_like(z, 2.0)
+    if problem.loss.spec.name is LossName.SMOOTH_L1:
+        beta = problem.loss.spec.beta
+        return ((z - batch.targets).abs() < beta).to(z) / beta
     p = z.sigmoid()
     return _bce_weight(problem, batch.targets, z) * p * (1 - p)
 
@@ -184,18 +215,19 @@ def _uniforms(spec: OperatorSpec, batch: Batch, terms: int) -> Tensor:
     )
 
 
-def _sampled_softmax(
-    p: Tensor, weight: Tensor, axis: int, spec: OperatorSpec, batch: Batch
-) -> Metric:
-    """Draw classes by inverting the distribution function in float64 on the CPU."""
+def _drawn_classes(p: Tensor, axis: int, spec: OperatorSpec, batch: Batch) -> Tensor:
+    """Draw classes by inverting the distribution function in float64 on the CPU.
+
+    Returns:
+        Class indices in the shape of `p`, with the samples along `axis`.
+    """
     last = p.movedim(axis, -1)
     terms = last[0].numel() // last.shape[-1]
     uniform = _uniforms(spec, batch, terms)
     edges = last.cpu().double().cumsum(-1).reshape(len(p), terms, -1)
     drawn = torch.searchsorted(edges, uniform * edges[..., -1:], right=True)
     drawn = drawn.clamp_(max=last.shape[-1] - 1).to(p.device)
-    shaped = drawn.reshape(*last.shape[:-1], spec.mc_samples).movedim(-1, axis)
-    return _SampledSoftmax(p, weight, shaped, axis)
+    return drawn.reshape(*last.shape[:-1], spec.mc_samples).movedim(-1, axis)
 
 
 def _sampled_square(

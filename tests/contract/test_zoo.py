@@ -38,15 +38,30 @@ def open_session(client, animal, **options):
     )
 
 
+def shifted_cross_entropy(z, y):
+    """The loss of causal language models, summed."""
+    return nn.functional.cross_entropy(
+        z[:, :-1].flatten(0, -2), y[:, 1:].flatten(), reduction="sum"
+    )
+
+
 def eager_gradient(animal, module, parameters):
     """The gradient of the mean loss, the way a user would write it."""
     data = animal.arrays()
-    if animal.loss.name == "cross_entropy":
+    counted = data["y"].numel()
+    if animal.loss.shift:
+        total = shifted_cross_entropy
+        counted -= N
+    elif animal.loss.name == "cross_entropy":
         total = lambda z, y: nn.functional.cross_entropy(  # noqa: E731
             z.flatten(0, -2), y.flatten(), reduction="sum"
         )
     elif animal.loss.name == "mse":
         total = functools.partial(nn.functional.mse_loss, reduction="sum")
+    elif animal.loss.name == "smooth_l1":
+        total = functools.partial(
+            nn.functional.smooth_l1_loss, reduction="sum", beta=animal.loss.beta
+        )
     else:
         total = functools.partial(
             nn.functional.binary_cross_entropy_with_logits, reduction="sum"
@@ -56,7 +71,7 @@ def eager_gradient(animal, module, parameters):
         for i in range(0, N, BATCH)
     )
     rows = torch.autograd.grad(
-        loss / data["y"].numel(), parameters, materialize_grads=True, allow_unused=True
+        loss / counted, parameters, materialize_grads=True, allow_unused=True
     )
     return nn.utils.parameters_to_vector(rows)
 

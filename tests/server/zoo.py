@@ -123,7 +123,7 @@ class Animal:
             "sequences": lambda: torch.randn(N, 5, 4, **float64),
             "tokens": lambda: torch.randint(0, 5, (N, 5), generator=g),
         }[self.inputs]()
-        if self.loss.name == "mse":
+        if self.loss.name in ("mse", "smooth_l1"):
             y = torch.randn(N, 3, **float64)
         elif self.loss.name == "bce_with_logits":
             y = torch.rand(N, 3, **float64)
@@ -138,12 +138,15 @@ def _recurrent(kind: type[nn.RNNBase]) -> Callable[[], nn.Module]:
 
 
 _MSE, _BCE = LossSpec(name="mse"), LossSpec(name="bce_with_logits")
+_SMOOTH_L1 = LossSpec(name="smooth_l1", beta=0.5)
+_SHIFTED = LossSpec(name="cross_entropy", shift=True)
 _STATISTICS = Mode.BATCH_STATISTICS
 
 ANIMALS: tuple[Animal, ...] = (
     Animal("linear", lambda: nn.Sequential(nn.Linear(4, 3))),
     Animal("linear_mse", dense(nn.Tanh()), loss=_MSE),
     Animal("linear_bce", dense(nn.Sigmoid()), loss=_BCE),
+    Animal("linear_smooth_l1", dense(nn.Tanh()), loss=_SMOOTH_L1),
     Animal("relu", dense(nn.ReLU())),
     Animal("silu", dense(nn.SiLU()), loss=_MSE),
     Animal("gelu", dense(nn.GELU())),
@@ -164,6 +167,7 @@ ANIMALS: tuple[Animal, ...] = (
     Animal("embedding", lambda: _Pooled(nn.Embedding(5, 4)), "tokens"),
     Animal("padding", lambda: _Pooled(nn.Embedding(5, 4, padding_idx=1)), "tokens"),
     Animal("tied", _Tied, "tokens", per_token=True),
+    Animal("tied_shifted", _Tied, "tokens", _SHIFTED, per_token=True),
     Animal("gru", _recurrent(nn.GRU), "sequences"),
     Animal("lstm", _recurrent(nn.LSTM), "sequences"),
     Animal(

@@ -32,6 +32,8 @@ class LossName(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LOSS_NAME_CROSS_ENTROPY: _ClassVar[LossName]
     LOSS_NAME_MSE: _ClassVar[LossName]
     LOSS_NAME_BCE_WITH_LOGITS: _ClassVar[LossName]
+    LOSS_NAME_NLL: _ClassVar[LossName]
+    LOSS_NAME_SMOOTH_L1: _ClassVar[LossName]
 
 class Reduction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -61,6 +63,8 @@ LOSS_NAME_UNSPECIFIED: LossName
 LOSS_NAME_CROSS_ENTROPY: LossName
 LOSS_NAME_MSE: LossName
 LOSS_NAME_BCE_WITH_LOGITS: LossName
+LOSS_NAME_NLL: LossName
+LOSS_NAME_SMOOTH_L1: LossName
 REDUCTION_UNSPECIFIED: Reduction
 REDUCTION_MEAN: Reduction
 REDUCTION_SUM: Reduction
@@ -71,18 +75,22 @@ OPERATOR_KIND_FISHER: OperatorKind
 OPERATOR_KIND_EMPIRICAL_FISHER: OperatorKind
 
 class Loss(_message.Message):
-    __slots__ = ("name", "reduction", "ignore_index", "class_weights", "label_smoothing")
+    __slots__ = ("name", "reduction", "ignore_index", "class_weights", "label_smoothing", "shift", "beta")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REDUCTION_FIELD_NUMBER: _ClassVar[int]
     IGNORE_INDEX_FIELD_NUMBER: _ClassVar[int]
     CLASS_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     LABEL_SMOOTHING_FIELD_NUMBER: _ClassVar[int]
+    SHIFT_FIELD_NUMBER: _ClassVar[int]
+    BETA_FIELD_NUMBER: _ClassVar[int]
     name: LossName
     reduction: Reduction
     ignore_index: int
     class_weights: _containers.RepeatedScalarFieldContainer[float]
     label_smoothing: float
-    def __init__(self, name: _Optional[_Union[LossName, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., ignore_index: _Optional[int] = ..., class_weights: _Optional[_Iterable[float]] = ..., label_smoothing: _Optional[float] = ...) -> None: ...
+    shift: bool
+    beta: float
+    def __init__(self, name: _Optional[_Union[LossName, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., ignore_index: _Optional[int] = ..., class_weights: _Optional[_Iterable[float]] = ..., label_smoothing: _Optional[float] = ..., shift: bool = ..., beta: _Optional[float] = ...) -> None: ...
 
 class Operator(_message.Message):
     __slots__ = ("kind", "block_sizes", "damping", "scale", "mc_samples", "seed", "parameters")
