@@ -167,6 +167,7 @@ class Client:
         dtype: Any = Dtype.FLOAT32,
         mode: Mode | str = Mode.EVAL,
         operators: Sequence[OperatorSpec | str] = (),
+        params: Sequence[str] | str = (),
         budget_bytes: int | None = None,
         lease_s: float | None = None,
         name: str = "",
@@ -181,6 +182,9 @@ class Client:
             dtype: What to compute in: ``"F32"``, ``np.float64``, ``torch.bfloat16``, …
             mode: Whether layers evaluate or use the statistics of the mini-batches.
             operators: What to build before the answer; empty: the Hessian.
+            params: Globs over parameter names, such as ``["blocks.*.attn.*", "head.*"]``:
+                operators act on those that match, in this order; the others are
+                constants. Empty: all.
             budget_bytes: Memory for kept linearisations; None: the server's default.
             lease_s: Delete the session after so long without a call; None: never.
             name: A label for people.
@@ -197,6 +201,7 @@ class Client:
             dtype=dtype,
             mode=mode,
             operators=operators,
+            params=params,
             budget_bytes=budget_bytes,
             lease_s=lease_s,
             name=name,

@@ -301,6 +301,7 @@ def session_to_proto(info: types.SessionInfo) -> session_pb.Session:
         expire_time=(
             None if info.expire_time_s is None else _timestamp(info.expire_time_s)
         ),
+        params=info.params,
     )
 
 
@@ -329,6 +330,7 @@ def session_from_proto(message: session_pb.Session) -> types.SessionInfo:
         state=_state_from_proto(message.state),
         create_time_s=message.create_time.ToNanoseconds() / 1e9,
         expire_time_s=message.expire_time.ToNanoseconds() / 1e9 if expires else None,
+        params=tuple(message.params),
     )
 
 

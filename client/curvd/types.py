@@ -494,6 +494,8 @@ class SessionInfo:
     """Seconds since the epoch."""
     expire_time_s: float | None
     """When the lease ends unless a call renews it; None: never."""
+    params: tuple[str, ...] = ()
+    """The globs that chose the parameters; empty: all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -149,6 +149,7 @@ class TorchDevice:
         loss: LossSpec,
         mode: Mode,
         dtype: Dtype,
+        params: tuple[str, ...] = (),
     ) -> TorchProblem:
         """Bring a model, a dataset and a loss together on the device.
 
@@ -160,6 +161,7 @@ class TorchDevice:
             loss: The loss.
             mode: How BatchNorm behaves.
             dtype: Of the computation.
+            params: Globs that choose the parameters; none choose all.
 
         Returns:
             The objective.
@@ -179,7 +181,8 @@ class TorchDevice:
                     mode,
                     dtype,
                     self.name,
-                    self._traced(model),
+                    params=params,
+                    programs=self._traced(model),
                 )
             except (TypeError, ValueError, LookupError, RuntimeError) as error:
                 if _is_out_of_memory(error):

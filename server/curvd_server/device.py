@@ -98,5 +98,6 @@ class Device(Protocol):
         loss: LossSpec,
         mode: Mode,
         dtype: Dtype,
+        params: tuple[str, ...],
     ) -> Problem:
         """Bring a model, a dataset and a loss together."""

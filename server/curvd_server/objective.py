@@ -39,7 +39,8 @@ from curvd_server.data import (
     tensor_of,
 )
 from curvd_server.losses import Loss
-from curvd_server.rewrites import aliased, fixed_rows, take_apart
+from curvd_server.rewrites import aliased, aliases, fixed_rows, take_apart
+from curvd_server.selection import select
 
 
 def never() -> bool:
@@ -132,6 +133,7 @@ class Problem:
         mode: Mode = Mode.EVAL,
         dtype: Dtype = Dtype.FLOAT32,
         device: str | torch.device = "cpu",
+        params: Sequence[str] = (),
         programs: dict[Any, Any] | None = None,
     ) -> Problem:
         """Assemble an objective.
@@ -142,7 +144,7 @@ class Problem:
         Args:
             module: The architecture; it is copied, never modified. Parameters with
                 ``requires_grad`` span the operators, in ``named_parameters`` order,
-                tied ones once.
+                tied ones once, unless `params` chooses among them.
             parameters: Values of parameters and buffers by name; those missing keep
                 the module's values. Unknown names are the caller's to refuse.
             arrays: The dataset, each with the leading axis ``N``.
@@ -151,6 +153,8 @@ class Problem:
             mode: How BatchNorm behaves.
             dtype: Of parameters, buffers and floating point data.
             device: Where to compute.
+            params: Globs that choose the parameters and their order; the others are
+                constants. Empty: all.
             programs: What was traced of the same architecture; by default nothing.
 
         Returns:
@@ -161,10 +165,19 @@ class Problem:
         """
         mode, kind, place = Mode(mode), TORCH_DTYPES[Dtype(dtype)], torch.device(device)
         state = aliased(module, parameters)
-        variables, constants, skeleton = take_apart(module, mode, state, kind, place)
-        if not variables:
+        trained = {n: p.requires_grad for n, p in module.named_parameters()}
+        if not any(trained.values()):
             msg = "the model has no parameter with requires_grad; nothing to multiply"
             raise InvalidSpec(msg)
+        chosen = select(
+            [name for name, free in trained.items() if free],
+            params,
+            aliases=aliases(module),
+            frozen=[name for name, free in trained.items() if not free],
+        )
+        variables, constants, skeleton = take_apart(
+            module, mode, state, kind, place, chosen
+        )
         named = Loss.of(loss, kind, place)
         batches = cut(
             arrays, data, kind, place, prepare=functools.partial(named.prepared, kind)

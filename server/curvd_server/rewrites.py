@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +103,7 @@ def take_apart(
     state: Mapping[str, Array],
     dtype: torch.dtype,
     device: torch.device,
+    chosen: Sequence[str],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], nn.Module]:
     """Split a module into variables, constants and a skeleton without parameters.
 
@@ -112,10 +113,12 @@ def take_apart(
         state: Values by name; those missing are the module's own.
         dtype: Of floating point tensors.
         device: Where they go.
+        chosen: Names of the parameters to differentiate.
 
     Returns:
-        Differentiated parameters by name, the other parameters and the buffers by
-        name, and the rewritten copy in evaluation mode, its parameters without memory.
+        Differentiated parameters by name in the order `chosen`, the other parameters
+        and the buffers by name, and the rewritten copy in evaluation mode, its
+        parameters without memory.
     """
 
     def place(name: str, own: Tensor) -> Tensor:
@@ -123,33 +126,39 @@ def take_apart(
         kind = dtype if own.is_floating_point() else own.dtype
         return value.to(device, kind).contiguous()
 
+    free = set(chosen)
     memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
-        for p in module.parameters()
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=name in free)
+        for name, p in module.named_parameters()
     }
     skeleton = copy.deepcopy(module, memo).eval().to(dtype)
     rewrite(skeleton)
     if mode is Mode.BATCH_STATISTICS:
         use_batch_statistics(skeleton)
     kept = {name for name, _ in skeleton.named_buffers()}
-    variables: dict[str, Tensor] = {}
-    constants: dict[str, Tensor] = {}
-    for name, p in module.named_parameters():
-        (variables if p.requires_grad else constants)[name] = place(name, p)
+    own = dict(module.named_parameters())
+    variables = {name: place(name, own[name]) for name in chosen}
+    constants = {n: place(n, p) for n, p in own.items() if n not in free}
     for name, b in module.named_buffers():
         if name in kept:
             constants[name] = place(name, b)
     return variables, constants, skeleton
 
 
+def aliases(module: nn.Module) -> dict[str, str]:
+    """Map further names of tied parameters to the name that each goes by."""
+    first: dict[int, str] = {}
+    pairs = module.named_parameters(remove_duplicate=False)
+    homes = {name: first.setdefault(id(p), name) for name, p in pairs}
+    return {name: home for name, home in homes.items() if name != home}
+
+
 def aliased(module: nn.Module, state: Mapping[str, Array]) -> dict[str, Array]:
     """Let a tied parameter be given under any of its names."""
-    first: dict[int, str] = {}
     known = dict(state)
-    for name, p in module.named_parameters(remove_duplicate=False):
-        home = first.setdefault(id(p), name)
-        if name in state and home not in known:
-            known[home] = state[name]
+    for name, home in aliases(module).items():
+        if name in state:
+            known.setdefault(home, state[name])
     return known
 
 

@@ -149,6 +149,7 @@ class Session:
                 info.loss,
                 info.mode,
                 info.dtype,
+                info.params,
             )
 
         return await self.live.load(await asyncio.to_thread(prepare))

@@ -42,6 +42,8 @@ class NewSession:
     mode: Mode = Mode.EVAL
     operators: tuple[OperatorSpec, ...] = ()
     """To build before the answer; empty: the Hessian."""
+    params: tuple[str, ...] = ()
+    """Globs that choose the parameters; empty: all of them."""
     budget_bytes: int | None = None
     lease_s: float | None = None
     name: str = ""
@@ -314,6 +316,7 @@ class SessionStore:
             state=SessionState.COLD,
             create_time_s=self._with.clock(),
             expire_time_s=None,
+            params=new.params,
         )
         return StoredSession(
             info=info,

@@ -154,6 +154,7 @@ class FakeService:
             operators=tuple((o, PLAN) for o in operators or [types.OperatorSpec()]),
             state=types.SessionState.READY,
             create_time_s=1.0,
+            params=tuple(request.params),
             expire_time_s=(
                 1.0 + request.lease.ToSeconds() if request.HasField("lease") else None
             ),

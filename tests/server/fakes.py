@@ -113,8 +113,9 @@ class FakeDevice:
             raise BuilderNotFound(f"no builder {spec.builder!r}", builder=spec.builder)
         return two_tensors(spec)
 
-    def load(self, model, state, arrays, data, loss, mode, dtype):
+    def load(self, model, state, arrays, data, loss, mode, dtype, params):
         self.loads += 1
+        self.params = params
         return FakeProblem(self, state)
 
 

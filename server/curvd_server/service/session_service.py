@@ -17,6 +17,7 @@ from curvd.types import ServerInfo
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.registration import Registry, model_spec
+from curvd_server.selection import check_patterns
 from curvd_server.service import uploads
 from curvd_server.service.handlers import opened
 from curvd_server.session import Update
@@ -100,6 +101,7 @@ class SessionService:
             dtype=convert.dtype_from_proto(request.dtype),
             mode=convert.mode_from_proto(request.mode),
             operators=tuple(map(convert.operator_from_proto, request.operators)),
+            params=check_patterns(request.params),
             budget_bytes=budget,
             lease_s=_lease_s(request),
             name=check_text(request.name, "name"),
