@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
+from curvd.selection import check_patterns, select
 from curvd.types import (
     OperatorKind,
     OperatorSpec,
@@ -66,6 +67,7 @@ class SessionBase(ABC, Generic[O]):
     def hessian(
         self,
         *,
+        params: Sequence[str] | str | None = None,
         block_sizes: Sequence[int] | None = None,
         damping: float = 0.0,
         scale: float = 1.0,
@@ -74,6 +76,8 @@ class SessionBase(ABC, Generic[O]):
         """Second derivative of the objective.
 
         Args:
+            params: Globs over names that choose the parameters it acts on, in this
+                order, the others fixed; None: all.
             block_sizes: Parameters (tensors) per diagonal block; None: one block.
             damping: Added to the diagonal.
             scale: Multiplies the Hessian, not the damping.
@@ -84,6 +88,7 @@ class SessionBase(ABC, Generic[O]):
         """
         spec = OperatorSpec(
             kind=OperatorKind.HESSIAN,
+            parameters=self._chosen(params),
             block_sizes=_blocks(block_sizes),
             damping=damping,
             scale=scale,
@@ -93,6 +98,7 @@ class SessionBase(ABC, Generic[O]):
     def ggn(
         self,
         *,
+        params: Sequence[str] | str | None = None,
         block_sizes: Sequence[int] | None = None,
         damping: float = 0.0,
         scale: float = 1.0,
@@ -103,6 +109,8 @@ class SessionBase(ABC, Generic[O]):
         """Generalised Gauss-Newton: the loss's Hessian between two Jacobians.
 
         Args:
+            params: Globs over names that choose the parameters it acts on, in this
+                order, the others fixed; None: all.
             block_sizes: Parameters (tensors) per diagonal block; None: one block.
             damping: Added to the diagonal.
             scale: Multiplies the GGN, not the damping.
@@ -115,6 +123,7 @@ class SessionBase(ABC, Generic[O]):
         """
         spec = OperatorSpec(
             kind=OperatorKind.GGN,
+            parameters=self._chosen(params),
             block_sizes=_blocks(block_sizes),
             damping=damping,
             scale=scale,
@@ -126,6 +135,7 @@ class SessionBase(ABC, Generic[O]):
     def fisher(
         self,
         *,
+        params: Sequence[str] | str | None = None,
         block_sizes: Sequence[int] | None = None,
         damping: float = 0.0,
         scale: float = 1.0,
@@ -136,6 +146,8 @@ class SessionBase(ABC, Generic[O]):
         """Type-1 Fisher: targets sampled from the model's own distribution.
 
         Args:
+            params: Globs over names that choose the parameters it acts on, in this
+                order, the others fixed; None: all.
             block_sizes: Parameters (tensors) per diagonal block; None: one block.
             damping: Added to the diagonal.
             scale: Multiplies the Fisher, not the damping.
@@ -148,6 +160,7 @@ class SessionBase(ABC, Generic[O]):
         """
         spec = OperatorSpec(
             kind=OperatorKind.FISHER,
+            parameters=self._chosen(params),
             block_sizes=_blocks(block_sizes),
             damping=damping,
             scale=scale,
@@ -159,6 +172,7 @@ class SessionBase(ABC, Generic[O]):
     def empirical_fisher(
         self,
         *,
+        params: Sequence[str] | str | None = None,
         block_sizes: Sequence[int] | None = None,
         damping: float = 0.0,
         scale: float = 1.0,
@@ -167,6 +181,8 @@ class SessionBase(ABC, Generic[O]):
         """Uncentred second moment of the per-example gradients.
 
         Args:
+            params: Globs over names that choose the parameters it acts on, in this
+                order, the others fixed; None: all.
             block_sizes: Parameters (tensors) per diagonal block; None: one block.
             damping: Added to the diagonal.
             scale: Multiplies the Fisher, not the damping.
@@ -177,6 +193,7 @@ class SessionBase(ABC, Generic[O]):
         """
         spec = OperatorSpec(
             kind=OperatorKind.EMPIRICAL_FISHER,
+            parameters=self._chosen(params),
             block_sizes=_blocks(block_sizes),
             damping=damping,
             scale=scale,
@@ -189,6 +206,12 @@ class SessionBase(ABC, Generic[O]):
             f"<{type(self).__name__} {i.id!r} {i.name!r} P={i.layout.size} "
             f"N={i.data_points} {i.dtype} on {i.device}, version {i.version}>"
         )
+
+    def _chosen(self, params: Sequence[str] | str | None) -> tuple[str, ...] | None:
+        if params is None:
+            return None
+        patterns = [params] if isinstance(params, str) else params
+        return select(self.layout.names, check_patterns(patterns), aliases={})
 
     def _advance(self, version: int, digest: str) -> int:
         # Operators of the old version are gone on the server.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from curvd.errors import Cancelled, InvalidSpec
+from curvd.selection import select
 from curvd.types import (
     DatasetSpec,
     Dtype,
@@ -40,7 +41,6 @@ from curvd_server.data import (
 )
 from curvd_server.losses import Loss
 from curvd_server.rewrites import aliased, aliases, fixed_rows, take_apart
-from curvd_server.selection import select
 
 
 def never() -> bool:

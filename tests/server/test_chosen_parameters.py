@@ -92,7 +92,7 @@ def session(live_target):
 
 def test_only_the_chosen_ones_travel(session):
     whole = session.hessian() @ np.eye(session.layout.size)
-    H = session.operator(OperatorSpec(parameters=CHOSEN))
+    H = session.hessian(params=["3.b*", "1.weight"])
     rows = rows_of(session.layout, CHOSEN)
     assert H.layout.names == CHOSEN
     assert H.shape == (len(rows), len(rows))
@@ -108,6 +108,8 @@ def test_only_the_chosen_ones_travel(session):
 def test_unknown_names_are_refused_before_anything_is_sent(session):
     with pytest.raises(InvalidSpec, match="no parameter 'head'; it has 4, from"):
         session.operator(OperatorSpec(parameters=("head",)))
+    with pytest.raises(InvalidSpec, match=r"near it are '1\.weight'"):
+        session.ggn(params="1.weihgt")
     for names in ((), ("1.bias", "1.bias")):
         with pytest.raises(InvalidSpec, match="each once and at least one"):
             OperatorSpec(parameters=names)

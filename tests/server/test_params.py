@@ -9,12 +9,12 @@ from server.zoo import ANIMALS, REFUSED
 from torch import nn
 
 from curvd.errors import InvalidSpec, LimitExceeded
+from curvd.selection import check_patterns, select
 from curvd.types import DatasetSpec, Dtype, LossSpec, OperatorSpec
 from curvd_server.curvature import MODES, kept_bytes
 from curvd_server.engine import build
 from curvd_server.objective import Problem
 from curvd_server.plans import Plan
-from curvd_server.selection import check_patterns, select
 
 NAMES = ("blocks.0.attn.qkv", "blocks.0.mlp.up", "blocks.1.attn.qkv", "head.weight")
 

@@ -178,7 +178,7 @@ def test_if_nothing_verifies_every_mode_is_reported(monkeypatch):
 
 def test_block_sizes_that_do_not_cover_the_parameters_are_refused():
     spec = OperatorSpec(block_sizes=(1, 2))
-    with pytest.raises(InvalidSpec, match="sum to 3, but the session has 4"):
+    with pytest.raises(InvalidSpec, match="sum to 3, but the operator acts on 4"):
         build(problem_of(GELU), spec, budget_bytes=HUGE)
 
 

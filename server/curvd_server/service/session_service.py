@@ -13,11 +13,11 @@ from google.protobuf.duration_pb2 import Duration
 from curvd import convert
 from curvd.errors import CurvdError, InvalidSpec
 from curvd.rpcs import Part
+from curvd.selection import check_patterns
 from curvd.types import ServerInfo
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.registration import Registry, model_spec
-from curvd_server.selection import check_patterns
 from curvd_server.service import uploads
 from curvd_server.service.handlers import opened
 from curvd_server.session import Update

@@ -1,4 +1,7 @@
-"""Which parameters an operator acts on: globs over their names, in the order given."""
+"""Which parameters an operator acts on: globs over their names, in the order given.
+
+Both sides read it: the server for a session, the client for an operator.
+"""
 
 from __future__ import annotations
 
