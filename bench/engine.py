@@ -16,6 +16,7 @@ import gc
 import resource
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from curvd.types import DatasetSpec, Dtype, LossSpec, OperatorSpec
 from curvd_server.builders import BUILDERS
+from curvd_server.compilation import Compiler
 from curvd_server.engine import Operator, build
 from curvd_server.objective import Problem
 from curvd_server.plans import Plan
@@ -55,6 +57,8 @@ class Case:
     """Times faster than curvlinops, at least, for one column."""
     gain_many: float
     """The same for many columns."""
+    compiled: bool = False
+    """Whether what has to be reached may be reached in native code, after a minute."""
 
 
 CASES = {
@@ -71,6 +75,7 @@ CASES = {
         1.9,
         2,
         1.5,
+        compiled=True,
     ),
 }
 
@@ -143,6 +148,26 @@ def ours(c: Contest, budget_bytes: int = 16 * GIB, **spec: Any) -> Operator:
         f"{report.difference_gap:.0e}, symmetry {report.symmetry_gap:.0e}",
         flush=True,
     )
+    return operator
+
+
+def compiled(c: Contest, plan: Plan) -> Operator:
+    """Build as a session does, and wait for the native code that a session gets."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiler = Compiler(Path(folder), after_s=0.0)
+        start = time.perf_counter()
+        operator = build(
+            c.problem,
+            OperatorSpec(),
+            budget_bytes=16 * GIB,
+            plan=Plan("program", batches_at_once=plan.batches_at_once),
+            compiler=compiler,
+        )
+        compiler.wait()
+        seconds = time.perf_counter() - start
+        used = operator.is_compiled
+        print(f"    compiled in {seconds:.0f} s, taken over: {used}", flush=True)
+        compiler.close()
     return operator
 
 
@@ -291,6 +316,10 @@ def measure(name: str, table: Table) -> None:
     unit = flops(c.gradient)
     hessian, peer = ours(c), theirs(c, HessianLinearOperator)
     one = single(name, c, table, hessian, peer, unit)
+    if case.compiled:
+        hessian.close()
+        hessian = compiled(c, hessian.plan)
+        one = single(name, c, table, hessian, peer, unit)
     for width in case.widths:
         many(name, c, table, hessian, peer, width, one)
     memory(c, hessian, peer)
@@ -319,9 +348,13 @@ def single(
         },
         7 if name == "mlp" else 5,
     )
-    work = flops(lambda: mine.apply(V)) / unit
-    table.row("Hessian, K=1", s["unit"], s["mine"], s["peer"], errors, work)
+    native = mine.is_compiled
+    what = "Hessian, K=1, compiled" if native else "Hessian, K=1"
+    work = float("nan") if native else flops(lambda: mine.apply(V)) / unit
+    table.row(what, s["unit"], s["mine"], s["peer"], errors, work)
     cost, gain = s["mine"] / s["unit"], s["peer"] / s["mine"]
+    if c.case.compiled and not native:
+        return cost
     table.want(f"{name} Hessian K=1 in gradients", cost, c.case.hessian, most=True)
     table.want(f"{name} Hessian K=1 against curvlinops", gain, c.case.gain, most=False)
     table.want(f"{name} Hessian K=1 error", errors[0], EXACT, most=True)

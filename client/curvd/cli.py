@@ -71,6 +71,11 @@ def main() -> None:
 @option("--token-file", "A file with the token.", type=FILE)
 @option("--insecure", "Allow plain text on any address.", is_flag=True, default=None)
 @option("--builder", "NAME=module:callable; may be repeated.", multiple=True)
+@option(
+    "--compile-after-s",
+    "Make native code for what has computed so long; 0: never.",
+    type=float,
+)
 @limit_options
 @option("--drain-s", "How long calls may go on after SIGTERM.", type=float)
 @option("--log-level", "debug, info, warning or error.")

@@ -26,6 +26,7 @@ from curvd.types import ServerInfo
 from curvd_server import compute, logs
 from curvd_server.batching import Batcher
 from curvd_server.catalogue import Catalogue
+from curvd_server.compilation import Compiler
 from curvd_server.config import ServerConfig
 from curvd_server.device import Device
 from curvd_server.interceptors import Gate, TokenInterceptor
@@ -133,8 +134,14 @@ async def running(
         catalogue = Catalogue(config.data_dir / "catalogue.sqlite")
         stack.callback(catalogue.close)
         if device is None:
+            compiler = None
+            if config.compile_after_s:
+                compiler = Compiler(
+                    config.data_dir / "compiled", config.compile_after_s
+                )
+                stack.callback(compiler.close)
             device = compute.TorchDevice(
-                config.builders, config.device, catalogue.plans
+                config.builders, config.device, catalogue.plans, compiler
             )
         blobs = BlobStore(config.data_dir / "blobs")
         blobs.sweep(catalogue.referenced())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from curvd.types import (
     TensorInfo,
 )
 from curvd_server import builders, engine
+from curvd_server.compilation import Compiler
 from curvd_server.objective import Problem
 from curvd_server.plans import Memory
 from curvd_server.registration import Architecture
@@ -54,6 +56,16 @@ _NAMES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What operators are built with."""
+
+    plans: Memory
+    """Plans of earlier operators."""
+    compiler: Compiler | None
+    """Makes native code of what is used long enough."""
+
+
 class TorchDevice:
     """Builds models and loads objectives onto one device.
 
@@ -61,16 +73,21 @@ class TorchDevice:
         entries: The operator's own builders: name to ``module:callable``.
         device: For example ``cuda:0``.
         plans: Plans of earlier operators; None: those of this object's life.
+        compiler: Makes native code of what is used long enough; None: nothing does.
 
     Raises:
         InvalidSpec: If a builder cannot be loaded or the device is not there.
     """
 
     def __init__(
-        self, entries: Mapping[str, str], device: str, plans: Memory | None = None
+        self,
+        entries: Mapping[str, str],
+        device: str,
+        plans: Memory | None = None,
+        compiler: Compiler | None = None,
     ) -> None:
         use_differentiable_attention()
-        self._plans: Memory = {} if plans is None else plans
+        self._tools = Tools({} if plans is None else plans, compiler)
         self._builders = builders.resolve(entries)
         self._programs: dict[str, dict[Any, Any]] = {}
         self._name = device
@@ -194,7 +211,7 @@ class TorchDevice:
                     f"{type(error).__name__}: {first_line}"
                 )
                 raise InvalidSpec(msg, builder=model.builder) from error
-        return TorchProblem(problem, self._plans)
+        return TorchProblem(problem, self._tools)
 
     def _traced(self, spec: ModelSpec) -> dict[Any, Any]:
         """Find what was traced of an architecture, so that its next session is quick."""
@@ -228,11 +245,11 @@ class TorchProblem:
 
     Args:
         problem: The engine's.
-        plans: Where the plans of its operators are remembered.
+        tools: What its operators are built with.
     """
 
-    def __init__(self, problem: Problem, plans: Memory) -> None:
-        self._problem, self._plans = problem, plans
+    def __init__(self, problem: Problem, tools: Tools) -> None:
+        self._problem, self._tools = problem, tools
 
     @property
     def layout(self) -> ParameterLayout:
@@ -258,7 +275,7 @@ class TorchProblem:
         with _translated():
             tensors = _tensors({n: v for n, v in values.items() if n in used})
             moved = self._problem.with_parameters(tensors)
-            return TorchProblem(moved, self._plans)
+            return TorchProblem(moved, self._tools)
 
     def gradient(self, *, cancelled: Poll) -> tuple[float, NDArray[Any]]:
         """Compute the loss and its gradient [P]."""
@@ -284,7 +301,8 @@ class TorchProblem:
                 self._problem,
                 spec,
                 budget_bytes=budget_bytes,
-                memory=self._plans,
+                memory=self._tools.plans,
+                compiler=self._tools.compiler,
                 cancelled=cancelled,
             )
             return TorchOperator(inner)
@@ -307,7 +325,12 @@ class TorchOperator:
     ) -> None:
         self.inner = inner
         # Asked here, on the device's thread, because it may measure.
-        self.report = report or inner.report
+        self._report = report or inner.report
+
+    @property
+    def report(self) -> PlanReport:
+        """How it is computed; whether in native code, as of now."""
+        return replace(self._report, compiled=self.inner.is_compiled)
 
     def apply(self, columns: NDArray[Any], *, cancelled: Poll) -> NDArray[Any]:
         """Multiply columns: [K, P] -> [K, P]."""

@@ -118,6 +118,9 @@ class ServerConfig:
     """Further builders: name to ``module:callable``."""
     device: str = "cpu"
     """Where to compute, for example ``cuda:0``."""
+    compile_after_s: float = 60.0
+    """Seconds that an operator must have computed before native code is made for it, in
+    the background and if there is a C++ compiler; 0: never."""
     limits: LimitsConfig = LimitsConfig()
     drain_s: float = 30.0
     """How long running calls may finish after SIGTERM."""
@@ -132,9 +135,10 @@ class ServerConfig:
             raise InvalidSpec(msg)
         if self.token is not None:
             _check_token(self.token, "token")
-        if not self.drain_s >= 0:
-            msg = f"drain_s must not be negative, got {self.drain_s}"
-            raise InvalidSpec(msg, drain_s=self.drain_s)
+        for name in ("drain_s", "compile_after_s"):
+            if not getattr(self, name) >= 0:
+                msg = f"{name} must not be negative, got {getattr(self, name)}"
+                raise InvalidSpec(msg, **{name: getattr(self, name)})
         if self.log_level not in _LOG_LEVELS:
             msg = f"log_level must be one of {_LOG_LEVELS}, got {self.log_level!r}"
             raise InvalidSpec(msg, log_level=self.log_level)

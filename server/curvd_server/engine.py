@@ -20,11 +20,12 @@ from torch import Tensor
 
 from curvd.errors import InvalidVector, OutOfMemory
 from curvd.types import OperatorSpec, PlanReport
+from curvd_server.compilation import Compiler, Job
 from curvd_server.curvature import MODES, Linearisation, block_ranges, kept_bytes
 from curvd_server.data import Array
 from curvd_server.objective import Problem, check_cancelled, never
 from curvd_server.plans import Choice, Memory, Plan, choose
-from curvd_server.program import Rows
+from curvd_server.program import Compilable, Rows
 from curvd_server.repeatable import check_objective, check_repeatable
 
 TUNING_S = 3.0
@@ -52,6 +53,7 @@ def build(
     budget_bytes: int,
     plan: Plan | None = None,
     memory: Memory | None = None,
+    compiler: Compiler | None = None,
     tuning_s: float = TUNING_S,
     cancelled: Callable[[], bool] = never,
 ) -> Operator:
@@ -63,6 +65,7 @@ def build(
         budget_bytes: Memory for kept linearisations.
         plan: Taken if it verifies; else candidates are timed.
         memory: Plans of earlier operators, and where this one's is kept.
+        compiler: Makes native code of what is used long enough; None: nothing does.
         tuning_s: Time for timing candidates.
         cancelled: Polled between mini-batches and candidates.
 
@@ -86,7 +89,7 @@ def build(
         budget_s=tuning_s,
         cancelled=cancelled,
     )
-    operator = Operator(problem, spec, choice, budget_bytes)
+    operator = Operator(problem, spec, choice, budget_bytes, compiler)
     operator.warm(cancelled=cancelled)
     operator.check_repeatable()
     return operator
@@ -100,10 +103,16 @@ class Operator:
         spec: Which operator.
         choice: The plan and its evidence.
         budget_bytes: Memory for kept linearisations.
+        compiler: Makes native code of what is used long enough; None: nothing does.
     """
 
     def __init__(
-        self, problem: Problem, spec: OperatorSpec, choice: Choice, budget_bytes: int
+        self,
+        problem: Problem,
+        spec: OperatorSpec,
+        choice: Choice,
+        budget_bytes: int,
+        compiler: Compiler | None = None,
     ) -> None:
         self.problem, self.spec = problem, spec
         self.counters = Counters()
@@ -114,7 +123,8 @@ class Operator:
         self._work = problem.joined(choice.plan.batches_at_once)
         self._kept: list[Linearisation | None] = [None] * self._work.batches
         self._bytes: list[int] | None = None
-        self._seconds = 0.0
+        self._seconds = self._spent_s = 0.0
+        self._compiler, self._jobs = compiler, list[Job]()
 
     @property
     def plan(self) -> Plan:
@@ -136,7 +146,7 @@ class Operator:
                 len(kept) * self.plan.batches_at_once, self.problem.batches
             ),
             kept_bytes=kept_total,
-            compiled=False,
+            compiled=self.is_compiled,
             symmetry_gap=self._choice.evidence.symmetry_gap,
             difference_gap=self._choice.evidence.difference_gap,
             seconds_per_product=self._seconds,
@@ -146,6 +156,11 @@ class Operator:
             + 3 * self._width * column_bytes,
         )
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether native code computes it, on all but odd mini-batches."""
+        return bool(self._jobs) and all(j.routine.native for j in self._jobs)
+
     def at(self, problem: Problem) -> Operator:
         """Make this operator for new parameters, with the same plan.
 
@@ -153,9 +168,11 @@ class Operator:
         stays valid until it is closed.
         """
         here = problem.restricted(self.spec)
-        moved = Operator(here, self.spec, self._choice, self._budget_bytes)
+        moved = Operator(
+            here, self.spec, self._choice, self._budget_bytes, self._compiler
+        )
         moved._width, moved._bytes = self._width, self._bytes
-        moved._seconds = self._seconds
+        moved._seconds, moved._spent_s = self._seconds, self._spent_s
         return moved
 
     def close(self) -> None:
@@ -176,6 +193,7 @@ class Operator:
         if self.problem.device.type == "cuda":
             torch.cuda.synchronize(self.problem.device)
         self._seconds = (time.perf_counter() - start) * self._work.batches
+        self._consider_compiling()
 
     def check_repeatable(self) -> None:
         """Refuse an operator whose product differs between two evaluations."""
@@ -247,7 +265,7 @@ class Operator:
         return V
 
     def _multiply(self, V: Tensor, cancelled: Callable[[], bool]) -> Tensor:
-        out = torch.empty_like(V)
+        out, start = torch.empty_like(V), time.perf_counter()
         for index in range(self._work.batches):
             self._batch_product(index, V, out, cancelled)
         if self.spec.scale != 1.0:
@@ -255,7 +273,23 @@ class Operator:
         if self.spec.damping:
             out.add_(V, alpha=self.spec.damping)
         self.counters.columns += len(V)
+        self._spent_s += time.perf_counter() - start
+        self._consider_compiling()
         return out
+
+    def _consider_compiling(self) -> None:
+        """Ask for native code of the common mini-batch, if it is kept and one block.
+
+        More blocks would be as many programs, and columns that go through together
+        would be others again.
+        """
+        if self._compiler is None or self._width > 1 or len(self._blocks) > 1:
+            return
+        linear = self._kept[0]
+        if isinstance(linear, Compilable) and not self._jobs:
+            self._jobs = linear.jobs(self._blocks[0])
+        if not self.is_compiled:
+            self._compiler.consider(self._jobs, self._spent_s)
 
     def _batch_product(
         self, index: int, V: Tensor, out: Tensor, cancelled: Callable[[], bool]

@@ -16,14 +16,16 @@ diagonal blocks:
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx, nn
 
 from curvd.types import OperatorKind, OperatorSpec
+from curvd_server.compilation import Job, Routine
 from curvd_server.data import Batch
 from curvd_server.objective import Problem
 from curvd_server.outputs import Metric, metric
@@ -32,18 +34,16 @@ from curvd_server.specialise import without_zeros
 from curvd_server.tracing import Traced, evaluate, split, trace
 
 Rows = list[Tensor | None]
-Call = Callable[..., Sequence[Tensor]]
+Call = Callable[..., Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class LinearCode:
-    """A simplified linear program and its compiled specialisations."""
+    """A simplified linear program and its specialisations."""
 
     graph: fx.Graph
     recipe: Recipe
-    compiled: dict[tuple[range, range], tuple[Call, tuple[str, ...]]] = field(
-        default_factory=dict
-    )
+    routines: dict[tuple[range, range], Routine] = field(default_factory=dict)
 
     def constants(self, values: dict[str, Any]) -> dict[str, Any]:
         """Make the additional constants and drop those that are no longer named."""
@@ -52,17 +52,41 @@ class LinearCode:
         named = {node.target for node in self.graph.nodes if node.op == "get_attr"}
         return {name: value for name, value in values.items() if name in named}
 
-    def bind(self, inputs: range, outputs: range, constants: Mapping[str, Any]) -> Call:
-        """Specialise to some inputs and outputs, and fix the constants.
+    def routine(self, inputs: range, outputs: range) -> Routine:
+        """Specialise to some inputs and outputs, or find it done.
 
         Graph and module are a reference cycle, so they never hold constants: these
         are arguments, bound outside, and freed with the linearisation.
         """
         key = (inputs, outputs)
-        if key not in self.compiled:
-            self.compiled[key] = _compile(without_zeros(self.graph, *key))
-        forward, names = self.compiled[key]
-        return functools.partial(forward, *(constants[name] for name in names))
+        if key not in self.routines:
+            self.routines[key] = _routine(without_zeros(self.graph, *key))
+        return self.routines[key]
+
+    def bind(
+        self,
+        inputs: range,
+        outputs: range,
+        constants: Mapping[str, Any],
+        *,
+        batched: bool,
+    ) -> Call:
+        """Fix the constants of a routine.
+
+        Args:
+            inputs: Indices of the tangents that are not zero.
+            outputs: Indices of the rows that are wanted.
+            constants: By name.
+            batched: Whether the tangents have a leading column axis.
+
+        Returns:
+            Tangents to rows.
+        """
+        routine = self.routine(inputs, outputs)
+        known = [constants[name] for name in routine.names]
+        if not batched:
+            return functools.partial(routine.native or routine.module.forward, *known)
+        return torch.vmap(functools.partial(routine.module.forward, *known))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +106,16 @@ class Program:
         return self.codes[zeros]
 
 
-@dataclass(frozen=True, slots=True)
+@runtime_checkable
+class Compilable(Protocol):
+    """A linearisation whose code can be compiled."""
+
+    def jobs(self, block: range) -> list[Job]:
+        """List what can be compiled of one block's product."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class _HessianProgram:
     """Tangents in, rows out."""
 
@@ -93,16 +126,20 @@ class _HessianProgram:
         self, tangents: Sequence[Tensor], block: range, *, batched: bool
     ) -> Rows:
         """Multiply one diagonal block; see `curvature.Linearisation`."""
-        run = self.code.bind(block, block, self.constants)
         with torch.no_grad():
-            return list((torch.vmap(run) if batched else run)(*tangents))
+            run = self.code.bind(block, block, self.constants, batched=batched)
+            return list(run(*tangents))
+
+    def jobs(self, block: range) -> list[Job]:
+        """List what can be compiled of one block's product."""
+        return [_job(self, self.code.routine(block, block))]
 
     def held(self) -> list[Any]:
         """List what is kept in memory."""
         return list(self.constants.values())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class _JacobianProgram:
     """Tangents to outputs, the metric, and cotangents back to rows."""
 
@@ -116,15 +153,21 @@ class _JacobianProgram:
     ) -> Rows:
         """Multiply one diagonal block; see `curvature.Linearisation`."""
         outputs = range(self.parameters, self.parameters + 1)
-        push = self.code.bind(block, outputs, self.constants)
-        pull = self.code.bind(outputs, block, self.constants)
         with torch.no_grad():
-            (pushed,) = (torch.vmap(push) if batched else push)(*tangents)
+            push = self.code.bind(block, outputs, self.constants, batched=batched)
+            (pushed,) = push(*tangents)
             if pushed is None:
                 return [None] * len(block)
             # The program's views were traced for a contiguous cotangent.
             cotangent = self.metric(pushed).contiguous()
-            return list((torch.vmap(pull) if batched else pull)(cotangent))
+            pull = self.code.bind(outputs, block, self.constants, batched=batched)
+            return list(pull(cotangent))
+
+    def jobs(self, block: range) -> list[Job]:
+        """List what can be compiled of one block's product."""
+        outputs = range(self.parameters, self.parameters + 1)
+        pairs = ((block, outputs), (outputs, block))
+        return [_job(self, self.code.routine(*pair)) for pair in pairs]
 
     def held(self) -> list[Any]:
         """List what is kept in memory."""
@@ -183,12 +226,32 @@ def held_bytes(linear: _HessianProgram | _JacobianProgram, known: set[int]) -> i
     return sum(size for at, size in storages.items() if at not in known)
 
 
-def _compile(graph: fx.Graph) -> tuple[Call, tuple[str, ...]]:
-    """Make a graph callable, its constants the first arguments.
+def _job(linear: _HessianProgram | _JacobianProgram, routine: Routine) -> Job:
+    """Say how a routine is called, without keeping the session's memory."""
+    shapes = [
+        node.meta["val"]
+        for node in routine.module.graph.nodes
+        if node.op == "placeholder" and "val" in node.meta
+    ]
+    there = weakref.ref(linear)
 
-    Returns:
-        The callable, and the names of the constants in order.
-    """
+    def arguments() -> list[Tensor] | None:
+        alive = there()
+        if alive is None:
+            return None
+        constants = [alive.constants[name] for name in routine.names]
+        # As products cut them: out of one vector, so not all of them aligned.
+        dtype, device = shapes[0].dtype, shapes[0].device
+        vector = torch.randn(sum(s.numel() for s in shapes), dtype=dtype, device=device)
+        parts = torch.split(vector, [s.numel() for s in shapes])
+        tangents = [p.view(s.shape) for p, s in zip(parts, shapes, strict=True)]
+        return [*constants, *tangents]
+
+    return Job(routine, arguments)
+
+
+def _routine(graph: fx.Graph) -> Routine:
+    """Make a graph callable, its constants the first arguments."""
     first = next(iter(graph.nodes))
     named: dict[str, fx.Node] = {}
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
@@ -197,7 +260,7 @@ def _compile(graph: fx.Graph) -> tuple[Call, tuple[str, ...]]:
                 named[node.target] = graph.placeholder(node.target)
         node.replace_all_uses_with(named[node.target])
         graph.erase_node(node)
-    return fx.GraphModule(nn.Module(), graph).forward, tuple(named)
+    return Routine(fx.GraphModule(nn.Module(), graph), tuple(named))
 
 
 def _tensors(middle: Metric) -> list[Any]:

@@ -206,7 +206,7 @@ def test_an_architecture_is_traced_once(monkeypatch):
             Dtype.FLOAT64,
         )
         plans.remember(
-            problem._plans,
+            problem._tools.plans,
             plans.structure(problem._problem, OperatorSpec()),
             Plan("program"),
         )

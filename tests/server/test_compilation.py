@@ -1,0 +1,191 @@
+"""Native code replaces a linear program only if it is right, faster, and still wanted."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from server.reference import columns, error, problem_of
+from server.zoo import ANIMALS
+
+from curvd.types import OperatorSpec
+from curvd_server import compilation
+from curvd_server.compilation import Compiler, describe, rebuild
+from curvd_server.engine import build
+from curvd_server.plans import Plan
+from curvd_server.program import program
+
+HUGE = 2**30
+ZOO = {a.name: a for a in ANIMALS}
+
+
+def jobs_of(problem, kind="hessian"):
+    linear = program(problem, OperatorSpec(kind=kind), problem.data[0])
+    return linear, linear.jobs(range(len(problem.parameters)))
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    made = Compiler(tmp_path / "compiled", after_s=0.0)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Lets `native` stand for what the child made, and find it faster."""
+
+    def use(native):
+        monkeypatch.setattr(
+            Compiler, "_make", lambda self, text, package: package.write_text(text)
+        )
+        monkeypatch.setattr(
+            torch._inductor, "aoti_load_package", lambda path: native, raising=False
+        )
+        monkeypatch.setattr(compilation, "WORTH", np.inf)
+
+    return use
+
+
+@pytest.mark.parametrize("animal", ANIMALS, ids=str)
+def test_a_program_survives_being_written(animal):
+    """What the child reads is what this process runs, to the bit."""
+    problem = problem_of(animal)
+    for kind in ("hessian", "ggn"):
+        _, jobs = jobs_of(problem, kind)
+        for job in jobs:
+            arguments = job.arguments()
+            text = describe(job.routine.module.graph, arguments)
+            module, examples = rebuild(text)
+            assert [(t.shape, t.stride(), t.dtype) for t in examples] == [
+                (t.shape, t.stride(), t.dtype) for t in arguments
+            ]
+            with torch.no_grad():
+                want = job.routine.module(*arguments)
+                got = module(*arguments)
+            for a, b in zip(want, got, strict=True):
+                assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_right_code_is_used_and_the_report_says_so(eager, compiler):
+    problem = problem_of(ZOO["gelu"])
+    _, (job,) = jobs_of(problem)
+    used = []
+
+    def native(*arguments):
+        used.append(1)
+        return job.routine.module.forward(*arguments)
+
+    eager(native)
+    operator = build(
+        problem,
+        OperatorSpec(),
+        budget_bytes=HUGE,
+        plan=Plan("program"),
+        compiler=compiler,
+    )
+    V = columns(problem, 2)
+    compiler.wait()
+    used.clear()
+    plain = build(problem_of(ZOO["gelu"]), OperatorSpec(), budget_bytes=HUGE)
+    assert error(operator.apply(V), plain.apply(V)) < 1e-12
+    assert len(used) == 2  # each column, on the mini-batch of the common shape
+    assert operator.report.compiled
+    assert not plain.report.compiled
+    moved = operator.at(problem.with_parameters({}))
+    used.clear()
+    moved.apply(V[:1])
+    assert used
+
+
+def test_wrong_code_is_not_used(eager, compiler):
+    problem = problem_of(ZOO["gelu"])
+    linear, jobs = jobs_of(problem)
+    forward = jobs[0].routine.module.forward
+    eager(lambda *arguments: [1.001 * row for row in forward(*arguments)])
+    compiler.consider(jobs, spent_s=1.0)
+    compiler.wait()
+    assert linear is not None
+    assert jobs[0].routine.native is None
+
+
+def test_slower_code_is_not_used(eager, compiler, monkeypatch):
+    problem = problem_of(ZOO["gelu"])
+    linear, jobs = jobs_of(problem)
+    eager(jobs[0].routine.module.forward)
+    monkeypatch.setattr(compilation, "WORTH", 0.0)
+    compiler.consider(jobs, spent_s=1.0)
+    compiler.wait()
+    assert linear is not None
+    assert jobs[0].routine.native is None
+
+
+def test_a_compiler_that_fails_is_not_asked_again(compiler, monkeypatch):
+    asked = []
+
+    def fail(self, text, package):
+        asked.append(package)
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(Compiler, "_make", fail)
+    linear, jobs = jobs_of(problem_of(ZOO["gelu"]))
+    for _ in range(2):
+        compiler.consider(jobs, spent_s=1.0)
+        compiler.wait()
+    assert len(asked) == 1
+    assert linear is not None
+    assert jobs[0].routine.native is None
+
+
+def test_a_session_that_has_gone_is_not_kept_for_it(eager, compiler):
+    problem = problem_of(ZOO["gelu"])
+    linear, jobs = jobs_of(problem)
+    eager(jobs[0].routine.module.forward)
+    del linear
+    gc.collect()
+    assert jobs[0].arguments() is None
+    compiler.consider(jobs, spent_s=1.0)
+    compiler.wait()
+    assert jobs[0].routine.native is None
+
+
+def test_what_is_used_little_is_not_compiled(eager, tmp_path):
+    patient = Compiler(tmp_path, after_s=60.0)
+    linear, jobs = jobs_of(problem_of(ZOO["gelu"]))
+    eager(jobs[0].routine.module.forward)
+    patient.consider(jobs, spent_s=59.0)
+    patient.wait()
+    assert jobs[0].routine.native is None
+    assert linear is not None
+    # ... unless it was compiled before: by an earlier process, for example.
+    text = describe(jobs[0].routine.module.graph, jobs[0].arguments())
+    (tmp_path / f"{compilation._key(text)}.pt2").write_text("")
+    patient.consider(jobs, spent_s=0.0)
+    patient.wait()
+    patient.close()
+    assert jobs[0].routine.native is not None
+
+
+def test_a_child_that_dies_is_reported(compiler, tmp_path):
+    with pytest.raises(RuntimeError, match="ended with"):
+        compiler._make("no program", tmp_path / "package.pt2")
+    assert not list(tmp_path.glob("*.pt2"))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_real_compiler_makes_code_that_agrees(compiler, monkeypatch):
+    """The whole way, on a net that is small enough to wait for."""
+    monkeypatch.setattr(compilation, "WORTH", np.inf)
+    linear, jobs = jobs_of(problem_of(ZOO["gelu"]))
+    compiler.consider(jobs, spent_s=1.0)
+    compiler.wait()
+    native, forward = jobs[0].routine.native, jobs[0].routine.module.forward
+    assert native is not None
+    arguments = jobs[0].arguments()
+    with torch.no_grad():
+        for got, want in zip(native(*arguments), forward(*arguments), strict=True):
+            assert error(got, want) < 1e-12
+    assert linear is not None
