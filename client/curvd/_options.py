@@ -126,6 +126,8 @@ def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
     if "builders" in settings:
         pairs = settings.pop("builders").items()
         settings["builder"] = [f"{name}={place}" for name, place in pairs]
+    if "libraries" in settings:
+        settings["library"] = settings.pop("libraries")
     known = {p.name for p in ctx.command.params} - {param.name}
     if unknown := sorted(settings.keys() - known):
         msg = f"{path} sets what does not exist: {', '.join(unknown)}"

@@ -76,6 +76,12 @@ def main() -> None:
     "Make native code for what has computed so long; 0: never.",
     type=float,
 )
+@option(
+    "--library",
+    "Models of a library that clients may build, as a glob: timm:vit_*, "
+    "torchvision:*, transformers:gpt2; may be repeated.",
+    multiple=True,
+)
 @limit_options
 @option("--drain-s", "How long calls may go on after SIGTERM.", type=float)
 @option("--log-level", "debug, info, warning or error.")
@@ -160,6 +166,8 @@ def _server_settings(config: ModuleType, options: dict[str, Any]) -> dict[str, A
             msg = f"--builder {name}{equals}{place}: expected NAME=module:callable"
             raise click.UsageError(msg)
     given["builders"] = {name: place for name, _, place in builders}
+    if patterns := given.pop("library"):
+        given["libraries"] = patterns
     return given
 
 

@@ -141,7 +141,12 @@ async def running(
                 )
                 stack.callback(compiler.close)
             device = compute.TorchDevice(
-                config.builders, config.device, catalogue.plans, compiler
+                config.builders,
+                config.device,
+                catalogue.plans,
+                compiler,
+                allowed=config.libraries,
+                model_bytes=limits.upload_bytes,
             )
         blobs = BlobStore(config.data_dir / "blobs")
         blobs.sweep(catalogue.referenced())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from curvd.types import (
     PlanReport,
     TensorInfo,
 )
-from curvd_server import builders, engine
+from curvd_server import builders, engine, libraries
 from curvd_server.compilation import Compiler
 from curvd_server.objective import Problem
 from curvd_server.plans import Memory
@@ -74,6 +74,8 @@ class TorchDevice:
         device: For example ``cuda:0``.
         plans: Plans of earlier operators; None: those of this object's life.
         compiler: Makes native code of what is used long enough; None: nothing does.
+        allowed: Globs over models of libraries, for example ``timm:*``.
+        model_bytes: Largest state of a model of a library.
 
     Raises:
         InvalidSpec: If a builder cannot be loaded or the device is not there.
@@ -85,11 +87,16 @@ class TorchDevice:
         device: str,
         plans: Memory | None = None,
         compiler: Compiler | None = None,
+        *,
+        allowed: Sequence[str] = (),
+        model_bytes: int = 64 << 30,
     ) -> None:
         use_differentiable_attention()
         self._tools = Tools({} if plans is None else plans, compiler)
         self._builders = builders.resolve(entries)
         self._programs: dict[str, dict[Any, Any]] = {}
+        self._allowed = libraries.check_allowed(allowed)
+        self._model_bytes = model_bytes
         self._name = device
         try:
             torch.empty(0, device=device)
@@ -109,8 +116,8 @@ class TorchDevice:
 
     @property
     def builders(self) -> tuple[str, ...]:
-        """Names of the builders that are allowed."""
-        return tuple(self._builders)
+        """Names of the builders that are allowed, and globs over those of libraries."""
+        return (*self._builders, *self._allowed)
 
     def describe(self) -> DeviceInfo:
         """Describe the device and its memory."""
@@ -223,9 +230,11 @@ class TorchDevice:
         return found
 
     def _build(self, spec: ModelSpec) -> nn.Module:
-        builder = self._builders.get(spec.builder)
+        builder = self._builders.get(spec.builder) or libraries.find(
+            spec.builder, self._allowed, limit_bytes=self._model_bytes
+        )
         if builder is None:
-            known = ", ".join(self._builders)
+            known = ", ".join(self.builders)
             msg = (
                 f"no builder {spec.builder!r} is allowed on this server; known: {known}"
             )

@@ -116,6 +116,9 @@ class ServerConfig:
     """Serve other machines without encryption, or without asking who they are."""
     builders: Mapping[str, str] = field(default_factory=dict)
     """Further builders: name to ``module:callable``."""
+    libraries: tuple[str, ...] = ()
+    """Globs over models of libraries that are allowed: ``timm:vit_*``,
+    ``torchvision:*``, ``transformers:gpt2``."""
     device: str = "cpu"
     """Where to compute, for example ``cuda:0``."""
     compile_after_s: float = 60.0
@@ -129,6 +132,7 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data_dir", Path(self.data_dir))
+        object.__setattr__(self, "libraries", tuple(self.libraries))
         local = is_local(self.listen)
         if self.token is not None and self.token_file is not None:
             msg = "give the token or token_file, not both"

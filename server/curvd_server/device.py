@@ -77,7 +77,7 @@ class Device(Protocol):
 
     @property
     def builders(self) -> tuple[str, ...]:
-        """Names of the builders that are allowed."""
+        """Names of the builders that are allowed, and globs over those of libraries."""
 
     @property
     def torch_version(self) -> str:

@@ -9,6 +9,7 @@ thread per device evaluates it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,13 @@ from curvd_server.data import (
     tensor_of,
 )
 from curvd_server.losses import Loss
-from curvd_server.rewrites import aliased, aliases, fixed_rows, take_apart
+from curvd_server.rewrites import (
+    WideFloats,
+    aliased,
+    aliases,
+    fixed_rows,
+    take_apart,
+)
 
 
 def never() -> bool:
@@ -92,7 +99,9 @@ class Model:
             args, kwargs = (), self._named(batch)
         elif self.data.input_style is InputStyle.MAPPING:
             args = (self._named(batch),)
-        result = torch.func.functional_call(self.skeleton, state, args, kwargs)
+        wide = parameters[0].dtype is torch.float64
+        with WideFloats() if wide else contextlib.nullcontext():
+            result = torch.func.functional_call(self.skeleton, state, args, kwargs)
         if isinstance(result, Mapping):
             result = result.get("logits", result)
         result = getattr(result, "logits", result)

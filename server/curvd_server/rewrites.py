@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 import importlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.overrides import TorchFunctionMode
 
 from curvd.types import Mode
 from curvd_server.data import Array, tensor_of
@@ -47,6 +48,31 @@ class PaddedEmbedding(nn.Embedding):
         rows = F.embedding(input, self.weight)
         padded = torch.eq(input, int(self.padding_idx or 0)).unsqueeze(-1)
         return torch.where(padded, rows.detach(), rows)
+
+
+class WideFloats(TorchFunctionMode):
+    """Reads float32 as float64 wherever a model names it.
+
+    Models of language upcast norms and softmaxes to float32, which in a float64
+    computation is a downcast: it rounds away what differences are made of.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch with float64 for float32."""
+        if func is Tensor.float:
+            func = Tensor.double
+        named = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_widened, args), **named)
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 def rewrite(module: nn.Module) -> None:
@@ -175,3 +201,5 @@ def use_differentiable_attention() -> None:
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.enable_math_sdp(True)
+    # nn.TransformerEncoderLayer's fused path has no derivative at all.
+    torch.backends.mha.set_fastpath_enabled(False)

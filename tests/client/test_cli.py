@@ -72,6 +72,7 @@ def test_options_reach_the_server(served, file):
         --listen unix:/s --data-dir /d --device cpu --drain-s 1.5 --insecure
         --tls-cert {pem} --tls-key {pem} --tls-client-ca {pem} --token-file {token}
         --builder a=m:f --builder b=m.n:g --log-level error
+        --library timm:vit_* --library transformers:gpt2
         --upload-bytes 123 --default-budget-bytes 4GiB --sessions 3
     """
     result = run("serve", *args.split())
@@ -85,6 +86,7 @@ def test_options_reach_the_server(served, file):
             "token_file": token,
             "insecure": True,
             "builders": {"a": "m:f", "b": "m.n:g"},
+            "libraries": ("timm:vit_*", "transformers:gpt2"),
             "limits": {
                 "upload_bytes": 123,
                 "sessions": 3,
@@ -99,7 +101,8 @@ def test_options_reach_the_server(served, file):
 def test_flag_beats_environment_beats_file(served, file):
     config = file(
         'listen = "h:1"\ndata-dir = "/file"\nsessions = 1\nblock_bytes = "1GiB"\n'
-        'insecure = true\n[builders]\na = "m:f"\n'
+        'insecure = true\nlibraries = ["timm:*", "torchvision:resnet18"]\n'
+        '[builders]\na = "m:f"\n'
     )
     env = {"CURVD_DATA_DIR": "/env", "CURVD_SESSIONS": "2"}
     result = run("serve", "--config", config, "--sessions", 3, env=env)
@@ -110,6 +113,7 @@ def test_flag_beats_environment_beats_file(served, file):
     assert settings["limits"] == {"sessions": 3, "block_bytes": 1 << 30}
     assert settings["insecure"] is True
     assert settings["builders"] == {"a": "m:f"}
+    assert settings["libraries"] == ("timm:*", "torchvision:resnet18")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +154,8 @@ def test_every_setting_of_the_server_has_an_option():
 
     options = {p.name for p in main.commands["serve"].params}
     settings = {f.name for f in dataclasses.fields(ServerConfig)}
-    assert settings - {"tls", "limits", "builders"} <= options
+    assert settings - {"tls", "limits", "builders", "libraries"} <= options
+    assert {"builder", "library"} <= options
     assert {f"tls_{f.name}" for f in dataclasses.fields(TlsConfig)} <= options
     assert {f.name for f in dataclasses.fields(LimitsConfig)} == set(LIMITS)
 
