@@ -37,6 +37,16 @@ from curvd_server.plans import Memory
 from curvd_server.registration import Architecture
 from curvd_server.rewrites import use_differentiable_attention
 
+_CANNOT_RUN = (
+    TypeError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    AttributeError,
+    AssertionError,
+)
+"""What modules raise when they see data that they were not made for."""
+
 Arrays = Mapping[str, NDArray[Any]]
 Poll = Callable[[], bool]
 
@@ -208,7 +218,7 @@ class TorchDevice:
                     params=params,
                     programs=self._traced(model),
                 )
-            except (TypeError, ValueError, LookupError, RuntimeError) as error:
+            except _CANNOT_RUN as error:
                 if _is_out_of_memory(error):
                     raise
                 # Not our defect: what the model said when it saw the data.

@@ -271,6 +271,34 @@ def test_an_output_that_is_not_there_names_those_that_are(client):
         client.create_session(model, dataset, loss="mse")
 
 
+def test_data_that_does_not_fit_the_model_is_the_callers_mistake(client):
+    module = library("timm").create_model("vit_tiny_patch16_224", **VIT)
+    model = client.register_model("timm:vit_tiny_patch16_224", VIT, module.state_dict())
+    data = {"x": np.zeros((2, 3, 9, 9)), "y": np.zeros(2, np.int64)}
+    dataset = client.register_dataset(data, inputs="x", target="y", batch_size=2)
+    with pytest.raises(curvd.InvalidSpec, match=r"cannot run on this dataset: .*\(9\)"):
+        client.create_session(model, dataset, loss="cross_entropy")
+
+
+def test_upcasts_to_float32_do_not_keep_a_narrow_session_from_being_verified(client):
+    module = reference("llama", "AutoModelForCausalLM", LLAMA)
+    config = {**LLAMA, "head": "causal_lm"}
+    model = client.register_model("transformers:llama", config, module.state_dict())
+    ids = text(padded=False)["input_ids"]
+    dataset = client.register_dataset(
+        {"input_ids": ids, "y": ids}, inputs="input_ids", target="y", batch_size=BATCH
+    )
+    products = []
+    for dtype in ("F32", "F64"):
+        with client.create_session(
+            model, dataset, loss={"name": "cross_entropy", "shift": True}, dtype=dtype
+        ) as session:
+            hessian = session.hessian()
+            v = np.linspace(-1, 1, session.info.layout.size).astype(hessian.dtype)
+            products.append(hessian @ v)
+    np.testing.assert_allclose(*products, rtol=1e-3, atol=1e-5)
+
+
 def test_the_server_lists_what_it_allows(client):
     assert {"mlp", "gpt"} < set(client.server_info().builders)
     with pytest.raises(curvd.BuilderNotFound, match="'timm:local-dir:/etc'"):
