@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from curvd import convert, types, wire
-from curvd._calls import Call
+from curvd._calls import Call, Unary
 from curvd.arrays import to_numpy
 from curvd.errors import InvalidSpec, InvalidTensors, Unavailable
 from curvd.rpcs import RPCS, Part, Rpc
@@ -161,37 +161,42 @@ def register_model(
 
 
 def register_dataset(
-    tensors: Tensors,
+    tensors: Tensors | None,
     *,
+    name: str | None,
     inputs: Sequence[str] | str,
     target: str,
     batch_size: int,
     input_style: types.InputStyle | str,
     progress: Progress | None,
-) -> Upload[DatasetInfo]:
-    """Register named tensors as fixed mini-batches."""
+) -> Call[DatasetInfo]:
+    """Register tensors, or a dataset of the server, as fixed mini-batches."""
+    if (tensors is None) == (name is None):
+        msg = "give tensors, or the name of a dataset that lies on the server"
+        raise InvalidSpec(msg)
     spec = DatasetSpec(
         inputs=(inputs,) if isinstance(inputs, str) else tuple(inputs),
         target=target,
         batch_size=batch_size,
         input_style=input_style,  # type: ignore[arg-type]
     )
-    blob = _blob(tensors)
-    _check_dataset(blob.header, spec)
     header = session_pb.RegisterDatasetHeader(
         inputs=spec.inputs,
         target=spec.target,
         batch_size=spec.batch_size,
         input_style=convert.input_style_to_proto(spec.input_style),
+        name=name,
     )
-    return Upload(
-        RPCS["RegisterDataset"],
-        header,
-        "tensors",
-        blob,
-        lambda response: convert.dataset_from_proto(response.dataset),
-        progress,
-    )
+    rpc = RPCS["RegisterDataset"]
+    if tensors is None:
+        return Unary(rpc, rpc.request.message(header=header), _dataset)
+    blob = _blob(tensors)
+    _check_dataset(blob.header, spec)
+    return Upload(rpc, header, "tensors", blob, _dataset, progress)
+
+
+def _dataset(response: session_pb.RegisterDatasetResponse) -> DatasetInfo:
+    return convert.dataset_from_proto(response.dataset)
 
 
 def update_parameters(
@@ -258,7 +263,7 @@ def _mapped(path: Path) -> Blob:
 
 
 def _check_dataset(header: wire.Header, spec: DatasetSpec) -> None:
-    names = (*spec.inputs, spec.target)
+    names = spec.names
     if set(names) != set(header):
         msg = (
             f"the tensors are {', '.join(header) or 'none'}, but inputs and target "

@@ -86,8 +86,9 @@ class AsyncClient:
 
     async def register_dataset(
         self,
-        tensors: Tensors,
+        tensors: Tensors | None = None,
         *,
+        name: str | None = None,
         inputs: Sequence[str] | str,
         target: str,
         batch_size: int,
@@ -99,6 +100,7 @@ class AsyncClient:
             call = await asyncio.to_thread(
                 _uploads.register_dataset,
                 tensors,
+                name=name,
                 inputs=inputs,
                 target=target,
                 batch_size=batch_size,

@@ -63,6 +63,11 @@ def main() -> None:
 @option(
     "--data-dir", "Where what was registered survives.", type=click.Path(path_type=Path)
 )
+@option(
+    "--datasets-root",
+    "A folder of NAME.safetensors that clients may use by name.",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+)
 @option("--device", "Where to compute: cpu, cuda:0, …")
 @option("--tls-cert", "PEM file with the server's certificate chain.", type=FILE)
 @option("--tls-key", "PEM file with its key.", type=FILE)

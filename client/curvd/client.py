@@ -125,8 +125,9 @@ class Client:
 
     def register_dataset(
         self,
-        tensors: Tensors,
+        tensors: Tensors | None = None,
         *,
+        name: str | None = None,
         inputs: Sequence[str] | str,
         target: str,
         batch_size: int,
@@ -138,6 +139,8 @@ class Client:
         Args:
             tensors: Inputs and target by name, [N, ...] each, or the path of a
                 safetensors file.
+            name: One of `ServerInfo.datasets`, in place of tensors: a file that lies on
+                the server, and may have more tensors than are used here.
             inputs: Names of the model's inputs, in order.
             target: Name of the target.
             batch_size: ``B``; the last mini-batch may be smaller.
@@ -150,6 +153,7 @@ class Client:
         with shown(progress, "dataset") as callback:
             call = _uploads.register_dataset(
                 tensors,
+                name=name,
                 inputs=inputs,
                 target=target,
                 batch_size=batch_size,

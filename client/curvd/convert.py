@@ -242,6 +242,7 @@ def dataset_to_proto(dataset: types.DatasetInfo) -> session_pb.Dataset:
         input_style=input_style_to_proto(dataset.spec.input_style),
         data_points=dataset.data_points,
         total_bytes=dataset.total_bytes,
+        name=dataset.name,
     )
 
 
@@ -253,6 +254,7 @@ def dataset_from_proto(message: session_pb.Dataset) -> types.DatasetInfo:
         tensors=tensors_from_proto(message.tensors),
         data_points=message.data_points,
         total_bytes=message.total_bytes,
+        name=message.name,
     )
 
 
@@ -343,6 +345,7 @@ def server_info_to_proto(info: types.ServerInfo) -> session_pb.GetServerInfoResp
         devices=[session_pb.Device(**asdict(d)) for d in info.devices],
         builders=info.builders,
         capabilities=info.capabilities,
+        datasets=info.datasets,
     )
 
 
@@ -357,6 +360,7 @@ def server_info_from_proto(
         devices=tuple(_same_names(types.DeviceInfo, d) for d in message.devices),
         builders=tuple(message.builders),
         capabilities=tuple(message.capabilities),
+        datasets=tuple(message.datasets),
     )
 
 

@@ -378,6 +378,11 @@ class DatasetSpec:
             msg = f"batch_size must be at least 1, got {self.batch_size}"
             raise InvalidSpec(msg, batch_size=self.batch_size)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors: inputs and target."""
+        return (*self.inputs, self.target)
+
 
 def member(kind: type[E], value: str, what: str) -> E:
     """Find the member of an enumeration.
@@ -456,6 +461,8 @@ class DatasetInfo:
     data_points: int
     """``N``."""
     total_bytes: int
+    name: str = ""
+    """Its name on the server; empty if it was uploaded."""
 
 
 class SessionState(enum.StrEnum):
@@ -531,6 +538,8 @@ class ServerInfo:
     devices: tuple[DeviceInfo, ...]
     builders: tuple[str, ...]
     capabilities: tuple[str, ...]
+    datasets: tuple[str, ...] = ()
+    """Names of the datasets that lie on the server."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,7 @@ from curvd_server.compilation import Compiler
 from curvd_server.config import ServerConfig
 from curvd_server.device import Device
 from curvd_server.interceptors import Gate, TokenInterceptor
+from curvd_server.mounts import Mounts
 from curvd_server.registration import Registry
 from curvd_server.service.curvature_service import CurvatureService
 from curvd_server.service.handlers import generic_handlers
@@ -45,6 +46,7 @@ CAPABILITIES = (
     "fisher",
     "ggn",
     "hessian",
+    "mounted_datasets",
     "resumable_uploads",
     "validate_only",
 )
@@ -148,7 +150,8 @@ async def running(
                 allowed=config.libraries,
                 model_bytes=limits.upload_bytes,
             )
-        blobs = BlobStore(config.data_dir / "blobs")
+        mounts = Mounts(config.datasets_root, config.data_dir / "mounts")
+        blobs = BlobStore(config.data_dir / "blobs", mounts)
         blobs.sweep(catalogue.referenced())
         batcher = Batcher(
             run_columns=limits.run_columns,
@@ -175,8 +178,9 @@ async def running(
                 registry=Registry(catalogue, blobs, device.architecture),
                 sessions=sessions,
                 blobs=blobs,
+                mounts=mounts,
                 limits=limits,
-                describe=lambda: _describe(config, device),
+                describe=lambda: _describe(config, device, mounts),
             ),
             CurvatureService(sessions=sessions, batcher=batcher, limits=limits),
             queries,
@@ -239,7 +243,7 @@ async def _expire(sessions: SessionStore) -> None:
             logs.logger().exception("defect", task="expire")
 
 
-def _describe(config: ServerConfig, device: Device) -> ServerInfo:
+def _describe(config: ServerConfig, device: Device, mounts: Mounts) -> ServerInfo:
     return ServerInfo(
         version=_version(),
         torch_version=device.torch_version,
@@ -247,6 +251,7 @@ def _describe(config: ServerConfig, device: Device) -> ServerInfo:
         devices=(device.describe(),),
         builders=device.builders,
         capabilities=CAPABILITIES,
+        datasets=mounts.names(),
     )
 
 

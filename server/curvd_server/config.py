@@ -106,6 +106,8 @@ class ServerConfig:
     """``host:port``, ``[ipv6]:port`` or ``unix:/path``; port 0 takes a free one."""
     data_dir: Path = Path("curvd-data")
     """Where models, datasets and sessions are kept; made if it is not there."""
+    datasets_root: Path | None = None
+    """A folder of ``<name>.safetensors`` that clients may use by name; read only."""
     tls: TlsConfig | None = None
     """None: plain text."""
     token: str | None = field(default=None, repr=False)
@@ -133,6 +135,11 @@ class ServerConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "data_dir", Path(self.data_dir))
         object.__setattr__(self, "libraries", tuple(self.libraries))
+        if self.datasets_root is not None:
+            object.__setattr__(self, "datasets_root", Path(self.datasets_root))
+            if not Path(self.datasets_root).is_dir():
+                msg = f"datasets_root {str(self.datasets_root)!r} is no folder"
+                raise InvalidSpec(msg, datasets_root=self.datasets_root)
         local = is_local(self.listen)
         if self.token is not None and self.token_file is not None:
             msg = "give the token or token_file, not both"

@@ -6,6 +6,7 @@ tensors. Nothing is unpickled, and nothing is registered that a session could no
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -96,12 +97,15 @@ class Registry:
         self._catalogue.add_model(model)
         return info
 
-    def dataset(self, spec: DatasetSpec, digest: str) -> DatasetInfo | None:
+    def dataset(
+        self, spec: DatasetSpec, digest: str, *, name: str = ""
+    ) -> DatasetInfo | None:
         """Find a dataset, or make it if its bytes are there.
 
         Args:
             spec: How its tensors become mini-batches.
             digest: Of their safetensors file.
+            name: Of the file on the server, which may have further tensors.
 
         Returns:
             The dataset; None if the bytes are missing.
@@ -120,15 +124,18 @@ class Registry:
         try:
             return self._catalogue.dataset(dataset_id).info
         except DatasetNotFound:
-            if not self._blobs.has(digest):
+            if not name and not self._blobs.has(digest):
                 return None
         blob = self._blobs.open(digest)
+        used = {n: t for n, t in blob.header.items() if n in spec.names}
+        chosen = dataclasses.replace(blob, header=used) if name else blob
         info = DatasetInfo(
             id=dataset_id,
             spec=spec,
-            tensors=_tensors(blob.header),
-            data_points=check_dataset(blob, spec),
+            tensors=_tensors(chosen.header),
+            data_points=check_dataset(chosen, spec),
             total_bytes=blob.total_bytes,
+            name=name,
         )
         self._catalogue.add_dataset(StoredDataset(info=info, digest=digest))
         return info
@@ -215,7 +222,7 @@ def check_dataset(blob: Blob, spec: DatasetSpec) -> int:
     Raises:
         InvalidSpec: If names or leading axes do not fit, or a value is not finite.
     """
-    names, given = (*spec.inputs, spec.target), blob.header
+    names, given = spec.names, blob.header
     if set(names) != set(given):
         msg = (
             f"the tensors are {', '.join(given) or 'none'}, but inputs and target name "
@@ -228,8 +235,8 @@ def check_dataset(blob: Blob, spec: DatasetSpec) -> int:
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in given.items())
         msg = f"all tensors must have the same leading axis N > 0; got {shapes}"
         raise InvalidSpec(msg)
-    for name, array in blob.arrays.items():
-        check_finite_data(name, given[name].dtype, array)
+    for name in names:
+        check_finite_data(name, given[name].dtype, blob.arrays[name])
     return data_points
 
 

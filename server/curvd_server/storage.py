@@ -27,6 +27,7 @@ from curvd.errors import (
     LimitExceeded,
     NotFound,
 )
+from curvd_server.mounts import Mounts
 from curvd_server.partials import Partial, Upload
 
 ABANDONED_S = 24 * 3600.0
@@ -69,10 +70,12 @@ class BlobStore:
 
     Args:
         directory: Where they lie; made if it is not there.
+        mounts: Finds further ones, which lie where their owner put them.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, mounts: Mounts | None = None) -> None:
         self._directory = directory
+        self._mounts = mounts
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._partials: dict[str, Partial] = {}
@@ -80,7 +83,10 @@ class BlobStore:
 
     def has(self, digest: str) -> bool:
         """Tell whether a blob is complete."""
-        return self._path(digest).exists()
+        mounts = self._mounts
+        return self._path(digest).exists() or (
+            mounts is not None and mounts.holds(digest)
+        )
 
     def committed_bytes(self, digest: str) -> int:
         """Tell from where an upload goes on."""
@@ -162,6 +168,8 @@ class BlobStore:
             LimitExceeded: If its header is too large.
         """
         path = self._path(digest)
+        if self._mounts is not None and not path.exists():
+            path = self._mounts.path(digest) or path
         try:
             size = path.stat().st_size
             with path.open("rb") as file:

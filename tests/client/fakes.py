@@ -112,6 +112,18 @@ class FakeService:
 
     def RegisterDataset(self, parts):
         header = next(parts).header
+        if header.name:
+            info = types.DatasetInfo(
+                id="d0",
+                spec=convert.dataset_spec_from_proto(header),
+                tensors=(),
+                data_points=1,
+                total_bytes=1,
+                name=header.name,
+            )
+            dataset = convert.dataset_to_proto(info)
+            yield session_pb.RegisterDatasetResponse(dataset=dataset)
+            return
         upload = self._receive("RegisterDataset", header.tensors, parts)
         if isinstance(upload, session_pb.UploadNeeded):
             yield session_pb.RegisterDatasetResponse(upload_needed=upload)

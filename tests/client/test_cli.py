@@ -69,7 +69,8 @@ def test_options_that_are_not_given_are_left_to_the_server(served):
 def test_options_reach_the_server(served, file):
     pem, token = file("pem"), file("secret", "token")
     args = f"""
-        --listen unix:/s --data-dir /d --device cpu --drain-s 1.5 --insecure
+        --datasets-root {token.parent} --listen unix:/s --data-dir /d --device cpu
+        --drain-s 1.5 --insecure
         --tls-cert {pem} --tls-key {pem} --tls-client-ca {pem} --token-file {token}
         --builder a=m:f --builder b=m.n:g --log-level error
         --library timm:vit_* --library transformers:gpt2
@@ -81,6 +82,7 @@ def test_options_reach_the_server(served, file):
         {
             "listen": "unix:/s",
             "data_dir": Path("/d"),
+            "datasets_root": token.parent,
             "device": "cpu",
             "tls": {"cert": pem, "key": pem, "client_ca": pem},
             "token_file": token,

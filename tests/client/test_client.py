@@ -33,6 +33,17 @@ def test_a_model_is_registered_with_its_builder_and_tensors(client):
     )
 
 
+def test_a_dataset_of_the_server_is_registered_by_name(client, service):
+    dataset = client.register_dataset(
+        name="digits", inputs="x", target="y", batch_size=2
+    )
+    assert dataset.name == "digits"
+    assert not service.chunk_bytes
+    for wrong in ({}, {"tensors": DATA, "name": "digits"}):
+        with pytest.raises(curvd.InvalidSpec, match="give tensors, or the name"):
+            client.register_dataset(**wrong, inputs="x", target="y", batch_size=2)
+
+
 def test_a_dataset_is_registered_with_its_batching(client):
     dataset = client.register_dataset(DATA, inputs=["x"], target="y", batch_size=32)
     assert dataset.data_points == 100

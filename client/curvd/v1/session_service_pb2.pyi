@@ -49,7 +49,7 @@ class Model(_message.Message):
     def __init__(self, id: _Optional[str] = ..., builder: _Optional[str] = ..., config_json: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_types_pb2.TensorInfo, _Mapping]]] = ..., state_bytes: _Optional[int] = ...) -> None: ...
 
 class Dataset(_message.Message):
-    __slots__ = ("id", "tensors", "inputs", "target", "batch_size", "input_style", "data_points", "total_bytes")
+    __slots__ = ("id", "tensors", "inputs", "target", "batch_size", "input_style", "data_points", "total_bytes", "name")
     ID_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,7 @@ class Dataset(_message.Message):
     INPUT_STYLE_FIELD_NUMBER: _ClassVar[int]
     DATA_POINTS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
     id: str
     tensors: _containers.RepeatedCompositeFieldContainer[_types_pb2.TensorInfo]
     inputs: _containers.RepeatedScalarFieldContainer[str]
@@ -66,7 +67,8 @@ class Dataset(_message.Message):
     input_style: _types_pb2.InputStyle
     data_points: int
     total_bytes: int
-    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_types_pb2.TensorInfo, _Mapping]]] = ..., inputs: _Optional[_Iterable[str]] = ..., target: _Optional[str] = ..., batch_size: _Optional[int] = ..., input_style: _Optional[_Union[_types_pb2.InputStyle, str]] = ..., data_points: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+    name: str
+    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_types_pb2.TensorInfo, _Mapping]]] = ..., inputs: _Optional[_Iterable[str]] = ..., target: _Optional[str] = ..., batch_size: _Optional[int] = ..., input_style: _Optional[_Union[_types_pb2.InputStyle, str]] = ..., data_points: _Optional[int] = ..., total_bytes: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
 
 class Session(_message.Message):
     __slots__ = ("id", "name", "model_id", "dataset_id", "loss", "dtype", "mode", "version", "parameters_digest", "parameters", "parameter_count", "data_points", "batches", "device", "budget_bytes", "operators", "state", "create_time", "expire_time", "params")
@@ -139,18 +141,20 @@ class RegisterModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., upload_needed: _Optional[_Union[UploadNeeded, _Mapping]] = ...) -> None: ...
 
 class RegisterDatasetHeader(_message.Message):
-    __slots__ = ("inputs", "target", "batch_size", "input_style", "tensors")
+    __slots__ = ("inputs", "target", "batch_size", "input_style", "tensors", "name")
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     INPUT_STYLE_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
     inputs: _containers.RepeatedScalarFieldContainer[str]
     target: str
     batch_size: int
     input_style: _types_pb2.InputStyle
     tensors: Upload
-    def __init__(self, inputs: _Optional[_Iterable[str]] = ..., target: _Optional[str] = ..., batch_size: _Optional[int] = ..., input_style: _Optional[_Union[_types_pb2.InputStyle, str]] = ..., tensors: _Optional[_Union[Upload, _Mapping]] = ...) -> None: ...
+    name: str
+    def __init__(self, inputs: _Optional[_Iterable[str]] = ..., target: _Optional[str] = ..., batch_size: _Optional[int] = ..., input_style: _Optional[_Union[_types_pb2.InputStyle, str]] = ..., tensors: _Optional[_Union[Upload, _Mapping]] = ..., name: _Optional[str] = ...) -> None: ...
 
 class RegisterDatasetRequest(_message.Message):
     __slots__ = ("header", "chunk")
@@ -325,17 +329,19 @@ class Device(_message.Message):
     def __init__(self, name: _Optional[str] = ..., description: _Optional[str] = ..., total_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "torch_version", "limits", "devices", "builders", "capabilities")
+    __slots__ = ("version", "torch_version", "limits", "devices", "builders", "capabilities", "datasets")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     BUILDERS_FIELD_NUMBER: _ClassVar[int]
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
+    DATASETS_FIELD_NUMBER: _ClassVar[int]
     version: str
     torch_version: str
     limits: Limits
     devices: _containers.RepeatedCompositeFieldContainer[Device]
     builders: _containers.RepeatedScalarFieldContainer[str]
     capabilities: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[str] = ..., torch_version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., builders: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ...) -> None: ...
+    datasets: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[str] = ..., torch_version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., builders: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., datasets: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -14,9 +14,10 @@ from curvd import convert
 from curvd.errors import CurvdError, InvalidSpec
 from curvd.rpcs import Part
 from curvd.selection import check_patterns
-from curvd.types import ServerInfo
+from curvd.types import DatasetSpec, ServerInfo
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.config import LimitsConfig
+from curvd_server.mounts import Mounts
 from curvd_server.registration import Registry, model_spec
 from curvd_server.service import uploads
 from curvd_server.service.handlers import opened
@@ -37,6 +38,7 @@ class SessionService:
         registry: Of models and datasets.
         sessions: Of the server.
         blobs: Where uploads go.
+        mounts: Datasets that lie on the server.
         limits: Of the server.
         describe: Describes the server.
     """
@@ -47,10 +49,11 @@ class SessionService:
         registry: Registry,
         sessions: SessionStore,
         blobs: BlobStore,
+        mounts: Mounts,
         limits: LimitsConfig,
         describe: Callable[[], ServerInfo],
     ) -> None:
-        self._registry, self._sessions = registry, sessions
+        self._registry, self._sessions, self._mounts = registry, sessions, mounts
         self._blobs, self._limits, self._describe = blobs, limits, describe
 
     async def register_model(
@@ -75,6 +78,8 @@ class SessionService:
         """Register named tensors as fixed mini-batches."""
         header, chunks = await opened(requests)
         spec = convert.dataset_spec_from_proto(header)
+        if header.name:
+            return await self._mounted_dataset(header, spec)
         found = await self._registered(
             header.tensors,
             chunks,
@@ -83,6 +88,23 @@ class SessionService:
         if found is None:
             missing = uploads.needed(header.tensors, self._blobs)
             return session_pb.RegisterDatasetResponse(upload_needed=missing)
+        dataset = convert.dataset_to_proto(found)
+        return session_pb.RegisterDatasetResponse(dataset=dataset)
+
+    async def _mounted_dataset(
+        self, header: session_pb.RegisterDatasetHeader, spec: DatasetSpec
+    ) -> session_pb.RegisterDatasetResponse:
+        """Register a dataset that lies on the server."""
+        if header.HasField("tensors"):
+            msg = (
+                f"give tensors, or the name {header.name[:80]!r} of a dataset, not both"
+            )
+            raise InvalidSpec(msg, name=header.name[:80])
+        digest = await asyncio.to_thread(self._mounts.digest, header.name)
+        found = await asyncio.to_thread(
+            self._registry.dataset, spec, digest, name=header.name
+        )
+        assert found is not None
         dataset = convert.dataset_to_proto(found)
         return session_pb.RegisterDatasetResponse(dataset=dataset)
 

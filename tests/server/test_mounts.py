@@ -1,0 +1,144 @@
+"""Datasets that lie on the server: found by name, used in place, never elsewhere."""
+
+import os
+
+import numpy as np
+import pytest
+from server.fakes import file_of
+
+from curvd.errors import DatasetNotFound, FailedPrecondition, InvalidSpec, NotFound
+from curvd_server.mounts import Mounts
+from curvd_server.storage import BlobStore
+
+DATA = {"x": np.arange(8.0).reshape(4, 2), "y": np.zeros(4)}
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "datasets"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def mounts(root, tmp_path):
+    return Mounts(root, tmp_path / "mounts")
+
+
+def put(root, name, arrays=DATA):
+    data, digest = file_of(arrays)
+    (root / f"{name}.safetensors").write_bytes(data)
+    return digest
+
+
+def test_datasets_are_listed_and_found_by_name(root, mounts):
+    digest = put(root, "digits-val.v1")
+    put(root, "a_b")
+    (root / "notes.txt").write_text("no dataset")
+    assert mounts.names() == ("a_b", "digits-val.v1")
+    assert mounts.digest("digits-val.v1") == digest
+    assert mounts.path(digest) == root / "digits-val.v1.safetensors"
+    assert mounts.path("0" * 64) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/b",
+        "a\\b",
+        "/etc/passwd",
+        "a..b",
+        "-x",
+        "x\0",
+        "é",
+        "x" * 129,
+    ],
+)
+def test_a_name_is_never_a_path(mounts, name):
+    with pytest.raises(InvalidSpec, match="the name of a dataset"):
+        mounts.digest(name)
+
+
+def test_a_link_that_leads_out_of_the_folder_is_no_dataset(root, mounts, tmp_path):
+    put(tmp_path, "secret")
+    put(root, "inside")
+    os.symlink(tmp_path / "secret.safetensors", root / "outside.safetensors")
+    os.symlink(root / "inside.safetensors", root / "again.safetensors")
+    (root / "folder.safetensors").mkdir()
+    assert mounts.names() == ("again", "inside")
+    with pytest.raises(DatasetNotFound):
+        mounts.digest("outside")
+    with pytest.raises(DatasetNotFound):
+        mounts.digest("folder")
+
+
+def test_a_name_that_is_not_there_names_what_is_near(root, mounts, tmp_path):
+    put(root, "imagenet-val")
+    with pytest.raises(DatasetNotFound, match="near it are 'imagenet-val'"):
+        mounts.digest("imagnet-val")
+    with pytest.raises(DatasetNotFound, match=r"operator can mount .* datasets_root"):
+        Mounts(None, tmp_path / "m").digest("imagenet-val")
+    assert Mounts(None, tmp_path / "m").names() == ()
+
+
+def test_a_file_is_hashed_once(root, mounts, tmp_path, monkeypatch):
+    digest = put(root, "d")
+    mounts.digest("d")
+    monkeypatch.setattr("hashlib.file_digest", None)
+    again = Mounts(root, tmp_path / "mounts")  # after a restart, too
+    assert again.digest("d") == digest
+
+
+def test_a_file_that_was_changed_is_noticed(root, mounts):
+    digest = put(root, "d")
+    mounts.digest("d")
+    other = put(root, "d", {**DATA, "y": np.ones(4)})
+    path = root / "d.safetensors"
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    assert not mounts.holds(digest)
+    with pytest.raises(FailedPrecondition, match="'d' was changed since"):
+        mounts.path(digest)
+    assert mounts.digest("d") == other
+    path.unlink()
+    with pytest.raises(FailedPrecondition, match="'d' is gone since"):
+        mounts.path(other)
+
+
+def test_a_mounted_file_is_a_blob_that_is_mapped_and_never_removed(
+    root, mounts, tmp_path
+):
+    digest = put(root, "d")
+    blobs = BlobStore(tmp_path / "blobs", mounts)
+    assert not blobs.has(digest)
+    with pytest.raises(NotFound):
+        blobs.open(digest)
+    mounts.digest("d")
+    assert blobs.has(digest)
+    x = blobs.open(digest).arrays["x"]
+    np.testing.assert_array_equal(x, DATA["x"])
+    while not isinstance(x, np.memmap):
+        x = x.base
+    assert str(x.filename) == str(root / "d.safetensors")
+    blobs.release(digest, set)
+    blobs.sweep(set(), now_s=1e12)
+    assert blobs.has(digest)
+    assert not list((tmp_path / "blobs").iterdir())
+
+
+def test_bytes_may_still_be_uploaded_after_a_mounted_file_changed(
+    root, mounts, tmp_path
+):
+    data, digest = file_of(DATA)
+    put(root, "d")
+    mounts.digest("d")
+    (root / "d.safetensors").unlink()
+    blobs = BlobStore(tmp_path / "blobs", mounts)
+    assert not blobs.has(digest)
+    with blobs.upload(digest, offset=0, total_bytes=len(data)) as upload:
+        upload.write(memoryview(data))
+        assert upload.finish()
+    np.testing.assert_array_equal(blobs.open(digest).arrays["x"], DATA["x"])
