@@ -49,15 +49,17 @@ $(VENV)/proto/.stamp: pyproject.toml
 
 PROTOC = $(VENV)/proto/bin/python -m grpc_tools.protoc -Iproto proto/curvd/v1/*.proto
 
+STUBLESS = types_pb2_grpc.py graph_pb2_grpc.py
+
 proto: $(VENV)/proto/.stamp ## regenerate client/curvd/v1 from proto/
 	$(PROTOC) --python_out=client --pyi_out=client --grpc_python_out=client
-	rm -f client/curvd/v1/types_pb2_grpc.py # it has no service, so no stub
+	cd client/curvd/v1 && rm -f $(STUBLESS) # they have no service, so no stub
 
 proto-check: $(VENV)/proto/.stamp ## prove that the generated code is fresh
 	@rm -rf $(VENV)/proto/out && mkdir -p $(VENV)/proto/out
 	$(PROTOC) --python_out=$(VENV)/proto/out --pyi_out=$(VENV)/proto/out \
 	  --grpc_python_out=$(VENV)/proto/out
-	@rm -f $(VENV)/proto/out/curvd/v1/types_pb2_grpc.py
+	@cd $(VENV)/proto/out/curvd/v1 && rm -f $(STUBLESS)
 	@touch $(VENV)/proto/out/curvd/v1/__init__.py
 	diff -r --exclude=__pycache__ $(VENV)/proto/out/curvd/v1 client/curvd/v1
 

@@ -28,6 +28,7 @@ from curvd.errors import (
     FailedPrecondition,
     Internal,
     InvalidArgument,
+    InvalidGraph,
     InvalidSpec,
     InvalidTensors,
     InvalidVector,
@@ -48,6 +49,7 @@ from curvd.errors import (
     Unimplemented,
     VersionMismatch,
 )
+from curvd.exported import ExportedModel, export
 from curvd.operator import RemoteOperator
 from curvd.results import (
     Density,
@@ -100,6 +102,9 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "RetryConfig",
     "TlsConfig",
     "tune_allocator",
+    # any module as a graph
+    "export",
+    "ExportedModel",
     # the same for asyncio
     "aio",
     "AsyncClient",
@@ -153,6 +158,7 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "FailedPrecondition",
     "Internal",
     "InvalidArgument",
+    "InvalidGraph",
     "InvalidSpec",
     "InvalidTensors",
     "InvalidVector",

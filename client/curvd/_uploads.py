@@ -16,6 +16,7 @@ from curvd import convert, types, wire
 from curvd._calls import Call, Unary
 from curvd.arrays import to_numpy
 from curvd.errors import InvalidSpec, InvalidTensors, Unavailable
+from curvd.exported import ExportedModel
 from curvd.rpcs import RPCS, Part, Rpc
 from curvd.types import DatasetInfo, DatasetSpec, ModelInfo
 from curvd.v1 import session_service_pb2 as session_pb
@@ -141,15 +142,25 @@ class Upload(Call[T]):
 
 
 def register_model(
-    builder: str,
+    model: str | ExportedModel,
     config: Mapping[str, Any] | None,
-    state: Tensors,
+    state: Tensors | None,
     progress: Progress | None,
 ) -> Upload[ModelInfo]:
     """Register an architecture with its state."""
-    header = session_pb.RegisterModelHeader(
-        builder=builder, config_json=convert.config_to_json(config or {})
-    )
+    if isinstance(model, ExportedModel):
+        if config:
+            msg = f"an exported model takes no config; got {sorted(config)}"
+            raise InvalidSpec(msg)
+        header = session_pb.RegisterModelHeader(graph=model.graph)
+        state = model.state if state is None else state
+    elif state is None:
+        msg = f"builder {model!r} needs a state: module.state_dict(), or arrays by name"
+        raise InvalidSpec(msg, builder=model)
+    else:
+        header = session_pb.RegisterModelHeader(
+            builder=model, config_json=convert.config_to_json(config or {})
+        )
     return Upload(
         RPCS["RegisterModel"],
         header,

@@ -27,6 +27,7 @@ from curvd.arrays import Layout
 from curvd.client import configured
 from curvd.config import ClientConfig, Pem, TlsConfig
 from curvd.errors import SessionNotFound
+from curvd.exported import ExportedModel
 from curvd.operator import OperatorBase
 from curvd.progress import shown
 from curvd.queries import AsyncQueryMethods
@@ -70,9 +71,9 @@ class AsyncClient:
 
     async def register_model(
         self,
-        builder: str,
-        config: Mapping[str, Any] | None,
-        state: Tensors,
+        model: str | ExportedModel,
+        config: Mapping[str, Any] | None = None,
+        state: Tensors | None = None,
         *,
         progress: Progress | bool = False,
     ) -> ModelInfo:
@@ -80,7 +81,7 @@ class AsyncClient:
         with shown(progress, "model") as callback:
             # Hashing gigabytes would hold up the event loop.
             call = await asyncio.to_thread(
-                _uploads.register_model, builder, config, state, callback
+                _uploads.register_model, model, config, state, callback
             )
             return await self._connection.run(call)
 

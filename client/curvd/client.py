@@ -11,6 +11,7 @@ from curvd import _requests, _uploads
 from curvd._connection import Connection
 from curvd._uploads import Progress, Tensors
 from curvd.config import ClientConfig, Pem, TlsConfig
+from curvd.exported import ExportedModel
 from curvd.progress import shown
 from curvd.session import Session
 from curvd.types import (
@@ -97,9 +98,9 @@ class Client:
 
     def register_model(
         self,
-        builder: str,
-        config: Mapping[str, Any] | None,
-        state: Tensors,
+        model: str | ExportedModel,
+        config: Mapping[str, Any] | None = None,
+        state: Tensors | None = None,
         *,
         progress: Progress | bool = False,
     ) -> ModelInfo:
@@ -109,18 +110,20 @@ class Client:
         on where it was.
 
         Args:
-            builder: Name of one of `ServerInfo.builders`.
-            config: Its options, JSON values only.
+            model: Any module as `curvd.export` writes it, or the name of one of
+                `ServerInfo.builders`.
+            config: The builder's options, JSON values only.
             state: Every entry of the module's state: ``module.state_dict()``, NumPy
-                arrays by name, or the path of a safetensors file. bfloat16 tensors
-                travel as float32, unless they come in a file.
+                arrays by name, or the path of a safetensors file; None: what was
+                exported. bfloat16 tensors travel as float32, unless they come in a
+                file.
             progress: Called with bytes done and in total; True draws a bar on stderr.
 
         Returns:
             The model.
         """
         with shown(progress, "model") as callback:
-            call = _uploads.register_model(builder, config, state, callback)
+            call = _uploads.register_model(model, config, state, callback)
             return self._connection.run(call)
 
     def register_dataset(

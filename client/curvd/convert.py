@@ -209,13 +209,14 @@ def config_from_json(text: str) -> dict[str, object]:
 
 
 def model_to_proto(model: types.ModelInfo) -> session_pb.Model:
-    """Convert a registered model."""
+    """Convert a registered model; its graph does not travel back."""
     return session_pb.Model(
         id=model.id,
         builder=model.spec.builder,
         config_json=config_to_json(model.spec.config),
         tensors=tensors_to_proto(model.tensors),
         state_bytes=model.state_bytes,
+        graph_digest=model.graph_digest,
     )
 
 
@@ -228,6 +229,7 @@ def model_from_proto(message: session_pb.Model) -> types.ModelInfo:
         ),
         tensors=tensors_from_proto(message.tensors),
         state_bytes=message.state_bytes,
+        graph_digest=message.graph_digest,
     )
 
 

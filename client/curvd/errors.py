@@ -5,6 +5,7 @@
     │   ├── InvalidVector           an operand's shape, dtype or values
     │   ├── InvalidTensors          bytes that are not the safetensors file they claim to be
     │   ├── StateMismatch           a model state with missing, extra or misshapen tensors
+    │   ├── InvalidGraph            a model or loss that cannot be written or run as a graph
     │   └── InvalidSpec             an option of a model, dataset, loss, session or operator
     ├── NotFound                the name refers to nothing on this server
     │   ├── ModelNotFound · DatasetNotFound · SessionNotFound · BuilderNotFound
@@ -85,6 +86,10 @@ class InvalidTensors(InvalidArgument):
 
 class StateMismatch(InvalidArgument):
     """A model state has missing, extra or misshapen tensors; all are named."""
+
+
+class InvalidGraph(InvalidArgument):
+    """A model or loss cannot be written, or run, as a graph of allowed operators."""
 
 
 class InvalidSpec(InvalidArgument):

@@ -347,11 +347,14 @@ class ParameterLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """An architecture by name; its state travels beside it as safetensors."""
+    """An architecture by name, or as a graph; its state travels beside it."""
 
     builder: str
+    """Empty: a graph makes it."""
     config: Mapping[str, object] = field(default_factory=dict)
     """JSON values only."""
+    graph: bytes = field(default=b"", repr=False)
+    """A serialised ``curvd.v1.Graph``, where it is at hand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -449,6 +452,8 @@ class ModelInfo:
     spec: ModelSpec
     tensors: tuple[TensorInfo, ...]
     state_bytes: int
+    graph_digest: str = ""
+    """SHA-256 of the graph; empty: a builder made it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from curvd.errors import DatasetNotFound, FailedPrecondition, ModelNotFound
 from curvd.types import DatasetInfo, ModelInfo, SessionInfo
 from curvd.v1 import session_service_pb2 as session_pb
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _KEPT_VERSIONS = 1000
 _SCHEMA = """
 CREATE TABLE models (
     id TEXT PRIMARY KEY, digest TEXT NOT NULL, record BLOB NOT NULL,
-    ties TEXT NOT NULL) STRICT;
+    ties TEXT NOT NULL, graph BLOB NOT NULL DEFAULT x'') STRICT;
 CREATE TABLE datasets (
     id TEXT PRIMARY KEY, digest TEXT NOT NULL, record BLOB NOT NULL) STRICT;
 CREATE TABLE sessions (
@@ -42,6 +42,12 @@ CREATE TABLE versions (
 _PLANS = """
 CREATE TABLE IF NOT EXISTS plans (key TEXT PRIMARY KEY, plan TEXT NOT NULL) STRICT;
 """
+
+
+_MIGRATIONS = {
+    1: "ALTER TABLE models ADD COLUMN graph BLOB NOT NULL DEFAULT x'';",
+}
+"""From each older schema to the next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,15 +112,17 @@ class Catalogue:
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("PRAGMA foreign_keys = ON")
         (found,) = self._db.execute("PRAGMA user_version").fetchone()
-        if found not in (0, SCHEMA_VERSION):
+        if found not in (0, *_MIGRATIONS, SCHEMA_VERSION):
             msg = (
                 f"{path} has schema {found}, this curvd reads {SCHEMA_VERSION}: run the "
                 "version that wrote it, or use another data directory"
             )
             raise FailedPrecondition(msg, found=found, known=SCHEMA_VERSION)
-        if not found:
+        if found != SCHEMA_VERSION:
+            older = range(found, SCHEMA_VERSION)
+            change = "".join(_MIGRATIONS[v] for v in older) if found else _SCHEMA
             self._db.executescript(
-                f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+                f"BEGIN; {change} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
             )
         self._db.executescript(_PLANS)
         self.plans = Plans(self)
@@ -123,11 +131,13 @@ class Catalogue:
     def add_model(self, model: StoredModel) -> None:
         """Keep a model; one that is there already stays."""
         self.write(
-            "INSERT OR IGNORE INTO models VALUES (?, ?, ?, ?)",
+            "INSERT OR IGNORE INTO models (id, digest, record, ties, graph)"
+            " VALUES (?, ?, ?, ?, ?)",
             model.info.id,
             model.digest,
             convert.model_to_proto(model.info).SerializeToString(),
             json.dumps(dict(model.ties)),
+            model.info.spec.graph,
         )
 
     def model(self, model_id: str) -> StoredModel:
@@ -137,13 +147,14 @@ class Catalogue:
             ModelNotFound: If it is not registered.
         """
         rows = self.read(
-            "SELECT digest, record, ties FROM models WHERE id = ?", model_id
+            "SELECT digest, record, ties, graph FROM models WHERE id = ?", model_id
         )
         if not rows:
             msg = f"no model {model_id!r} on this server; register it first"
             raise ModelNotFound(msg, model_id=model_id)
-        digest, record, ties = rows[0]
+        digest, record, ties, graph = rows[0]
         info = convert.model_from_proto(session_pb.Model.FromString(record))
+        info = replace(info, spec=replace(info.spec, graph=graph))
         return StoredModel(info=info, digest=digest, ties=json.loads(ties))
 
     def add_dataset(self, dataset: StoredDataset) -> None:

@@ -32,6 +32,9 @@ from curvd.types import (
 )
 from curvd_server import builders, engine, libraries
 from curvd_server.compilation import Compiler
+from curvd_server.graph.decode import decode
+from curvd_server.graph.dryrun import dry_run
+from curvd_server.graph.interpret import GraphModule, Interpreter
 from curvd_server.objective import Problem
 from curvd_server.plans import Memory
 from curvd_server.registration import Architecture
@@ -150,19 +153,25 @@ class TorchDevice:
     def architecture(self, spec: ModelSpec) -> Architecture:
         """Find out what a builder makes; without memory if it can be built so.
 
+        A graph is checked and tried on two data points, also without memory.
+
         Args:
-            spec: Builder and configuration.
+            spec: Builder and configuration, or graph.
 
         Returns:
             The tensors of its state.
         """
-        try:
-            with torch.device("meta"):
+        module: nn.Module
+        if spec.graph:
+            module = self._interpreted(spec, batch=2)
+        else:
+            try:
+                with torch.device("meta"):
+                    module = self._build(spec)
+            except CurvdError:
+                raise
+            except Exception:  # it looks at values while it builds
                 module = self._build(spec)
-        except CurvdError:
-            raise
-        except Exception:  # it looks at values while it builds
-            module = self._build(spec)
         names: dict[int, str] = {}
         tensors, ties = {}, {}
         for name, tensor in module.state_dict(keep_vars=True).items():
@@ -188,7 +197,7 @@ class TorchDevice:
         """Bring a model, a dataset and a loss together on the device.
 
         Args:
-            model: Builder and configuration.
+            model: Builder and configuration, or graph.
             state: Parameters and buffers by name.
             arrays: The dataset.
             data: How it becomes mini-batches.
@@ -203,7 +212,12 @@ class TorchDevice:
         Raises:
             InvalidSpec: If they do not fit each other.
         """
-        module = self._build(model)
+        if model.graph:
+            rows = len(arrays[data.target])
+            batch = min(data.batch_size, rows)
+            module: nn.Module = self._interpreted(model, batch=batch)
+        else:
+            module = self._build(model)
         with _translated():
             try:
                 problem = Problem.load(
@@ -224,7 +238,7 @@ class TorchDevice:
                 # Not our defect: what the model said when it saw the data.
                 first_line = str(error).partition("\n")[0]
                 msg = (
-                    f"model {model.builder!r} cannot run on this dataset: "
+                    f"model {model.builder or 'graph'!r} cannot run on this dataset: "
                     f"{type(error).__name__}: {first_line}"
                 )
                 raise InvalidSpec(msg, builder=model.builder) from error
@@ -238,6 +252,12 @@ class TorchDevice:
         if len(self._programs) > _ARCHITECTURES:
             del self._programs[next(iter(self._programs))]
         return found
+
+    def _interpreted(self, spec: ModelSpec, *, batch: int) -> GraphModule:
+        """Make a graph's module, once it has run without memory."""
+        interpreter = Interpreter(decode(spec.graph))
+        dry_run(interpreter, batch=batch, limit_bytes=self.describe().total_bytes)
+        return GraphModule(interpreter)
 
     def _build(self, spec: ModelSpec) -> nn.Module:
         builder = self._builders.get(spec.builder) or libraries.find(

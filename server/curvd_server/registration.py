@@ -1,7 +1,8 @@
 """Models and datasets: what is checked, and how they get their ids.
 
-A client names a builder that the server's operator allowed, and sends JSON and
-tensors. Nothing is unpickled, and nothing is registered that a session could not use.
+A client names a builder that the server's operator allowed and sends JSON, or it sends
+a graph of allowed operators; the tensors follow. Nothing is unpickled, and nothing is
+registered that a session could not use.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from curvd.errors import (
     StateMismatch,
 )
 from curvd.types import DatasetInfo, DatasetSpec, ModelInfo, ModelSpec, TensorInfo
+from curvd.v1 import graph_pb2 as graph_pb
 from curvd.wire import Header
 from curvd_server.catalogue import Catalogue, StoredDataset, StoredModel
+from curvd_server.graph.decode import canonical
 from curvd_server.storage import Blob, BlobStore
 from curvd_server.validate import check_finite_data
 
@@ -50,7 +53,8 @@ class Registry:
     Args:
         catalogue: Where they are kept.
         blobs: Where their tensors are.
-        architecture: Finds out what a builder makes of a configuration.
+        architecture: Finds out what a builder makes of a configuration, or what a
+            graph needs.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class Registry:
         """Find a model, or make it if its bytes are there.
 
         Args:
-            spec: Builder and configuration.
+            spec: Builder and configuration, or graph.
             digest: Of the state's safetensors file.
 
         Returns:
@@ -75,10 +79,13 @@ class Registry:
         Raises:
             BuilderNotFound: If no such builder is allowed.
             InvalidSpec: If the builder refuses the configuration.
+            InvalidGraph: If the graph is not one that this server runs.
             InvalidTensors: If the bytes are no safetensors file.
             StateMismatch: If they are not the state of that architecture.
         """
-        model_id = _hash(builder=spec.builder, config=spec.config, state=digest)
+        graph_digest = hashlib.sha256(spec.graph).hexdigest() if spec.graph else ""
+        content = {"graph": graph_digest} if spec.graph else {"builder": spec.builder}
+        model_id = _hash(**content, config=spec.config, state=digest)
         try:
             return self._catalogue.model(model_id).info
         except ModelNotFound:
@@ -92,6 +99,7 @@ class Registry:
             spec=spec,
             tensors=_tensors(blob.header),
             state_bytes=blob.total_bytes,
+            graph_digest=graph_digest,
         )
         model = StoredModel(info=info, digest=digest, ties=architecture.ties)
         self._catalogue.add_model(model)
@@ -145,20 +153,28 @@ class Registry:
         self._blobs.release(digest, self._catalogue.referenced)
 
 
-def model_spec(builder: str, config_json: str) -> ModelSpec:
+def model_spec(
+    builder: str, config_json: str, graph: graph_pb.Graph | None = None
+) -> ModelSpec:
     """Read what a client says about an architecture.
 
     Args:
         builder: Name of a builder.
         config_json: A JSON object, or nothing.
+        graph: The architecture itself, instead of both.
 
     Returns:
         The specification.
 
     Raises:
-        LimitExceeded: If the configuration is too large.
-        InvalidSpec: If it is not a JSON object.
+        LimitExceeded: If the configuration or the graph is too large.
+        InvalidSpec: If it is not a JSON object, or there are both.
     """
+    if graph is not None:
+        if builder or config_json:
+            msg = f"a model is made by a builder or a graph, not both; got {builder!r}"
+            raise InvalidSpec(msg, builder=builder)
+        return ModelSpec(builder="", graph=canonical(graph))
     if len(config_json) > MAX_CONFIG_BYTES:
         msg = (
             f"config_json has {len(config_json)} bytes; the limit is {MAX_CONFIG_BYTES}"

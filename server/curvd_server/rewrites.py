@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvd.types import Mode
 from curvd_server.data import Array, tensor_of
+from curvd_server.graph.interpret import GraphModule
 
 
 class PlainWeightNorm(nn.Module):
@@ -100,6 +101,8 @@ def fixed_rows(module: nn.Module) -> tuple[tuple[str, int], ...]:
     The outputs depend on such a row, but by definition no derivative does, so finite
     differences must not move it.
     """
+    if isinstance(module, GraphModule):
+        return module.fixed_rows
     names = {id(p): name for name, p in module.named_parameters()}
     padded = (m for m in module.modules() if isinstance(m, PaddedEmbedding))
     return tuple(
@@ -116,7 +119,9 @@ def use_batch_statistics(module: nn.Module) -> None:
         module: A copy in evaluation mode that belongs to the session.
     """
     for layer in module.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        if isinstance(layer, GraphModule):
+            layer.use_batch_statistics()
+        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
             # Without running statistics evaluation mode uses the batch's, and
             # nothing is read or written.
             layer.track_running_stats = False

@@ -1,3 +1,4 @@
+from curvd.v1 import graph_pb2 as _graph_pb2
 from curvd.v1 import types_pb2 as _types_pb2
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -35,18 +36,20 @@ class UploadNeeded(_message.Message):
     def __init__(self, committed_bytes: _Optional[int] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("id", "builder", "config_json", "tensors", "state_bytes")
+    __slots__ = ("id", "builder", "config_json", "tensors", "state_bytes", "graph_digest")
     ID_FIELD_NUMBER: _ClassVar[int]
     BUILDER_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GRAPH_DIGEST_FIELD_NUMBER: _ClassVar[int]
     id: str
     builder: str
     config_json: str
     tensors: _containers.RepeatedCompositeFieldContainer[_types_pb2.TensorInfo]
     state_bytes: int
-    def __init__(self, id: _Optional[str] = ..., builder: _Optional[str] = ..., config_json: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_types_pb2.TensorInfo, _Mapping]]] = ..., state_bytes: _Optional[int] = ...) -> None: ...
+    graph_digest: str
+    def __init__(self, id: _Optional[str] = ..., builder: _Optional[str] = ..., config_json: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_types_pb2.TensorInfo, _Mapping]]] = ..., state_bytes: _Optional[int] = ..., graph_digest: _Optional[str] = ...) -> None: ...
 
 class Dataset(_message.Message):
     __slots__ = ("id", "tensors", "inputs", "target", "batch_size", "input_style", "data_points", "total_bytes", "name")
@@ -115,14 +118,16 @@ class Session(_message.Message):
     def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., loss: _Optional[_Union[_types_pb2.Loss, _Mapping]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., mode: _Optional[_Union[_types_pb2.Mode, str]] = ..., version: _Optional[int] = ..., parameters_digest: _Optional[str] = ..., parameters: _Optional[_Iterable[_Union[_types_pb2.Parameter, _Mapping]]] = ..., parameter_count: _Optional[int] = ..., data_points: _Optional[int] = ..., batches: _Optional[int] = ..., device: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., operators: _Optional[_Iterable[_Union[_types_pb2.BuiltOperator, _Mapping]]] = ..., state: _Optional[_Union[SessionState, str]] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., params: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RegisterModelHeader(_message.Message):
-    __slots__ = ("builder", "config_json", "state")
+    __slots__ = ("builder", "config_json", "state", "graph")
     BUILDER_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    GRAPH_FIELD_NUMBER: _ClassVar[int]
     builder: str
     config_json: str
     state: Upload
-    def __init__(self, builder: _Optional[str] = ..., config_json: _Optional[str] = ..., state: _Optional[_Union[Upload, _Mapping]] = ...) -> None: ...
+    graph: _graph_pb2.Graph
+    def __init__(self, builder: _Optional[str] = ..., config_json: _Optional[str] = ..., state: _Optional[_Union[Upload, _Mapping]] = ..., graph: _Optional[_Union[_graph_pb2.Graph, _Mapping]] = ...) -> None: ...
 
 class RegisterModelRequest(_message.Message):
     __slots__ = ("header", "chunk")

@@ -61,7 +61,10 @@ class SessionService:
     ) -> session_pb.RegisterModelResponse:
         """Register an architecture with its state."""
         header, chunks = await opened(requests)
-        spec = model_spec(header.builder, header.config_json)
+        graph = header.graph if header.HasField("graph") else None
+        spec = await asyncio.to_thread(
+            model_spec, header.builder, header.config_json, graph
+        )
         found = await self._registered(
             header.state,
             chunks,

@@ -1,0 +1,162 @@
+"""The tensors and inputs of a module: names, order, ties, roles."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from curvd.errors import InvalidGraph, InvalidSpec
+from curvd.graph.tape import DTYPE_NAMES, Value
+from curvd.v1 import graph_pb2 as graph_pb
+
+CONSTANTS = "_constants"
+"""Where constants of the code go by their traced names."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All tensors of a module, each once."""
+
+    entries: Sequence[tuple[Value, graph_pb.GraphTensor]]
+    by_name: Mapping[str, Value]
+    tensors: Mapping[str, Tensor]
+    """By the name that each goes by."""
+
+
+def manifest(module: nn.Module, constants: Mapping[str, Tensor]) -> Manifest:
+    """List parameters in order, then buffers, then constants of the code.
+
+    Args:
+        module: Whose tensors they are. One object under several names is one tensor.
+        constants: By their traced names.
+
+    Returns:
+        The list.
+    """
+    roles: dict[int, Any] = {}
+    tensors: dict[int, Tensor] = {}
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        frozen = not parameter.requires_grad
+        roles[id(parameter)] = (
+            graph_pb.GRAPH_TENSOR_ROLE_FROZEN
+            if frozen
+            else graph_pb.GRAPH_TENSOR_ROLE_PARAMETER
+        )
+        tensors[id(parameter)] = parameter
+        names.setdefault(id(parameter), []).append(name)
+    others = dict(module.named_buffers(remove_duplicate=False))
+    others |= {f"{CONSTANTS}.{name}": t for name, t in constants.items()}
+    for name, buffer in others.items():
+        roles.setdefault(id(buffer), graph_pb.GRAPH_TENSOR_ROLE_BUFFER)
+        tensors[id(buffer)] = buffer
+        names.setdefault(id(buffer), []).append(name)
+    entries = []
+    for key, tensor in tensors.items():
+        described = graph_pb.GraphTensor(
+            names=names[key],
+            role=roles[key],
+            dtype=_dtype(tensor, names[key][0]),
+            shape=tensor.shape,
+        )
+        entries.append((Value(), described))
+    by_name = {name: value for value, t in entries for name in t.names}
+    held = {names[key][0]: tensor.detach() for key, tensor in tensors.items()}
+    return Manifest(entries, by_name, held)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors that a module is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    names: tuple[str, ...]
+    leaves: tuple[Tensor, ...]
+    """In the order in which torch.export numbers them."""
+
+    def entries(self) -> list[tuple[Value, graph_pb.GraphInput]]:
+        """Describe them."""
+        return [
+            (
+                Value(),
+                graph_pb.GraphInput(
+                    name=name, dtype=_dtype(leaf, name), shape=leaf.shape[1:]
+                ),
+            )
+            for name, leaf in zip(self.names, self.leaves, strict=True)
+        ]
+
+
+def inputs_of(forward: Any, inputs: Any) -> Inputs:
+    """Read example inputs: a tensor, a tuple of arguments, or a dict of keywords.
+
+    Args:
+        forward: What is called with them; names those that are positional.
+        inputs: As the user gave them.
+
+    Returns:
+        The inputs with their names.
+
+    Raises:
+        InvalidSpec: If there is no tensor, or the leading axes differ.
+    """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(inputs, Mapping):
+        kwargs = dict(inputs)
+    else:
+        args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    parameters = [*inspect.signature(forward).parameters.values()]
+    positional = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
+    names: list[str] = []
+    leaves: list[Tensor] = []
+    for k, argument in enumerate(args):
+        name = positional[k] if k < len(positional) else f"input_{k}"
+        _collect(name, argument, names, leaves)
+    for name, argument in kwargs.items():
+        _collect(name, argument, names, leaves)
+    if not leaves or any(leaf.dim() == 0 for leaf in leaves):
+        msg = "the example inputs must be tensors with a leading batch axis"
+        raise InvalidSpec(msg)
+    lengths = {n: leaf.shape[0] for n, leaf in zip(names, leaves, strict=True)}
+    if len(set(lengths.values())) != 1:
+        msg = f"all example inputs must have one leading batch axis; got {lengths}"
+        raise InvalidSpec(msg, lengths=lengths)
+    return Inputs(args, kwargs, tuple(names), tuple(leaves))
+
+
+def _collect(name: str, argument: Any, names: list[str], leaves: list[Tensor]) -> None:
+    for path, leaf in pytree.tree_flatten_with_path(argument)[0]:
+        if isinstance(leaf, Tensor):
+            key = getattr(path[-1], "key", None) if path else name
+            chosen = str(key) if key is not None else f"{name}_{len(leaves)}"
+            names.append(chosen if chosen not in names else f"{name}_{chosen}")
+            leaves.append(leaf)
+
+
+def _dtype(tensor: Tensor, name: str) -> str:
+    try:
+        return DTYPE_NAMES[tensor.dtype]
+    except KeyError:
+        msg = f"tensor {name!r} is {tensor.dtype}, which graphs do not have"
+        raise InvalidGraph(msg, tensor=name, dtype=tensor.dtype) from None
+
+
+def exported_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Find the floating point type of a module.
+
+    Args:
+        tensors: Its parameters first.
+
+    Returns:
+        That of the first which is of floating point.
+    """
+    floating = (t.dtype for t in tensors if t.is_floating_point())
+    return next(floating, torch.float32)

@@ -1,0 +1,361 @@
+"""From what torch.export traced to operators of the contract."""
+
+from __future__ import annotations
+
+import math
+import operator as python
+from collections.abc import Iterator, Mapping, Set
+from typing import Any
+
+import torch
+from torch import fx
+
+from curvd.errors import InvalidGraph
+from curvd.graph.aliases import Alias, View, item_of, view_of
+from curvd.graph.rewrites import is_nothing, refuse, rewritten
+from curvd.graph.sources import source_of
+from curvd.graph.tape import Tape, Value
+
+_SIZES: Mapping[Any, str] = {
+    python.add: "add",
+    python.sub: "sub",
+    python.mul: "mul",
+    python.floordiv: "floordiv",
+    python.mod: "mod",
+    python.truediv: "truediv",
+    python.neg: "neg",
+    python.eq: "eq",
+    python.ne: "ne",
+    python.lt: "lt",
+    python.le: "le",
+    python.gt: "gt",
+    python.ge: "ge",
+    python.and_: "and",
+    python.or_: "or",
+    python.not_: "not",
+    math.trunc: "int",
+    min: "min",
+    max: "max",
+    torch.sym_max: "max",
+    torch.sym_min: "min",
+    torch.sym_float: "float",
+    torch.sym_int: "int",
+    torch.sym_not: "not",
+}
+# Only their side effect is wanted: to stop at run time.
+_CHECKS = ("_assert", "sym_constrain", "_guards")
+# Views by their schema which copy if memory is not laid out right.
+_MAYBE = frozenset({"reshape", "contiguous", "to", "flatten", "reshape_as"})
+# May return their first argument, which their schema does not say.
+_UNDECLARED = frozenset({"type_as", "broadcast_tensors", "meshgrid"})
+_EXACT = {"view": "aten.reshape.default", "_unsafe_view": "aten.reshape.default"}
+_LOGIC = {"__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor"}
+_LOGIC |= {f"__i{n.strip('_')}__": pure for n, pure in _LOGIC.items()}
+_DROPPED = frozenset({"device", "layout", "pin_memory", "generator"})
+_CREATING = frozenset(
+    """
+    arange eye full full_like new_full new_ones new_zeros ones ones_like scalar_tensor
+    tril_indices triu_indices zeros zeros_like
+    """.split()
+)
+
+
+class Translator:
+    """Walks one traced function.
+
+    Args:
+        tape: Where operators go.
+        root: Holds the bodies of regions.
+        values: Of the placeholders; changed as the walk goes.
+        outer: Ids of memory cells that it sees but must not write to.
+    """
+
+    def __init__(
+        self,
+        tape: Tape,
+        root: fx.GraphModule,
+        values: dict[fx.Node, Any],
+        outer: Set[int] = frozenset(),
+    ) -> None:
+        self._tape, self._root, self._values = tape, root, values
+        self._outer, self._position = outer, 0
+
+    def run(self, graph: fx.Graph) -> Any:
+        """Translate a function.
+
+        Args:
+            graph: Its nodes; the placeholders have values.
+
+        Returns:
+            What it returns, with aliases for tensors.
+        """
+        order = _positions(graph)
+        for node in graph.nodes:
+            self._position = order[node]
+            if node.op == "call_function":
+                self._tape.source = source_of(node) or self._tape.source
+                result = self._call(node)
+                for alias in _aliases(result):
+                    last = max((order[u] for u in node.users), default=-1)
+                    alias.last_use = max(alias.last_use, last)
+                self._values[node] = result
+            elif node.op == "output":
+                return self._look_up(node.args[0])
+        return None
+
+    def _call(self, node: fx.Node) -> Any:
+        target: Any = node.target
+        if target is python.getitem:
+            sequence, index = (self._look_up(a) for a in node.args)
+            return sequence[index]
+        if target in _SIZES:
+            numbers = [self._plain(self._look_up(a)) for a in node.args]
+            return self._tape.emit(f"sym.{_SIZES[target]}", *numbers)
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return self._region(node, target)
+        if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+            msg = (
+                f"operator {target}{self._tape.where} is not one of torch's own: write "
+                "it with torch's operators"
+            )
+            raise InvalidGraph(msg, operator=str(target), source=self._tape.source)
+        return self._operator(node, target)
+
+    def _region(self, node: fx.Node, target: Any) -> Any:
+        """Inline a region without gradients; refuse every other one."""
+        name, where = target.name(), self._tape.where
+        if name == "wrap_with_set_grad_enabled":
+            enabled, body, *arguments = (self._look_up(a) for a in node.args)
+            if not enabled:
+                return self._inlined(body, arguments)
+            advice = "do not enable gradients inside of torch.no_grad()"
+        elif name == "wrap_with_autocast":
+            advice = "export without torch.autocast; the session has a dtype"
+        else:
+            advice = "write it with torch.where, so that every step runs for all data"
+        msg = f"operator {name}{where} cannot be exported: {advice}"
+        raise InvalidGraph(msg, operator=name, source=self._tape.source)
+
+    def _inlined(self, body: fx.GraphModule, arguments: list[Any]) -> Any:
+        """Run a region under no_grad: its results carry no derivative."""
+        placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+        inner = dict(zip(placeholders, arguments, strict=True))
+        where = self._tape.source
+        seen = {id(a.cell) for v in self._values.values() for a in _aliases(v)}
+        results = Translator(self._tape, body, inner, seen).run(body.graph)
+        self._tape.source = where
+
+        def detached(result: Any) -> Any:
+            if isinstance(result, list | tuple):
+                return [detached(r) for r in result]
+            if not isinstance(result, Alias):
+                return result
+            return Alias.of(self._tape.emit("aten.detach.default", result.value))
+
+        return detached(results)
+
+    def _operator(self, node: fx.Node, target: Any) -> Any:
+        name = target.overloadpacket.__name__
+        if name.startswith(_CHECKS):
+            return None
+        arguments = self._arguments(node, target)
+        operator = f"aten.{name}.{target._overloadname}"
+        if name == "sym_size":
+            base, axis = arguments["self"], arguments["dim"]
+            return self._tape.emit("sym.size", base.value, axis)
+        refuse(self._tape, operator, arguments)
+        first = next(iter(arguments.values()), None)
+        if is_nothing(operator, arguments):
+            return first
+        written = [a for a in target._schema.arguments if _is_written(a)]
+        if written or name in ("__iand__", "__ior__", "__ixor__"):
+            return self._write(node, name, target, arguments)
+        if isinstance(first, Alias) and _is_view(target, name):
+            return self._view(node, name, operator, arguments, first)
+        return self._pure(node, name, operator, target, arguments)
+
+    def _pure(
+        self, node: fx.Node, name: str, operator: str, target: Any, arguments: Any
+    ) -> Any:
+        plain = {key: self._plain(a) for key, a in arguments.items()}
+        value = self._emitted(node, name, operator, target, plain)
+        meta = node.meta.get("val")
+        if isinstance(meta, list | tuple):
+            return [
+                Alias.of(self._tape.emit("sym.item", value, k))
+                for k in range(len(meta))
+            ]
+        return Alias.of(value) if isinstance(meta, torch.Tensor) else value
+
+    def _emitted(
+        self, node: fx.Node, name: str, operator: str, target: Any, plain: Any
+    ) -> Value:
+        """Emit a pure operator, perhaps in another way."""
+        if name.startswith("_weight_norm"):
+            plain = {**plain, "rank": _meta(node.args[0]).dim()}
+        better = rewritten(self._tape, operator, plain)
+        if better is not None:
+            return better
+        if name in _LOGIC:
+            operator = f"aten.{_LOGIC[name]}.{target._overloadname}"
+        positional, options = _trimmed(target, plain)
+        if name in _CREATING and options.get("dtype") is None:
+            meta = node.meta.get("val")
+            if isinstance(meta, torch.Tensor) and "dtype" in _names(target):
+                options["dtype"] = meta.dtype
+        return self._tape.emit(operator, *positional, **options)
+
+    def _view(
+        self, node: fx.Node, name: str, operator: str, arguments: Any, base: Alias
+    ) -> Any:
+        rest = {k: self._plain(a) for k, a in list(arguments.items())[1:]}
+        positional, options = _trimmed(node.target, {"": None, **rest})
+        operator, tail = _EXACT.get(name, operator), tuple(positional[1:])
+        if operator in ("aten.to.device", "aten.to.dtype_layout"):
+            operator, tail, options = "aten.to.dtype", (rest["dtype"],), {}
+        certain = name not in _MAYBE | _UNDECLARED
+        view = view_of(self._tape, operator, tail, options, certain=certain)
+        if operator == "aten.reshape.default" and not certain:
+            view = View(view.replay, None, certain=False)
+        meta = node.meta.get("val")
+        if not isinstance(meta, list | tuple):
+            return base.viewed(view)
+        whole = view.replay(base.value)
+        axis = rest.get("dim", 0)
+        return [
+            base.viewed(
+                item_of(self._tape, view, operator, axis, k),
+                self._tape.emit("sym.item", whole, k),
+            )
+            for k in range(len(meta))
+        ]
+
+    def _write(self, node: fx.Node, name: str, target: Any, arguments: Any) -> Any:
+        """Make an in-place operator pure, and let others see what it wrote."""
+        written: Alias = next(iter(arguments.values()))
+        pure = _LOGIC.get(name, name.rstrip("_"))
+        if not isinstance(written, Alias) or not name.endswith("_"):
+            msg = f"operator aten.{name}{self._tape.where} writes to an argument"
+            raise InvalidGraph(msg, operator=name, source=self._tape.source)
+        if not written.cell.own or id(written.cell) in self._outer:
+            if self._is_counter(node):
+                return written
+            what = "what the module did not make itself in this call"
+            raise self._unwritable(
+                name,
+                f"writes to {what}: an input, a parameter or a "
+                "buffer; make a copy with clone() first",
+            )
+        plain = {key: self._plain(a) for key, a in arguments.items()}
+        better = rewritten(self._tape, f"aten.{name}.{target._overloadname}", plain)
+        if better is None:
+            packet = getattr(torch.ops.aten, pure, None)
+            overload = target._overloadname
+            if packet is None or overload not in packet.overloads():
+                raise self._unwritable(name, "has no form that is not in-place")
+            twin = getattr(packet, overload)
+            better = self._emitted(node, pure, f"aten.{pure}.{overload}", twin, plain)
+        own = _meta(node.args[0]).dtype
+        others = [
+            a for a in (*node.args, *node.kwargs.values()) if _meta(a) is not None
+        ]
+        if any(_meta(a).dtype != own for a in others):
+            better = self._tape.emit("aten.to.dtype", better, own)
+        if not written.write(better, self._position):
+            raise self._unwritable(
+                name,
+                "writes to memory that is also seen in another way, and used later: use "
+                "the form that is not in-place",
+            )
+        return written
+
+    def _is_counter(self, node: fx.Node) -> bool:
+        """Tell whether BatchNorm counts its calls, which changes no output."""
+        name = str(getattr(node.args[0], "name", ""))
+        return name.endswith("num_batches_tracked") and not node.users
+
+    def _unwritable(self, name: str, why: str) -> InvalidGraph:
+        msg = f"operator aten.{name}{self._tape.where} {why}"
+        return InvalidGraph(msg, operator=f"aten.{name}", source=self._tape.source)
+
+    def _arguments(self, node: fx.Node, target: Any) -> dict[str, Any]:
+        """Read all arguments by the names of the schema; those dropped are left out."""
+        found: dict[str, Any] = {}
+        for k, argument in enumerate(target._schema.arguments):
+            if argument.name in _DROPPED:
+                continue
+            if k < len(node.args) and not argument.kwarg_only:
+                found[argument.name] = self._look_up(node.args[k])
+            elif argument.name in node.kwargs:
+                found[argument.name] = self._look_up(node.kwargs[argument.name])
+            else:
+                found[argument.name] = argument.default_value
+        return found
+
+    def _look_up(self, item: Any) -> Any:
+        if isinstance(item, list | tuple):
+            return [self._look_up(i) for i in item]
+        if not isinstance(item, fx.Node):
+            return item
+        if item.op == "get_attr":
+            return getattr(self._root, str(item.target))
+        return self._values[item]
+
+    def _plain(self, item: Any) -> Any:
+        if isinstance(item, list | tuple):
+            return [self._plain(i) for i in item]
+        return item.value if isinstance(item, Alias) else item
+
+
+def _positions(graph: fx.Graph) -> dict[fx.Node, int]:
+    return {node: k for k, node in enumerate(graph.nodes)}
+
+
+def _aliases(result: Any) -> Iterator[Alias]:
+    if isinstance(result, Alias):
+        yield result
+    elif isinstance(result, list | tuple):
+        for item in result:
+            yield from _aliases(item)
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _is_view(target: Any, name: str) -> bool:
+    declared = any(r.alias_info is not None for r in target._schema.returns)
+    return declared or name in _UNDECLARED or name == "_unsafe_view"
+
+
+def _meta(item: Any) -> Any:
+    value = item.meta.get("val") if isinstance(item, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _names(target: Any) -> list[str]:
+    return [a.name for a in target._schema.arguments]
+
+
+def _trimmed(target: Any, plain: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Split into positional and named arguments, without trailing defaults."""
+    schema = [a for a in target._schema.arguments if a.name not in _DROPPED]
+    values = list(plain.values())
+    positional = [
+        (a, v) for a, v in zip(schema, values, strict=True) if not a.kwarg_only
+    ]
+    while positional and _is_default(*positional[-1]):
+        positional.pop()
+    options = {
+        a.name: v
+        for a, v in zip(schema, values, strict=True)
+        if a.kwarg_only and not _is_default(a, v)
+    }
+    return [v for _, v in positional], options
+
+
+def _is_default(argument: Any, value: Any) -> bool:
+    if not argument.has_default_value():
+        return False
+    default = argument.default_value
+    return type(default) is type(value) and bool(default == value)

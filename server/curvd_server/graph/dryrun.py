@@ -1,0 +1,129 @@
+"""A graph is run without memory and within limits before anything is allocated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvd.errors import CurvdError, InvalidGraph, LimitExceeded
+from curvd_server.graph.interpret import Interpreter, Step, filled
+from curvd_server.graph.operators import DTYPES, check_pieces
+
+LIMIT_S = 20.0
+"""A graph of ten thousand nodes takes about a second."""
+
+
+def dry_run(
+    interpreter: Interpreter, *, batch: int, limit_bytes: int
+) -> tuple[Tensor, ...]:
+    """Run a graph on the device ``meta``.
+
+    Args:
+        interpreter: The graph.
+        batch: How many data points.
+        limit_bytes: Memory that values which are needed at the same time may have.
+
+    Returns:
+        The outputs, which have shapes and types only.
+
+    Raises:
+        InvalidGraph: If an operator refuses its arguments.
+        LimitExceeded: If it needs too much memory or time.
+    """
+    graph, meta = interpreter.graph, torch.device("meta")
+    values: list[Any] = [
+        torch.empty((batch, *i.shape), dtype=DTYPES[i.dtype], device=meta)
+        for i in graph.inputs
+    ]
+    values += [
+        torch.empty(t.shape, dtype=DTYPES[t.dtype], device=meta) for t in graph.tensors
+    ]
+    steps = interpreter.bound(
+        DTYPES[graph.dtype], meta, batch_statistics=bool(interpreter.was_training)
+    )
+    live = _Live(limit_bytes)
+    end_s = time.monotonic() + LIMIT_S
+    with torch.no_grad():
+        for step in steps:
+            result = _computed(step, values)
+            live.add(len(values), result, step)
+            for index in step.done:
+                live.drop(index)
+            values.append(None if len(values) in step.done else result)
+            if time.monotonic() > end_s:
+                msg = f"trying the graph without memory took longer than {LIMIT_S} s"
+                raise LimitExceeded(msg, seconds=LIMIT_S)
+    outputs = tuple(values[index] for index in graph.outputs)
+    for output in outputs:
+        if not isinstance(output, Tensor):
+            msg = f"the graph returns {type(output).__name__}, not a tensor"
+            raise InvalidGraph(msg)
+    return outputs
+
+
+def _computed(step: Step, values: list[Any]) -> Any:
+    try:
+        check_pieces(step.node, [filled(a, values) for a in step.arguments])
+        return step.run(values)
+    except CurvdError:
+        raise
+    except Exception as error:  # whatever torch says about arguments that do not fit
+        first_line = str(error).partition("\n")[0][:300]
+        msg = (
+            f"operator {step.node} refuses its arguments: {type(error).__name__}: "
+            f"{first_line}"
+        )
+        raise InvalidGraph(
+            msg, operator=step.node.operator, source=step.node.source
+        ) from error
+
+
+class _Live:
+    """Counts the memory of values that are needed at the same time.
+
+    Args:
+        limit_bytes: What they may have together.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._total = 0
+        self._storages: dict[int, tuple[set[int], int]] = {}
+        """Storage -> who uses it, and its bytes."""
+        self._held: dict[int, list[int]] = {}
+
+    def add(self, index: int, result: Any, step: Step) -> None:
+        """Count what a node made; views of what is counted cost nothing."""
+        tensors: Sequence[Any] = (
+            result if isinstance(result, list | tuple) else [result]
+        )
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            users, size = self._storages.get(storage._cdata, (set(), storage.nbytes()))
+            if not users:
+                self._total += size
+            users.add(index)
+            self._storages[storage._cdata] = users, size
+            self._held.setdefault(index, []).append(storage._cdata)
+        if self._total > self._limit:
+            msg = (
+                f"operator {step.node} needs {self._total} bytes together with what is "
+                f"alive then; the device has {self._limit}: use smaller mini-batches, "
+                "or a smaller model"
+            )
+            raise LimitExceeded(msg, bytes=self._total, limit=self._limit)
+
+    def drop(self, index: int) -> None:
+        """Forget a value."""
+        for storage in self._held.pop(index, ()):
+            users, size = self._storages[storage]
+            users.discard(index)
+            if not users:
+                self._total -= size
+                del self._storages[storage]

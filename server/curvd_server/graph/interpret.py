@@ -1,0 +1,328 @@
+"""A graph as a module: its parameters under their names, its nodes in a plain loop."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvd.errors import InvalidGraph, InvalidSpec
+from curvd_server.graph.decode import (
+    Argument,
+    ElementType,
+    Graph,
+    Input,
+    MemoryFormat,
+    Node,
+    Ref,
+)
+from curvd_server.graph.operators import (
+    DTYPES,
+    MEMORY_FORMATS,
+    batch_norm,
+    makes_tensors,
+    resolve,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A node that is ready to run."""
+
+    node: Node
+    function: Any
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any]
+    done: tuple[int, ...]
+    """Values that nobody needs after it."""
+
+    def run(self, values: list[Any]) -> Any:
+        """Compute it and let go of what is no longer needed."""
+        options = {name: filled(o, values) for name, o in self.options.items()}
+        arguments = [filled(a, values) for a in self.arguments]
+        result = self.function(*arguments, **options)
+        for index in self.done:
+            values[index] = None
+        return result
+
+
+class Interpreter:
+    """A graph whose operators are found; immutable, shared by all copies of a module.
+
+    Args:
+        graph: Whose operators are looked up.
+
+    Raises:
+        InvalidGraph: If one is not allowed, or does not take its arguments.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._functions = [resolve(node) for node in graph.nodes]
+        self._bound: dict[Any, tuple[Step, ...]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Interpreter:
+        return self
+
+    @functools.cached_property
+    def was_training(self) -> str:
+        """Name a BatchNorm that was exported in training mode; empty if there is none."""
+        for node in self.graph.nodes:
+            if node.operator == "aten.batch_norm.default":
+                mean, training = node.arguments[3], node.arguments[5]
+                if training is True and mean is not None:
+                    return str(node)
+        return ""
+
+    @functools.cached_property
+    def padding(self) -> tuple[tuple[str, int], ...]:
+        """Rows of parameters that are looked up as constants, by name and index."""
+        first, tensors = len(self.graph.inputs), self.graph.tensors
+        found: dict[tuple[str, int], None] = {}
+        for node in self.graph.nodes:
+            if node.operator == "aten.embedding.default":
+                given = dict(enumerate(node.arguments)) | dict(node.options)
+                weight = given.get(0, given.get("weight"))
+                row = given.get(2, given.get("padding_idx", -1))
+                if type(row) is int and row >= 0 and isinstance(weight, Ref):
+                    at = weight.index - first
+                    if 0 <= at < len(tensors) and tensors[at].role == "parameter":
+                        found[tensors[at].names[0], row] = None
+        return tuple(found)
+
+    def bound(
+        self, dtype: torch.dtype, device: torch.device, *, batch_statistics: bool
+    ) -> tuple[Step, ...]:
+        """Fill in what a session decides.
+
+        Args:
+            dtype: What it computes in.
+            device: Where.
+            batch_statistics: Whether BatchNorm uses the mini-batch's.
+
+        Returns:
+            The nodes, ready to run.
+        """
+        key = (dtype, device, batch_statistics)
+        if key not in self._bound:
+            kind = functools.partial(_placed, self.graph.dtype, dtype)
+            ends: list[list[int]] = [[] for _ in self.graph.nodes]
+            for index, last in enumerate(self.graph.last_use):
+                if 0 <= last < len(ends):
+                    ends[last].append(index)
+            for at, end in enumerate(ends):
+                if self.graph.last_use[self.graph.first_node + at] < 0:
+                    end.append(self.graph.first_node + at)  # nobody ever needs it
+            steps = []
+            for node, function, done in zip(
+                self.graph.nodes, self._functions, ends, strict=True
+            ):
+                options = {n: _ready(o, kind) for n, o in node.options.items()}
+                if makes_tensors(node.operator):
+                    options["device"] = device
+                if node.operator == "aten.batch_norm.default":
+                    function = functools.partial(batch_norm, batch_statistics)
+                arguments = tuple(_ready(a, kind) for a in node.arguments)
+                steps.append(Step(node, function, arguments, options, tuple(done)))
+            self._bound[key] = tuple(steps)
+        return self._bound[key]
+
+
+class GraphModule(nn.Module):
+    """Runs a graph. Its parameters have no memory until `functional_call` brings some.
+
+    Args:
+        interpreter: What it runs.
+    """
+
+    def __init__(self, interpreter: Interpreter) -> None:
+        super().__init__()
+        self._interpreter = interpreter
+        self._batch_statistics = False
+        tensors = interpreter.graph.tensors
+        values = [_tensor(t.role, t.shape, DTYPES[t.dtype]) for t in tensors]
+        # Homes first: the order of submodules is the order of the parameters.
+        self._homes = [
+            _place(self, t.names[0], value)
+            for t, value in zip(tensors, values, strict=True)
+        ]
+        for tensor, value in zip(tensors, values, strict=True):
+            for name in tensor.names[1:]:
+                _place(self, name, value)
+
+    @property
+    def fixed_rows(self) -> tuple[tuple[str, int], ...]:
+        """Rows of parameters that carry no derivative, by name and index."""
+        return self._interpreter.padding
+
+    def use_batch_statistics(self) -> None:
+        """Make every BatchNorm use its mini-batch's statistics."""
+        self._batch_statistics = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the graph on a mini-batch.
+
+        Args:
+            *args: The inputs in order, or one mapping with all of them by name.
+            **kwargs: The inputs by name.
+
+        Returns:
+            Its first output.
+
+        Raises:
+            InvalidSpec: If the inputs are not those that were exported, or BatchNorm
+                is to evaluate in a graph that was exported in training mode.
+        """
+        graph = self._interpreter.graph
+        if self._interpreter.was_training and not self._batch_statistics:
+            msg = (
+                f"{self._interpreter.was_training} was exported in training mode: create "
+                "the session with mode='batch_statistics', or export module.eval()"
+            )
+            raise InvalidSpec(msg)
+        given = bind(graph.inputs, args, kwargs)
+        tensors = [getattr(home, leaf) for home, leaf in self._homes]
+        dtype, device = _setting(tensors, given)
+        steps = self._interpreter.bound(
+            dtype, device, batch_statistics=self._batch_statistics
+        )
+        values: list[Any] = [*given, *tensors]
+        for step in steps:
+            values.append(step.run(values))
+        result = values[graph.outputs[0]]
+        if not isinstance(result, Tensor):
+            msg = f"the graph returns {type(result).__name__}, not a tensor"
+            raise InvalidSpec(msg)
+        return result
+
+    def extra_repr(self) -> str:
+        """Name the graph: plans are remembered by what a module prints."""
+        return self._interpreter.graph.digest
+
+
+def bind(
+    inputs: Sequence[Input], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Tensor]:
+    """Put data in the order of a graph's inputs.
+
+    Args:
+        inputs: What the graph takes.
+        args: Tensors in order, or one mapping.
+        kwargs: Tensors by name.
+
+    Returns:
+        One tensor per input.
+
+    Raises:
+        InvalidSpec: If names, number, shapes or types differ.
+    """
+    given: Sequence[Any] = args
+    if len(given) == 1 and isinstance(given[0], Mapping) and not kwargs:
+        given, kwargs = [], given[0]
+    names = [i.name for i in inputs]
+    rest = names[len(given) :]
+    if len(given) > len(names) or set(kwargs) != set(rest):
+        got = [*names[: len(given)], *kwargs]
+        msg = (
+            f"the model was exported with the inputs {', '.join(names)}; the dataset "
+            f"gives {len(args) or len(kwargs)}: {', '.join(got)}"
+        )
+        raise InvalidSpec(msg, expected=names, given=got)
+    tensors = [*given, *(kwargs[name] for name in rest)]
+    for want, tensor in zip(inputs, tensors, strict=True):
+        floating = DTYPES[want.dtype].is_floating_point
+        if tuple(tensor.shape[1:]) != want.shape or (
+            tensor.is_floating_point() != floating
+        ):
+            kind = "floating point" if floating else want.dtype
+            msg = (
+                f"input {want.name!r} was exported as {kind} of shape "
+                f"{list(want.shape)} per data point; the dataset has "
+                f"{tensor.dtype} of {list(tensor.shape[1:])}"
+            )
+            raise InvalidSpec(msg, input=want.name)
+    return tensors
+
+
+def _setting(
+    tensors: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> tuple[torch.dtype, torch.device]:
+    """Find out what the session computes in: all floating point tensors agree."""
+    for tensor in (*tensors, *inputs):
+        if tensor.is_floating_point():
+            return tensor.dtype, tensor.device
+    return torch.float32, inputs[0].device
+
+
+def _placed(exported: str, session: torch.dtype, wanted: str) -> torch.dtype:
+    """Choose the type that an operator makes in a session.
+
+    What was exported as the model's own type becomes the session's. Other types are
+    there for a reason and stay, but a session in float64 is in float64 throughout.
+    """
+    kind = DTYPES[wanted]
+    if not kind.is_floating_point:
+        return kind
+    return session if wanted == exported or session is torch.float64 else kind
+
+
+def _ready(argument: Argument, kind: Any) -> Any:
+    if isinstance(argument, ElementType):
+        return kind(argument.name)
+    if isinstance(argument, MemoryFormat):
+        return MEMORY_FORMATS[argument.name]
+    if isinstance(argument, tuple) and not any(isinstance(i, Ref) for i in argument):
+        return list(argument)
+    return argument  # references are looked up at each run
+
+
+def filled(argument: Any, values: list[Any]) -> Any:
+    """Look the references of an argument up.
+
+    Args:
+        argument: From a `Step`.
+        values: By number.
+
+    Returns:
+        What the operator is called with.
+    """
+    if type(argument) is Ref:
+        return values[argument.index]
+    if type(argument) is tuple:
+        return [values[i.index] if type(i) is Ref else i for i in argument]
+    return argument
+
+
+def _tensor(role: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Make a tensor without memory."""
+    tensor = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    if role == "buffer":
+        return tensor
+    return nn.Parameter(tensor, requires_grad=role == "parameter")
+
+
+def _place(root: nn.Module, name: str, value: Tensor) -> tuple[nn.Module, str]:
+    """Register a tensor under a dotted name.
+
+    Returns:
+        Where it is: the submodule, and the attribute.
+    """
+    *path, leaf = name.split(".")
+    module = root
+    try:
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        if isinstance(value, nn.Parameter):
+            module.register_parameter(leaf, value)
+        else:
+            module.register_buffer(leaf, value)
+    except (KeyError, AttributeError, TypeError) as error:
+        msg = f"tensor name {name!r} cannot be used: {error.args[0]}"
+        raise InvalidGraph(msg, tensor=name) from error
+    return module, leaf

@@ -1,0 +1,130 @@
+"""Any module through the real service, against differences of the user's own module.
+
+The truth never sees a graph: central differences of the gradient of the eager module, in
+float64, without any second derivative.
+"""
+
+import operator
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+
+import curvd  # noqa: E402
+
+N, BATCH = 5, 3
+"""Leaves a ragged last mini-batch."""
+
+
+@pytest.fixture(scope="module")
+def client(live_target):
+    with curvd.connect(live_target) as client:
+        yield client
+
+
+def seeded(make):
+    """A module in float64 whose parameters are not special."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().double()
+
+
+def draw(*shape, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def labels(classes, *shape):
+    return torch.randint(0, classes, shape, generator=torch.Generator().manual_seed(2))
+
+
+def open_session(client, module, inputs, targets, **options):
+    """Export, register, and bring into a float64 session."""
+    exported = curvd.export(module, inputs, **options)
+    data = {i.name: None for i in exported.graph.inputs}
+    leaves = torch.utils._pytree.tree_leaves(inputs)
+    tensors = dict(zip(data, filter(torch.is_tensor, leaves), strict=True))
+    dataset = client.register_dataset(
+        {**tensors, "target": targets},
+        inputs=list(data),
+        target="target",
+        batch_size=BATCH,
+        input_style="keywords",
+    )
+    return client.create_session(
+        client.register_model(exported),
+        dataset,
+        loss="mse" if targets.is_floating_point() else "cross_entropy",
+        dtype="F64",
+        mode=exported.mode,
+    )
+
+
+def eager_gradient(module, inputs, targets, parameters, pick):
+    """The gradient of the mean loss, the way a user would write it."""
+    total = 0.0
+    for i in range(0, len(targets), BATCH):
+        here = slice(i, i + BATCH)
+        rows = torch.utils._pytree.tree_map(operator.itemgetter(here), inputs)
+        if isinstance(rows, dict):
+            z = pick(module(**rows))
+        else:
+            z = pick(module(*rows) if isinstance(rows, tuple) else module(rows))
+        y = targets[i : i + BATCH]
+        if targets.is_floating_point():
+            total = total + (z - y).square().sum()
+        else:
+            total = total + F.cross_entropy(
+                z.flatten(0, -2), y.flatten(), reduction="sum"
+            )
+    rows = torch.autograd.grad(
+        total / targets.numel(), parameters, allow_unused=True, materialize_grads=True
+    )
+    return nn.utils.parameters_to_vector(rows)
+
+
+def difference(module, inputs, targets, v, pick, step):
+    """Hv by central differences, Richardson extrapolated once."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    start = nn.utils.parameters_to_vector(parameters).detach()
+    v = torch.from_numpy(v)
+
+    def quotient(step):
+        ends = []
+        for sign in (1, -1):
+            nn.utils.vector_to_parameters(start + sign * step * v, parameters)
+            ends.append(eager_gradient(module, inputs, targets, parameters, pick))
+        return (ends[0] - ends[1]) / (2 * step)
+
+    found = ((4 * quotient(step) - quotient(2 * step)) / 3).numpy()
+    nn.utils.vector_to_parameters(start, parameters)
+    return found
+
+
+def relative(got, want):
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def check(
+    client, module, inputs, targets, *, step=1e-5, pick=lambda z: z, fixed=(), **options
+):
+    """Compare a product, and the order of the parameters."""
+    session = open_session(client, module, inputs, targets, **options)
+    names = [n for n, p in module.named_parameters() if p.requires_grad]
+    assert list(session.layout.names) == names
+    v = np.random.default_rng(0).standard_normal(session.layout.size)
+    for name, row in fixed:
+        (p,) = (p for p in session.layout.parameters if p.name == name)
+        v[p.offset : p.offset + p.size].reshape(p.shape)[row] = 0.0
+    got = session.hessian() @ v
+    want = difference(module, inputs, targets, v, pick, step)
+    assert relative(got, want) <= 1e-6
+    session.delete()
+
+
+def test_a_multi_layer_perceptron(client):
+    module = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+    check(client, module, draw(N, 4), labels(3, N))
