@@ -185,14 +185,12 @@ def view_of(
     return View(replay, inverse, certain)
 
 
-def item_of(tape: Tape, whole: View, operator: str, axis: Any, index: int) -> View:
+def item_of(tape: Tape, whole: View, index: int) -> View:
     """Describe one of the views that an operator returns as a sequence.
 
     Args:
         tape: Where it is emitted.
         whole: The operator.
-        operator: Its name.
-        axis: Along which it takes the tensor apart.
         index: Which of its results.
 
     Returns:
@@ -202,10 +200,9 @@ def item_of(tape: Tape, whole: View, operator: str, axis: Any, index: int) -> Vi
     def replay(base: Value) -> Value:
         return tape.emit("sym.item", whole.replay(base), index)
 
-    def put(base: Value, new: Value) -> Value:
-        return tape.emit("aten.select_scatter.default", base, new, axis, index)
-
-    return View(replay, put if operator.startswith("aten.unbind.") else None)
+    return View(
+        replay, None, whole.certain
+    )  # torch lets nobody write to one of several
 
 
 def _identity(base: Value, new: Value) -> Value:

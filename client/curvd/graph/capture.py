@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from curvd.errors import InvalidGraph, InvalidSpec
+from curvd.errors import CurvdError, InvalidGraph, InvalidSpec
 from curvd.graph.aliases import Alias
-from curvd.graph.manifest import Inputs, exported_dtype, inputs_of, manifest
+from curvd.graph.manifest import CONSTANTS, Inputs, exported_dtype, inputs_of, manifest
 from curvd.graph.sources import source_of_error
-from curvd.graph.tape import Tape, Value, write
+from curvd.graph.tape import Tape, write
 from curvd.graph.translate import Translator
 from curvd.types import Mode
 from curvd.v1 import graph_pb2 as graph_pb
@@ -41,18 +42,72 @@ def capture(
         The graph, its tensors by name, and the mode that it needs.
     """
     rows = inputs_of(module.forward, _rows(inputs))
-    program = _traced(module, rows)
-    return _translated(module, program, rows, output)
+    program = _traced(module, rows, output)
+    return _translated(module, program, rows)
+
+
+class _Chosen(nn.Module):
+    """Calls a module and returns the one output that is wanted.
+
+    Args:
+        module: What is called.
+        output: Name or index of its output; None: see `capture`.
+    """
+
+    def __init__(self, module: nn.Module, output: str | int | None) -> None:
+        super().__init__()
+        self.module, self.output = module, output
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run the module and pick from what it returns.
+
+        Args:
+            args: Its arguments.
+            kwargs: Likewise by name.
+
+        Returns:
+            One tensor.
+
+        Raises:
+            InvalidSpec: If there is no such output, or it is no tensor.
+        """
+        result = self.module(*args, **kwargs)
+        found = result
+        if self.output is not None:
+            try:
+                by_item = isinstance(result, Mapping | list | tuple)
+                get: Any = operator.getitem if by_item else getattr
+                found = get(result, self.output)
+            except (KeyError, IndexError, AttributeError, TypeError):
+                msg = f"the module's {_kind(result)} has no output {self.output!r}"
+                raise InvalidSpec(msg, output=self.output) from None
+        elif not isinstance(result, Tensor):
+            found = result.get("logits") if isinstance(result, Mapping) else None
+            found = getattr(result, "logits", found)
+            if not isinstance(found, Tensor):
+                items = result.values() if isinstance(result, Mapping) else result
+                several = items if isinstance(items, Iterable) else ()
+                found = next((i for i in several if isinstance(i, Tensor)), None)
+        if not isinstance(found, Tensor):
+            msg = (
+                f"the module's {_kind(result)} has no tensor at output={self.output!r}; "
+                "name one that it has"
+            )
+            raise InvalidSpec(msg, output=self.output)
+        return found
+
+
+def _kind(result: Any) -> str:
+    return f"result of type {type(result).__name__}"
 
 
 def _translated(
-    module: nn.Module, program: ExportedProgram, rows: Inputs, output: str | int | None
+    module: nn.Module, program: ExportedProgram, rows: Inputs
 ) -> tuple[graph_pb.Graph, Mapping[str, Tensor], Mode]:
-    signature = program.graph_signature
-    specs = {spec.arg.name: spec for spec in signature.input_specs}
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     lifted = {
         str(spec.target): program.constants[str(spec.target)]
-        for spec in signature.input_specs
+        for spec in specs.values()
         if spec.kind is InputKind.CONSTANT_TENSOR
     }
     listed = manifest(module, lifted)
@@ -64,26 +119,36 @@ def _translated(
         if node.op != "placeholder":
             continue
         spec = specs[node.name]
+        target = str(spec.target)
         if isinstance(spec.arg, ConstantArgument):
             values[node] = spec.arg.value
         elif spec.kind is InputKind.USER_INPUT:
             values[node] = Alias.of(next(given), own=False)
         elif spec.kind is InputKind.CONSTANT_TENSOR:
-            constant = listed.by_name[f"_constants.{spec.target}"]
+            constant = listed.by_name[f"{CONSTANTS}.{target}"]
             values[node] = Alias.of(constant, own=False)
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            tensor = listed.by_name[str(spec.target)]
+            tensor = listed.by_name[target.removeprefix("module.")]
             values[node] = Alias.of(tensor, own=False)
         else:
-            msg = f"the module uses {spec.target}, a {spec.kind}, which is no tensor"
+            msg = f"the module uses {target}, a {spec.kind}, which is no tensor"
             raise InvalidGraph(msg)
     results = Translator(tape, program.graph_module, values).run(program.graph)
-    chosen = _chosen(program, list(results), output)
+    kept = [
+        result
+        for result, spec in zip(
+            results, program.graph_signature.output_specs, strict=True
+        )
+        if spec.kind is OutputKind.USER_OUTPUT
+    ]
+    if not kept or not isinstance(kept[0], Alias):
+        msg = "the module's output does not depend on its inputs"
+        raise InvalidGraph(msg)
     graph = write(
         tape,
         entries,
         listed.entries,
-        [chosen],
+        [kept[0].value],
         exported_dtype([*listed.tensors.values()]),
     )
     trained = any(
@@ -94,55 +159,6 @@ def _translated(
     )
     mode = Mode.BATCH_STATISTICS if trained else Mode.EVAL
     return graph, listed.tensors, mode
-
-
-def _chosen(
-    program: ExportedProgram, results: list[Any], output: str | int | None
-) -> Value:
-    """Pick the output that was asked for out of the module's result."""
-    spec = program.graph_signature.output_specs
-    users = [
-        r for r, s in zip(results, spec, strict=True) if s.kind.name == "USER_OUTPUT"
-    ]
-    structure: Any = program.call_spec.out_spec.unflatten(users)
-    found = structure
-    if output is not None:
-        try:
-            indexed: Any = structure
-            found = (
-                indexed[output]
-                if isinstance(structure, Mapping | list | tuple)
-                else getattr(structure, str(output))
-            )
-        except (KeyError, IndexError, AttributeError, TypeError):
-            msg = f"the module's {type(structure).__name__} has no output {output!r}"
-            raise InvalidSpec(msg, output=output) from None
-    elif not isinstance(structure, Alias):
-        named = structure if isinstance(structure, Mapping) else vars_of(structure)
-        found = named.get("logits")
-        if not isinstance(found, Alias):
-            leaves = pytree.tree_leaves(structure)
-            found = next((r for r in leaves if isinstance(r, Alias)), None)
-    if not isinstance(found, Alias):
-        msg = (
-            f"the module returned {type(structure).__name__} without a tensor at "
-            f"output={output!r}; name one that depends on the inputs"
-        )
-        raise InvalidSpec(msg, output=output)
-    return found.value
-
-
-def vars_of(structure: Any) -> Mapping[str, Any]:
-    """Read the attributes of a result that is no mapping.
-
-    Args:
-        structure: For example a dataclass or a named tuple.
-
-    Returns:
-        Its attributes; nothing if it has none.
-    """
-    logits = getattr(structure, "logits", None)
-    return {} if logits is None else {"logits": logits}
 
 
 def _rows(inputs: Any) -> Any:
@@ -157,37 +173,28 @@ def _rows(inputs: Any) -> Any:
     return pytree.tree_map(few, inputs)
 
 
-def _traced(module: nn.Module, rows: Inputs) -> ExportedProgram:
+def _traced(
+    module: nn.Module, rows: Inputs, output: str | int | None
+) -> ExportedProgram:
     batch = Dim("batch", min=1)
 
     def dynamic(leaf: Any) -> Any:
         return {0: batch} if isinstance(leaf, Tensor) else None
 
     shapes = pytree.tree_map(dynamic, (rows.args, dict(rows.kwargs)))
-    args, kwargs = shapes
     try:
         with torch.enable_grad(), _plain_layers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(
-                module,
-                rows.args,
-                dict(rows.kwargs),
-                dynamic_shapes=_by_name(module, args, kwargs),
+                _Chosen(module, output),
+                (rows.args, dict(rows.kwargs)),
+                dynamic_shapes=shapes,
                 strict=False,
             )
+    except CurvdError:
+        raise
     except Exception as error:  # torch says so in whatever way it likes
         raise _refusal(error) from error
-
-
-def _by_name(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    return tuple(args) if not kwargs else {**_positional(module, args), **kwargs}
-
-
-def _positional(module: nn.Module, args: Any) -> dict[str, Any]:
-    import inspect
-
-    names = list(inspect.signature(module.forward).parameters)
-    return dict(zip(names, args, strict=False))
 
 
 @contextlib.contextmanager
@@ -207,8 +214,8 @@ def _refusal(error: Exception) -> InvalidGraph:
     at = f" ({where})" if where else ""
     if "batch" in text and ("onstraint" in text or "specialized" in text):
         why = (
-            f"fixes its batch size: sizes must come from the input, as in x.shape[0], "
-            f"and not be the number {EXAMPLE_ROWS}"
+            "fixes its batch size: sizes must come from the input as x.shape[0]; "
+            "len(x) and int(x.shape[0]) are numbers of the example"
         )
     elif "data-dependent" in text.lower() or "DataDependent" in type(error).__name__:
         why = (

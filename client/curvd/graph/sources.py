@@ -24,7 +24,8 @@ def source_of(node: Any) -> str:
         For example ``net.py:12 in forward``; empty if only torch's code is to blame.
     """
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    users = [f for f in frames if not f[0].startswith((_TORCH, "torch" + os.sep))]
+    foreign = (_TORCH, _OURS, "torch" + os.sep)
+    users = [f for f in frames if not f[0].startswith(foreign)]
     return _shown(*users[-1]) if users else ""
 
 

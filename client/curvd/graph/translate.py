@@ -221,10 +221,9 @@ class Translator:
         if not isinstance(meta, list | tuple):
             return base.viewed(view)
         whole = view.replay(base.value)
-        axis = rest.get("dim", 0)
         return [
             base.viewed(
-                item_of(self._tape, view, operator, axis, k),
+                item_of(self._tape, view, k),
                 self._tape.emit("sym.item", whole, k),
             )
             for k in range(len(meta))
