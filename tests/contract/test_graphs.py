@@ -235,7 +235,7 @@ def library(name):
 def test_a_residual_net_of_torchvision(client):
     models = library("torchvision.models")
     module = seeded(lambda: models.resnet18(num_classes=3)).eval()
-    inputs, targets = draw(N, 3, 32, 32), labels(3, N)
+    inputs = draw(N, 3, 32, 32)
     exported = curvd.export(module, inputs)
     assert_same_outputs(exported, module, inputs)
     assert len(exported.parameters) == len(list(module.parameters()))
@@ -384,7 +384,7 @@ def test_a_full_state_dict_updates_a_session(client):
         for parameter in module.parameters():
             parameter.add_(0.1)
     assert session.update_parameters(module.state_dict()) == 2
-    loss, gradient = session.gradient()
+    _, gradient = session.gradient()
     parameters = [p for p in module.parameters() if p.requires_grad]
     want = eager_gradient(module, tokens, tokens, parameters, lambda z: z)
     assert relative(gradient, want.numpy()) <= 1e-12
@@ -439,7 +439,7 @@ class Detached(nn.Module):
 
 
 def test_a_gradient_that_is_none_is_refused_by_parameter_name(client):
-    with pytest.raises(curvd.CurvatureUnverified, match="first.weight"):
+    with pytest.raises(curvd.CurvatureUnverified, match=r"first\.weight"):
         open_session(client, seeded(Detached), draw(N, 4), labels(3, N))
 
 
