@@ -497,6 +497,14 @@ def test_the_ggn_and_many_columns_agree_with_the_builder(client):
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
 
 
+def test_graphs_of_the_same_tensors_are_not_mistaken_for_each_other(client):
+    for activation in (nn.Tanh, nn.Sigmoid, nn.GELU):
+        make = functools.partial(
+            lambda a: nn.Sequential(nn.Linear(4, 5), a(), nn.Linear(5, 3)), activation
+        )
+        check(client, seeded(make), draw(N, 4), labels(3, N))
+
+
 def test_a_dataset_that_does_not_fit_the_inputs_is_refused(client):
     exported = curvd.export(nn.Linear(4, 3), torch.randn(N, 4))
     model = client.register_model(exported)
