@@ -51,7 +51,8 @@ class QueryMethods:
             k: How many.
             which: ``largest``, ``smallest``, ``both`` or ``largest_magnitude``.
             tolerance: Residual relative to each eigenvalue's magnitude.
-            basis_size: Vectors in the server's memory before a restart; 0: 2 k + 20.
+            basis_size: Vectors in the server's memory before a restart; 0: 2 k + 20,
+                or as many small ones (256 at most) as fit 64 MiB.
             seed: Of the start vector.
             warm_start: Begin with what the last call of this kind found, at whatever
                 version: it tracks the eigenpairs of changing parameters.

@@ -112,7 +112,7 @@ def limits(query: query_pb.Query) -> QueryLimits:
 
 
 def basis_size(value: int, k: int, size: int) -> int:
-    """Fill in Eigsh's default basis, and refuse one that holds no more than k.
+    """Refuse a basis that holds no more than k.
 
     Args:
         value: From a stranger; 0 is the default.
@@ -120,11 +120,11 @@ def basis_size(value: int, k: int, size: int) -> int:
         size: P.
 
     Returns:
-        Vectors in the basis, at most P.
+        Vectors in the basis, at most P; 0 is still the default.
     """
     if value:
         between("basis_size", value, k + 2, max(size, k + 2))
-    return min(size, value or 2 * k + 20)
+    return min(size, value)
 
 
 def accuracy(message: query_pb.Accuracy) -> tuple[Target, int]:

@@ -77,6 +77,11 @@ class Products:
         self.done += len(V)
         return result
 
+    @property
+    def vector_bytes(self) -> int:
+        """Memory of one vector."""
+        return self.size * self.dtype.itemsize
+
     def empty(self, *rows: int) -> Tensor:
         """Allocate vectors like those of the map.
 
@@ -114,34 +119,6 @@ class Products:
         if self.limit is None:
             return wanted
         return max(0, min(wanted, self.limit - self.done))
-
-
-def norms(V: Tensor) -> Tensor:
-    """Compute Euclidean norms, accumulated in double precision.
-
-    Args:
-        V: [K, P] or [P].
-
-    Returns:
-        [K] or a scalar, float64.
-    """
-    found: Tensor = torch.linalg.vector_norm(V, dim=-1, dtype=torch.float64)
-    return found
-
-
-def dots(U: Tensor, V: Tensor) -> Tensor:
-    """Compute inner products row by row, accumulated in double precision.
-
-    Args:
-        U: [K, P].
-        V: [K, P].
-
-    Returns:
-        [K], float64.
-    """
-    # Column by column: the double precision copy of a whole block would not fit.
-    pairs = [torch.dot(u.double(), v.double()) for u, v in zip(U, V, strict=True)]
-    return torch.stack(pairs) if pairs else U.new_zeros(0, dtype=torch.float64)
 
 
 @dataclass(frozen=True, slots=True)

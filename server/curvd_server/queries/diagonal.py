@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from curvd.types import Distribution, Estimator, Stop
-from curvd_server.queries.base import Products, Progress, Query, norms
+from curvd_server.queries.base import Products, Progress, Query
 from curvd_server.queries.probes import probes
 from curvd_server.queries.sampling import LEAST_SAMPLES, Target
 from curvd_server.queries.sketch import Sketch
+from curvd_server.queries.vectors import norms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,12 +1,10 @@
 """Extremal eigenpairs: thick-restart Lanczos that can start from a subspace.
 
-The basis grows by the residual of a wanted Ritz pair, orthogonalised twice against the
-whole basis. From one start vector all residuals are collinear, so this is the
-thick-restart Lanczos method (Wu & Simon, SIAM J. Matrix Anal. Appl. 22, 2000); from
-the eigenvectors of a similar operator it is the generalised Davidson method (Morgan &
-Scott, SIAM J. Sci. Stat. Comput. 7, 1986) without preconditioner, which keeps what the
-start vectors know. Products of the basis are kept beside it, so that residuals are
-those of real products instead of a recurrence's opinion.
+From one start vector this is the thick-restart Lanczos method (Wu & Simon, SIAM J.
+Matrix Anal. Appl. 22, 2000). From the eigenvectors of a similar operator it is the
+generalised Davidson method (Morgan & Scott, SIAM J. Sci. Stat. Comput. 7, 1986)
+without preconditioner, which keeps what the start vectors know: each step adds the
+residual of a pair that has not converged.
 """
 
 from __future__ import annotations
@@ -14,15 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvd.types import Distribution, Stop, Which
-from curvd_server.queries.base import Products, Progress, Query, norms
-from curvd_server.queries.probes import probes
+from curvd.types import Stop, Which
+from curvd_server.queries.band import Band, Floats
+from curvd_server.queries.base import Products, Progress, Query
 
-_ROW_CHUNK = 1 << 18  # elements of P rotated at once at a restart
+_SMALL_BYTES = 64 << 20
+_SMALL_BASIS = 256
+_OFTEN = 64
+"""Above this many columns not every step looks at the Ritz pairs: that costs c^3."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +44,24 @@ class EigshResult:
     stopped: Stop
 
 
+def default_basis(k: int, size: int, vector_bytes: int) -> int:
+    """Choose how many vectors a basis has before a restart.
+
+    A restart forgets, which costs products: many of them at a clustered end of a
+    spectrum. So there is none while vectors are small.
+
+    Args:
+        k: Wanted pairs.
+        size: P.
+        vector_bytes: Memory of a vector.
+
+    Returns:
+        2k + 20, or as many as fit 64 MiB, but no more than 256; at most P.
+    """
+    fitting = min(_SMALL_BASIS, _SMALL_BYTES // max(1, vector_bytes))
+    return min(size, max(2 * k + 20, fitting))
+
+
 def eigsh(
     products: Products,
     k: int,
@@ -62,60 +80,52 @@ def eigsh(
         which: Which end of the spectrum.
         tolerance: A pair has converged at ``|Ax - λx| <= tolerance * |λ|``, or when
             the rounding of the operator allows no better.
-        basis: Columns of the basis before a restart; None: 2k + 20, at most P.
-        start: [s, P] Vectors that are near the wanted ones, any scale, s < basis.
+        basis: Columns of the basis before a restart, at most P; None: see
+            `default_basis`.
+        start: [s, P] Vectors that are near the wanted ones, any scale; the memory is
+            that of ``basis + s`` vectors.
         seed: Of the random start vector.
 
     Yields:
-        Ritz values, and the residual of the pair that is being improved.
+        Ritz values, and their residuals.
 
     Returns:
         The pairs; the best so far if products or time ran out.
     """
-    size = min(products.size, max(basis or 2 * k + 20, k + 2))
-    space = _Space(products, size, seed)
-    yield from space.begin(start, k)
+    size = basis or default_basis(k, products.size, products.vector_bytes)
+    size = min(products.size, max(size, k + 2))
+    band = Band(products, size, None if start is None else start[: size - 1], seed)
+    pairs = _Pairs.of(band, k, which, tolerance)
+    given = band.pending
     iterations = restarts = 0
     while True:
-        values, rotation = np.linalg.eigh(space.symmetric())
-        chosen = select(values, k, which)
-        space.scale = max(space.scale, float(np.abs(values).max()))
-        asymmetry = space.asymmetry()
-        wanted = tolerance * np.abs(values[chosen])
-        floor = 8 * torch.finfo(products.dtype).eps * space.scale + 2 * asymmetry
-        wanted = np.maximum(wanted, floor)
-        target, residual, found = space.unconverged(rotation, values, chosen, wanted)
+        stopped = products.refusal() if band.count else None
+        complete = band.count == products.size
+        if stopped is not None or complete or _due(band):
+            pairs = _Pairs.of(band, k, which, tolerance)
+            if complete or (band.count >= k and not pairs.open.any()):
+                stopped = Stop.CONVERGED
         yield Progress(
             iteration=iterations,
             products=products.done,
-            estimates=tuple(float(v) for v in np.sort(values[chosen])[::-1]),
-            residuals=(found,),
+            estimates=tuple(pairs.values.tolist()),
+            residuals=tuple(pairs.residuals.tolist()),
         )
-        complete = space.count == products.size
-        stopped = products.refusal()
-        if target is None or complete:
-            stopped = Stop.CONVERGED
         if stopped is not None:
             break
-        assert residual is not None
-        # In a Krylov space all residuals are parallel to what the last product adds,
-        # which suffers no cancellation; rounding costs products otherwise.
-        direction = space.last_product() if start is None else residual
-        if space.count == size:
-            direction = space.orthogonal(direction)
-            space.restart(rotation, values, keep_of(values, k, which, size))
+        if band.pending > 1 and iterations >= given and pairs.open.any():
+            band.aim(band.c @ pairs.turn[:, pairs.hardest])
+        if band.count == size:
+            band.shrink(pairs.kept(k, which))
             restarts += 1
-        space.extend(direction)
+        band.grow()
         iterations += 1
-    order = chosen[np.argsort(-values[chosen])]
-    vectors, residuals = space.pairs(rotation[:, order], values[order])
-    tolerances = wanted[np.argsort(-values[chosen])]
     return EigshResult(
-        values=tuple(float(v) for v in values[order]),
-        vectors=vectors,
-        residuals=tuple(residuals),
-        tolerances=tuple(float(t) for t in tolerances),
-        asymmetry=asymmetry,
+        values=tuple(pairs.values.tolist()),
+        vectors=band.combine(pairs.turn),
+        residuals=tuple(pairs.residuals.tolist()),
+        tolerances=tuple(pairs.wanted.tolist()),
+        asymmetry=pairs.asymmetry,
         iterations=iterations,
         restarts=restarts,
         products=products.done,
@@ -123,8 +133,63 @@ def eigsh(
     )
 
 
-def select(values: NDArray[np.float64], k: int, which: Which) -> NDArray[np.intp]:
-    """Choose k of ascending values, the one that converges last first.
+def _due(band: Band) -> bool:
+    """Say whether it is time to look at the Ritz pairs."""
+    c = band.count
+    return band.pending > 1 or c <= _OFTEN or c == band.size or c % (c // 32) == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pairs:
+    """The wanted Ritz pairs, largest value first, and how good they are."""
+
+    values: Floats
+    """[k]; fewer if the basis has fewer."""
+    turn: Floats
+    """[c, k] Coefficients of the vectors."""
+    residuals: Floats
+    wanted: Floats
+    """[k] Residual that each shall reach."""
+    open: NDArray[np.bool_]
+    """[k] Which have not."""
+    hardest: int
+    """The open pair that converges last."""
+    asymmetry: float
+    all: tuple[Floats, Floats]
+    """[c] All Ritz values, ascending, and [c, c] their coefficients."""
+
+    @classmethod
+    def of(cls, band: Band, k: int, which: Which, tolerance: float) -> _Pairs:
+        """Compute them."""
+        ritz, turns = band.ritz()
+        ranked = select(ritz, k, which)
+        order = ranked[np.argsort(-ritz[ranked], kind="stable")]
+        values, turn = ritz[order], turns[:, order]
+        asymmetry = float(np.linalg.norm(band.h - band.h.T, 2)) / 2 if len(ritz) else 0
+        floor = 8 * band.eps * band.scale + 2 * asymmetry
+        wanted = np.maximum(tolerance * np.abs(values), floor)
+        residuals = band.residuals(turn, values)
+        open_ = residuals > wanted
+        late = [i for i in ranked if open_[order == i].all()]
+        return cls(
+            values=values,
+            turn=turn,
+            residuals=residuals,
+            wanted=wanted,
+            open=open_,
+            hardest=int(np.flatnonzero(order == late[-1])[0]) if late else 0,
+            asymmetry=asymmetry,
+            all=(ritz, turns),
+        )
+
+    def kept(self, k: int, which: Which) -> Floats:
+        """Choose the Ritz vectors that survive a restart: [c, l]."""
+        ritz, turns = self.all
+        return turns[:, keep_of(ritz, k, which, self.values[self.open])]
+
+
+def select(values: Floats, k: int, which: Which) -> NDArray[np.intp]:
+    """Choose k of ascending values, the one that converges first first.
 
     Args:
         values: [m], ascending.
@@ -147,205 +212,36 @@ def select(values: NDArray[np.float64], k: int, which: Which) -> NDArray[np.intp
         ends[0::2] = order[::-1][: (len(values) + 1) // 2]
         ends[1::2] = order[: len(values) // 2]
         ranked = ends
-    return ranked[:k][::-1]
+    return ranked[:k]
 
 
-def keep_of(
-    values: NDArray[np.float64], k: int, which: Which, size: int
-) -> NDArray[np.intp]:
+def keep_of(values: Floats, k: int, which: Which, goals: Floats) -> NDArray[np.intp]:
     """Choose the Ritz vectors that survive a restart.
+
+    To keep more widens the gap between a goal and what is left to be told apart from
+    it, to keep fewer leaves more steps until the next restart. A cycle damps by a
+    Chebyshev polynomial over the interval of what is left, which grows by
+    ``exp(degree * arccosh(1 + 2 gap / width))`` at a goal; the largest exponent wins
+    (Yamazaki, Bai, Simon, Wang & Wu, ACM Trans. Math. Softw. 37, 2010). Outliers at
+    the far end are better met by a root each than by a wider interval.
 
     Args:
         values: [m], ascending.
         k: Wanted pairs.
         which: Which end.
-        size: Columns of a full basis.
+        goals: Values of the wanted pairs that have not converged.
 
     Returns:
-        Indices of more than k, fewer than `size`: what is next to the wanted ones
-        speeds up their convergence (Wu & Simon, section 4).
+        Indices of at least k, fewer than m - 1.
     """
-    return select(values, min(k + max(1, (size - k) // 3), size - 1), which)
+    m = len(values)
+    ranked = select(values, m, which)
 
+    def exponent(kept: int) -> float:
+        far = np.sort(np.abs(values[ranked[kept:]] - goals[:, None]))[:, ::-1]
+        gap, degree = far[:, -1:], np.arange(m - kept, 1, -1)
+        width = np.maximum(far[:, :-1] - gap, np.finfo(np.float64).tiny)
+        growth = degree * np.arccosh(1 + 2 * gap / width)
+        return float(growth.max(axis=1).min())
 
-class _Space:
-    """An orthonormal basis Q, its products AQ, and H = Q A Q^T."""
-
-    def __init__(self, products: Products, size: int, seed: int) -> None:
-        self._products, self._seed, self._fresh = products, seed, 0
-        self._q, self._aq = products.empty(size), products.empty(size)
-        self._h = np.zeros((size, size))
-        self.count = 0
-        self.scale = 0.0
-        """Largest Ritz value in magnitude: the norm of the operator, nearly."""
-
-    def begin(self, start: Tensor | None, k: int) -> Query[None]:
-        """Take the start vectors in, or a random one.
-
-        Args:
-            start: [s, P] or None.
-            k: Wanted pairs.
-
-        Yields:
-            Progress after each product.
-        """
-        for vector in start if start is not None else ():
-            if self.count < min(len(self._q) - 1, self._products.size):
-                if self.count and self._products.refusal():
-                    break
-                self.extend(vector, replace=False)
-                yield Progress(iteration=0, products=self._products.done)
-        while self.count < min(k, self._products.size):
-            # H needs k Ritz values; a Krylov space grows by its own last product.
-            if self.count and self._products.refusal():
-                return
-            self.extend(self.last_product() if self.count else self._random())
-            yield Progress(iteration=0, products=self._products.done)
-
-    def extend(self, direction: Tensor, *, replace: bool = True) -> None:
-        """Add the part of a direction that is orthogonal to the basis.
-
-        Args:
-            direction: [P].
-            replace: Whether a direction that lies in the basis is replaced by a
-                random one; else it is left out.
-        """
-        vector = self.orthogonal(direction)
-        if not vector.any():
-            if not replace:
-                return
-            vector = self.orthogonal(self._random())
-        n = self.count
-        self._q[n] = vector
-        self._aq[n] = self._products(vector[None])[0]
-        column = self._q[: n + 1] @ self._aq[n]
-        row = self._aq[: n + 1] @ self._q[n]
-        self._h[: n + 1, n] = column.double().cpu().numpy()
-        self._h[n, : n + 1] = row.double().cpu().numpy()
-        self.count = n + 1
-
-    def symmetric(self) -> NDArray[np.float64]:
-        """Return the symmetric part of H: [m, m]."""
-        h = self._h[: self.count, : self.count]
-        return (h + h.T) / 2
-
-    def asymmetry(self) -> float:
-        """Return the norm of the antisymmetric part of H."""
-        h = self._h[: self.count, : self.count]
-        return float(np.linalg.norm(h - h.T, 2)) / 2
-
-    def unconverged(
-        self,
-        rotation: NDArray[np.float64],
-        values: NDArray[np.float64],
-        chosen: NDArray[np.intp],
-        wanted: NDArray[np.float64],
-    ) -> tuple[int | None, Tensor | None, float]:
-        """Find a chosen pair whose residual is too large.
-
-        Args:
-            rotation: [m, m] Eigenvectors of H.
-            values: [m] Eigenvalues of H.
-            chosen: Indices, those that converge last first.
-            wanted: Residual that each chosen pair shall reach.
-
-        Returns:
-            Index, residual vector [P] and its norm; no index if all have converged.
-        """
-        found, residual = 0.0, None
-        for index, limit in zip(chosen, wanted, strict=True):
-            residual = self._residual(rotation[:, index], values[index])
-            found = float(norms(residual))
-            if found > limit:
-                return int(index), residual, found
-        return None, residual, found
-
-    def restart(
-        self,
-        rotation: NDArray[np.float64],
-        values: NDArray[np.float64],
-        keep: NDArray[np.intp],
-    ) -> None:
-        """Shrink the basis to some of its Ritz vectors.
-
-        Args:
-            rotation: [m, m] Eigenvectors of H.
-            values: [m] Eigenvalues of H.
-            keep: Indices of those to keep.
-        """
-        turn = rotation[:, keep]
-        small = self._tensor(turn.T)
-        for matrix in (self._q, self._aq):
-            for part in torch.split(matrix[: self.count], _ROW_CHUNK, dim=1):
-                part[: len(keep)] = small @ part
-        h = turn.T @ self._h[: self.count, : self.count] @ turn
-        self.count = len(keep)
-        self._h[: self.count, : self.count] = h
-
-    def pairs(
-        self, rotation: NDArray[np.float64], values: NDArray[np.float64]
-    ) -> tuple[Tensor, list[float]]:
-        """Compute Ritz vectors and the norms of their residuals.
-
-        Args:
-            rotation: [m, k] Eigenvectors of H.
-            values: [k].
-
-        Returns:
-            [k, P], and k norms.
-        """
-        vectors = self._tensor(rotation.T) @ self._q[: self.count]
-        found = [
-            float(norms(self._residual(s, value)))
-            for s, value in zip(rotation.T, values, strict=True)
-        ]
-        return vectors, found
-
-    def _residual(self, coefficients: NDArray[np.float64], value: float) -> Tensor:
-        s = self._tensor(coefficients)
-        image: Tensor = s @ self._aq[: self.count]
-        return image - (value * s) @ self._q[: self.count]
-
-    def last_product(self) -> Tensor:
-        """Return the product of the newest basis vector: [P]."""
-        return self._aq[self.count - 1]
-
-    def orthogonal(self, vector: Tensor) -> Tensor:
-        """Orthogonalise against the basis, and normalise.
-
-        Twice is enough (Giraud, Langou & Rozloznik, Comput. Math. Appl. 50, 2005).
-
-        Args:
-            vector: [P].
-
-        Returns:
-            [P] Of length one; zero if the vector lies in the basis.
-        """
-        length = norms(vector)
-        if not length > 0:
-            return torch.zeros_like(vector)
-        vector = vector / length.to(vector.dtype)
-        basis = self._q[: self.count]
-        for _ in range(3):
-            vector = vector - (basis @ vector) @ basis
-            left = norms(vector)
-            if left < 100 * torch.finfo(vector.dtype).eps:
-                return torch.zeros_like(vector)
-            vector = vector / left.to(vector.dtype)
-            if left > 0.7:
-                return vector
-        return vector
-
-    def _random(self) -> Tensor:
-        self._fresh += 1
-        return probes(
-            Distribution.NORMAL,
-            self._seed,
-            [self._fresh - 1],
-            self._products.size,
-            dtype=self._products.dtype,
-            device=self._products.device,
-        )[0]
-
-    def _tensor(self, values: NDArray[np.float64]) -> Tensor:
-        return torch.as_tensor(values, dtype=self._q.dtype, device=self._q.device)
+    return ranked[: max(range(k, max(k + 1, m - 1)), key=exponent)]

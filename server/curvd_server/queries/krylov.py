@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from curvd.types import Stop
-from curvd_server.queries.base import Progress, Query, dots, norms
+from curvd_server.queries.base import Progress, Query
+from curvd_server.queries.vectors import dots, norms
 
 
 @dataclass(frozen=True, slots=True)

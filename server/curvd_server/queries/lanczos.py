@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvd_server.queries.base import Products, Progress, Query, dots, norms
+from curvd_server.queries.base import Products, Progress, Query
+from curvd_server.queries.vectors import dots, norms
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from curvd_server.queries.base import Products, Query, norms
+from curvd_server.queries.base import Products, Query
 from curvd_server.queries.sampling import Estimate, Target, sample_mean
+from curvd_server.queries.vectors import norms
 
 
 def frobenius_norm(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from curvd.types import Distribution
-from curvd_server.queries.base import Products, dots
+from curvd_server.queries.base import Products
 from curvd_server.queries.probes import probes
+from curvd_server.queries.vectors import dots
 
 
 class Sketch:

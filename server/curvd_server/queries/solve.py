@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from curvd.types import Solver, Stop
-from curvd_server.queries.base import Products, Progress, Query, norms
+from curvd_server.queries.base import Products, Progress, Query
 from curvd_server.queries.krylov import Steps, System, cg, minres
+from curvd_server.queries.vectors import norms
 
 _SLACK = 0.98
 """The recurrence goes a little further than asked, so that its own rounding does not

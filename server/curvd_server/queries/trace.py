@@ -10,11 +10,11 @@ from curvd_server.queries.base import (
     Products,
     Progress,
     Query,
-    dots,
     student_975,
 )
 from curvd_server.queries.sampling import LEAST_SAMPLES, Estimate, Target, sample_mean
 from curvd_server.queries.sketch import Sketch
+from curvd_server.queries.vectors import dots
 
 
 def trace(

@@ -27,7 +27,7 @@ from curvd_server.config import LimitsConfig
 from curvd_server.queries.base import Progress, Query
 from curvd_server.queries.density import spectral_density
 from curvd_server.queries.diagonal import diagonal, hutchinson_diagonal
-from curvd_server.queries.eigsh import EigshResult, eigsh
+from curvd_server.queries.eigsh import EigshResult, default_basis, eigsh
 from curvd_server.queries.logdet import logdet
 from curvd_server.queries.norm import frobenius_norm
 from curvd_server.queries.sampling import Estimate, Target
@@ -76,10 +76,12 @@ class QueryService:
             size = call.run.products.size
             which = convert.which_from_proto(request.which)
             k = check.between("k", request.k, 1, size)
-            basis = check.basis_size(request.basis_size, k, size)
-            call.reserve(2 * basis + k)
+            basis = check.basis_size(request.basis_size, k, size) or default_basis(
+                k, size, call.run.products.vector_bytes
+            )
             key = (request.query.session_id, call.spec, which)
             start = self._found.get(key) if request.warm_start else None
+            call.reserve(basis + k + (1 if start is None else len(start)))
             result: EigshResult = await call.drive(
                 eigsh(
                     call.run.products,

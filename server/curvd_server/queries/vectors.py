@@ -1,0 +1,123 @@
+"""Arithmetic on long vectors: in parts that fit the cache, sums in double precision.
+
+A sum over millions of float32 elements loses digits that eigenvalues and residuals
+need, and a double precision copy of a block of vectors would not fit. So elements are
+summed in their own precision within a part, and the parts in double precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_CPU_PART = 1 << 14
+"""Elements; 40 rows of them fit the second level cache in float32."""
+_GPU_PART = 1 << 22
+"""A device sums in trees and pays for each launch."""
+
+
+def norms(V: Tensor) -> Tensor:
+    """Compute Euclidean norms.
+
+    Args:
+        V: [K, P] or [P].
+
+    Returns:
+        [K] or a scalar, float64.
+    """
+    rows = V if V.ndim > 1 else V[None]
+    found = dots(rows, rows).sqrt()
+    return found if V.ndim > 1 else found[0]
+
+
+def dots(U: Tensor, V: Tensor) -> Tensor:
+    """Compute inner products row by row.
+
+    Args:
+        U: [K, P].
+        V: [K, P].
+
+    Returns:
+        [K], float64.
+    """
+    total = U.new_zeros(len(U), dtype=torch.float64)
+    for part in _parts(U):
+        total += (U[:, part] * V[:, part]).sum(1)
+    return total
+
+
+def coefficients(basis: Tensor, vector: Tensor) -> Tensor:
+    """Compute inner products with the rows of a basis.
+
+    Args:
+        basis: [m, P].
+        vector: [P].
+
+    Returns:
+        [m], float64.
+    """
+    total = basis.new_zeros(len(basis), dtype=torch.float64)
+    for part in _parts(vector):
+        total += basis[:, part] @ vector[part]
+    return total
+
+
+def subtract(basis: Tensor, weights: Tensor, vector: Tensor) -> None:
+    """Subtract a combination of rows from a vector, in place.
+
+    Args:
+        basis: [m, P].
+        weights: [m].
+        vector: [P].
+    """
+    weights = weights.to(basis.dtype)
+    for part in _parts(vector):
+        vector[part].addmv_(basis[:, part].T, weights, alpha=-1)
+
+
+def orthogonalise(basis: Tensor, vector: Tensor, *, passes: int = 3) -> Tensor:
+    """Subtract from a vector, in place, what lies in the span of a basis.
+
+    Again as long as a pass removes more than half of what was there: then rounding may
+    have left something (Giraud, Langou & Rozloznik, Comput. Math. Appl. 50, 2005).
+
+    Args:
+        basis: [m, P], orthonormal rows.
+        vector: [P].
+        passes: How many at most.
+
+    Returns:
+        The coefficients of what was subtracted: [m], float64.
+    """
+    total = basis.new_zeros(len(basis), dtype=torch.float64)
+    before = norms(vector)
+    for _ in range(passes if len(basis) else 0):
+        found = coefficients(basis, vector)
+        subtract(basis, found, vector)
+        total += found
+        after = norms(vector)
+        if not after < 0.7 * before:
+            break
+        before = after
+    return total
+
+
+def rotate(basis: Tensor, turn: Tensor) -> None:
+    """Replace the first rows of a basis by combinations of its rows.
+
+    Args:
+        basis: [m, P].
+        turn: [l, m], l not above m.
+    """
+    turn = turn.to(basis)
+    for part in _parts(basis):
+        piece = basis[:, part]
+        piece[: len(turn)] = turn @ piece
+
+
+def _parts(V: Tensor) -> Iterator[slice]:
+    size, step = V.shape[-1], _GPU_PART if V.is_cuda else _CPU_PART
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))

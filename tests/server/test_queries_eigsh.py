@@ -1,0 +1,176 @@
+"""The basis of Eigsh: its relation, its restarts, and its products beside SciPy's."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from curvd.types import Stop, Which
+from curvd_server.queries.band import Band
+from curvd_server.queries.base import Products, drain
+from curvd_server.queries.eigsh import default_basis, eigsh, keep_of
+from curvd_server.queries.vectors import coefficients, dots, norms, orthogonalise
+
+SIZE = 200
+
+
+def matrix(values, seed=0):
+    values = torch.as_tensor(np.asarray(values), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(
+        len(values), len(values), generator=generator, dtype=torch.float64
+    )
+    basis = torch.linalg.qr(normal)[0]
+    return (basis * values) @ basis.T
+
+
+def products_of(A, **options):
+    return Products(lambda V: V @ A, size=len(A), dtype=A.dtype, **options)
+
+
+FLAT = np.linspace(-1, 1, SIZE)
+SPECTRA = {
+    "flat": FLAT,
+    "decaying": 1 / np.arange(1, SIZE + 1.0),
+    "outliers": np.r_[FLAT[8:], 1.5, 2, 3, 4, 6, 8, 10, 20],
+    "indefinite": np.r_[np.logspace(1, -3, SIZE // 2), -np.logspace(-1, -3, SIZE // 2)],
+}
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_the_basis_and_its_pending_directions_reproduce_the_map(width):
+    A = matrix(SPECTRA["indefinite"])
+    start = torch.randn(
+        width, SIZE, generator=torch.Generator().manual_seed(1), dtype=A.dtype
+    )
+    band = Band(products_of(A), 20, start, seed=0)
+    for step in range(30):
+        if band.count == band.size:
+            _, turn = band.ritz()
+            band.shrink(turn[:, -8:])
+        if step >= width:
+            band.aim(band.c @ band.ritz()[1][:, -1])
+        band.grow()
+    n, b = band.count, band.pending
+    assert b == width
+    rows = band._rows[: n + b]
+    np.testing.assert_allclose(rows @ rows.T, np.eye(n + b), atol=1e-14)
+    Q, N = rows[:n].numpy(), rows[n:].numpy()
+    np.testing.assert_allclose(A.numpy() @ Q.T, Q.T @ band.h + N.T @ band.c, atol=1e-13)
+
+
+def test_a_direction_that_leads_nowhere_is_replaced_by_a_random_one():
+    A = matrix(np.r_[np.zeros(SIZE - 4), 1, 2, 3, 3])
+    found = drain(eigsh(products_of(A, limit=60), 6, basis=10))
+    np.testing.assert_allclose(found.values[0], 3, atol=1e-12)
+    assert max(found.residuals) < 1e-12
+    gram = found.vectors @ found.vectors.T
+    np.testing.assert_allclose(gram, np.eye(6), atol=1e-12)
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-6])
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_no_more_products_than_scipy_with_its_basis(spectrum, which, tolerance):
+    linalg = pytest.importorskip("scipy.sparse.linalg")
+    if spectrum == "decaying" and which in {"SA", "BE"}:
+        pytest.skip("an end so clustered that neither converges in 21 vectors")
+    A = matrix(SPECTRA[spectrum])
+    ours_of = {
+        "LA": Which.LARGEST,
+        "SA": Which.SMALLEST,
+        "LM": Which.LARGEST_MAGNITUDE,
+        "BE": Which.BOTH,
+    }
+    ours = theirs = 0
+    for seed in range(3):
+        v0 = np.random.default_rng(seed).standard_normal(SIZE)
+        counted = []
+        operator = linalg.LinearOperator(
+            A.shape,
+            matvec=lambda v, c=counted: (c.append(1), A.numpy() @ v)[1],
+            dtype=A.numpy().dtype,
+        )
+        linalg.eigsh(operator, k=10, ncv=21, which=which, tol=tolerance, v0=v0)
+        theirs += len(counted)
+        ours += drain(
+            eigsh(
+                products_of(A, limit=2000),
+                10,
+                which=ours_of[which],
+                tolerance=tolerance,
+                basis=21,
+                start=torch.from_numpy(v0)[None],
+            )
+        ).products
+    assert ours <= 1.02 * theirs
+
+
+def test_small_bases_reach_what_large_ones_do():
+    A = matrix(SPECTRA["outliers"])
+    exact = np.linalg.eigvalsh(A.numpy())[::-1][:6]
+    for basis in (8, 9, 12, 40):
+        found = drain(eigsh(products_of(A, limit=3000), 6, basis=basis, tolerance=1e-8))
+        np.testing.assert_allclose(found.values, exact, rtol=1e-10)
+        assert found.stopped is Stop.CONVERGED
+        assert (found.restarts > 0) == (found.products > basis)
+
+
+def test_reported_residuals_are_true_after_many_restarts():
+    A = matrix(SPECTRA["flat"])
+    for dtype, slack in ((torch.float64, 1e-13), (torch.float32, 2e-6)):
+        B = A.to(dtype)
+        found = drain(eigsh(products_of(B, limit=1500), 4, basis=9, tolerance=1e-5))
+        assert found.restarts > 20
+        vectors = found.vectors.double()
+        values = torch.tensor(found.values, dtype=torch.float64)
+        true = torch.linalg.vector_norm(
+            vectors @ B.double() - values[:, None] * vectors, dim=1
+        )
+        np.testing.assert_allclose(found.residuals, true, rtol=1e-3, atol=slack)
+
+
+def test_every_start_vector_is_used_before_any_other_direction():
+    A = matrix(SPECTRA["indefinite"])
+    exact = torch.linalg.eigh(A)[1][:, -6:].T.contiguous()
+    found = drain(eigsh(products_of(A), 6, start=exact, tolerance=1e-9))
+    assert found.products == 6
+    dependent = torch.cat((exact[:3], exact[:3], torch.zeros_like(exact[:1])))
+    found = drain(eigsh(products_of(A), 3, start=dependent, tolerance=1e-2))
+    assert found.products <= 30
+    assert found.stopped is Stop.CONVERGED
+
+
+def test_the_default_basis_holds_small_maps_whole_and_large_ones_not():
+    assert default_basis(3, 57, 57 * 8) == 57
+    assert default_basis(3, 1000, 8000) == 256
+    assert default_basis(10, 10**7, 4 * 10**7) == 40
+    assert default_basis(200, 10**7, 4 * 10**7) == 420
+
+
+@pytest.mark.parametrize("which", Which)
+def test_a_restart_keeps_the_wanted_and_leaves_room(which):
+    values = np.sort(np.random.default_rng(0).standard_normal(24))
+    for k in (1, 5, 21, 22):
+        goals = values[-1:]
+        kept = keep_of(values, k, which, goals)
+        assert k <= len(kept) < 24
+        assert len(set(kept)) == len(kept)
+
+
+def test_long_vectors_are_summed_in_double_precision(monkeypatch):
+    monkeypatch.setattr("curvd_server.queries.vectors._CPU_PART", 7)
+    generator = torch.Generator().manual_seed(2)
+    V = torch.randn(5, 1000, generator=generator)
+    exact = V.double() @ V.double().T
+    np.testing.assert_allclose(dots(V, V), exact.diagonal(), rtol=1e-6)
+    np.testing.assert_allclose(norms(V[0]) ** 2, exact[0, 0], rtol=1e-6)
+    np.testing.assert_allclose(coefficients(V, V[2]), exact[2], rtol=1e-4, atol=1e-3)
+    basis = torch.linalg.qr(V.T)[0].T.contiguous()
+    rest = torch.randn(1000, generator=generator)
+    before = rest.clone()
+    weights = orthogonalise(basis, rest)
+    assert float((basis @ rest).abs().max()) < 1e-6
+    np.testing.assert_allclose(weights.float() @ basis + rest, before, atol=1e-5)
+    assert math.isclose(float(norms(torch.zeros(3))), 0.0)
