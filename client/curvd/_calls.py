@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 
 from curvd import convert, types, wire
 from curvd.arrays import Array, Operand
+from curvd.buffers import Buffer
 from curvd.errors import CurvdError, Internal
 from curvd.rpcs import Part, Rpc
 from curvd.v1 import curvature_service_pb2 as curvature_pb
@@ -42,6 +43,8 @@ class Call(Generic[T]):
         """What went wrong while parts were made; it must not disappear in gRPC."""
         self.progressed: Callable[[], None] = lambda: None
         """Called when an exchange brought the call nearer to its end."""
+        self.allocate: Callable[[int], Buffer] = lambda n: np.empty(n, np.uint8)
+        """Where the memory for results comes from."""
 
     def restart(self) -> None:
         """Get ready for a new attempt."""
@@ -142,7 +145,7 @@ class TensorStream(Call[T]):
         self._header, self._operand = header, operand
         self._shape, self._dtype, self.finish = shape, dtype, finish
         self._block, self._delivered = block, 0
-        self._values = np.empty(0 if block else shape, dtype)
+        self._values = np.empty(0, np.uint8)
         self.info: types.ResultInfo | None = None
 
     def restart(self) -> None:
@@ -151,15 +154,18 @@ class TensorStream(Call[T]):
         self._arrived = 0
         self._result_header: curvature_pb.ResultHeader | None = None
         self._summary: curvature_pb.ResultSummary | None = None
-        # Neither function refers to the call: a cycle would keep every result alive
-        # until the garbage collector finds it.
-        values, allocate = self._values.reshape(-1).view(np.uint8), {}
+        nbytes, allocate = math.prod(self._shape) * self._dtype.itemsize, self.allocate
         if not self._block:
-            allocate = {"allocate": lambda nbytes: values}
+            # Once, and then in the same place. The function does not refer to the call:
+            # a cycle would keep every result until the garbage collector finds it.
+            if self._values.nbytes != nbytes:
+                self._values = allocate(nbytes)
+            values = self._values
+            allocate = lambda n: values  # noqa: E731
         self._assembler = wire.Assembler(
             _expecting(self.rpc, self._shape, self._dtype, self._block),
-            max_bytes=math.prod(self._shape) * self._dtype.itemsize,
-            **allocate,
+            max_bytes=nbytes,
+            allocate=allocate,
         )
 
     def feed(self, part: Part) -> Iterator[Any]:
@@ -201,7 +207,7 @@ class TensorStream(Call[T]):
 
     def result(self) -> T:
         """Lay out the values as the caller wants them."""
-        return self.finish(self._values)
+        return self.finish(self._values.view(self._dtype).reshape(self._shape))
 
     def _request(self) -> Iterator[Part]:
         if self._operand is None:

@@ -12,11 +12,15 @@ import tenacity
 
 from curvd._calls import Call
 from curvd._retry import Patience
+from curvd.buffers import Pool
 from curvd.config import ClientConfig, check_target
 from curvd.errors import Cancelled
 from curvd.status import translated
 
 T = TypeVar("T")
+
+_IDLE_BYTES = 512 << 20
+"""Memory of dropped results that a connection keeps for the next ones."""
 
 
 class Connection:
@@ -37,6 +41,7 @@ class Connection:
             else grpc.secure_channel(target, credentials, options)
         )
         self._closed = False
+        self._pool = Pool(_IDLE_BYTES)
 
     def run(self, call: Call[T]) -> T:
         """Make a call, again if need be.
@@ -66,7 +71,7 @@ class Connection:
         if self._closed:
             raise _closed(self.target)
         patience = Patience(self._config)
-        call.progressed = patience.progressed
+        call.progressed, call.allocate = patience.progressed, self._pool.take
         for attempt in tenacity.Retrying(**patience.policy()):
             with attempt, translated(self.target):
                 call.restart()
@@ -76,6 +81,7 @@ class Connection:
     def close(self) -> None:
         """Close the channel; calls under way are cancelled."""
         self._closed = True
+        self._pool.clear()
         self._channel.close()
 
     def _exchange(self, call: Call[Any], patience: Patience) -> Iterator[Any]:
@@ -118,6 +124,7 @@ class AsyncConnection:
         self._credentials = config.credentials()
         self._channel: grpc.aio.Channel | None = None
         self._closed = False
+        self._pool = Pool(_IDLE_BYTES)
 
     async def run(self, call: Call[T]) -> T:
         """Make a call, again if need be.
@@ -147,7 +154,7 @@ class AsyncConnection:
         if self._closed:
             raise _closed(self.target)
         patience = Patience(self._config)
-        call.progressed = patience.progressed
+        call.progressed, call.allocate = patience.progressed, self._pool.take
         async for attempt in tenacity.AsyncRetrying(**patience.policy()):
             with attempt, translated(self.target):
                 call.restart()
@@ -160,6 +167,7 @@ class AsyncConnection:
     async def close(self) -> None:
         """Close the channel; calls under way are cancelled."""
         self._closed = True
+        self._pool.clear()
         if self._channel is not None:
             await self._channel.close()
 

@@ -25,6 +25,7 @@ LIMITS = {
     "pending_columns": "Columns that may wait for a device.",
     "pending_bytes": "Memory of operands and results that are under way.",
     "block_bytes": "Memory of one column block of a MatMat.",
+    "idle_bytes": "Memory of operands kept for the next ones.",
     "run_columns": "Columns that are computed together.",
     "sessions": "Sessions at once.",
     "operators": "Operators that one session keeps built.",

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from curvd.buffers import Buffer
 from curvd.errors import InvalidTensors, LimitExceeded
 
 CHUNK_BYTES = 2 << 20
@@ -46,8 +47,6 @@ ITEM_BYTES: Mapping[str, int] = {
     "BF16": 2,  # NumPy has no such type; arrays of it are handled as uint16 bits.
 }
 """Element types that may travel, and their sizes."""
-
-Buffer = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +282,8 @@ class Assembler:
             raises to refuse what is announced.
         max_bytes: Largest payload that is accepted.
         allocate: Returns a buffer of so many bytes.
+        arrived: Called with a piece and the range of its bytes that came in last, while
+            they are in the processor's cache; raises to refuse them.
     """
 
     def __init__(
@@ -291,7 +292,9 @@ class Assembler:
         *,
         max_bytes: int,
         allocate: Callable[[int], Buffer] = lambda n: np.empty(n, np.uint8),
+        arrived: Callable[[Buffer, int, int], None] = lambda piece, start, stop: None,
     ) -> None:
+        self._arrived = arrived
         self._accept, self._max_bytes, self._allocate = accept, max_bytes, allocate
         self._prefix = bytearray()
         self._header: Header | None = None
@@ -329,6 +332,7 @@ class Assembler:
             self._piece[self._filled : self._filled + take] = np.frombuffer(
                 chunk[:take], np.uint8
             )
+            self._arrived(self._piece, self._filled, self._filled + take)
             self._filled += take
             chunk = chunk[take:]
             if self._filled == self._piece.nbytes:

@@ -15,6 +15,7 @@ from curvd.wire import MAX_HEADER_BYTES
 
 DEFAULT_LISTEN = "127.0.0.1:50551"
 _UNIX = ("unix:", "unix-abstract:")
+_MAY_BE_ZERO = ("default_budget_bytes", "idle_bytes")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -61,6 +62,8 @@ class LimitsConfig:
     """Memory of operands and results that are under way; one request always fits."""
     block_bytes: int = 64 << 20
     """Memory of one column block of a MatMat, unless one column is larger."""
+    idle_bytes: int = 1 << 30
+    """Memory of operands that is kept for the next ones while nobody needs it."""
     run_columns: int = 32
     """Columns that are computed together at most."""
     sessions: int = 100
@@ -72,9 +75,9 @@ class LimitsConfig:
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            value = getattr(self, name)
-            if value < 1 and name != "default_budget_bytes":
-                msg = f"limit {name} must be at least 1, got {value}"
+            value, least = getattr(self, name), int(name not in _MAY_BE_ZERO)
+            if value < least:
+                msg = f"limit {name} must be at least {least}, got {value}"
                 raise InvalidSpec(msg, limit=name, value=value)
 
     def published(self) -> Limits:

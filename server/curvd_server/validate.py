@@ -20,7 +20,7 @@ from curvd_server.config import LimitsConfig
 LONGEST_TEXT = 128
 """Characters of a name or a request id."""
 
-_SEGMENT = 1 << 20
+_SEGMENT = 1 << 16
 
 
 def vector_dtype(dtype: Dtype) -> np.dtype[Any]:
@@ -149,31 +149,32 @@ def check_operand(
 
 
 def check_finite(
-    columns: NDArray[Any], *, layout: ParameterLayout, first: int = 0
+    values: NDArray[Any], *, layout: ParameterLayout, first: int = 0
 ) -> None:
     """Refuse NaN and infinity, and name the place.
 
     Args:
-        columns: [K, P].
+        values: [K, P], or any part of it, flat.
         layout: Of the session.
-        first: Index of the first column, for the message.
+        first: Index of the first value in the flat [K, P].
 
     Raises:
         InvalidVector: If a value is not finite.
     """
-    for index, column in enumerate(columns, first):
-        start = _first_not_finite(column)
-        if start is None:
-            continue
-        at = max(
-            (p for p in layout.parameters if p.offset <= start and p.size),
-            key=lambda p: p.offset,
-        )
-        msg = (
-            f"column {index} has {column[start]} at index {start}, in parameter "
-            f"{at.name!r}; operands must be finite"
-        )
-        raise InvalidVector(msg, column=index, index=start, parameter=at.name)
+    flat = values.reshape(-1)
+    found = _first_not_finite(flat)
+    if found is None:
+        return
+    column, index = divmod(first + found, layout.size)
+    at = max(
+        (p for p in layout.parameters if p.offset <= index and p.size),
+        key=lambda p: p.offset,
+    )
+    msg = (
+        f"column {column} has {flat[found]} at index {index}, in parameter "
+        f"{at.name!r}; operands must be finite"
+    )
+    raise InvalidVector(msg, column=column, index=index, parameter=at.name)
 
 
 def check_finite_data(name: str, dtype: str, array: NDArray[Any]) -> None:

@@ -68,7 +68,7 @@ def test_what_is_not_finite_is_named_by_column_and_parameter(index, value, param
     validate.check_finite(columns, layout=LAYOUT)
     columns[1, index] = value
     with pytest.raises(InvalidVector, match="column 11 has") as caught:
-        validate.check_finite(columns, layout=LAYOUT, first=10)
+        validate.check_finite(columns, layout=LAYOUT, first=10 * LAYOUT.size)
     assert caught.value.metadata == {
         "column": "11",
         "index": str(index),

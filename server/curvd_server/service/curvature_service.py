@@ -14,6 +14,7 @@ import structlog
 from numpy.typing import NDArray
 
 from curvd import convert, wire
+from curvd.buffers import Buffer, Pool
 from curvd.errors import Internal
 from curvd.rpcs import RPCS, Part
 from curvd.types import OperatorSpec
@@ -47,6 +48,7 @@ class CurvatureService:
         self, *, sessions: SessionStore, batcher: Batcher, limits: LimitsConfig
     ) -> None:
         self._sessions, self._batcher, self._limits = sessions, batcher, limits
+        self._pool = Pool(limits.idle_bytes)
 
     async def mat_vec(self, requests: AsyncIterator[Part], send: Send) -> None:
         """Multiply one vector."""
@@ -88,7 +90,9 @@ class CurvatureService:
             ) as lease,
             contextlib.AsyncExitStack() as stack,
         ):
-            product = _Product(lease, spec, name, self._batcher, self._limits, stack)
+            product = _Product(
+                lease, spec, name, self._batcher, self._limits, self._pool, stack
+            )
             await product.run(chunks, send)
 
 
@@ -114,6 +118,7 @@ class _Product:
         name: str,
         batcher: Batcher,
         limits: LimitsConfig,
+        pool: Pool,
         stack: contextlib.AsyncExitStack,
     ) -> None:
         assert lease.operator is not None
@@ -121,7 +126,9 @@ class _Product:
         self._matrix = name == "MatMat"
         self._message = RPCS[name].response.message
         self._batcher, self._limits, self._stack = batcher, limits, stack
+        self._pool = pool
         self._layout, self._dtype = lease.info.layout, _dtype(lease)
+        self._checked = 0
         self._window = asyncio.Semaphore(_BLOCKS)
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._tickets: deque[Ticket[Columns]] = deque()
@@ -137,14 +144,19 @@ class _Product:
                 ticket.cancel()
 
     async def _receive(self, chunks: AsyncIterator[memoryview]) -> None:
-        assembler = wire.Assembler(self._accept, max_bytes=self._limits.operand_bytes)
-        first = 0
+        assembler = wire.Assembler(
+            self._accept,
+            max_bytes=self._limits.operand_bytes,
+            allocate=self._pool.take,
+            arrived=self._check,
+        )
         try:
             async for chunk in chunks:
                 for piece in assembler.feed(chunk):
                     columns = piece.view(self._dtype).reshape(-1, self._layout.size)
-                    await self._queue(columns, first)
-                    first += len(columns)
+                    self._checked += columns.size
+                    await self._queue(columns)
+                    del columns, piece
             assembler.finish()
             self._events.put_nowait(_Event())
         except Exception as error:
@@ -152,10 +164,14 @@ class _Product:
             # cannot be ended with a status any more.
             self._events.put_nowait(_Event(error=error))
 
-    async def _queue(self, columns: Columns, first: int) -> None:
-        await _off_the_loop(
-            validate.check_finite, columns, layout=self._layout, first=first
-        )
+    def _check(self, piece: Buffer, start: int, stop: int) -> None:
+        """Refuse NaN and infinity while the bytes are in the cache."""
+        # A value that is cut by a message is looked at when its rest is there.
+        first, last = start // self._dtype.itemsize, stop // self._dtype.itemsize
+        values = piece.view(self._dtype)[first:last]
+        validate.check_finite(values, layout=self._layout, first=self._checked + first)
+
+    async def _queue(self, columns: Columns) -> None:
         await self._window.acquire()
         self._tickets.append(self._batcher.multiply(self._operator, columns))
         self._events.put_nowait(_Event(block=True))
@@ -197,13 +213,15 @@ class _Product:
         return event
 
     async def _send_block(self, send: Send) -> Done[None]:
-        ticket = self._tickets[0]
-        result = await asyncio.wrap_future(ticket)
-        assert ticket.columns is not None
-        rows = await self._shifted(result.value, ticket.columns)
+        # What is not needed any more is let go before the last byte leaves: the client
+        # may come back at once, and its next vector fits into the memory of this one.
+        result = await asyncio.wrap_future(self._tickets[0])
+        columns = self._tickets.popleft().columns
+        assert columns is not None
+        rows = await self._shifted(result.value, columns)
+        del columns
         for chunk in wire.pieces(wire.bytes_of(rows)):
             await send(chunk)
-        self._tickets.popleft()
         return Done(None, result.queue_s, result.compute_s, result.run_columns)
 
     async def _shifted(self, rows: Columns, columns: Columns) -> Columns:
