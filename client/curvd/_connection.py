@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from typing import Any, TypeVar
 
@@ -72,7 +73,9 @@ class Connection:
             raise _closed(self.target)
         patience = Patience(self._config)
         call.progressed, call.allocate = patience.progressed, self._pool.take
-        for attempt in tenacity.Retrying(**patience.policy()):
+        for attempt in tenacity.Retrying(
+            **patience.policy(weakref.WeakMethod(call.recovers))
+        ):
             with attempt, translated(self.target):
                 call.restart()
                 while not call.done:
@@ -89,7 +92,9 @@ class Connection:
         method = getattr(self._channel, rpc.shape)(
             rpc.path, rpc.request.dump, rpc.response.load
         )
-        request = parts if rpc.client_streams else next(parts)
+        request = parts if rpc.client_streams else next(parts, None)
+        if call.failure is not None:
+            raise call.failure
         try:
             response = method(
                 request, timeout=patience.timeout(), metadata=self._metadata
@@ -155,7 +160,9 @@ class AsyncConnection:
             raise _closed(self.target)
         patience = Patience(self._config)
         call.progressed, call.allocate = patience.progressed, self._pool.take
-        async for attempt in tenacity.AsyncRetrying(**patience.policy()):
+        async for attempt in tenacity.AsyncRetrying(
+            **patience.policy(weakref.WeakMethod(call.recovers))
+        ):
             with attempt, translated(self.target):
                 call.restart()
                 while not call.done:
@@ -178,7 +185,9 @@ class AsyncConnection:
         method = getattr(self._open(), rpc.shape)(
             rpc.path, rpc.request.dump, rpc.response.load
         )
-        request = parts if rpc.client_streams else next(parts)
+        request = parts if rpc.client_streams else next(parts, None)
+        if call.failure is not None:
+            raise call.failure
         response = method(request, timeout=patience.timeout(), metadata=self._metadata)
         statuses = _watch(response)
         try:

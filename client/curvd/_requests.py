@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,17 +11,28 @@ import numpy as np
 from google.protobuf import wrappers_pb2
 
 from curvd import convert, types
-from curvd._calls import TensorStream, Unary
-from curvd.arrays import Layout, Operand, arrange, vector_dtype
+from curvd._calls import Unary
+from curvd._tensors import (
+    OWN_TYPE,
+    ColumnStream,
+    PutVector,
+    SmallProduct,
+    TensorStream,
+    Wanted,
+)
+from curvd.arrays import Array, Layout, Operand, arrange, vector_dtype
 from curvd.errors import Internal, InvalidSpec
+from curvd.narrow import NARROW
 from curvd.rpcs import RPCS, Codec, Rpc
 from curvd.types import (
     DatasetInfo,
     LossSpec,
     ModelInfo,
     OperatorSpec,
+    Probe,
     ResultInfo,
     SessionInfo,
+    StoredVector,
 )
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import session_service_pb2 as session_pb
@@ -40,13 +52,19 @@ _HEALTH = Rpc(
 )
 _SERVING = 1
 
+SMALL_BYTES = 1 << 20
+"""Up to here one message each way is two to three times quicker than a stream."""
+
 
 def product(
     session: SessionInfo,
     spec: OperatorSpec,
-    operand: Operand,
+    operand: Operand | Probe | StoredVector,
     *,
     expected_version: int | None,
+    wire_type: str = "",
+    store: str = "",
+    verify: bool = False,
     block: int = 0,
 ) -> TensorStream[Any]:
     """Multiply an operator onto vectors.
@@ -56,26 +74,51 @@ def product(
         spec: Which operator.
         operand: What to multiply.
         expected_version: Refuse to compute at another parameter version.
+        wire_type: safetensors element type on the wire; empty: the session's own.
+        store: Keep the result in the session under this name.
+        verify: Check the result's checksum.
         block: Columns to hand out together; 0: all at the end.
 
     Returns:
-        The call; its result is in the operand's layout.
+        The call; its result is in the operand's layout, or a stored vector.
     """
     header = curvature_pb.ProductHeader(
         session_id=session.id,
         operator=convert.operator_to_proto(spec),
         expected_version=expected_version,
         request_id=_new_id(),
+        result_type=wire_type,
+        store_as=store,
     )
-    return TensorStream(
-        RPCS["MatVec" if operand.columns is None else "MatMat"],
-        header,
-        operand,
-        shape=operand.shape,
-        dtype=operand.dtype,
-        finish=operand.restore,
-        block=block,
+    sent: Operand | None = None
+    finish: Callable[[Array], Any] = _columns_last
+    if isinstance(operand, Operand):
+        sent, finish, shape = operand, operand.restore, operand.shape
+    elif isinstance(operand, Probe):
+        header.operand.probe.CopyFrom(convert.probe_to_proto(operand))
+        shape = operand.shape(session.layout.size)
+    else:
+        header.operand.stored = operand.name
+        shape = operand.shape
+    dtype = vector_dtype(session.dtype)
+    if store:
+        finish = _stored_as(store, shape, dtype)
+    wanted: Wanted[Any] = Wanted(
+        shape=None if store else shape,
+        dtype=dtype,
+        finish=finish,
+        wire_type=wire_type,
+        verify=verify,
     )
+    travelling = dataclasses.replace(wanted, shape=shape).nbytes
+    if block:
+        return ColumnStream(RPCS["MatMat"], header, sent, wanted, block=block)
+    if travelling <= SMALL_BYTES or (store and sent is None):
+        return SmallProduct(RPCS["Multiply"], header, sent, wanted)
+    if len(shape) == 1 or store:
+        rpc = RPCS["MatVec" if len(shape) == 1 else "MatMat"]
+        return TensorStream(rpc, header, sent, wanted)
+    return ColumnStream(RPCS["MatMat"], header, sent, wanted)
 
 
 def gradient(
@@ -88,13 +131,95 @@ def gradient(
         expected_version=expected_version,
         request_id=_new_id(),
     )
-    return TensorStream(
-        RPCS["Gradient"],
-        request,
-        None,
+    wanted = Wanted(
         shape=(session.layout.size,),
         dtype=vector_dtype(session.dtype),
         finish=lambda vector: arrange(vector, session.layout, layout),
+    )
+    return TensorStream(RPCS["Gradient"], request, None, wanted)
+
+
+def put_vector(
+    session: SessionInfo, name: str, operand: Operand, *, wire_type: str
+) -> PutVector[StoredVector]:
+    """Store a vector in a session."""
+    header = curvature_pb.PutVectorHeader(
+        session_id=session.id, name=name, request_id=_new_id()
+    )
+    own = wire_type or OWN_TYPE[vector_dtype(session.dtype)]
+    return PutVector(
+        RPCS["PutVector"],
+        header,
+        operand,
+        own,
+        lambda response: convert.vector_from_proto(response.vector),
+    )
+
+
+def get_vector(
+    session: SessionInfo, vector: StoredVector, *, wire_type: str
+) -> TensorStream[Any]:
+    """Fetch a stored vector, columns last."""
+    request = curvature_pb.GetVectorRequest(
+        session_id=session.id,
+        name=vector.name,
+        request_id=_new_id(),
+        result_type=wire_type,
+    )
+    wanted = Wanted(
+        shape=vector.shape,
+        dtype=vector_dtype(session.dtype),
+        finish=_columns_last,
+        wire_type=wire_type,
+    )
+    return TensorStream(RPCS["GetVector"], request, None, wanted)
+
+
+def list_vectors(session_id: str) -> Unary[list[StoredVector]]:
+    """Name what is stored in a session."""
+    request = curvature_pb.ListVectorsRequest(session_id=session_id)
+    return Unary(
+        RPCS["ListVectors"],
+        request,
+        lambda response: [convert.vector_from_proto(v) for v in response.vectors],
+    )
+
+
+def delete_vector(session_id: str, name: str) -> Unary[None]:
+    """Forget a stored vector."""
+    request = curvature_pb.DeleteVectorRequest(session_id=session_id, name=name)
+    return Unary(RPCS["DeleteVector"], request, lambda response: None)
+
+
+def check_wire(wire: str | None, dtype: types.Dtype) -> str:
+    """Check the element type for the wire.
+
+    Args:
+        wire: ``BF16``, ``F16``, the session's own, or None.
+        dtype: Of the session.
+
+    Returns:
+        Its name in the contract; empty for the session's own.
+
+    Raises:
+        InvalidSpec: If it is another.
+    """
+    own = OWN_TYPE[vector_dtype(dtype)]
+    if wire is not None and wire not in (own, *NARROW):
+        msg = f"wire={wire!r} is not offered; known: {', '.join((own, *NARROW))}"
+        raise InvalidSpec(msg, wire=wire)
+    return "" if wire in (None, own) else wire
+
+
+def _columns_last(rows: Array) -> Array:
+    return rows.T
+
+
+def _stored_as(
+    name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> Callable[[Array], StoredVector]:
+    return lambda nothing: StoredVector(
+        name=name, shape=shape, dtype=OWN_TYPE[dtype], version=0
     )
 
 

@@ -29,6 +29,10 @@ def is_worth_a_retry(error: BaseException) -> bool:
     )
 
 
+def never() -> None:
+    """Refer to nothing: the call goes no other way."""
+
+
 class Patience:
     """The time that one call has left, over all its attempts.
 
@@ -58,14 +62,26 @@ class Patience:
         """
         return None if self._deadline is None else self._deadline - self._clock()
 
-    def policy(self) -> dict[str, Any]:
+    def policy(
+        self, recovers: Callable[[], Callable[[BaseException], bool] | None] = never
+    ) -> dict[str, Any]:
         """Spell it for tenacity, blocking or not.
+
+        Args:
+            recovers: Refers to what tells of an error whether the call goes another way
+                next. Weakly: tenacity's objects refer to each other, and a call with
+                its result must not wait for the garbage collector.
 
         Returns:
             Keyword arguments of `tenacity.Retrying` and `tenacity.AsyncRetrying`.
         """
+
+        def worth_it(error: BaseException) -> bool:
+            recovered = recovers()
+            return is_worth_a_retry(error) or bool(recovered and recovered(error))
+
         return {
-            "retry": tenacity.retry_if_exception(is_worth_a_retry),
+            "retry": tenacity.retry_if_exception(worth_it),
             "wait": self._wait,
             "stop": self._stop,
             "before_sleep": _log,

@@ -7,13 +7,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
+from curvd.errors import VectorNotFound
 from curvd.selection import check_patterns, select
 from curvd.types import (
+    Distribution,
     OperatorKind,
     OperatorSpec,
     ParameterLayout,
+    Probe,
     ResultInfo,
     SessionInfo,
+    StoredVector,
 )
 
 O = TypeVar("O")  # noqa: E741 - the operator type of the client
@@ -200,6 +204,42 @@ class SessionBase(ABC, Generic[O]):
         )
         return self.operator(spec, expected_version=expected_version)
 
+    def probe(
+        self,
+        distribution: Distribution | str = Distribution.RADEMACHER,
+        *,
+        seed: int = 0,
+        columns: int | None = None,
+        first: int = 0,
+    ) -> Probe:
+        """Name random columns that the server makes: an operand that does not travel.
+
+        The values are those of `curvd.probes.probes` (docs/probes.md).
+
+        Args:
+            distribution: ``rademacher`` or ``normal``.
+            seed: In [0, 2^63).
+            columns: K; None for one vector.
+            first: Index of the first column in the seed's sequence.
+
+        Returns:
+            What stands for them.
+        """
+        return Probe(
+            distribution=distribution,  # type: ignore[arg-type]
+            seed=seed,
+            columns=columns,
+            first=first,
+        )
+
+    def _named(self, name: str, vectors: Sequence[StoredVector]) -> StoredVector:
+        found = [vector for vector in vectors if vector.name == name]
+        if not found:
+            known = ", ".join(repr(vector.name) for vector in vectors) or "none"
+            msg = f"session {self.id} stores no vector {name!r}; known: {known}"
+            raise VectorNotFound(msg, vector=name)
+        return found[0]
+
     def __repr__(self) -> str:
         i = self._info
         return (
@@ -219,6 +259,18 @@ class SessionBase(ABC, Generic[O]):
             self._info, version=version, parameters_digest=digest, operators=()
         )
         return version
+
+
+def name_of(vector: StoredVector | str) -> str:
+    """Tell the name of a stored vector.
+
+    Args:
+        vector: The vector, or its name.
+
+    Returns:
+        Its name.
+    """
+    return vector if isinstance(vector, str) else vector.name
 
 
 def _blocks(sizes: Sequence[int] | None) -> tuple[int, ...] | None:

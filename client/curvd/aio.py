@@ -19,14 +19,14 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from curvd import _requests, _uploads
-from curvd._calls import TensorStream
 from curvd._connection import AsyncConnection
-from curvd._session import SessionBase
+from curvd._session import SessionBase, name_of
+from curvd._tensors import TensorStream
 from curvd._uploads import Progress, Tensors
-from curvd.arrays import Layout
+from curvd.arrays import Layout, operand
 from curvd.client import configured
 from curvd.config import ClientConfig, Pem, TlsConfig
-from curvd.errors import SessionNotFound
+from curvd.errors import SessionNotFound, VectorNotFound
 from curvd.exported import ExportedModel
 from curvd.operator import OperatorBase
 from curvd.progress import shown
@@ -41,6 +41,7 @@ from curvd.types import (
     OperatorSpec,
     ServerInfo,
     SessionInfo,
+    StoredVector,
 )
 
 T = TypeVar("T")
@@ -229,6 +230,40 @@ class AsyncSession(SessionBase["AsyncOperator"]):
             )
             return self._advance(*await self._connection.run(call))
 
+    async def put(
+        self, name: str, value: Any, *, wire: str | None = None
+    ) -> StoredVector:
+        """Store a vector or columns in the session; see `curvd.Session`."""
+        call = _requests.put_vector(
+            self._info,
+            name,
+            operand(value, self.layout, self._info.dtype),
+            wire_type=_requests.check_wire(wire, self._info.dtype),
+        )
+        return await self._connection.run(call)
+
+    async def get(self, vector: StoredVector | str, *, wire: str | None = None) -> Any:
+        """Fetch a stored vector; see `curvd.Session`."""
+        wire_type = _requests.check_wire(wire, self._info.dtype)
+        found = vector
+        if isinstance(found, str):
+            found = self._named(found, await self.vectors())
+        call = _requests.get_vector(self._info, found, wire_type=wire_type)
+        return await self._connection.run(call)
+
+    async def vectors(self) -> list[StoredVector]:
+        """List what the session stores, the oldest name first."""
+        return await self._connection.run(_requests.list_vectors(self.id))
+
+    async def discard(self, vector: StoredVector | str) -> None:
+        """Forget a stored vector; see `curvd.Session`."""
+        call = _requests.delete_vector(self.id, name_of(vector))
+        try:
+            await self._connection.run(call)
+        except VectorNotFound:
+            if call.attempts == 1:
+                raise
+
     async def refresh(self) -> SessionInfo:
         """Ask for the session as it is now: version, plans, lease."""
         self._info = await self._connection.run(_requests.get_session(self.id))
@@ -291,6 +326,19 @@ class AsyncOperator(AsyncQueryMethods, OperatorBase):
     def __rmatmul__(self, x: T) -> Awaitable[T]:
         return self._run(self._product(x, leading=True))
 
+    async def multiply(
+        self,
+        x: Any,
+        /,
+        *,
+        wire: str | None = None,
+        store: str | None = None,
+        verify: bool = False,
+    ) -> Any:
+        """Multiply, and say how vectors travel; see `curvd.RemoteOperator`."""
+        call = self._product(x, wire=wire, store=store, verify=verify)
+        return await self._run(call)
+
     async def matvec(self, v: T, /) -> T:
         """Multiply one vector; see `curvd.RemoteOperator`."""
         return await self._run(self._product(v, columns=False))
@@ -306,10 +354,8 @@ class AsyncOperator(AsyncQueryMethods, OperatorBase):
         call = self._blocks(V, columns)
         async with contextlib.aclosing(self._connection.blocks(call)) as blocks:
             async for block in blocks:
-                yield call.finish(block)
+                yield call.wanted.finish(block)
         self.last = call.info
 
     async def _run(self, call: TensorStream[T]) -> T:
-        result = await self._connection.run(call)
-        self.last = call.info
-        return result
+        return self._taken(call, await self._connection.run(call))

@@ -51,14 +51,17 @@ class Operand:
         size = self.layout.size
         return (size,) if self.columns is None else (self.columns, size)
 
-    def values(self) -> Iterator[Array]:
+    def values(self, first: int = 0) -> Iterator[Array]:
         """Walk through the values in the order of the wire.
+
+        Args:
+            first: Columns to leave out.
 
         Yields:
             One-dimensional arrays that follow one another. What is strided comes in
             short pieces, so that whoever needs it contiguous never copies much.
         """
-        for k in range(1 if self.columns is None else self.columns):
+        for k in range(first, 1 if self.columns is None else self.columns):
             for leaf in self.leaves:
                 flat = (leaf if self.columns is None else leaf[k]).reshape(-1)
                 step = max(flat.size if flat.flags.c_contiguous else _PIECE, 1)

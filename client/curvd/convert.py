@@ -384,6 +384,26 @@ def result_from_proto(
     )
 
 
+def probe_to_proto(probe: types.Probe) -> curvature_pb.ProbeOperand:
+    """Describe random columns."""
+    return curvature_pb.ProbeOperand(
+        distribution=distribution_to_proto(probe.distribution),
+        seed=probe.seed,
+        first_index=probe.first,
+        columns=probe.columns or 0,
+    )
+
+
+def vector_from_proto(message: curvature_pb.StoredVector) -> types.StoredVector:
+    """Read what is known of a stored vector."""
+    return types.StoredVector(
+        name=message.name,
+        shape=tuple(message.shape),
+        dtype=message.dtype,
+        version=message.version,
+    )
+
+
 def _same_names(kind: type[D], message: Message) -> D:
     """Read a dataclass whose fields are scalars named as the message's."""
     return kind(**{f.name: getattr(message, f.name) for f in fields(kind)})  # type: ignore[arg-type]
@@ -399,6 +419,13 @@ def _timestamp(seconds: float) -> timestamp_pb2.Timestamp:
     return stamp
 
 
+distribution_to_proto = _enum_to("DISTRIBUTION")
+distribution_from_proto = _enum_from(
+    types_pb.Distribution,
+    "DISTRIBUTION",
+    types.Distribution,
+    types.Distribution.RADEMACHER,
+)
 which_to_proto = _enum_to("WHICH")
 which_from_proto = _enum_from(query_pb.Which, "WHICH", types.Which, types.Which.LARGEST)
 estimator_to_proto = _enum_to("ESTIMATOR")

@@ -9,6 +9,8 @@
     │   └── InvalidSpec             an option of a model, dataset, loss, session or operator
     ├── NotFound                the name refers to nothing on this server
     │   ├── ModelNotFound · DatasetNotFound · SessionNotFound · BuilderNotFound
+    │   ├── VectorNotFound          a session stores no vector of this name
+    │   └── ResultNotKept           a result to go on with is not kept any more
     ├── FailedPrecondition      the call is right, the state of things is not
     │   ├── VersionMismatch         the session holds another parameter version
     │   ├── CurvatureUnverified     no AD mode reproduces finite differences
@@ -114,6 +116,14 @@ class SessionNotFound(NotFound):
 
 class BuilderNotFound(NotFound):
     """The server's operator has not allowed a builder of this name."""
+
+
+class VectorNotFound(NotFound):
+    """The session stores no vector of this name; a restart of the server loses them."""
+
+
+class ResultNotKept(NotFound):
+    """The result to go on with is not kept any more: send the operand again."""
 
 
 class FailedPrecondition(CurvdError, code="FAILED_PRECONDITION"):

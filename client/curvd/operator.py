@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
 from curvd import _requests
-from curvd._calls import TensorStream
 from curvd._connection import Connection
 from curvd._query_calls import Queries
-from curvd.arrays import operand, vector_dtype
+from curvd._tensors import TensorStream
+from curvd.arrays import Operand, operand, vector_dtype
 from curvd.errors import InvalidSpec, InvalidVector
 from curvd.queries import QueryMethods
-from curvd.types import OperatorSpec, ParameterLayout, ResultInfo, SessionInfo
+from curvd.types import (
+    OperatorSpec,
+    ParameterLayout,
+    Probe,
+    ResultInfo,
+    SessionInfo,
+    StoredVector,
+)
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -78,9 +85,32 @@ class OperatorBase:
         columns: bool | None = None,
         leading: bool = False,
         block: int = 0,
+        wire: str | None = None,
+        store: str | None = None,
+        verify: bool = False,
     ) -> TensorStream[T]:
         """Check the operand and make the call; `columns` says whether it needs K."""
-        v = operand(value, self.layout, self._session.dtype, leading=leading)
+        v: Operand | Probe | StoredVector
+        if isinstance(value, Probe | StoredVector):
+            v = value
+        else:
+            v = operand(value, self.layout, self._session.dtype, leading=leading)
+            self._check_columns(v, columns)
+        if store is not None and not store:
+            msg = "a stored vector needs a name, at least one character"
+            raise InvalidSpec(msg, store=store)
+        return _requests.product(
+            self._session,
+            self.spec,
+            v,
+            expected_version=self.expected_version,
+            wire_type=_requests.check_wire(wire, self._session.dtype),
+            store=store or "",
+            verify=verify,
+            block=block,
+        )
+
+    def _check_columns(self, v: Operand, columns: bool | None) -> None:
         if columns is not None and columns != (v.columns is not None):
             msg = (
                 "matmat needs a column axis, [P, K] or [*shape, K]; for one vector "
@@ -90,13 +120,14 @@ class OperatorBase:
                 "there is matmat"
             )
             raise InvalidVector(msg, columns=v.columns)
-        return _requests.product(
-            self._session,
-            self.spec,
-            v,
-            expected_version=self.expected_version,
-            block=block,
-        )
+
+    def _taken(self, call: TensorStream[T], result: T) -> T:
+        """Take note of where a result came from."""
+        self.last = call.info
+        if isinstance(result, StoredVector) and call.info is not None:
+            stored = dataclasses.replace(result, version=call.info.version)
+            return cast("T", stored)
+        return result
 
     def _blocks(self, value: T, columns: int) -> TensorStream[T]:
         if columns < 1:
@@ -139,6 +170,31 @@ class RemoteOperator(QueryMethods, OperatorBase):
     def __rmatmul__(self, x: T) -> T:
         return self._run(self._product(x, leading=True))
 
+    def multiply(
+        self,
+        x: Any,
+        /,
+        *,
+        wire: str | None = None,
+        store: str | None = None,
+        verify: bool = False,
+    ) -> Any:
+        """Multiply, and say how vectors travel, if they do.
+
+        Args:
+            x: As for ``H @ x``; or a `Probe` or a `StoredVector`, which do not travel.
+            wire: ``BF16`` or ``F16`` halve the bytes of float32 in both directions:
+                operand and result are rounded to nearest, the product is computed in
+                the session's own type. None: the session's own type.
+            store: Keep the product in the session under this name, and fetch nothing.
+            verify: Check the product's CRC-32, beside what TCP and TLS do.
+
+        Returns:
+            The product, laid out like `x`; [P] or [P, K] for what does not travel; a
+            `StoredVector` if it stays in the session.
+        """
+        return self._run(self._product(x, wire=wire, store=store, verify=verify))
+
     def matvec(self, v: T, /) -> T:
         """Multiply one vector.
 
@@ -175,7 +231,7 @@ class RemoteOperator(QueryMethods, OperatorBase):
         """
         call = self._blocks(V, columns)
         for block in self._connection.blocks(call):
-            yield call.finish(block)
+            yield call.wanted.finish(block)
         self.last = call.info
 
     def to_scipy(self, dtype: Any = np.float64) -> LinearOperator:
@@ -193,6 +249,4 @@ class RemoteOperator(QueryMethods, OperatorBase):
         return linear_operator(self, dtype)
 
     def _run(self, call: TensorStream[T]) -> T:
-        result = self._connection.run(call)
-        self.last = call.info
-        return result
+        return self._taken(call, self._connection.run(call))

@@ -1,9 +1,10 @@
 """One table of the RPCs, read off the contract, for both sides.
 
 Streams that carry tensors consist of *parts*: a part is either a protobuf message (a
-header or a summary) or a `memoryview` of raw chunk bytes. Chunk messages are framed
-by hand, because protobuf copies ``bytes`` fields once more in each direction; what
-goes over the wire is identical (tests/client/test_rpcs.py crosses both ways).
+header or a summary) or a `memoryview` of raw chunk bytes. A unary message with tensors
+is `Framed`: the message, and the bytes beside it. Bytes are framed by hand, because
+protobuf copies ``bytes`` fields once more in each direction; what goes over the wire is
+identical (tests/client/test_rpcs.py crosses both ways).
 """
 
 from __future__ import annotations
@@ -22,11 +23,21 @@ from curvd.v1 import (
     session_service_pb2,
 )
 
+
+@dataclass(frozen=True, slots=True)
+class Framed:
+    """A message whose field 2, ``tensors``, is beside it."""
+
+    message: Any
+    tensors: memoryview
+
+
 Part = Message | memoryview
 """What a stream carries: a message, or the bytes of one chunk."""
 
-_CHUNK_FIELD = 2
-_CHUNK_TAG = bytes([_CHUNK_FIELD << 3 | 2])
+_BYTES_FIELD = 2
+_BYTES_TAG = bytes([_BYTES_FIELD << 3 | 2])
+_LENGTH_DELIMITED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +45,29 @@ class Codec:
     """Serialises and parses the messages of one direction of one RPC."""
 
     message: type[Message]
-    bulk: bool
+    bulk: bool = False
     """Whether the message is a oneof of header, chunk and summary."""
+    framed: bool = False
+    """Whether it has tensors beside it."""
 
-    def dump(self, part: Part) -> bytes:
+    def dump(self, part: Part | Framed) -> bytes:
         """Serialise a part; a chunk is copied exactly once.
 
         Args:
-            part: A message, or a chunk's bytes if the stream is bulk.
+            part: A message, a chunk's bytes if the stream is bulk, or both if framed.
 
         Returns:
             The bytes of the protobuf message.
         """
         if isinstance(part, memoryview):
-            return b"".join((_CHUNK_TAG, _varint(part.nbytes), part))
+            return b"".join((_BYTES_TAG, _varint(part.nbytes), part))
+        if isinstance(part, Framed):
+            size = _varint(part.tensors.nbytes)
+            rest = part.message.SerializeToString()
+            return b"".join((rest, _BYTES_TAG, size, part.tensors))
         return part.SerializeToString()
 
-    def load(self, data: bytes) -> Part:
+    def load(self, data: bytes) -> Part | Framed:
         """Parse a message; the inverse of `dump`.
 
         Args:
@@ -59,7 +76,9 @@ class Codec:
         Returns:
             A view of the chunk's bytes if it is a chunk, else the message.
         """
-        if self.bulk and data[:1] == _CHUNK_TAG:
+        if self.framed:
+            return self._load_framed(data)
+        if self.bulk and data[:1] == _BYTES_TAG:
             start, size = _read_varint(data, 1)
             if start + size == len(data):
                 return memoryview(data)[start:]
@@ -68,6 +87,25 @@ class Codec:
         if self.bulk and message.WhichOneof("part") == "chunk":
             return memoryview(message.chunk)
         return cast("Message", message)
+
+    def _load_framed(self, data: bytes) -> Framed:
+        """Take the tensors out, and let protobuf parse what is left."""
+        view, rest, tensors, at = memoryview(data), [], memoryview(b""), 0
+        while at < len(data):
+            tag = data[at]
+            start, size = _read_varint(data, at + 1)
+            if tag & 7 != _LENGTH_DELIMITED or tag > 0x7F or size < 0:
+                # Not as we write it, or malformed: protobuf decides.
+                message: Any = self.message.FromString(data)
+                return Framed(message, memoryview(message.tensors))
+            if tag == _BYTES_TAG[0]:
+                tensors = view[start : start + size]
+            else:
+                rest.append(view[at : start + size])
+            at = start + size
+        if at > len(data):
+            rest = [view]  # cut off: protobuf says so
+        return Framed(self.message.FromString(b"".join(rest)), tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +139,13 @@ class Rpc:
 
 
 def _codec(descriptor: Descriptor) -> Codec:
-    chunk = descriptor.fields_by_number.get(_CHUNK_FIELD)
-    bulk = chunk is not None and chunk.name == "chunk"
-    return Codec(message_factory.GetMessageClass(descriptor), bulk)
+    field = descriptor.fields_by_number.get(_BYTES_FIELD)
+    name = "" if field is None or field.type != field.TYPE_BYTES else field.name
+    return Codec(
+        message_factory.GetMessageClass(descriptor),
+        bulk=name == "chunk",
+        framed=name == "tensors",
+    )
 
 
 def _rpc(method: MethodDescriptor) -> Rpc:

@@ -8,13 +8,13 @@ from typing import Any
 
 from curvd import _requests, _uploads
 from curvd._connection import Connection
-from curvd._session import SessionBase
+from curvd._session import SessionBase, name_of
 from curvd._uploads import Progress, Tensors
-from curvd.arrays import Layout
-from curvd.errors import SessionNotFound
+from curvd.arrays import Layout, operand
+from curvd.errors import SessionNotFound, VectorNotFound
 from curvd.operator import RemoteOperator
 from curvd.progress import shown
-from curvd.types import OperatorSpec, SessionInfo
+from curvd.types import OperatorSpec, SessionInfo, StoredVector
 
 
 class Session(SessionBase[RemoteOperator]):
@@ -91,6 +91,62 @@ class Session(SessionBase[RemoteOperator]):
                 progress=callback,
             )
             return self._advance(*self._connection.run(call))
+
+    def put(self, name: str, value: Any, *, wire: str | None = None) -> StoredVector:
+        """Store a vector or columns in the session, as operand of later products.
+
+        What is stored is lost when the server restarts.
+
+        Args:
+            name: What to call it; one that exists is replaced.
+            value: As for ``H @ value``.
+            wire: ``BF16`` or ``F16`` send half the bytes, rounded to nearest.
+
+        Returns:
+            What stands for it.
+        """
+        call = _requests.put_vector(
+            self._info,
+            name,
+            operand(value, self.layout, self._info.dtype),
+            wire_type=_requests.check_wire(wire, self._info.dtype),
+        )
+        return self._connection.run(call)
+
+    def get(self, vector: StoredVector | str, *, wire: str | None = None) -> Any:
+        """Fetch a stored vector.
+
+        Args:
+            vector: Which, or its name.
+            wire: ``BF16`` or ``F16`` fetch half the bytes, rounded to nearest.
+
+        Returns:
+            [P], or [P, K].
+        """
+        wire_type = _requests.check_wire(wire, self._info.dtype)
+        found = vector
+        if isinstance(found, str):
+            found = self._named(found, self.vectors())
+        call = _requests.get_vector(self._info, found, wire_type=wire_type)
+        return self._connection.run(call)
+
+    def vectors(self) -> list[StoredVector]:
+        """List what the session stores, the oldest name first."""
+        return self._connection.run(_requests.list_vectors(self.id))
+
+    def discard(self, vector: StoredVector | str) -> None:
+        """Forget a stored vector and free its memory.
+
+        Args:
+            vector: Which, or its name.
+        """
+        call = _requests.delete_vector(self.id, name_of(vector))
+        try:
+            self._connection.run(call)
+        except VectorNotFound:
+            if call.attempts == 1:
+                raise
+            # An earlier attempt discarded it, and its answer was lost.
 
     def refresh(self) -> SessionInfo:
         """Ask for the session as it is now: version, plans, lease."""

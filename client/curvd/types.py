@@ -548,6 +548,56 @@ class ServerInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Random columns that the server makes: an operand that does not travel."""
+
+    distribution: Distribution = Distribution.RADEMACHER
+    seed: int = 0
+    columns: int | None = None
+    """K; None for one vector."""
+    first: int = 0
+    """Index of the first column in the seed's sequence."""
+
+    def __post_init__(self) -> None:
+        kind = member(Distribution, self.distribution, "distribution")
+        object.__setattr__(self, "distribution", kind)
+        last = self.first + max(0, (self.columns or 1) - 1)
+        if not 0 <= self.seed < 2**63 or self.first < 0 or last >= 2**63:
+            msg = (
+                "seed and the indices of probes must be in [0, 2**63), got "
+                f"{self.seed} and {self.first} to {last}"
+            )
+            raise InvalidSpec(msg, seed=self.seed, first=self.first)
+        if self.columns is not None and self.columns < 1:
+            msg = f"a probe has at least 1 column, got {self.columns}"
+            raise InvalidSpec(msg, columns=self.columns)
+
+    def shape(self, size: int) -> tuple[int, ...]:
+        """Tell its shape: [P] or [K, P].
+
+        Args:
+            size: P.
+
+        Returns:
+            The shape.
+        """
+        return (size,) if self.columns is None else (self.columns, size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredVector:
+    """A vector that a session keeps: an operand that does not travel."""
+
+    name: str
+    shape: tuple[int, ...]
+    """[P] or [K, P]: columns lead inside."""
+    dtype: str
+    """safetensors element type."""
+    version: int
+    """Parameter version that was current when it was stored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ResultInfo:
     """Where a result comes from, and what it cost."""
 

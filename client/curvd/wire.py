@@ -282,6 +282,8 @@ class Assembler:
             raises to refuse what is announced.
         max_bytes: Largest payload that is accepted.
         allocate: Returns a buffer of so many bytes.
+        offset: Bytes at the start of the payload that are left out, because they are
+            there already; nothing is allocated for them.
         arrived: Called with a piece and the range of its bytes that came in last, while
             they are in the processor's cache; raises to refuse them.
     """
@@ -292,9 +294,10 @@ class Assembler:
         *,
         max_bytes: int,
         allocate: Callable[[int], Buffer] = lambda n: np.empty(n, np.uint8),
+        offset: int = 0,
         arrived: Callable[[Buffer, int, int], None] = lambda piece, start, stop: None,
     ) -> None:
-        self._arrived = arrived
+        self._offset, self._arrived = offset, arrived
         self._accept, self._max_bytes, self._allocate = accept, max_bytes, allocate
         self._prefix = bytearray()
         self._header: Header | None = None
@@ -305,6 +308,11 @@ class Assembler:
     def header(self) -> Header | None:
         """The header, once it has arrived."""
         return self._header
+
+    @property
+    def received_bytes(self) -> int:
+        """Payload that has arrived, without what was left out."""
+        return self._received
 
     def feed(self, chunk: memoryview) -> Iterator[Buffer]:
         """Take the next bytes of the file.
@@ -379,6 +387,7 @@ class Assembler:
             raise LimitExceeded(msg, payload_bytes=self._total, limit=self._max_bytes)
         self._piece_bytes = self._accept(header) or self._total
         self._header = header
+        self._total -= min(self._offset, self._total)
         self._next_piece(self._total)
         return chunk[8 + size - have :]
 

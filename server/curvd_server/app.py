@@ -47,7 +47,12 @@ CAPABILITIES = (
     "ggn",
     "hessian",
     "mounted_datasets",
+    "narrow_vectors",
+    "probe_operands",
+    "resumable_results",
     "resumable_uploads",
+    "stored_vectors",
+    "unary_products",
     "validate_only",
 )
 
@@ -173,6 +178,7 @@ async def running(
         stack.push_async_callback(sessions.close)
         queries = QueryService(sessions=sessions, batcher=batcher, limits=limits)
         stack.callback(queries.close)
+        curvature = CurvatureService(sessions=sessions, batcher=batcher, limits=limits)
         services = [
             SessionService(
                 registry=Registry(catalogue, blobs, device.architecture),
@@ -182,11 +188,11 @@ async def running(
                 limits=limits,
                 describe=lambda: _describe(config, device, mounts),
             ),
-            CurvatureService(sessions=sessions, batcher=batcher, limits=limits),
+            curvature,
             queries,
         ]
         target = await stack.enter_async_context(_listening(config, services))
-        sweeper = asyncio.create_task(_expire(sessions))
+        sweeper = asyncio.create_task(_expire(sessions, curvature))
         stack.callback(sweeper.cancel)
         yield Running(target, batcher, sessions)
 
@@ -233,12 +239,13 @@ async def _serve(config: ServerConfig) -> None:
         await stop.wait()
 
 
-async def _expire(sessions: SessionStore) -> None:
+async def _expire(sessions: SessionStore, curvature: CurvatureService) -> None:
     while True:
         await asyncio.sleep(_SWEEP_S)
         try:
             for session_id in await sessions.expire():
                 logs.logger().info("expired", session=session_id)
+            curvature.expire()
         except Exception:
             logs.logger().exception("defect", task="expire")
 

@@ -15,7 +15,7 @@ from curvd.wire import MAX_HEADER_BYTES
 
 DEFAULT_LISTEN = "127.0.0.1:50551"
 _UNIX = ("unix:", "unix-abstract:")
-_MAY_BE_ZERO = ("default_budget_bytes", "idle_bytes")
+_MAY_BE_ZERO = ("default_budget_bytes", "idle_bytes", "kept_bytes", "stored_bytes")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -64,6 +64,12 @@ class LimitsConfig:
     """Memory of one column block of a MatMat, unless one column is larger."""
     idle_bytes: int = 1 << 30
     """Memory of operands that is kept for the next ones while nobody needs it."""
+    kept_bytes: int = 1 << 30
+    """Memory of results that are kept for callers whose stream broke."""
+    kept_s: int = 60
+    """Seconds that they are kept."""
+    stored_bytes: int = 4 << 30
+    """Memory of the vectors that one session stores."""
     run_columns: int = 32
     """Columns that are computed together at most."""
     sessions: int = 100

@@ -23,6 +23,7 @@ from curvd_server.live import Live
 from curvd_server.registration import check_state
 from curvd_server.state import architecture_of, home_names, state_of
 from curvd_server.storage import BlobStore
+from curvd_server.vectors import Vectors
 
 T = TypeVar("T")
 
@@ -71,6 +72,8 @@ class Lease:
     problem: Problem
     operator: Operator | None
     """The one that was asked for, built."""
+    vectors: Vectors
+    """What is stored in the session."""
 
 
 class Session:
@@ -88,6 +91,7 @@ class Session:
             budget_bytes=stored.info.budget_bytes,
             operators=facilities.limits.operators,
         )
+        self.vectors = Vectors(stored.info.id, facilities.limits.stored_bytes)
         self._with = facilities
         self._used_s = facilities.clock()
         # Held while the session changes, or something is built for it.
@@ -171,7 +175,8 @@ class Session:
                 if operator is not None:
                     layout = info.layout.of_operator(operator)
                     info = replace(info, layout=layout)
-            yield Lease(info, problem, built.operator if built else None)
+            ready = built.operator if built else None
+            yield Lease(info, problem, ready, self.vectors)
 
     async def made_by(self, update: Update) -> StoredVersion | None:
         """Find the version that the same request made; see `SessionStore.made_by`."""
@@ -203,6 +208,7 @@ class Session:
             # A client that neither reads nor leaves keeps what it has until it does.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._unused.wait(), _PATIENCE_S)
+        self.vectors.clear()
         await self.live.close()
         await self._release(set(self.stored.sources.values()))
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded
+from curvd.narrow import NARROW
 from curvd.types import Dtype, ParameterLayout
 from curvd.wire import Header
 from curvd_server.config import LimitsConfig
@@ -101,7 +102,7 @@ def check_upload(total_bytes: int, offset: int, limits: LimitsConfig) -> None:
 def check_operand(
     header: Header,
     *,
-    matrix: bool,
+    matrix: bool | None,
     layout: ParameterLayout,
     dtype: Dtype,
     limits: LimitsConfig,
@@ -110,7 +111,7 @@ def check_operand(
 
     Args:
         header: Of the safetensors file that was announced.
-        matrix: Whether [K, P] is wanted, else [P].
+        matrix: Whether [K, P] is wanted, else [P]; None: either.
         layout: Of the session.
         dtype: Of the session.
         limits: Of the server.
@@ -127,17 +128,53 @@ def check_operand(
         msg = f"an operand is one tensor named 'v'; the tensors sent are {names}"
         raise InvalidVector(msg, tensors=names)
     tensor, name = header["v"], "F64" if dtype is Dtype.FLOAT64 else "F32"
-    if tensor.dtype != name:
-        msg = f"the operand has element type {tensor.dtype}; this session's is {name}"
+    if tensor.dtype not in (name, *NARROW):
+        msg = (
+            f"the operand has element type {tensor.dtype}; this session's is {name}, and "
+            f"{' and '.join(NARROW)} are widened to it"
+        )
         raise InvalidVector(msg, dtype=tensor.dtype, expected=name)
-    if len(tensor.shape) != 1 + matrix or tensor.shape[-1] != layout.size:
-        want = f"[K, {layout.size}]" if matrix else f"[{layout.size}]"
-        msg = f"the operand has shape {list(tensor.shape)}; this session's is {want}"
-        raise InvalidVector(msg, shape=tensor.shape, parameter_count=layout.size)
-    columns = tensor.shape[0] if matrix else 1
+    return check_shape(
+        tensor.shape, matrix=matrix, layout=layout, dtype=dtype, limits=limits
+    )
+
+
+def check_shape(
+    shape: tuple[int, ...],
+    *,
+    matrix: bool | None,
+    layout: ParameterLayout,
+    dtype: Dtype,
+    limits: LimitsConfig,
+) -> int:
+    """Judge an operand by its shape.
+
+    Args:
+        shape: Of the operand.
+        matrix: Whether [K, P] is wanted, else [P]; None: either.
+        layout: Of the session.
+        dtype: Of the session.
+        limits: Of the server.
+
+    Returns:
+        K; 1 for a vector.
+
+    Raises:
+        InvalidVector: If the shape is another.
+        LimitExceeded: If it is too large.
+    """
+    axes = (1, 2) if matrix is None else (1 + matrix,)
+    if len(shape) not in axes or shape[-1] != layout.size:
+        wants = {1: f"[{layout.size}]", 2: f"[K, {layout.size}]"}
+        want = " or ".join(wants[n] for n in axes)
+        msg = f"the operand has shape {list(shape)}; this session's is {want}"
+        raise InvalidVector(msg, shape=shape, parameter_count=layout.size)
+    columns = shape[0] if len(shape) == 2 else 1
+    # Whatever type it travels in, what it takes here is what counts.
+    nbytes = math.prod(shape) * vector_dtype(dtype).itemsize
     for what, value, limit in (
         ("columns", columns, limits.columns),
-        ("bytes", tensor.nbytes, limits.operand_bytes),
+        ("bytes", nbytes, limits.operand_bytes),
     ):
         if value > limit:
             msg = (

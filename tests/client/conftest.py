@@ -7,6 +7,7 @@ import pytest
 from client import fakes
 
 import curvd
+from curvd import _requests
 
 QUICK = curvd.ClientConfig(
     retry=curvd.RetryConfig(first_s=0.0, longest_s=0.0, give_up_s=10.0)
@@ -86,6 +87,12 @@ def connect(request):
 def client(connect, target):
     with connect(target, config=QUICK) as client:
         yield client
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Small vectors go in streams too."""
+    monkeypatch.setattr(_requests, "SMALL_BYTES", -1)
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import threading
+import zlib
 from collections import defaultdict
 from concurrent import futures
 
@@ -11,8 +13,16 @@ import grpc
 import numpy as np
 
 from curvd import convert, types, wire
-from curvd.errors import CurvdError, SessionNotFound, VersionMismatch
-from curvd.rpcs import RPCS
+from curvd.errors import (
+    CurvdError,
+    ResultNotKept,
+    SessionNotFound,
+    VectorNotFound,
+    VersionMismatch,
+)
+from curvd.narrow import NARROW, narrow, widen
+from curvd.probes import probes
+from curvd.rpcs import RPCS, Framed
 from curvd.status import DETAILS_KEY, dump
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import session_service_pb2 as session_pb
@@ -67,6 +77,13 @@ class Fault:
     after_out: int | None = None
 
 
+class Damage(list):
+    """Runs out of damage, but never ends."""
+
+    def pop(self, index=0):
+        return super().pop(index) if self else 0
+
+
 class FakeService:
     """One handler per RPC: a generator from request parts to response parts."""
 
@@ -78,6 +95,15 @@ class FakeService:
         self.sessions = {}
         self.uploads = {}
         self.by_request = {}
+        self.vectors = {}
+        """Stored ones, by session and name."""
+        self.kept = {}
+        self.keeps = True
+        """Whether results can be resumed."""
+        self.sent_bytes = 0
+        """Payload of results."""
+        self.damage = Damage()
+        """Checksums that are wrong, in order."""
         self.serving = True
         self.page_size = 1000
         self.cancelled = threading.Event()
@@ -232,20 +258,113 @@ class FakeService:
         self._check_version(request, info)
         gradient = GRADIENT.astype(_numpy(info))
         yield from self._result(
-            curvature_pb.GradientResponse, info, gradient, loss=LOSS
+            curvature_pb.GradientResponse, info, gradient, request, loss=LOSS
+        )
+
+    def Multiply(self, parts):
+        request = next(parts)
+        header = request.message.header
+        chunks = iter([request.tensors] if request.tensors.nbytes else [])
+        response, file = curvature_pb.MultiplyResponse(), []
+        info, result = self._product("Multiply", header, chunks)
+        for part in self._result(curvature_pb.MultiplyResponse, info, result, header):
+            if isinstance(part, memoryview):
+                file.append(part)
+            else:
+                response.MergeFrom(part)
+        yield Framed(response, memoryview(b"".join(file)))
+
+    def PutVector(self, parts):
+        header = next(parts).header
+        info = self._session(header)
+        v = wire.load(self._count("PutVector", parts), max_bytes=1 << 30)["v"]
+        self.vectors[header.session_id, header.name] = _widened(v, info)
+        yield curvature_pb.PutVectorResponse(vector=self._stored(info, header.name))
+
+    def GetVector(self, parts):
+        request = next(parts)
+        info = self._session(request)
+        result = self._vector(request)
+        yield from self._result(curvature_pb.GetVectorResponse, info, result, request)
+
+    def ListVectors(self, parts):
+        info = self._session(next(parts))
+        names = [name for owner, name in self.vectors if owner == info.id]
+        yield curvature_pb.ListVectorsResponse(
+            vectors=[self._stored(info, name) for name in names]
+        )
+
+    def DeleteVector(self, parts):
+        request = next(parts)
+        self._vector(request)
+        del self.vectors[request.session_id, request.name]
+        yield curvature_pb.DeleteVectorResponse()
+
+    def _vector(self, request):
+        key = request.session_id, request.name
+        if key not in self.vectors:
+            msg = f"no vector {request.name!r}"
+            raise VectorNotFound(msg, vector=request.name)
+        return self.vectors[key]
+
+    def _stored(self, info, name):
+        array = self.vectors[info.id, name]
+        dtype = "F64" if array.dtype == np.float64 else "F32"
+        return curvature_pb.StoredVector(
+            name=name, shape=array.shape, dtype=dtype, version=info.version
         )
 
     def _multiply(self, name, message, parts):
         header = next(parts).header
+        info, result = self._product(name, header, parts)
+        yield from self._result(message, info, result, header)
+
+    def _product(self, name, header, chunks):
         info = self._session(header)
         self._check_version(header, info)
-        v = wire.load(self._count(name, parts), max_bytes=1 << 30)["v"]
+        first = next(chunks, None)
+        source = header.operand.WhichOneof("source")
+        if header.HasField("resume") and first is None and source is None:
+            if header.request_id not in self.kept:
+                msg = "it is gone"
+                raise ResultNotKept(msg)
+            return info, self.kept[header.request_id]
+        if source == "stored":
+            v = self.vectors[info.id, header.operand.stored]
+        elif source == "probe":
+            probe = header.operand.probe
+            kind = convert.distribution_from_proto(probe.distribution)
+            indices = range(probe.first_index, probe.first_index + (probe.columns or 1))
+            v = probes(kind, probe.seed, indices, P, dtype=_numpy(info))
+            v = v if probe.columns else v[0]
+        else:
+            chunks = self._count(name, itertools.chain([first], chunks))
+            v = _widened(wire.load(chunks, max_bytes=1 << 30)["v"], info)
         assert v.dtype == _numpy(info)
         matrix = operator_matrix(convert.operator_from_proto(header.operator))
-        yield from self._result(message, info, (v @ matrix).astype(v.dtype))
+        result = (v @ matrix).astype(v.dtype)
+        if self.keeps:
+            self.kept[header.request_id] = result
+        if header.store_as:
+            self.vectors[info.id, header.store_as] = result
+            result = None
+        return info, result
 
-    def _result(self, message, info, result, **extra):
+    def _result(self, message, info, result, request, **extra):
+        asked = getattr(request, "result_type", "")
+        raw = b""
+        if result is not None:
+            arrays = {"result": result}
+            dtype = asked or wire.header_of(arrays)["result"].dtype
+            shape = {"result": wire.TensorHeader(dtype, result.shape, 0)}
+            raw = bytes(
+                wire.bytes_of(narrow(result.reshape(-1), asked) if asked else result)
+            )
+        offset = request.resume.offset
+        if hashlib.sha256(raw[:offset]).digest() != request.resume.sha256:
+            offset = 0
         header = curvature_pb.ResultHeader(
+            offset=offset,
             version=info.version,
             parameters_digest=info.parameters_digest,
             model_id=info.model_id,
@@ -254,9 +373,16 @@ class FakeService:
             **extra,
         )
         yield message(header=header)
+        if result is not None:
+            yield memoryview(wire.dump_header(shape))
         # Small chunks that respect no boundary: the client must not care.
-        yield from wire.chunks({"result": result}, chunk_bytes=100)
-        yield message(summary=curvature_pb.ResultSummary(compute_s=0.5, runs=1))
+        for chunk in wire.pieces(memoryview(raw)[offset:], chunk_bytes=100):
+            self.sent_bytes += chunk.nbytes
+            yield chunk
+        summary = curvature_pb.ResultSummary(compute_s=0.5, runs=1)
+        if request.checksum:
+            summary.crc32 = zlib.crc32(raw) ^ self.damage.pop(0)
+        yield message(summary=summary)
 
     def _receive(self, name, upload, parts):
         held = self.uploads.setdefault(upload.digest, bytearray())
@@ -319,7 +445,8 @@ class FakeService:
     def _noted(self, rpc, parts, context):
         for count, part in enumerate(parts):
             if count == 0:
-                header = getattr(part, "header", part) if rpc.client_streams else part
+                header = part.message.header if isinstance(part, Framed) else part
+                header = getattr(part, "header", part) if rpc.client_streams else header
                 metadata = dict(context.invocation_metadata())
                 self.calls.append((rpc.name, header, metadata))
             yield part
@@ -351,6 +478,16 @@ def _tensors(arrays):
         types.TensorInfo(name, t.dtype, t.shape)
         for name, t in wire.header_of(arrays).items()
     )
+
+
+def _widened(v, info):
+    """Operands of uint16 bits are BF16, of float16 are F16."""
+    if v.dtype not in (np.uint16, np.float16):
+        return v
+    out = np.empty(v.shape, _numpy(info))
+    kind = NARROW[v.dtype == np.float16]
+    widen(v.reshape(-1).view(np.uint8), kind, out.reshape(-1))
+    return out
 
 
 def _numpy(info):

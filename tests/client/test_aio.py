@@ -109,8 +109,8 @@ def test_leaving_a_blocking_stream_of_blocks_ends_its_work():
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_an_answer_that_breaks_the_contract_is_internal(kind, part, text):
     class Broken(fakes.FakeService):
-        def _result(self, message, info, result, **extra):
-            parts = list(super()._result(message, info, result, **extra))
+        def _result(self, message, info, result, *args, **extra):
+            parts = list(super()._result(message, info, result, *args, **extra))
             chosen = {"header": 0, "summary": -1, "chunk": -2}.get(part)
             if chosen is not None:
                 del parts[chosen]

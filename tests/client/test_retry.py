@@ -12,6 +12,9 @@ AWAY = curvd.Unavailable("away")
 V = np.random.default_rng(1).standard_normal((P, 5))
 
 
+pytestmark = pytest.mark.usefixtures("streams")
+
+
 def everything(client):
     """Every call there is, and what each must give."""
     data = {"x": np.ones((4, 2)), "y": np.ones((4, 1))}

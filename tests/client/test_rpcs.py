@@ -92,7 +92,7 @@ def test_a_generated_client_is_served_by_hand_made_framing(service, target):
     np.testing.assert_allclose(result, fakes.MATRIX @ v)
 
 
-def test_a_generated_server_serves_hand_made_framing():
+def test_a_generated_server_serves_hand_made_framing(streams):
     import numpy as np
 
     service = fakes.FakeService()

@@ -113,7 +113,7 @@ def test_a_message_that_names_very_many_things_arrives_whole(connect, target, se
     assert str(caught.value) == text
 
 
-def test_an_early_refusal_of_a_long_request_keeps_its_reason(client):
+def test_an_early_refusal_of_a_long_request_keeps_its_reason(client, streams):
     """grpc.aio would report INTERNAL: a write fails after the server has answered."""
     import numpy as np
 

@@ -40,7 +40,7 @@ def test_a_right_operand_passes():
         ({"shape": (5,)}, r"shape \[5\]; this session's is \[K, 5\]"),
         ({"shape": (1, 5), "matrix": False}, r"this session's is \[5\]"),
         ({"shape": (1, 5), "dtype": "F64"}, "element type F64; this session's is F32"),
-        ({"shape": (1, 5), "dtype": "BF16"}, "element type BF16"),
+        ({"shape": (1, 5), "dtype": "I32"}, "element type I32"),
         (
             {"shape": (1, 5), "name": "w"},
             "one tensor named 'v'; the tensors sent are 'w'",

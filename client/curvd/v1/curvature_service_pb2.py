@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from curvd.v1 import types_pb2 as curvd_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n curvd/v1/curvature_service.proto\x12\x08\x63urvd.v1\x1a\x14\x63urvd/v1/types.proto\"\xb5\x01\n\rProductHeader\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12$\n\x08operator\x18\x02 \x01(\x0b\x32\x12.curvd.v1.Operator\x12\x1d\n\x10\x65xpected_version\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\"\n\x07operand\x18\x05 \x01(\x0b\x32\x11.curvd.v1.OperandB\x13\n\x11_expected_version\">\n\x07Operand\x12)\n\x06inline\x18\x01 \x01(\x0b\x32\x17.curvd.v1.InlineOperandH\x00\x42\x08\n\x06source\"\x0f\n\rInlineOperand\"S\n\rMatVecRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.curvd.v1.ProductHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x7f\n\x0eMatVecResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12*\n\x07summary\x18\x03 \x01(\x0b\x32\x17.curvd.v1.ResultSummaryH\x00\x42\x06\n\x04part\"S\n\rMatMatRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.curvd.v1.ProductHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x7f\n\x0eMatMatResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12*\n\x07summary\x18\x03 \x01(\x0b\x32\x17.curvd.v1.ResultSummaryH\x00\x42\x06\n\x04part\"m\n\x0fGradientRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x1d\n\x10\x65xpected_version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x03 \x01(\tB\x13\n\x11_expected_version\"\x81\x01\n\x10GradientResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12*\n\x07summary\x18\x03 \x01(\x0b\x32\x17.curvd.v1.ResultSummaryH\x00\x42\x06\n\x04part\"\x9a\x01\n\x0cResultHeader\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x19\n\x11parameters_digest\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x12\n\ndataset_id\x18\x04 \x01(\t\x12\x1c\n\x04plan\x18\x05 \x01(\x0b\x32\x0e.curvd.v1.Plan\x12\x11\n\x04loss\x18\x06 \x01(\x01H\x00\x88\x01\x01\x42\x07\n\x05_loss\"V\n\rResultSummary\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tcompute_s\x18\x02 \x01(\x01\x12\x0c\n\x04runs\x18\x03 \x01(\x03\x12\x13\n\x0brun_columns\x18\x04 \x01(\x03\x32\xd9\x01\n\x10\x43urvatureService\x12?\n\x06MatVec\x12\x17.curvd.v1.MatVecRequest\x1a\x18.curvd.v1.MatVecResponse(\x01\x30\x01\x12?\n\x06MatMat\x12\x17.curvd.v1.MatMatRequest\x1a\x18.curvd.v1.MatMatResponse(\x01\x30\x01\x12\x43\n\x08Gradient\x12\x19.curvd.v1.GradientRequest\x1a\x1a.curvd.v1.GradientResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n curvd/v1/curvature_service.proto\x12\x08\x63urvd.v1\x1a\x14\x63urvd/v1/types.proto\"\x90\x02\n\rProductHeader\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12$\n\x08operator\x18\x02 \x01(\x0b\x32\x12.curvd.v1.Operator\x12\x1d\n\x10\x65xpected_version\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\"\n\x07operand\x18\x05 \x01(\x0b\x32\x11.curvd.v1.Operand\x12\x13\n\x0bresult_type\x18\x06 \x01(\t\x12\x10\n\x08store_as\x18\x07 \x01(\t\x12 \n\x06resume\x18\x08 \x01(\x0b\x32\x10.curvd.v1.Resume\x12\x10\n\x08\x63hecksum\x18\t \x01(\x08\x42\x13\n\x11_expected_version\"(\n\x06Resume\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\"y\n\x07Operand\x12)\n\x06inline\x18\x01 \x01(\x0b\x32\x17.curvd.v1.InlineOperandH\x00\x12\'\n\x05probe\x18\x02 \x01(\x0b\x32\x16.curvd.v1.ProbeOperandH\x00\x12\x10\n\x06stored\x18\x03 \x01(\tH\x00\x42\x08\n\x06source\"p\n\x0cProbeOperand\x12,\n\x0c\x64istribution\x18\x01 \x01(\x0e\x32\x16.curvd.v1.Distribution\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\x04\x12\x0f\n\x07\x63olumns\x18\x04 \x01(\r\"\x0f\n\rInlineOperand\"S\n\rMatVecRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.curvd.v1.ProductHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x7f\n\x0eMatVecResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12*\n\x07summary\x18\x03 \x01(\x0b\x32\x17.curvd.v1.ResultSummaryH\x00\x42\x06\n\x04part\"S\n\rMatMatRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.curvd.v1.ProductHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x7f\n\x0eMatMatResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12*\n\x07summary\x18\x03 \x01(\x0b\x32\x17.curvd.v1.ResultSummaryH\x00\x42\x06\n\x04part\"K\n\x0fMultiplyRequest\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x17.curvd.v1.ProductHeader\x12\x0f\n\x07tensors\x18\x02 \x01(\x0c\"u\n\x10MultiplyResponse\x12&\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeader\x12\x0f\n\x07tensors\x18\x02 \x01(\x0c\x12(\n\x07summary\x18\x03 \x01(\x0b\x32\x17.curvd.v1.ResultSummary\"\xa1\x01\n\x0fGradientRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x1d\n\x10\x65xpected_version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12 \n\x06resume\x18\x04 \x01(\x0b\x32\x10.curvd.v1.Resume\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\x08\x42\x13\n\x11_expected_version\"\x81\x01\n\x10GradientResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12*\n\x07summary\x18\x03 \x01(\x0b\x32\x17.curvd.v1.ResultSummaryH\x00\x42\x06\n\x04part\"\xaa\x01\n\x0cResultHeader\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x19\n\x11parameters_digest\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x12\n\ndataset_id\x18\x04 \x01(\t\x12\x1c\n\x04plan\x18\x05 \x01(\x0b\x32\x0e.curvd.v1.Plan\x12\x11\n\x04loss\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06offset\x18\x07 \x01(\x03\x42\x07\n\x05_loss\"t\n\rResultSummary\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tcompute_s\x18\x02 \x01(\x01\x12\x0c\n\x04runs\x18\x03 \x01(\x03\x12\x13\n\x0brun_columns\x18\x04 \x01(\x03\x12\x12\n\x05\x63rc32\x18\x05 \x01(\x07H\x00\x88\x01\x01\x42\x08\n\x06_crc32\"K\n\x0cStoredVector\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\x03\"G\n\x0fPutVectorHeader\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"X\n\x10PutVectorRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.curvd.v1.PutVectorHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\";\n\x11PutVectorResponse\x12&\n\x06vector\x18\x01 \x01(\x0b\x32\x16.curvd.v1.StoredVector\"\x91\x01\n\x10GetVectorRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x13\n\x0bresult_type\x18\x04 \x01(\t\x12 \n\x06resume\x18\x05 \x01(\x0b\x32\x10.curvd.v1.Resume\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x08\"\x82\x01\n\x11GetVectorResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12*\n\x07summary\x18\x03 \x01(\x0b\x32\x17.curvd.v1.ResultSummaryH\x00\x42\x06\n\x04part\"(\n\x12ListVectorsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\">\n\x13ListVectorsResponse\x12\'\n\x07vectors\x18\x01 \x03(\x0b\x32\x16.curvd.v1.StoredVector\"7\n\x13\x44\x65leteVectorRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x16\n\x14\x44\x65leteVectorResponse2\xc7\x04\n\x10\x43urvatureService\x12?\n\x06MatVec\x12\x17.curvd.v1.MatVecRequest\x1a\x18.curvd.v1.MatVecResponse(\x01\x30\x01\x12?\n\x06MatMat\x12\x17.curvd.v1.MatMatRequest\x1a\x18.curvd.v1.MatMatResponse(\x01\x30\x01\x12\x41\n\x08Multiply\x12\x19.curvd.v1.MultiplyRequest\x1a\x1a.curvd.v1.MultiplyResponse\x12\x43\n\x08Gradient\x12\x19.curvd.v1.GradientRequest\x1a\x1a.curvd.v1.GradientResponse0\x01\x12\x46\n\tPutVector\x12\x1a.curvd.v1.PutVectorRequest\x1a\x1b.curvd.v1.PutVectorResponse(\x01\x12\x46\n\tGetVector\x12\x1a.curvd.v1.GetVectorRequest\x1a\x1b.curvd.v1.GetVectorResponse0\x01\x12J\n\x0bListVectors\x12\x1c.curvd.v1.ListVectorsRequest\x1a\x1d.curvd.v1.ListVectorsResponse\x12M\n\x0c\x44\x65leteVector\x12\x1d.curvd.v1.DeleteVectorRequest\x1a\x1e.curvd.v1.DeleteVectorResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,27 +33,55 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'curvd.v1.curvature_service_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PRODUCTHEADER']._serialized_start=69
-  _globals['_PRODUCTHEADER']._serialized_end=250
-  _globals['_OPERAND']._serialized_start=252
-  _globals['_OPERAND']._serialized_end=314
-  _globals['_INLINEOPERAND']._serialized_start=316
-  _globals['_INLINEOPERAND']._serialized_end=331
-  _globals['_MATVECREQUEST']._serialized_start=333
-  _globals['_MATVECREQUEST']._serialized_end=416
-  _globals['_MATVECRESPONSE']._serialized_start=418
-  _globals['_MATVECRESPONSE']._serialized_end=545
-  _globals['_MATMATREQUEST']._serialized_start=547
-  _globals['_MATMATREQUEST']._serialized_end=630
-  _globals['_MATMATRESPONSE']._serialized_start=632
-  _globals['_MATMATRESPONSE']._serialized_end=759
-  _globals['_GRADIENTREQUEST']._serialized_start=761
-  _globals['_GRADIENTREQUEST']._serialized_end=870
-  _globals['_GRADIENTRESPONSE']._serialized_start=873
-  _globals['_GRADIENTRESPONSE']._serialized_end=1002
-  _globals['_RESULTHEADER']._serialized_start=1005
-  _globals['_RESULTHEADER']._serialized_end=1159
-  _globals['_RESULTSUMMARY']._serialized_start=1161
-  _globals['_RESULTSUMMARY']._serialized_end=1247
-  _globals['_CURVATURESERVICE']._serialized_start=1250
-  _globals['_CURVATURESERVICE']._serialized_end=1467
+  _globals['_PRODUCTHEADER']._serialized_end=341
+  _globals['_RESUME']._serialized_start=343
+  _globals['_RESUME']._serialized_end=383
+  _globals['_OPERAND']._serialized_start=385
+  _globals['_OPERAND']._serialized_end=506
+  _globals['_PROBEOPERAND']._serialized_start=508
+  _globals['_PROBEOPERAND']._serialized_end=620
+  _globals['_INLINEOPERAND']._serialized_start=622
+  _globals['_INLINEOPERAND']._serialized_end=637
+  _globals['_MATVECREQUEST']._serialized_start=639
+  _globals['_MATVECREQUEST']._serialized_end=722
+  _globals['_MATVECRESPONSE']._serialized_start=724
+  _globals['_MATVECRESPONSE']._serialized_end=851
+  _globals['_MATMATREQUEST']._serialized_start=853
+  _globals['_MATMATREQUEST']._serialized_end=936
+  _globals['_MATMATRESPONSE']._serialized_start=938
+  _globals['_MATMATRESPONSE']._serialized_end=1065
+  _globals['_MULTIPLYREQUEST']._serialized_start=1067
+  _globals['_MULTIPLYREQUEST']._serialized_end=1142
+  _globals['_MULTIPLYRESPONSE']._serialized_start=1144
+  _globals['_MULTIPLYRESPONSE']._serialized_end=1261
+  _globals['_GRADIENTREQUEST']._serialized_start=1264
+  _globals['_GRADIENTREQUEST']._serialized_end=1425
+  _globals['_GRADIENTRESPONSE']._serialized_start=1428
+  _globals['_GRADIENTRESPONSE']._serialized_end=1557
+  _globals['_RESULTHEADER']._serialized_start=1560
+  _globals['_RESULTHEADER']._serialized_end=1730
+  _globals['_RESULTSUMMARY']._serialized_start=1732
+  _globals['_RESULTSUMMARY']._serialized_end=1848
+  _globals['_STOREDVECTOR']._serialized_start=1850
+  _globals['_STOREDVECTOR']._serialized_end=1925
+  _globals['_PUTVECTORHEADER']._serialized_start=1927
+  _globals['_PUTVECTORHEADER']._serialized_end=1998
+  _globals['_PUTVECTORREQUEST']._serialized_start=2000
+  _globals['_PUTVECTORREQUEST']._serialized_end=2088
+  _globals['_PUTVECTORRESPONSE']._serialized_start=2090
+  _globals['_PUTVECTORRESPONSE']._serialized_end=2149
+  _globals['_GETVECTORREQUEST']._serialized_start=2152
+  _globals['_GETVECTORREQUEST']._serialized_end=2297
+  _globals['_GETVECTORRESPONSE']._serialized_start=2300
+  _globals['_GETVECTORRESPONSE']._serialized_end=2430
+  _globals['_LISTVECTORSREQUEST']._serialized_start=2432
+  _globals['_LISTVECTORSREQUEST']._serialized_end=2472
+  _globals['_LISTVECTORSRESPONSE']._serialized_start=2474
+  _globals['_LISTVECTORSRESPONSE']._serialized_end=2536
+  _globals['_DELETEVECTORREQUEST']._serialized_start=2538
+  _globals['_DELETEVECTORREQUEST']._serialized_end=2593
+  _globals['_DELETEVECTORRESPONSE']._serialized_start=2595
+  _globals['_DELETEVECTORRESPONSE']._serialized_end=2617
+  _globals['_CURVATURESERVICE']._serialized_start=2620
+  _globals['_CURVATURESERVICE']._serialized_end=3203
 # @@protoc_insertion_point(module_scope)

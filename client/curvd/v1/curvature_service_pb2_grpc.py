@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class CurvatureServiceStub(object):
-    """Multiplies operators onto vectors.
+    """Multiplies operators onto vectors, and keeps vectors between products.
 
     Tensors travel as one safetensors file cut into messages: the first chunk is the
     8-byte length and the JSON header, the following ones are raw payload. Whoever
@@ -36,6 +36,9 @@ class CurvatureServiceStub(object):
 
     In every stream that carries tensors, field 1 is the header, field 2 the chunk,
     and field 3 the summary that ends it. Products are pure: a retry is always safe.
+
+    A stream that broke need not start over: what was computed is kept for a while under
+    its request_id, and Resume says how much of the result the caller has.
     """
 
     def __init__(self, channel):
@@ -54,15 +57,40 @@ class CurvatureServiceStub(object):
                 request_serializer=curvd_dot_v1_dot_curvature__service__pb2.MatMatRequest.SerializeToString,
                 response_deserializer=curvd_dot_v1_dot_curvature__service__pb2.MatMatResponse.FromString,
                 _registered_method=True)
+        self.Multiply = channel.unary_unary(
+                '/curvd.v1.CurvatureService/Multiply',
+                request_serializer=curvd_dot_v1_dot_curvature__service__pb2.MultiplyRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_curvature__service__pb2.MultiplyResponse.FromString,
+                _registered_method=True)
         self.Gradient = channel.unary_stream(
                 '/curvd.v1.CurvatureService/Gradient',
                 request_serializer=curvd_dot_v1_dot_curvature__service__pb2.GradientRequest.SerializeToString,
                 response_deserializer=curvd_dot_v1_dot_curvature__service__pb2.GradientResponse.FromString,
                 _registered_method=True)
+        self.PutVector = channel.stream_unary(
+                '/curvd.v1.CurvatureService/PutVector',
+                request_serializer=curvd_dot_v1_dot_curvature__service__pb2.PutVectorRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_curvature__service__pb2.PutVectorResponse.FromString,
+                _registered_method=True)
+        self.GetVector = channel.unary_stream(
+                '/curvd.v1.CurvatureService/GetVector',
+                request_serializer=curvd_dot_v1_dot_curvature__service__pb2.GetVectorRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_curvature__service__pb2.GetVectorResponse.FromString,
+                _registered_method=True)
+        self.ListVectors = channel.unary_unary(
+                '/curvd.v1.CurvatureService/ListVectors',
+                request_serializer=curvd_dot_v1_dot_curvature__service__pb2.ListVectorsRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_curvature__service__pb2.ListVectorsResponse.FromString,
+                _registered_method=True)
+        self.DeleteVector = channel.unary_unary(
+                '/curvd.v1.CurvatureService/DeleteVector',
+                request_serializer=curvd_dot_v1_dot_curvature__service__pb2.DeleteVectorRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_curvature__service__pb2.DeleteVectorResponse.FromString,
+                _registered_method=True)
 
 
 class CurvatureServiceServicer(object):
-    """Multiplies operators onto vectors.
+    """Multiplies operators onto vectors, and keeps vectors between products.
 
     Tensors travel as one safetensors file cut into messages: the first chunk is the
     8-byte length and the JSON header, the following ones are raw payload. Whoever
@@ -72,6 +100,9 @@ class CurvatureServiceServicer(object):
 
     In every stream that carries tensors, field 1 is the header, field 2 the chunk,
     and field 3 the summary that ends it. Products are pure: a retry is always safe.
+
+    A stream that broke need not start over: what was computed is kept for a while under
+    its request_id, and Resume says how much of the result the caller has.
     """
 
     def MatVec(self, request_iterator, context):
@@ -88,8 +119,44 @@ class CurvatureServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Multiply(self, request, context):
+        """One product in one message each way: for operands and results of at most 1 MiB
+        it is quicker than a stream. Operand [P] or [K, P].
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Gradient(self, request, context):
         """The objective and its gradient: result "result" of shape [P].
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutVector(self, request_iterator, context):
+        """Keeps a vector [P] or columns [K, P] in a session, as operand of later products.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetVector(self, request, context):
+        """Fetches a stored vector: result "result" of the shape that was stored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListVectors(self, request, context):
+        """Names what is stored in a session.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteVector(self, request, context):
+        """Forgets a stored vector and frees its memory.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,10 +175,35 @@ def add_CurvatureServiceServicer_to_server(servicer, server):
                     request_deserializer=curvd_dot_v1_dot_curvature__service__pb2.MatMatRequest.FromString,
                     response_serializer=curvd_dot_v1_dot_curvature__service__pb2.MatMatResponse.SerializeToString,
             ),
+            'Multiply': grpc.unary_unary_rpc_method_handler(
+                    servicer.Multiply,
+                    request_deserializer=curvd_dot_v1_dot_curvature__service__pb2.MultiplyRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_curvature__service__pb2.MultiplyResponse.SerializeToString,
+            ),
             'Gradient': grpc.unary_stream_rpc_method_handler(
                     servicer.Gradient,
                     request_deserializer=curvd_dot_v1_dot_curvature__service__pb2.GradientRequest.FromString,
                     response_serializer=curvd_dot_v1_dot_curvature__service__pb2.GradientResponse.SerializeToString,
+            ),
+            'PutVector': grpc.stream_unary_rpc_method_handler(
+                    servicer.PutVector,
+                    request_deserializer=curvd_dot_v1_dot_curvature__service__pb2.PutVectorRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_curvature__service__pb2.PutVectorResponse.SerializeToString,
+            ),
+            'GetVector': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetVector,
+                    request_deserializer=curvd_dot_v1_dot_curvature__service__pb2.GetVectorRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_curvature__service__pb2.GetVectorResponse.SerializeToString,
+            ),
+            'ListVectors': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVectors,
+                    request_deserializer=curvd_dot_v1_dot_curvature__service__pb2.ListVectorsRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_curvature__service__pb2.ListVectorsResponse.SerializeToString,
+            ),
+            'DeleteVector': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteVector,
+                    request_deserializer=curvd_dot_v1_dot_curvature__service__pb2.DeleteVectorRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_curvature__service__pb2.DeleteVectorResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -122,7 +214,7 @@ def add_CurvatureServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CurvatureService(object):
-    """Multiplies operators onto vectors.
+    """Multiplies operators onto vectors, and keeps vectors between products.
 
     Tensors travel as one safetensors file cut into messages: the first chunk is the
     8-byte length and the JSON header, the following ones are raw payload. Whoever
@@ -132,6 +224,9 @@ class CurvatureService(object):
 
     In every stream that carries tensors, field 1 is the header, field 2 the chunk,
     and field 3 the summary that ends it. Products are pure: a retry is always safe.
+
+    A stream that broke need not start over: what was computed is kept for a while under
+    its request_id, and Resume says how much of the result the caller has.
     """
 
     @staticmethod
@@ -189,6 +284,33 @@ class CurvatureService(object):
             _registered_method=True)
 
     @staticmethod
+    def Multiply(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/curvd.v1.CurvatureService/Multiply',
+            curvd_dot_v1_dot_curvature__service__pb2.MultiplyRequest.SerializeToString,
+            curvd_dot_v1_dot_curvature__service__pb2.MultiplyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Gradient(request,
             target,
             options=(),
@@ -205,6 +327,114 @@ class CurvatureService(object):
             '/curvd.v1.CurvatureService/Gradient',
             curvd_dot_v1_dot_curvature__service__pb2.GradientRequest.SerializeToString,
             curvd_dot_v1_dot_curvature__service__pb2.GradientResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutVector(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/curvd.v1.CurvatureService/PutVector',
+            curvd_dot_v1_dot_curvature__service__pb2.PutVectorRequest.SerializeToString,
+            curvd_dot_v1_dot_curvature__service__pb2.PutVectorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetVector(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/curvd.v1.CurvatureService/GetVector',
+            curvd_dot_v1_dot_curvature__service__pb2.GetVectorRequest.SerializeToString,
+            curvd_dot_v1_dot_curvature__service__pb2.GetVectorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVectors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/curvd.v1.CurvatureService/ListVectors',
+            curvd_dot_v1_dot_curvature__service__pb2.ListVectorsRequest.SerializeToString,
+            curvd_dot_v1_dot_curvature__service__pb2.ListVectorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteVector(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/curvd.v1.CurvatureService/DeleteVector',
+            curvd_dot_v1_dot_curvature__service__pb2.DeleteVectorRequest.SerializeToString,
+            curvd_dot_v1_dot_curvature__service__pb2.DeleteVectorResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,12 @@ class Reduction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REDUCTION_MEAN: _ClassVar[Reduction]
     REDUCTION_SUM: _ClassVar[Reduction]
 
+class Distribution(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DISTRIBUTION_UNSPECIFIED: _ClassVar[Distribution]
+    DISTRIBUTION_RADEMACHER: _ClassVar[Distribution]
+    DISTRIBUTION_NORMAL: _ClassVar[Distribution]
+
 class OperatorKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     OPERATOR_KIND_UNSPECIFIED: _ClassVar[OperatorKind]
@@ -68,6 +74,9 @@ LOSS_NAME_SMOOTH_L1: LossName
 REDUCTION_UNSPECIFIED: Reduction
 REDUCTION_MEAN: Reduction
 REDUCTION_SUM: Reduction
+DISTRIBUTION_UNSPECIFIED: Distribution
+DISTRIBUTION_RADEMACHER: Distribution
+DISTRIBUTION_NORMAL: Distribution
 OPERATOR_KIND_UNSPECIFIED: OperatorKind
 OPERATOR_KIND_HESSIAN: OperatorKind
 OPERATOR_KIND_GGN: OperatorKind

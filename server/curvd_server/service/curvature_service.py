@@ -1,38 +1,36 @@
-"""CurvatureService: products and gradients, streamed in blocks of columns."""
+"""CurvatureService: products and gradients, and the vectors that sessions store."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
-from curvd import convert, wire
-from curvd.buffers import Buffer, Pool
-from curvd.errors import Internal
-from curvd.rpcs import RPCS, Part
-from curvd.types import OperatorSpec
+from curvd import convert
+from curvd.buffers import Pool
+from curvd.errors import InvalidSpec, ResultNotKept
+from curvd.rpcs import RPCS, Framed, Part
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd_server import validate
-from curvd_server.batching import Batcher, Done, Ticket
+from curvd_server.batching import Batcher
 from curvd_server.config import LimitsConfig
+from curvd_server.kept import KeptResults
+from curvd_server.service import stored
 from curvd_server.service.handlers import Send, opened
-from curvd_server.session import Lease
+from curvd_server.service.products import (
+    Kept,
+    Product,
+    Tools,
+    content_of,
+    header_of,
+    send_kept,
+    summary_of,
+)
+from curvd_server.service.results import Format, Sender
 from curvd_server.sessions import SessionStore
-
-Columns = NDArray[Any]
-
-_BLOCKS = 2
-"""Column blocks of one call under way: one computes while another travels."""
-_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64"}
-_SMALL_BYTES = 1 << 20
-"""Up to here, work on an array is quicker than handing it to a thread."""
 
 
 class CurvatureService:
@@ -48,15 +46,46 @@ class CurvatureService:
         self, *, sessions: SessionStore, batcher: Batcher, limits: LimitsConfig
     ) -> None:
         self._sessions, self._batcher, self._limits = sessions, batcher, limits
-        self._pool = Pool(limits.idle_bytes)
+        self._kept: KeptResults[Kept] = KeptResults(
+            budget_bytes=limits.kept_bytes, keep_s=limits.kept_s
+        )
+        self._tools = Tools(batcher, limits, Pool(limits.idle_bytes), self._kept)
+
+    def expire(self) -> None:
+        """Let go of results that were kept long enough."""
+        self._kept.expire()
 
     async def mat_vec(self, requests: AsyncIterator[Part], send: Send) -> None:
         """Multiply one vector."""
-        await self._product(requests, send, "MatVec")
+        header, chunks = await opened(requests)
+        await self._product(header, chunks, send, "MatVec", matrix=False)
 
     async def mat_mat(self, requests: AsyncIterator[Part], send: Send) -> None:
         """Multiply K vectors, block by block, as they arrive."""
-        await self._product(requests, send, "MatMat")
+        header, chunks = await opened(requests)
+        if header.HasField("resume"):
+            msg = "MatMat does not resume: ask for the columns that are missing"
+            raise InvalidSpec(msg, field="resume")
+        await self._product(header, chunks, send, "MatMat", matrix=True)
+
+    async def multiply(self, request: Framed) -> Framed:
+        """Multiply few bytes, in one message each way."""
+        header = request.message.header
+        if header.HasField("resume"):
+            msg = "Multiply has nothing to resume: its result is one message"
+            raise InvalidSpec(msg, field="resume")
+        response = RPCS["Multiply"].response.message()
+        file: list[memoryview] = []
+
+        async def collect(part: Part) -> None:
+            if isinstance(part, memoryview):
+                file.append(part)
+            else:
+                response.MergeFrom(part)
+
+        chunks = _parts([request.tensors] if request.tensors.nbytes else [])
+        await self._product(header, chunks, collect, "Multiply", matrix=None)
+        return Framed(response, memoryview(b"".join(file)))
 
     async def gradient(self, request: curvature_pb.GradientRequest, send: Send) -> None:
         """Compute the objective and its gradient."""
@@ -64,25 +93,80 @@ class CurvatureService:
         async with self._sessions.lease(
             request.session_id, expected_version=_expected(request)
         ) as lease:
-            nbytes = lease.info.layout.size * _dtype(lease).itemsize
-            with self._batcher.reserve(1, nbytes):
+            dtype = validate.vector_dtype(lease.info.dtype)
+            message = RPCS["Gradient"].response.message
+            sender = Sender(send, Format.of(request, message, dtype))
+            with self._batcher.reserve(1, lease.info.layout.size * dtype.itemsize):
                 ticket = self._batcher.run(
                     lambda cancelled: lease.problem.gradient(cancelled=cancelled),
                     lane=lease.info.id,
                 )
                 done = await asyncio.wrap_future(ticket)
                 loss, gradient = done.value
-                message = RPCS["Gradient"].response.message
-                await send(message(header=_result_header(lease, loss=loss)))
-                for chunk in wire.chunks({"result": gradient}):
-                    await send(chunk)
-                await send(message(summary=_summary([done])))
+                header = header_of(lease, loss=loss)
+                await sender.whole(header, gradient, summary_of([done]))
 
-    async def _product(
-        self, requests: AsyncIterator[Part], send: Send, name: str
-    ) -> None:
+    async def put_vector(
+        self, requests: AsyncIterator[Part]
+    ) -> curvature_pb.PutVectorResponse:
+        """Store a vector."""
         header, chunks = await opened(requests)
         _bind(header)
+        async with self._sessions.lease(header.session_id) as lease:
+            vector = await stored.receive(header, chunks, lease, self._tools)
+        return curvature_pb.PutVectorResponse(
+            vector=stored.described(header.name, vector)
+        )
+
+    async def get_vector(
+        self, request: curvature_pb.GetVectorRequest, send: Send
+    ) -> None:
+        """Send a stored vector."""
+        _bind(request)
+        async with self._sessions.lease(request.session_id) as lease:
+            vector = lease.vectors.get(request.name)
+            message = RPCS["GetVector"].response.message
+            sender = Sender(send, Format.of(request, message, vector.array.dtype))
+            header = header_of(lease)
+            header.version = vector.version
+            header.parameters_digest = ""
+            await sender.whole(header, vector.array, summary_of([]))
+
+    async def list_vectors(
+        self, request: curvature_pb.ListVectorsRequest
+    ) -> curvature_pb.ListVectorsResponse:
+        """Name what is stored."""
+        async with self._sessions.lease(request.session_id) as lease:
+            found = [stored.described(n, v) for n, v in lease.vectors.items()]
+        return curvature_pb.ListVectorsResponse(vectors=found)
+
+    async def delete_vector(
+        self, request: curvature_pb.DeleteVectorRequest
+    ) -> curvature_pb.DeleteVectorResponse:
+        """Forget a stored vector."""
+        async with self._sessions.lease(request.session_id) as lease:
+            lease.vectors.delete(request.name)
+        return curvature_pb.DeleteVectorResponse()
+
+    async def _product(
+        self,
+        header: curvature_pb.ProductHeader,
+        chunks: AsyncIterator[memoryview],
+        send: Send,
+        name: str,
+        *,
+        matrix: bool | None,
+    ) -> None:
+        _bind(header)
+        if header.store_as:
+            validate.check_text(header.store_as, "store_as")
+        source = header.operand.WhichOneof("source") or "inline"
+        if header.HasField("resume") and source == "inline":
+            first = await anext(chunks, None)
+            if first is None:
+                await self._take_up(header, send, name)
+                return
+            chunks = _parts([first], chunks)
         spec = convert.operator_from_proto(header.operator)
         async with (
             self._sessions.lease(
@@ -90,189 +174,37 @@ class CurvatureService:
             ) as lease,
             contextlib.AsyncExitStack() as stack,
         ):
-            product = _Product(
-                lease, spec, name, self._batcher, self._limits, self._pool, stack
-            )
+            dtype = validate.vector_dtype(lease.info.dtype)
+            format_ = Format.of(header, RPCS[name].response.message, dtype)
+            product = Product(header, lease, spec, self._tools, format_, matrix, stack)
             await product.run(chunks, send)
 
-
-@dataclass(frozen=True, slots=True)
-class _Event:
-    """What the receiving half of a product tells the sending one."""
-
-    shape: tuple[int, ...] = ()
-    """The operand was announced."""
-    block: bool = False
-    """Columns were queued."""
-    error: Exception | None = None
-    """Nothing more will come; nor will it if nothing is set."""
-
-
-class _Product:
-    """One product under way: columns come in, are queued, and go out in order."""
-
-    def __init__(
-        self,
-        lease: Lease,
-        spec: OperatorSpec,
-        name: str,
-        batcher: Batcher,
-        limits: LimitsConfig,
-        pool: Pool,
-        stack: contextlib.AsyncExitStack,
+    async def _take_up(
+        self, header: curvature_pb.ProductHeader, send: Send, name: str
     ) -> None:
-        assert lease.operator is not None
-        self._lease, self._spec, self._operator = lease, spec, lease.operator
-        self._matrix = name == "MatMat"
-        self._message = RPCS[name].response.message
-        self._batcher, self._limits, self._stack = batcher, limits, stack
-        self._pool = pool
-        self._layout, self._dtype = lease.info.layout, _dtype(lease)
-        self._checked = 0
-        self._window = asyncio.Semaphore(_BLOCKS)
-        self._events: asyncio.Queue[_Event] = asyncio.Queue()
-        self._tickets: deque[Ticket[Columns]] = deque()
-
-    async def run(self, chunks: AsyncIterator[memoryview], send: Send) -> None:
-        """Receive and send at the same time, until both are done."""
-        receiver = asyncio.create_task(self._receive(chunks))
-        try:
-            await self._send(send)
-        finally:
-            receiver.cancel()
-            for ticket in self._tickets:
-                ticket.cancel()
-
-    async def _receive(self, chunks: AsyncIterator[memoryview]) -> None:
-        assembler = wire.Assembler(
-            self._accept,
-            max_bytes=self._limits.operand_bytes,
-            allocate=self._pool.take,
-            arrived=self._check,
-        )
-        try:
-            async for chunk in chunks:
-                for piece in assembler.feed(chunk):
-                    columns = piece.view(self._dtype).reshape(-1, self._layout.size)
-                    self._checked += columns.size
-                    await self._queue(columns)
-                    del columns, piece
-            assembler.finish()
-            self._events.put_nowait(_Event())
-        except Exception as error:
-            # Not by cancelling the sender: a write that is cut off leaves a call that
-            # cannot be ended with a status any more.
-            self._events.put_nowait(_Event(error=error))
-
-    def _check(self, piece: Buffer, start: int, stop: int) -> None:
-        """Refuse NaN and infinity while the bytes are in the cache."""
-        # A value that is cut by a message is looked at when its rest is there.
-        first, last = start // self._dtype.itemsize, stop // self._dtype.itemsize
-        values = piece.view(self._dtype)[first:last]
-        validate.check_finite(values, layout=self._layout, first=self._checked + first)
-
-    async def _queue(self, columns: Columns) -> None:
-        await self._window.acquire()
-        self._tickets.append(self._batcher.multiply(self._operator, columns))
-        self._events.put_nowait(_Event(block=True))
-
-    def _accept(self, header: wire.Header) -> int:
-        """Judge the operand by its header, and make room for it."""
-        columns = validate.check_operand(
-            header,
-            matrix=self._matrix,
-            layout=self._layout,
-            dtype=self._lease.info.dtype,
-            limits=self._limits,
-        )
-        column_bytes = self._layout.size * self._dtype.itemsize
-        fitting = self._limits.block_bytes // max(1, column_bytes)
-        block = max(1, min(fitting, self._limits.run_columns))
-        at_once = min(columns, _BLOCKS * block)
-        # Twice: the operand and its result.
-        reservation = self._batcher.reserve(at_once, 2 * at_once * column_bytes)
-        self._stack.enter_context(reservation)
-        self._events.put_nowait(_Event(shape=header["v"].shape))
-        return block * column_bytes
-
-    async def _send(self, send: Send) -> None:
-        shape, done = (await self._next()).shape, []
-        tensor = wire.TensorHeader(_NAMES[self._dtype], shape, 0)
-        header = _result_header(self._lease, plan=True)
-        await send(self._message(header=header))
-        await send(memoryview(wire.dump_header({"result": tensor})))
-        while (await self._next()).block:
-            done.append(await self._send_block(send))
-            self._window.release()
-        await send(self._message(summary=_summary(done)))
-
-    async def _next(self) -> _Event:
-        event = await self._events.get()
-        if event.error is not None:
-            raise event.error
-        return event
-
-    async def _send_block(self, send: Send) -> Done[None]:
-        # What is not needed any more is let go before the last byte leaves: the client
-        # may come back at once, and its next vector fits into the memory of this one.
-        result = await asyncio.wrap_future(self._tickets[0])
-        columns = self._tickets.popleft().columns
-        assert columns is not None
-        rows = await self._shifted(result.value, columns)
-        del columns
-        for chunk in wire.pieces(wire.bytes_of(rows)):
-            await send(chunk)
-        return Done(None, result.queue_s, result.compute_s, result.run_columns)
-
-    async def _shifted(self, rows: Columns, columns: Columns) -> Columns:
-        if rows.shape != columns.shape or rows.dtype != columns.dtype:
-            msg = f"a product {columns.dtype} {columns.shape} became {rows.dtype} {rows.shape}"
-            raise Internal(msg)
-        if self._spec.scale == 1.0 and not self._spec.damping:
-            return rows
-        shifted: Columns = await _off_the_loop(_shift, rows, columns, self._spec)
-        return shifted
+        """Send what is kept of a result; its operand did not come again."""
+        self._sessions.get(header.session_id)
+        key = (header.session_id, header.request_id)
+        kept = self._kept.get(key, content_of(header))
+        if kept is None:
+            msg = (
+                f"the result of request {header.request_id!r} is not kept any more: "
+                "send the operand again"
+            )
+            raise ResultNotKept(msg, request_id=header.request_id)
+        message = RPCS[name].response.message
+        format_ = Format.of(header, message, kept.rows.dtype)
+        await send_kept(kept, Sender(send, format_), format_)
 
 
-def _shift(rows: Columns, columns: Columns, spec: OperatorSpec) -> Columns:
-    """Make ``scale * A v + damping * v`` in the memory of the operand."""
-    columns *= spec.damping
-    columns += rows * spec.scale
-    return columns
-
-
-async def _off_the_loop(work: Any, array: Columns, *args: Any, **kwargs: Any) -> Any:
-    if array.nbytes <= _SMALL_BYTES:
-        return work(array, *args, **kwargs)
-    return await asyncio.to_thread(work, array, *args, **kwargs)
-
-
-def _result_header(
-    lease: Lease, *, plan: bool = False, loss: float | None = None
-) -> curvature_pb.ResultHeader:
-    info = lease.info
-    report = lease.operator.report if plan and lease.operator else None
-    return curvature_pb.ResultHeader(
-        version=info.version,
-        parameters_digest=info.parameters_digest,
-        model_id=info.model_id,
-        dataset_id=info.dataset_id,
-        plan=None if report is None else convert.plan_to_proto(report),
-        loss=loss,
-    )
-
-
-def _summary(blocks: list[Done[Any]]) -> curvature_pb.ResultSummary:
-    return curvature_pb.ResultSummary(
-        queue_s=sum(b.queue_s for b in blocks),
-        compute_s=sum(b.compute_s for b in blocks),
-        runs=len(blocks),
-        run_columns=sum(b.run_columns for b in blocks),
-    )
-
-
-def _dtype(lease: Lease) -> np.dtype[Any]:
-    return validate.vector_dtype(lease.info.dtype)
+async def _parts(
+    first: list[memoryview], rest: AsyncIterator[memoryview] | None = None
+) -> AsyncIterator[memoryview]:
+    for chunk in first:
+        yield chunk
+    if rest is not None:
+        async for chunk in rest:
+            yield chunk
 
 
 def _expected(request: Any) -> int | None:

@@ -1,0 +1,95 @@
+"""Receiving a vector that a session stores."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import numpy as np
+
+from curvd import narrow, wire
+from curvd.buffers import Buffer
+from curvd.errors import InvalidSpec
+from curvd.v1 import curvature_service_pb2 as curvature_pb
+from curvd_server import validate
+from curvd_server.service.products import Columns, Tools
+from curvd_server.service.results import OWN_TYPE
+from curvd_server.session import Lease
+from curvd_server.vectors import Vector
+
+
+async def receive(
+    request: curvature_pb.PutVectorHeader,
+    chunks: AsyncIterator[memoryview],
+    lease: Lease,
+    tools: Tools,
+) -> Vector:
+    """Receive and store a vector, checked like an operand.
+
+    Args:
+        request: Its header.
+        chunks: Its safetensors file.
+        lease: Of the session.
+        tools: Limits.
+
+    Returns:
+        What is stored now.
+
+    Raises:
+        InvalidSpec: If it has no name.
+    """
+    name, layout = validate.check_text(request.name, "name"), lease.info.layout
+    if not name:
+        msg = "a stored vector needs a name, at least one character"
+        raise InvalidSpec(msg, field="name")
+    dtype = validate.vector_dtype(lease.info.dtype)
+
+    def accept(header: wire.Header) -> int:
+        validate.check_operand(
+            header,
+            matrix=None,
+            layout=layout,
+            dtype=lease.info.dtype,
+            limits=tools.limits,
+        )
+        count = int(np.prod(header["v"].shape))
+        lease.vectors.check_room(name, count * dtype.itemsize)
+        return 0
+
+    def checked(raw: Buffer, tensor: wire.TensorHeader) -> Columns:
+        if tensor.dtype in narrow.NARROW:
+            array = np.empty(tensor.shape, dtype)
+            narrow.widen(raw, tensor.dtype, array.reshape(-1))
+        else:
+            array = raw.view(dtype).reshape(tensor.shape)
+        validate.check_finite(array, layout=layout)
+        return array
+
+    assembler = wire.Assembler(accept, max_bytes=tools.limits.operand_bytes)
+    raw = np.empty(0, np.uint8)
+    async for chunk in chunks:
+        for piece in assembler.feed(chunk):
+            raw = piece
+    tensor = assembler.finish()["v"]
+    array = await asyncio.to_thread(checked, raw, tensor)
+    vector = Vector(array, lease.info.version)
+    lease.vectors.put(name, vector)
+    return vector
+
+
+def described(name: str, vector: Vector) -> curvature_pb.StoredVector:
+    """Describe a stored vector.
+
+    Args:
+        name: Its name.
+        vector: The vector.
+
+    Returns:
+        The message.
+    """
+    return curvature_pb.StoredVector(
+        name=name,
+        shape=vector.array.shape,
+        dtype=OWN_TYPE[vector.array.dtype],
+        version=vector.version,
+    )

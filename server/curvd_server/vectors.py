@@ -1,0 +1,111 @@
+"""Vectors that a session stores between products, so that they need not travel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from curvd.errors import LimitExceeded, VectorNotFound
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """A stored vector. Nobody writes to it: products and readers share its memory."""
+
+    array: NDArray[Any]
+    """[P] or [K, P], in the session's vector type."""
+    version: int
+    """The parameter version that was current."""
+
+
+class Vectors:
+    """What one session stores; it is lost with the process.
+
+    Args:
+        session_id: Whose, for messages.
+        budget_bytes: Memory of all together.
+    """
+
+    def __init__(self, session_id: str, budget_bytes: int) -> None:
+        self._session_id, self._budget = session_id, budget_bytes
+        self._vectors: dict[str, Vector] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is held."""
+        return sum(v.array.nbytes for v in self._vectors.values())
+
+    def check_room(self, name: str, nbytes: int) -> None:
+        """Refuse a vector before it is received or computed.
+
+        Args:
+            name: Of the vector; what has it now makes room.
+            nbytes: Its memory.
+
+        Raises:
+            LimitExceeded: If the session would store too much.
+        """
+        old = self._vectors.get(name)
+        rest = self.nbytes - (0 if old is None else old.array.nbytes)
+        if rest + nbytes > self._budget:
+            msg = (
+                f"session {self._session_id} stores {rest} bytes of vectors; {nbytes} "
+                f"more would exceed the limit of {self._budget} (stored_bytes). Delete "
+                "some"
+            )
+            raise LimitExceeded(msg, stored_bytes=rest, limit=self._budget)
+
+    def put(self, name: str, vector: Vector) -> None:
+        """Store a vector in place of what had its name.
+
+        Args:
+            name: Of the vector.
+            vector: The vector.
+
+        Raises:
+            LimitExceeded: If the session would store too much.
+        """
+        self.check_room(name, vector.array.nbytes)
+        self._vectors[name] = vector
+
+    def get(self, name: str) -> Vector:
+        """Find a vector.
+
+        Args:
+            name: Of the vector.
+
+        Returns:
+            The vector.
+
+        Raises:
+            VectorNotFound: If there is none.
+        """
+        if name not in self._vectors:
+            msg = (
+                f"session {self._session_id} stores no vector {name!r}; a restart of "
+                "the server loses them: put it again"
+            )
+            raise VectorNotFound(msg, vector=name)
+        return self._vectors[name]
+
+    def delete(self, name: str) -> None:
+        """Forget a vector.
+
+        Args:
+            name: Of the vector.
+
+        Raises:
+            VectorNotFound: If there is none.
+        """
+        self.get(name)
+        del self._vectors[name]
+
+    def items(self) -> list[tuple[str, Vector]]:
+        """List what is stored, the oldest name first."""
+        return list(self._vectors.items())
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._vectors.clear()
