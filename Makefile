@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CONTAINERS ?= $(wildcard ../shared/containers)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types proto proto-check image-test bench clean
+.PHONY: help demo test gpu-test lint types proto proto-check image-test bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
@@ -30,6 +30,9 @@ demo: $(VENV)/demo.stamp ## the main job on real data, in about a minute
 
 test: $(VENV)/dev.stamp lint types proto-check ## everything that must pass
 	$(BIN)/pytest -m 'not gpu'
+
+gpu-test: $(VENV)/dev.stamp ## what needs a CUDA device
+	$(BIN)/pytest -m gpu
 
 lint: $(VENV)/dev.stamp ## style of the code, the contract and the imports
 	$(BIN)/ruff check .

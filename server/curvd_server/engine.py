@@ -224,8 +224,9 @@ class Operator:
         """
         results = [rows for _, rows in self.stream(columns, cancelled=cancelled)]
         if not results:
-            size = self.problem.layout.size
-            return torch.empty(0, size, dtype=self.problem.result_dtype)
+            p = self.problem
+            size = p.layout.size
+            return torch.empty(0, size, dtype=p.result_dtype, device=p.device)
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def stream(

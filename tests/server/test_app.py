@@ -524,7 +524,7 @@ def test_a_catalogue_of_a_newer_curvd_is_left_alone(tmp_path):
     with sqlite3.connect(tmp_path / "catalogue.sqlite") as database:
         database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(FailedPrecondition, match="has schema 99, this curvd reads 1"):
+    with pytest.raises(FailedPrecondition, match="has schema 99, this curvd reads"):
         with server(tmp_path):
             pass
 
