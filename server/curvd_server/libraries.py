@@ -8,30 +8,26 @@ library. Sizes are capped while a model is put together, first on the ``meta`` d
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import functools
 import importlib
 import importlib.util
-import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from curvd.errors import CurvdError, FailedPrecondition, InvalidSpec
 from curvd_server.bounded import bounded
+from curvd_server.options import Config, checked
+from curvd_server.transformer import transformers_model
 
-Config = Mapping[str, Any]
-
-_LARGEST = 2**20
-_MOST_ITEMS = 4_096
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}")
-_WORD = re.compile(r"[A-Za-z0-9_.+\-]{0,64}")
 
 _TIMM = frozenset(
     "act_layer base_width cardinality channels class_token conv_bias conv_mlp "
@@ -45,17 +41,6 @@ _TORCHVISION = frozenset(
     "aux_logits dropout image_size init_weights num_classes stochastic_depth_prob "
     "transform_input width_mult zero_init_residual".split()
 )
-_HEADS = {
-    "none": "AutoModel",
-    "causal_lm": "AutoModelForCausalLM",
-    "masked_lm": "AutoModelForMaskedLM",
-    "seq2seq_lm": "AutoModelForSeq2SeqLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "token_classification": "AutoModelForTokenClassification",
-    "image_classification": "AutoModelForImageClassification",
-}
-_NESTED = ("rope_parameters", "rope_scaling")
-"""Options of transformers that are mappings of numbers and words."""
 
 
 def check_allowed(patterns: Sequence[str]) -> tuple[str, ...]:
@@ -131,7 +116,7 @@ def _timm(name: str, model: str, config: Config) -> nn.Module:
     timm = _imported("timm")
     if not timm.is_model(model):
         raise _unknown(name)
-    options = _checked(name, config, _TIMM)
+    options = checked(name, config, _TIMM)
     module: nn.Module = timm.create_model(model, pretrained=False, **options)
     return module
 
@@ -140,7 +125,7 @@ def _torchvision(name: str, model: str, config: Config) -> nn.Module:
     models = _imported("torchvision").models
     if model not in models.list_models(module=models):
         raise _unknown(name)
-    options = _checked(name, config, _TORCHVISION)
+    options = checked(name, config, _TORCHVISION)
     if model in ("googlenet", "inception_v3"):
         options.setdefault("init_weights", True)  # torchvision warns of its default
     module: nn.Module = models.get_model(model, weights=None, **options)
@@ -149,92 +134,12 @@ def _torchvision(name: str, model: str, config: Config) -> nn.Module:
 
 def _transformers(name: str, model: str, config: Config) -> nn.Module:
     library = _imported("transformers")
-    kinds = library.models.auto.configuration_auto.CONFIG_MAPPING
-    if model not in kinds:
+    if model not in library.models.auto.configuration_auto.CONFIG_MAPPING:
         raise _unknown(name)
-    options = dict(config)
-    head, output = options.pop("head", "none"), options.pop("output", "")
-    if not isinstance(head, str) or head not in _HEADS:
-        msg = f"{name}: head must be one of {sorted(_HEADS)}, got {head!r}"
-        raise InvalidSpec(msg, builder=name, key="head", value=head)
-    if not isinstance(output, str):
-        msg = f"{name}: output must be the name of a field, got {output!r}"
-        raise InvalidSpec(msg, builder=name, key="output", value=output)
-    shared = {f.name for f in dataclasses.fields(library.PreTrainedConfig)}
-    known = {f.name for f in dataclasses.fields(kinds[model])} - shared
-    foreign = re.compile("_.*|backbone|.*_path|.*_config")  # files, other models
-    known = {n for n in known if foreign.fullmatch(n) is None} | {"num_labels"}
-    options = _checked(name, options, known)
-    if "use_cache" in known:
-        options["use_cache"] = False  # a cache for generating costs, and gains nothing
-    described = library.AutoConfig.for_model(model, **options)
-    auto = getattr(library, _HEADS[head])
-    module: nn.Module = auto.from_config(described, trust_remote_code=False)
-    module.register_forward_hook(functools.partial(_one_output, name, output))
-    return module
+    return transformers_model(library, name, model, config)
 
 
 _MAKERS = {"timm": _timm, "torchvision": _torchvision, "transformers": _transformers}
-
-
-def _one_output(
-    name: str, wanted: str, module: nn.Module, args: Any, result: Any
-) -> Tensor:
-    """Choose among the outputs of a transformer: by name, or the usual one."""
-    fields = dict(result) if isinstance(result, Mapping) else {"output": result}
-    tensors = {n: t for n, t in fields.items() if isinstance(t, Tensor)}
-    for field in [wanted] if wanted else ["logits", "last_hidden_state", *tensors]:
-        if field in tensors:
-            return tensors[field]
-    msg = f"{name} has no output {wanted!r}; it has {', '.join(tensors) or 'none'}"
-    raise InvalidSpec(msg, builder=name, output=wanted)
-
-
-def _checked(name: str, config: Config, known: Set[str]) -> dict[str, Any]:
-    """Let options through that shape an architecture, and values that are plain."""
-    for key, value in config.items():
-        if key not in known:
-            msg = f"{name}: unknown key {key!r}; known keys: {', '.join(sorted(known))}"
-            raise InvalidSpec(msg, builder=name, key=key)
-        nested = key in _NESTED and isinstance(value, dict)
-        if not (_is_mapping(value) if nested else _is_plain(value, depth=2)):
-            msg = (
-                f"{name}: {key} must be a number, at most {_LARGEST} if whole, true, "
-                f"false, a word, or a list of these, got {str(value)[:80]!r}"
-            )
-            raise InvalidSpec(msg, builder=name, key=key)
-    return {k: _tuples(v) for k, v in config.items()}
-
-
-def _is_plain(value: object, *, depth: int, largest: float = _LARGEST) -> bool:
-    if value is None or isinstance(value, bool):
-        return True
-    if isinstance(value, int):
-        return abs(value) <= largest
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, str):
-        return _WORD.fullmatch(value) is not None
-    return (
-        isinstance(value, list)
-        and depth > 0
-        and len(value) <= _MOST_ITEMS
-        and all(_is_plain(v, depth=depth - 1, largest=largest) for v in value)
-    )
-
-
-def _is_mapping(value: dict[str, Any]) -> bool:
-    """Tell whether these are a few frequencies and factors, of any size."""
-    return (
-        len(value) <= _MOST_ITEMS
-        and all(map(_WORD.fullmatch, value))
-        and all(_is_plain(v, depth=1, largest=2**53) for v in value.values())
-    )
-
-
-def _tuples(value: Any) -> Any:
-    """Make tuples of lists: libraries use them as constants."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _unknown(name: str) -> InvalidSpec:
@@ -249,8 +154,7 @@ def _imported(library: str) -> Any:
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ[variable] = "1"
     os.environ["USE_HUB_KERNELS"] = "0"
-    if library in ("timm", "torchvision"):
-        _declare_operators()
+    _declare_operators()  # all three import torchvision
     try:
         module = importlib.import_module(library)
     except ImportError as error:
@@ -273,7 +177,7 @@ def _declare_operators() -> Any:
     of them, which therefore must exist by name.
     """
     spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
+    if spec is None or spec.origin is None or "torchvision" in sys.modules:
         return None
     compiled = Path(spec.origin).with_name("_C.so")
     if not compiled.exists():

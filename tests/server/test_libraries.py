@@ -12,10 +12,11 @@ from server.zoo import Animal
 from torch import nn
 
 from curvd.errors import BuilderNotFound, FailedPrecondition, InvalidSpec, LimitExceeded
-from curvd.types import ModelSpec, OperatorSpec
-from curvd_server import libraries
+from curvd.types import DatasetSpec, Dtype, LossSpec, ModelSpec, OperatorSpec
+from curvd_server import bounded, libraries
 from curvd_server.compute import TorchDevice
 from curvd_server.engine import build
+from curvd_server.objective import Problem
 from curvd_server.plans import Plan
 from curvd_server.rewrites import WideFloats
 
@@ -168,16 +169,17 @@ def test_what_is_no_architecture_is_refused(builder, config, message):
         ),
         (
             "timm:vit_tiny_patch16_224",
-            {**TINY, "depth": 2**20},
-            "more than 10000 layers",
+            {**TINY, "embed_dim": 2, "depth": 2**20},
+            "more than 500 layers",
         ),
         ("transformers:llama", {}, r"more than 268435456 bytes \(upload_bytes\)"),
-        ("transformers:llama", {**LLAMA, "num_hidden_layers": 2**20}, "10000 layers"),
+        ("transformers:llama", {**LLAMA, "num_hidden_layers": 2**20}, "500 layers"),
     ],
 )
 def test_a_model_that_is_too_large_is_refused_before_it_has_memory(
-    builder, config, message
+    builder, config, message, monkeypatch
 ):
+    monkeypatch.setattr(bounded, "MOST_MODULES", 500)
     with pytest.raises(LimitExceeded, match=message):
         describe(builder, config)
 
@@ -253,3 +255,60 @@ def test_an_encoder_layer_takes_no_path_without_derivatives(mode):
         want = central_difference(problem, V[0])
         want = want if kind == "hessian" else V[0] @ dense_ggn(problem)
         assert error(operator.apply(V)[0], want) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "masked"), [("gpt2", False), ("bert", True), ("llama", True)]
+)
+def test_masks_do_not_keep_a_transformer_from_being_traced(kind, masked):
+    needs("transformers")
+    config = {
+        "gpt2": {"n_layer": 1, "n_embd": 4, "n_head": 1, "vocab_size": 7},
+        "bert": {**LLAMA, "vocab_size": 7},
+        "llama": {**LLAMA, "vocab_size": 7},
+    }[kind]
+    make = libraries.find(f"transformers:{kind}", ["*"], limit_bytes=2**30)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = make({**config, "head": "causal_lm"})
+    ids = torch.randint(1, 7, (5, 4), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[4, 2:] = 0  # in the second mini-batch only: no trace may decide by values
+    arrays = {"input_ids": ids, "attention_mask": mask, "y": ids}
+    inputs = ("input_ids", "attention_mask") if masked else ("input_ids",)
+    problem = Problem.load(
+        module,
+        {},
+        arrays,
+        DatasetSpec(inputs=inputs, target="y", batch_size=3, input_style="keywords"),
+        LossSpec(name="cross_entropy", shift=True),
+        dtype=Dtype.FLOAT64,
+    )
+    V = columns(problem, 1)
+    for name, row in problem.model.fixed:
+        p = next(p for p in problem.layout.parameters if p.name == name)
+        start = p.offset + row * p.shape[1]
+        V[0, start : start + p.shape[1]] = 0
+    plan = Plan("program")
+    operator = build(problem, OperatorSpec(), budget_bytes=2**24, plan=plan, tuning_s=0)
+    assert operator.plan == plan
+    assert error(operator.apply(V)[0], central_difference(problem, V[0])) < 1e-6
+
+
+def test_an_absent_mask_keeps_everything():
+    needs("transformers")
+    transformers = libraries._imported("transformers")
+    config = {"n_layer": 1, "n_embd": 4, "n_head": 1, "vocab_size": 7}
+    make = libraries.find("transformers:gpt2", ["*"], limit_bytes=2**30)
+    ours = make({**config, "head": "causal_lm"}).eval()
+    described = transformers.AutoConfig.for_model("gpt2", **config)
+    theirs = transformers.AutoModelForCausalLM.from_config(described).eval()
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.randint(1, 7, (5, 4), generator=torch.Generator().manual_seed(0))
+    want = theirs(input_ids=ids).logits
+    for got in (
+        ours(ids),
+        ours(input_ids=ids),
+        ours(input_ids=ids, attention_mask=None),
+    ):
+        torch.testing.assert_close(got, want)
