@@ -70,7 +70,7 @@ image-test: $(VENV)/dev.stamp ## build both images, compose the server, ask it f
 	CONTAINERS='$(CONTAINERS)' PYTHON='$(BIN)/python' tests/images.sh
 
 bench: $(VENV)/dev.stamp ## every ratio against its peers, with targets
-	for script in bench/engine.py bench/smoke.py; do $(BIN)/python $$script --check || exit 1; done
+	for script in bench/engine.py bench/smoke.py bench/queries.py; do $(BIN)/python $$script --check || exit 1; done
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache

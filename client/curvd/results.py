@@ -79,7 +79,7 @@ class Eigenpairs(Result):
     vectors: Floats | None
     """[P, k], orthonormal; None if only values were asked for."""
     residuals: Floats
-    """[k] ``|Ax - λx|``, from products."""
+    """[k] ``|Ax - λx|``, of the products that were made."""
     tolerances: Floats
     """[k] What each residual was asked to reach; not below the operator's rounding."""
     asymmetry: float
@@ -222,7 +222,7 @@ class Solution(Result):
     x: Any
     """In the layout and type of b."""
     residuals: Floats
-    """[K] ``|b - (A + damping * I) x|``, from a product with x."""
+    """[K] ``|b - (A + damping * I) x|``, from products, true to a percent."""
     relative_residuals: Floats
     """[K] The same relative to ``|b|``."""
     curvatures: Floats

@@ -184,6 +184,31 @@ def test_a_good_preconditioner_and_a_good_start_save_products():
     assert known.stopped is Stop.CONVERGED
 
 
+@pytest.mark.parametrize("damping", [1.0, 1e-2, 1e-4, 1e-6])
+def test_a_residual_without_a_closing_product_is_true_to_a_percent(damping):
+    A = hessian_like()
+    A = A @ A + damping * torch.eye(SIZE, dtype=A.dtype)
+    B = torch.randn(3, SIZE, generator=torch.Generator().manual_seed(1), dtype=A.dtype)
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-3)):
+        seen = []
+        C, D = A.to(dtype), B.to(dtype)
+        products = Products(
+            lambda V, C=C, seen=seen: (seen.append(V), V @ C)[1], size=SIZE, dtype=dtype
+        )
+        result = drain(solve(products, D, tolerance=tolerance))
+        true = torch.linalg.vector_norm(
+            D.double() - result.solution.double() @ C.double(), dim=1
+        )
+        closed = [
+            any(torch.equal(x, v) for V in seen for v in V) for x in result.solution
+        ]
+        if dtype is torch.float64 and damping >= 1e-4:
+            assert not any(closed)
+        if dtype is torch.float64 or damping == 1.0:  # else float32 products err more
+            np.testing.assert_allclose(result.residuals, true, rtol=0.01)
+        assert result.products == sum(map(len, seen))
+
+
 def test_float32_systems_end_with_a_true_residual_when_no_better_is_possible():
     A = hessian_like()
     A = (A @ A + 1e-4 * torch.eye(SIZE, dtype=A.dtype)).float()

@@ -41,6 +41,10 @@ class Steps:
     """[k] Smallest Rayleigh quotient of a search direction, float64."""
     indefinite: Tensor
     """[k] Whether the map was found not to be positive definite, bool."""
+    length: Tensor
+    """[k] Residual norms of the recurrence, float64."""
+    drift: Tensor
+    """[k] How far rounding may have taken them from the true ones; infinite: unknown."""
     iterations: int
     stopped: Stop | None
 
@@ -71,6 +75,9 @@ def cg(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
     length = norms(R)
     curvature = torch.full_like(length, torch.inf)
     indefinite = torch.zeros(len(R), dtype=torch.bool, device=R.device)
+    # A residual is the sum of real products: only the rounding of the sums is missing,
+    # about one of A times the solution in each step.
+    largest, reach, square = (torch.zeros_like(length) for _ in range(3))
     active = torch.nonzero(length > limits).flatten()
     iterations, stopped = 0, None
     while len(active):
@@ -87,7 +94,13 @@ def cg(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
         indefinite[active[bad]] = True
         good = ~bad
         active, moves, products = active[good], moves[good], products[good]
-        step = (rz[active] / along[good])[:, None].to(R.dtype)
+        ratio = rz[active] / along[good]
+        lengths = norms(moves)
+        stretch = norms(products) / lengths
+        largest[active] = torch.maximum(largest[active], stretch)
+        reach[active] += ratio * lengths
+        square[active] += (largest[active] * reach[active]) ** 2
+        step = ratio[:, None].to(R.dtype)
         D[active] += step * moves
         R[active] -= step * products
         length[active] = norms(R[active])
@@ -100,7 +113,8 @@ def cg(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
             Z + (new / rz[active])[:, None].to(R.dtype) * direction[active]
         )
         rz[active] = new
-    return Steps(D, curvature, indefinite, iterations, stopped)
+    drift = 4 * torch.finfo(R.dtype).eps * square.sqrt()
+    return Steps(D, curvature, indefinite, length, drift, iterations, stopped)
 
 
 def minres(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
@@ -167,4 +181,5 @@ def minres(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
         yield system.progress(phibar)
         alive = (phibar[a] > limits[a]) & (beta[a] > 0)
         active = a[alive]
-    return Steps(D, curvature, indefinite, iterations, stopped)
+    drift = torch.full_like(phibar, torch.inf)
+    return Steps(D, curvature, indefinite, phibar, drift, iterations, stopped)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvd_server.queries.base import Products, Progress, Query
-from curvd_server.queries.vectors import dots, norms
+from curvd_server.queries.vectors import dots, norms, orthogonalise
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,8 @@ def quadratures(
         alpha[alive, j] = dots(basis[index, j], U).cpu().numpy()
         for row, probe in enumerate(alive):
             used = basis[probe, : j + 1]
-            for _ in range(2):
-                U[row] -= (used @ U[row]) @ used
+            orthogonalise(used[-2:], U[row], passes=1)
+            orthogonalise(used, U[row])
         beta[alive, j] = norms(U).cpu().numpy()
         scale = max(scale, float(np.abs(alpha).max()), float(beta.max()))
         small = 100 * torch.finfo(W.dtype).eps * scale

@@ -12,9 +12,11 @@ from curvd_server.queries.base import Products, Progress, Query
 from curvd_server.queries.krylov import Steps, System, cg, minres
 from curvd_server.queries.vectors import norms
 
-_SLACK = 0.98
-"""The recurrence goes a little further than asked, so that its own rounding does not
-cost a second round."""
+_SLACK = 16
+"""The recurrence goes further than asked by so many roundings of its start, so that they
+do not cost a second round."""
+_TRUE = 0.01
+"""A residual that rounding changes by less than this share needs no product."""
 _DIGITS = 32
 """A round reduces a residual to no less than so many roundings of its start."""
 
@@ -26,7 +28,8 @@ class SolveResult:
     solution: Tensor
     """X: [K, P]."""
     residuals: tuple[float, ...]
-    """``|b - (A + damping * I) x|``, from a product with the x that is returned."""
+    """``|b - (A + damping * I) x|``: from a product with the x that is returned, unless
+    rounding cannot have moved the sum of CG's own products from it by a percent."""
     relative_residuals: tuple[float, ...]
     """The same, relative to ``|b|``."""
     curvatures: tuple[float, ...]
@@ -52,9 +55,9 @@ def solve(
 ) -> Query[SolveResult]:
     """Solve ``(A + damping * I) x = b`` for every column.
 
-    When the recurrence claims convergence, the residual is computed from a product;
-    if it is larger than claimed, the iteration starts again from there, until a round
-    no longer halves it.
+    When the recurrence claims convergence and rounding may have betrayed it, the
+    residual is computed from a product; if it is larger than claimed, the iteration
+    starts again from there, until a round no longer halves it.
 
     Args:
         products: The map A.
@@ -98,15 +101,22 @@ def solve(
             inverse=None if preconditioner is None else 1 / preconditioner,
         )
         # Rounding hides what a recurrence says about more digits than it has.
-        floor = _DIGITS * torch.finfo(B.dtype).eps * length
-        reach = torch.maximum(_SLACK * limits, floor)
+        rounding = torch.finfo(B.dtype).eps * length
+        reach = torch.maximum(limits - _SLACK * rounding, _DIGITS * rounding)
         steps = yield from inner(system, R[open_], reach[open_])
         stopped = steps.stopped
+        before = length.clone()
         if steps.iterations:
             X[open_] += steps.solution
-            R[open_] = B[open_] - damped(X[open_])
-        before = length.clone()
-        length[open_] = norms(R[open_])
+            length[open_] = steps.length
+            doubtful = steps.drift > _TRUE * steps.length
+            # Rounding of earlier rounds is not in the drift, and R must be renewed.
+            doubtful |= (steps.length > limits[open_]) | (
+                start is not None or rounds > 0
+            )
+            if len(again := open_[doubtful]):
+                R[again] = B[again] - damped(X[again])
+                length[again] = norms(R[again])
         state.record(open_, steps, solver)
         state.stagnated |= (length > limits) & (length > 0.5 * before) & (rounds > 0)
         rounds += 1
