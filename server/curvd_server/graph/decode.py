@@ -114,13 +114,17 @@ class Graph:
 
     @cached_property
     def last_use(self) -> tuple[int, ...]:
-        """For each value the last node that uses it; outputs are used at the end."""
+        """For each value the last node that needs it, and is needed itself.
+
+        The number of nodes stands for the outputs, -1 for what nobody needs.
+        """
         last = [-1] * self.size
-        for at, node in enumerate(self.nodes):
-            for index in references(node):
-                last[index] = at
         for index in self.outputs:
             last[index] = len(self.nodes)
+        for at in reversed(range(len(self.nodes))):
+            if last[self.first_node + at] >= 0:
+                for index in references(self.nodes[at]):
+                    last[index] = max(last[index], at)
         return tuple(last)
 
 

@@ -46,14 +46,16 @@ def dry_run(
         DTYPES[graph.dtype], meta, batch_statistics=bool(interpreter.was_training)
     )
     live = _Live(limit_bytes)
+    for index, value in enumerate(values):
+        live.add(index, value, "the data and tensors of the graph")
+    values += [None] * len(graph.nodes)
     end_s = time.monotonic() + LIMIT_S
     with torch.no_grad():
         for step in steps:
-            result = _computed(step, values)
-            live.add(len(values), result, step)
+            _compute(step, values)
+            live.add(step.index, values[step.index], f"operator {step.node}")
             for index in step.done:
                 live.drop(index)
-            values.append(None if len(values) in step.done else result)
             if time.monotonic() > end_s:
                 msg = f"trying the graph without memory took longer than {LIMIT_S} s"
                 raise LimitExceeded(msg, seconds=LIMIT_S)
@@ -65,10 +67,10 @@ def dry_run(
     return outputs
 
 
-def _computed(step: Step, values: list[Any]) -> Any:
+def _compute(step: Step, values: list[Any]) -> None:
     try:
         check_pieces(step.node, [filled(a, values) for a in step.arguments])
-        return step.run(values)
+        step.run(values)
     except CurvdError:
         raise
     except Exception as error:  # whatever torch says about arguments that do not fit
@@ -96,8 +98,8 @@ class _Live:
         """Storage -> who uses it, and its bytes."""
         self._held: dict[int, list[int]] = {}
 
-    def add(self, index: int, result: Any, step: Step) -> None:
-        """Count what a node made; views of what is counted cost nothing."""
+    def add(self, index: int, result: Any, what: str) -> None:
+        """Count a value; views of what is counted cost nothing."""
         tensors: Sequence[Any] = (
             result if isinstance(result, list | tuple) else [result]
         )
@@ -113,9 +115,9 @@ class _Live:
             self._held.setdefault(index, []).append(storage._cdata)
         if self._total > self._limit:
             msg = (
-                f"operator {step.node} needs {self._total} bytes together with what is "
-                f"alive then; the device has {self._limit}: use smaller mini-batches, "
-                "or a smaller model"
+                f"{what} need {self._total} bytes with all that is needed at the same "
+                f"time; the device has {self._limit}: use smaller mini-batches, or a "
+                "smaller model"
             )
             raise LimitExceeded(msg, bytes=self._total, limit=self._limit)
 

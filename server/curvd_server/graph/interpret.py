@@ -34,20 +34,21 @@ class Step:
     """A node that is ready to run."""
 
     node: Node
+    index: int
+    """Number of its result."""
     function: Any
     arguments: tuple[Any, ...]
     options: Mapping[str, Any]
     done: tuple[int, ...]
     """Values that nobody needs after it."""
 
-    def run(self, values: list[Any]) -> Any:
-        """Compute it and let go of what is no longer needed."""
+    def run(self, values: list[Any]) -> None:
+        """Compute its value, and let go of what is no longer needed."""
         options = {name: filled(o, values) for name, o in self.options.items()}
         arguments = [filled(a, values) for a in self.arguments]
-        result = self.function(*arguments, **options)
+        values[self.index] = self.function(*arguments, **options)
         for index in self.done:
             values[index] = None
-        return result
 
 
 class Interpreter:
@@ -105,29 +106,29 @@ class Interpreter:
             batch_statistics: Whether BatchNorm uses the mini-batch's.
 
         Returns:
-            The nodes, ready to run.
+            The nodes that are needed, ready to run.
         """
         key = (dtype, device, batch_statistics)
         if key not in self._bound:
             kind = functools.partial(_placed, self.graph.dtype, dtype)
-            ends: list[list[int]] = [[] for _ in self.graph.nodes]
-            for index, last in enumerate(self.graph.last_use):
-                if 0 <= last < len(ends):
-                    ends[last].append(index)
-            for at, end in enumerate(ends):
-                if self.graph.last_use[self.graph.first_node + at] < 0:
-                    end.append(self.graph.first_node + at)  # nobody ever needs it
+            graph, first = self.graph, self.graph.first_node
+            done: dict[int, list[int]] = {}
+            for index, last in enumerate(graph.last_use):
+                done.setdefault(last, []).append(index)
             steps = []
-            for node, function, done in zip(
-                self.graph.nodes, self._functions, ends, strict=True
-            ):
+            for at, node in enumerate(graph.nodes):
+                if graph.last_use[first + at] < 0:
+                    continue  # nobody needs it
+                function = self._functions[at]
                 options = {n: _ready(o, kind) for n, o in node.options.items()}
                 if makes_tensors(node.operator):
                     options["device"] = device
                 if node.operator == "aten.batch_norm.default":
                     function = functools.partial(batch_norm, batch_statistics)
                 arguments = tuple(_ready(a, kind) for a in node.arguments)
-                steps.append(Step(node, function, arguments, options, tuple(done)))
+                ends = tuple(done.get(at, ()))
+                step = Step(node, first + at, function, arguments, options, ends)
+                steps.append(step)
             self._bound[key] = tuple(steps)
         return self._bound[key]
 
@@ -190,9 +191,9 @@ class GraphModule(nn.Module):
         steps = self._interpreter.bound(
             dtype, device, batch_statistics=self._batch_statistics
         )
-        values: list[Any] = [*given, *tensors]
+        values: list[Any] = [*given, *tensors, *[None] * len(graph.nodes)]
         for step in steps:
-            values.append(step.run(values))
+            step.run(values)
         result = values[graph.outputs[0]]
         if not isinstance(result, Tensor):
             msg = f"the graph returns {type(result).__name__}, not a tensor"

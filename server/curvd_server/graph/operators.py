@@ -226,6 +226,8 @@ def _overload(operator: str) -> Any:
     packet = getattr(torch.ops.aten, match[2], None)
     if packet is None or match[3] not in packet.overloads():
         return None
+    if match[3].startswith("prim"):
+        return None  # of TorchScript, with arguments of its own
     overload = getattr(packet, match[3])
     schema = overload._schema
     plain = all(
