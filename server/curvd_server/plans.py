@@ -29,6 +29,8 @@ WORTH = 0.9
 Walking columns one by one gives the same bits however requests were put together,
 so columns go through together only where that really gains.
 """
+CLOSE = 1.3
+"""Modes within this factor of the fastest are timed once more."""
 WORTH_JOINING = 0.97
 """The same for joining mini-batches, which costs nothing but a longer step."""
 LONGEST_STEP_S = 0.5
@@ -37,6 +39,8 @@ LONGEST_STEP_S = 0.5
 Work that was given up stops after the step that runs: within one mini-batch, or within
 so many seconds of short ones.
 """
+MOST_JOINED = 16
+"""More mini-batches in a step gain nothing, and take memory."""
 _WIDTHS = (8, 32)
 
 
@@ -193,6 +197,13 @@ def _ranked(
         seconds = stopwatch.seconds_per_column(Plan(mode))
         if seconds is not None:
             timed[mode] = seconds
+    # A machine that is busy for a moment must not decide between equals.
+    close = [m for m in timed if timed[m] <= CLOSE * min(timed.values())]
+    for mode in close if len(close) > 1 else []:
+        check_cancelled(cancelled)
+        if not stopwatch.is_over():
+            again = stopwatch.seconds_per_column(Plan(mode))
+            timed[mode] = min(timed[mode], again or timed[mode])
     for mode in sorted(timed, key=timed.__getitem__):
         check_cancelled(cancelled)
         narrow, seconds = _joined(stopwatch, Plan(mode), timed[mode])
@@ -205,16 +216,19 @@ def _ranked(
 
 
 def _joined(stopwatch: Stopwatch, plan: Plan, seconds: float) -> tuple[Plan, float]:
-    """Join as many mini-batches as a short step holds, if that is faster."""
-    count = min(stopwatch.batches, int(LONGEST_STEP_S / seconds))
-    if count < 2 or stopwatch.is_over():
-        return plan, seconds
-    steps = -(-stopwatch.batches // count)
-    joined = dataclasses.replace(plan, batches_at_once=-(-stopwatch.batches // steps))
-    joined_s = stopwatch.seconds_per_column(joined)
-    if joined_s is None or joined_s > WORTH_JOINING * seconds:
-        return plan, seconds
-    return joined, joined_s
+    """Join as many mini-batches as a short step and the memory hold, if that is faster."""
+    count = min(stopwatch.batches, int(LONGEST_STEP_S / seconds), MOST_JOINED)
+    while count >= 2 and not stopwatch.is_over():
+        steps = -(-stopwatch.batches // count)
+        even = -(-stopwatch.batches // steps)
+        joined = dataclasses.replace(plan, batches_at_once=even)
+        joined_s = stopwatch.seconds_per_column(joined)
+        if joined_s is not None:
+            if joined_s > WORTH_JOINING * seconds:
+                break
+            return joined, joined_s
+        count //= 4
+    return plan, seconds
 
 
 def _widened(stopwatch: Stopwatch, plan: Plan, seconds: float) -> Plan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,22 @@ def test_the_fastest_mode_for_one_column_wins(monkeypatch):
     assert operator.plan == Plan("double_backward")
 
 
+def test_modes_that_are_close_are_timed_once_more(monkeypatch):
+    """A busy moment made the faster one look slower."""
+    clock = iter([1.1, 1.0, 5.0, 0.8, 1.0])
+    asked: list[Plan] = []
+
+    def pretend(self, plan: Plan) -> float | None:
+        asked.append(plan)
+        return next(clock, None)
+
+    monkeypatch.setattr(Stopwatch, "seconds_per_column", pretend)
+    operator = build(problem_of(GELU), OperatorSpec(), budget_bytes=HUGE, tuning_s=1)
+    assert operator.plan == Plan("program")
+    modes = [plan.mode for plan in asked]
+    assert modes == [*MODES, "program", "double_backward"]
+
+
 def test_columns_go_together_only_where_that_really_gains(monkeypatch):
     one, eight = Plan("program"), Plan("program", 8)
     for gain, expected in ((0.95, one), (0.5, eight)):
@@ -68,6 +86,17 @@ def test_mini_batches_are_joined_where_that_gains(monkeypatch):
         V = columns(problem, 2)
         plain = build(problem, OperatorSpec(), budget_bytes=HUGE, plan=one)
         assert error(operator.apply(V), plain.apply(V)) < 1e-12
+
+
+def test_fewer_are_joined_where_more_do_not_fit(monkeypatch):
+    """Six at once do not fit; a quarter of twelve are three."""
+    one, three = Plan("program"), Plan("program", 1, 3)
+    problem = problem_of(GELU, batch_size=1)
+    twice = dataclasses.replace(problem, data=problem.data * 2)
+    asked = timed(monkeypatch, {one: 0.01, three: 0.001})
+    watch = Stopwatch(twice, OperatorSpec(), HUGE, 1.0)
+    assert plans._joined(watch, one, 0.01) == (three, 0.001)
+    assert asked == [Plan("program", 1, 12), three]
 
 
 def test_coupled_data_points_are_not_joined(monkeypatch):
