@@ -65,6 +65,8 @@ def transformers_model(library: Any, name: str, kind: str, config: Config) -> nn
     described = library.AutoConfig.for_model(kind, **options)
     auto = getattr(library, _HEADS[head])
     module: nn.Module = auto.from_config(described, trust_remote_code=False)
+    # The grouped kernel has no float64, and the batched one copies weights per token.
+    described._experts_implementation = "eager"
     _use_traceable_attention(module)
     module.register_forward_hook(functools.partial(_one_output, name, output))
     return module

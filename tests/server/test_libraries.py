@@ -295,6 +295,27 @@ def test_masks_do_not_keep_a_transformer_from_being_traced(kind, masked):
     assert error(operator.apply(V)[0], central_difference(problem, V[0])) < 1e-6
 
 
+def test_experts_are_multiplied_in_float64():
+    needs("transformers")
+    make = libraries.find("transformers:mixtral", ["*"], limit_bytes=2**30)
+    experts = {"num_local_experts": 3, "num_key_value_heads": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = make({**LLAMA, **experts, "vocab_size": 7, "head": "causal_lm"})
+    ids = torch.randint(0, 7, (4, 5), generator=torch.Generator().manual_seed(0))
+    problem = Problem.load(
+        module,
+        {},
+        {"x": ids, "y": ids},
+        DatasetSpec(inputs=("x",), target="y", batch_size=3),
+        LossSpec(name="cross_entropy", shift=True),
+        dtype=Dtype.FLOAT64,
+    )
+    V, plan = columns(problem, 1), Plan("double_backward")
+    operator = build(problem, OperatorSpec(), budget_bytes=2**24, plan=plan, tuning_s=0)
+    assert error(operator.apply(V)[0], central_difference(problem, V[0])) < 1e-6
+
+
 def test_an_absent_mask_keeps_everything():
     needs("transformers")
     transformers = libraries._imported("transformers")
