@@ -51,7 +51,7 @@ from curvd.errors import (
     VectorNotFound,
     VersionMismatch,
 )
-from curvd.exported import ExportedModel, export
+from curvd.exported import ExportedModel, export, export_loss
 from curvd.operator import RemoteOperator
 from curvd.results import (
     Density,
@@ -108,6 +108,7 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "tune_allocator",
     # any module as a graph
     "export",
+    "export_loss",
     "ExportedModel",
     # the same for asyncio
     "aio",

@@ -27,7 +27,7 @@ from curvd.arrays import Layout, operand
 from curvd.client import configured
 from curvd.config import ClientConfig, Pem, TlsConfig
 from curvd.errors import SessionNotFound, VectorNotFound
-from curvd.exported import ExportedModel
+from curvd.exported import ExportedModel, prepare
 from curvd.operator import OperatorBase
 from curvd.progress import shown
 from curvd.queries import AsyncQueryMethods
@@ -141,6 +141,33 @@ class AsyncClient:
             validate_only=validate_only,
         )
         return AsyncSession(self._connection, await self._connection.run(call))
+
+    async def session_for(
+        self,
+        module: Any,
+        loss: Any,
+        data: tuple[Any, Any],
+        *,
+        batch_size: int,
+        output: str | int | None = None,
+        dtype: Any = None,
+        **options: Any,
+    ) -> AsyncSession:
+        """Bring a module, a loss and data into a session; see `curvd.Client`."""
+        ready = await asyncio.to_thread(prepare, module, loss, data, output)
+        dataset = await self.register_dataset(
+            ready.data,
+            inputs=ready.model.inputs,
+            target=ready.target,
+            batch_size=batch_size,
+        )
+        return await self.create_session(
+            await self.register_model(ready.model),
+            dataset,
+            loss=ready.loss,
+            dtype=ready.dtype if dtype is None else dtype,
+            **{"mode": ready.model.mode, **options},
+        )
 
     async def session(self, session_id: str) -> AsyncSession:
         """Find a session that exists; see `curvd.Client`."""

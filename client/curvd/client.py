@@ -11,7 +11,7 @@ from curvd import _requests, _uploads
 from curvd._connection import Connection
 from curvd._uploads import Progress, Tensors
 from curvd.config import ClientConfig, Pem, TlsConfig
-from curvd.exported import ExportedModel
+from curvd.exported import ExportedModel, prepare
 from curvd.progress import shown
 from curvd.session import Session
 from curvd.types import (
@@ -215,6 +215,53 @@ class Client:
             validate_only=validate_only,
         )
         return Session(self._connection, self._connection.run(call))
+
+    def session_for(
+        self,
+        module: Any,
+        loss: Any,
+        data: tuple[Any, Any],
+        *,
+        batch_size: int,
+        output: str | int | None = None,
+        dtype: Any = None,
+        **options: Any,
+    ) -> Session:
+        """Bring a module, a loss and data into a session, in one call.
+
+        The module and, unless it is one of torch's common ones, the loss are exported
+        as graphs; what the server has already is not sent again. The session computes
+        in the module's own type unless `dtype` names another.
+
+        Args:
+            module: Any ``nn.Module`` that `curvd.export` takes.
+            loss: A loss module or function of torch, a `functools.partial` of one, a
+                function of outputs and targets that is a mean or sum over data points
+                (or returns a sum and its weight), or what `create_session` takes.
+            data: Inputs (a tensor, a tuple, or a dict of keyword arguments) and targets,
+                each with the leading axis N.
+            batch_size: ``B``; the last mini-batch may be smaller.
+            output: Which of the module's results the loss takes; see `curvd.export`.
+            dtype: What to compute in; None: the module's type.
+            **options: As for `create_session`.
+
+        Returns:
+            The session.
+        """
+        ready = prepare(module, loss, data, output)
+        dataset = self.register_dataset(
+            ready.data,
+            inputs=ready.model.inputs,
+            target=ready.target,
+            batch_size=batch_size,
+        )
+        return self.create_session(
+            self.register_model(ready.model),
+            dataset,
+            loss=ready.loss,
+            dtype=ready.dtype if dtype is None else dtype,
+            **{"mode": ready.model.mode, **options},
+        )
 
     def session(self, session_id: str) -> Session:
         """Find a session that exists.

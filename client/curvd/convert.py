@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 from curvd import types
 from curvd.errors import InvalidSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
+from curvd.v1 import graph_pb2 as graph_pb
 from curvd.v1 import query_service_pb2 as query_pb
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd.v1 import types_pb2 as types_pb
@@ -85,6 +86,7 @@ def loss_to_proto(loss: types.LossSpec) -> types_pb.Loss:
         label_smoothing=loss.label_smoothing,
         shift=loss.shift,
         beta=loss.beta,
+        graph=graph_pb.Graph.FromString(loss.graph) if loss.graph else None,
     )
 
 
@@ -102,6 +104,11 @@ def loss_from_proto(message: types_pb.Loss) -> types.LossSpec:
         label_smoothing=message.label_smoothing,
         shift=message.shift,
         beta=message.beta if message.HasField("beta") else 1.0,
+        graph=types.SerializedGraph(
+            message.graph.SerializeToString(deterministic=True)
+            if message.HasField("graph")
+            else b""
+        ),
     )
 
 

@@ -5,15 +5,16 @@ Importing this costs nothing: torch is imported when something is exported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from curvd.types import Mode
+from curvd.errors import InvalidSpec
+from curvd.types import Dtype, LossSpec, Mode, Normaliser
 from curvd.v1 import graph_pb2 as graph_pb
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,25 @@ class ExportedModel:
     """What a session of it needs: batch statistics if BatchNorm was training."""
     parameters: tuple[str, ...]
     """Names of those that are differentiated, in order."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs, in order."""
+        return tuple(i.name for i in self.graph.inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All that a session of a module needs; see `Client.session_for`."""
+
+    model: ExportedModel
+    data: Mapping[str, Any]
+    """The dataset's tensors by name."""
+    target: str
+    """The target's name."""
+    loss: LossSpec
+    dtype: Dtype
+    """What the module computes in."""
 
 
 def export(
@@ -52,6 +72,7 @@ def export(
     Raises:
         ModuleNotFoundError: If torch is not installed.
     """
+    _need_torch()
     from curvd.graph.capture import capture
 
     graph, state, mode = capture(module, inputs, output)
@@ -61,3 +82,98 @@ def export(
         if tensor.role == graph_pb.GRAPH_TENSOR_ROLE_PARAMETER
     )
     return ExportedModel(graph, state, mode, parameters)
+
+
+def export_loss(
+    loss: Callable[[Tensor, Tensor], Any],
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    normaliser: Normaliser = "points",
+) -> LossSpec:
+    """Write a loss of your own as a graph: ``loss=`` of `Client.create_session`.
+
+    The objective is over the whole dataset, so a loss must say what it is divided by:
+
+    * ``points``: it returns the mean over a mini-batch's data points; the objective is
+      the mean over all of them.
+    * ``sum``: it returns the sum over a mini-batch; the objective is the sum.
+    * ``counted``: it returns a pair, the sum over a mini-batch and its weight (unmasked
+      tokens, for example), which depends on the targets only; the objective is the sum
+      of all sums divided by the sum of all weights.
+
+    Args:
+        loss: A function of outputs and targets, or a module.
+        outputs: Example outputs of the model, [B, ...].
+        targets: Example targets, [B, ...].
+        normaliser: One of the three; it is checked on the example.
+
+    Returns:
+        The loss.
+
+    Raises:
+        InvalidSpec: If there is no such normaliser.
+        ModuleNotFoundError: If torch is not installed.
+    """
+    if normaliser not in ("points", "sum", "counted"):
+        msg = f"unknown normaliser {normaliser!r}; known: points, sum, counted"
+        raise InvalidSpec(msg, normaliser=normaliser)
+    _need_torch()
+    from curvd.graph.losses import capture_loss
+
+    return capture_loss(loss, outputs, targets, normaliser)
+
+
+def prepare(
+    module: nn.Module,
+    loss: Any,
+    data: tuple[Any, Tensor],
+    output: str | int | None,
+) -> Prepared:
+    """Export all that a session of a module needs.
+
+    Args:
+        module: The model.
+        loss: A specification, a loss of torch, or a function.
+        data: Inputs as for `export`, and targets.
+        output: Which of the module's results the loss takes.
+
+    Returns:
+        What is to be registered.
+
+    Raises:
+        InvalidSpec: If `data` is no pair, or the module is in half precision.
+        ModuleNotFoundError: If torch is not installed.
+    """
+    _need_torch()
+    from curvd.graph.prepare import example_outputs, leaves_of
+    from curvd.graph.losses import recognised
+
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        msg = f"data must be (inputs, targets), got {type(data).__name__}"
+        raise InvalidSpec(msg)
+    inputs, targets = data
+    model = export(module, inputs, output=output)
+    if isinstance(loss, str):
+        loss = LossSpec(name=loss)  # type: ignore[arg-type]
+    elif isinstance(loss, Mapping):
+        loss = LossSpec(**loss)
+    elif not isinstance(loss, LossSpec):
+        loss = recognised(loss, example_outputs(module, inputs, output), targets)
+    if model.graph.dtype not in (d.value for d in Dtype):
+        msg = f"no session computes in {model.graph.dtype}: export module.float()"
+        raise InvalidSpec(msg, dtype=model.graph.dtype)
+    target = next(n for n in ("target", "targets", "y_target") if n not in model.inputs)
+    named = dict(zip(model.inputs, leaves_of(inputs), strict=True))
+    dtype = Dtype(model.graph.dtype)
+    return Prepared(model, {**named, target: targets}, target, loss, dtype)
+
+
+def _need_torch() -> None:
+    try:
+        import torch  # noqa: F401 - only to say what is missing
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        msg = "exporting a module needs torch: pip install 'curvd[torch]'"
+        raise ModuleNotFoundError(msg, name="torch") from error

@@ -6,15 +6,31 @@ Letters: ``K`` columns, ``P`` parameters, ``N`` data points, ``B`` batch size.
 from __future__ import annotations
 
 import enum
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from curvd.errors import InvalidSpec
 
 E = TypeVar("E", bound=enum.StrEnum)
+
+Normaliser = Literal["points", "sum", "counted"]
+"""What a custom loss returns for a mini-batch: a mean, a sum, or a sum and a weight."""
+
+
+class SerializedGraph(bytes):
+    """The bytes of a ``curvd.v1.Graph``; prints as its digest."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, or nothing if there is no graph."""
+        return hashlib.sha256(self).hexdigest() if self else ""
+
+    def __repr__(self) -> str:
+        return f"<graph {self.digest or 'elsewhere'}>"
 
 
 class Dtype(enum.StrEnum):
@@ -60,6 +76,8 @@ class LossName(enum.StrEnum):
     NLL = "nll"
     """Of outputs that are log-probabilities."""
     SMOOTH_L1 = "smooth_l1"
+    CUSTOM = "custom"
+    """A graph; see `curvd.export_loss`."""
 
     @property
     def has_classes(self) -> bool:
@@ -134,6 +152,7 @@ _LOSS_OPTIONS = (
     ("label_smoothing", 0.0, (LossName.CROSS_ENTROPY,)),
     ("shift", False, (LossName.CROSS_ENTROPY,)),
     ("beta", 1.0, (LossName.SMOOTH_L1,)),
+    ("graph", SerializedGraph(), (LossName.CUSTOM,)),
     (
         "class_weights",
         None,
@@ -168,6 +187,8 @@ class LossSpec:
     models are trained (cross_entropy)."""
     beta: float = 1.0
     """Errors below it are squared (smooth_l1)."""
+    graph: SerializedGraph = field(default_factory=SerializedGraph)
+    """What computes it (custom); empty where it is not at hand."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", member(LossName, self.name, "loss"))
@@ -184,6 +205,7 @@ class LossSpec:
             if getattr(self, option) != default and self.name not in owners:
                 msg = f"{option} belongs to {' and '.join(owners)}, not {self.name}"
                 raise InvalidSpec(msg, loss=self.name, option=option)
+        object.__setattr__(self, "graph", SerializedGraph(self.graph))
         if self.class_weights is not None:
             weights = tuple(float(w) for w in self.class_weights)
             object.__setattr__(self, "class_weights", weights)
@@ -353,8 +375,11 @@ class ModelSpec:
     """Empty: a graph makes it."""
     config: Mapping[str, object] = field(default_factory=dict)
     """JSON values only."""
-    graph: bytes = field(default=b"", repr=False)
-    """A serialised ``curvd.v1.Graph``, where it is at hand."""
+    graph: SerializedGraph = field(default_factory=SerializedGraph)
+    """Where it is at hand."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "graph", SerializedGraph(self.graph))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,7 +63,7 @@ TENSOR_OPERATORS = frozenset(
 
 SIZE_OPERATORS = frozenset(
     """
-    size item add sub mul floordiv mod truediv neg min max int float eq ne lt le gt ge
+    size numel item add sub mul floordiv mod truediv neg min max int float eq ne lt le gt ge
     and or not
     """.split()
 )

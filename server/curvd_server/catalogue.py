@@ -17,7 +17,7 @@ from typing import Any
 
 from curvd import convert
 from curvd.errors import DatasetNotFound, FailedPrecondition, ModelNotFound
-from curvd.types import DatasetInfo, ModelInfo, SessionInfo
+from curvd.types import DatasetInfo, ModelInfo, SerializedGraph, SessionInfo
 from curvd.v1 import session_service_pb2 as session_pb
 
 SCHEMA_VERSION = 2
@@ -154,7 +154,7 @@ class Catalogue:
             raise ModelNotFound(msg, model_id=model_id)
         digest, record, ties, graph = rows[0]
         info = convert.model_from_proto(session_pb.Model.FromString(record))
-        info = replace(info, spec=replace(info.spec, graph=graph))
+        info = replace(info, spec=replace(info.spec, graph=SerializedGraph(graph)))
         return StoredModel(info=info, digest=digest, ties=json.loads(ties))
 
     def add_dataset(self, dataset: StoredDataset) -> None:

@@ -5,7 +5,6 @@ Everything but `TorchDevice.architecture` belongs to the device's one thread.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -247,8 +246,7 @@ class TorchDevice:
 
     def _traced(self, spec: ModelSpec) -> dict[Any, Any]:
         """Find what was traced of an architecture, so that its next session is quick."""
-        graph = hashlib.sha256(spec.graph).hexdigest() if spec.graph else ""
-        key = f"{graph} {spec.builder} {json.dumps(dict(spec.config), sort_keys=True)}"
+        key = f"{spec.graph.digest} {spec.builder} {json.dumps(dict(spec.config), sort_keys=True)}"
         found = self._programs.pop(key, {})
         self._programs[key] = found  # the latest last
         if len(self._programs) > _ARCHITECTURES:

@@ -1,4 +1,4 @@
-"""The named losses in sum form, and how many targets they count.
+"""The losses in sum form, and how many targets they count.
 
 An objective is ``(1 / normaliser) * sum over mini-batches of sum(outputs, targets)``.
 Because the normaliser is counted over the whole dataset, how the data is cut into
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from curvd.errors import InvalidSpec
 from curvd.types import LossName, LossSpec, Reduction
+from curvd_server.graph.loss import CustomLoss
 
 _IGNORED = -100  # what torch ignores if nothing else is asked for
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A `LossSpec` with its class weights on a device.
+    """A `LossSpec` with its constants on a device.
 
     Half precision outputs are upcast: a sum over many targets needs the digits.
     """
@@ -29,10 +30,14 @@ class Loss:
     spec: LossSpec
     weights: Tensor | None
     """Per class (cross_entropy, nll) or per output (bce ``pos_weight``), or None."""
+    custom: CustomLoss | None = None
+    """What computes it, if it has no name."""
 
     @classmethod
     def of(cls, spec: LossSpec, dtype: torch.dtype, device: torch.device) -> Loss:
-        """Place the class weights of `spec` for outputs of `dtype` on `device`."""
+        """Place the constants of `spec` for outputs of `dtype` on `device`."""
+        if spec.name is LossName.CUSTOM:
+            return cls(spec, None, CustomLoss.of(spec.graph, _wide(dtype), device))
         if spec.class_weights is None:
             return cls(spec, None)
         weights = torch.tensor(spec.class_weights, dtype=_wide(dtype), device=device)
@@ -53,6 +58,8 @@ class Loss:
             InvalidSpec: If the loss cannot use such targets.
         """
         name = self.spec.name
+        if self.custom is not None:
+            return self.custom.prepared(dtype, targets)
         if targets.is_floating_point():
             if name is LossName.NLL or self.spec.shift:
                 what = "shift" if self.spec.shift else "nll"
@@ -81,6 +88,8 @@ class Loss:
             A scalar, differentiable in `outputs` as often as one likes.
         """
         outputs = outputs.to(_wide(outputs.dtype))
+        if self.custom is not None:
+            return self.custom.sum(outputs, targets)
         if self.spec.name is LossName.MSE:
             # note: F.mse_loss has no second derivative in forward mode (torch 2.13).
             return (outputs - targets).square().sum()
@@ -118,6 +127,8 @@ class Loss:
         Returns:
             The weight of each, ``[B, ...]``, in float64.
         """
+        if self.custom is not None:
+            return self.custom.counts(targets)
         if not self.spec.name.has_classes:
             return torch.ones_like(targets, dtype=torch.float64)
         if targets.is_floating_point():
@@ -149,6 +160,9 @@ class Loss:
         Raises:
             InvalidSpec: If shapes, types or class indices do not fit.
         """
+        if self.custom is not None:
+            self.custom.check(outputs, targets)
+            return
         name, got = self.spec.name, (tuple(outputs.shape[1:]), tuple(targets.shape[1:]))
         if not name.has_classes or targets.is_floating_point():
             if got[0] != got[1]:

@@ -3,7 +3,8 @@
 With ``z`` the outputs of a mini-batch, each metric is a symmetric positive
 semi-definite map ``M: u -> M u`` that acts on each data point by itself:
 
-* exact: ``M = d²loss / dz²`` (Schraudolph, Neural Computation 14, 2002);
+* exact: ``M = d²loss / dz²`` (Schraudolph, Neural Computation 14, 2002), positive
+  semi-definite as far as the loss is convex in ``z``;
 * sampled: ``(1/S) sum_s g_s g_s^T`` over targets drawn from the model's distribution
   at each loss term, the gradients ``g_s`` scaled like the true term's weight, so that
   the expectation is the exact one (type-1 Fisher; Kunstner et al., NeurIPS 2019);
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +56,8 @@ def metric(
     z = outputs.detach().to(wide)
     if spec.kind is OperatorKind.EMPIRICAL_FISHER:
         return _empirical(problem, z, batch)
+    if problem.loss.custom is not None:
+        return _differentiated(problem, z, batch)
     if problem.loss.spec.name.has_classes:
         last = classes_last(outputs, batch.targets)
         axis = -1 if last else 1 - outputs.ndim
@@ -82,10 +86,10 @@ def _check_defined(loss: LossName, spec: OperatorSpec) -> None:
             "use cross_entropy on logits, or the Fisher, which samples it"
         )
         raise InvalidSpec(msg, loss=loss, operator=spec.kind)
-    if loss is LossName.SMOOTH_L1 and spec.mc_samples:
+    if loss in (LossName.SMOOTH_L1, LossName.CUSTOM) and spec.mc_samples:
         msg = (
             f"{spec.kind} with mc_samples={spec.mc_samples} draws targets from the "
-            "loss's distribution, and smooth_l1 stands for none: use the exact ggn or "
+            f"loss's distribution, and {loss} stands for none: use the exact ggn or "
             "the empirical Fisher"
         )
         raise InvalidSpec(msg, loss=loss, operator=spec.kind)
@@ -144,6 +148,31 @@ class _RankOne:
         if axes:
             along = along.sum(axes, keepdim=True)
         return (self.gradients * (self.scale * along)).to(u.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Differentiated:
+    """``d²loss / dz²`` by automatic differentiation, for losses without a formula."""
+
+    outputs: Tensor
+    pull: Callable[[Tensor], tuple[Tensor]]
+    """``u -> (M u,)`` for one ``u``; M is symmetric."""
+
+    def __call__(self, u: Tensor) -> Tensor:
+        pull: Callable[[Tensor], tuple[Tensor]] = self.pull
+        for _ in range(u.ndim - self.outputs.ndim):
+            pull = torch.func.vmap(pull)
+        return pull(u.to(self.outputs.dtype))[0].to(u.dtype)
+
+
+def _differentiated(problem: Problem, z: Tensor, batch: Batch) -> Metric:
+    def share(outputs: Tensor) -> Tensor:
+        return problem.batch_loss(outputs, batch)
+
+    # Reverse over reverse: not every operator of a loss has a forward mode.
+    with torch.enable_grad():
+        pair: Any = torch.func.vjp(torch.func.grad(share), z)
+    return _Differentiated(z, pair[1])
 
 
 def _empirical(problem: Problem, z: Tensor, batch: Batch) -> Metric:

@@ -24,7 +24,14 @@ from curvd.errors import (
     ModelNotFound,
     StateMismatch,
 )
-from curvd.types import DatasetInfo, DatasetSpec, ModelInfo, ModelSpec, TensorInfo
+from curvd.types import (
+    DatasetInfo,
+    DatasetSpec,
+    ModelInfo,
+    ModelSpec,
+    SerializedGraph,
+    TensorInfo,
+)
 from curvd.v1 import graph_pb2 as graph_pb
 from curvd.wire import Header
 from curvd_server.catalogue import Catalogue, StoredDataset, StoredModel
@@ -83,7 +90,7 @@ class Registry:
             InvalidTensors: If the bytes are no safetensors file.
             StateMismatch: If they are not the state of that architecture.
         """
-        graph_digest = hashlib.sha256(spec.graph).hexdigest() if spec.graph else ""
+        graph_digest = spec.graph.digest
         content = {"graph": graph_digest} if spec.graph else {"builder": spec.builder}
         model_id = _hash(**content, config=spec.config, state=digest)
         try:
@@ -174,7 +181,7 @@ def model_spec(
         if builder or config_json:
             msg = f"a model is made by a builder or a graph, not both; got {builder!r}"
             raise InvalidSpec(msg, builder=builder)
-        return ModelSpec(builder="", graph=canonical(graph))
+        return ModelSpec(builder="", graph=SerializedGraph(canonical(graph)))
     if len(config_json) > MAX_CONFIG_BYTES:
         msg = (
             f"config_json has {len(config_json)} bytes; the limit is {MAX_CONFIG_BYTES}"

@@ -273,6 +273,17 @@ def test_names_are_never_paths(device, tmp_path, monkeypatch):
             "would return 1099511627776 tensors",
         ),
         (graph(node("aten.tensor_split.sections", X, 2**40)), "would return"),
+        (
+            graph(
+                node("aten.zeros.default", [1, 1, 4]),
+                node("aten.expand.default", Ref(2), [2**40, -1, -1]),
+                node(
+                    "aten.rnn_tanh.input",
+                    *(Ref(3), Ref(2), [W, W], False, 1, 0.0, False, False, False),
+                ),
+            ),
+            "would walk 1099511627776 steps",
+        ),
         (tensors((["a"], 1, "F32", [2**49])), "tensors of the graph need"),
         (graph(MM, nodes=[MM] * (vocabulary.MAX_NODES + 1)), "50001 nodes"),
         (graph(node("aten.cat.default", [X] * 5000)), "5000 items of a list"),

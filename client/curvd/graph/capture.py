@@ -41,12 +41,38 @@ def capture(
     Returns:
         The graph, its tensors by name, and the mode that it needs.
     """
-    rows = inputs_of(module.forward, _rows(inputs))
-    program = _traced(module, rows, output)
-    return _translated(module, program, rows)
+    rows = inputs_of(module.forward, few(inputs))
+    program = traced(Chosen(module, output), rows)
+    graph, tensors = translated(module, program, rows)
+    trained = any(
+        node.operator == "aten.batch_norm.default"
+        and node.arguments[5].literal.boolean
+        and node.arguments[3].WhichOneof("kind")
+        for node in graph.nodes
+    )
+    return graph, tensors, Mode.BATCH_STATISTICS if trained else Mode.EVAL
 
 
-class _Chosen(nn.Module):
+def few(inputs: Any) -> Any:
+    """Take a few data points, repeated if there are too few.
+
+    Args:
+        inputs: Any structure of tensors.
+
+    Returns:
+        The same with `EXAMPLE_ROWS` rows each.
+    """
+
+    def some(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or not len(leaf):
+            return leaf
+        rows = leaf.detach()[:EXAMPLE_ROWS]
+        return torch.cat([rows] * EXAMPLE_ROWS)[:EXAMPLE_ROWS]
+
+    return pytree.tree_map(some, inputs)
+
+
+class Chosen(nn.Module):
     """Calls a module and returns the one output that is wanted.
 
     Args:
@@ -101,9 +127,22 @@ def _kind(result: Any) -> str:
     return f"result of type {type(result).__name__}"
 
 
-def _translated(
+def translated(
     module: nn.Module, program: ExportedProgram, rows: Inputs
-) -> tuple[graph_pb.Graph, Mapping[str, Tensor], Mode]:
+) -> tuple[graph_pb.Graph, Mapping[str, Tensor]]:
+    """Write what was traced as a graph.
+
+    Args:
+        module: Whose tensors it uses, without the prefix ``module.`` of the wrapper.
+        program: What was traced.
+        rows: The example inputs.
+
+    Returns:
+        The graph, and its tensors by name.
+
+    Raises:
+        InvalidGraph: If it is not to be had as a graph.
+    """
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     lifted = {
         str(spec.target): program.constants[str(spec.target)]
@@ -141,41 +180,28 @@ def _translated(
         )
         if spec.kind is OutputKind.USER_OUTPUT
     ]
-    if not kept or not isinstance(kept[0], Alias):
+    if not all(isinstance(result, Alias) for result in kept):
         msg = "the module's output does not depend on its inputs"
         raise InvalidGraph(msg)
-    graph = write(
-        tape,
-        entries,
-        listed.entries,
-        [kept[0].value],
-        exported_dtype([*listed.tensors.values()]),
-    )
-    trained = any(
-        node.operator == "aten.batch_norm.default"
-        and node.arguments[5].literal.boolean
-        and node.arguments[3].WhichOneof("kind")
-        for node in graph.nodes
-    )
-    mode = Mode.BATCH_STATISTICS if trained else Mode.EVAL
-    return graph, listed.tensors, mode
+    dtype = exported_dtype([*listed.tensors.values(), *rows.leaves])
+    outputs = [result.value for result in kept]
+    graph = write(tape, entries, listed.entries, outputs, dtype)
+    return graph, listed.tensors
 
 
-def _rows(inputs: Any) -> Any:
-    """Take a few data points, repeated if there are too few."""
+def traced(wrapper: nn.Module, rows: Inputs) -> ExportedProgram:
+    """Trace a wrapper's ``forward(args, kwargs)`` with an open batch size.
 
-    def few(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or not len(leaf):
-            return leaf
-        some = leaf.detach()[:EXAMPLE_ROWS]
-        return torch.cat([some] * EXAMPLE_ROWS)[:EXAMPLE_ROWS]
+    Args:
+        wrapper: Calls what is exported.
+        rows: What with.
 
-    return pytree.tree_map(few, inputs)
+    Returns:
+        What torch.export found.
 
-
-def _traced(
-    module: nn.Module, rows: Inputs, output: str | int | None
-) -> ExportedProgram:
+    Raises:
+        InvalidGraph: If it cannot be traced.
+    """
     batch = Dim("batch", min=1)
 
     def dynamic(leaf: Any) -> Any:
@@ -186,13 +212,13 @@ def _traced(
         with torch.enable_grad(), _plain_layers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(
-                _Chosen(module, output),
+                wrapper,
                 (rows.args, dict(rows.kwargs)),
                 dynamic_shapes=shapes,
                 strict=False,
             )
     except CurvdError:
-        raise
+        raise  # said by the wrapper
     except Exception as error:  # torch says so in whatever way it likes
         raise _refusal(error) from error
 

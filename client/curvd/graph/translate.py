@@ -163,6 +163,8 @@ class Translator:
         if name == "sym_size":
             base, axis = arguments["self"], arguments["dim"]
             return self._tape.emit("sym.size", base.value, axis)
+        if name == "sym_numel":
+            return self._tape.emit("sym.numel", arguments["self"].value)
         refuse(self._tape, operator, arguments)
         first = next(iter(arguments.values()), None)
         if is_nothing(operator, arguments):

@@ -1,3 +1,4 @@
+from curvd.v1 import graph_pb2 as _graph_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -34,6 +35,7 @@ class LossName(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LOSS_NAME_BCE_WITH_LOGITS: _ClassVar[LossName]
     LOSS_NAME_NLL: _ClassVar[LossName]
     LOSS_NAME_SMOOTH_L1: _ClassVar[LossName]
+    LOSS_NAME_CUSTOM: _ClassVar[LossName]
 
 class Reduction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -71,6 +73,7 @@ LOSS_NAME_MSE: LossName
 LOSS_NAME_BCE_WITH_LOGITS: LossName
 LOSS_NAME_NLL: LossName
 LOSS_NAME_SMOOTH_L1: LossName
+LOSS_NAME_CUSTOM: LossName
 REDUCTION_UNSPECIFIED: Reduction
 REDUCTION_MEAN: Reduction
 REDUCTION_SUM: Reduction
@@ -84,7 +87,7 @@ OPERATOR_KIND_FISHER: OperatorKind
 OPERATOR_KIND_EMPIRICAL_FISHER: OperatorKind
 
 class Loss(_message.Message):
-    __slots__ = ("name", "reduction", "ignore_index", "class_weights", "label_smoothing", "shift", "beta")
+    __slots__ = ("name", "reduction", "ignore_index", "class_weights", "label_smoothing", "shift", "beta", "graph")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REDUCTION_FIELD_NUMBER: _ClassVar[int]
     IGNORE_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +95,7 @@ class Loss(_message.Message):
     LABEL_SMOOTHING_FIELD_NUMBER: _ClassVar[int]
     SHIFT_FIELD_NUMBER: _ClassVar[int]
     BETA_FIELD_NUMBER: _ClassVar[int]
+    GRAPH_FIELD_NUMBER: _ClassVar[int]
     name: LossName
     reduction: Reduction
     ignore_index: int
@@ -99,7 +103,8 @@ class Loss(_message.Message):
     label_smoothing: float
     shift: bool
     beta: float
-    def __init__(self, name: _Optional[_Union[LossName, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., ignore_index: _Optional[int] = ..., class_weights: _Optional[_Iterable[float]] = ..., label_smoothing: _Optional[float] = ..., shift: bool = ..., beta: _Optional[float] = ...) -> None: ...
+    graph: _graph_pb2.Graph
+    def __init__(self, name: _Optional[_Union[LossName, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., ignore_index: _Optional[int] = ..., class_weights: _Optional[_Iterable[float]] = ..., label_smoothing: _Optional[float] = ..., shift: bool = ..., beta: _Optional[float] = ..., graph: _Optional[_Union[_graph_pb2.Graph, _Mapping]] = ...) -> None: ...
 
 class Operator(_message.Message):
     __slots__ = ("kind", "block_sizes", "damping", "scale", "mc_samples", "seed", "parameters")

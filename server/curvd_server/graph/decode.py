@@ -166,6 +166,9 @@ def decode(data: bytes) -> Graph:
         InvalidGraph: If its structure is not sound.
         LimitExceeded: If it is too large.
     """
+    if len(data) > vocabulary.MAX_GRAPH_BYTES:
+        msg = f"the graph has {len(data)} bytes; the limit is {vocabulary.MAX_GRAPH_BYTES}"
+        raise LimitExceeded(msg, bytes=len(data), limit=vocabulary.MAX_GRAPH_BYTES)
     try:
         message = graph_pb.Graph.FromString(data)
     except DecodeError as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvd.errors import CurvdError, InvalidGraph, LimitExceeded
 from curvd_server.graph.interpret import Interpreter, Step, filled
-from curvd_server.graph.operators import DTYPES, check_pieces
+from curvd_server.graph.operators import DTYPES, check_work
 
 LIMIT_S = 20.0
 """A graph of ten thousand nodes takes about a second."""
@@ -69,7 +69,7 @@ def dry_run(
 
 def _compute(step: Step, values: list[Any]) -> None:
     try:
-        check_pieces(step.node, [filled(a, values) for a in step.arguments])
+        check_work(step.node, [filled(a, values) for a in step.arguments])
         step.run(values)
     except CurvdError:
         raise

@@ -132,6 +132,37 @@ class Interpreter:
             self._bound[key] = tuple(steps)
         return self._bound[key]
 
+    def evaluate(
+        self,
+        inputs: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        *,
+        batch_statistics: bool = False,
+    ) -> list[Tensor]:
+        """Run the graph.
+
+        Args:
+            inputs: What `bind` returned.
+            tensors: Values of the graph's tensors, in order.
+            batch_statistics: Whether BatchNorm uses the mini-batch's.
+
+        Returns:
+            Its outputs.
+
+        Raises:
+            InvalidSpec: If one is no tensor.
+        """
+        dtype, device = _setting(tensors, inputs)
+        values: list[Any] = [*inputs, *tensors, *[None] * len(self.graph.nodes)]
+        for step in self.bound(dtype, device, batch_statistics=batch_statistics):
+            step.run(values)
+        results = [values[index] for index in self.graph.outputs]
+        for result in results:
+            if not isinstance(result, Tensor):
+                msg = f"the graph returns {type(result).__name__}, not a tensor"
+                raise InvalidSpec(msg)
+        return results
+
 
 class GraphModule(nn.Module):
     """Runs a graph. Its parameters have no memory until `functional_call` brings some.
@@ -187,18 +218,9 @@ class GraphModule(nn.Module):
             raise InvalidSpec(msg)
         given = bind(graph.inputs, args, kwargs)
         tensors = [getattr(home, leaf) for home, leaf in self._homes]
-        dtype, device = _setting(tensors, given)
-        steps = self._interpreter.bound(
-            dtype, device, batch_statistics=self._batch_statistics
-        )
-        values: list[Any] = [*given, *tensors, *[None] * len(graph.nodes)]
-        for step in steps:
-            step.run(values)
-        result = values[graph.outputs[0]]
-        if not isinstance(result, Tensor):
-            msg = f"the graph returns {type(result).__name__}, not a tensor"
-            raise InvalidSpec(msg)
-        return result
+        return self._interpreter.evaluate(
+            given, tensors, batch_statistics=self._batch_statistics
+        )[0]
 
     def extra_repr(self) -> str:
         """Name the graph: plans are remembered by what a module prints."""

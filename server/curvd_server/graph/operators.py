@@ -27,6 +27,8 @@ from curvd_server.graph.decode import (
 
 MAX_PIECES = 65_536
 """Tensors that one operator may return."""
+MAX_STEPS = 8_192
+"""Steps in time, over all layers, that one recurrent operator may walk."""
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType({
     "BOOL": torch.bool,
@@ -62,6 +64,7 @@ _TYPES = frozenset(
 # The server fills in the device; the others say where and how memory is laid out.
 _FILLED = frozenset({"device", "layout", "pin_memory"})
 _RETURNS = frozenset({"Tensor", "List[Tensor]"})
+_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 # They split a tensor: how many pieces is a number that a client chooses.
 _SPLITTING = frozenset({"unbind", "split", "chunk", "tensor_split", "meshgrid"})
 
@@ -132,20 +135,44 @@ def pieces(node: Node, arguments: Sequence[Any]) -> int:
     return sizes[0]
 
 
-def check_pieces(node: Node, arguments: Sequence[Any]) -> None:
-    """Refuse a node that would return too many tensors.
+def steps(node: Node, arguments: Sequence[Any]) -> int:
+    """Predict how many steps a recurrent node walks, one after the other.
+
+    Args:
+        node: The node.
+        arguments: What it is about to be called with.
+
+    Returns:
+        Their number, over all layers; 1 for other operators.
+    """
+    name = node.operator.split(".")[1]
+    if name not in _RECURRENT or not isinstance(arguments[0], Tensor):
+        return 1
+    layers, _, _, bidirectional, batch_first = arguments[4:9]
+    axis = 1 if batch_first else 0
+    length = arguments[0].shape[axis] if arguments[0].ndim > axis else 1
+    return int(length) * int(layers) * (2 if bidirectional else 1)
+
+
+def check_work(node: Node, arguments: Sequence[Any]) -> None:
+    """Refuse a node that would take forever even without memory.
 
     Args:
         node: The node.
         arguments: What it is about to be called with.
 
     Raises:
-        LimitExceeded: If there would be more than `MAX_PIECES`.
+        LimitExceeded: If it would return more than `MAX_PIECES` tensors, or walk more
+            than `MAX_STEPS` steps.
     """
     count = pieces(node, arguments)
     if count > MAX_PIECES:
         msg = f"{node} would return {count} tensors; the limit is {MAX_PIECES}"
         raise LimitExceeded(msg, count=count, limit=MAX_PIECES)
+    walked = steps(node, arguments)
+    if walked > MAX_STEPS:
+        msg = f"{node} would walk {walked} steps; the limit is {MAX_STEPS}"
+        raise LimitExceeded(msg, steps=walked, limit=MAX_STEPS)
 
 
 def padded_embedding(
@@ -226,8 +253,8 @@ def _overload(operator: str) -> Any:
     packet = getattr(torch.ops.aten, match[2], None)
     if packet is None or match[3] not in packet.overloads():
         return None
-    if match[3].startswith("prim"):
-        return None  # of TorchScript, with arguments of its own
+    if match[3].startswith("prim") or match[3] == "data":
+        return None  # of TorchScript; of packed sequences
     overload = getattr(packet, match[3])
     schema = overload._schema
     plain = all(
@@ -265,7 +292,7 @@ def _fit(node: Node, schema: Any) -> None:
         raise _refused(
             node, "has no second derivative with scale_grad_by_freq or sparse"
         )
-    train = node.operator.split(".")[1] in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    train = node.operator.split(".")[1] in _RECURRENT
     if given.get("dropout_p") not in (None, 0, 0.0) or (
         train and given.get("train") is True and given.get("dropout") not in (0, 0.0)
     ):
@@ -318,6 +345,13 @@ def _size(tensor: Tensor, axis: int) -> int:
     return int(tensor.shape[axis])
 
 
+def _numel(tensor: Any) -> int:
+    if not isinstance(tensor, Tensor):
+        msg = "sym.numel takes a tensor"
+        raise TypeError(msg)
+    return tensor.numel()
+
+
 def _item(sequence: Any, index: Any) -> Any:
     if not isinstance(sequence, tuple | list) or type(index) is not int:
         msg = "sym.item takes a sequence and an index"
@@ -327,6 +361,7 @@ def _item(sequence: Any, index: Any) -> Any:
 
 _SIZES: Mapping[str, Callable[..., Any]] = MappingProxyType({
     "size": _size,
+    "numel": _numel,
     "item": _item,
     "add": _number(python.add),
     "sub": _number(python.sub),

@@ -14,7 +14,7 @@ from curvd import convert
 from curvd.errors import CurvdError, InvalidSpec
 from curvd.rpcs import Part
 from curvd.selection import check_patterns
-from curvd.types import DatasetSpec, ServerInfo
+from curvd.types import DatasetSpec, ServerInfo, SessionInfo
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.mounts import Mounts
@@ -135,14 +135,14 @@ class SessionService:
         )
         info = await self._sessions.create(new, validate_only=request.validate_only)
         structlog.contextvars.bind_contextvars(session=info.id)
-        return session_pb.CreateSessionResponse(session=convert.session_to_proto(info))
+        return session_pb.CreateSessionResponse(session=_shown(info))
 
     async def get_session(
         self, request: session_pb.GetSessionRequest
     ) -> session_pb.GetSessionResponse:
         """Describe one session."""
         info = self._sessions.get(request.session_id)
-        return session_pb.GetSessionResponse(session=convert.session_to_proto(info))
+        return session_pb.GetSessionResponse(session=_shown(info))
 
     async def list_sessions(
         self, request: session_pb.ListSessionsRequest
@@ -154,7 +154,7 @@ class SessionService:
         limit = min(request.page_size or _PAGE, _LARGEST_PAGE)
         infos, after = self._sessions.page(after=request.page_token, limit=limit)
         return session_pb.ListSessionsResponse(
-            sessions=map(convert.session_to_proto, infos), next_page_token=after
+            sessions=map(_shown, infos), next_page_token=after
         )
 
     async def renew_session(
@@ -162,7 +162,7 @@ class SessionService:
     ) -> session_pb.RenewSessionResponse:
         """Put off the end of a session's lease."""
         info = await self._sessions.renew(request.session_id, _lease_s(request))
-        return session_pb.RenewSessionResponse(session=convert.session_to_proto(info))
+        return session_pb.RenewSessionResponse(session=_shown(info))
 
     async def delete_session(
         self, request: session_pb.DeleteSessionRequest
@@ -228,6 +228,13 @@ class SessionService:
         except CurvdError:
             await asyncio.to_thread(self._registry.release, digest)
             raise
+
+
+def _shown(info: SessionInfo) -> session_pb.Session:
+    """Describe a session; the graph of its loss stays here, as a page may have many."""
+    message = convert.session_to_proto(info)
+    message.loss.ClearField("graph")
+    return message
 
 
 def _lease_s(request: Any) -> float | None:
