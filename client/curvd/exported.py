@@ -146,8 +146,8 @@ def prepare(
         ModuleNotFoundError: If torch is not installed.
     """
     _need_torch()
-    from curvd.graph.prepare import example_outputs, leaves_of
     from curvd.graph.losses import recognised
+    from curvd.graph.prepare import example_outputs, leaves_of
 
     if not isinstance(data, tuple | list) or len(data) != 2:
         msg = f"data must be (inputs, targets), got {type(data).__name__}"
