@@ -6,6 +6,7 @@ Everything but `TorchDevice.architecture` belongs to the device's one thread.
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -55,6 +56,8 @@ Poll = Callable[[], bool]
 
 _ARCHITECTURES = 32
 """Whose traced programs are remembered; a program holds no parameters and no data."""
+_RESIDENT_SHARE = 0.25
+"""Of a CUDA device's free memory; larger datasets stay on the host."""
 _NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -230,6 +233,7 @@ class TorchDevice:
                     dtype,
                     self.name,
                     params=params,
+                    resident_bytes=self._resident_bytes(),
                     programs=self._traced(model),
                 )
             except _CANNOT_RUN as error:
@@ -243,6 +247,12 @@ class TorchDevice:
                 )
                 raise InvalidSpec(msg, builder=model.builder) from error
         return TorchProblem(problem, self._tools)
+
+    def _resident_bytes(self) -> float:
+        """Say how large a dataset may be that lies on the device."""
+        if not self.name.startswith("cuda"):
+            return math.inf
+        return self.describe().free_bytes * _RESIDENT_SHARE
 
     def _traced(self, spec: ModelSpec) -> dict[Any, Any]:
         """Find what was traced of an architecture, so that its next session is quick."""

@@ -41,6 +41,7 @@ def cut(
     device: torch.device,
     *,
     prepare: Callable[[Tensor], Tensor],
+    pin: bool = False,
 ) -> tuple[Batch, ...]:
     """Cut the dataset into fixed mini-batches, the last one maybe smaller.
 
@@ -50,6 +51,7 @@ def cut(
         dtype: Of floating point arrays.
         device: Where they go.
         prepare: Brings the targets, all of them, into the form that the loss wants.
+        pin: Whether they are to lie in memory that a CUDA device reads by itself.
 
     Returns:
         The mini-batches in order.
@@ -72,6 +74,8 @@ def cut(
         msg = f"tensors of a dataset need one common length above 0, got {lengths}"
         raise InvalidSpec(msg, lengths=lengths)
     tensors[-1] = prepare(tensors[-1])
+    if pin:
+        tensors = [t.pin_memory() for t in tensors]
     *inputs, targets = (torch.split(t, data.batch_size) for t in tensors)
     return tuple(
         Batch(i * data.batch_size, tuple(t[i] for t in inputs), target)
@@ -79,8 +83,12 @@ def cut(
     )
 
 
-def join(batches: Sequence[Batch]) -> Batch:
-    """View consecutive mini-batches, slices of the same arrays, as one."""
+def joined(batches: Sequence[Batch], count: int) -> tuple[Batch, ...]:
+    """View `count` mini-batches at a time, slices of the same arrays, as one."""
+    return tuple(_join(batches[i : i + count]) for i in range(0, len(batches), count))
+
+
+def _join(batches: Sequence[Batch]) -> Batch:
 
     def whole(parts: Sequence[Tensor]) -> Tensor:
         first, rows = parts[0], sum(len(p) for p in parts)

@@ -27,6 +27,7 @@ from curvd_server.objective import Problem, check_cancelled, never
 from curvd_server.plans import Choice, Memory, Plan, choose
 from curvd_server.program import Compilable, Rows
 from curvd_server.repeatable import check_objective, check_repeatable
+from curvd_server.streamed import on_host
 
 TUNING_S = 3.0
 """Default time for measuring candidate plans."""
@@ -365,7 +366,7 @@ class Operator:
     def _batch_bytes(self) -> list[int]:
         """Bytes of each linearisation: the first is measured, the others by rows."""
         if self._bytes is None:
-            data = self._work.data
+            data = on_host(self._work.data)
             first = kept_bytes(self.plan.mode, self._work, self.spec, data[0])
             rows = len(data[0].targets)
             self._bytes = [-(-first * len(b.targets) // rows) for b in data]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +37,7 @@ from curvd_server.data import (
     Batch,
     cut,
     exact,
-    join,
+    joined,
     rows_of,
     tensor_of,
 )
@@ -48,6 +49,7 @@ from curvd_server.rewrites import (
     fixed_rows,
     take_apart,
 )
+from curvd_server.streamed import Streamed
 
 
 def never() -> bool:
@@ -126,7 +128,8 @@ class Problem:
     layout: ParameterLayout
     parameters: tuple[Tensor, ...]
     """In the order of `layout`."""
-    data: tuple[Batch, ...]
+    data: Sequence[Batch]
+    """On the device; those that are too large for it come there when asked for."""
     normaliser: float
     """What ``mean`` divides by, over the whole dataset; 1 for ``sum``."""
     mode: Mode
@@ -143,6 +146,7 @@ class Problem:
         dtype: Dtype = Dtype.FLOAT32,
         device: str | torch.device = "cpu",
         params: Sequence[str] = (),
+        resident_bytes: float = math.inf,
         programs: dict[Any, Any] | None = None,
     ) -> Problem:
         """Assemble an objective.
@@ -164,6 +168,7 @@ class Problem:
             device: Where to compute.
             params: Globs that choose the parameters and their order; the others are
                 constants. Empty: all.
+            resident_bytes: Larger datasets stay on the host, and are streamed.
             programs: What was traced of the same architecture; by default nothing.
 
         Returns:
@@ -188,9 +193,17 @@ class Problem:
             module, mode, state, kind, place, chosen
         )
         named = Loss.of(loss, kind, place)
-        batches = cut(
-            arrays, data, kind, place, prepare=functools.partial(named.prepared, kind)
+        stays = sum(a.nbytes for a in arrays.values()) > resident_bytes
+        batches: Sequence[Batch] = cut(
+            arrays,
+            data,
+            kind,
+            torch.device("cpu") if stays else place,
+            prepare=functools.partial(named.prepared, kind),
+            pin=stays and place.type == "cuda",
         )
+        if stays:
+            batches = Streamed(batches, place)
         shapes = {name: tuple(p.shape) for name, p in variables.items()}
         problem = cls(
             model=Model(
@@ -298,7 +311,8 @@ class Problem:
     def device_bytes(self) -> int:
         """Memory of parameters, constants and data."""
         tensors = [*self.parameters, *self.model.constants.values()]
-        tensors += [t for b in self.data for t in (*b.inputs, b.targets)]
+        if not isinstance(self.data, Streamed):
+            tensors += [t for b in self.data for t in (*b.inputs, b.targets)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def outputs(self, parameters: Sequence[Tensor], batch: Batch) -> Tensor:
@@ -357,9 +371,10 @@ class Problem:
         """
         if count == 1 or self.mode is Mode.BATCH_STATISTICS:
             return self
-        starts = range(0, len(self.data), count)
-        data = tuple(join(self.data[i : i + count]) for i in starts)
-        return dataclasses.replace(self, data=data)
+        data = self.data
+        if isinstance(data, Streamed):
+            return dataclasses.replace(self, data=data.joined(count))
+        return dataclasses.replace(self, data=joined(data, count))
 
     def excerpt(self, rows: int) -> Problem:
         """Take a small problem of one mini-batch, in float64 on the CPU.

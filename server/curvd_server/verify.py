@@ -27,6 +27,7 @@ from curvd_server.data import Batch, rows_of
 from curvd_server.objective import Problem
 from curvd_server.outputs import metric
 from curvd_server.program import Rows
+from curvd_server.streamed import on_host
 
 STEPS = (1e-6, 1e-5, 1e-7, 1e-8, 1e-9, 1e-4)
 """Step widths relative to the parameters' scale, the usually best first."""
@@ -257,10 +258,10 @@ def _wide(rows: Rows, like: Sequence[Tensor]) -> list[Tensor]:
 
 def _one_of_each_shape(problem: Problem) -> list[Batch]:
     shapes = {
-        tuple(t.shape for t in (*batch.inputs, batch.targets)): batch
-        for batch in problem.data
+        tuple(t.shape for t in (*batch.inputs, batch.targets)): index
+        for index, batch in enumerate(on_host(problem.data))
     }
-    return list(shapes.values())
+    return [problem.data[index] for index in shapes.values()]
 
 
 def _gradient(problem: Problem) -> list[Tensor]:

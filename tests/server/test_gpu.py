@@ -80,6 +80,34 @@ def test_no_column_is_no_work():
     assert operator.apply(torch.empty(0, problem.layout.size)).is_cuda
 
 
+def test_data_on_the_host_gives_the_same_products():
+    gelu = next(a for a in ANIMALS if a.name == "gelu")
+    data = DatasetSpec(inputs=("x",), target="y", batch_size=2)
+    arrays = gelu.arrays()
+    loaded = [
+        Problem.load(
+            gelu.module(),
+            {},
+            arrays,
+            data,
+            gelu.loss,
+            gelu.mode,
+            Dtype.FLOAT64,
+            "cuda",
+            resident_bytes=resident,
+        )
+        for resident in (0, HUGE)
+    ]
+    for there, here in zip(loaded[0].data, loaded[1].data, strict=True):
+        assert torch.equal(there.inputs[0], here.inputs[0])
+    V = columns(loaded[1], 3)
+    there, here = (
+        build(p, OperatorSpec(), budget_bytes=0, plan=Plan("program")).apply(V)
+        for p in loaded
+    )
+    assert torch.equal(there, here)
+
+
 def test_memory_comes_back():
     gelu = next(a for a in ANIMALS if a.name == "gelu")
     gc.collect()
