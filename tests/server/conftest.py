@@ -9,3 +9,28 @@ def twice_differentiable_attention():
 
     use_differentiable_attention()
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tanh_session(live_target):
+    """A session of a small float64 classifier with two layers."""
+    import numpy as np
+    import torch
+
+    import curvd
+    from curvd_server import builders
+
+    config = {"activation": "tanh", "widths": [4, 5, 3]}
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    state = builders.BUILDERS["mlp"](config).double().state_dict()
+    points = {"x": rng.standard_normal((20, 4)), "y": rng.integers(0, 3, 20)}
+    with curvd.connect(live_target) as client:
+        model = client.register_model("mlp", config, state)
+        dataset = client.register_dataset(
+            points, inputs=["x"], target="y", batch_size=8
+        )
+        with client.create_session(
+            model, dataset, loss="cross_entropy", dtype="F64"
+        ) as opened:
+            yield opened

@@ -5,53 +5,31 @@ import pytest
 import scipy.sparse.linalg
 import torch
 
-import curvd
 from curvd.adapters import to_curvlinops
 
 curvlinops = pytest.importorskip("curvlinops")
 
-WIDTHS = {"activation": "tanh", "widths": [4, 5, 3]}
-
 
 @pytest.fixture(scope="module")
-def session(live_target):
-    from curvd_server import builders
-
-    rng = np.random.default_rng(0)
-    torch.manual_seed(0)
-    state = builders.BUILDERS["mlp"](WIDTHS).double().state_dict()
-    points = {"x": rng.standard_normal((20, 4)), "y": rng.integers(0, 3, 20)}
-    with curvd.connect(live_target) as client:
-        model = client.register_model("mlp", WIDTHS, state)
-        dataset = client.register_dataset(
-            points, inputs=["x"], target="y", batch_size=8
-        )
-        with client.create_session(
-            model, dataset, loss="cross_entropy", dtype="F64"
-        ) as opened:
-            yield opened
-
-
-@pytest.fixture(scope="module")
-def dense(session):
-    H = session.ggn()
+def dense(tanh_session):
+    H = tanh_session.ggn()
     return H @ np.eye(H.shape[0])
 
 
-def test_curvlinops_takes_it_for_one_of_its_own(session, dense):
-    operator = to_curvlinops(session.ggn())
+def test_curvlinops_takes_it_for_one_of_its_own(tanh_session, dense):
+    operator = to_curvlinops(tanh_session.ggn())
     assert operator.shape == dense.shape
     v = torch.randn(dense.shape[0], 2, dtype=torch.float64)
     np.testing.assert_allclose(operator @ v, dense @ v.numpy(), atol=1e-12)
-    parts = [torch.randn(s, dtype=torch.float64) for s in session.layout.shapes]
+    parts = [torch.randn(s, dtype=torch.float64) for s in tanh_session.layout.shapes]
     product = operator @ parts
-    assert [tuple(p.shape) for p in product] == list(session.layout.shapes)
+    assert [tuple(p.shape) for p in product] == list(tanh_session.layout.shapes)
     twice = operator + operator
     np.testing.assert_allclose(twice @ v, 2 * dense @ v.numpy(), atol=1e-12)
 
 
-def test_curvlinops_estimators_run_on_it(session, dense):
-    operator, size = to_curvlinops(session.ggn()), dense.shape[0]
+def test_curvlinops_estimators_run_on_it(tanh_session, dense):
+    operator, size = to_curvlinops(tanh_session.ggn()), dense.shape[0]
     torch.manual_seed(0)
     exact = np.trace(dense)
     assert float(curvlinops.hutchinson_trace(operator, size - 1)) == pytest.approx(
@@ -71,16 +49,16 @@ def test_curvlinops_estimators_run_on_it(session, dense):
     assert square == pytest.approx(np.sum(dense**2), rel=0.6)
 
 
-def test_curvlinops_inverses_and_scipy_run_on_it(session, dense):
+def test_curvlinops_inverses_and_scipy_run_on_it(tanh_session, dense):
     size = dense.shape[0]
-    damped = to_curvlinops(session.ggn(damping=0.5))
+    damped = to_curvlinops(tanh_session.ggn(damping=0.5))
     inverse = curvlinops.CGInverseLinearOperator(damped, tolerance=1e-10, eps=1e-40)
     b = torch.ones(size, dtype=torch.float64)
     exact = np.linalg.solve(dense + 0.5 * np.eye(size), b.numpy())
     np.testing.assert_allclose(inverse @ b, exact, rtol=1e-6)
     values = scipy.sparse.linalg.eigsh(damped.to_scipy(), k=2, which="LA")[0]
     np.testing.assert_allclose(values, np.linalg.eigvalsh(dense)[-2:] + 0.5, rtol=1e-8)
-    ours = session.ggn(damping=0.5).to_scipy()
+    ours = tanh_session.ggn(damping=0.5).to_scipy()
     x, status = scipy.sparse.linalg.cg(ours, b.numpy(), rtol=1e-10)
     assert status == 0
     np.testing.assert_allclose(x, exact, rtol=1e-6)

@@ -6,7 +6,6 @@ import torch
 from server.reference import error, problem_of
 from server.zoo import ANIMALS
 
-import curvd
 from curvd.errors import InvalidSpec, InvalidVector
 from curvd.types import OperatorSpec
 from curvd_server.curvature import MODES
@@ -15,7 +14,6 @@ from curvd_server.plans import Plan
 
 HUGE = 2**30
 ZOO = {a.name: a for a in ANIMALS}
-WIDTHS = {"activation": "tanh", "widths": [4, 5, 3]}
 CHOSEN = ("3.bias", "1.weight")
 
 
@@ -71,29 +69,10 @@ def test_a_new_version_moves_the_fixed_ones_too():
     assert error(after, before) > 0.1
 
 
-@pytest.fixture(scope="module")
-def session(live_target):
-    from curvd_server import builders
-
-    rng = np.random.default_rng(0)
-    torch.manual_seed(0)
-    state = builders.BUILDERS["mlp"](WIDTHS).double().state_dict()
-    points = {"x": rng.standard_normal((20, 4)), "y": rng.integers(0, 3, 20)}
-    with curvd.connect(live_target) as client:
-        model = client.register_model("mlp", WIDTHS, state)
-        dataset = client.register_dataset(
-            points, inputs=["x"], target="y", batch_size=8
-        )
-        with client.create_session(
-            model, dataset, loss="cross_entropy", dtype="F64"
-        ) as opened:
-            yield opened
-
-
-def test_only_the_chosen_ones_travel(session):
-    whole = session.hessian() @ np.eye(session.layout.size)
-    H = session.hessian(params=["3.b*", "1.weight"])
-    rows = rows_of(session.layout, CHOSEN)
+def test_only_the_chosen_ones_travel(tanh_session):
+    whole = tanh_session.hessian() @ np.eye(tanh_session.layout.size)
+    H = tanh_session.hessian(params=["3.b*", "1.weight"])
+    rows = rows_of(tanh_session.layout, CHOSEN)
     assert H.layout.names == CHOSEN
     assert H.shape == (len(rows), len(rows))
     dense = H @ np.eye(len(rows))
@@ -102,14 +81,14 @@ def test_only_the_chosen_ones_travel(session):
     np.testing.assert_allclose(found.values, np.linalg.eigvalsh(dense)[-1:], rtol=1e-6)
     assert found.vectors.shape == (len(rows), 1)
     with pytest.raises(InvalidVector):
-        H @ np.ones(session.layout.size)
+        H @ np.ones(tanh_session.layout.size)
 
 
-def test_unknown_names_are_refused_before_anything_is_sent(session):
+def test_unknown_names_are_refused_before_anything_is_sent(tanh_session):
     with pytest.raises(InvalidSpec, match="no parameter 'head'; it has 4, from"):
-        session.operator(OperatorSpec(parameters=("head",)))
+        tanh_session.operator(OperatorSpec(parameters=("head",)))
     with pytest.raises(InvalidSpec, match=r"near it are '1\.weight'"):
-        session.ggn(params="1.weihgt")
+        tanh_session.ggn(params="1.weihgt")
     for names in ((), ("1.bias", "1.bias")):
         with pytest.raises(InvalidSpec, match="each once and at least one"):
             OperatorSpec(parameters=names)
