@@ -175,6 +175,7 @@ def register_dataset(
     tensors: Tensors | None,
     *,
     name: str | None,
+    digest: str | None,
     inputs: Sequence[str] | str,
     target: str,
     batch_size: int,
@@ -182,8 +183,8 @@ def register_dataset(
     progress: Progress | None,
 ) -> Call[DatasetInfo]:
     """Register tensors, or a dataset of the server, as fixed mini-batches."""
-    if (tensors is None) == (name is None):
-        msg = "give tensors, or the name of a dataset that lies on the server"
+    if [tensors, name, digest].count(None) != 2:
+        msg = "give tensors, or the name or digest of what lies on the server"
         raise InvalidSpec(msg)
     spec = DatasetSpec(
         inputs=(inputs,) if isinstance(inputs, str) else tuple(inputs),
@@ -200,6 +201,8 @@ def register_dataset(
     )
     rpc = RPCS["RegisterDataset"]
     if tensors is None:
+        if digest is not None:
+            header.tensors.digest = digest
         return Unary(rpc, rpc.request.message(header=header), _dataset)
     blob = _blob(tensors)
     _check_dataset(blob.header, spec)

@@ -131,6 +131,7 @@ class Client:
         tensors: Tensors | None = None,
         *,
         name: str | None = None,
+        digest: str | None = None,
         inputs: Sequence[str] | str,
         target: str,
         batch_size: int,
@@ -144,6 +145,8 @@ class Client:
                 safetensors file.
             name: One of `ServerInfo.datasets`, in place of tensors: a file that lies on
                 the server, and may have more tensors than are used here.
+            digest: SHA-256 of a safetensors file that the server has, because it was
+                uploaded or used by name before, in place of tensors.
             inputs: Names of the model's inputs, in order.
             target: Name of the target.
             batch_size: ``B``; the last mini-batch may be smaller.
@@ -157,6 +160,7 @@ class Client:
             call = _uploads.register_dataset(
                 tensors,
                 name=name,
+                digest=digest,
                 inputs=inputs,
                 target=target,
                 batch_size=batch_size,

@@ -113,14 +113,15 @@ class Registry:
         return info
 
     def dataset(
-        self, spec: DatasetSpec, digest: str, *, name: str = ""
+        self, spec: DatasetSpec, digest: str, *, name: str = "", partial: bool = False
     ) -> DatasetInfo | None:
         """Find a dataset, or make it if its bytes are there.
 
         Args:
             spec: How its tensors become mini-batches.
             digest: Of their safetensors file.
-            name: Of the file on the server, which may have further tensors.
+            name: Of the file, if it lies on the server.
+            partial: Whether the file may have further tensors.
 
         Returns:
             The dataset; None if the bytes are missing.
@@ -143,7 +144,7 @@ class Registry:
                 return None
         blob = self._blobs.open(digest)
         used = {n: t for n, t in blob.header.items() if n in spec.names}
-        chosen = dataclasses.replace(blob, header=used) if name else blob
+        chosen = dataclasses.replace(blob, header=used) if partial else blob
         info = DatasetInfo(
             id=dataset_id,
             spec=spec,

@@ -143,6 +143,28 @@ def test_a_mounted_dataset_is_registered_by_name_and_survives_a_restart(config):
             client.session(session.id).hessian() @ v
 
 
+def test_what_the_server_has_is_registered_by_digest(config):
+    options = {"inputs": INPUTS, "target": "y", "batch_size": 4}
+    mounted = config.datasets_root / "texts.safetensors"
+    digest = hashlib.sha256(mounted.read_bytes()).hexdigest()
+    with serve_in_thread(config) as target, curvd.connect(target) as client:
+        # A file of the folder has a digest once it was used; until then nobody looks.
+        with pytest.raises(curvd.DatasetNotFound, match=r"SHA-256 .* upload them"):
+            client.register_dataset(digest=digest, **options)
+        by_name = client.register_dataset(name="texts", **options)
+        assert client.register_dataset(digest=digest, **options).id == by_name.id
+        other = client.register_dataset(digest=digest, **(options | {"batch_size": 2}))
+        assert (other.data_points, other.spec.batch_size) == (N, 2)
+        for wrong in ("x", "../" * 20, digest.upper()):
+            with pytest.raises(curvd.InvalidSpec, match="64 lower-case hexadecimal"):
+                client.register_dataset(digest=wrong, **options)
+        save_file(arrays(), mounted.with_name("local"))
+        uploaded = client.register_dataset(mounted.with_name("local"), **options)
+        local = hashlib.sha256(mounted.with_name("local").read_bytes()).hexdigest()
+        again = client.register_dataset(digest=local, **options)
+        assert again == uploaded
+
+
 def test_what_is_not_mounted_is_refused(config):
     options = {"inputs": "ids", "target": "y", "batch_size": 4}
     with serve_in_thread(config) as target, curvd.connect(target) as client:

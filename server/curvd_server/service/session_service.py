@@ -11,7 +11,7 @@ import structlog
 from google.protobuf.duration_pb2 import Duration
 
 from curvd import convert
-from curvd.errors import CurvdError, InvalidSpec
+from curvd.errors import CurvdError, DatasetNotFound, InvalidSpec
 from curvd.rpcs import Part
 from curvd.selection import check_patterns
 from curvd.types import DatasetSpec, ServerInfo, SessionInfo
@@ -81,8 +81,8 @@ class SessionService:
         """Register named tensors as fixed mini-batches."""
         header, chunks = await opened(requests)
         spec = convert.dataset_spec_from_proto(header)
-        if header.name:
-            return await self._mounted_dataset(header, spec)
+        if header.name or not header.tensors.total_bytes:
+            return await self._present_dataset(header, spec)
         found = await self._registered(
             header.tensors,
             chunks,
@@ -94,20 +94,25 @@ class SessionService:
         dataset = convert.dataset_to_proto(found)
         return session_pb.RegisterDatasetResponse(dataset=dataset)
 
-    async def _mounted_dataset(
+    async def _present_dataset(
         self, header: session_pb.RegisterDatasetHeader, spec: DatasetSpec
     ) -> session_pb.RegisterDatasetResponse:
-        """Register a dataset that lies on the server."""
-        if header.HasField("tensors"):
+        """Register a dataset whose tensors are on the server, by name or digest."""
+        if header.name and header.HasField("tensors"):
             msg = (
                 f"give tensors, or the name {header.name[:80]!r} of a dataset, not both"
             )
             raise InvalidSpec(msg, name=header.name[:80])
-        digest = await asyncio.to_thread(self._mounts.digest, header.name)
-        found = await asyncio.to_thread(
-            self._registry.dataset, spec, digest, name=header.name
-        )
-        assert found is not None
+        digest = header.tensors.digest
+        if header.name:
+            digest = await asyncio.to_thread(self._mounts.digest, header.name)
+        with self._blobs.held(check_digest(digest)):
+            found = await asyncio.to_thread(
+                self._registry.dataset, spec, digest, name=header.name, partial=True
+            )
+        if found is None:
+            msg = f"no tensors with SHA-256 {digest} are on this server; upload them"
+            raise DatasetNotFound(msg, digest=digest)
         dataset = convert.dataset_to_proto(found)
         return session_pb.RegisterDatasetResponse(dataset=dataset)
 
