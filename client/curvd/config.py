@@ -114,6 +114,9 @@ class ClientConfig:
             ("grpc.primary_user_agent", f"curvd-python/{VERSION}"),
             ("grpc.keepalive_time_ms", round(self.keepalive_s * 1000)),
             ("grpc.keepalive_timeout_ms", round(self.keepalive_timeout_s * 1000)),
+            # Without it an unanswered ping counts for a minute, whatever the line above
+            # says (grpcio 1.85).
+            ("grpc.http2.ping_timeout_ms", round(self.keepalive_timeout_s * 1000)),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_pings_without_data", 0),
             # Ours repeat whole calls; gRPC's would hold their bytes in memory.

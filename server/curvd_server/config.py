@@ -221,6 +221,7 @@ class ServerConfig:
             # The pair of ClientConfig.keepalive_s: clients may ping every 30 s.
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.ping_timeout_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.http2.max_frame_size", (1 << 24) - 1),

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from curvd_server.session import check_same
+from curvd_server.vectors import check_same
 
 T = TypeVar("T")
 Key = tuple[str, str]

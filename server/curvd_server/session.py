@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from curvd.errors import Cancelled, RequestIdReused, VersionMismatch
+from curvd.errors import Cancelled, VersionMismatch
 from curvd.types import OperatorSpec, SessionInfo, SessionState
 from curvd_server.batching import Batcher
 from curvd_server.catalogue import Catalogue, StoredSession, StoredVersion
@@ -23,7 +23,7 @@ from curvd_server.live import Live
 from curvd_server.registration import check_state
 from curvd_server.state import architecture_of, home_names, state_of
 from curvd_server.storage import BlobStore
-from curvd_server.vectors import Vectors
+from curvd_server.vectors import Vectors, check_same
 
 T = TypeVar("T")
 
@@ -275,25 +275,6 @@ class Session:
             self.touch()
             if not self._tasks:
                 self._unused.set()
-
-
-def check_same(known: str, given: str, request_id: str) -> None:
-    """Refuse a request id that came before with other content.
-
-    Args:
-        known: Fingerprint of the request that had it first.
-        given: Fingerprint of this one.
-        request_id: Of both.
-
-    Raises:
-        RequestIdReused: If they differ.
-    """
-    if known != given:
-        msg = (
-            f"request_id {request_id!r} came before with other content; use a new one "
-            "for another request"
-        )
-        raise RequestIdReused(msg, request_id=request_id)
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:

@@ -25,10 +25,10 @@ from curvd_server.session import (
     Lease,
     Session,
     Update,
-    check_same,
     to_the_end,
 )
 from curvd_server.state import state_of
+from curvd_server.vectors import check_same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

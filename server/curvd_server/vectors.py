@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from curvd.errors import LimitExceeded, VectorNotFound
+from curvd.errors import LimitExceeded, RequestIdReused, VectorNotFound
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,10 @@ class Vector:
     """[P] or [K, P], in the session's vector type."""
     version: int
     """The parameter version that was current."""
+    request_id: str = ""
+    """Of the product that made it; a retry of it must not multiply once more."""
+    content: str = ""
+    """What that product was asked for."""
 
 
 class Vectors:
@@ -90,6 +94,26 @@ class Vectors:
             raise VectorNotFound(msg, vector=name)
         return self._vectors[name]
 
+    def made_by(self, name: str, request_id: str, content: str) -> Vector | None:
+        """Find a vector that the same request made before.
+
+        Args:
+            name: Of the vector.
+            request_id: Of the request; empty ones are never the same.
+            content: What it asks for.
+
+        Returns:
+            The vector; None if it is still to be made.
+
+        Raises:
+            RequestIdReused: If the same id asked for something else.
+        """
+        vector = self._vectors.get(name)
+        if not request_id or vector is None or vector.request_id != request_id:
+            return None
+        check_same(vector.content, content, request_id)
+        return vector
+
     def delete(self, name: str) -> None:
         """Forget a vector.
 
@@ -109,3 +133,22 @@ class Vectors:
     def clear(self) -> None:
         """Forget everything."""
         self._vectors.clear()
+
+
+def check_same(known: str, given: str, request_id: str) -> None:
+    """Refuse a request id that came before with other content.
+
+    Args:
+        known: Fingerprint of the request that had it first.
+        given: Fingerprint of this one.
+        request_id: Of both.
+
+    Raises:
+        RequestIdReused: If they differ.
+    """
+    if known != given:
+        msg = (
+            f"request_id {request_id!r} came before with other content; use a new one "
+            "for another request"
+        )
+        raise RequestIdReused(msg, request_id=request_id)

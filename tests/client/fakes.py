@@ -100,6 +100,8 @@ class FakeService:
         self.kept = {}
         self.keeps = True
         """Whether results can be resumed."""
+        self.chunk = 100
+        """Bytes per message of a result."""
         self.sent_bytes = 0
         """Payload of results."""
         self.damage = Damage()
@@ -376,7 +378,7 @@ class FakeService:
         if result is not None:
             yield memoryview(wire.dump_header(shape))
         # Small chunks that respect no boundary: the client must not care.
-        for chunk in wire.pieces(memoryview(raw)[offset:], chunk_bytes=100):
+        for chunk in wire.pieces(memoryview(raw)[offset:], chunk_bytes=self.chunk):
             self.sent_bytes += chunk.nbytes
             yield chunk
         summary = curvature_pb.ResultSummary(compute_s=0.5, runs=1)

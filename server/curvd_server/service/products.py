@@ -68,6 +68,8 @@ class _Event:
     """Columns were queued."""
     kept: Kept | None = None
     """The result is there already."""
+    made: Vector | None = None
+    """The result was stored already, by an earlier attempt."""
     error: Exception | None = None
     """Nothing more will come; nor will it if nothing is set."""
 
@@ -159,6 +161,14 @@ class Product:
         if await anext(chunks, None) is not None:
             msg = f"the operand is {source}; no chunks may follow the header"
             raise InvalidSpec(msg, source=source)
+        # Without a pause between this question and the look at the operand: the product
+        # may take the place of its own operand.
+        made = self._lease.vectors.made_by(
+            self._request.store_as, self._request.request_id, self._content.header
+        )
+        if made is not None:
+            self._events.put_nowait(_Event(made=made))
+            return
         found: operands.Probes | operands.Stored
         if source == "probe":
             found = operands.Probes(operand.probe, self._layout.size, self._dtype)
@@ -251,7 +261,8 @@ class Product:
         return values
 
     async def _queue(self, columns: Columns) -> None:
-        if self._request.request_id and self._is_whole(columns):
+        wanted_again = self._request.request_id and not self._request.store_as
+        if wanted_again and self._is_whole(columns):
             digits = await _off_the_loop(fingerprint, columns)
             self._content = Content(self._content.header, digits)
             kept = self._tools.kept.get(self._key, self._content)
@@ -271,7 +282,14 @@ class Product:
         return block.size == math.prod(self._shape)
 
     async def _send(self, sender: Sender) -> None:
-        shape, done = (await self._next()).shape, []
+        event, done = await self._next(), []
+        if event.made is not None:
+            header = header_of(self._lease, plan=True)
+            header.version = event.made.version
+            await sender.bare(header)
+            await sender.end(summary_of([]))
+            return
+        shape = event.shape
         header, taken_up = header_of(self._lease, plan=True), self._format.is_taken_up
         stored = _Stored(self._request.store_as, shape, self._dtype)
         if self._request.store_as:
@@ -298,7 +316,12 @@ class Product:
             await send_kept(event.kept, sender, self._format, head=taken_up)
             return
         if self._request.store_as:
-            vector = Vector(stored.array, self._lease.info.version)
+            vector = Vector(
+                stored.array,
+                self._lease.info.version,
+                self._request.request_id,
+                self._content.header,
+            )
             self._lease.vectors.put(self._request.store_as, vector)
         await sender.end(summary_of(done))
 
