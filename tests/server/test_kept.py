@@ -68,3 +68,9 @@ def test_operands_are_told_apart_wherever_they_differ(size, dtype):
         changed = columns.copy()
         changed[1, index] += 1
         assert fingerprint(changed) != original
+
+
+def test_the_same_values_in_other_places_are_another_operand():
+    """Unit vectors, for example: a loop over them with one id must not go unnoticed."""
+    units = np.eye(3, 1 << 15, k=8, dtype=np.float32)
+    assert len({fingerprint(row[None]) for row in units}) == 3
