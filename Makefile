@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # A folder with `build`, `compose` and `podman` commands to use in place of docker's.
-CONTAINERS ?= $(wildcard ../shared/containers)
+CONTAINERS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test lint types proto proto-check image-test bench clean
+.PHONY: help demo test gpu-test lint types proto proto-check image-test bench fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
@@ -70,7 +70,10 @@ image-test: $(VENV)/dev.stamp ## build both images, compose the server, ask it f
 	CONTAINERS='$(CONTAINERS)' PYTHON='$(BIN)/python' tests/images.sh
 
 bench: $(VENV)/dev.stamp ## every ratio against its peers, with targets
-	for script in bench/engine.py bench/smoke.py bench/queries.py; do $(BIN)/python $$script --check || exit 1; done
+	for script in bench/engine.py bench/graph.py bench/smoke.py bench/wire.py bench/queries.py; do $(BIN)/python $$script --check || exit 1; done
+
+fuzz: $(VENV)/dev.stamp ## a hundred thousand hostile graphs, in about ten minutes
+	PYTHONPATH=tests $(BIN)/python tests/fuzz_graphs.py
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache

@@ -8,14 +8,28 @@ import pytest
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_ten_line_example_runs(live_target, capsys):
-    pytest.importorskip("torch")
-    example = re.search(r"```python\n(.*?)```", README, re.S)[1]
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def run(example, target):
+    """Run an example against a server elsewhere."""
     assert len(example.strip().splitlines()) <= 12
-    exec(
-        compile(example.replace("127.0.0.1:50551", live_target), "README.md", "exec"),
-        {},
-    )
+    code = example.replace("127.0.0.1:50551", target)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_a_module_needs_ten_lines(live_target, capsys):
+    pytest.importorskip("torch")
+    assert len([line for line in EXAMPLES[0].splitlines() if line.strip()]) <= 10
+    run(EXAMPLES[0], live_target)
+    values, shape = capsys.readouterr().out.splitlines()
+    assert len(values.strip("[]").split()) == 3
+    assert shape == "torch.Size([195])"
+
+
+def test_the_client_without_torch_needs_ten_lines(live_target, capsys):
+    pytest.importorskip("torch")
+    run(EXAMPLES[1], live_target)
     assert capsys.readouterr().out == "(27, 27) (27,) (27, 27)\n"
 
 

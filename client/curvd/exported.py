@@ -5,6 +5,7 @@ Importing this costs nothing: torch is imported when something is exported.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -170,10 +171,6 @@ def prepare(
 
 
 def _need_torch() -> None:
-    try:
-        import torch  # noqa: F401 - only to say what is missing
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
+    if importlib.util.find_spec("torch") is None:
         msg = "exporting a module needs torch: pip install 'curvd[torch]'"
-        raise ModuleNotFoundError(msg, name="torch") from error
+        raise ModuleNotFoundError(msg, name="torch")

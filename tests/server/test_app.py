@@ -32,8 +32,10 @@ from curvd.errors import (
     Unavailable,
 )
 from curvd.rpcs import RPCS
+from curvd.types import ModelInfo, ModelSpec
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.app import running, serve_in_thread
+from curvd_server.catalogue import Catalogue, StoredModel
 from curvd_server.config import LimitsConfig, ServerConfig, TlsConfig
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -527,6 +529,24 @@ def test_a_catalogue_of_a_newer_curvd_is_left_alone(tmp_path):
     with pytest.raises(FailedPrecondition, match="has schema 99, this curvd reads"):
         with server(tmp_path):
             pass
+
+
+def test_a_catalogue_of_an_older_curvd_is_read_on(tmp_path):
+    """Before there were graphs, models had no column for them."""
+    path = tmp_path / "catalogue.sqlite"
+    catalogue = Catalogue(path)
+    info = ModelInfo(id="m", spec=ModelSpec(builder="mlp"), tensors=(), state_bytes=8)
+    catalogue.add_model(StoredModel(info=info, digest="0" * 64, ties={"b": "a"}))
+    catalogue.close()
+    with sqlite3.connect(path) as database:
+        database.execute("ALTER TABLE models DROP COLUMN graph")
+        database.execute("PRAGMA user_version = 1")
+    database.close()
+    for _ in range(2):  # the change is made once
+        catalogue = Catalogue(path)
+        assert catalogue.model("m").info == info
+        assert catalogue.model("m").ties == {"b": "a"}
+        catalogue.close()
 
 
 def test_a_call_is_one_line_of_log(tmp_path, caplog):

@@ -122,22 +122,22 @@ class Translator:
         return self._operator(node, target)
 
     def _region(self, node: fx.Node, target: Any) -> Any:
-        """Inline a region without gradients; refuse every other one."""
+        """Inline a region with or without gradients; refuse every other one."""
         name, where = target.name(), self._tape.where
         if name == "wrap_with_set_grad_enabled":
             enabled, body, *arguments = (self._look_up(a) for a in node.args)
-            if not enabled:
-                return self._inlined(body, arguments)
-            advice = "do not enable gradients inside of torch.no_grad()"
-        elif name == "wrap_with_autocast":
+            return self._inlined(body, arguments, detach=not enabled)
+        if name == "wrap_with_autocast":
             advice = "export without torch.autocast; the session has a dtype"
         else:
             advice = "write it with torch.where, so that every step runs for all data"
         msg = f"operator {name}{where} cannot be exported: {advice}"
         raise InvalidGraph(msg, operator=name, source=self._tape.source)
 
-    def _inlined(self, body: fx.GraphModule, arguments: list[Any]) -> Any:
-        """Run a region under no_grad: its results carry no derivative."""
+    def _inlined(
+        self, body: fx.GraphModule, arguments: list[Any], *, detach: bool
+    ) -> Any:
+        """Run a region; under no_grad its results carry no derivative."""
         placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
         inner = dict(zip(placeholders, arguments, strict=True))
         where = self._tape.source
@@ -152,7 +152,7 @@ class Translator:
                 return result
             return Alias.of(self._tape.emit("aten.detach.default", result.value))
 
-        return detached(results)
+        return detached(results) if detach else results
 
     def _operator(self, node: fx.Node, target: Any) -> Any:
         name = target.overloadpacket.__name__
@@ -165,6 +165,15 @@ class Translator:
             return self._tape.emit("sym.size", base.value, axis)
         if name == "sym_numel":
             return self._tape.emit("sym.numel", arguments["self"].value)
+        if name == "index" and any(
+            meta is not None and meta.dtype is torch.bool
+            for meta in map(_meta, _items(node.args[1]))
+        ):
+            msg = (
+                f"operator {operator}{self._tape.where} makes a shape from a mask: use "
+                "torch.where, and multiply by the mask instead of selecting"
+            )
+            raise InvalidGraph(msg, operator=operator, source=self._tape.source)
         refuse(self._tape, operator, arguments)
         first = next(iter(arguments.values()), None)
         if is_nothing(operator, arguments):
@@ -332,6 +341,10 @@ def _is_view(target: Any, name: str) -> bool:
 def _meta(item: Any) -> Any:
     value = item.meta.get("val") if isinstance(item, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
+
+
+def _items(argument: Any) -> list[Any]:
+    return list(argument) if isinstance(argument, list | tuple) else []
 
 
 def _names(target: Any) -> list[str]:
