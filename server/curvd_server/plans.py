@@ -336,7 +336,7 @@ def _unverified(found: dict[str, Evidence]) -> CurvatureUnverified:
         "no AD mode reproduces central differences of the gradient ("
         + "; ".join(details)
         + "). A layer that owns these parameters has no right second derivative in "
-        "torch: write it with elementary operations, or freeze them "
-        "(requires_grad=False)"
+        "torch: write it with elementary operations, freeze them (requires_grad=False), "
+        "or leave them out of params"
     )
     return CurvatureUnverified(msg, parameters=", ".join(wrong))

@@ -34,6 +34,7 @@ from curvd_server.specialise import without_zeros
 from curvd_server.tracing import Traced, evaluate, split, trace
 
 Rows = list[Tensor | None]
+_VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 Call = Callable[..., Sequence[Any]]
 
 
@@ -260,6 +261,11 @@ def _routine(graph: fx.Graph) -> Routine:
                 named[node.target] = graph.placeholder(node.target)
         node.replace_all_uses_with(named[node.target])
         graph.erase_node(node)
+    for node in graph.nodes:
+        # A view was possible with the strides of the trace, which fused kernels and
+        # other tangents do not always have.
+        if node.target in _VIEWS:
+            node.target = torch.ops.aten.reshape.default
     return Routine(fx.GraphModule(nn.Module(), graph), tuple(named))
 
 

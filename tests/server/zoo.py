@@ -137,6 +137,11 @@ def _recurrent(kind: type[nn.RNNBase]) -> Callable[[], nn.Module]:
     return lambda: _Recurrent(kind)
 
 
+def _encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    return nn.Sequential(layer, nn.Linear(4, 3))
+
+
 _MSE, _BCE = LossSpec(name="mse"), LossSpec(name="bce_with_logits")
 _SMOOTH_L1 = LossSpec(name="smooth_l1", beta=0.5)
 _SHIFTED = LossSpec(name="cross_entropy", shift=True)
@@ -164,6 +169,7 @@ ANIMALS: tuple[Animal, ...] = (
     ),
     Animal("maxpool", spatial(nn.MaxPool2d(3, 1, 1)), "images"),
     Animal("attention", _Attention, "sequences", per_token=True),
+    Animal("transformer_layer", _encoder, "sequences", per_token=True),
     Animal("embedding", lambda: _Pooled(nn.Embedding(5, 4)), "tokens"),
     Animal("padding", lambda: _Pooled(nn.Embedding(5, 4, padding_idx=1)), "tokens"),
     Animal("tied", _Tied, "tokens", per_token=True),
