@@ -26,7 +26,8 @@ from curvd.types import DatasetSpec, LossSpec, OperatorSpec
 from curvd_server.builders import BUILDERS
 from curvd_server.curvature import MODES
 from curvd_server.graph.decode import canonical, decode
-from curvd_server.graph.interpret import GraphModule, Interpreter
+from curvd_server.graph.interpret import Interpreter
+from curvd_server.graph.module import GraphModule
 from curvd_server.objective import Problem
 from curvd_server.rewrites import use_differentiable_attention
 

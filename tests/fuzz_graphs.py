@@ -57,7 +57,8 @@ def child(first: int, last: int) -> None:
     from curvd_server.compute import TorchDevice
     from curvd_server.graph.decode import canonical, decode
     from curvd_server.graph.dryrun import dry_run
-    from curvd_server.graph.interpret import GraphModule, Interpreter
+    from curvd_server.graph.interpret import Interpreter
+    from curvd_server.graph.module import GraphModule
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -35,7 +35,8 @@ from curvd_server import builders, engine, libraries
 from curvd_server.compilation import Compiler
 from curvd_server.graph.decode import decode
 from curvd_server.graph.dryrun import dry_run
-from curvd_server.graph.interpret import GraphModule, Interpreter
+from curvd_server.graph.interpret import Interpreter
+from curvd_server.graph.module import GraphModule
 from curvd_server.objective import Problem
 from curvd_server.plans import Memory
 from curvd_server.registration import Architecture

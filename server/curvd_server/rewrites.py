@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvd.types import Mode
 from curvd_server.data import Array, tensor_of
-from curvd_server.graph.interpret import GraphModule
+from curvd_server.graph.module import GraphModule
 
 
 class PlainWeightNorm(nn.Module):

@@ -494,7 +494,8 @@ def pass_on(z):
 def assert_same_outputs(exported, module, inputs):
     """The interpreter computes what the module does, to the bit."""
     from curvd_server.graph.decode import canonical, decode
-    from curvd_server.graph.interpret import GraphModule, Interpreter
+    from curvd_server.graph.interpret import Interpreter
+    from curvd_server.graph.module import GraphModule
 
     run = GraphModule(Interpreter(decode(canonical(exported.graph))))
     args = inputs if isinstance(inputs, tuple) else (inputs,)

@@ -26,7 +26,8 @@ from curvd.v1 import graph_pb2 as pb  # noqa: E402
 from curvd_server.compute import TorchDevice  # noqa: E402
 from curvd_server.graph import dryrun  # noqa: E402
 from curvd_server.graph.decode import canonical, decode  # noqa: E402
-from curvd_server.graph.interpret import GraphModule, Interpreter  # noqa: E402
+from curvd_server.graph.interpret import Interpreter  # noqa: E402
+from curvd_server.graph.module import GraphModule  # noqa: E402
 from curvd_server.registration import model_spec  # noqa: E402
 
 MM = node("aten.mm.default", X, W)

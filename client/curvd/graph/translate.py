@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator as python
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -13,6 +13,18 @@ from torch import fx
 from curvd.errors import InvalidGraph
 from curvd.graph.aliases import Alias, View, item_of, view_of
 from curvd.graph.rewrites import is_nothing, refuse, rewritten
+from curvd.graph.schemas import (
+    DROPPED,
+    UNDECLARED,
+    aliases,
+    is_view,
+    is_written,
+    items,
+    meta_of,
+    names,
+    positions,
+    trimmed,
+)
 from curvd.graph.sources import source_of
 from curvd.graph.tape import Tape, Value
 
@@ -46,12 +58,9 @@ _SIZES: Mapping[Any, str] = {
 _CHECKS = ("_assert", "sym_constrain", "_guards")
 # Views by their schema which copy if memory is not laid out right.
 _MAYBE = frozenset({"reshape", "contiguous", "to", "flatten", "reshape_as"})
-# May return their first argument, which their schema does not say.
-_UNDECLARED = frozenset({"type_as", "broadcast_tensors", "meshgrid"})
 _EXACT = {"view": "aten.reshape.default", "_unsafe_view": "aten.reshape.default"}
 _LOGIC = {"__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor"}
 _LOGIC |= {f"__i{n.strip('_')}__": pure for n, pure in _LOGIC.items()}
-_DROPPED = frozenset({"device", "layout", "pin_memory", "generator"})
 _CREATING = frozenset(
     """
     arange eye full full_like new_full new_ones new_zeros ones ones_like scalar_tensor
@@ -89,13 +98,13 @@ class Translator:
         Returns:
             What it returns, with aliases for tensors.
         """
-        order = _positions(graph)
+        order = positions(graph)
         for node in graph.nodes:
             self._position = order[node]
             if node.op == "call_function":
                 self._tape.source = source_of(node) or self._tape.source
                 result = self._call(node)
-                for alias in _aliases(result):
+                for alias in aliases(result):
                     last = max((order[u] for u in node.users), default=-1)
                     alias.last_use = max(alias.last_use, last)
                 self._values[node] = result
@@ -141,7 +150,7 @@ class Translator:
         placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
         inner = dict(zip(placeholders, arguments, strict=True))
         where = self._tape.source
-        seen = {id(a.cell) for v in self._values.values() for a in _aliases(v)}
+        seen = {id(a.cell) for v in self._values.values() for a in aliases(v)}
         results = Translator(self._tape, body, inner, seen).run(body.graph)
         self._tape.source = where
 
@@ -167,7 +176,7 @@ class Translator:
             return self._tape.emit("sym.numel", arguments["self"].value)
         if name == "index" and any(
             meta is not None and meta.dtype is torch.bool
-            for meta in map(_meta, _items(node.args[1]))
+            for meta in map(meta_of, items(node.args[1]))
         ):
             msg = (
                 f"operator {operator}{self._tape.where} makes a shape from a mask: use "
@@ -178,10 +187,10 @@ class Translator:
         first = next(iter(arguments.values()), None)
         if is_nothing(operator, arguments):
             return first
-        written = [a for a in target._schema.arguments if _is_written(a)]
+        written = [a for a in target._schema.arguments if is_written(a)]
         if written or name in ("__iand__", "__ior__", "__ixor__"):
             return self._write(node, name, target, arguments)
-        if isinstance(first, Alias) and _is_view(target, name):
+        if isinstance(first, Alias) and is_view(target, name):
             return self._view(node, name, operator, arguments, first)
         return self._pure(node, name, operator, target, arguments)
 
@@ -203,16 +212,16 @@ class Translator:
     ) -> Value:
         """Emit a pure operator, perhaps in another way."""
         if name.startswith("_weight_norm"):
-            plain = {**plain, "rank": _meta(node.args[0]).dim()}
+            plain = {**plain, "rank": meta_of(node.args[0]).dim()}
         better = rewritten(self._tape, operator, plain)
         if better is not None:
             return better
         if name in _LOGIC:
             operator = f"aten.{_LOGIC[name]}.{target._overloadname}"
-        positional, options = _trimmed(target, plain)
+        positional, options = trimmed(target, plain)
         if name in _CREATING and options.get("dtype") is None:
             meta = node.meta.get("val")
-            if isinstance(meta, torch.Tensor) and "dtype" in _names(target):
+            if isinstance(meta, torch.Tensor) and "dtype" in names(target):
                 options["dtype"] = meta.dtype
         return self._tape.emit(operator, *positional, **options)
 
@@ -220,11 +229,11 @@ class Translator:
         self, node: fx.Node, name: str, operator: str, arguments: Any, base: Alias
     ) -> Any:
         rest = {k: self._plain(a) for k, a in list(arguments.items())[1:]}
-        positional, options = _trimmed(node.target, {"": None, **rest})
+        positional, options = trimmed(node.target, {"": None, **rest})
         operator, tail = _EXACT.get(name, operator), tuple(positional[1:])
         if operator in ("aten.to.device", "aten.to.dtype_layout"):
             operator, tail, options = "aten.to.dtype", (rest["dtype"],), {}
-        certain = name not in _MAYBE | _UNDECLARED
+        certain = name not in _MAYBE | UNDECLARED
         view = view_of(self._tape, operator, tail, options, certain=certain)
         if operator == "aten.reshape.default" and not certain:
             view = View(view.replay, None, certain=False)
@@ -265,11 +274,11 @@ class Translator:
                 raise self._unwritable(name, "has no form that is not in-place")
             twin = getattr(packet, overload)
             better = self._emitted(node, pure, f"aten.{pure}.{overload}", twin, plain)
-        own = _meta(node.args[0]).dtype
+        own = meta_of(node.args[0]).dtype
         others = [
-            a for a in (*node.args, *node.kwargs.values()) if _meta(a) is not None
+            a for a in (*node.args, *node.kwargs.values()) if meta_of(a) is not None
         ]
-        if any(_meta(a).dtype != own for a in others):
+        if any(meta_of(a).dtype != own for a in others):
             better = self._tape.emit("aten.to.dtype", better, own)
         if not written.write(better, self._position):
             raise self._unwritable(
@@ -292,7 +301,7 @@ class Translator:
         """Read all arguments by the names of the schema; those dropped are left out."""
         found: dict[str, Any] = {}
         for k, argument in enumerate(target._schema.arguments):
-            if argument.name in _DROPPED:
+            if argument.name in DROPPED:
                 continue
             if k < len(node.args) and not argument.kwarg_only:
                 found[argument.name] = self._look_up(node.args[k])
@@ -315,61 +324,3 @@ class Translator:
         if isinstance(item, list | tuple):
             return [self._plain(i) for i in item]
         return item.value if isinstance(item, Alias) else item
-
-
-def _positions(graph: fx.Graph) -> dict[fx.Node, int]:
-    return {node: k for k, node in enumerate(graph.nodes)}
-
-
-def _aliases(result: Any) -> Iterator[Alias]:
-    if isinstance(result, Alias):
-        yield result
-    elif isinstance(result, list | tuple):
-        for item in result:
-            yield from _aliases(item)
-
-
-def _is_written(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
-
-
-def _is_view(target: Any, name: str) -> bool:
-    declared = any(r.alias_info is not None for r in target._schema.returns)
-    return declared or name in _UNDECLARED or name == "_unsafe_view"
-
-
-def _meta(item: Any) -> Any:
-    value = item.meta.get("val") if isinstance(item, fx.Node) else None
-    return value if isinstance(value, torch.Tensor) else None
-
-
-def _items(argument: Any) -> list[Any]:
-    return list(argument) if isinstance(argument, list | tuple) else []
-
-
-def _names(target: Any) -> list[str]:
-    return [a.name for a in target._schema.arguments]
-
-
-def _trimmed(target: Any, plain: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Split into positional and named arguments, without trailing defaults."""
-    schema = [a for a in target._schema.arguments if a.name not in _DROPPED]
-    values = list(plain.values())
-    positional = [
-        (a, v) for a, v in zip(schema, values, strict=True) if not a.kwarg_only
-    ]
-    while positional and _is_default(*positional[-1]):
-        positional.pop()
-    options = {
-        a.name: v
-        for a, v in zip(schema, values, strict=True)
-        if a.kwarg_only and not _is_default(a, v)
-    }
-    return [v for _, v in positional], options
-
-
-def _is_default(argument: Any, value: Any) -> bool:
-    if not argument.has_default_value():
-        return False
-    default = argument.default_value
-    return type(default) is type(value) and bool(default == value)

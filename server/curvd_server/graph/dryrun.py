@@ -11,7 +11,8 @@ from torch import Tensor
 
 from curvd.errors import CurvdError, InvalidGraph, LimitExceeded
 from curvd_server.graph.interpret import Interpreter, Step, filled
-from curvd_server.graph.operators import DTYPES, check_work
+from curvd_server.graph.operators import DTYPES
+from curvd_server.graph.work import check_work
 
 LIMIT_S = 20.0
 """A graph of ten thousand nodes takes about a second."""

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from curvd.errors import InvalidGraph, InvalidSpec
 from curvd.types import SerializedGraph
-from curvd_server.graph.decode import Graph, GraphTensor, decode
+from curvd_server.graph.decode import decode
 from curvd_server.graph.dryrun import dry_run
+from curvd_server.graph.form import Graph, GraphTensor
 from curvd_server.graph.interpret import Interpreter, bind
 from curvd_server.graph.operators import DTYPES
 

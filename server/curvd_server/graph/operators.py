@@ -7,9 +7,7 @@ have a schema that is pure and plain, and the arguments must fit that schema.
 from __future__ import annotations
 
 import functools
-import math
-import operator as python
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -17,18 +15,15 @@ import torch
 from torch import Tensor
 
 from curvd import vocabulary
-from curvd.errors import InvalidGraph, LimitExceeded
-from curvd_server.graph.decode import (
+from curvd.errors import InvalidGraph
+from curvd_server.graph.form import (
     Argument,
     ElementType,
     MemoryFormat,
     Node,
 )
-
-MAX_PIECES = 65_536
-"""Tensors that one operator may return."""
-MAX_STEPS = 8_192
-"""Steps in time, over all layers, that one recurrent operator may walk."""
+from curvd_server.graph.sizes import SIZES
+from curvd_server.graph.work import RECURRENT
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType({
     "BOOL": torch.bool,
@@ -64,9 +59,6 @@ _TYPES = frozenset(
 # The server fills in the device; the others say where and how memory is laid out.
 _FILLED = frozenset({"device", "layout", "pin_memory"})
 _RETURNS = frozenset({"Tensor", "List[Tensor]"})
-_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
-# They split a tensor: how many pieces is a number that a client chooses.
-_SPLITTING = frozenset({"unbind", "split", "chunk", "tensor_split", "meshgrid"})
 
 
 def resolve(node: Node) -> Callable[..., Any]:
@@ -86,7 +78,7 @@ def resolve(node: Node) -> Callable[..., Any]:
     if size is not None:
         if node.options:
             raise _refused(node, "takes no named arguments")
-        return _SIZES[size[1]]
+        return SIZES[size[1]]
     overload = _overload(node.operator)
     if overload is None:
         raise _refused(node, "does not exist in this version of torch, or is not pure")
@@ -105,74 +97,6 @@ def makes_tensors(operator: str) -> bool:
     names = {a.name: str(a.type) for a in overload._schema.arguments}
     takes = any("Tensor" in kind for kind in names.values())
     return "device" in names and not takes
-
-
-def pieces(node: Node, arguments: Sequence[Any]) -> int:
-    """Predict how many tensors a node returns, before it does.
-
-    Args:
-        node: The node.
-        arguments: What it is about to be called with.
-
-    Returns:
-        Their number; 1 for operators that return a fixed number.
-    """
-    name = node.operator.split(".")[1] if node.operator.startswith("aten.") else ""
-    if name not in _SPLITTING or not arguments or not isinstance(arguments[0], Tensor):
-        return 1
-    tensor, *rest = arguments
-    numbers = [*rest, *node.options.values()]
-    sizes = [n for n in numbers if isinstance(n, int)]
-    if name == "unbind":
-        axis = sizes[0] if sizes else 0
-        return int(tensor.shape[axis]) if -tensor.ndim <= axis < tensor.ndim else 1
-    if not sizes:
-        return 1  # a list of sizes, which has its own limit
-    if name == "split":
-        axis = sizes[1] if len(sizes) > 1 else 0
-        length = tensor.shape[axis] if -tensor.ndim <= axis < tensor.ndim else 1
-        return -(-int(length) // max(sizes[0], 1))
-    return sizes[0]
-
-
-def steps(node: Node, arguments: Sequence[Any]) -> int:
-    """Predict how many steps a recurrent node walks, one after the other.
-
-    Args:
-        node: The node.
-        arguments: What it is about to be called with.
-
-    Returns:
-        Their number, over all layers; 1 for other operators.
-    """
-    name = node.operator.split(".")[1]
-    if name not in _RECURRENT or not isinstance(arguments[0], Tensor):
-        return 1
-    layers, _, _, bidirectional, batch_first = arguments[4:9]
-    axis = 1 if batch_first else 0
-    length = arguments[0].shape[axis] if arguments[0].ndim > axis else 1
-    return int(length) * int(layers) * (2 if bidirectional else 1)
-
-
-def check_work(node: Node, arguments: Sequence[Any]) -> None:
-    """Refuse a node that would take forever even without memory.
-
-    Args:
-        node: The node.
-        arguments: What it is about to be called with.
-
-    Raises:
-        LimitExceeded: If it would return more than `MAX_PIECES` tensors, or walk more
-            than `MAX_STEPS` steps.
-    """
-    count = pieces(node, arguments)
-    if count > MAX_PIECES:
-        msg = f"{node} would return {count} tensors; the limit is {MAX_PIECES}"
-        raise LimitExceeded(msg, count=count, limit=MAX_PIECES)
-    walked = steps(node, arguments)
-    if walked > MAX_STEPS:
-        msg = f"{node} would walk {walked} steps; the limit is {MAX_STEPS}"
-        raise LimitExceeded(msg, steps=walked, limit=MAX_STEPS)
 
 
 def padded_embedding(
@@ -292,7 +216,7 @@ def _fit(node: Node, schema: Any) -> None:
         raise _refused(
             node, "has no second derivative with scale_grad_by_freq or sparse"
         )
-    train = node.operator.split(".")[1] in _RECURRENT
+    train = node.operator.split(".")[1] in RECURRENT
     if given.get("dropout_p") not in (None, 0, 0.0) or (
         train and given.get("train") is True and given.get("dropout") not in (0, 0.0)
     ):
@@ -317,71 +241,3 @@ def _fit_one(node: Node, argument: Any, value: Argument) -> None:
 def _refused(node: Node, why: str) -> InvalidGraph:
     msg = f"operator {node} {why}"
     return InvalidGraph(msg, operator=node.operator, source=node.source)
-
-
-def _number(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Restrict a function of Python's to numbers of ordinary size."""
-
-    def compute(*numbers: Any) -> Any:
-        if any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
-            if not all(isinstance(n, bool) for n in numbers):
-                msg = (
-                    f"sizes must be numbers, got {[type(n).__name__ for n in numbers]}"
-                )
-                raise TypeError(msg)
-        result = function(*numbers)
-        if not isinstance(result, bool) and not -(2**63) <= result < 2**63:
-            msg = f"a size is {result:.3g}"
-            raise OverflowError(msg)
-        return result
-
-    return compute
-
-
-def _size(tensor: Tensor, axis: int) -> int:
-    if not isinstance(tensor, Tensor) or type(axis) is not int:
-        msg = "sym.size takes a tensor and an axis"
-        raise TypeError(msg)
-    return int(tensor.shape[axis])
-
-
-def _numel(tensor: Any) -> int:
-    if not isinstance(tensor, Tensor):
-        msg = "sym.numel takes a tensor"
-        raise TypeError(msg)
-    return tensor.numel()
-
-
-def _item(sequence: Any, index: Any) -> Any:
-    if not isinstance(sequence, tuple | list) or type(index) is not int:
-        msg = "sym.item takes a sequence and an index"
-        raise TypeError(msg)
-    return sequence[index]
-
-
-_SIZES: Mapping[str, Callable[..., Any]] = MappingProxyType({
-    "size": _size,
-    "numel": _numel,
-    "item": _item,
-    "add": _number(python.add),
-    "sub": _number(python.sub),
-    "mul": _number(python.mul),
-    "floordiv": _number(python.floordiv),
-    "mod": _number(python.mod),
-    "truediv": _number(python.truediv),
-    "neg": _number(python.neg),
-    "min": _number(min),
-    "max": _number(max),
-    "int": _number(math.trunc),
-    "float": _number(float),
-    "eq": _number(python.eq),
-    "ne": _number(python.ne),
-    "lt": _number(python.lt),
-    "le": _number(python.le),
-    "gt": _number(python.gt),
-    "ge": _number(python.ge),
-    "and": _number(python.and_),
-    "or": _number(python.or_),
-    "not": _number(python.not_),
-})
-assert _SIZES.keys() == vocabulary.SIZE_OPERATORS
