@@ -1,6 +1,6 @@
-"""Echo peers for bench/wire.py: raw TCP and Arrow Flight, each a server of its own.
+"""Echo peers for bench/wire.py: raw TCP, Arrow Flight and a bare grpcio unary call.
 
-    python bench/peers.py raw|flight
+    python bench/peers.py raw|flight|unary
 
 prints the port it listens on. The allocator is tuned by the environment that the
 bench sets, so that Flight is measured with the default and with the tuned one.
@@ -106,6 +106,46 @@ class FlightClient:
             sender.join()
 
 
+_PATH = "/echo.Echo/Echo"
+
+
+def serve_unary() -> None:
+    """Answer a gRPC call of bytes with the same bytes; nothing else."""
+    import asyncio
+
+    import grpc.aio
+
+    async def echo(request, context):
+        return request
+
+    async def serve():
+        server = grpc.aio.server()
+        handler = grpc.unary_unary_rpc_method_handler(echo)
+        server.add_generic_rpc_handlers((
+            grpc.method_handlers_generic_handler("echo.Echo", {"Echo": handler}),
+        ))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        print(port, flush=True)
+        await server.wait_for_termination()
+
+    asyncio.run(serve())
+
+
+class UnaryClient:
+    """The other end of `serve_unary`."""
+
+    def __init__(self, port: int) -> None:
+        import grpc
+
+        self._channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+        self._echo = self._channel.unary_unary(_PATH)
+
+    def echo(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Send [P], receive [P]."""
+        target[:] = np.frombuffer(self._echo(source.tobytes()), source.dtype)
+
+
 _buffers: dict[int, np.ndarray] = {}
 
 
@@ -125,4 +165,8 @@ def _write(writer, array: np.ndarray, rows: int = 1 << 18) -> None:
 
 
 if __name__ == "__main__":
-    {"raw": serve_raw, "flight": serve_flight}[sys.argv[1]]()
+    from curvd.allocator import tune_allocator
+
+    if sys.argv[1] == "unary":
+        tune_allocator()
+    {"raw": serve_raw, "flight": serve_flight, "unary": serve_unary}[sys.argv[1]]()
