@@ -229,6 +229,7 @@ class Queries:
                 values=arrays["diagonal"],
                 standard_errors=arrays["standard_errors"],
                 samples=summary.samples,
+                quantile=summary.quantile,
             )
 
         nbytes = 2 * self._column_bytes
@@ -280,13 +281,14 @@ class Queries:
                 grid=arrays["grid"],
                 density=arrays["density"],
                 standard_error=arrays["standard_error"],
+                half_width=arrays["half_width"],
                 nodes=arrays["nodes"],
                 weights=arrays["weights"],
                 width=summary.width,
                 logarithmic=logarithmic,
             )
 
-        nbytes = 8 * (3 * points + 2 * probes * steps)
+        nbytes = 8 * (4 * points + 2 * probes * steps)
         return QueryCall("SpectralDensity", request, read, max_bytes=nbytes)
 
     def solve(

@@ -156,6 +156,13 @@ class DiagonalEstimate(Result):
     standard_errors: Floats
     """[P]."""
     samples: int
+    quantile: float
+    """Standard errors that the 95 % interval of an element reaches to either side."""
+
+    @property
+    def half_widths(self) -> Floats:
+        """[P] Half of each element's 95 % interval."""
+        return self.quantile * self.standard_errors
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw a histogram of the elements.
@@ -182,6 +189,8 @@ class Density(Result):
     """[G] Per eigenvalue, or per decade of magnitude; integrates to one."""
     standard_error: Floats
     """[G] Over the probes; infinite for a single one."""
+    half_width: Floats
+    """[G] Half of the 95 % interval of the smoothed density."""
     nodes: Floats
     """[S, m] Ritz values of each probe; NaN where one needed fewer steps."""
     weights: Floats
@@ -191,7 +200,7 @@ class Density(Result):
     logarithmic: bool
 
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw the density with a band of two standard errors.
+        """Draw the density with its 95 % band.
 
         Args:
             axes: Where to; None makes a figure.
@@ -203,9 +212,9 @@ class Density(Result):
         # What four Gaussians of one percent leave is noise: hide it on the log axis.
         floor = 1e-6 * float(np.max(self.density, initial=1e-300))
         axes.plot(self.grid, np.maximum(self.density, floor), linewidth=1.2)
-        if np.isfinite(self.standard_error).all():
-            low = np.maximum(self.density - 2 * self.standard_error, floor)
-            high = np.maximum(self.density + 2 * self.standard_error, floor)
+        if np.isfinite(self.half_width).all():
+            low = np.maximum(self.density - self.half_width, floor)
+            high = np.maximum(self.density + self.half_width, floor)
             axes.fill_between(self.grid, low, high, alpha=0.25, linewidth=0)
         axes.set(yscale="log", ylabel="density")
         if self.logarithmic:

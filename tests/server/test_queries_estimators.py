@@ -1,4 +1,4 @@
-"""Estimators: unbiased, and inside their own error bars 95 % of the time over seeds."""
+"""Estimators: their definitions, their products, and when they stop."""
 
 import math
 
@@ -16,7 +16,6 @@ from curvd_server.queries.sampling import Target
 from curvd_server.queries.trace import trace
 
 SIZE = 80
-SEEDS = 200
 
 
 def matrix(decay=2.0, floor=0.0, size=SIZE):
@@ -33,29 +32,6 @@ def matrix(decay=2.0, floor=0.0, size=SIZE):
 
 def products_of(A, **options):
     return Products(lambda V: V @ A, size=len(A), dtype=A.dtype, **options)
-
-
-def binomial_slack(count, probability=0.95, deviations=4):
-    return probability - deviations * math.sqrt(probability * (1 - probability) / count)
-
-
-@pytest.mark.parametrize("estimator", Estimator)
-def test_traces_are_unbiased_and_inside_their_error_bars(estimator):
-    A = matrix()
-    exact = float(A.trace())
-    found = [
-        drain(
-            trace(
-                products_of(A), estimator=estimator, target=Target(samples=40), seed=s
-            )
-        )
-        for s in range(SEEDS)
-    ]
-    values = np.array([f.value for f in found])
-    assert abs(values.mean() - exact) < 4 * values.std() / math.sqrt(SEEDS)
-    inside = np.mean([abs(f.value - exact) <= f.half_width for f in found])
-    assert inside >= binomial_slack(SEEDS), inside
-    assert all(f.products <= 40 for f in found)
 
 
 def test_xtrace_beats_hutchinson_where_eigenvalues_decay():
@@ -108,29 +84,6 @@ def test_traces_of_low_rank_maps_are_exact_once_the_sketch_spans_them(estimator)
         assert found.standard_error < 1e-6 * found.value
 
 
-@pytest.mark.parametrize("estimator", [Estimator.HUTCHINSON, Estimator.EXCHANGEABLE])
-def test_diagonals_are_unbiased_and_inside_their_error_bars(estimator):
-    A = matrix()
-    exact = A.diagonal().numpy()
-    found = [
-        drain(
-            diagonal(
-                products_of(A), estimator=estimator, target=Target(samples=60), seed=s
-            )
-        )
-        for s in range(100)
-    ]
-    values = np.stack([f.values for f in found])
-    deviations = (values.mean(0) - exact) / (values.std(0) / 10)
-    assert np.abs(deviations).max() < 5
-    # 2.05 is Student's 97.5 % quantile for the 30 samples that 60 products make.
-    inside = np.mean([
-        np.abs(f.values.numpy() - exact) <= 2.05 * f.standard_errors.numpy()
-        for f in found
-    ])
-    assert inside >= 0.93, inside
-
-
 def test_xdiag_is_exact_when_the_sketch_spans_everything():
     A = matrix(size=12)
     found = drain(diagonal(products_of(A), target=Target(samples=100)))
@@ -161,43 +114,23 @@ def test_xdiag_equals_its_definition():
     np.testing.assert_allclose(sketch.exchanged_traces(), traces, atol=1e-12)
 
 
-def test_frobenius_norms_are_inside_their_error_bars():
+def test_frobenius_norms_stop_at_the_requested_standard_error():
     A = matrix(decay=0.5)
-    exact = float(torch.linalg.matrix_norm(A))
-    found = [
-        drain(frobenius_norm(products_of(A), target=Target(samples=50), seed=s))
-        for s in range(SEEDS)
-    ]
-    inside = np.mean([abs(f.value - exact) <= f.half_width for f in found])
-    assert inside >= binomial_slack(SEEDS), inside
     precise = drain(
         frobenius_norm(products_of(A), target=Target(relative=0.01, samples=10**4))
     )
     assert precise.standard_error <= 0.01 * precise.value
-    assert precise.value == pytest.approx(exact, rel=0.05)
+    assert precise.value == pytest.approx(float(torch.linalg.matrix_norm(A)), rel=0.05)
 
 
-def test_log_determinants_are_inside_their_error_bars():
+def test_log_determinants_count_their_products_and_report_the_smallest_ritz_value():
     A = matrix(decay=1.0, floor=0.5)
     damped = A + 0.1 * torch.eye(SIZE, dtype=A.dtype)
-    exact = float(torch.logdet(damped))
-    found = [
-        drain(
-            logdet(
-                products_of(A),
-                damping=0.1,
-                steps=25,
-                target=Target(samples=20),
-                seed=s,
-                block=4,
-            )
-        )
-        for s in range(SEEDS)
-    ]
-    inside = np.mean([abs(f.value - exact) <= f.half_width for f in found])
-    assert inside >= binomial_slack(SEEDS), inside
-    assert found[0].products == 20 * 25
-    assert found[0].smallest >= float(torch.linalg.eigvalsh(damped)[0]) - 1e-9
+    target = Target(samples=20)
+    found = drain(logdet(products_of(A), damping=0.1, steps=25, target=target, block=4))
+    assert found.products == 20 * 25
+    assert found.smallest >= float(torch.linalg.eigvalsh(damped)[0]) - 1e-9
+    assert found.value == pytest.approx(float(torch.logdet(damped)), rel=0.05)
 
 
 def test_log_determinants_of_indefinite_maps_are_refused_with_the_ritz_value_that_proves_it():

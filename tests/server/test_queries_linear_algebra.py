@@ -9,8 +9,9 @@ import torch
 
 from curvd import probes as client_probes
 from curvd.types import Distribution, Solver, Stop, Which
-from curvd_server.queries.base import Products, drain, student_975
+from curvd_server.queries.base import Products, drain
 from curvd_server.queries.eigsh import eigsh
+from curvd_server.queries.intervals import student_975
 from curvd_server.queries.probes import probes
 from curvd_server.queries.solve import solve
 

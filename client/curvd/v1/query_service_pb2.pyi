@@ -219,12 +219,14 @@ class DiagonalResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., summary: _Optional[_Union[DiagonalSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
 
 class DiagonalSummary(_message.Message):
-    __slots__ = ("query", "samples")
+    __slots__ = ("query", "samples", "quantile")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    QUANTILE_FIELD_NUMBER: _ClassVar[int]
     query: QuerySummary
     samples: int
-    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., samples: _Optional[int] = ...) -> None: ...
+    quantile: float
+    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., samples: _Optional[int] = ..., quantile: _Optional[float] = ...) -> None: ...
 
 class FrobeniusNormRequest(_message.Message):
     __slots__ = ("query", "accuracy")

@@ -121,8 +121,8 @@ class QueryServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SpectralDensity(self, request, context):
-        """The density of eigenvalues. Tensors, all F64: "grid", "density" and
-        "standard_error" [G]; "nodes" and "weights" [S, m], Ritz values and weights of
+        """The density of eigenvalues. Tensors, all F64: "grid", "density",
+        "standard_error" and "half_width" (of the 95 % interval) [G]; "nodes" and "weights" [S, m], Ritz values and weights of
         each of the S probes that were completed, NaN and 0 where one needed fewer steps.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
@@ -119,61 +118,6 @@ class Products:
         if self.limit is None:
             return wanted
         return max(0, min(wanted, self.limit - self.done))
-
-
-@dataclass(frozen=True, slots=True)
-class Mean:
-    """A mean of independent samples with its uncertainty."""
-
-    value: float
-    standard_error: float
-    half_width: float
-    """Half the width of the 95 % interval of Student's distribution."""
-
-
-def mean_of(samples: list[float]) -> Mean:
-    """Average independent samples.
-
-    Args:
-        samples: At least one; errors are infinite below two.
-
-    Returns:
-        Mean, standard error, and 95 % half width.
-    """
-    count = len(samples)
-    value = math.fsum(samples) / count
-    if count < 2:
-        return Mean(value, math.inf, math.inf)
-    variance = math.fsum((s - value) ** 2 for s in samples) / (count - 1)
-    error = math.sqrt(variance / count)
-    return Mean(value, error, error * student_975(count - 1))
-
-
-def student_975(freedom: int) -> float:
-    """Compute the 97.5 % quantile of Student's distribution.
-
-    Exact for one and two degrees of freedom; above, the expansion of Abramowitz &
-    Stegun (1964), 26.7.5, which is right to 2 % at three and to 1e-4 from ten on.
-
-    Args:
-        freedom: Degrees of freedom, at least 1.
-
-    Returns:
-        The quantile.
-    """
-    if freedom == 1:
-        return 12.706204736
-    if freedom == 2:
-        return 4.302652730
-    x, n = 1.959963985, freedom
-    terms = (
-        x,
-        (x**3 + x) / 4 / n,
-        (5 * x**5 + 16 * x**3 + 3 * x) / 96 / n**2,
-        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384 / n**3,
-        (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160 / n**4,
-    )
-    return math.fsum(terms)
 
 
 def drain(query: Query[R]) -> R:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from curvd.types import Distribution, Stop
 from curvd_server.queries.base import Products, Progress, Query
+from curvd_server.queries.intervals import uncertainty
 from curvd_server.queries.lanczos import Quadrature, quadratures
 from curvd_server.queries.probes import probes
 
@@ -24,6 +25,8 @@ class DensityResult:
     """[G] Per eigenvalue, or per decade of magnitude; integrates to one."""
     standard_error: NDArray[np.float64]
     """[G] Over the probes; infinite for a single one."""
+    half_width: NDArray[np.float64]
+    """[G] Half of the 95 % interval of the smoothed density."""
     nodes: NDArray[np.float64]
     """[S, m] Ritz values of each probe; NaN where a probe needed fewer steps."""
     weights: NDArray[np.float64]
@@ -138,6 +141,7 @@ def smooth(
             grid=empty,
             density=empty,
             standard_error=empty,
+            half_width=empty,
             nodes=np.empty((0, 0)),
             weights=np.empty((0, 0)),
             width=width or math.nan,
@@ -164,11 +168,12 @@ def smooth(
         _gaussians(axis, p[~np.isnan(p)], w[~np.isnan(p)], sigma)
         for p, w in zip(places, weights, strict=True)
     ])
-    spread = curves.std(axis=0, ddof=1) if len(curves) > 1 else np.full(points, np.inf)
+    error, half_width = uncertainty(curves)
     return DensityResult(
         grid=10.0**axis if logarithmic else axis,
         density=curves.mean(axis=0),
-        standard_error=spread / math.sqrt(len(curves)),
+        standard_error=error,
+        half_width=half_width,
         nodes=nodes,
         weights=weights,
         width=sigma,

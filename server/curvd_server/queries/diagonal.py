@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvd.types import Distribution, Estimator, Stop
 from curvd_server.queries.base import Products, Progress, Query
+from curvd_server.queries.intervals import student_975
 from curvd_server.queries.probes import probes
 from curvd_server.queries.sampling import LEAST_SAMPLES, Target
 from curvd_server.queries.sketch import Sketch
@@ -29,15 +30,21 @@ class DiagonalResult:
     stopped: Stop
 
     @property
+    def quantile(self) -> float:
+        """The 95 % interval of an element in standard errors to either side."""
+        return student_975(self.samples - 1) if self.samples > 1 else math.inf
+
+    @property
     def relative_error(self) -> float:
         """Norm of the standard errors relative to the diagonal's."""
         length = float(norms(self.values))
         return float(norms(self.standard_errors)) / length if length else math.inf
 
 
-_SHARED = 1.2
-"""XDiag's samples share their sketch, so their spread alone understates the error: by
-2 to 17 % over 16 combinations of decay, size and number of probes."""
+_SHARED = math.sqrt(2)
+"""XDiag's samples share their sketch, so their spread sees half of the variance that
+interactions of two probes cause (see `xtrace`). Where probes do not interact, because
+eigenvalues decay fast, this overstates the error."""
 
 
 def diagonal(

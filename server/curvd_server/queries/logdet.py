@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from curvd.types import Distribution, Stop
-from curvd_server.queries.base import Mean, Products, Progress, Query, mean_of
+from curvd_server.queries.base import Products, Progress, Query
+from curvd_server.queries.intervals import Mean, mean_of
 from curvd_server.queries.lanczos import quadratures
 from curvd_server.queries.probes import probes
 from curvd_server.queries.sampling import LEAST_SAMPLES, Estimate, Target

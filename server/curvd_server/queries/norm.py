@@ -54,7 +54,8 @@ def frobenius_norm(
         found,
         value=root,
         standard_error=_halved(found.standard_error, root),
-        half_width=_halved(found.half_width, root),
+        # The longer side of the interval of the square, taken to the root.
+        half_width=root - math.sqrt(max(0.0, found.value - found.half_width)),
     )
 
 

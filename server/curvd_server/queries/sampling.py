@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from curvd.types import Distribution, Stop
-from curvd_server.queries.base import Mean, Products, Progress, Query, mean_of
+from curvd_server.queries.base import Products, Progress, Query
+from curvd_server.queries.intervals import Mean, mean_of
 from curvd_server.queries.probes import probes
 
 LEAST_SAMPLES = 10

@@ -134,12 +134,10 @@ class Sketch:
         return found
 
     def jackknife_error(self, mean: float) -> float:
-        """Estimate XTrace's standard error.
+        """Estimate XTrace's standard error, from above, by Tukey's jackknife.
 
-        The k estimates share their sketch, so their spread alone understates the
-        error of their mean (by up to 70 % when k nears P). Tukey's jackknife over the
-        probes does not (Efron & Stein, Ann. Stat. 9, 1981): it compares the XTraces of
-        k - 1 probes, whose bases lack the span of two columns of S.
+        It compares the XTraces of k - 1 probes, whose bases lack the span of two
+        columns of S.
 
         Args:
             mean: XTrace of all probes.

@@ -5,13 +5,8 @@ from __future__ import annotations
 import math
 
 from curvd.types import Estimator, Stop
-from curvd_server.queries.base import (
-    Mean,
-    Products,
-    Progress,
-    Query,
-    student_975,
-)
+from curvd_server.queries.base import Products, Progress, Query
+from curvd_server.queries.intervals import Mean, mean_of, student_975
 from curvd_server.queries.sampling import LEAST_SAMPLES, Estimate, Target, sample_mean
 from curvd_server.queries.sketch import Sketch
 from curvd_server.queries.vectors import dots
@@ -136,6 +131,12 @@ def xtrace(
     For each probe, the sketch of all others gives the exact term and the probe itself
     samples the remainder; the mean over probes is the estimate.
 
+    The estimates of the probes share a sketch. Let V_r be the part of the variance that
+    interactions of r probes cause (Hoeffding's decomposition). The spread of the
+    estimates sees V_r / r, and the jackknife r V_r (Efron & Stein, Ann. Stat. 9, 1981):
+    one too small, one too large, and their geometric mean no smaller than the sum of
+    V_r by the Cauchy-Schwarz inequality, with equality where one order rules.
+
     Args:
         products: The map.
         target: When to stop; ``samples`` counts products, two per probe.
@@ -160,12 +161,13 @@ def xtrace(
             break
         sketch.grow(wanted)
         values = sketch.exchanged_traces()
-        middle = math.fsum(values) / len(values)
-        error = sketch.jackknife_error(middle)
-        if sketch.complete:
-            middle, error = sketch.exact_trace(), 0.0
+        spread = mean_of(values)
+        jackknife = sketch.jackknife_error(spread.value)
+        error = math.sqrt(spread.standard_error * jackknife)
         width = error * student_975(max(1, len(values) - 1))
-        mean = Mean(middle, error, width)
+        mean = Mean(spread.value, error, width)
+        if sketch.complete:
+            mean = Mean(sketch.exact_trace(), 0.0, 0.0)
         yield Progress(
             iteration=sketch.count,
             products=products.done,

@@ -147,7 +147,9 @@ class QueryService:
             })
             await call.finish(
                 query_pb.DiagonalSummary(
-                    query=call.summary(result.stopped), samples=result.samples
+                    query=call.summary(result.stopped),
+                    samples=result.samples,
+                    quantile=result.quantile,
                 )
             )
 
@@ -191,6 +193,7 @@ class QueryService:
                 "grid": result.grid,
                 "density": result.density,
                 "standard_error": result.standard_error,
+                "half_width": result.half_width,
                 "nodes": result.nodes,
                 "weights": result.weights,
             })
