@@ -208,25 +208,11 @@ def test_a_residual_net(client):
     check(client, seeded(residual).eval(), draw(N, 3, 8, 8), labels(3, N), step=1e-8)
 
 
-@functools.cache
-def declare_torchvision():
-    """Let torchvision be imported beside a torch that it was not compiled for."""
-    try:
-        from curvd_server import libraries
-
-        return libraries._declare_operators()
-    except ImportError:
-        if hasattr(torch.ops.torchvision, "nms"):
-            return None
-        declared = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            declared.define(f"{name}(Tensor dets, Tensor scores, float iou) -> Tensor")
-        return declared
-
-
 def library(name):
     """Import a library of models, or skip the test."""
-    declare_torchvision()
+    from curvd_server import libraries
+
+    libraries._declare_operators()  # torchvision may be compiled for another torch
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError, AttributeError) as error:

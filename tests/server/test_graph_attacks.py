@@ -372,7 +372,22 @@ def test_running_statistics_are_never_written_to(device):
             *(X, None, None, Ref(1), Ref(2), True, 0.5, 1e-5, False),
         )
     )
-    message.outputs[:] = [3]
+    message.nodes.append(
+        node(
+            "aten.batch_norm.default",
+            input=X,
+            weight=None,
+            bias=None,
+            running_mean=Ref(1),
+            running_var=Ref(2),
+            training=True,
+            momentum=0.5,
+            eps=1e-5,
+            cudnn_enabled=False,
+        )
+    )
+    message.nodes.append(node("aten.add.Tensor", Ref(3), Ref(4)))
+    message.outputs[:] = [5]
     run = GraphModule(Interpreter(decode(canonical(message))))
     run.use_batch_statistics()
     mean, variance = torch.zeros(4), torch.ones(4)

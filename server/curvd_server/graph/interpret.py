@@ -83,8 +83,9 @@ class Interpreter:
         """Name a BatchNorm that was exported in training mode; empty if there is none."""
         for node in self.graph.nodes:
             if node.operator == "aten.batch_norm.default":
-                mean, training = node.arguments[3], node.arguments[5]
-                if training is True and mean is not None:
+                given = dict(enumerate(node.arguments)) | dict(node.options)
+                mean = given.get(3, given.get("running_mean"))
+                if given.get(5, given.get("training")) is True and mean is not None:
                     return str(node)
         return ""
 

@@ -130,11 +130,11 @@ def padded_embedding(
 
 def batch_norm(
     batch_statistics: bool,
-    x: Tensor,
+    input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
@@ -146,24 +146,25 @@ def batch_norm(
 
     Args:
         batch_statistics: What the session decided.
-        x: ``[B, C, ...]``.
+        input: ``[B, C, ...]``.
         weight: ``[C]`` or None.
         bias: ``[C]`` or None.
-        mean: Running mean ``[C]``; None if there is none, then `x` has its own.
-        variance: Likewise.
+        running_mean: ``[C]``; None if there is none, then `input` has its own.
+        running_var: Likewise.
         training: What the graph says; passed over.
         momentum: Of running statistics; not used.
         eps: Added to the variance.
         cudnn_enabled: Whether cuDNN may compute it.
 
     Returns:
-        The shape of `x`.
+        The shape of `input`.
     """
-    own = batch_statistics or mean is None
+    own = batch_statistics or running_mean is None
     if own:
-        mean = variance = None
+        running_mean = running_var = None
     result: Tensor = torch.ops.aten.batch_norm.default(
-        x, weight, bias, mean, variance, own, 0.0, eps, cudnn_enabled
+        *(input, weight, bias, running_mean, running_var),
+        *(own, 0.0, eps, cudnn_enabled),
     )
     return result
 
