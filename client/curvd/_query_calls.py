@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -60,6 +61,7 @@ class QueryCall(Call[T]):
         self._operands, self._max_bytes = operands, max_bytes
         self.observe: Observe = lambda progress: None
         """Called with the progress as it arrives."""
+        self._latest: QueryProgress | None = None
 
     def restart(self) -> None:
         """Ask for the whole result again."""
@@ -87,7 +89,8 @@ class QueryCall(Call[T]):
             elif kind == "summary":
                 self._summary = getattr(part, kind)
             elif kind == "progress":
-                self.observe(_progress(getattr(part, kind)))
+                self._latest = _progress(getattr(part, kind))
+                self.observe(self._latest)
         yield from ()
 
     def conclude(self) -> None:
@@ -110,6 +113,18 @@ class QueryCall(Call[T]):
     def result(self) -> T:
         """Hand out the result."""
         return self._result
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Add to whatever ends the query early how far it was: the best so far."""
+        try:
+            yield
+        except BaseException as stopped:
+            if self._latest is not None:
+                stopped.add_note(
+                    f"{self.rpc.name} had {self._latest} when it was stopped"
+                )
+            raise
 
     def _request(self) -> Iterator[Part]:
         if self._operands is None:

@@ -123,8 +123,13 @@ def _operator(
     # A query takes as long as it takes; Ctrl-C stops it on the server, too.
     config = dataclasses.replace(read_config(**connection), deadline_s=None)
     spec = OperatorSpec(kind=OperatorKind(operator), damping=damping)
-    with connect(target, config=config) as client:
-        yield client.session(session).operator(spec)
+    try:
+        with connect(target, config=config) as client:
+            yield client.session(session).operator(spec)
+    except KeyboardInterrupt as stopped:
+        for note in getattr(stopped, "__notes__", ()):
+            click.echo(note, err=True)
+        raise
 
 
 def _finish(found: Eigenpairs | Estimate | Density, picture: Path | None) -> None:

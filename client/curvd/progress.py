@@ -89,6 +89,7 @@ def watched(
 
 
 def _line(what: str, progress: QueryProgress) -> str:
+    # One line: the first estimate and the worst error, not all of them.
     parts = [what, f"{progress.products} products"]
     if progress.estimates:
         parts.append(f"estimate {progress.estimates[0]:.6g}")

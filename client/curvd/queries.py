@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import functools
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from curvd._connection import AsyncConnection, Connection
 from curvd._query_calls import Observe, Queries, QueryCall
@@ -18,6 +20,7 @@ from curvd.results import (
 from curvd.types import Estimator, Solver, Which
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class QueryMethods:
@@ -25,7 +28,7 @@ class QueryMethods:
 
     Results say what they cost (`products`), to which parameter `version` they belong
     and whether they `converged`. Leaving a call, by an exception or Ctrl-C, stops the
-    work on the server.
+    work on the server; the latest progress is a note of the exception.
     """
 
     _connection: Connection
@@ -323,9 +326,23 @@ class QueryMethods:
         return self._ask(call, progress)
 
     def _ask(self, call: QueryCall[T], progress: Observe | bool) -> T:
-        with watched(progress, call.rpc.name) as observe:
+        with call.explained(), watched(progress, call.rpc.name) as observe:
             call.observe = observe
             return self._connection.run(call)
+
+
+def _awaited(
+    method: Callable[Concatenate[QueryMethods, P], T],
+) -> Callable[Concatenate[AsyncQueryMethods, P], Coroutine[Any, Any, T]]:
+    """Make the asyncio twin of a method: the same, but that `_ask` is to be awaited."""
+
+    async def twin(self: AsyncQueryMethods, /, *args: P.args, **options: P.kwargs) -> T:
+        asking: Any = method(self, *args, **options)  # type: ignore[arg-type]
+        result: T = await asking
+        return result
+
+    functools.update_wrapper(twin, method)
+    return twin
 
 
 class AsyncQueryMethods:
@@ -334,188 +351,15 @@ class AsyncQueryMethods:
     _connection: AsyncConnection
     _queries: Queries
 
-    async def eigsh(
-        self,
-        k: int = 6,
-        *,
-        which: Which | str = Which.LARGEST,
-        tolerance: float = 1e-6,
-        basis_size: int = 0,
-        seed: int = 0,
-        warm_start: bool = False,
-        vectors: bool = True,
-        max_products: int | None = None,
-        time_limit_s: float | None = None,
-        progress: Observe | bool = False,
-    ) -> Eigenpairs:
-        """Compute extremal eigenpairs; see `curvd.RemoteOperator`."""
-        call = self._queries.eigsh(
-            k,
-            which,
-            tolerance,
-            basis_size,
-            seed,
-            warm_start,
-            vectors,
-            max_products,
-            time_limit_s,
-        )
-        return await self._ask(call, progress)
-
-    async def trace(
-        self,
-        *,
-        estimator: Estimator | str = Estimator.EXCHANGEABLE,
-        relative_error: float = 0.0,
-        absolute_error: float = 0.0,
-        samples: int = 100,
-        seed: int = 0,
-        max_products: int | None = None,
-        time_limit_s: float | None = None,
-        progress: Observe | bool = False,
-    ) -> Estimate:
-        """Estimate the trace; see `curvd.RemoteOperator`."""
-        call = self._queries.trace(
-            estimator,
-            relative_error,
-            absolute_error,
-            samples,
-            seed,
-            max_products,
-            time_limit_s,
-        )
-        return await self._ask(call, progress)
-
-    async def diagonal(
-        self,
-        *,
-        estimator: Estimator | str = Estimator.EXCHANGEABLE,
-        relative_error: float = 0.0,
-        absolute_error: float = 0.0,
-        samples: int = 100,
-        seed: int = 0,
-        max_products: int | None = None,
-        time_limit_s: float | None = None,
-        progress: Observe | bool = False,
-    ) -> DiagonalEstimate:
-        """Estimate the diagonal; see `curvd.RemoteOperator`."""
-        call = self._queries.diagonal(
-            estimator,
-            relative_error,
-            absolute_error,
-            samples,
-            seed,
-            max_products,
-            time_limit_s,
-        )
-        return await self._ask(call, progress)
-
-    async def frobenius_norm(
-        self,
-        *,
-        relative_error: float = 0.0,
-        absolute_error: float = 0.0,
-        samples: int = 100,
-        seed: int = 0,
-        max_products: int | None = None,
-        time_limit_s: float | None = None,
-        progress: Observe | bool = False,
-    ) -> Estimate:
-        """Estimate the Frobenius norm; see `curvd.RemoteOperator`."""
-        call = self._queries.frobenius_norm(
-            relative_error,
-            absolute_error,
-            samples,
-            seed,
-            max_products,
-            time_limit_s,
-        )
-        return await self._ask(call, progress)
-
-    async def spectral_density(
-        self,
-        *,
-        probes: int = 8,
-        steps: int = 64,
-        points: int = 512,
-        width: float | None = None,
-        logarithmic: bool = False,
-        floor: float | None = None,
-        seed: int = 0,
-        max_products: int | None = None,
-        time_limit_s: float | None = None,
-        progress: Observe | bool = False,
-    ) -> Density:
-        """Estimate the density of eigenvalues; see `curvd.RemoteOperator`."""
-        call = self._queries.spectral_density(
-            probes,
-            steps,
-            points,
-            width,
-            logarithmic,
-            floor,
-            seed,
-            max_products,
-            time_limit_s,
-        )
-        return await self._ask(call, progress)
-
-    async def solve(
-        self,
-        b: Any,
-        /,
-        *,
-        solver: Solver | str = Solver.CG,
-        damping: float = 0.0,
-        tolerance: float = 1e-6,
-        x0: Any = None,
-        preconditioner: Any = None,
-        seed: int = 0,
-        max_products: int | None = None,
-        time_limit_s: float | None = None,
-        progress: Observe | bool = False,
-    ) -> Solution:
-        """Solve ``(A + damping * I) x = b``; see `curvd.RemoteOperator`."""
-        call = self._queries.solve(
-            b,
-            solver,
-            damping,
-            tolerance,
-            x0,
-            preconditioner,
-            seed,
-            max_products,
-            time_limit_s,
-        )
-        return await self._ask(call, progress)
-
-    async def logdet(
-        self,
-        *,
-        damping: float = 0.0,
-        steps: int = 32,
-        relative_error: float = 0.0,
-        absolute_error: float = 0.0,
-        probes: int = 30,
-        seed: int = 0,
-        max_products: int | None = None,
-        time_limit_s: float | None = None,
-        progress: Observe | bool = False,
-    ) -> LogDeterminant:
-        """Estimate ``log det(A + damping * I)``; see `curvd.RemoteOperator`."""
-        call = self._queries.logdet(
-            damping,
-            steps,
-            relative_error,
-            absolute_error,
-            probes,
-            seed,
-            max_products,
-            time_limit_s,
-        )
-        return await self._ask(call, progress)
+    eigsh = _awaited(QueryMethods.eigsh)
+    trace = _awaited(QueryMethods.trace)
+    diagonal = _awaited(QueryMethods.diagonal)
+    frobenius_norm = _awaited(QueryMethods.frobenius_norm)
+    spectral_density = _awaited(QueryMethods.spectral_density)
+    solve = _awaited(QueryMethods.solve)
+    logdet = _awaited(QueryMethods.logdet)
 
     async def _ask(self, call: QueryCall[T], progress: Observe | bool) -> T:
-        with watched(progress, call.rpc.name) as observe:
+        with call.explained(), watched(progress, call.rpc.name) as observe:
             call.observe = observe
             return await self._connection.run(call)

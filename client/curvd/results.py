@@ -47,6 +47,14 @@ class QueryProgress:
     """Residual norms or standard errors that belong to the estimates."""
     elapsed_s: float
 
+    def __str__(self) -> str:
+        parts = [f"{self.products} products"]
+        if self.estimates:
+            parts.append("estimates " + " ".join(f"{x:.6g}" for x in self.estimates))
+        if self.residuals:
+            parts.append("errors " + " ".join(f"{x:.1e}" for x in self.residuals))
+        return ", ".join(parts)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 import threading
 
 import numpy as np
@@ -313,6 +314,72 @@ async def test_cancelling_stops_the_product_that_runs_and_no_other_begins(tmp_pa
             await query
         await asyncio.to_thread(pausing.stopped.wait)
         assert pausing.log == ["query", "query", "cancelled"]
+
+
+async def test_deleting_the_session_ends_its_query_with_a_typed_error(tmp_path):
+    config = ServerConfig(listen="127.0.0.1:0", data_dir=tmp_path)
+    async with running(config) as server, contextlib.AsyncExitStack() as stack:
+        session = await connected(server, stack)
+        pausing, _ = await held_operator(server, session)
+        query = asyncio.create_task(session.hessian().eigsh(3))
+        await asyncio.to_thread(pausing.entered.acquire)
+        await session.delete()
+        with pytest.raises(curvd.Cancelled, match="was deleted while the call ran"):
+            await query
+        await asyncio.to_thread(pausing.stopped.wait)
+        assert pausing.log == ["query", "cancelled"]
+
+
+def interrupt(progress):
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_stops_the_work_and_says_how_far_it_was(session):
+    H = session.hessian()
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        H.trace(estimator="hutchinson", samples=10**5, progress=interrupt)
+    (note,) = stopped.value.__notes__
+    assert "Trace had" in note and "products, estimates" in note and "errors" in note
+    # Another query of the same lane ends: the first does not go on.
+    assert H.trace(samples=20).products == 20
+
+
+async def test_a_cancelled_call_says_how_far_it_was(session, live_target):
+    async with curvd.aio.connect(live_target) as client:
+        H, begun = (await client.session(session.id)).hessian(), asyncio.Event()
+        query = asyncio.create_task(
+            H.trace(
+                estimator="hutchinson",
+                samples=10**5,
+                progress=lambda progress: begun.set(),
+            )
+        )
+        await begun.wait()
+        query.cancel()
+        with pytest.raises(asyncio.CancelledError) as stopped:
+            await query
+        assert "Trace had" in stopped.value.__notes__[0]
+
+
+def test_ctrl_c_on_the_command_line_prints_the_best_so_far(
+    session, live_target, monkeypatch
+):
+    from click.testing import CliRunner
+
+    from curvd import queries
+    from curvd.cli import main
+
+    @contextlib.contextmanager
+    def interrupted(progress, what):
+        yield interrupt
+
+    monkeypatch.setattr(queries, "watched", interrupted)
+    args = ["trace", session.id, live_target, "--samples", "100000"]
+    done = CliRunner().invoke(
+        main, [*args, "--estimator", "hutchinson", "--relative-error", "0"]
+    )
+    assert done.exit_code != 0
+    assert "Trace had" in done.output and "products" in done.output
 
 
 async def test_a_matvec_waits_for_one_product_of_two_queries_at_most(tmp_path):
