@@ -10,7 +10,7 @@ import numpy as np
 
 from curvd import _requests
 from curvd._connection import Connection
-from curvd._query_calls import Queries
+from curvd._query_requests import Queries
 from curvd._tensors import TensorStream
 from curvd.arrays import Operand, operand, vector_dtype
 from curvd.errors import InvalidSpec, InvalidVector

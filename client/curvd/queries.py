@@ -1,4 +1,4 @@
-"""Queries of an operator, blocking and asynchronous; see `curvd._query_calls`."""
+"""Queries of an operator, blocking and asynchronous; see `curvd._query_requests`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from curvd._connection import AsyncConnection, Connection
-from curvd._query_calls import Observe, Queries, QueryCall
+from curvd._query_calls import Observe, QueryCall
+from curvd._query_requests import Queries
 from curvd.progress import watched
 from curvd.results import (
     Density,

@@ -4,40 +4,33 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
-import numpy as np
 import structlog
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from curvd import convert, wire
+from curvd import convert
 from curvd.errors import SessionNotFound
-from curvd.rpcs import RPCS, Part
+from curvd.rpcs import Part
 from curvd.types import OperatorSpec
-from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import query_service_pb2 as query_pb
 from curvd_server import query_validate as check
 from curvd_server.batching import Batcher
 from curvd_server.compute import TorchOperator
 from curvd_server.config import LimitsConfig
-from curvd_server.queries.base import Progress, Query
 from curvd_server.queries.density import spectral_density
-from curvd_server.queries.diagonal import diagonal, hutchinson_diagonal
+from curvd_server.queries.diagonal import diagonal
 from curvd_server.queries.eigsh import EigshResult, default_basis, eigsh
 from curvd_server.queries.logdet import logdet
 from curvd_server.queries.norm import frobenius_norm
-from curvd_server.queries.sampling import Estimate, Target
 from curvd_server.queries.solve import SolveResult, solve
 from curvd_server.queries.trace import trace
-from curvd_server.query_runs import Cost, QueryRun, vectors_bytes
+from curvd_server.query_runs import QueryRun
 from curvd_server.service.handlers import Send, opened
-from curvd_server.session import Lease
+from curvd_server.service.query_call import QueryCall, to_numpy
 from curvd_server.sessions import SessionStore
-from curvd_server.validate import check_finite, check_text
+from curvd_server.validate import check_text
 
 R = TypeVar("R")
 
@@ -95,7 +88,7 @@ class QueryService:
             )
             self._remember(key, result.vectors)
             if not request.values_only:
-                await call.send_tensors({"vectors": _numpy(result.vectors)})
+                await call.send_tensors({"vectors": to_numpy(result.vectors)})
             await call.finish(
                 query_pb.EigshSummary(
                     query=call.summary(result.stopped),
@@ -142,8 +135,8 @@ class QueryService:
                 )
             )
             await call.send_tensors({
-                "diagonal": _numpy(result.values),
-                "standard_errors": _numpy(result.standard_errors),
+                "diagonal": to_numpy(result.values),
+                "standard_errors": to_numpy(result.standard_errors),
             })
             await call.finish(
                 query_pb.DiagonalSummary(
@@ -208,13 +201,13 @@ class QueryService:
         header, chunks = await opened(requests)
         async with self._open("Solve", header.query, send) as call:
             solver = convert.solver_from_proto(header.solver)
-            tensors = await self._operands(call, chunks)
+            tensors = await call.operands(chunks)
             given = tensors.get("preconditioner")
             options = check.solve(header, solver, given)
             b = call.tensor(tensors["b"])
             diagonal_ = None if given is None else call.tensor(given)
             if header.diagonal_samples:
-                diagonal_ = await self._preconditioner(call, header, options.damping)
+                diagonal_ = await call.preconditioner(header, options.damping)
             result: SolveResult = await call.drive(
                 solve(
                     call.run.products,
@@ -226,7 +219,7 @@ class QueryService:
                     preconditioner=diagonal_,
                 )
             )
-            await call.send_tensors({"x": _numpy(result.solution)})
+            await call.send_tensors({"x": to_numpy(result.solution)})
             await call.finish(
                 query_pb.SolveSummary(
                     query=call.summary(result.stopped),
@@ -266,7 +259,7 @@ class QueryService:
     @contextlib.asynccontextmanager
     async def _open(
         self, name: str, query: query_pb.Query, send: Send
-    ) -> AsyncIterator[_Call]:
+    ) -> AsyncIterator[QueryCall]:
         """Lease the session and send the header."""
         check_text(query.request_id, "request_id")
         structlog.contextvars.bind_contextvars(
@@ -290,49 +283,11 @@ class QueryService:
                 time_limit_s=limits.time_limit_s,
             )
             with contextlib.ExitStack() as stack:
-                call = _Call(name, lease, spec, run, self._batcher, stack, send)
-                await call.begin(self._limits)
+                call = QueryCall(
+                    name, lease, spec, run, self._batcher, self._limits, stack, send
+                )
+                await call.begin()
                 yield call
-
-    async def _operands(
-        self, call: _Call, chunks: AsyncIterator[memoryview]
-    ) -> Mapping[str, NDArray[Any]]:
-        """Receive the tensors of Solve."""
-        layout, dtype = call.lease.info.layout, call.lease.info.dtype
-
-        def accept(header: wire.Header) -> int:
-            columns = check.systems(
-                header, layout=layout, dtype=dtype, limits=self._limits
-            )
-            # The operands, and what MINRES holds of each column.
-            call.reserve(len(header) * columns + 10 * columns)
-            return 0
-
-        assembler = wire.Assembler(accept, max_bytes=2 * self._limits.operand_bytes)
-        payload = np.empty(0, np.uint8)
-        async for chunk in chunks:
-            for piece in assembler.feed(chunk):
-                payload = piece
-        tensors = {n: t.view(payload) for n, t in assembler.finish().items()}
-        for tensor in tensors.values():
-            check_finite(tensor.reshape(-1, layout.size), layout=layout)
-        return tensors
-
-    async def _preconditioner(
-        self, call: _Call, header: query_pb.SolveHeader, damping: float
-    ) -> Tensor:
-        """Estimate the diagonal of the damped operator's magnitude: [P]."""
-        query = hutchinson_diagonal(
-            call.run.products,
-            target=Target(samples=header.diagonal_samples),
-            seed=check.seed(header.seed),
-            block=call.block,
-        )
-        found = await call.drive(query)
-        values: Tensor = (found.values + damping).abs()
-        # An element that is nearly zero by chance must not rule the iteration.
-        floor = 1e-3 * float(values.mean()) or 1.0
-        return values.clamp_min(floor)
 
     def _remember(self, key: tuple[str, OperatorSpec, object], vectors: Tensor) -> None:
         self._found.pop(key, None)
@@ -347,112 +302,3 @@ class QueryService:
         except SessionNotFound:
             return False
         return True
-
-
-@dataclass
-class _Call:
-    """What the methods share while a query runs."""
-
-    name: str
-    lease: Lease
-    spec: OperatorSpec
-    run: QueryRun[Any]
-    batcher: Batcher
-    stack: contextlib.ExitStack
-    send: Send
-
-    @property
-    def block(self) -> int:
-        """Probes that are multiplied together."""
-        at_once: int = self._report.columns_at_once
-        return max(8, at_once)
-
-    @property
-    def _report(self) -> Any:
-        assert self.lease.operator is not None
-        return self.lease.operator.report
-
-    def krylov_block(self, steps: int, samples: int) -> int:
-        """Count the Krylov spaces that may be in memory together."""
-        fitting = self._block_bytes // max(1, vectors_bytes(self.run, steps + 3))
-        at_once: int = self._report.columns_at_once
-        return max(1, min(fitting, samples, at_once))
-
-    async def begin(self, limits: LimitsConfig) -> None:
-        """Send the header."""
-        # A Krylov space is as much "under way" as the operands of a MatMat.
-        self._block_bytes = limits.pending_bytes // 8
-        info = self.lease.info
-        await self._part(
-            header=curvature_pb.ResultHeader(
-                version=info.version,
-                parameters_digest=info.parameters_digest,
-                model_id=info.model_id,
-                dataset_id=info.dataset_id,
-                plan=convert.plan_to_proto(self._report),
-            )
-        )
-
-    def reserve(self, vectors: int) -> None:
-        """Make room for so many vectors until the call ends."""
-        self.stack.enter_context(
-            self.batcher.reserve(1, vectors_bytes(self.run, vectors))
-        )
-
-    async def drive(self, query: Query[R]) -> R:
-        """Run an algorithm and send its progress."""
-        result: R = await self.run.drive(query, self._progress)
-        return result
-
-    async def send_tensors(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Send the result's file."""
-        for chunk in wire.chunks(arrays):
-            await self.send(chunk)
-
-    async def finish(self, summary: Any) -> None:
-        """Send the summary."""
-        await self._part(summary=summary)
-
-    def summary(self, stopped: Any) -> query_pb.QuerySummary:
-        """Say what it cost and why it ended."""
-        cost = self.run.cost
-        return query_pb.QuerySummary(
-            stopped=convert.stop_to_proto(stopped),
-            products=cost.products,
-            elapsed_s=cost.elapsed_s,
-            queue_s=cost.queue_s,
-            compute_s=cost.compute_s,
-        )
-
-    def estimate(self, result: Estimate) -> query_pb.EstimateSummary:
-        """Describe an estimate."""
-        return query_pb.EstimateSummary(
-            query=self.summary(result.stopped),
-            value=result.value,
-            standard_error=result.standard_error,
-            half_width=result.half_width,
-            samples=result.samples,
-        )
-
-    def tensor(self, array: NDArray[Any]) -> Tensor:
-        """Bring an operand to the device."""
-        products = self.run.products
-        return torch.from_numpy(array).to(products.device, products.dtype)
-
-    async def _progress(self, progress: Progress, cost: Cost) -> None:
-        await self._part(
-            progress=query_pb.QueryProgress(
-                iteration=progress.iteration,
-                products=progress.products,
-                estimates=progress.estimates,
-                residuals=progress.residuals,
-                elapsed_s=cost.elapsed_s,
-            )
-        )
-
-    async def _part(self, **part: Any) -> None:
-        await self.send(RPCS[self.name].response.message(**part))
-
-
-def _numpy(vectors: Tensor) -> NDArray[Any]:
-    return np.ascontiguousarray(vectors.cpu().numpy())

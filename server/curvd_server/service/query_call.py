@@ -1,0 +1,183 @@
+"""A call of QueryService under way: what its methods share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from curvd import convert, wire
+from curvd.rpcs import RPCS
+from curvd.types import OperatorSpec
+from curvd.v1 import curvature_service_pb2 as curvature_pb
+from curvd.v1 import query_service_pb2 as query_pb
+from curvd_server import query_validate as check
+from curvd_server.batching import Batcher
+from curvd_server.config import LimitsConfig
+from curvd_server.queries.base import Progress, Query
+from curvd_server.queries.diagonal import hutchinson_diagonal
+from curvd_server.queries.sampling import Estimate, Target
+from curvd_server.query_runs import Cost, QueryRun, vectors_bytes
+from curvd_server.service.handlers import Send
+from curvd_server.session import Lease
+from curvd_server.validate import check_finite
+
+R = TypeVar("R")
+
+
+@dataclass
+class QueryCall:
+    """What the methods share while a query runs."""
+
+    name: str
+    lease: Lease
+    spec: OperatorSpec
+    run: QueryRun[Any]
+    batcher: Batcher
+    limits: LimitsConfig
+    stack: contextlib.ExitStack
+    send: Send
+
+    @property
+    def block(self) -> int:
+        """Probes that are multiplied together."""
+        at_once: int = self._report.columns_at_once
+        return max(8, at_once)
+
+    @property
+    def _report(self) -> Any:
+        assert self.lease.operator is not None
+        return self.lease.operator.report
+
+    def krylov_block(self, steps: int, samples: int) -> int:
+        """Count the Krylov spaces that may be in memory together."""
+        # A Krylov space is as much "under way" as the operands of a MatMat.
+        fitting = (
+            self.limits.pending_bytes // 8 // max(1, vectors_bytes(self.run, steps + 3))
+        )
+        at_once: int = self._report.columns_at_once
+        return max(1, min(fitting, samples, at_once))
+
+    async def begin(self) -> None:
+        """Send the header."""
+        info = self.lease.info
+        await self._part(
+            header=curvature_pb.ResultHeader(
+                version=info.version,
+                parameters_digest=info.parameters_digest,
+                model_id=info.model_id,
+                dataset_id=info.dataset_id,
+                plan=convert.plan_to_proto(self._report),
+            )
+        )
+
+    def reserve(self, vectors: int) -> None:
+        """Make room for so many vectors until the call ends."""
+        self.stack.enter_context(
+            self.batcher.reserve(1, vectors_bytes(self.run, vectors))
+        )
+
+    async def operands(
+        self, chunks: AsyncIterator[memoryview]
+    ) -> Mapping[str, NDArray[Any]]:
+        """Receive the tensors of Solve."""
+        layout, dtype = self.lease.info.layout, self.lease.info.dtype
+
+        def accept(header: wire.Header) -> int:
+            columns = check.systems(
+                header, layout=layout, dtype=dtype, limits=self.limits
+            )
+            # The operands, and what MINRES holds of each column.
+            self.reserve(len(header) * columns + 10 * columns)
+            return 0
+
+        assembler = wire.Assembler(accept, max_bytes=2 * self.limits.operand_bytes)
+        payload = np.empty(0, np.uint8)
+        async for chunk in chunks:
+            for piece in assembler.feed(chunk):
+                payload = piece
+        tensors = {n: t.view(payload) for n, t in assembler.finish().items()}
+        for tensor in tensors.values():
+            check_finite(tensor.reshape(-1, layout.size), layout=layout)
+        return tensors
+
+    async def preconditioner(
+        self, header: query_pb.SolveHeader, damping: float
+    ) -> Tensor:
+        """Estimate the diagonal of the damped operator's magnitude: [P]."""
+        query = hutchinson_diagonal(
+            self.run.products,
+            target=Target(samples=header.diagonal_samples),
+            seed=check.seed(header.seed),
+            block=self.block,
+        )
+        found = await self.drive(query)
+        values: Tensor = (found.values + damping).abs()
+        # An element that is nearly zero by chance must not rule the iteration.
+        floor = 1e-3 * float(values.mean()) or 1.0
+        return values.clamp_min(floor)
+
+    async def drive(self, query: Query[R]) -> R:
+        """Run an algorithm and send its progress."""
+        result: R = await self.run.drive(query, self._progress)
+        return result
+
+    async def send_tensors(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Send the result's file."""
+        for chunk in wire.chunks(arrays):
+            await self.send(chunk)
+
+    async def finish(self, summary: Any) -> None:
+        """Send the summary."""
+        await self._part(summary=summary)
+
+    def summary(self, stopped: Any) -> query_pb.QuerySummary:
+        """Say what it cost and why it ended."""
+        cost = self.run.cost
+        return query_pb.QuerySummary(
+            stopped=convert.stop_to_proto(stopped),
+            products=cost.products,
+            elapsed_s=cost.elapsed_s,
+            queue_s=cost.queue_s,
+            compute_s=cost.compute_s,
+        )
+
+    def estimate(self, result: Estimate) -> query_pb.EstimateSummary:
+        """Describe an estimate."""
+        return query_pb.EstimateSummary(
+            query=self.summary(result.stopped),
+            value=result.value,
+            standard_error=result.standard_error,
+            half_width=result.half_width,
+            samples=result.samples,
+        )
+
+    def tensor(self, array: NDArray[Any]) -> Tensor:
+        """Bring an operand to the device."""
+        products = self.run.products
+        return torch.from_numpy(array).to(products.device, products.dtype)
+
+    async def _progress(self, progress: Progress, cost: Cost) -> None:
+        await self._part(
+            progress=query_pb.QueryProgress(
+                iteration=progress.iteration,
+                products=progress.products,
+                estimates=progress.estimates,
+                residuals=progress.residuals,
+                elapsed_s=cost.elapsed_s,
+            )
+        )
+
+    async def _part(self, **part: Any) -> None:
+        await self.send(RPCS[self.name].response.message(**part))
+
+
+def to_numpy(vectors: Tensor) -> NDArray[Any]:
+    """Bring vectors to where they are sent from."""
+    return np.ascontiguousarray(vectors.cpu().numpy())
