@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CONTAINERS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test lint types proto proto-check image-test bench fuzz clean
+.PHONY: help demo test gpu-test lint types proto proto-check image-test bench big-test fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
@@ -70,10 +70,13 @@ image-test: $(VENV)/dev.stamp ## build both images, compose the server, ask it f
 	CONTAINERS='$(CONTAINERS)' PYTHON='$(BIN)/python' tests/images.sh
 
 bench: $(VENV)/dev.stamp ## every ratio against its peers, with targets
-	for script in bench/engine.py bench/graph.py bench/smoke.py bench/wire.py bench/queries.py; do $(BIN)/python $$script --check || exit 1; done
+	for script in bench/engine.py bench/graph.py bench/smoke.py bench/wire.py bench/service.py bench/queries.py; do $(BIN)/python $$script --check || exit 1; done
 
 fuzz: $(VENV)/dev.stamp ## a hundred thousand hostile graphs, in about ten minutes
 	PYTHONPATH=tests $(BIN)/python tests/fuzz_graphs.py
+
+big-test: $(VENV)/dev.stamp ## a vector beyond 2 GiB each way; needs 7 GiB of free memory
+	$(BIN)/python bench/big.py
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache

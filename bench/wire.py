@@ -89,7 +89,7 @@ class Echo:
         return operator
 
 
-def serve(way: str) -> None:
+def serve(way: str, device=None) -> None:
     """Run the service until killed; print where it is, and what a client needs."""
     curvd.tune_allocator()
     from curvd_server.app import serve_in_thread
@@ -104,7 +104,7 @@ def serve(way: str) -> None:
         if way in ("tls", "mtls"):
             options["tls"], needed["tls"] = certificates(Path(folder), way == "mtls")
         config = ServerConfig(data_dir=Path(folder) / "data", **options)
-        with serve_in_thread(config, device=Echo()) as target:
+        with serve_in_thread(config, device=device or Echo()) as target:
             print(json.dumps({"target": target, **needed}), flush=True)
             sys.stdin.read()
 

@@ -1,0 +1,192 @@
+"""What the service costs beside the same product in this process.
+
+    python bench/service.py [--check] [--rounds 7] [--models mlp gpt]
+
+Two comparisons, interleaved, one thread for the computation:
+
+- a remote MatVec beside the product of a warm operator in this process and the echo of
+  the same bytes through the same service (an identity operator);
+- 16 clients at once with one vector each, beside one MatMat of 16 columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import wire
+
+import curvd
+from curvd.types import (
+    DatasetSpec,
+    Dtype,
+    LossName,
+    LossSpec,
+    Mode,
+    ModelSpec,
+    OperatorSpec,
+)
+from curvd_server import builders, compute
+
+CLIENTS = 16
+BUDGET_BYTES = 4 << 30
+MODELS = {
+    "mlp": {"widths": [784, 1024, 1024, 10], "activation": "gelu"},
+    "gpt": {"vocabulary": 1024, "context": 64, "layers": 8, "width": 320, "heads": 5},
+}
+
+
+def data(name: str) -> dict[str, np.ndarray]:
+    """A few mini-batches."""
+    rng = np.random.default_rng(0)
+    if name == "mlp":
+        return {
+            "x": rng.standard_normal((512, 784), dtype="f4"),
+            "y": rng.integers(0, 10, 512),
+        }
+    return {
+        "x": rng.integers(0, 1024, (8, 64)),
+        "y": rng.integers(0, 1024, (8, 64)),
+    }
+
+
+def batch_size(name: str) -> int:
+    """Data points per mini-batch."""
+    return 128 if name == "mlp" else 2
+
+
+def serve(way: str) -> None:
+    """Run the real service until killed."""
+    torch.set_num_threads(1)
+    wire.serve(way, device=compute.TorchDevice({}, "cpu"))
+
+
+def local_operator(name: str, state: dict[str, np.ndarray]):
+    """The same operator, built in this process."""
+    device = compute.TorchDevice({}, "cpu")
+    problem = device.load(
+        ModelSpec(builder=name, config=MODELS[name]),
+        state,
+        data(name),
+        DatasetSpec(inputs=("x",), target="y", batch_size=batch_size(name)),
+        LossSpec(name=LossName.CROSS_ENTROPY),
+        Mode.EVAL,
+        Dtype.FLOAT32,
+    )
+    return problem.build(
+        OperatorSpec(), budget_bytes=BUDGET_BYTES, cancelled=lambda: False
+    )
+
+
+def compare(name: str, client: curvd.Client, echo: curvd.Client, rounds: int):
+    """Measure one model; return the targets that were missed."""
+    torch.manual_seed(0)
+    module = builders.BUILDERS[name](MODELS[name])
+    state = {n: t.detach().numpy().copy() for n, t in module.state_dict().items()}
+    model = client.register_model(name, MODELS[name], state)
+    dataset = client.register_dataset(
+        data(name), inputs="x", target="y", batch_size=batch_size(name)
+    )
+    session = client.create_session(
+        model, dataset, loss="cross_entropy", budget_bytes=BUDGET_BYTES
+    )
+    H, local = session.hessian(), local_operator(name, state)
+    size = session.layout.size
+    wire.SIZES = {0: size}
+    identity = wire.open_sessions(echo)[size]
+    v = np.random.default_rng(1).standard_normal(size, dtype=np.float32)
+    V = np.random.default_rng(2).standard_normal((CLIENTS, size), dtype=np.float32)
+    remote_v, local_v = H @ v, local.apply(v[None], cancelled=lambda: False)[0]
+    gap = np.linalg.norm(remote_v - local_v) / np.linalg.norm(local_v)
+    plans = H.last.plan.mode, local.report.mode
+    racers = {
+        "in process": lambda: local.apply(v[None], cancelled=lambda: False),
+        "echo": lambda: identity @ v,
+        "remote": lambda: H @ v,
+        "one MatMat": lambda: V @ H,
+        "16 clients": lambda: at_once(client, session.id, V),
+    }
+    times = {racer: [] for racer in racers}
+    for turn in range(rounds + 1):
+        for racer, run in racers.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                times[racer].append(time.perf_counter() - start)
+    median = {racer: statistics.median(t) for racer, t in times.items()}
+    alone = median["in process"] + median["echo"]
+    ratio, together = (
+        median["remote"] / alone,
+        median["one MatMat"] / median["16 clients"],
+    )
+    print(f"{name}, P = {size}, plans {plans}, remote and local differ by {gap:.1e}")
+    for racer, seconds in median.items():
+        print(f"  {racer:12} {seconds * 1e3:9.1f} ms")
+    print(f"  remote over in process plus echo {ratio:.2f} (want <= 1.05)")
+    print(f"  throughput of 16 clients over one MatMat {together:.2f} (want >= 1)")
+    session.delete()
+    return [
+        text
+        for text, late in (
+            (f"{name}: remote MatVec {ratio:.2f}, want <= 1.05", ratio > 1.05),
+            (f"{name}: 16 clients {together:.2f}, want >= 1", together < 1),
+            (f"{name}: remote and local differ by {gap:.1e}", gap > 1e-4),
+        )
+        if late
+    ]
+
+
+_barrier = threading.Barrier(CLIENTS)
+
+
+def at_once(client: curvd.Client, session_id: str, V: np.ndarray) -> None:
+    """Ask for one product from each of 16 threads."""
+
+    def one(v: np.ndarray) -> np.ndarray:
+        H = client.session(session_id).hessian()
+        _barrier.wait()
+        return H @ v
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        list(pool.map(one, V))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="exit non-zero below a target"
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.serve:
+        serve(arguments.serve)
+        return 0
+    curvd.tune_allocator()
+    here = Path(__file__)
+    server, line = wire.start(str(here), "--serve", "tcp", OMP_NUM_THREADS="1")
+    other, echo_line = wire.start(str(here.with_name("wire.py")), "--serve", "tcp")
+    missed = []
+    try:
+        with wire.connected(line) as client, wire.connected(echo_line) as echo:
+            for name in arguments.models:
+                missed += compare(name, client, echo, arguments.rounds)
+    finally:
+        server.kill()
+        other.kill()
+    for text in missed:
+        print("MISSED", text)
+    return int(arguments.check and bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
