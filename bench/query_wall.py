@@ -109,7 +109,9 @@ def gpt_session(config: dict[str, int], batches: int) -> Iterator[tuple[str, str
     torch.manual_seed(0)
     tokens = torch.randint(config["vocabulary"], (2 * batches, config["context"] + 1))
     with tempfile.TemporaryDirectory() as folder:
-        server = ServerConfig(listen="127.0.0.1:0", data_dir=Path(folder))
+        server = ServerConfig(
+            listen="127.0.0.1:0", data_dir=Path(folder), compile_after_s=0
+        )
         with serve_in_thread(server) as target, curvd.connect(target) as client:
             state = builders.BUILDERS["gpt"](config).state_dict()
             model = client.register_model("gpt", config, state)

@@ -103,7 +103,10 @@ def serve(way: str, device=None) -> None:
             options["token"] = needed["token"] = "a-token-of-some-length"
         if way in ("tls", "mtls"):
             options["tls"], needed["tls"] = certificates(Path(folder), way == "mtls")
-        config = ServerConfig(data_dir=Path(folder) / "data", **options)
+        # A compiler in the background would take the cores of what is measured.
+        config = ServerConfig(
+            data_dir=Path(folder) / "data", compile_after_s=0, **options
+        )
         with serve_in_thread(config, device=device or Echo()) as target:
             print(json.dumps({"target": target, **needed}), flush=True)
             sys.stdin.read()
