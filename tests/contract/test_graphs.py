@@ -288,7 +288,7 @@ def check_language_model(client, module, *, fixed=(), targets=None):
 
 def test_gpt_2_with_its_tied_head_and_an_attention_mask(client):
     config, transformers = language_model(
-        "GPT2", n_positions=8, n_embd=4, n_layer=2, n_head=2
+        "GPT2", n_positions=8, n_embd=4, n_layer=1, n_head=2
     )
     module = seeded(lambda: transformers.GPT2LMHeadModel(config))
     assert module.lm_head.weight is module.transformer.wte.weight
@@ -300,7 +300,7 @@ def test_llama_with_a_padding_row(client):
         "Llama",
         hidden_size=4,
         intermediate_size=6,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=8,
@@ -314,7 +314,7 @@ def test_bert_classifies_masked_text(client):
         "Bert",
         hidden_size=4,
         intermediate_size=6,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=8,
         num_labels=3,
@@ -374,7 +374,7 @@ def test_the_weights_of_a_sentence_encoder_in_float32(client):
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
-        self.cell = nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True)
+        self.cell = nn.LSTM(3, 4, batch_first=True, bidirectional=True)
         self.head = nn.Linear(8, 3)
 
     def forward(self, x):
@@ -382,7 +382,7 @@ class Recurrent(nn.Module):
 
 
 def test_a_recurrent_net(client):
-    check(client, seeded(Recurrent), draw(N, 4, 3), labels(3, N))
+    check(client, seeded(Recurrent), draw(N, 3, 3), labels(3, N))
 
 
 class Tied(nn.Module):

@@ -178,8 +178,8 @@ def _overload(operator: str) -> Any:
     packet = getattr(torch.ops.aten, match[2], None)
     if packet is None or match[3] not in packet.overloads():
         return None
-    if match[3].startswith("prim") or match[3] == "data":
-        return None  # of TorchScript; of packed sequences
+    if match[3].startswith("prim") or match[3] == "data" or "dimname" in match[3]:
+        return None  # of TorchScript; of packed sequences; of named axes
     overload = getattr(packet, match[3])
     schema = overload._schema
     plain = all(
