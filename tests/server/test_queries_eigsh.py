@@ -170,7 +170,8 @@ def test_long_vectors_are_summed_in_double_precision(monkeypatch):
     basis = torch.linalg.qr(V.T)[0].T.contiguous()
     rest = torch.randn(1000, generator=generator)
     before = rest.clone()
-    weights = orthogonalise(basis, rest)
+    weights, left = orthogonalise(basis, rest)
+    np.testing.assert_allclose(left, norms(rest), rtol=1e-12)
     assert float((basis @ rest).abs().max()) < 1e-6
     np.testing.assert_allclose(weights.float() @ basis + rest, before, atol=1e-5)
     assert math.isclose(float(norms(torch.zeros(3))), 0.0)

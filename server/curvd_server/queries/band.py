@@ -79,22 +79,23 @@ class Band:
         n, b = self.count, self.pending
         known, product = self._rows[: n + b], self._rows[n + b]
         product.copy_(self._products(self._rows[n : n + 1])[0])
-        length = float(norms(product))
+        length = norms(product)
         # The latest rows hold nearly all of a Lanczos product: without them one pass
         # over the whole basis is enough.
         near = max(0, n - 1)
         weights = product.new_zeros(n + b, dtype=torch.float64)
-        weights[near:] = orthogonalise(known[near:], product, passes=1)
-        weights += orthogonalise(known, product)
-        column = weights.cpu().numpy()
-        left = float(norms(product))
+        self.scale = max(self.scale, float(length))
+        weights[near:], length = orthogonalise(
+            known[near:], product, length=length, passes=1
+        )
+        more, length = orthogonalise(known, product, length=length)
+        column, left = (weights + more).cpu().numpy(), float(length)
         self._h[n, :n] = self._c[0, :n]
         self._h[: n + 1, n] = column[: n + 1]
         self._c[: b - 1, :n] = self._c[1:b, :n]
         self._c[: b - 1, n] = column[n + 1 :]
         self._c[b - 1, :n], self._c[b - 1, n] = 0.0, left
         self.count += 1
-        self.scale = max(self.scale, length)
         if left > 4 * self.eps * self.scale:
             product /= left
         else:
@@ -171,8 +172,7 @@ class Band:
         if not length > 0:
             return
         place /= length.to(place.dtype)
-        orthogonalise(self._rows[:n], place)
-        left = norms(place)
+        _, left = orthogonalise(self._rows[:n], place)
         if left > 100 * self.eps:
             place /= left.to(place.dtype)
             self._c[self.pending] = 0.0

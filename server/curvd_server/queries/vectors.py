@@ -77,7 +77,9 @@ def subtract(basis: Tensor, weights: Tensor, vector: Tensor) -> None:
         vector[part].addmv_(basis[:, part].T, weights, alpha=-1)
 
 
-def orthogonalise(basis: Tensor, vector: Tensor, *, passes: int = 3) -> Tensor:
+def orthogonalise(
+    basis: Tensor, vector: Tensor, *, length: Tensor | None = None, passes: int = 3
+) -> tuple[Tensor, Tensor]:
     """Subtract from a vector, in place, what lies in the span of a basis.
 
     Again as long as a pass removes more than half of what was there: then rounding may
@@ -86,22 +88,25 @@ def orthogonalise(basis: Tensor, vector: Tensor, *, passes: int = 3) -> Tensor:
     Args:
         basis: [m, P], orthonormal rows.
         vector: [P].
+        length: Of the vector, if known.
         passes: How many at most.
 
     Returns:
-        The coefficients of what was subtracted: [m], float64.
+        The coefficients of what was subtracted: [m], float64, and the length that is
+        left.
     """
     total = basis.new_zeros(len(basis), dtype=torch.float64)
-    before = norms(vector)
+    before = norms(vector) if length is None else length
     for _ in range(passes if len(basis) else 0):
         found = coefficients(basis, vector)
         subtract(basis, found, vector)
         total += found
         after = norms(vector)
-        if not after < 0.7 * before:
-            break
+        enough = not after < 0.7 * before
         before = after
-    return total
+        if enough:
+            break
+    return total, before
 
 
 def rotate(basis: Tensor, turn: Tensor) -> None:

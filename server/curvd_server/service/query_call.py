@@ -138,7 +138,7 @@ class QueryCall:
         await self._part(summary=summary)
 
     def summary(self, stopped: Any) -> query_pb.QuerySummary:
-        """Say what it cost and why it ended."""
+        """Say what it cost until now, and why it ended."""
         cost = self.run.cost
         return query_pb.QuerySummary(
             stopped=convert.stop_to_proto(stopped),

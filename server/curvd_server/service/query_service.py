@@ -87,11 +87,12 @@ class QueryService:
                 )
             )
             self._remember(key, result.vectors)
+            cost = call.summary(result.stopped)
             if not request.values_only:
                 await call.send_tensors({"vectors": to_numpy(result.vectors)})
             await call.finish(
                 query_pb.EigshSummary(
-                    query=call.summary(result.stopped),
+                    query=cost,
                     values=result.values,
                     residuals=result.residuals,
                     tolerances=result.tolerances,
@@ -134,13 +135,14 @@ class QueryService:
                     block=call.block,
                 )
             )
+            cost = call.summary(result.stopped)
             await call.send_tensors({
                 "diagonal": to_numpy(result.values),
                 "standard_errors": to_numpy(result.standard_errors),
             })
             await call.finish(
                 query_pb.DiagonalSummary(
-                    query=call.summary(result.stopped),
+                    query=cost,
                     samples=result.samples,
                     quantile=result.quantile,
                 )
@@ -182,6 +184,7 @@ class QueryService:
                     block=block,
                 )
             )
+            cost = call.summary(result.stopped)
             await call.send_tensors({
                 "grid": result.grid,
                 "density": result.density,
@@ -191,9 +194,7 @@ class QueryService:
                 "weights": result.weights,
             })
             await call.finish(
-                query_pb.SpectralDensitySummary(
-                    query=call.summary(result.stopped), width=result.width
-                )
+                query_pb.SpectralDensitySummary(query=cost, width=result.width)
             )
 
     async def solve(self, requests: AsyncIterator[Part], send: Send) -> None:
@@ -219,10 +220,11 @@ class QueryService:
                     preconditioner=diagonal_,
                 )
             )
+            cost = call.summary(result.stopped)
             await call.send_tensors({"x": to_numpy(result.solution)})
             await call.finish(
                 query_pb.SolveSummary(
-                    query=call.summary(result.stopped),
+                    query=cost,
                     residuals=result.residuals,
                     relative_residuals=result.relative_residuals,
                     curvatures=result.curvatures,
