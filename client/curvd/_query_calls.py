@@ -1,4 +1,4 @@
-"""Queries as calls without I/O: requests are made here, and results are read."""
+"""A query as a call without I/O: a stream of progress that ends with a result."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from curvd import wire
 from curvd._calls import Call
 from curvd.arrays import Operand
 from curvd.errors import CurvdError, Internal
-from curvd.results import (
-    QueryProgress,
-)
+from curvd.results import QueryProgress
 from curvd.rpcs import RPCS, Part
 
 T = TypeVar("T")
