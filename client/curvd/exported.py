@@ -45,7 +45,7 @@ class Prepared:
     """The dataset's tensors by name."""
     target: str
     """The target's name."""
-    loss: LossSpec
+    loss: LossSpec | Mapping[str, Any] | str
     dtype: Dtype
     """What the module computes in."""
 
@@ -104,7 +104,8 @@ def export_loss(
       of all sums divided by the sum of all weights.
 
     Args:
-        loss: A function of outputs and targets, or a module.
+        loss: A function of outputs and targets, or a module, whose own parameters and
+            buffers become constants, at most 64 KiB.
         outputs: Example outputs of the model, [B, ...].
         targets: Example targets, [B, ...].
         normaliser: One of the three; it is checked on the example.
@@ -155,11 +156,7 @@ def prepare(
         raise InvalidSpec(msg)
     inputs, targets = data
     model = export(module, inputs, output=output)
-    if isinstance(loss, str):
-        loss = LossSpec(name=loss)  # type: ignore[arg-type]
-    elif isinstance(loss, Mapping):
-        loss = LossSpec(**loss)
-    elif not isinstance(loss, LossSpec):
+    if not isinstance(loss, str | Mapping | LossSpec):
         loss = recognised(loss, example_outputs(module, inputs, output), targets)
     if model.graph.dtype not in (d.value for d in Dtype):
         msg = f"no session computes in {model.graph.dtype}: export module.float()"

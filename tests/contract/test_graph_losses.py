@@ -253,6 +253,31 @@ def test_one_call_makes_a_session(client, training):
     session.delete()
 
 
+def test_a_session_of_a_module_takes_what_other_sessions_take(client, module):
+    data = draw(N, 4), labels(3, N)
+    open_with = functools.partial(client.session_for, module, data=data, batch_size=4)
+    assert open_with("cross_entropy").info.loss.name == "cross_entropy"
+    weighed = {"name": "cross_entropy", "class_weights": (1.0, 2.0, 3.0)}
+    assert open_with(weighed).info.loss.class_weights == (1.0, 2.0, 3.0)
+    with pytest.raises(
+        curvd.InvalidSpec, match="unexpected keyword argument 'wieghts'"
+    ):
+        open_with({"name": "cross_entropy", "wieghts": (1.0,)})
+    with pytest.raises(curvd.InvalidSpec, match=r"\(inputs, targets\), got Tensor"):
+        client.session_for(module, "mse", data[0], batch_size=4)
+    chosen = open_with("cross_entropy", params=("0.*",), name="mine")
+    assert chosen.layout.names == ("0.weight", "0.bias")
+    assert chosen.info.name == "mine"
+
+
+def test_half_precision_needs_a_dtype(client):
+    module, x = nn.Linear(4, 3).half(), torch.randn(N, 4).half()
+    with pytest.raises(curvd.InvalidSpec, match=r"F16: export module\.float\(\)"):
+        client.session_for(
+            module, nn.CrossEntropyLoss(), (x, labels(3, N)), batch_size=4
+        )
+
+
 async def test_one_awaited_call_makes_a_session(live_target, module):
     x, y = draw(N, 4), labels(3, N)
     async with curvd.aio.connect(live_target) as client:
