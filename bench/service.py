@@ -138,6 +138,7 @@ def compare(name: str, client: curvd.Client, echo: curvd.Client, rounds: int):
             (f"{name}: remote MatVec {ratio:.2f}, want <= 1.05", ratio > 1.05),
             (f"{name}: 16 clients {together:.2f}, want >= 1", together < 1),
             (f"{name}: remote and local differ by {gap:.1e}", gap > 1e-4),
+            (f"{name}: other plans, nothing is shown: {plans}", len(set(plans)) > 1),
         )
         if late
     ]
