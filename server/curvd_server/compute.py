@@ -5,7 +5,6 @@ Everything but `TorchDevice.architecture` belongs to the device's one thread.
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +15,9 @@ import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from curvd.errors import BuilderNotFound, CurvdError, InvalidSpec, OutOfMemory
+from curvd.errors import InvalidSpec, OutOfMemory
 from curvd.types import (
     DatasetSpec,
     DeviceInfo,
@@ -29,14 +28,10 @@ from curvd.types import (
     OperatorSpec,
     ParameterLayout,
     PlanReport,
-    TensorInfo,
 )
-from curvd_server import builders, engine, libraries
+from curvd_server import engine
 from curvd_server.compilation import Compiler
-from curvd_server.graph.decode import decode
-from curvd_server.graph.dryrun import dry_run
-from curvd_server.graph.interpret import Interpreter
-from curvd_server.graph.module import GraphModule
+from curvd_server.models import Models
 from curvd_server.objective import Problem
 from curvd_server.plans import Memory
 from curvd_server.registration import Architecture
@@ -55,22 +50,8 @@ _CANNOT_RUN = (
 Arrays = Mapping[str, NDArray[Any]]
 Poll = Callable[[], bool]
 
-_ARCHITECTURES = 32
-"""Whose traced programs are remembered; a program holds no parameters and no data."""
 _RESIDENT_SHARE = 0.25
 """Of a CUDA device's free memory; larger datasets stay on the host."""
-_NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +91,13 @@ class TorchDevice:
     ) -> None:
         use_differentiable_attention()
         self._tools = Tools({} if plans is None else plans, compiler)
-        self._builders = builders.resolve(entries)
-        self._programs: dict[str, dict[Any, Any]] = {}
-        self._allowed = libraries.check_allowed(allowed)
-        self._model_bytes = model_bytes
         self._name = device
+        self._models = Models(
+            entries,
+            allowed,
+            model_bytes=model_bytes,
+            memory_bytes=lambda: self.describe().total_bytes,
+        )
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
@@ -134,7 +117,7 @@ class TorchDevice:
     @property
     def builders(self) -> tuple[str, ...]:
         """Names of the builders that are allowed, and globs over those of libraries."""
-        return (*self._builders, *self._allowed)
+        return self._models.names
 
     def describe(self) -> DeviceInfo:
         """Describe the device and its memory."""
@@ -155,9 +138,7 @@ class TorchDevice:
         )
 
     def architecture(self, spec: ModelSpec) -> Architecture:
-        """Find out what a builder makes; without memory if it can be built so.
-
-        A graph is checked and tried on two data points, also without memory.
+        """Find out what a builder or a graph makes; on any thread.
 
         Args:
             spec: Builder and configuration, or graph.
@@ -165,27 +146,7 @@ class TorchDevice:
         Returns:
             The tensors of its state.
         """
-        module: nn.Module
-        if spec.graph:
-            module = self._interpreted(spec, batch=2)
-        else:
-            try:
-                with torch.device("meta"):
-                    module = self._build(spec)
-            except CurvdError:
-                raise
-            except Exception:  # it looks at values while it builds
-                module = self._build(spec)
-        names: dict[int, str] = {}
-        tensors, ties = {}, {}
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if isinstance(tensor, Tensor):
-                dtype, shape = _NAMES[tensor.dtype], tuple(tensor.shape)
-                tensors[name] = TensorInfo(name, dtype, shape)
-                home = names.setdefault(id(tensor), name)
-                if home != name:
-                    ties[name] = home
-        return Architecture(tensors, ties)
+        return self._models.architecture(spec)
 
     def load(
         self,
@@ -216,12 +177,8 @@ class TorchDevice:
         Raises:
             InvalidSpec: If they do not fit each other.
         """
-        if model.graph:
-            rows = len(arrays[data.target])
-            batch = min(data.batch_size, rows)
-            module: nn.Module = self._interpreted(model, batch=batch)
-        else:
-            module = self._build(model)
+        rows = min(data.batch_size, len(arrays[data.target]))
+        module = self._models.build(model, rows)
         with _translated():
             try:
                 problem = Problem.load(
@@ -235,7 +192,7 @@ class TorchDevice:
                     self.name,
                     params=params,
                     resident_bytes=self._resident_bytes(),
-                    programs=self._traced(model),
+                    programs=self._models.programs(model),
                 )
             except _CANNOT_RUN as error:
                 if _is_out_of_memory(error):
@@ -254,40 +211,6 @@ class TorchDevice:
         if not self.name.startswith("cuda"):
             return math.inf
         return self.describe().free_bytes * _RESIDENT_SHARE
-
-    def _traced(self, spec: ModelSpec) -> dict[Any, Any]:
-        """Find what was traced of an architecture, so that its next session is quick."""
-        key = f"{spec.graph.digest} {spec.builder} {json.dumps(dict(spec.config), sort_keys=True)}"
-        found = self._programs.pop(key, {})
-        self._programs[key] = found  # the latest last
-        if len(self._programs) > _ARCHITECTURES:
-            del self._programs[next(iter(self._programs))]
-        return found
-
-    def _interpreted(self, spec: ModelSpec, *, batch: int) -> GraphModule:
-        """Make a graph's module, once it has run without memory."""
-        interpreter = Interpreter(decode(spec.graph))
-        dry_run(interpreter, batch=batch, limit_bytes=self.describe().total_bytes)
-        return GraphModule(interpreter)
-
-    def _build(self, spec: ModelSpec) -> nn.Module:
-        builder = self._builders.get(spec.builder) or libraries.find(
-            spec.builder, self._allowed, limit_bytes=self._model_bytes
-        )
-        if builder is None:
-            known = ", ".join(self.builders)
-            msg = (
-                f"no builder {spec.builder!r} is allowed on this server; known: {known}"
-            )
-            raise BuilderNotFound(msg, builder=spec.builder)
-        try:
-            return builder(spec.config)
-        except (TypeError, ValueError, KeyError) as error:
-            msg = (
-                f"builder {spec.builder!r} refuses its config: "
-                f"{type(error).__name__}: {error}"
-            )
-            raise InvalidSpec(msg, builder=spec.builder) from error
 
 
 class TorchProblem:

@@ -21,6 +21,7 @@ from curvd.types import (
     OperatorSpec,
 )
 from curvd_server import compute, plans, program
+from curvd_server.builders import BUILDERS
 from curvd_server.curvature import MODES
 from curvd_server.engine import build
 from curvd_server.plans import Plan, Stopwatch
@@ -221,9 +222,8 @@ def test_an_architecture_is_traced_once(monkeypatch):
     )
 
     def product(widths: list[int], scale: float):
-        module = device._build(
-            spec := ModelSpec(builder="mlp", config={"widths": widths})
-        )
+        spec = ModelSpec(builder="mlp", config={"widths": widths})
+        module = BUILDERS["mlp"](spec.config)
         state = {n: scale * p.detach().numpy() for n, p in module.named_parameters()}
         problem = device.load(
             spec,
