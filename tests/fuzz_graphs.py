@@ -90,6 +90,7 @@ def child(first: int, last: int) -> None:
         graph = interpreter.graph
         state = {t.names[0]: filled(t.shape, t.dtype) for t in graph.tensors}
         inputs = [filled((2, *i.shape), i.dtype) for i in graph.inputs]
+        before = [t.clone() for t in (*state.values(), *inputs)]
         try:
             torch.func.functional_call(module, state, tuple(inputs))
             counts["ran"] += 1
@@ -97,6 +98,9 @@ def child(first: int, last: int) -> None:
             counts[f"at the run: {type(error).__name__}"] += 1
         except (TypeError, ValueError, LookupError, RuntimeError):
             counts["at the run: translated by the device"] += 1
+        if not all(map(torch.equal, before, (*state.values(), *inputs))):
+            counts["MUTATED"] += 1
+            sys.stderr.write(f"seed {seed} wrote to its inputs\n")
 
     sys.addaudithook(hook)
     for seed in range(WARM_UP):
@@ -154,7 +158,7 @@ def parent(graphs: int, seed: int) -> int:
     )
     for name, count in total.most_common():
         print(f"{count:8d}  {name}")
-    bad = [n for n in ("CRASH", "UNTYPED", "SLOW", "EVENT") if total[n]]
+    bad = [n for n in ("CRASH", "UNTYPED", "SLOW", "EVENT", "MUTATED") if total[n]]
     print(
         "FAILED: " + ", ".join(bad)
         if bad

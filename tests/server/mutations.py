@@ -105,6 +105,7 @@ def fitting(rng, values):
         getattr(torch.ops.aten, name.split(".")[1]), name.split(".")[2]
     )._schema
     made = pb.GraphNode(operator=name)
+    named = rng.random() < 0.2
     for a in schema.arguments:
         if a.name in ("device", "layout", "pin_memory") or (
             a.has_default_value() and rng.random() < 0.6
@@ -113,7 +114,9 @@ def fitting(rng, values):
                 break
             continue
         made.arguments.append(
-            _fitting_argument(rng, values, str(a.type), a.name if a.kwarg_only else "")
+            _fitting_argument(
+                rng, values, str(a.type), a.name if a.kwarg_only or named else ""
+            )
         )
     return made
 

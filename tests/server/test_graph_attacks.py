@@ -281,6 +281,16 @@ def test_names_are_never_paths(device, tmp_path, monkeypatch):
             "would return 1099511627776 tensors",
         ),
         (graph(node("aten.tensor_split.sections", X, 2**40)), "would return"),
+        (graph(node("aten.tensor_split.sections", sections=2**40, self=X)), "would"),
+        (
+            graph(
+                node("aten.zeros.default", [1]),
+                node("aten.expand.default", Ref(2), [2**40]),
+                node("sym.min", 1, 2),
+                node("aten.split.Tensor", self=Ref(3), dim=-1, split_size=Ref(4)),
+            ),
+            "would return 1099511627776 tensors",
+        ),
         (
             graph(
                 node("aten.zeros.default", [1, 1, 4]),
@@ -400,6 +410,29 @@ def test_running_statistics_are_never_written_to(device):
     mean, variance = torch.zeros(4), torch.ones(4)
     torch.func.functional_call(run, {"m": mean, "v": variance}, (torch.randn(8, 4),))
     assert not mean.any() and torch.equal(variance, torch.ones(4))
+
+
+def test_instance_norm_leaves_what_it_is_given_alone():
+    buffers = [
+        pb.GraphTensor(names=[n], role=3, dtype="F32", shape=[4]) for n in ("m", "v")
+    ]
+    message = graph(
+        tensors=buffers, inputs=[pb.GraphInput(name="x", dtype="F32", shape=[4, 5])]
+    )
+    arguments = (X, None, None, Ref(1), Ref(2), True, 0.5, 1e-5, False)
+    message.nodes.append(node("aten.instance_norm.default", *arguments))
+    message.outputs[:] = [3]
+    run = GraphModule(Interpreter(decode(canonical(message))))
+    mean, variance = torch.zeros(4), torch.ones(4)
+    torch.func.functional_call(run, {"m": mean, "v": variance}, (torch.randn(8, 4, 5),))
+    assert not mean.any() and torch.equal(variance, torch.ones(4))
+
+
+def test_chance_cannot_come_in_by_a_reference(device):
+    half = node("sym.truediv", 1, 2)
+    attention = node("aten.scaled_dot_product_attention.default", W, W, W, None, Ref(2))
+    with pytest.raises(InvalidGraph, match="needs 'dropout_p' as a literal"):
+        register(device, graph(half, attention))
 
 
 def test_a_model_has_a_builder_or_a_graph():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvd.errors import CurvdError, InvalidGraph, LimitExceeded
 from curvd_server.graph.interpret import Interpreter, Step, filled
-from curvd_server.graph.operators import DTYPES
+from curvd_server.graph.operators import DTYPES, given_to
 from curvd_server.graph.work import check_work
 
 LIMIT_S = 20.0
@@ -70,7 +70,9 @@ def dry_run(
 
 def _compute(step: Step, values: list[Any]) -> None:
     try:
-        check_work(step.node, [filled(a, values) for a in step.arguments])
+        arguments = [filled(a, values) for a in step.arguments]
+        options = {name: filled(o, values) for name, o in step.options.items()}
+        check_work(step.node, given_to(step.node, arguments, options))
         step.run(values)
     except CurvdError:
         raise

@@ -7,7 +7,7 @@ have a schema that is pure and plain, and the arguments must fit that schema.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +21,7 @@ from curvd_server.graph.form import (
     ElementType,
     MemoryFormat,
     Node,
+    Ref,
 )
 from curvd_server.graph.sizes import SIZES
 from curvd_server.graph.work import RECURRENT
@@ -58,6 +59,8 @@ _TYPES = frozenset(
 ) | {"str", "Optional[str]"}
 # The server fills in the device; the others say where and how memory is laid out.
 _FILLED = frozenset({"device", "layout", "pin_memory"})
+# What an operator may do hangs on these, so it must be known beforehand.
+_DECISIVE = ("dropout", "dropout_p", "train", "scale_grad_by_freq", "sparse")
 _RETURNS = frozenset({"Tensor", "List[Tensor]"})
 
 
@@ -85,8 +88,30 @@ def resolve(node: Node) -> Callable[..., Any]:
     _fit(node, overload._schema)
     if node.operator == "aten.embedding.default":
         return padded_embedding
+    if node.operator == "aten.instance_norm.default":
+        return instance_norm
     function: Callable[..., Any] = overload
     return function
+
+
+def given_to(
+    node: Node, arguments: Sequence[Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Name the arguments of a call.
+
+    Args:
+        node: Whose operator is called.
+        arguments: Its positional arguments.
+        options: The others.
+
+    Returns:
+        All of them by the names of the schema; sizes have none.
+    """
+    overload = _overload(node.operator)
+    if overload is None:
+        return {}
+    names = [a.name for a in overload._schema.arguments if a.name not in _FILLED]
+    return {**dict(zip(names, arguments, strict=False)), **options}
 
 
 def makes_tensors(operator: str) -> bool:
@@ -169,6 +194,42 @@ def batch_norm(
     return result
 
 
+def instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """Normalise each data point; running statistics are never written to.
+
+    Args:
+        input: ``[B, C, ...]``.
+        weight: ``[C]`` or None.
+        bias: ``[C]`` or None.
+        running_mean: ``[C]`` or None; used unless `use_input_stats`.
+        running_var: Likewise.
+        use_input_stats: Whether the data point's own statistics are used.
+        momentum: Of running statistics; not used.
+        eps: Added to the variance.
+        cudnn_enabled: Whether cuDNN may compute it.
+
+    Returns:
+        The shape of `input`.
+    """
+    if use_input_stats:
+        running_mean = running_var = None
+    result: Tensor = torch.ops.aten.instance_norm.default(
+        *(input, weight, bias, running_mean, running_var),
+        *(use_input_stats, 0.0, eps, cudnn_enabled),
+    )
+    return result
+
+
 @functools.cache
 def _overload(operator: str) -> Any:
     """Look an allowed operator up; None if it is not there, or not pure."""
@@ -213,6 +274,9 @@ def _fit(node: Node, schema: Any) -> None:
             _fit_one(node, argument, given[argument.name])
         elif not argument.has_default_value():
             raise _refused(node, f"needs argument {argument.name!r}")
+    for name in _DECISIVE:
+        if isinstance(given.get(name), Ref):
+            raise _refused(node, f"needs {name!r} as a literal")
     if given.get("scale_grad_by_freq") is True or given.get("sparse") is True:
         raise _refused(
             node, "has no second derivative with scale_grad_by_freq or sparse"
