@@ -260,6 +260,17 @@ def test_probes_need_not_travel(channel, session_id):
         raw.call(channel, "MatVec", request)
 
 
+def test_what_is_too_large_for_one_message_is_refused_before_it_is_computed(
+    channel, session_id, device
+):
+    probe = {"columns": 200_000}  # of 5 float64
+    with pytest.raises(LimitExceeded, match="one message holds 4128768 at most"):
+        multiply(channel, session_id, operand={"probe": probe})
+    assert applied(device) == 0
+    multiply(channel, session_id, operand={"probe": probe}, store_as="w")
+    assert get(channel, session_id, "w").shape == (200_000, 5)
+
+
 def test_no_chunks_may_follow_what_does_not_travel(channel, session_id):
     data = raw.file_of({"v": V})
     request = raw.product("MatVec", session_id, data, operand={"probe": {}})

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from curvd import convert, narrow, wire
 from curvd.buffers import Buffer, Pool
-from curvd.errors import Internal, InvalidSpec
+from curvd.errors import Internal, InvalidSpec, LimitExceeded
 from curvd.types import OperatorSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd_server import operands, validate
@@ -31,6 +31,8 @@ Columns = NDArray[Any]
 
 _BLOCKS = 2
 """Column blocks of one call under way: one computes while another travels."""
+_MESSAGE_BYTES = (4 << 20) - (64 << 10)
+"""Tensors in one message: gRPC's peers take 4 MiB by default, headers included."""
 _SMALL_BYTES = 1 << 20
 """Up to here, work on an array is quicker than handing it to a thread."""
 _SOON_SENT_BYTES = 16 << 20
@@ -232,9 +234,15 @@ class Product:
         # Twice: the operand and its result.
         reservation = self._tools.batcher.reserve(at_once, 2 * at_once * column_bytes)
         self._stack.enter_context(reservation)
+        nbytes = columns * column_bytes
         if self._request.store_as:
-            nbytes = columns * column_bytes
             self._lease.vectors.check_room(self._request.store_as, nbytes)
+        elif self._matrix is None and nbytes > _MESSAGE_BYTES:
+            msg = (
+                f"the result has {nbytes} bytes; one message holds {_MESSAGE_BYTES} at "
+                "most. Use MatVec or MatMat, or store_as"
+            )
+            raise LimitExceeded(msg, nbytes=nbytes, limit=_MESSAGE_BYTES)
         self._shape = shape
         self._events.put_nowait(_Event(shape=shape))
 
