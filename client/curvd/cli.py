@@ -110,7 +110,7 @@ def info(target: str, as_json: bool, **options: Any) -> None:
             "server": dataclasses.asdict(server),
             "sessions": [dataclasses.asdict(s) for s in sessions],
         }
-        click.echo(json.dumps(facts, indent=2))
+        click.echo(json.dumps(facts, indent=2, default=repr))  # graphs: their digests
     else:
         click.echo("\n".join([*_server_lines(server), *_session_lines(sessions)]))
 
