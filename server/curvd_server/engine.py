@@ -29,7 +29,7 @@ from curvd_server.program import Compilable, Rows
 from curvd_server.repeatable import check_objective, check_repeatable
 from curvd_server.streamed import on_host
 
-TUNING_S = 3.0
+TUNING_S = 4.0
 """Default time for measuring candidate plans."""
 SHARED = 16
 """Columns that share one linearisation when it has to be recomputed."""

@@ -270,8 +270,8 @@ class Stopwatch:
         return self._left_s <= 0
 
     def allows(self, seconds: float) -> bool:
-        """Tell whether a product of this length may be timed, and once for warmth."""
-        return 2 * seconds < self._left_s
+        """Tell whether a product of this length may be timed, if only once."""
+        return seconds < self._left_s
 
     def seconds_per_column(self, plan: Plan) -> float | None:
         """Time a plan's product, and its linearisation in so far as it is not kept.
@@ -314,7 +314,7 @@ class Stopwatch:
             self._wait()
             seconds.append(time.perf_counter() - start)
             self._left_s -= seconds[-1]
-            if self.is_over() and len(seconds) > 1:
+            if self.is_over():
                 break
         return min(seconds) / plan.columns_at_once
 
