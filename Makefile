@@ -30,7 +30,7 @@ demo: $(VENV)/demo.stamp ## the main job on real data, in about a minute
 	$(BIN)/curvd demo
 
 test: $(VENV)/dev.stamp lint types proto-check ## everything that must pass
-	$(BIN)/pytest -m 'not gpu'
+	$(BIN)/pytest -m 'not gpu' -n 2 --dist loadfile
 
 gpu-test: $(VENV)/dev.stamp ## what needs a CUDA device
 	$(BIN)/pytest -m gpu
