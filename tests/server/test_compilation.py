@@ -50,7 +50,7 @@ def eager(monkeypatch):
     return use
 
 
-@pytest.mark.parametrize("animal", ANIMALS, ids=str)
+@pytest.mark.parametrize("animal", ANIMALS, ids=lambda a: a.name)
 def test_a_program_survives_being_written(animal):
     """What the child reads is what this process runs, to the bit."""
     problem = problem_of(animal)
