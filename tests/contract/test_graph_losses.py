@@ -183,7 +183,7 @@ NAMED = [
 ]
 
 
-@pytest.mark.parametrize(("loss", "want"), NAMED, ids=[str(loss) for loss, _ in NAMED])
+@pytest.mark.parametrize(("loss", "want"), NAMED)
 def test_common_losses_are_known_by_name(loss, want):
     from curvd.graph.losses import recognised
 
