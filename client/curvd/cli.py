@@ -110,7 +110,8 @@ def info(target: str, as_json: bool, **options: Any) -> None:
             "server": dataclasses.asdict(server),
             "sessions": [dataclasses.asdict(s) for s in sessions],
         }
-        click.echo(json.dumps(facts, indent=2, default=repr))  # graphs: their digests
+        # What JSON cannot say is a graph; its digest names it, if there is one.
+        click.echo(json.dumps(facts, indent=2, default=lambda g: g.digest or None))
     else:
         click.echo("\n".join([*_server_lines(server), *_session_lines(sessions)]))
 

@@ -195,7 +195,7 @@ class TorchDevice:
                     programs=self._models.programs(model),
                 )
             except _CANNOT_RUN as error:
-                if _is_out_of_memory(error):
+                if engine.is_out_of_memory(error):
                     raise
                 # Not our defect: what the model said when it saw the data.
                 first_line = str(error).partition("\n")[0]
@@ -329,18 +329,12 @@ class _translated:
     def __exit__(
         self, kind: object, error: BaseException | None, trace: object
     ) -> None:
-        if _is_out_of_memory(error):
+        if engine.is_out_of_memory(error):
             msg = (
                 "the device has not enough memory: use a smaller batch_size, a smaller "
                 "budget_bytes, or delete sessions"
             )
             raise OutOfMemory(msg) from error
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 def _tensors(arrays: Arrays) -> dict[str, Any]:

@@ -309,7 +309,7 @@ class Operator:
             try:
                 pieces = self._block_rows(linear, V[start:stop])
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 linear = self._relieve(index, linear, error)
                 continue
@@ -399,6 +399,8 @@ class Operator:
         return f"{'partly_kept' if kept else 'recomputed'}_{self.plan.mode}"
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Tell whether torch ran out of memory, on whichever device."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

@@ -120,7 +120,8 @@ class Models:
 
     def programs(self, spec: ModelSpec) -> dict[Any, Any]:
         """Find what was traced of an architecture, so that its next session is quick."""
-        key = f"{spec.graph.digest} {spec.builder} {json.dumps(dict(spec.config), sort_keys=True)}"
+        config = json.dumps(dict(spec.config), sort_keys=True)
+        key = f"{spec.graph.digest} {spec.builder} {config}"
         found = self._programs.pop(key, {})
         self._programs[key] = found  # the latest last
         if len(self._programs) > _ARCHITECTURES:

@@ -31,7 +31,7 @@ class QueryServiceStub(object):
     Every answer is a stream: one header, progress while the query runs, the result's
     tensors as one safetensors file in chunks, and a summary. Field 1 is the header,
     field 2 the chunk, field 3 the summary, field 4 progress; answers without tensors
-    have no field 2. Ending the stream stops the computation within one mini-batch.
+    have no field 2. Ending the stream stops the computation within one step.
 
     A query that runs out of products or time answers with the best so far and says so
     in QuerySummary.stopped. Queries are pure: a retry is always safe.
@@ -86,7 +86,7 @@ class QueryServiceServicer(object):
     Every answer is a stream: one header, progress while the query runs, the result's
     tensors as one safetensors file in chunks, and a summary. Field 1 is the header,
     field 2 the chunk, field 3 the summary, field 4 progress; answers without tensors
-    have no field 2. Ending the stream stops the computation within one mini-batch.
+    have no field 2. Ending the stream stops the computation within one step.
 
     A query that runs out of products or time answers with the best so far and says so
     in QuerySummary.stopped. Queries are pure: a retry is always safe.
@@ -196,7 +196,7 @@ class QueryService(object):
     Every answer is a stream: one header, progress while the query runs, the result's
     tensors as one safetensors file in chunks, and a summary. Field 1 is the header,
     field 2 the chunk, field 3 the summary, field 4 progress; answers without tensors
-    have no field 2. Ending the stream stops the computation within one mini-batch.
+    have no field 2. Ending the stream stops the computation within one step.
 
     A query that runs out of products or time answers with the best so far and says so
     in QuerySummary.stopped. Queries are pure: a retry is always safe.
