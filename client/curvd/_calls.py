@@ -77,6 +77,17 @@ class Call(Generic[T]):
         """
         raise NotImplementedError
 
+    def room(self, nbytes: int) -> memoryview | None:
+        """Find the place where the next chunk of the response belongs.
+
+        Args:
+            nbytes: Its size.
+
+        Returns:
+            The place, to be handed to `feed` when it is filled; None: any will do.
+        """
+        return None
+
     def conclude(self) -> None:
         """Take note that the response is complete."""
         raise NotImplementedError

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any, TypeVar
 
 import grpc
-import grpc.aio
 import tenacity
 
 from curvd._calls import Call
+from curvd._direct import AsyncDirectChannel, DirectChannel
+from curvd._grpcio import AsyncGrpcioChannel, GrpcioChannel
 from curvd._retry import Patience
 from curvd.buffers import Pool
-from curvd.config import ClientConfig, check_target
+from curvd.config import ClientConfig, Transport, check_target
 from curvd.errors import Cancelled
-from curvd.status import translated
+from curvd.status import Ended, translated
 
 T = TypeVar("T")
 
 _IDLE_BYTES = 512 << 20
 """Memory of dropped results that a connection keeps for the next ones."""
+_CHANNELS = {Transport.DIRECT: DirectChannel, Transport.GRPCIO: GrpcioChannel}
+_ASYNC_CHANNELS = {
+    Transport.DIRECT: AsyncDirectChannel,
+    Transport.GRPCIO: AsyncGrpcioChannel,
+}
 
 
 class Connection:
@@ -34,13 +40,7 @@ class Connection:
 
     def __init__(self, target: str, config: ClientConfig) -> None:
         self.target, self._config = check_target(target), config
-        self._metadata = config.metadata(target)
-        credentials, options = config.credentials(), config.channel_options()
-        self._channel = (
-            grpc.insecure_channel(target, options)
-            if credentials is None
-            else grpc.secure_channel(target, credentials, options)
-        )
+        self._channel = _CHANNELS[config.transport](target, config)
         self._closed = False
         self._pool = Pool(_IDLE_BYTES)
 
@@ -88,26 +88,14 @@ class Connection:
         self._channel.close()
 
     def _exchange(self, call: Call[Any], patience: Patience) -> Iterator[Any]:
-        rpc, parts = call.rpc, call.parts()
-        method = getattr(self._channel, rpc.shape)(
-            rpc.path, rpc.request.dump, rpc.response.load
+        response = self._channel.exchange(
+            call.rpc, call.parts(), call.room, patience.timeout()
         )
-        request = parts if rpc.client_streams else next(parts, None)
-        if call.failure is not None:
-            raise call.failure
         try:
-            response = method(
-                request, timeout=patience.timeout(), metadata=self._metadata
-            )
-            if not rpc.server_streams:
-                yield from call.feed(response)
-            else:
-                try:
-                    for part in response:
-                        yield from call.feed(part)
-                finally:
-                    response.cancel()  # whoever leaves early stops the work
-        except grpc.RpcError:
+            with contextlib.closing(response) as parts:
+                for part in parts:
+                    yield from call.feed(part)
+        except (grpc.RpcError, Ended):
             if call.failure is None:
                 raise
         if call.failure is not None:
@@ -116,7 +104,7 @@ class Connection:
 
 
 class AsyncConnection:
-    """The same over `grpc.aio`. It belongs to the event loop of its first call.
+    """The same for asyncio. It belongs to the event loop of its first call.
 
     Args:
         target: Where the server is.
@@ -125,9 +113,7 @@ class AsyncConnection:
 
     def __init__(self, target: str, config: ClientConfig) -> None:
         self.target, self._config = check_target(target), config
-        self._metadata = config.metadata(target)
-        self._credentials = config.credentials()
-        self._channel: grpc.aio.Channel | None = None
+        self._channel = _ASYNC_CHANNELS[config.transport](target, config)
         self._closed = False
         self._pool = Pool(_IDLE_BYTES)
 
@@ -175,87 +161,25 @@ class AsyncConnection:
         """Close the channel; calls under way are cancelled."""
         self._closed = True
         self._pool.clear()
-        if self._channel is not None:
-            await self._channel.close()
+        await self._channel.close()
 
     async def _exchange(
         self, call: Call[Any], patience: Patience
     ) -> AsyncGenerator[Any, None]:
-        rpc, parts = call.rpc, call.parts()
-        method = getattr(self._open(), rpc.shape)(
-            rpc.path, rpc.request.dump, rpc.response.load
+        response = self._channel.exchange(
+            call.rpc, call.parts(), call.room, patience.timeout()
         )
-        request = parts if rpc.client_streams else next(parts, None)
-        if call.failure is not None:
-            raise call.failure
-        response = method(request, timeout=patience.timeout(), metadata=self._metadata)
-        statuses = _watch(response)
         try:
-            if not rpc.server_streams:
-                for block in call.feed(await response):
-                    yield block
-            else:
-                async for part in response:
+            async with contextlib.aclosing(response) as parts:
+                async for part in parts:
                     for block in call.feed(part):
                         yield block
-        except grpc.RpcError as error:
+        except (grpc.RpcError, Ended):
             if call.failure is None:
-                raise (statuses[0] if statuses else error) from None
-        finally:
-            response.cancel()  # whoever leaves early stops the work
+                raise
         if call.failure is not None:
             raise call.failure
         call.conclude()
-
-    def _open(self) -> grpc.aio.Channel:
-        # Not in the constructor: a channel belongs to the loop that is running then.
-        if self._channel is None:
-            options = self._config.channel_options()
-            self._channel = (
-                grpc.aio.insecure_channel(self.target, options)
-                if self._credentials is None
-                else grpc.aio.secure_channel(self.target, self._credentials, options)
-            )
-        return self._channel
-
-
-def _watch(response: Any) -> list[grpc.aio.AioRpcError]:
-    """Keep the status with which a call really ended.
-
-    `grpc.aio` replaces it by INTERNAL when the server answers before it has read the
-    whole request, and a write then fails: https://github.com/grpc/grpc/issues/36066.
-
-    Args:
-        response: A call of `grpc.aio`.
-
-    Returns:
-        A list that receives the status when it arrives.
-    """
-    statuses: list[grpc.aio.AioRpcError] = []
-
-    def note(done: Any) -> None:
-        code, details = _settled(done.code()), _settled(done.details())
-        if code is grpc.StatusCode.OK or details == "Internal error from Core":
-            # An answer that is lost, or a status that never came: asking again helps.
-            code, details = grpc.StatusCode.UNAVAILABLE, "the connection broke"
-        trailing = _settled(done.trailing_metadata())
-        statuses.append(
-            grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
-        )
-
-    response.add_done_callback(note)
-    return statuses
-
-
-def _settled(value: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that has nothing left to wait for."""
-    try:
-        value.send(None)
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
-    msg = "the call is not done"
-    raise RuntimeError(msg)
 
 
 def _closed(target: str) -> Cancelled:

@@ -138,6 +138,10 @@ class TensorStream(Call[T]):
             raise self._malformed(error) from error
         yield from ()
 
+    def room(self, nbytes: int) -> memoryview | None:
+        """Find the place of the next chunk in the result."""
+        return None if self._assembler is None else self._assembler.room(nbytes)
+
     def conclude(self) -> None:
         """Check that nothing is missing or damaged.
 

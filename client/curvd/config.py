@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 import grpc
@@ -19,6 +20,15 @@ _SCHEMES = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:")
 
 Pem = bytes | str | os.PathLike[str]
 """PEM text, or the path of a file with it."""
+
+
+class Transport(StrEnum):
+    """Who speaks HTTP/2 for a client."""
+
+    DIRECT = "direct"
+    """Ours: vectors are sent from where they are, and received where they belong."""
+    GRPCIO = "grpcio"
+    """grpcio: for its name resolvers, and proxies that the environment names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +59,7 @@ class TlsConfig:
             InvalidSpec: If a file cannot be read.
         """
         return grpc.ssl_channel_credentials(
-            _pem(self.ca, "ca"), _pem(self.key, "key"), _pem(self.cert, "cert")
+            pem(self.ca, "ca"), pem(self.key, "key"), pem(self.cert, "cert")
         )
 
 
@@ -96,8 +106,16 @@ class ClientConfig:
     """Ping a silent connection so often, calls or not; the server allows it."""
     keepalive_timeout_s: float = 10.0
     """Take the connection for dead when a ping stays unanswered so long."""
+    transport: Transport = Transport.DIRECT
+    """Who speaks HTTP/2; the wire is the same."""
 
     def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "transport", Transport(self.transport))
+        except ValueError:
+            known = ", ".join(Transport)
+            msg = f"transport must be one of {known}, got {self.transport!r}"
+            raise InvalidSpec(msg, transport=self.transport) from None
         for name in ("deadline_s", "keepalive_s", "keepalive_timeout_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -210,7 +228,7 @@ def is_local(target: str) -> bool:
         return host == "localhost"
 
 
-def _pem(source: Pem | None, name: str) -> bytes | None:
+def pem(source: Pem | None, name: str) -> bytes | None:
     if source is None or isinstance(source, bytes):
         return source
     if isinstance(source, str) and source.lstrip().startswith("-----BEGIN"):

@@ -36,7 +36,8 @@ Part = Message | memoryview
 """What a stream carries: a message, or the bytes of one chunk."""
 
 _BYTES_FIELD = 2
-_BYTES_TAG = bytes([_BYTES_FIELD << 3 | 2])
+BYTES_TAG = bytes([_BYTES_FIELD << 3 | 2])
+"""What stands before the length of a chunk."""
 _LENGTH_DELIMITED = 2
 
 
@@ -59,15 +60,26 @@ class Codec:
         Returns:
             The bytes of the protobuf message.
         """
-        if isinstance(part, memoryview):
-            return b"".join((_BYTES_TAG, _varint(part.nbytes), part))
-        if isinstance(part, Framed):
-            size = _varint(part.tensors.nbytes)
-            rest = part.message.SerializeToString()
-            return b"".join((rest, _BYTES_TAG, size, part.tensors))
-        return part.SerializeToString()
+        return b"".join(self.views(part))
 
-    def load(self, data: bytes) -> Part | Framed:
+    def views(self, part: Part | Framed) -> tuple[memoryview, ...]:
+        """Serialise a part without copying its tensors.
+
+        Args:
+            part: As for `dump`.
+
+        Returns:
+            The bytes of the protobuf message, in order.
+        """
+        if isinstance(part, memoryview):
+            return memoryview(BYTES_TAG + _varint(part.nbytes)), part
+        if isinstance(part, Framed):
+            rest = part.message.SerializeToString()
+            head = b"".join((rest, BYTES_TAG, _varint(part.tensors.nbytes)))
+            return memoryview(head), part.tensors
+        return (memoryview(part.SerializeToString()),)
+
+    def load(self, data: bytes | memoryview) -> Part | Framed:
         """Parse a message; the inverse of `dump`.
 
         Args:
@@ -78,8 +90,8 @@ class Codec:
         """
         if self.framed:
             return self._load_framed(data)
-        if self.bulk and data[:1] == _BYTES_TAG:
-            start, size = _read_varint(data, 1)
+        if self.bulk and data[:1] == BYTES_TAG:
+            start, size = read_varint(data, 1)
             if start + size == len(data):
                 return memoryview(data)[start:]
         message: Any = self.message.FromString(data)
@@ -88,17 +100,17 @@ class Codec:
             return memoryview(message.chunk)
         return cast("Message", message)
 
-    def _load_framed(self, data: bytes) -> Framed:
+    def _load_framed(self, data: bytes | memoryview) -> Framed:
         """Take the tensors out, and let protobuf parse what is left."""
         view, rest, tensors, at = memoryview(data), [], memoryview(b""), 0
         while at < len(data):
             tag = data[at]
-            start, size = _read_varint(data, at + 1)
+            start, size = read_varint(data, at + 1)
             if tag & 7 != _LENGTH_DELIMITED or tag > 0x7F or size < 0:
                 # Not as we write it, or malformed: protobuf decides.
                 message: Any = self.message.FromString(data)
                 return Framed(message, memoryview(message.tensors))
-            if tag == _BYTES_TAG[0]:
+            if tag == BYTES_TAG[0]:
                 tensors = view[start : start + size]
             else:
                 rest.append(view[at : start + size])
@@ -166,6 +178,8 @@ RPCS: Mapping[str, Rpc] = {
     for method in service.methods
 }
 """Every method of the contract by its name, which is unique across services."""
+BY_PATH: Mapping[str, Rpc] = {rpc.path: rpc for rpc in RPCS.values()}
+"""The same by their HTTP/2 paths."""
 
 
 def _varint(value: int) -> bytes:
@@ -177,7 +191,7 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _read_varint(data: bytes, start: int) -> tuple[int, int]:
+def read_varint(data: bytes | memoryview, start: int) -> tuple[int, int]:
     """Read a varint of at most 5 bytes.
 
     Args:

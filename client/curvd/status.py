@@ -18,6 +18,22 @@ from curvd.errors import BY_CODE, BY_REASON, DOMAIN, CurvdError, Internal, Unava
 
 DETAILS_KEY = "grpc-status-details-bin"
 """Trailing metadata that carries the serialised ``google.rpc.Status``."""
+NAMES = {str(code.value[0]): code.name for code in grpc.StatusCode}
+"""Status codes by their number in trailers."""
+
+
+class Ended(Exception):
+    """A call of curvd's own transport ended with an error.
+
+    Args:
+        code: Name of the status code.
+        message: What went wrong.
+        details: The value of `DETAILS_KEY`, if there was one.
+    """
+
+    def __init__(self, code: str, message: str, details: bytes | None = None) -> None:
+        super().__init__(message)
+        self.code, self.details = code, details
 
 
 def dump(error: CurvdError) -> bytes:
@@ -72,7 +88,7 @@ def load(code: str, message: str, details: bytes | None) -> CurvdError:
 
 @contextlib.contextmanager
 def translated(target: str) -> Iterator[None]:
-    """Turn what gRPC raises into our exceptions.
+    """Turn what a transport raises into our exceptions.
 
     Args:
         target: Where the call goes, for the message.
@@ -81,21 +97,29 @@ def translated(target: str) -> Iterator[None]:
         Nothing.
 
     Raises:
-        CurvdError: In place of `grpc.RpcError`.
+        CurvdError: In place of `grpc.RpcError` and `Ended`.
     """
     try:
         yield
+    except Ended as error:
+        raise _explained(target, error.code, str(error), error.details) from error
     except grpc.RpcError as error:
-        code = error.code().name
         trailing: Any = error.trailing_metadata() or ()
         details = dict(trailing).get(DETAILS_KEY)
-        message = error.details() or code
-        if details is None and code == Unavailable.code:
-            message = f"no curvd server answers at {target}: {message}"
-        elif details is None:
-            # Not from curvd itself: say which status it was, and where from.
-            message = f"{code} from {target}: {message}"
-        raise load(code, message, details) from error
+        text = error.details() or ""
+        raise _explained(target, error.code().name, text, details) from error
+
+
+def _explained(
+    target: str, code: str, message: str, details: bytes | None
+) -> CurvdError:
+    message = message or code
+    if details is None and code == Unavailable.code:
+        message = f"no curvd server answers at {target}: {message}"
+    elif details is None:
+        # Not from curvd itself: say which status it was, and where from.
+        message = f"{code} from {target}: {message}"
+    return load(code, message, details)
 
 
 def _cut(text: str, limit: int) -> str:

@@ -303,6 +303,8 @@ class Assembler:
         self._header: Header | None = None
         self._total = self._received = self._piece_bytes = self._filled = 0
         self._piece: Buffer = np.empty(0, np.uint8)
+        self._offered: memoryview | None = None
+        self._feeding = False
 
     @property
     def header(self) -> Header | None:
@@ -314,11 +316,26 @@ class Assembler:
         """Payload that has arrived, without what was left out."""
         return self._received
 
+    def room(self, nbytes: int) -> memoryview | None:
+        """Find the place of the next chunk, so that it can be received there.
+
+        Args:
+            nbytes: Its size. Chunks before it must have been fed.
+
+        Returns:
+            The place, to be fed when it is filled; None if it would be no single one.
+        """
+        left = self._piece.nbytes - self._filled
+        if self._header is None or self._feeding or not 0 < nbytes <= left:
+            return None
+        self._offered = self._piece[self._filled : self._filled + nbytes].data
+        return self._offered
+
     def feed(self, chunk: memoryview) -> Iterator[Buffer]:
         """Take the next bytes of the file.
 
         Args:
-            chunk: Any number of bytes.
+            chunk: Any number of bytes; not copied if they are where they belong.
 
         Yields:
             The pieces that these bytes completed, in order.
@@ -327,9 +344,12 @@ class Assembler:
             InvalidTensors: If the header is malformed or bytes follow the payload.
             LimitExceeded: If the header or the payload is larger than accepted.
         """
+        in_place, self._offered = chunk is self._offered, None
+        self._feeding = True
         if self._header is None:
             chunk = self._feed_header(chunk)
             if self._header is None:
+                self._feeding = False
                 return
         if self._received + chunk.nbytes > self._total:
             msg = f"more than the {self._total} bytes of payload that the header announces"
@@ -337,9 +357,10 @@ class Assembler:
         self._received += chunk.nbytes
         while chunk.nbytes:
             take = min(chunk.nbytes, self._piece.nbytes - self._filled)
-            self._piece[self._filled : self._filled + take] = np.frombuffer(
-                chunk[:take], np.uint8
-            )
+            if not in_place:
+                self._piece[self._filled : self._filled + take] = np.frombuffer(
+                    chunk[:take], np.uint8
+                )
             self._arrived(self._piece, self._filled, self._filled + take)
             self._filled += take
             chunk = chunk[take:]
@@ -347,6 +368,7 @@ class Assembler:
                 done = self._piece
                 self._next_piece(self._total - self._received + chunk.nbytes)
                 yield done
+        self._feeding = False
 
     def finish(self) -> Header:
         """Make sure that nothing is missing.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -20,15 +20,17 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from curvd.allocator import tune_allocator
-from curvd.errors import FailedPrecondition, InvalidSpec
+from curvd.errors import FailedPrecondition
 from curvd.rpcs import RPCS
 from curvd.types import ServerInfo
 from curvd_server import compute, logs
 from curvd_server.batching import Batcher
 from curvd_server.catalogue import Catalogue
 from curvd_server.compilation import Compiler
-from curvd_server.config import ServerConfig
+from curvd_server.config import MESSAGE_BYTES, ServerConfig
 from curvd_server.device import Device
+from curvd_server.front.calls import Calls
+from curvd_server.front.listening import Front
 from curvd_server.interceptors import Gate, TokenInterceptor
 from curvd_server.mounts import Mounts
 from curvd_server.registration import Registry
@@ -201,32 +203,55 @@ async def running(
 async def _listening(
     config: ServerConfig, services: list[object]
 ) -> AsyncIterator[str]:
-    """Serve the services with health and reflection; drain at the end."""
+    """Serve the services with health and reflection; drain at the end.
+
+    Clients of ours are served by the front itself, all others by grpcio behind it.
+    """
     gate, token = Gate(), config.bearer_token()
-    server = grpc.aio.server(
-        interceptors=[] if token is None else [TokenInterceptor(token)],
-        options=config.server_options(),
-    )
-    server.add_generic_rpc_handlers(generic_handlers(services, gate))
+    interceptors = interceptors_of(token)
+    calls = Calls(interceptors, MESSAGE_BYTES)
+    server = grpc.aio.server(interceptors=interceptors, options=config.server_options())
     reporter = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(reporter, server)
+    for end in (calls, server):
+        end.add_generic_rpc_handlers(generic_handlers(services, gate))
+        health_pb2_grpc.add_HealthServicer_to_server(reporter, end)
     names = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-    target = _bind(server, config)
-    await server.start()
-    for name in ("", *_SERVICES):
-        await reporter.set(name, health_pb2.HealthCheckResponse.SERVING)
-    log = logs.logger()
-    log.info("serving", target=target, device=config.device)
-    try:
-        yield target
-    finally:
-        log.info("draining", grace_s=config.drain_s)
-        await reporter.enter_graceful_shutdown()
-        await gate.drain(config.drain_s)
-        # Not with all of the grace: whoever watches the health would use it up.
-        await server.stop(_GOODBYE_S)
-        log.info("stopped")
+    context, credentials = config.tls_context(), config.credentials()
+    with tempfile.TemporaryDirectory(prefix="curvd-") as folder:
+        backend = f"{folder}/grpc"
+        if credentials is None:
+            server.add_insecure_port(f"unix:{backend}")
+        else:
+            server.add_secure_port(f"unix:{backend}", credentials)
+        front = Front(calls.begin, backend, context)
+        async with front.listening(config.listen) as target:
+            await server.start()
+            for name in ("", *_SERVICES):
+                await reporter.set(name, health_pb2.HealthCheckResponse.SERVING)
+            log = logs.logger()
+            log.info("serving", target=target, device=config.device)
+            try:
+                yield target
+            finally:
+                log.info("draining", grace_s=config.drain_s)
+                await reporter.enter_graceful_shutdown()
+                await gate.drain(config.drain_s)
+                # Not with all of the grace: whoever watches the health would use it up.
+                await asyncio.gather(server.stop(_GOODBYE_S), front.stop(_GOODBYE_S))
+                log.info("stopped")
+
+
+def interceptors_of(token: str | None) -> list[grpc.aio.ServerInterceptor]:
+    """Name what every call passes through, whoever carries it.
+
+    Args:
+        token: What calls must bring; None: nothing.
+
+    Returns:
+        The interceptors, the outermost first.
+    """
+    return [] if token is None else [TokenInterceptor(token)]
 
 
 async def _serve(config: ServerConfig) -> None:
@@ -267,31 +292,6 @@ def _version() -> str:
         return metadata.version("curvd")
     except metadata.PackageNotFoundError:  # a source tree on the path
         return "unknown"
-
-
-def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
-    """Take the port, and say how a client on this machine reaches it."""
-    credentials = config.credentials()
-    try:
-        port = (
-            server.add_insecure_port(config.listen)
-            if credentials is None
-            else server.add_secure_port(config.listen, credentials)
-        )
-    except RuntimeError as error:
-        msg = (
-            f"cannot listen on {config.listen}: the address is taken, not of this "
-            "machine, or the TLS files do not fit each other"
-        )
-        raise InvalidSpec(msg, listen=config.listen) from error
-    if config.listen.startswith("unix:"):
-        # Only this user: a socket is as local as its permissions.
-        os.chmod(config.listen.removeprefix("unix:"), 0o600)
-    if config.listen.startswith("unix"):
-        return config.listen
-    host = config.listen.rpartition(":")[0]
-    here = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
-    return f"{here}:{port}"
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from curvd.types import Limits
 from curvd.wire import MAX_HEADER_BYTES
 
 DEFAULT_LISTEN = "127.0.0.1:50551"
+MESSAGE_BYTES = 4 << 20
+"""Longest message that is accepted. Chunks stay 64 KiB below it."""
 _UNIX = ("unix:", "unix-abstract:")
 _MAY_BE_ZERO = ("default_budget_bytes", "idle_bytes", "kept_bytes", "stored_bytes")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -29,6 +32,30 @@ class TlsConfig:
     """PEM file with its key."""
     client_ca: Path | None = None
     """Only clients with a certificate that these sign may connect (mutual TLS)."""
+
+    def context(self) -> ssl.SSLContext:
+        """Read the files, for connections that grpcio does not see.
+
+        Returns:
+            What `ssl` wants.
+
+        Raises:
+            InvalidSpec: If a file cannot be read, or they do not fit each other.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.set_alpn_protocols(["h2"])
+        try:
+            context.load_cert_chain(self.cert, self.key)
+            if self.client_ca is not None:
+                context.load_verify_locations(self.client_ca)
+                context.verify_mode = ssl.CERT_REQUIRED
+        except ssl.SSLError as error:
+            msg = (
+                f"the TLS files do not fit each other, or are no PEM: cert={self.cert}, "
+                f"key={self.key}, client_ca={self.client_ca} ({error})"
+            )
+            raise InvalidSpec(msg, cert=self.cert, key=self.key) from error
+        return context
 
     def credentials(self) -> grpc.ServerCredentials:
         """Read the files.
@@ -207,6 +234,20 @@ class ServerConfig:
         """
         return None if self.tls is None else self.tls.credentials()
 
+    def tls_context(self) -> ssl.SSLContext | None:
+        """Read the TLS files for our own side of the port.
+
+        Returns:
+            What `ssl` wants; None for plain text.
+
+        Raises:
+            InvalidSpec: If a file cannot be read, or they do not fit each other.
+        """
+        if self.tls is None:
+            return None
+        self.tls.credentials()  # names the file that cannot be read
+        return self.tls.context()
+
     def server_options(self) -> list[tuple[str, int]]:
         """Spell the options of the gRPC server, the only place that does.
 
@@ -214,10 +255,7 @@ class ServerConfig:
             Name and value of each.
         """
         return [
-            # A second server on the same port must fail, not take half of the calls.
-            ("grpc.so_reuseport", 0),
-            # Chunks stay below 4 MiB minus 64 KiB, so nothing legal is larger.
-            ("grpc.max_receive_message_length", 4 << 20),
+            ("grpc.max_receive_message_length", MESSAGE_BYTES),
             # The pair of ClientConfig.keepalive_s: clients may ping every 30 s.
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 10_000),

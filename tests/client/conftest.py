@@ -1,6 +1,7 @@
 """Both clients against one fake, in one style."""
 
 import asyncio
+import dataclasses
 import inspect
 
 import pytest
@@ -72,14 +73,24 @@ def target(service):
         yield address
 
 
-@pytest.fixture(params=["sync", "async"])
+@pytest.fixture(params=["sync", "async", "sync-grpcio", "async-grpcio"])
 def connect(request):
-    """`curvd.connect`, or `curvd.aio.connect` made to block."""
-    if request.param == "sync":
-        yield curvd.connect
+    """`curvd.connect`, or `curvd.aio.connect` made to block, over either transport."""
+    kind, _, transport = request.param.partition("-")
+
+    def configured(config=None):
+        config = config or curvd.ClientConfig()
+        return dataclasses.replace(config, transport=transport or config.transport)
+
+    if kind == "sync":
+        yield lambda target, config=None, **kwargs: curvd.connect(
+            target, config=configured(config), **kwargs
+        )
         return
     loop = asyncio.new_event_loop()
-    yield lambda *args, **kwargs: Blocking(curvd.aio.connect(*args, **kwargs), loop)
+    yield lambda target, config=None, **kwargs: Blocking(
+        curvd.aio.connect(target, config=configured(config), **kwargs), loop
+    )
     loop.close()
 
 

@@ -20,9 +20,7 @@ from curvd_server.app import serve_in_thread
 from curvd_server.config import LimitsConfig, ServerConfig
 
 CALLS, CHANCE = 200, 0.3
-PATIENT = curvd.ClientConfig(
-    retry=curvd.RetryConfig(first_s=0.0, longest_s=0.0, give_up_s=600.0)
-)
+RETRY = curvd.RetryConfig(first_s=0.0, longest_s=0.0, give_up_s=600.0)
 WIDTHS, POINTS = [3, 4, 2], 20
 
 
@@ -107,14 +105,8 @@ class Line:
 
 @pytest.fixture
 def chaos(monkeypatch):
-    chaos, plain = Chaos(seed=0), grpc.aio.server
-    monkeypatch.setattr(
-        app.grpc.aio,
-        "server",
-        lambda interceptors, options: plain(
-            interceptors=[*interceptors, chaos], options=options
-        ),
-    )
+    chaos = Chaos(seed=0)
+    monkeypatch.setattr(app, "interceptors_of", lambda token: [chaos])
     return chaos
 
 
@@ -239,7 +231,9 @@ STEPS = {
 }  # fmt: skip
 
 
-def test_two_hundred_calls_through_chaos(tmp_path, chaos, monkeypatch):
+@pytest.mark.parametrize("transport", ["direct", "grpcio"])
+def test_two_hundred_calls_through_chaos(tmp_path, chaos, monkeypatch, transport):
+    patient = curvd.ClientConfig(retry=RETRY, transport=transport)
     config = ServerConfig(
         listen="127.0.0.1:0",
         data_dir=tmp_path,
@@ -248,7 +242,7 @@ def test_two_hundred_calls_through_chaos(tmp_path, chaos, monkeypatch):
     )
     with (
         serve_in_thread(config) as target,
-        curvd.connect(target, config=PATIENT) as client,
+        curvd.connect(target, config=patient) as client,
     ):
         script = Script(client, states(3))
         script.measure()

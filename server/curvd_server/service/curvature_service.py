@@ -19,7 +19,7 @@ from curvd_server.batching import Batcher
 from curvd_server.config import LimitsConfig
 from curvd_server.kept import KeptResults
 from curvd_server.service import stored
-from curvd_server.service.handlers import Send, opened
+from curvd_server.service.handlers import Chunks, Send, opened
 from curvd_server.service.products import (
     Kept,
     Product,
@@ -83,7 +83,7 @@ class CurvatureService:
             else:
                 response.MergeFrom(part)
 
-        chunks = _parts([request.tensors] if request.tensors.nbytes else [])
+        chunks = Chunks(_nothing(), request.tensors if request.tensors.nbytes else None)
         await self._product(header, chunks, collect, "Multiply", matrix=None)
         return Framed(response, memoryview(b"".join(file)))
 
@@ -151,7 +151,7 @@ class CurvatureService:
     async def _product(
         self,
         header: curvature_pb.ProductHeader,
-        chunks: AsyncIterator[memoryview],
+        chunks: Chunks,
         send: Send,
         name: str,
         *,
@@ -166,7 +166,7 @@ class CurvatureService:
             if first is None:
                 await self._take_up(header, send, name)
                 return
-            chunks = _parts([first], chunks)
+            chunks.put_back(first)
         spec = convert.operator_from_proto(header.operator)
         async with (
             self._sessions.lease(
@@ -197,14 +197,9 @@ class CurvatureService:
         await send_kept(kept, Sender(send, format_), format_)
 
 
-async def _parts(
-    first: list[memoryview], rest: AsyncIterator[memoryview] | None = None
-) -> AsyncIterator[memoryview]:
-    for chunk in first:
-        yield chunk
-    if rest is not None:
-        async for chunk in rest:
-            yield chunk
+async def _nothing() -> AsyncIterator[Part]:
+    return
+    yield  # makes it a generator
 
 
 def _expected(request: Any) -> int | None:

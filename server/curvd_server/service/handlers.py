@@ -6,12 +6,13 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import grpc
 import grpc.aio
 
 from curvd.errors import InvalidSpec
+from curvd.http2.messages import Room
 from curvd.rpcs import RPCS, Part, Rpc
 from curvd_server.interceptors import Gate
 
@@ -43,9 +44,56 @@ def generic_handlers(
     ]
 
 
-async def opened(
-    requests: AsyncIterator[Part],
-) -> tuple[Any, AsyncIterator[memoryview]]:
+@runtime_checkable
+class InPlace(Protocol):
+    """A request whose chunks can be received where they belong."""
+
+    room: Room
+    """Finds the place of the next chunk."""
+
+
+class Chunks(AsyncIterator[memoryview]):
+    """The bytes of a tensor stream.
+
+    Args:
+        parts: What follows the header.
+        first: A chunk that was taken off already.
+    """
+
+    def __init__(
+        self, parts: AsyncIterator[Part], first: memoryview | None = None
+    ) -> None:
+        self._parts, self._first = parts, first
+
+    async def __anext__(self) -> memoryview:
+        """Wait for the next chunk.
+
+        Raises:
+            StopAsyncIteration: If there is none.
+            InvalidSpec: If something else comes.
+        """
+        first, self._first = self._first, None
+        part = await anext(self._parts) if first is None else first
+        if not isinstance(part, memoryview):
+            msg = "after the header, a stream carries chunks only"
+            raise InvalidSpec(msg)
+        return part
+
+    def put_back(self, chunk: memoryview) -> None:
+        """Have a chunk come once more."""
+        self._first = chunk
+
+    def come_to(self, room: Room) -> None:
+        """Receive chunks where they belong, if the transport can.
+
+        Args:
+            room: Finds the place of the next chunk, all before were taken.
+        """
+        if isinstance(self._parts, InPlace):
+            self._parts.room = room
+
+
+async def opened(requests: AsyncIterator[Part]) -> tuple[Any, Chunks]:
     """Take the header off a stream of tensors.
 
     Args:
@@ -61,15 +109,7 @@ async def opened(
     if first is None or isinstance(first, memoryview) or not first.HasField("header"):
         msg = "the first message of the stream must be a header"
         raise InvalidSpec(msg)
-    return first.header, _chunks(requests)
-
-
-async def _chunks(requests: AsyncIterator[Part]) -> AsyncIterator[memoryview]:
-    async for part in requests:
-        if not isinstance(part, memoryview):
-            msg = "after the header, a stream carries chunks only"
-            raise InvalidSpec(msg)
-        yield part
+    return first.header, Chunks(aiter(requests))
 
 
 def _method(services: list[object], rpc: Rpc) -> Callable[..., Awaitable[Any]]:

@@ -22,7 +22,7 @@ from curvd_server import operands, validate
 from curvd_server.batching import Batcher, Done, Ticket
 from curvd_server.config import LimitsConfig
 from curvd_server.kept import Content, KeptResults, Key, fingerprint
-from curvd_server.service.handlers import Send
+from curvd_server.service.handlers import Chunks, Send
 from curvd_server.service.results import Format, Sender
 from curvd_server.session import Lease
 from curvd_server.vectors import Vector
@@ -129,7 +129,7 @@ class Product:
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._tickets: deque[Ticket[Columns]] = deque()
 
-    async def run(self, chunks: AsyncIterator[memoryview], send: Send) -> None:
+    async def run(self, chunks: Chunks, send: Send) -> None:
         """Receive and send at the same time, until both are done."""
         receiver = asyncio.create_task(self._receive(chunks))
         try:
@@ -139,7 +139,7 @@ class Product:
             for ticket in self._tickets:
                 ticket.cancel()
 
-    async def _receive(self, chunks: AsyncIterator[memoryview]) -> None:
+    async def _receive(self, chunks: Chunks) -> None:
         try:
             async for columns in self._columns(chunks):
                 await self._queue(columns)
@@ -150,9 +150,7 @@ class Product:
             # cannot be ended with a status any more.
             self._events.put_nowait(_Event(error=error))
 
-    async def _columns(
-        self, chunks: AsyncIterator[memoryview]
-    ) -> AsyncIterator[Columns]:
+    async def _columns(self, chunks: Chunks) -> AsyncIterator[Columns]:
         """Get the operand block by block, wherever it comes from."""
         operand = self._request.operand
         source = operand.WhichOneof("source") or "inline"
@@ -190,15 +188,14 @@ class Product:
             stop = min(start + self._block_columns, count)
             yield await asyncio.to_thread(found.columns, start, stop)
 
-    async def _inline(
-        self, chunks: AsyncIterator[memoryview]
-    ) -> AsyncIterator[Columns]:
+    async def _inline(self, chunks: Chunks) -> AsyncIterator[Columns]:
         assembler = wire.Assembler(
             self._accept,
             max_bytes=self._tools.limits.operand_bytes,
             allocate=self._tools.pool.take,
             arrived=self._check,
         )
+        chunks.come_to(assembler.room)
         async for chunk in chunks:
             for piece in assembler.feed(chunk):
                 columns = await self._widened(piece)

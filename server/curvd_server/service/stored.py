@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from curvd.buffers import Buffer
 from curvd.errors import InvalidSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd_server import validate
+from curvd_server.service.handlers import Chunks
 from curvd_server.service.products import Columns, Tools
 from curvd_server.service.results import OWN_TYPE
 from curvd_server.session import Lease
@@ -20,7 +20,7 @@ from curvd_server.vectors import Vector
 
 async def receive(
     request: curvature_pb.PutVectorHeader,
-    chunks: AsyncIterator[memoryview],
+    chunks: Chunks,
     lease: Lease,
     tools: Tools,
 ) -> Vector:
@@ -66,6 +66,7 @@ async def receive(
         return array
 
     assembler = wire.Assembler(accept, max_bytes=tools.limits.operand_bytes)
+    chunks.come_to(assembler.room)
     raw = np.empty(0, np.uint8)
     async for chunk in chunks:
         for piece in assembler.feed(chunk):

@@ -1,0 +1,323 @@
+"""Channels of our own: gRPC over HTTP/2 without a copy, blocking and asyncio.
+
+One call at a time has a connection to itself; connections that are free are used again.
+On the wire it is gRPC as everybody speaks it, so any server and any proxy will do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import math
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+from curvd._version import VERSION
+from curvd.config import ClientConfig
+from curvd.http2.dialling import Address, client_context, dial, tune
+from curvd.http2.exchange import Terms, Wait, exchange
+from curvd.http2.line import Broken, Line
+from curvd.http2.messages import Room
+from curvd.rpcs import Rpc
+from curvd.status import Ended
+
+_MOST_IDLE = 4
+"""Connections that wait for the next call."""
+_LONGEST_MESSAGE = 32 << 20
+"""Chunks stay below 4 MiB; a session with very many parameters may not."""
+_MOST_MS = 99_999_999
+
+
+class _Lines:
+    """The connections to one server. Threads may share it."""
+
+    def __init__(self, target: str, config: ClientConfig) -> None:
+        self._address, self._config = Address.of(target), config
+        self._context = None if config.tls is None else _context(config)
+        self._metadata = config.metadata(target)
+        self._idle: list[Line] = []
+        self._busy: set[Line] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def terms(self, rpc: Rpc, timeout: float | None) -> Terms:
+        """Say what holds for a call.
+
+        Args:
+            rpc: Which method.
+            timeout: Seconds that it may take.
+
+        Returns:
+            Its terms.
+        """
+        headers = [
+            (":method", "POST"),
+            (":scheme", "http" if self._context is None else "https"),
+            (":path", rpc.path),
+            (":authority", self._address.authority),
+            ("te", "trailers"),
+            ("content-type", "application/grpc"),
+            ("user-agent", f"curvd-python/{VERSION}"),
+            *self._metadata,
+        ]
+        if timeout is not None:
+            if timeout <= 0:
+                msg = "the deadline passed before the call began"
+                raise Ended("DEADLINE_EXCEEDED", msg)
+            headers.append(("grpc-timeout", f"{min(round(timeout * 1e3), _MOST_MS)}m"))
+        return Terms(
+            headers=headers,
+            deadline=None if timeout is None else time.monotonic() + timeout,
+            keepalive_s=self._config.keepalive_s,
+            keepalive_timeout_s=self._config.keepalive_timeout_s,
+            longest=_LONGEST_MESSAGE,
+            clock=time.monotonic,
+        )
+
+    def take(self) -> Line | None:
+        """Take a connection that is free and alive."""
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                line = self._idle.pop()
+                self._busy.add(line)
+            try:
+                line.pull()  # the server may have gone away meanwhile
+            except (Broken, OSError):
+                line.leaving = True
+            if not line.leaving:
+                return line
+            self.put(line)
+
+    def connect(self, timeout: float | None) -> Line:
+        """Make a connection, and wait for it.
+
+        Args:
+            timeout: Seconds.
+
+        Returns:
+            The connection.
+
+        Raises:
+            Ended: If the client is closed.
+            OSError: If nobody is there.
+        """
+        longest = self._config.keepalive_timeout_s
+        timeout = longest if timeout is None else max(1e-3, min(timeout, longest))
+        sock = dial(self._address, timeout)
+        try:
+            tune(sock, self._config.keepalive_s, self._config.keepalive_timeout_s)
+            if self._context is not None:
+                assert self._config.tls is not None
+                name = self._config.tls.server_name or self._address.host
+                sock = self._context.wrap_socket(
+                    sock, server_hostname=name or "localhost"
+                )
+            sock.setblocking(False)
+            line = Line(sock, client=True)
+        except BaseException:
+            sock.close()
+            raise
+        with self._lock:
+            self._busy.add(line)
+            closed = self._closed
+        if closed:
+            self.put(line)
+            raise _closed()
+        return line
+
+    def put(self, line: Line) -> None:
+        """Give a connection back; one that is of no use any more is closed."""
+        whole = not line.leaving and (line.stream is None or line.stream.over)
+        with self._lock:
+            self._busy.discard(line)
+            whole = whole and not self._closed and len(self._idle) < _MOST_IDLE
+            if whole:
+                self._idle.append(line)
+        if not whole:
+            with contextlib.suppress(Broken, OSError):
+                line.push()  # that a call was given up
+            line.sock.close()
+
+    def close(self) -> None:
+        """Close what is idle, and break what is busy."""
+        with self._lock:
+            self._closed = True
+            idle, busy = self._idle, list(self._busy)
+            self._idle = []
+        for line in idle:
+            line.sock.close()
+        for line in busy:
+            with contextlib.suppress(OSError):
+                line.sock.shutdown(socket.SHUT_RDWR)
+
+    def lost(self, error: Exception) -> Ended:
+        """Say that a connection is gone.
+
+        Args:
+            error: How it was noticed.
+
+        Returns:
+            The error to raise.
+        """
+        if self._closed:
+            return _closed()
+        return Ended("UNAVAILABLE", str(error) or type(error).__name__)
+
+
+class DirectChannel:
+    """Makes calls, and waits for them. Threads may share it.
+
+    Args:
+        target: Where the server is.
+        config: How to reach it.
+    """
+
+    def __init__(self, target: str, config: ClientConfig) -> None:
+        self._lines = _Lines(target, config)
+
+    def exchange(
+        self, rpc: Rpc, parts: Iterator[Any], room: Room, timeout: float | None
+    ) -> Iterator[Any]:
+        """Make one call.
+
+        Args:
+            rpc: Which method.
+            parts: Of the request; nothing is sent if there are none.
+            room: Finds the place for chunks of the response.
+            timeout: Seconds; None: no deadline.
+
+        Yields:
+            The parts of the response.
+
+        Raises:
+            Ended: If it fails.
+        """
+        first = next(parts, None)
+        if first is None:
+            return
+        terms = self._lines.terms(rpc, timeout)
+        try:
+            line = self._lines.take() or self._lines.connect(timeout)
+            try:
+                request = itertools.chain((first,), parts)
+                with contextlib.closing(
+                    exchange(line, rpc, request, room, terms)
+                ) as steps:
+                    for step in steps:
+                        if not isinstance(step, Wait):
+                            yield step
+                        elif not line.more:
+                            _wait(line.sock, step)
+            except BaseException:
+                line.leaving = True
+                raise
+            finally:
+                self._lines.put(line)
+        except (Broken, OSError) as error:
+            raise self._lines.lost(error) from error
+
+    def close(self) -> None:
+        """Close all connections; calls under way are cancelled."""
+        self._lines.close()
+
+
+class AsyncDirectChannel:
+    """The same for asyncio. It belongs to the event loop of its first call.
+
+    Args:
+        target: Where the server is.
+        config: How to reach it.
+    """
+
+    def __init__(self, target: str, config: ClientConfig) -> None:
+        self._lines = _Lines(target, config)
+
+    async def exchange(
+        self, rpc: Rpc, parts: Iterator[Any], room: Room, timeout: float | None
+    ) -> AsyncGenerator[Any, None]:
+        """Make one call.
+
+        Args:
+            rpc: Which method.
+            parts: Of the request; nothing is sent if there are none.
+            room: Finds the place for chunks of the response.
+            timeout: Seconds; None: no deadline.
+
+        Yields:
+            The parts of the response.
+
+        Raises:
+            Ended: If it fails.
+        """
+        first = next(parts, None)
+        if first is None:
+            return
+        terms = self._lines.terms(rpc, timeout)
+        try:
+            line = self._lines.take()
+            if line is None:
+                line = await asyncio.to_thread(self._lines.connect, timeout)
+            try:
+                request = itertools.chain((first,), parts)
+                with contextlib.closing(
+                    exchange(line, rpc, request, room, terms)
+                ) as steps:
+                    for step in steps:
+                        if not isinstance(step, Wait):
+                            yield step
+                        elif not line.more:
+                            await _ready(line.sock, step)
+            except BaseException:
+                line.leaving = True
+                raise
+            finally:
+                self._lines.put(line)
+        except (Broken, OSError) as error:
+            raise self._lines.lost(error) from error
+
+    async def close(self) -> None:
+        """Close all connections; calls under way are cancelled."""
+        self._lines.close()
+
+
+def _wait(sock: socket.socket, step: Wait) -> None:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN | (select.POLLOUT if step.write else 0))
+    poll.poll(None if step.seconds is None else math.ceil(step.seconds * 1e3))
+
+
+async def _ready(sock: socket.socket, step: Wait) -> None:
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    loop.add_reader(sock, wake)
+    if step.write:
+        loop.add_writer(sock, wake)
+    try:
+        await asyncio.wait([future], timeout=step.seconds)
+    finally:
+        loop.remove_reader(sock)
+        if step.write:
+            loop.remove_writer(sock)
+
+
+def _context(config: ClientConfig) -> ssl.SSLContext:
+    assert config.tls is not None
+    return client_context(config.tls)
+
+
+def _closed() -> Ended:
+    msg = "this client is closed"
+    return Ended("CANCELLED", msg)

@@ -1,0 +1,190 @@
+"""One call on a line, as a generator that says when it has to wait."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+from curvd.errors import CurvdError
+from curvd.http2.frames import Code
+from curvd.http2.line import Broken, Headers, Line, Stream
+from curvd.http2.messages import Room, framed
+from curvd.rpcs import Rpc
+from curvd.status import DETAILS_KEY, NAMES, Ended
+
+_RESET = {
+    Code.REFUSED_STREAM: "UNAVAILABLE",
+    Code.CANCEL: "CANCELLED",
+    Code.ENHANCE_YOUR_CALM: "RESOURCE_EXHAUSTED",
+    Code.NO_ERROR: "UNAVAILABLE",
+}
+_HTTP = {
+    "400": "INTERNAL",
+    "401": "UNAUTHENTICATED",
+    "403": "PERMISSION_DENIED",
+    "404": "UNIMPLEMENTED",
+    "429": "UNAVAILABLE",
+    "502": "UNAVAILABLE",
+    "503": "UNAVAILABLE",
+    "504": "UNAVAILABLE",
+}
+"""What gRPC makes of answers that are not its own (grpc/doc/http-grpc-status-mapping)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Go on when the socket can be read, or after a time."""
+
+    write: bool
+    """Or when it can be written."""
+    seconds: float | None
+    """None: however long it takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What holds for one call."""
+
+    headers: Headers
+    deadline: float | None
+    """On `clock`."""
+    keepalive_s: float
+    """Silence after which the peer is asked for a sign of life."""
+    keepalive_timeout_s: float
+    """Silence after that which means that it is gone."""
+    longest: int
+    """Bytes of a message that are accepted."""
+    clock: Callable[[], float]
+
+
+def exchange(
+    line: Line, rpc: Rpc, parts: Iterator[Any], room: Room, terms: Terms
+) -> Iterator[Any]:
+    """Send the parts of a request while those of the response come.
+
+    Args:
+        line: Free for a call.
+        rpc: Which method.
+        parts: Of the request.
+        room: Finds the place for chunks of the response.
+        terms: Metadata and times.
+
+    Yields:
+        `Wait`, or a part of the response. The next part comes to the same place.
+
+    Raises:
+        Ended: If the call ends with an error.
+        Broken: If the connection is of no use.
+        OSError: If it is gone.
+    """
+    stream = line.open(terms.headers)
+    stream.read(rpc.response, terms.longest, room)
+    silence = _Silence(line, terms)
+    sending = True
+    try:
+        while True:
+            while stream.inbox:
+                part, nbytes = stream.inbox.popleft()
+                line.used(stream, nbytes)
+                yield part
+            if stream.failure is not None:
+                raise _not_read(stream.failure)
+            if stream.ended:
+                break
+            if sending and not stream.outbox:
+                part = next(parts, None)
+                sending = part is not None
+                views = framed(rpc.request, part) if sending else ()
+                line.send_data(stream, views, end=not sending)
+            sent = line.push()
+            if stream.outbox or not sent or not sending:
+                yield Wait(not sent, silence.patience())
+                silence.check()
+            line.pull()
+        line.push()
+        _conclude(stream)
+    finally:
+        stream.reader = None  # it refers to the caller's memory
+        if not stream.over:
+            line.give_up(stream, Code.CANCEL)
+            line.leaving = True
+
+
+class _Silence:
+    """Watches that a line is alive while a call waits."""
+
+    def __init__(self, line: Line, terms: Terms) -> None:
+        self._line, self._terms = line, terms
+        self._heard, self._since = line.heard, terms.clock()
+        self._asked = False
+
+    def patience(self) -> float | None:
+        """Tell how long to wait at most."""
+        terms, now = self._terms, self._terms.clock()
+        if self._line.heard != self._heard:
+            self._heard, self._since, self._asked = self._line.heard, now, False
+        silent = terms.keepalive_s + (terms.keepalive_timeout_s if self._asked else 0.0)
+        until = self._since + silent
+        if terms.deadline is not None:
+            until = min(until, terms.deadline)
+        return max(0.0, until - now)
+
+    def check(self) -> None:
+        """Look at the clock after a wait.
+
+        Raises:
+            Ended: If the deadline has passed.
+            Broken: If the peer is gone.
+        """
+        terms, now = self._terms, self._terms.clock()
+        if terms.deadline is not None and now >= terms.deadline:
+            msg = "the deadline passed before the answer came"
+            raise Ended("DEADLINE_EXCEEDED", msg)
+        silent_s = now - self._since
+        if not self._asked and silent_s >= terms.keepalive_s:
+            self._line.ping()
+            self._asked = True
+        elif silent_s >= terms.keepalive_s + terms.keepalive_timeout_s:
+            # What came in the meantime is still in the socket.
+            self._line.pull()
+            if self._line.heard == self._heard:
+                msg = f"no sign of life for {silent_s:.0f} s"
+                raise Broken(msg)
+
+
+def _conclude(stream: Stream) -> None:
+    """Read the status with which a call ended."""
+    if stream.trailers is None:
+        if stream.reset is None:
+            msg = "the answer ended without a status"
+            raise Ended("INTERNAL", msg)
+        msg = f"the server gave the call up (HTTP/2 error {stream.reset})"
+        raise Ended(_RESET.get(stream.reset, "INTERNAL"), msg)
+    found = stream.trailers
+    number = found.get("grpc-status")
+    if number is None:
+        status = (stream.headers or {}).get(":status", "?")
+        msg = f"HTTP status {status} instead of a gRPC answer"
+        raise Ended(_HTTP.get(status, "UNKNOWN"), msg)
+    if number == "0":
+        return
+    code = NAMES.get(number, "UNKNOWN")
+    message = unquote(found.get("grpc-message", ""))
+    raise Ended(code, message, _decoded(found.get(DETAILS_KEY)))
+
+
+def _decoded(value: str | None) -> bytes | None:
+    if value is None:
+        return None
+    try:
+        return base64.b64decode(value + "=" * (-len(value) % 4))
+    except binascii.Error:
+        return None
+
+
+def _not_read(error: CurvdError) -> Ended:
+    return Ended(error.code, str(error))

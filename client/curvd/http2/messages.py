@@ -1,0 +1,169 @@
+"""Messages of gRPC in the data of a stream: five bytes of prefix, then protobuf.
+
+A chunk's payload is received where it belongs, if the receiver has offered that place,
+and sent from where it is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, Protocol
+
+import numpy as np
+
+from curvd.errors import Internal, ResourceExhausted
+from curvd.rpcs import BYTES_TAG, read_varint
+
+Room = Callable[[int], "memoryview | None"]
+"""Finds the place for a chunk of so many bytes, or None if any place will do."""
+
+_PREFIX_BYTES = 5
+_CHUNK_HEAD_BYTES = 6
+"""Field tag and length of a chunk."""
+
+
+class _Step(Enum):
+    """What is being received."""
+
+    PREFIX = 0
+    CHUNK_HEAD = 1
+    CHUNK = 2
+    MESSAGE = 3
+
+
+class Format(Protocol):
+    """How the messages of one direction are written; `curvd.rpcs.Codec` is one."""
+
+    @property
+    def bulk(self) -> bool:
+        """Whether a message may be a chunk."""
+
+    def load(self, data: Any) -> Any:
+        """Parse a message."""
+
+    def views(self, part: Any) -> tuple[memoryview, ...]:
+        """Serialise a part, its large bytes where they are."""
+
+
+def framed(format_: Format, part: Any) -> list[memoryview]:
+    """Write a message.
+
+    Args:
+        format_: How.
+        part: What.
+
+    Returns:
+        Its bytes with the prefix, in order; large ones are not copied.
+    """
+    first, *rest = format_.views(part)
+    size = first.nbytes + sum(view.nbytes for view in rest)
+    prefix = b"\0" + size.to_bytes(4, "big")
+    if first.nbytes > 1 << 12:
+        return [memoryview(prefix), first, *rest]
+    return [memoryview(b"".join((prefix, first))), *rest]
+
+
+class Reader:
+    """Cuts the data of a stream into parts.
+
+    What comes next belongs at `target`; `filled` says how much has come.
+
+    Args:
+        format_: How the messages are written.
+        longest: Bytes of a message that are accepted.
+        inbox: Receives each part, and the bytes it took on the wire.
+        room: Finds the place of a chunk. It is asked only when all parts before were
+            taken out of the inbox: they belong before it.
+    """
+
+    def __init__(
+        self, format_: Format, longest: int, inbox: deque[tuple[Any, int]], room: Room
+    ) -> None:
+        self._format, self._longest = format_, longest
+        self._inbox, self._room = inbox, room
+        self._head = memoryview(bytearray(_PREFIX_BYTES + _CHUNK_HEAD_BYTES))
+        self._size = 0
+        self._place = memoryview(b"")
+        self._begin()
+
+    @property
+    def between(self) -> bool:
+        """Whether no message is under way."""
+        return self._step is _Step.PREFIX and self.target.nbytes == _PREFIX_BYTES
+
+    def filled(self, count: int) -> None:
+        """Take note of bytes that have come.
+
+        Args:
+            count: How many; at most as `target` has.
+
+        Raises:
+            ResourceExhausted: If the message is too long.
+            Internal: If it is compressed.
+        """
+        self.target = self.target[count:]
+        while not self.target.nbytes:
+            if self._step is _Step.PREFIX:
+                self._prefix_done()
+            elif self._step is _Step.CHUNK_HEAD:
+                self._chunk_head_done()
+            else:
+                self._message_done()
+
+    def feed(self, data: memoryview) -> None:
+        """Copy bytes to where they belong.
+
+        Args:
+            data: What has come.
+        """
+        while data.nbytes:
+            count = min(data.nbytes, self.target.nbytes)
+            self.target[:count] = data[:count]
+            self.filled(count)
+            data = data[count:]
+
+    def _begin(self) -> None:
+        self._step, self.target = _Step.PREFIX, self._head[:_PREFIX_BYTES]
+
+    def _prefix_done(self) -> None:
+        self._size = int.from_bytes(self._head[1:_PREFIX_BYTES], "big")
+        if self._head[0]:
+            msg = "a compressed message, and no compression was agreed on"
+            raise Internal(msg)
+        if self._size > self._longest:
+            msg = (
+                f"a message of {self._size} bytes; at most {self._longest} are accepted. "
+                "Send larger tensors in chunks"
+            )
+            raise ResourceExhausted(msg, nbytes=self._size, limit=self._longest)
+        if self._format.bulk and self._size >= _CHUNK_HEAD_BYTES:
+            self._step, self.target = _Step.CHUNK_HEAD, self._head[_PREFIX_BYTES:]
+        else:
+            self._receive(_Step.MESSAGE, _fresh(self._size), b"")
+
+    def _chunk_head_done(self) -> None:
+        beginning = bytes(self._head[_PREFIX_BYTES:])
+        if beginning[:1] == BYTES_TAG:
+            start, size = read_varint(beginning, 1)
+            if start + size == self._size:
+                place = None if self._inbox else self._room(size)
+                self._receive(_Step.CHUNK, place or _fresh(size), beginning[start:])
+                return
+        self._receive(_Step.MESSAGE, _fresh(self._size), beginning)
+
+    def _receive(self, step: _Step, place: memoryview, early: bytes) -> None:
+        place[: len(early)] = early
+        self._step, self._place, self.target = step, place, place[len(early) :]
+
+    def _message_done(self) -> None:
+        place, self._place = self._place, memoryview(b"")
+        chunk = self._step is _Step.CHUNK
+        self._begin()
+        part = place if chunk else self._format.load(place)
+        self._inbox.append((part, self._size + _PREFIX_BYTES))
+
+
+def _fresh(nbytes: int) -> memoryview:
+    return np.empty(nbytes, np.uint8).data

@@ -1,0 +1,249 @@
+"""One connection of a client of ours, on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
+
+from curvd.errors import CurvdError
+from curvd.http2.frames import Code
+from curvd.http2.line import Broken, Headers, Line, Stream
+from curvd.http2.messages import Room
+from curvd_server.logs import logger
+
+_MOST_PARTS = 64
+"""Parts that wait for their call; a client that sends more is not read."""
+
+
+class Link:
+    """Moves bytes whenever the socket is ready, and wakes the calls that wait.
+
+    Args:
+        sock: Connected, non-blocking; TLS already spoken.
+        peer: Who calls, as gRPC writes it.
+        begin: Called with this and a stream whose headers came; gives the call's task.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: str,
+        begin: Callable[[Link, Stream], asyncio.Task[None]],
+    ) -> None:
+        self.peer, self._begin = peer, begin
+        self._loop = asyncio.get_running_loop()
+        self._line = Line(sock, client=False, accept=self._accept)
+        self._task: asyncio.Task[None] | None = None
+        self._waiting: list[asyncio.Future[None]] = []
+        self._reads = self._writes = self._leaving = False
+        self.gone = asyncio.Event()
+        """Set when the connection is closed."""
+        self._watch()
+        self._flush()
+
+    async def changed(self) -> None:
+        """Wait until something came or went, or the connection is gone."""
+        if self.gone.is_set():
+            return
+        future = self._loop.create_future()
+        self._waiting.append(future)
+        await future
+
+    async def send(
+        self, stream: Stream, headers: Headers, views: Iterable[memoryview] = ()
+    ) -> None:
+        """Send, and wait until the bytes are not needed any more.
+
+        Args:
+            stream: Where.
+            headers: To send first, if any.
+            views: The bytes.
+
+        Raises:
+            asyncio.CancelledError: If the client is gone.
+        """
+        if headers:
+            self._line.send_headers(stream, headers)
+        self._line.send_data(stream, views)
+        while not self._sent(stream):
+            await self.changed()
+        if self.is_lost(stream):
+            raise asyncio.CancelledError
+
+    def finish(self, stream: Stream, trailers: Headers) -> None:
+        """End a call; it goes out as the client reads.
+
+        Args:
+            stream: Where.
+            trailers: The status.
+        """
+        if self.gone.is_set() or stream.reset is not None:
+            return
+        self._line.send_headers(stream, trailers, end=True)
+        if not stream.ended:
+            self._line.give_up(stream, Code.NO_ERROR)
+        stream.reader = None
+        stream.inbox.clear()
+        self._flush()
+
+    def is_lost(self, stream: Stream) -> bool:
+        """Whether nobody waits for an answer any more."""
+        return stream.reset is not None or self.gone.is_set()
+
+    def taken(self, stream: Stream, nbytes: int) -> None:
+        """Let the client send more."""
+        self._line.used(stream, nbytes)
+        self._watch()
+        self._flush()
+
+    def leave(self) -> None:
+        """Tell the client to make its next call elsewhere; close if it makes none."""
+        if self.gone.is_set():
+            return
+        with contextlib.suppress(Broken):
+            self._line.leave()
+        self._leaving = True
+        self._flush()
+
+    def close(self) -> None:
+        """Close the connection; a call under way is cancelled."""
+        if self.gone.is_set():
+            return
+        self.gone.set()
+        self._watch()
+        self._line.sock.close()
+        if self._task is not None:
+            self._task.cancel()
+        self._wake()
+
+    def _accept(self, stream: Stream) -> None:
+        self._task = self._begin(self, stream)
+
+    def _sent(self, stream: Stream) -> bool:
+        self._flush()
+        return self.is_lost(stream) or not (stream.outbox or self._writes)
+
+    def _readable(self) -> None:
+        try:
+            self._line.pull()
+        except (Broken, OSError) as error:
+            self._break(error)
+            return
+        except Exception as error:
+            logger().exception("defect", peer=self.peer)
+            self._break(error)
+            return
+        stream = self._line.stream
+        if stream is not None and stream.reset is not None and self._task is not None:
+            self._task.cancel()
+        if self._line.more and not self.gone.is_set():
+            self._loop.call_soon(self._again)
+        self._watch()
+        self._flush()
+        self._wake()
+
+    def _again(self) -> None:
+        if self._reads:
+            self._readable()
+
+    def _writable(self) -> None:
+        self._flush()
+        self._wake()
+
+    def _flush(self) -> None:
+        if self.gone.is_set():
+            return
+        try:
+            blocked = not self._line.push()
+        except OSError as error:
+            self._break(error)
+            return
+        if blocked is not self._writes:
+            self._writes = blocked
+            if blocked:
+                self._loop.add_writer(self._line.sock, self._writable)
+            else:
+                self._loop.remove_writer(self._line.sock)
+        stream = self._line.stream
+        if self._leaving and not blocked and (stream is None or stream.over):
+            self.close()
+
+    def _watch(self) -> None:
+        """Read as long as there is somebody to read for."""
+        stream = self._line.stream
+        full = stream is not None and len(stream.inbox) > _MOST_PARTS
+        reads = not full and not self.gone.is_set()
+        if reads is not self._reads:
+            self._reads = reads
+            if reads:
+                self._loop.add_reader(self._line.sock, self._readable)
+            else:
+                self._loop.remove_reader(self._line.sock)
+        if self.gone.is_set() and self._writes:
+            self._writes = False
+            self._loop.remove_writer(self._line.sock)
+
+    def _break(self, error: Exception) -> None:
+        if isinstance(error, Broken):
+            with contextlib.suppress(Broken, OSError):
+                self._line.leave(error.code)
+                self._line.push()
+        self.close()
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+
+class Requests(AsyncIterator[Any]):
+    """The parts of one request.
+
+    Args:
+        link: Where they come from.
+        stream: The call.
+    """
+
+    def __init__(self, link: Link, stream: Stream) -> None:
+        self._link, self._stream = link, stream
+        self.room: Room = _anywhere
+        """Finds the place of the next chunk."""
+
+    def place(self, nbytes: int) -> memoryview | None:
+        """Find the place of the next chunk."""
+        return self.room(nbytes)
+
+    async def __anext__(self) -> Any:
+        """Wait for the next part.
+
+        Raises:
+            StopAsyncIteration: If there is none.
+            CurvdError: If it cannot be read.
+            asyncio.CancelledError: If the client is gone.
+        """
+        stream = self._stream
+        while not stream.inbox:
+            if self._link.is_lost(stream):
+                raise asyncio.CancelledError
+            if stream.failure is not None:
+                raise _again(stream.failure)
+            if stream.ended:
+                raise StopAsyncIteration
+            await self._link.changed()
+        part, nbytes = stream.inbox.popleft()
+        self._link.taken(stream, nbytes)
+        return part
+
+
+def _anywhere(nbytes: int) -> memoryview | None:
+    return None
+
+
+def _again(error: CurvdError) -> CurvdError:
+    again = type(error)(str(error))
+    again.metadata = error.metadata
+    return again
