@@ -23,11 +23,6 @@ T = TypeVar("T")
 
 _IDLE_BYTES = 512 << 20
 """Memory of dropped results that a connection keeps for the next ones."""
-_CHANNELS = {Transport.DIRECT: DirectChannel, Transport.GRPCIO: GrpcioChannel}
-_ASYNC_CHANNELS = {
-    Transport.DIRECT: AsyncDirectChannel,
-    Transport.GRPCIO: AsyncGrpcioChannel,
-}
 
 
 class Connection:
@@ -40,7 +35,8 @@ class Connection:
 
     def __init__(self, target: str, config: ClientConfig) -> None:
         self.target, self._config = check_target(target), config
-        self._channel = _CHANNELS[config.transport](target, config)
+        direct = config.transport is Transport.DIRECT
+        self._channel = (DirectChannel if direct else GrpcioChannel)(target, config)
         self._closed = False
         self._pool = Pool(_IDLE_BYTES)
 
@@ -113,7 +109,9 @@ class AsyncConnection:
 
     def __init__(self, target: str, config: ClientConfig) -> None:
         self.target, self._config = check_target(target), config
-        self._channel = _ASYNC_CHANNELS[config.transport](target, config)
+        direct = config.transport is Transport.DIRECT
+        kind = AsyncDirectChannel if direct else AsyncGrpcioChannel
+        self._channel = kind(target, config)
         self._closed = False
         self._pool = Pool(_IDLE_BYTES)
 

@@ -15,15 +15,18 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator
 from typing import Any
+
+from grpc import StatusCode
 
 from curvd._version import VERSION
 from curvd.config import ClientConfig
 from curvd.http2.dialling import Address, client_context, dial, tune
 from curvd.http2.exchange import Terms, Wait, exchange
-from curvd.http2.line import Broken, Line
+from curvd.http2.line import Line
 from curvd.http2.messages import Room
+from curvd.http2.stream import Broken
 from curvd.rpcs import Rpc
 from curvd.status import Ended
 
@@ -46,12 +49,12 @@ class _Lines:
         self._lock = threading.Lock()
         self._closed = False
 
-    def terms(self, rpc: Rpc, timeout: float | None) -> Terms:
+    def terms(self, rpc: Rpc, timeout_s: float | None) -> Terms:
         """Say what holds for a call.
 
         Args:
             rpc: Which method.
-            timeout: Seconds that it may take.
+            timeout_s: Seconds that it may take.
 
         Returns:
             Its terms.
@@ -66,14 +69,15 @@ class _Lines:
             ("user-agent", f"curvd-python/{VERSION}"),
             *self._metadata,
         ]
-        if timeout is not None:
-            if timeout <= 0:
+        if timeout_s is not None:
+            if timeout_s <= 0:
                 msg = "the deadline passed before the call began"
-                raise Ended("DEADLINE_EXCEEDED", msg)
-            headers.append(("grpc-timeout", f"{min(round(timeout * 1e3), _MOST_MS)}m"))
+                raise Ended(StatusCode.DEADLINE_EXCEEDED, msg)
+            milliseconds = min(round(timeout_s * 1e3), _MOST_MS)
+            headers.append(("grpc-timeout", f"{milliseconds}m"))
         return Terms(
             headers=headers,
-            deadline=None if timeout is None else time.monotonic() + timeout,
+            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
             keepalive_s=self._config.keepalive_s,
             keepalive_timeout_s=self._config.keepalive_timeout_s,
             longest=_LONGEST_MESSAGE,
@@ -96,11 +100,11 @@ class _Lines:
                 return line
             self.put(line)
 
-    def connect(self, timeout: float | None) -> Line:
+    def connect(self, timeout_s: float | None) -> Line:
         """Make a connection, and wait for it.
 
         Args:
-            timeout: Seconds.
+            timeout_s: Seconds.
 
         Returns:
             The connection.
@@ -110,8 +114,8 @@ class _Lines:
             OSError: If nobody is there.
         """
         longest = self._config.keepalive_timeout_s
-        timeout = longest if timeout is None else max(1e-3, min(timeout, longest))
-        sock = dial(self._address, timeout)
+        patience_s = longest if timeout_s is None else min(timeout_s, longest)
+        sock = dial(self._address, max(1e-3, patience_s))
         try:
             tune(sock, self._config.keepalive_s, self._config.keepalive_timeout_s)
             if self._context is not None:
@@ -169,7 +173,7 @@ class _Lines:
         """
         if self._closed:
             return _closed()
-        return Ended("UNAVAILABLE", str(error) or type(error).__name__)
+        return Ended(StatusCode.UNAVAILABLE, str(error) or type(error).__name__)
 
 
 class DirectChannel:
@@ -184,15 +188,15 @@ class DirectChannel:
         self._lines = _Lines(target, config)
 
     def exchange(
-        self, rpc: Rpc, parts: Iterator[Any], room: Room, timeout: float | None
-    ) -> Iterator[Any]:
+        self, rpc: Rpc, parts: Iterator[Any], room: Room, timeout_s: float | None
+    ) -> Generator[Any, None, None]:
         """Make one call.
 
         Args:
             rpc: Which method.
             parts: Of the request; nothing is sent if there are none.
             room: Finds the place for chunks of the response.
-            timeout: Seconds; None: no deadline.
+            timeout_s: Seconds; None: no deadline.
 
         Yields:
             The parts of the response.
@@ -203,9 +207,9 @@ class DirectChannel:
         first = next(parts, None)
         if first is None:
             return
-        terms = self._lines.terms(rpc, timeout)
+        terms = self._lines.terms(rpc, timeout_s)
         try:
-            line = self._lines.take() or self._lines.connect(timeout)
+            line = self._lines.take() or self._lines.connect(timeout_s)
             try:
                 request = itertools.chain((first,), parts)
                 with contextlib.closing(
@@ -241,7 +245,7 @@ class AsyncDirectChannel:
         self._lines = _Lines(target, config)
 
     async def exchange(
-        self, rpc: Rpc, parts: Iterator[Any], room: Room, timeout: float | None
+        self, rpc: Rpc, parts: Iterator[Any], room: Room, timeout_s: float | None
     ) -> AsyncGenerator[Any, None]:
         """Make one call.
 
@@ -249,7 +253,7 @@ class AsyncDirectChannel:
             rpc: Which method.
             parts: Of the request; nothing is sent if there are none.
             room: Finds the place for chunks of the response.
-            timeout: Seconds; None: no deadline.
+            timeout_s: Seconds; None: no deadline.
 
         Yields:
             The parts of the response.
@@ -260,11 +264,11 @@ class AsyncDirectChannel:
         first = next(parts, None)
         if first is None:
             return
-        terms = self._lines.terms(rpc, timeout)
+        terms = self._lines.terms(rpc, timeout_s)
         try:
             line = self._lines.take()
             if line is None:
-                line = await asyncio.to_thread(self._lines.connect, timeout)
+                line = await asyncio.to_thread(self._lines.connect, timeout_s)
             try:
                 request = itertools.chain((first,), parts)
                 with contextlib.closing(
@@ -320,4 +324,4 @@ def _context(config: ClientConfig) -> ssl.SSLContext:
 
 def _closed() -> Ended:
     msg = "this client is closed"
-    return Ended("CANCELLED", msg)
+    return Ended(StatusCode.CANCELLED, msg)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator
 from typing import Any, TypeVar
 
 import grpc
@@ -33,15 +33,15 @@ class GrpcioChannel:
         )
 
     def exchange(
-        self, rpc: Rpc, parts: Iterator[Any], room: Room, timeout: float | None
-    ) -> Iterator[Any]:
+        self, rpc: Rpc, parts: Iterator[Any], room: Room, timeout_s: float | None
+    ) -> Generator[Any, None, None]:
         """Make one call.
 
         Args:
             rpc: Which method.
             parts: Of the request; nothing is sent if a message would be missing.
             room: Not used: grpcio has memory of its own.
-            timeout: Seconds; None: no deadline.
+            timeout_s: Seconds; None: no deadline.
 
         Yields:
             The parts of the response.
@@ -55,7 +55,7 @@ class GrpcioChannel:
         request = parts if rpc.client_streams else next(parts, None)
         if request is None:
             return
-        response = method(request, timeout=timeout, metadata=self._metadata)
+        response = method(request, timeout=timeout_s, metadata=self._metadata)
         if not rpc.server_streams:
             yield response
             return
@@ -84,7 +84,7 @@ class AsyncGrpcioChannel:
         self._channel: grpc.aio.Channel | None = None
 
     async def exchange(
-        self, rpc: Rpc, parts: Iterator[Any], room: Room, timeout: float | None
+        self, rpc: Rpc, parts: Iterator[Any], room: Room, timeout_s: float | None
     ) -> AsyncGenerator[Any, None]:
         """Make one call.
 
@@ -92,7 +92,7 @@ class AsyncGrpcioChannel:
             rpc: Which method.
             parts: Of the request; nothing is sent if a message would be missing.
             room: Not used: grpcio has memory of its own.
-            timeout: Seconds; None: no deadline.
+            timeout_s: Seconds; None: no deadline.
 
         Yields:
             The parts of the response.
@@ -106,7 +106,7 @@ class AsyncGrpcioChannel:
         request = parts if rpc.client_streams else next(parts, None)
         if request is None:
             return
-        response = method(request, timeout=timeout, metadata=self._metadata)
+        response = method(request, timeout=timeout_s, metadata=self._metadata)
         statuses = _watch(response)
         try:
             if not rpc.server_streams:

@@ -364,8 +364,9 @@ class SmallProduct(TensorStream[T]):
             self._result_header = response.header
         if response.HasField("summary"):
             self._summary = response.summary
-        if part.tensors.nbytes:
-            yield from super().feed(part.tensors)
+        for tensors in part.tensors:
+            if tensors.nbytes:
+                yield from super().feed(tensors)
 
     def _resume(self) -> None:
         # The server still has the result under the request's id; all of it comes again.
@@ -373,10 +374,9 @@ class SmallProduct(TensorStream[T]):
         self._header.checksum = self.wanted.verify
 
     def _request(self) -> Iterator[Any]:
-        tensors = memoryview(b"")
+        tensors: tuple[memoryview, ...] = ()
         if self._operand is not None:
-            file = file_of(self._operand, self.wanted.travels_as)
-            tensors = memoryview(b"".join(file))
+            tensors = tuple(file_of(self._operand, self.wanted.travels_as))
         yield Framed(self.rpc.request.message(header=self._header), tensors)
 
 

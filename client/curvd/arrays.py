@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curvd.errors import InvalidSpec, InvalidVector
+from curvd.finite import first_not_finite
 from curvd.types import Dtype, ParameterLayout
 
 Array = NDArray[Any]
@@ -298,8 +299,11 @@ def _columns(
 def _check_finite(
     array: Array, label: str | None, layout: ParameterLayout, columns: int | None
 ) -> None:
+    if array.flags.c_contiguous:
+        if first_not_finite(array.reshape(-1)) is None:
+            return
     # The extremes of an array with a NaN are NaN: two passes, nothing allocated.
-    if not array.size or (np.isfinite(array.min()) and np.isfinite(array.max())):
+    elif not array.size or (np.isfinite(array.min()) and np.isfinite(array.max())):
         return
     index = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
     value = array[index]

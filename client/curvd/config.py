@@ -229,6 +229,18 @@ def is_local(target: str) -> bool:
 
 
 def pem(source: Pem | None, name: str) -> bytes | None:
+    """Read PEM text.
+
+    Args:
+        source: The text, or the path of a file.
+        name: Of the setting, for the message.
+
+    Returns:
+        The text; None if there is none.
+
+    Raises:
+        InvalidSpec: If the file cannot be read.
+    """
     if source is None or isinstance(source, bytes):
         return source
     if isinstance(source, str) and source.lstrip().startswith("-----BEGIN"):

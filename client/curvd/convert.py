@@ -10,6 +10,7 @@ import enum
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from google.protobuf import timestamp_pb2
@@ -157,8 +158,9 @@ def layout_from_proto(messages: Sequence[types_pb.Parameter]) -> types.Parameter
     )
 
 
+@lru_cache(maxsize=64)
 def plan_to_proto(plan: types.PlanReport) -> types_pb.Plan:
-    """Convert a plan."""
+    """Convert a plan; every result carries one, so do not write to the message."""
     return types_pb.Plan(**asdict(plan))
 
 

@@ -29,7 +29,8 @@ class Framed:
     """A message whose field 2, ``tensors``, is beside it."""
 
     message: Any
-    tensors: memoryview
+    tensors: tuple[memoryview, ...]
+    """Its bytes, in order; one view if they were received."""
 
 
 Part = Message | memoryview
@@ -75,8 +76,9 @@ class Codec:
             return memoryview(BYTES_TAG + _varint(part.nbytes)), part
         if isinstance(part, Framed):
             rest = part.message.SerializeToString()
-            head = b"".join((rest, BYTES_TAG, _varint(part.tensors.nbytes)))
-            return memoryview(head), part.tensors
+            size = sum(view.nbytes for view in part.tensors)
+            head = b"".join((rest, BYTES_TAG, _varint(size)))
+            return memoryview(head), *part.tensors
         return (memoryview(part.SerializeToString()),)
 
     def load(self, data: bytes | memoryview) -> Part | Framed:
@@ -94,7 +96,7 @@ class Codec:
             start, size = read_varint(data, 1)
             if start + size == len(data):
                 return memoryview(data)[start:]
-        message: Any = self.message.FromString(data)
+        message: Any = _parsed(self.message, data)
         # Another order of fields, or a repeated chunk: legal protobuf, only slower.
         if self.bulk and message.WhichOneof("part") == "chunk":
             return memoryview(message.chunk)
@@ -108,8 +110,8 @@ class Codec:
             start, size = read_varint(data, at + 1)
             if tag & 7 != _LENGTH_DELIMITED or tag > 0x7F or size < 0:
                 # Not as we write it, or malformed: protobuf decides.
-                message: Any = self.message.FromString(data)
-                return Framed(message, memoryview(message.tensors))
+                message: Any = _parsed(self.message, data)
+                return Framed(message, (memoryview(message.tensors),))
             if tag == BYTES_TAG[0]:
                 tensors = view[start : start + size]
             else:
@@ -117,7 +119,7 @@ class Codec:
             at = start + size
         if at > len(data):
             rest = [view]  # cut off: protobuf says so
-        return Framed(self.message.FromString(b"".join(rest)), tensors)
+        return Framed(self.message.FromString(b"".join(rest)), (tensors,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,11 @@ RPCS: Mapping[str, Rpc] = {
 """Every method of the contract by its name, which is unique across services."""
 BY_PATH: Mapping[str, Rpc] = {rpc.path: rpc for rpc in RPCS.values()}
 """The same by their HTTP/2 paths."""
+
+
+def _parsed(kind: type[Message], data: bytes | memoryview) -> Any:
+    # It takes any buffer; the stubs of protobuf know only bytes.
+    return kind.FromString(cast("bytes", data))
 
 
 def _varint(value: int) -> bytes:

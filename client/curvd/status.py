@@ -18,7 +18,7 @@ from curvd.errors import BY_CODE, BY_REASON, DOMAIN, CurvdError, Internal, Unava
 
 DETAILS_KEY = "grpc-status-details-bin"
 """Trailing metadata that carries the serialised ``google.rpc.Status``."""
-NAMES = {str(code.value[0]): code.name for code in grpc.StatusCode}
+CODES = {str(code.value[0]): code for code in grpc.StatusCode}
 """Status codes by their number in trailers."""
 
 
@@ -26,12 +26,14 @@ class Ended(Exception):
     """A call of curvd's own transport ended with an error.
 
     Args:
-        code: Name of the status code.
+        code: Its status.
         message: What went wrong.
         details: The value of `DETAILS_KEY`, if there was one.
     """
 
-    def __init__(self, code: str, message: str, details: bytes | None = None) -> None:
+    def __init__(
+        self, code: grpc.StatusCode, message: str, details: bytes | None = None
+    ) -> None:
         super().__init__(message)
         self.code, self.details = code, details
 
@@ -102,7 +104,7 @@ def translated(target: str) -> Iterator[None]:
     try:
         yield
     except Ended as error:
-        raise _explained(target, error.code, str(error), error.details) from error
+        raise _explained(target, error.code.name, str(error), error.details) from error
     except grpc.RpcError as error:
         trailing: Any = error.trailing_metadata() or ()
         details = dict(trailing).get(DETAILS_KEY)

@@ -14,6 +14,8 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,9 @@ CHUNK_BYTES = 2 << 20
 
 MAX_HEADER_BYTES = 4 << 20
 """Largest JSON header that is accepted: about 40,000 tensors."""
+
+_SMALL_HEADER = 1 << 12
+"""Headers up to here are not parsed twice."""
 
 _ALIGNMENT = 64
 """Payloads start at a multiple of this, so that a mapped file has aligned arrays."""
@@ -143,6 +148,18 @@ def load_header(text: bytes) -> Header:
         InvalidTensors: If it is not JSON, an entry is malformed, an element type is
             unknown, or the tensors overlap or leave gaps.
     """
+    # Vectors of one session all have the same header.
+    return (
+        _load_small_header(text) if len(text) <= _SMALL_HEADER else _load_header(text)
+    )
+
+
+@lru_cache(maxsize=64)
+def _load_small_header(text: bytes) -> Header:
+    return MappingProxyType(_load_header(text))
+
+
+def _load_header(text: bytes) -> dict[str, TensorHeader]:
     try:
         entries = json.loads(text, object_pairs_hook=_unique)
         if not isinstance(entries, dict):
@@ -390,7 +407,7 @@ class Assembler:
     def _feed_header(self, chunk: memoryview) -> memoryview:
         """Collect the header; return the bytes after it."""
         have = len(self._prefix)
-        self._prefix += chunk[: MAX_HEADER_BYTES + 8]
+        self._prefix += chunk[: max(0, 8 - have)]
         if len(self._prefix) < 8:
             return memoryview(b"")
         size = int.from_bytes(self._prefix[:8], "little")
@@ -400,9 +417,11 @@ class Assembler:
                 f"{MAX_HEADER_BYTES}. Send fewer tensors, or flatten them into one"
             )
             raise LimitExceeded(msg, header_bytes=size, limit=MAX_HEADER_BYTES)
+        taken = len(self._prefix) - have
+        self._prefix += chunk[taken : 8 + size - have]
         if len(self._prefix) < 8 + size:
             return memoryview(b"")
-        header = load_header(bytes(self._prefix[8 : 8 + size]))
+        header = load_header(bytes(self._prefix[8:]))
         self._total = payload_bytes(header)
         if self._total > self._max_bytes:
             msg = f"a payload of {self._total} bytes exceeds the limit of {self._max_bytes}"

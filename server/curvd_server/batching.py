@@ -8,6 +8,7 @@ that a caller with many requests delays another by one run at most.
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
 import time
 from collections import OrderedDict, deque
@@ -119,8 +120,10 @@ class Batcher:
         self._pending = (pending_columns, pending_bytes)
         self._reserved = [0, 0]
         self._lanes: OrderedDict[Hashable, _Lane] = OrderedDict()
-        self._wakeup = threading.Condition()
-        self._closed = False
+        self._lock = threading.Lock()
+        # Not a condition: its waiter would wake up only to wait for the lock.
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._asleep = self._closed = False
         self._runs = self._requests = self._columns = self._cancelled = 0
         self._seconds_per_column = _FIRST_GUESS_S
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -141,7 +144,7 @@ class Batcher:
             Overloaded: If others take the room. A request alone always gets it.
         """
         wanted = (columns, nbytes)
-        with self._wakeup:
+        with self._lock:
             full = any(
                 have + want > limit
                 for have, want, limit in zip(
@@ -156,7 +159,7 @@ class Batcher:
         try:
             yield
         finally:
-            with self._wakeup:
+            with self._lock:
                 self._reserved = [
                     a - b for a, b in zip(self._reserved, wanted, strict=True)
                 ]
@@ -187,7 +190,7 @@ class Batcher:
 
     def statistics(self) -> BatcherStatistics:
         """Report what was done, and what waits."""
-        with self._wakeup:
+        with self._lock:
             return BatcherStatistics(
                 runs=self._runs,
                 requests=self._requests,
@@ -200,22 +203,24 @@ class Batcher:
 
     def close(self) -> None:
         """Cancel what waits or runs, and end the thread."""
-        with self._wakeup:
+        with self._lock:
             self._closed = True
-            self._wakeup.notify()
+        self._bell.put(None)
         self._thread.join()
 
     def _submit(
         self, key: Hashable, operator: Multiplies | None, ticket: Ticket[T]
     ) -> Ticket[T]:
-        with self._wakeup:
+        with self._lock:
             if self._closed:
                 msg = "the server is shutting down"
                 raise Unavailable(msg)
             lane = self._lanes.setdefault(key, _Lane(operator, deque()))
             lane.tickets.append(ticket)
             self._requests += 1
-            self._wakeup.notify()
+            asleep, self._asleep = self._asleep, False
+        if asleep:
+            self._bell.put(None)
         return ticket
 
     def _work(self) -> None:
@@ -224,16 +229,19 @@ class Batcher:
             pass
 
     def _step(self) -> bool:
-        with self._wakeup:
-            self._wakeup.wait_for(lambda: self._lanes or self._closed)
+        with self._lock:
             if self._closed:
                 self._refuse_all()
                 return False
-            key, lane = next(iter(self._lanes.items()))
-            tickets = self._take(lane)
+            key, lane = next(iter(self._lanes.items()), (None, None))
+            self._asleep = lane is None
+            tickets = [] if lane is None else self._take(lane)
+        if lane is None:
+            self._bell.get()
+            return True
         if tickets:
             self._execute(lane.operator, tickets)
-        with self._wakeup:
+        with self._lock:
             # Behind all others, also those that came during the run: a caller who
             # comes now waits for the run under way at most, however many queue.
             self._lanes.move_to_end(key)
@@ -304,7 +312,7 @@ class Batcher:
         ]
 
     def _count(self, tickets: list[Ticket[Any]], columns: int, seconds: float) -> None:
-        with self._wakeup:
+        with self._lock:
             self._runs += 1
             self._columns += columns
             self._cancelled += sum(ticket.abandoned for ticket in tickets)

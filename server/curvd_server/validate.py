@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded
+from curvd.finite import first_not_finite
 from curvd.narrow import NARROW
 from curvd.types import Dtype, ParameterLayout
 from curvd.wire import Header
@@ -20,8 +21,6 @@ from curvd_server.config import LimitsConfig
 
 LONGEST_TEXT = 128
 """Characters of a name or a request id."""
-
-_SEGMENT = 1 << 16
 
 
 def vector_dtype(dtype: Dtype) -> np.dtype[Any]:
@@ -199,7 +198,7 @@ def check_finite(
         InvalidVector: If a value is not finite.
     """
     flat = values.reshape(-1)
-    found = _first_not_finite(flat)
+    found = first_not_finite(flat)
     if found is None:
         return
     column, index = divmod(first + found, layout.size)
@@ -225,20 +224,8 @@ def check_finite_data(name: str, dtype: str, array: NDArray[Any]) -> None:
     Raises:
         InvalidSpec: If a value is not finite.
     """
-    start = _first_not_finite(array.reshape(-1), bits=dtype == "BF16")
+    start = first_not_finite(array.reshape(-1), bits=dtype == "BF16")
     if start is not None:
         row = start // max(1, math.prod(array.shape[1:]))
         msg = f"tensor {name!r} is not finite in data point {row}; remove it or mend it"
         raise InvalidSpec(msg, tensor=name, data_point=row)
-
-
-def _first_not_finite(values: NDArray[Any], *, bits: bool = False) -> int | None:
-    """Find the first NaN or infinity; in segments, to stay in the cache."""
-    if not bits and values.dtype.kind != "f":
-        return None
-    for start in range(0, len(values), _SEGMENT):
-        part = values[start : start + _SEGMENT]
-        finite = (part & 0x7F80) != 0x7F80 if bits else np.isfinite(part)
-        if not finite.all():
-            return start + int(np.argmin(finite))
-    return None

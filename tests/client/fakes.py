@@ -266,7 +266,7 @@ class FakeService:
     def Multiply(self, parts):
         request = next(parts)
         header = request.message.header
-        chunks = iter([request.tensors] if request.tensors.nbytes else [])
+        chunks = iter([t for t in request.tensors if t.nbytes])
         response, file = curvature_pb.MultiplyResponse(), []
         info, result = self._product("Multiply", header, chunks)
         for part in self._result(curvature_pb.MultiplyResponse, info, result, header):
@@ -274,7 +274,7 @@ class FakeService:
                 file.append(part)
             else:
                 response.MergeFrom(part)
-        yield Framed(response, memoryview(b"".join(file)))
+        yield Framed(response, tuple(file))
 
     def PutVector(self, parts):
         header = next(parts).header

@@ -49,13 +49,13 @@ def multiply(channel, session_id, arrays=None, **fields):
     """One message each way."""
     header = pb.ProductHeader(session_id=session_id, **fields)
     data = raw.file_of(arrays) if arrays else b""
-    request = Framed(pb.MultiplyRequest(header=header), memoryview(data))
+    request = Framed(pb.MultiplyRequest(header=header), (memoryview(data),))
     response = raw.call(channel, "Multiply", request)
     assert response.message.HasField("header")
     assert response.message.HasField("summary")
-    if not response.tensors.nbytes:
+    if not response.tensors[0].nbytes:
         return None
-    return wire.load(iter([response.tensors]), max_bytes=1 << 20)["result"]
+    return wire.load(iter(response.tensors), max_bytes=1 << 20)["result"]
 
 
 def resume(data, offset):

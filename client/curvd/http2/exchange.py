@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
+from grpc import StatusCode
+
 from curvd.errors import CurvdError
 from curvd.http2.frames import Code
-from curvd.http2.line import Broken, Headers, Line, Stream
+from curvd.http2.line import Line
 from curvd.http2.messages import Room, framed
+from curvd.http2.stream import Broken, Headers, Stream
 from curvd.rpcs import Rpc
-from curvd.status import DETAILS_KEY, NAMES, Ended
+from curvd.status import CODES, DETAILS_KEY, Ended
 
-_RESET = {
-    Code.REFUSED_STREAM: "UNAVAILABLE",
-    Code.CANCEL: "CANCELLED",
-    Code.ENHANCE_YOUR_CALM: "RESOURCE_EXHAUSTED",
-    Code.NO_ERROR: "UNAVAILABLE",
+_RESET: dict[int, StatusCode] = {
+    Code.REFUSED_STREAM: StatusCode.UNAVAILABLE,
+    Code.CANCEL: StatusCode.CANCELLED,
+    Code.ENHANCE_YOUR_CALM: StatusCode.RESOURCE_EXHAUSTED,
+    Code.NO_ERROR: StatusCode.UNAVAILABLE,
 }
 _HTTP = {
-    "400": "INTERNAL",
-    "401": "UNAUTHENTICATED",
-    "403": "PERMISSION_DENIED",
-    "404": "UNIMPLEMENTED",
-    "429": "UNAVAILABLE",
-    "502": "UNAVAILABLE",
-    "503": "UNAVAILABLE",
-    "504": "UNAVAILABLE",
+    "400": StatusCode.INTERNAL,
+    "401": StatusCode.UNAUTHENTICATED,
+    "403": StatusCode.PERMISSION_DENIED,
+    "404": StatusCode.UNIMPLEMENTED,
+    "429": StatusCode.UNAVAILABLE,
+    "502": StatusCode.UNAVAILABLE,
+    "503": StatusCode.UNAVAILABLE,
+    "504": StatusCode.UNAVAILABLE,
 }
 """What gRPC makes of answers that are not its own (grpc/doc/http-grpc-status-mapping)."""
 
@@ -63,7 +66,7 @@ class Terms:
 
 def exchange(
     line: Line, rpc: Rpc, parts: Iterator[Any], room: Room, terms: Terms
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Send the parts of a request while those of the response come.
 
     Args:
@@ -84,7 +87,8 @@ def exchange(
     stream = line.open(terms.headers)
     stream.read(rpc.response, terms.longest, room)
     silence = _Silence(line, terms)
-    sending = True
+    # In one go with the headers; it is all there is if the request is a message.
+    sending = _send_next(line, stream, rpc, parts)
     try:
         while True:
             while stream.inbox:
@@ -96,15 +100,13 @@ def exchange(
             if stream.ended:
                 break
             if sending and not stream.outbox:
-                part = next(parts, None)
-                sending = part is not None
-                views = framed(rpc.request, part) if sending else ()
-                line.send_data(stream, views, end=not sending)
-            sent = line.push()
-            if stream.outbox or not sent or not sending:
+                sending = _send_next(line, stream, rpc, parts)
+            sent, heard = line.push(), line.heard
+            line.pull()
+            idle = line.heard == heard and not line.more
+            if idle and (stream.outbox or not sent or not sending):
                 yield Wait(not sent, silence.patience())
                 silence.check()
-            line.pull()
         line.push()
         _conclude(stream)
     finally:
@@ -112,6 +114,15 @@ def exchange(
         if not stream.over:
             line.give_up(stream, Code.CANCEL)
             line.leaving = True
+
+
+def _send_next(line: Line, stream: Stream, rpc: Rpc, parts: Iterator[Any]) -> bool:
+    """Queue the next part; tell whether there may be more."""
+    part = next(parts, None)
+    more = part is not None and rpc.client_streams
+    views = () if part is None else framed(rpc.request, part)
+    line.send_data(stream, views, end=not more)
+    return more
 
 
 class _Silence:
@@ -143,7 +154,7 @@ class _Silence:
         terms, now = self._terms, self._terms.clock()
         if terms.deadline is not None and now >= terms.deadline:
             msg = "the deadline passed before the answer came"
-            raise Ended("DEADLINE_EXCEEDED", msg)
+            raise Ended(StatusCode.DEADLINE_EXCEEDED, msg)
         silent_s = now - self._since
         if not self._asked and silent_s >= terms.keepalive_s:
             self._line.ping()
@@ -161,18 +172,18 @@ def _conclude(stream: Stream) -> None:
     if stream.trailers is None:
         if stream.reset is None:
             msg = "the answer ended without a status"
-            raise Ended("INTERNAL", msg)
+            raise Ended(StatusCode.INTERNAL, msg)
         msg = f"the server gave the call up (HTTP/2 error {stream.reset})"
-        raise Ended(_RESET.get(stream.reset, "INTERNAL"), msg)
+        raise Ended(_RESET.get(stream.reset, StatusCode.INTERNAL), msg)
     found = stream.trailers
     number = found.get("grpc-status")
     if number is None:
         status = (stream.headers or {}).get(":status", "?")
         msg = f"HTTP status {status} instead of a gRPC answer"
-        raise Ended(_HTTP.get(status, "UNKNOWN"), msg)
+        raise Ended(_HTTP.get(status, StatusCode.UNKNOWN), msg)
     if number == "0":
         return
-    code = NAMES.get(number, "UNKNOWN")
+    code = CODES.get(number, StatusCode.UNKNOWN)
     message = unquote(found.get("grpc-message", ""))
     raise Ended(code, message, _decoded(found.get(DETAILS_KEY)))
 
@@ -187,4 +198,4 @@ def _decoded(value: str | None) -> bytes | None:
 
 
 def _not_read(error: CurvdError) -> Ended:
-    return Ended(error.code, str(error))
+    return Ended(StatusCode[error.code], str(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
+from functools import lru_cache
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 HEAD_BYTES = 9
@@ -127,6 +128,39 @@ def read_settings(payload: bytes) -> Iterator[tuple[int, int]]:
 def number(value: int) -> bytes:
     """Write 32 bits: an increment or an error code."""
     return value.to_bytes(4, "big")
+
+
+@lru_cache(maxsize=64)
+def literals(headers: tuple[tuple[str, str], ...]) -> bytes:
+    """Write headers as HPACK literals that no table remembers (RFC 7541, 6.2.2).
+
+    So the bytes depend on nothing but the headers, and are written once for all calls.
+
+    Args:
+        headers: Names and values.
+
+    Returns:
+        A block of headers.
+    """
+    out = bytearray()
+    for pair in headers:
+        out.append(0)
+        for text in pair:
+            data = text.encode()
+            out += _length(len(data)) + data
+    return bytes(out)
+
+
+def _length(size: int) -> bytes:
+    """Write the length of a string: seven bits, then as many bytes as it needs."""
+    if size < 0x7F:
+        return bytes([size])
+    out, size = bytearray([0x7F]), size - 0x7F
+    while size > 0x7F:
+        out.append(size & 0x7F | 0x80)
+        size >>= 7
+    out.append(size)
+    return bytes(out)
 
 
 def header_frames(stream: int, block: bytes, flags: int, longest: int) -> bytes:

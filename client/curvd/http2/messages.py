@@ -19,6 +19,14 @@ from curvd.rpcs import BYTES_TAG, read_varint
 Room = Callable[[int], "memoryview | None"]
 """Finds the place for a chunk of so many bytes, or None if any place will do."""
 
+
+class InPlace:
+    """Parts whose chunks are received where they belong."""
+
+    room: Room
+    """Finds the place of the next chunk, when all before were taken."""
+
+
 _PREFIX_BYTES = 5
 _CHUNK_HEAD_BYTES = 6
 """Field tag and length of a chunk."""
@@ -86,7 +94,8 @@ class Reader:
         self._head = memoryview(bytearray(_PREFIX_BYTES + _CHUNK_HEAD_BYTES))
         self._size = 0
         self._place = memoryview(b"")
-        self._begin()
+        self.target = self._head[:_PREFIX_BYTES]
+        self._step = _Step.PREFIX
 
     @property
     def between(self) -> bool:

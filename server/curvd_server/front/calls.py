@@ -13,8 +13,8 @@ from urllib.parse import quote
 import grpc
 import grpc.aio
 
-from curvd.http2.line import Stream
 from curvd.http2.messages import Format, framed
+from curvd.http2.stream import Stream
 from curvd.rpcs import BY_PATH
 from curvd_server.front.link import Link, Requests
 from curvd_server.logs import logger
@@ -109,7 +109,7 @@ class Calls:
         shape = "_".join("stream" if side else "unary" for side in sides)
         response = await getattr(handler, shape)(request, context)
         if not handler.response_streaming:
-            await context.write(response)
+            await context.conclude(response)
 
     async def _find(
         self, details: grpc.HandlerCallDetails, interceptors: list[Any]
@@ -179,6 +179,14 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         self._begun = True
         await self._link.send(self._stream, headers, views)
 
+    async def conclude(self, message: Any) -> None:
+        """Send the only response and the status in one go."""
+        views = framed(self._format, self.serialise(message))
+        self._over = True
+        trailers = (("grpc-status", "0"), *self._trailing_text())
+        await self._link.send(self._stream, _ANSWER, views, trailers)
+        self._finished()
+
     async def read(self) -> NoReturn:
         """Not offered: handlers get their requests as an iterator."""
         raise NotImplementedError
@@ -216,8 +224,14 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         if self._details:
             message = quote(self._details, safe=_PRINTABLE)
             trailers.append(("grpc-message", message))
-        trailers += [(name, _text(value)) for name, value in self._trailing]
+        trailers += self._trailing_text()
         self._link.finish(self._stream, trailers)
+        self._finished()
+
+    def _trailing_text(self) -> list[tuple[str, str]]:
+        return [(name, _text(value)) for name, value in self._trailing]
+
+    def _finished(self) -> None:
         for callback in self._callbacks:
             callback(self)
 
@@ -238,7 +252,7 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         pairs = self._headers.items()
         return tuple((k, v) for k, v in pairs if not k.startswith(":"))
 
-    def time_remaining(self) -> float | None:
+    def time_remaining(self) -> float | None:  # type: ignore[override]
         """Seconds until the deadline; None if there is none."""
         return None if self._deadline is None else self._deadline - time.monotonic()
 

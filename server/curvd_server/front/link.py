@@ -10,8 +10,9 @@ from typing import Any
 
 from curvd.errors import CurvdError
 from curvd.http2.frames import Code
-from curvd.http2.line import Broken, Headers, Line, Stream
-from curvd.http2.messages import Room
+from curvd.http2.line import Line
+from curvd.http2.messages import InPlace
+from curvd.http2.stream import Broken, Headers, Stream
 from curvd_server.logs import logger
 
 _MOST_PARTS = 64
@@ -53,7 +54,11 @@ class Link:
         await future
 
     async def send(
-        self, stream: Stream, headers: Headers, views: Iterable[memoryview] = ()
+        self,
+        stream: Stream,
+        headers: Headers,
+        views: Iterable[memoryview] = (),
+        trailers: Headers = (),
     ) -> None:
         """Send, and wait until the bytes are not needed any more.
 
@@ -61,6 +66,7 @@ class Link:
             stream: Where.
             headers: To send first, if any.
             views: The bytes.
+            trailers: The status, if nothing follows.
 
         Raises:
             asyncio.CancelledError: If the client is gone.
@@ -68,6 +74,8 @@ class Link:
         if headers:
             self._line.send_headers(stream, headers)
         self._line.send_data(stream, views)
+        if trailers:
+            self._line.send_headers(stream, trailers, end=True)
         while not self._sent(stream):
             await self.changed()
         if self.is_lost(stream):
@@ -200,7 +208,7 @@ class Link:
                 future.set_result(None)
 
 
-class Requests(AsyncIterator[Any]):
+class Requests(InPlace, AsyncIterator[Any]):
     """The parts of one request.
 
     Args:
@@ -210,8 +218,7 @@ class Requests(AsyncIterator[Any]):
 
     def __init__(self, link: Link, stream: Stream) -> None:
         self._link, self._stream = link, stream
-        self.room: Room = _anywhere
-        """Finds the place of the next chunk."""
+        self.room = _anywhere
 
     def place(self, nbytes: int) -> memoryview | None:
         """Find the place of the next chunk."""

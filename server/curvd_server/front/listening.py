@@ -13,7 +13,7 @@ from pathlib import Path
 
 from curvd.errors import InvalidSpec
 from curvd.http2.dialling import tune
-from curvd.http2.line import Stream
+from curvd.http2.stream import Stream
 from curvd_server.front.link import Link
 from curvd_server.front.recognise import ENOUGH_BYTES, is_ours
 from curvd_server.front.relay import relay
@@ -72,8 +72,7 @@ class Front:
             await asyncio.gather(*takers, return_exceptions=True)
             for sock in sockets:
                 sock.close()
-            if listen.startswith("unix:"):
-                Path(listen.removeprefix("unix:")).unlink(missing_ok=True)
+            _cleared(listen)
 
     async def stop(self, grace_s: float) -> None:
         """Send our clients away, and close all connections.
@@ -174,7 +173,7 @@ async def _bound(listen: str) -> list[socket.socket]:
             if sockets and not int(port):  # the port that the first one got
                 address = (address[0], sockets[0].getsockname()[1], *address[2:])
             sock = socket.create_server(
-                address,  # type: ignore[arg-type]
+                address,
                 family=family,
                 backlog=_BACKLOG,
                 dualstack_ipv6=host == "[::]",
@@ -219,6 +218,11 @@ def _make_way(path: str) -> None:
                 os.unlink(path)
 
 
+def _cleared(listen: str) -> None:
+    if listen.startswith("unix:"):
+        Path(listen.removeprefix("unix:")).unlink(missing_ok=True)
+
+
 def _target(listen: str, sock: socket.socket) -> str:
     if listen.startswith("unix"):
         return listen
@@ -254,7 +258,12 @@ async def _encrypted(sock: socket.socket, context: ssl.SSLContext) -> ssl.SSLSoc
 async def _readable(sock: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(sock, lambda: future.done() or future.set_result(None))
+
+    def wake() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    loop.add_reader(sock, wake)
     try:
         await future
     finally:

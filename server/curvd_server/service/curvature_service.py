@@ -83,9 +83,10 @@ class CurvatureService:
             else:
                 response.MergeFrom(part)
 
-        chunks = Chunks(_nothing(), request.tensors if request.tensors.nbytes else None)
+        (tensors,) = request.tensors
+        chunks = Chunks(_nothing(), tensors if tensors.nbytes else None)
         await self._product(header, chunks, collect, "Multiply", matrix=None)
-        return Framed(response, memoryview(b"".join(file)))
+        return Framed(response, tuple(file))
 
     async def gradient(self, request: curvature_pb.GradientRequest, send: Send) -> None:
         """Compute the objective and its gradient."""

@@ -6,13 +6,13 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import groupby
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import grpc
 import grpc.aio
 
 from curvd.errors import InvalidSpec
-from curvd.http2.messages import Room
+from curvd.http2.messages import InPlace, Room
 from curvd.rpcs import RPCS, Part, Rpc
 from curvd_server.interceptors import Gate
 
@@ -42,14 +42,6 @@ def generic_handlers(
         )
         for service, rpcs in groupby(RPCS.values(), key=lambda rpc: rpc.service)
     ]
-
-
-@runtime_checkable
-class InPlace(Protocol):
-    """A request whose chunks can be received where they belong."""
-
-    room: Room
-    """Finds the place of the next chunk."""
 
 
 class Chunks(AsyncIterator[memoryview]):

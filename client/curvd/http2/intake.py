@@ -1,0 +1,202 @@
+"""The receiving half of a connection: frames, and data into its place."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from socket import socket
+from typing import Any, Protocol
+
+from curvd.errors import CurvdError
+from curvd.http2 import frames
+from curvd.http2.frames import Code, Kind
+from curvd.http2.stream import Broken, Stream
+
+_SCRATCH_BYTES = 1 << 16
+_DIRECT_BYTES = 1 << 12
+"""From here on bytes are received where they belong; fewer come with what follows."""
+_CONTROL_BYTES = 1 << 15
+"""Longest frame that carries no data."""
+
+
+class Receiver(Protocol):
+    """What is told of frames."""
+
+    def frame(self, kind: int, flags: int, number: int, payload: bytes) -> None:
+        """Take a frame that is not data."""
+
+    def data(self, number: int, length: int, padding: int) -> Stream | None:
+        """Take note of data that comes; say whose it is, None if nobody's."""
+
+
+class Intake:
+    """Cuts what comes into frames.
+
+    Small things pass through scratch memory. The data of a large message goes from the
+    socket to the reader's target.
+
+    Args:
+        sock: Non-blocking.
+        receiver: Is told of frames.
+        introduced: False if the peer has to say first that it speaks HTTP/2.
+    """
+
+    def __init__(self, sock: socket, receiver: Receiver, *, introduced: bool) -> None:
+        self._sock, self._receiver, self._introduced = sock, receiver, introduced
+        self._tls = sock if isinstance(sock, ssl.SSLSocket) else None
+        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self._start = self._stop = 0
+        self._data_left = self._pad_left = 0
+        self._data_ends = False
+        self._stream: Stream | None = None
+        self.heard = 0
+        """Counts what came; keepalive looks whether it moves."""
+
+    @property
+    def more(self) -> bool:
+        """Whether `pull` has something to do although the socket shows nothing."""
+        return self._tls is not None and self._tls.pending() > 0
+
+    def pull(self) -> None:
+        """Receive what the socket has, or until parts are there to be taken.
+
+        Raises:
+            Broken: If the peer is gone, or breaks the protocol.
+            OSError: If the connection is gone.
+        """
+        done = False
+        while not done:
+            place = self._place()
+            direct = place is not None
+            if place is None:
+                place = self._scratch[self._stop :]
+            count = self._receive(place)
+            if count is None:
+                return
+            done = self._landed(count) if direct else self._parsed(count)
+
+    def _receive(self, place: memoryview) -> int | None:
+        try:
+            count = self._sock.recv_into(place)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return None
+        if not count:
+            msg = "the connection was closed"
+            raise Broken(msg)
+        self.heard += 1
+        return count
+
+    def _place(self) -> memoryview | None:
+        """Find the place of the data that comes next, if a call of its own is worth it."""
+        reader = None if self._stream is None else self._stream.reader
+        if reader is None or self._stop or self._data_left < _DIRECT_BYTES:
+            return None
+        if reader.target.nbytes < _DIRECT_BYTES:
+            return None
+        return reader.target[: self._data_left]
+
+    def _landed(self, count: int) -> bool:
+        """Take note of data that is in its place; tell whether a part is complete."""
+        stream = self._stream
+        assert stream is not None and stream.reader is not None
+        self._data_left -= count
+        before = len(stream.inbox)
+        _take(stream, stream.reader.filled, count)
+        self._conclude_data()
+        return len(stream.inbox) > before or stream.reader is None
+
+    def _parsed(self, count: int) -> bool:
+        """Take what is in the scratch memory; tell whether parts came."""
+        self._stop += count
+        stream = None
+        while self._step():
+            stream = self._stream or stream
+        rest = self._stop - self._start
+        if rest and self._start:
+            self._scratch[:rest] = bytes(self._scratch[self._start : self._stop])
+        self._start, self._stop = 0, rest
+        return stream is not None and bool(stream.inbox)
+
+    def _step(self) -> bool:
+        """Take one frame, or the data that is here; tell whether that was possible."""
+        here = self._scratch[self._start : self._stop]
+        if not here.nbytes:
+            return False
+        if not self._introduced:
+            return self._introduce(here)
+        if self._data_left:
+            self._feed(here[: self._data_left])
+            return True
+        if self._pad_left:
+            self._skip(min(self._pad_left, here.nbytes))
+            return True
+        if here.nbytes < frames.HEAD_BYTES:
+            return False
+        length, kind, flags, number = frames.read_head(here[: frames.HEAD_BYTES])
+        if kind == Kind.DATA:
+            return self._begin_data(here, length, flags, number)
+        if length > _CONTROL_BYTES:
+            msg = f"a frame of {length} bytes that carries no data"
+            raise Broken(msg, Code.FRAME_SIZE_ERROR)
+        end = frames.HEAD_BYTES + length
+        if here.nbytes < end:
+            return False
+        self._start += end
+        self._receiver.frame(kind, flags, number, bytes(here[frames.HEAD_BYTES : end]))
+        return True
+
+    def _introduce(self, here: memoryview) -> bool:
+        size = min(here.nbytes, len(frames.PREFACE))
+        if here[:size] != frames.PREFACE[:size]:
+            msg = "this is not HTTP/2"
+            raise Broken(msg)
+        self._introduced = size == len(frames.PREFACE)
+        self._start += size if self._introduced else 0
+        return self._introduced
+
+    def _begin_data(
+        self, here: memoryview, length: int, flags: int, number: int
+    ) -> bool:
+        head, padding = frames.HEAD_BYTES, 0
+        if flags & frames.PADDED:
+            if here.nbytes < head + 1:
+                return False
+            padding = here[head] + 1
+            head += 1
+        if padding > length:
+            msg = "more padding than frame"
+            raise Broken(msg)
+        self._stream = self._receiver.data(number, length, padding)
+        self._start += head
+        self._data_left, self._pad_left = length - padding, max(0, padding - 1)
+        self._data_ends = bool(flags & frames.END_STREAM)
+        self._conclude_data()
+        return True
+
+    def _feed(self, data: memoryview) -> None:
+        self._start += data.nbytes
+        self._data_left -= data.nbytes
+        stream = self._stream
+        if stream is not None and stream.reader is not None:
+            _take(stream, stream.reader.feed, data)
+        self._conclude_data()
+
+    def _skip(self, count: int) -> None:
+        self._start += count
+        self._pad_left -= count
+        self._conclude_data()
+
+    def _conclude_data(self) -> None:
+        if self._data_left or self._pad_left:
+            return
+        stream, self._stream = self._stream, None
+        if self._data_ends and stream is not None:
+            stream.end()
+
+
+def _take(stream: Stream, take: Callable[[Any], None], data: Any) -> None:
+    """Have the reader take data; a message that cannot be read ends the call only."""
+    try:
+        take(data)
+    except CurvdError as error:
+        stream.failure, stream.reader = error, None
