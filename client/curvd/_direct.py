@@ -20,12 +20,13 @@ from typing import Any
 
 from grpc import StatusCode
 
+from curvd._dialling import Address, client_context, dial
 from curvd._version import VERSION
 from curvd.config import ClientConfig
-from curvd.http2.dialling import Address, client_context, dial, tune
 from curvd.http2.exchange import Terms, Wait, exchange
 from curvd.http2.line import Line
 from curvd.http2.messages import Room
+from curvd.http2.sockets import tune
 from curvd.http2.stream import Broken
 from curvd.rpcs import Rpc
 from curvd.status import Ended

@@ -34,3 +34,13 @@ def tanh_session(live_target):
             model, dataset, loss="cross_entropy", dtype="F64"
         ) as opened:
             yield opened
+
+
+@pytest.fixture(params=["grpcio", "direct"])
+def answers(request, monkeypatch):
+    """Who answers clients of grpcio: grpcio behind the port, or the port's own HTTP/2."""
+    if request.param == "direct":
+        from curvd_server.front import listening
+
+        monkeypatch.setattr(listening, "is_ours", lambda beginning, *, tls: True)
+    return request.param

@@ -38,6 +38,8 @@ from curvd_server.app import running, serve_in_thread
 from curvd_server.catalogue import Catalogue, StoredModel
 from curvd_server.config import LimitsConfig, ServerConfig, TlsConfig
 
+pytestmark = pytest.mark.usefixtures("answers")
+
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -49,9 +51,22 @@ def server(tmp_path, device=None, **options):
     device = device or FakeDevice()
     with (
         serve_in_thread(ServerConfig(**options), device=device) as target,
-        grpc.insecure_channel(target) as channel,
+        Channels(target) as channels,
     ):
-        yield channel
+        yield channels
+
+
+class Channels(contextlib.ExitStack):
+    """A channel whose methods have a connection each, as our own clients' calls have."""
+
+    def __init__(self, target):
+        super().__init__()
+        self._target = target
+
+    def __getattr__(self, shape):
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        channel = grpc.insecure_channel(self._target, own)
+        return getattr(self.enter_context(channel), shape)
 
 
 def healthy(channel, service=""):
@@ -255,13 +270,23 @@ def test_the_server_describes_itself(tmp_path):
     assert info.devices[0].free_bytes == 1
 
 
-def test_health_and_reflection_answer(tmp_path):
+def test_health_answers(tmp_path):
     with server(tmp_path) as channel:
         assert healthy(channel) == SERVING
         assert healthy(channel, "curvd.v1.CurvatureService") == SERVING
+
+
+def test_reflection_answers_whoever_is_not_our_client(tmp_path, answers):
+    with server(tmp_path) as channel:
         ask = reflection_pb2.ServerReflectionRequest(list_services="")
         reflected = reflection_pb2_grpc.ServerReflectionStub(channel)
-        answer = next(reflected.ServerReflectionInfo(iter([ask]), timeout=30))
+        answers_to = reflected.ServerReflectionInfo(iter([ask]), timeout=30)
+        if answers == "direct":
+            with pytest.raises(grpc.RpcError) as caught:
+                next(answers_to)
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+            return
+        answer = next(answers_to)
     names = {s.name for s in answer.list_services_response.service}
     assert {"curvd.v1.SessionService", "grpc.health.v1.Health"} <= names
 
@@ -364,7 +389,7 @@ async def test_a_draining_server_refuses_new_calls_and_finishes_old_ones(tmp_pat
     config = ServerConfig(listen="127.0.0.1:0", data_dir=tmp_path, drain_s=60.0)
     async with contextlib.AsyncExitStack() as stack:
         server = await stack.enter_async_context(running(config, device=device))
-        with grpc.insecure_channel(server.target) as channel:
+        with Channels(server.target) as channel:
             session = await asyncio.to_thread(raw.fake_session, channel)
             (operator,) = device.operators
             operator.gate.clear()

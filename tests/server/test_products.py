@@ -28,6 +28,8 @@ from curvd_server.config import LimitsConfig
 V = np.array([1.0, -2.0, 3.0, 0.5, 7.0])
 RESULT = 5 * V  # the fake's Hessian is 5 times the identity
 
+pytestmark = pytest.mark.usefixtures("answers")
+
 
 @pytest.fixture
 def device():

@@ -15,6 +15,10 @@ DEFAULT_LONGEST = 1 << 14
 DEFAULT_WINDOW = (1 << 16) - 1
 LARGEST_WINDOW = (1 << 31) - 1
 
+RECOGNISED = "curvd"
+"""Offered by our clients beside ``h2`` when TLS begins (ALPN, RFC 7301), so that a
+server that reads no further knows who calls."""
+
 END_STREAM = 0x1
 ACK = 0x1
 END_HEADERS = 0x4

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from curvd.errors import InvalidSpec
-from curvd.http2.dialling import tune
+from curvd.http2.sockets import tune
 from curvd.http2.stream import Stream
 from curvd_server.front.link import Link
 from curvd_server.front.recognise import ENOUGH_BYTES, is_ours

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from curvd.http2 import frames
-from curvd.http2.dialling import RECOGNISED
-from curvd.http2.frames import Kind, Setting
+from curvd.http2.frames import RECOGNISED, Kind, Setting
 
 ENOUGH_BYTES = 1 << 14
 """No greeting is longer."""

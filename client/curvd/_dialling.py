@@ -6,16 +6,13 @@ import contextlib
 import os
 import socket
 import ssl
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from curvd.config import Pem, TlsConfig, pem
-
-RECOGNISED = "curvd"
-"""Offered by our clients beside ``h2`` when TLS begins, so that a server that reads no
-further knows who calls."""
+from curvd.http2.frames import RECOGNISED
+from curvd.http2.sockets import tune
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,27 +79,6 @@ def dial(address: Address, timeout: float | None) -> socket.socket:
             raise
     tune(sock)
     return sock
-
-
-def tune(sock: socket.socket, silent_s: float = 30, answer_s: float = 10) -> None:
-    """Let small messages go at once, and a dead peer be noticed.
-
-    Args:
-        sock: Connected.
-        silent_s: Silence after which the kernel asks.
-        answer_s: How long it waits, also for what was sent to be received.
-    """
-    if sock.family == socket.AF_UNIX:
-        return
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if sys.platform == "linux":
-        for option, value in (
-            (socket.TCP_KEEPIDLE, silent_s),
-            (socket.TCP_KEEPINTVL, answer_s),
-            (socket.TCP_USER_TIMEOUT, 1000 * (silent_s + answer_s)),
-        ):
-            sock.setsockopt(socket.IPPROTO_TCP, option, max(1, round(value)))
 
 
 def client_context(config: TlsConfig) -> ssl.SSLContext:
