@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from curvd.config import DEFAULT_PORT
+from curvd.config import DEFAULT_PORT, Transport
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -79,6 +79,11 @@ def connection_options(command: F) -> F:
         The command.
     """
     for decorate in (
+        option(
+            "--transport",
+            "Who speaks HTTP/2: curvd itself, or grpcio with its resolvers and proxies.",
+            type=click.Choice([*Transport]),
+        ),
         option("--tls-server-name", "Name that the server's certificate carries."),
         option("--tls-client-key", "The key of --tls-client-cert.", type=FILE),
         option("--tls-client-cert", "This client's own (mutual TLS).", type=FILE),

@@ -27,7 +27,7 @@ from curvd._options import (
 from curvd._version import VERSION
 from curvd.allocator import tune_allocator
 from curvd.client import connect
-from curvd.config import ClientConfig, RetryConfig, TlsConfig
+from curvd.config import ClientConfig, RetryConfig, TlsConfig, Transport
 from curvd.errors import CurvdError
 from curvd.types import ServerInfo, SessionInfo
 
@@ -186,6 +186,7 @@ def _config(
     tls_client_cert: Path | None,
     tls_client_key: Path | None,
     tls_server_name: str | None,
+    transport: str | None,
 ) -> ClientConfig:
     encrypt = tls or tls_ca or tls_client_cert or tls_client_key or tls_server_name
     return ClientConfig(
@@ -201,6 +202,7 @@ def _config(
         # Whoever asks at a prompt wants to know now.
         retry=RetryConfig(give_up_s=0.0),
         deadline_s=30.0,
+        transport=Transport(transport or Transport.DIRECT),
     )
 
 
