@@ -246,6 +246,16 @@ def test_a_message_that_is_too_long_ends_its_call_only(wire):
     assert frames.frame(Kind.PING, frames.ACK, 0, b"12345678") in bare.recv(1 << 16)
 
 
+def test_a_message_that_is_malformed_ends_its_call_only(wire):
+    bare, line = wire
+    bare.sendall(begin())
+    line.pull()
+    line.stream.read(CODEC, 100, nowhere)
+    bare.sendall(frames.frame(Kind.DATA, 0, 1, b"\0\0\0\0\3\x0a\xff\xff"))
+    line.pull()
+    assert "none of its kind" in str(line.stream.failure)
+
+
 HOSTILE = {
     "not HTTP/2": b"GET / HTTP/1.1\r\n\r\n",
     "which is not open": begin(frames.frame(Kind.DATA, 0, 7, b"x")),

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from curvd.errors import Internal, ResourceExhausted
 from curvd.rpcs import BYTES_TAG, read_varint
@@ -110,7 +111,7 @@ class Reader:
 
         Raises:
             ResourceExhausted: If the message is too long.
-            Internal: If it is compressed.
+            Internal: If it is compressed, or malformed.
         """
         self.target = self.target[count:]
         while not self.target.nbytes:
@@ -170,7 +171,11 @@ class Reader:
         place, self._place = self._place, memoryview(b"")
         chunk = self._step is _Step.CHUNK
         self._begin()
-        part = place if chunk else self._format.load(place)
+        try:
+            part = place if chunk else self._format.load(place)
+        except DecodeError as error:
+            msg = f"a message that is none of its kind: {error}"
+            raise Internal(msg) from error
         self._inbox.append((part, self._size + _PREFIX_BYTES))
 
 
