@@ -11,6 +11,7 @@ Everything here is synchronous and belongs to the one compute thread of its devi
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -190,7 +191,7 @@ class Operator:
             1, self.problem.layout.size, dtype=self.problem.result_dtype
         ).to(self.problem.device)
         start = time.perf_counter()
-        self._batch_product(0, column, torch.zeros_like(column), never)
+        self._batch_product(0, column, torch.empty_like(column), never)
         if self.problem.device.type == "cuda":
             torch.cuda.synchronize(self.problem.device)
         self._seconds = (time.perf_counter() - start) * self._work.batches
@@ -202,10 +203,10 @@ class Operator:
         generator = torch.Generator().manual_seed(1)
         column = torch.randn(1, p.layout.size, generator=generator)
         column = column.to(p.device, p.result_dtype)
-        first, second = torch.zeros_like(column), torch.zeros_like(column)
+        first, second = torch.empty_like(column), torch.empty_like(column)
         for out in (first, second):
             self._batch_product(0, column, out, never)
-        check_repeatable("product", first, second)
+        check_repeatable("product", first[0], second[0])
 
     def apply(self, columns: Array, *, cancelled: Callable[[], bool] = never) -> Tensor:
         """Multiply columns.
@@ -307,13 +308,13 @@ class Operator:
             check_cancelled(cancelled)
             stop = min(start + self._width, len(V))
             try:
-                pieces = self._block_rows(linear, V[start:stop])
+                found = self._block_rows(linear, V[start:stop])
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 linear = self._relieve(index, linear, error)
                 continue
-            self._add(pieces, out[start:stop], first=index == 0)
+            self._add(found, out[start:stop], first=index == 0)
             self.counters.batch_products += 1
             start = stop
 
@@ -332,13 +333,14 @@ class Operator:
             for b in self._blocks
         ]
 
-    def _add(self, pieces: list[Rows], out: Tensor, *, first: bool) -> None:
-        layout = self.problem.layout.parameters
-        rows = [row for piece in pieces for row in piece]
-        for p, row in zip(layout, rows, strict=True):
-            place = out[:, p.offset : p.offset + p.size]
+    def _add(self, found: list[Rows], out: Tensor, *, first: bool) -> None:
+        """Add the rows of all blocks, and let each go as soon as it is added."""
+        rows = deque(row for block in found for row in block)
+        found.clear()
+        for p in self.problem.layout.parameters:
+            row = rows.popleft()
+            place = out[:, p.offset : p.offset + p.size].view(len(out), *p.shape)
             if row is not None:
-                row = row.reshape(len(out), p.size)
                 place.copy_(row) if first else place.add_(row)
             elif first:
                 place.zero_()
