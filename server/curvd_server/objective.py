@@ -360,6 +360,7 @@ class Problem:
             check_cancelled(cancelled)
             loss, rows = self.batch_gradient(batch)
             add_rows(gradient, self.layout, rows)
+            del rows  # before the next mini-batch's
             total += float(loss)
         return total, gradient
 

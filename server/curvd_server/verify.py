@@ -220,20 +220,36 @@ def disagreements(
         torch.randn(p.shape, generator=generator).mul_(scale_of(p)).to(p)
         for p in problem.parameters
     ]
+    names, blocks = problem.layout.names, block_ranges(spec, len(tangents))
     wrong: list[str] = []
     for batch in _one_of_each_shape(problem):
-        theirs = MODES[reference](problem, spec, batch)
-        ours = MODES[mode](problem, spec, batch)
-        gaps, norms = list[float](), list[float]()
-        for block in block_ranges(spec, len(tangents)):
-            inside = tangents[block.start : block.stop]
-            want = filled(theirs.product(inside, block, batched=False), inside)
-            got = filled(_second_of(ours, inside, block, batched=batched), inside)
-            gaps += map(distance, got, want)
-            norms += map(norm, want)
-        names, relative = problem.layout.names, _relative(gaps, norms, floor=tolerance)
-        wrong += [n for n, g in zip(names, relative, strict=True) if not g <= tolerance]
+        ours, theirs = (MODES[m](problem, spec, batch) for m in (mode, reference))
+        gaps = _disagreement(
+            ours, theirs, blocks, tangents, floor=tolerance, batched=batched
+        )
+        wrong += [n for n, gap in zip(names, gaps, strict=True) if not gap <= tolerance]
     return tuple(dict.fromkeys(wrong))
+
+
+def _disagreement(
+    ours: Linearisation,
+    theirs: Linearisation,
+    blocks: Sequence[range],
+    tangents: Sequence[Tensor],
+    *,
+    floor: float,
+    batched: bool,
+) -> list[float]:
+    """Compare the rows of two linearisations, block by block."""
+    gaps, norms = list[float](), list[float]()
+    for block in blocks:
+        inside = tangents[block.start : block.stop]
+        want = filled(theirs.product(inside, block, batched=False), inside)
+        got = filled(_second_of(ours, inside, block, batched=batched), inside)
+        gaps += map(distance, got, want)
+        norms += map(norm, want)
+        del want, got  # before the next block's
+    return _relative(gaps, norms, floor=floor)
 
 
 def _second_of(
