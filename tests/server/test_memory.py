@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from curvd.types import DatasetSpec, LossSpec, OperatorSpec
-from curvd_server import builders, pieces
+from curvd_server import builders, engine, pieces
 from curvd_server.engine import build
 from curvd_server.objective import Problem
 from curvd_server.plans import Plan
@@ -119,6 +119,18 @@ def test_a_product_holds_its_result_and_the_rows(mode, kind, peak, problem):
     operator = operator_of(problem, mode, kind=kind)
     column = torch.ones(1, problem.layout.size)
     assert peak(lambda: operator.apply(column)) <= 2 + ONE
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+def test_a_product_with_a_large_column_holds_its_result_and_one_row(
+    kind, peak, problem, monkeypatch
+):
+    """A Hessian's row is the sum of two, so it holds two for a moment."""
+    operator = operator_of(problem, "program", kind=kind)
+    column = torch.ones(1, problem.layout.size)
+    monkeypatch.setattr(engine, "EMITTED_BYTES", column.nbytes)
+    rows = 2 if kind == "hessian" else 1
+    assert peak(lambda: operator.apply(column)) <= 1 + rows * ONE
 
 
 def test_a_gradient_holds_its_result_and_the_rows(peak, problem):
