@@ -143,8 +143,12 @@ class Truth:
         v, w = self._directions
         like, whole = small.parameters, range(len(small.parameters))
         if batched:
-            pairs = zip(v.tensors(like), w.tensors(like), strict=True)
-            both = linear.product([torch.stack(p) for p in pairs], whole, batched=True)
+            stacked = [
+                torch.stack(pair)
+                for pair in zip(v.tensors(like), w.tensors(like), strict=True)
+            ]
+            both = linear.product(stacked, whole, batched=True)
+            del stacked
             first, second = (
                 filled([r if r is None else r[k] for r in both], like) for k in (0, 1)
             )

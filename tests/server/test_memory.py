@@ -86,6 +86,12 @@ def test_an_examination_holds_three_float64_vectors(mode, kind, peak, problem):
     assert 2 * HELD <= held <= 2 * (HELD + ONE)
 
 
+def test_examining_a_vectorised_product_holds_three_more(peak, problem):
+    truth = Truth(problem, OperatorSpec())
+    held = peak(lambda: truth.examine("program", batched=True))
+    assert held <= 2 * (HELD + 3 + ONE)
+
+
 def test_examining_blocks_holds_no_more(peak, problem):
     spec = OperatorSpec(block_sizes=(2,) * LAYERS)
     truth = Truth(problem, spec)
