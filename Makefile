@@ -76,7 +76,7 @@ bench: $(VENV)/dev.stamp ## every ratio against its peers, with targets
 fuzz: $(VENV)/dev.stamp ## a hundred thousand hostile graphs, in about ten minutes
 	PYTHONPATH=tests $(BIN)/python tests/fuzz_graphs.py
 
-big-test: $(VENV)/dev.stamp ## a vector beyond 2 GiB each way; needs 7 GiB of free memory
+big-test: $(VENV)/dev.stamp ## a model of more than 2 GiB, verified and multiplied; needs 16 GiB of free memory
 	$(BIN)/python bench/big.py
 
 clean: ## remove what the targets made

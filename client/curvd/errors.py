@@ -163,7 +163,7 @@ class Overloaded(ResourceExhausted):
 
 
 class OutOfMemory(ResourceExhausted):
-    """It does not fit the device, even in the smallest pieces."""
+    """It does not fit the device, or its verification does not fit the host."""
 
 
 class Unauthenticated(CurvdError, code="UNAUTHENTICATED"):

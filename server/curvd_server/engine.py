@@ -11,6 +11,7 @@ Everything here is synchronous and belongs to the one compute thread of its devi
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -25,12 +26,14 @@ from curvd_server.curvature import MODES, Linearisation, block_ranges, kept_byte
 from curvd_server.data import Array
 from curvd_server.objective import Problem, check_cancelled, never
 from curvd_server.plans import Choice, Memory, Plan, choose
-from curvd_server.program import Compilable, Rows
+from curvd_server.program import Compilable, Emits
 from curvd_server.repeatable import check_objective, check_repeatable
 from curvd_server.streamed import on_host
 
 TUNING_S = 4.0
 """Default time for measuring candidate plans."""
+EMITTED_BYTES = 64 << 20
+"""A column of this size has its rows added one by one, so that they take no memory."""
 SHARED = 16
 """Columns that share one linearisation when it has to be recomputed."""
 
@@ -190,7 +193,7 @@ class Operator:
             1, self.problem.layout.size, dtype=self.problem.result_dtype
         ).to(self.problem.device)
         start = time.perf_counter()
-        self._batch_product(0, column, torch.zeros_like(column), never)
+        self._batch_product(0, column, torch.empty_like(column), never)
         if self.problem.device.type == "cuda":
             torch.cuda.synchronize(self.problem.device)
         self._seconds = (time.perf_counter() - start) * self._work.batches
@@ -202,10 +205,10 @@ class Operator:
         generator = torch.Generator().manual_seed(1)
         column = torch.randn(1, p.layout.size, generator=generator)
         column = column.to(p.device, p.result_dtype)
-        first, second = torch.zeros_like(column), torch.zeros_like(column)
+        first, second = torch.empty_like(column), torch.empty_like(column)
         for out in (first, second):
             self._batch_product(0, column, out, never)
-        check_repeatable("product", first, second)
+        check_repeatable("product", first[0], second[0])
 
     def apply(self, columns: Array, *, cancelled: Callable[[], bool] = never) -> Tensor:
         """Multiply columns.
@@ -302,46 +305,60 @@ class Operator:
         """
         check_cancelled(cancelled)
         linear = self._linearisation(index)
-        start = 0
+        start, added = 0, set[int]()
         while start < len(V):
             check_cancelled(cancelled)
             stop = min(start + self._width, len(V))
             try:
-                pieces = self._block_rows(linear, V[start:stop])
+                for at, row in self._rows(linear, V[start:stop]):
+                    if at not in added:
+                        self._add(at, row, out[start:stop], first=index == 0)
+                    added.add(at)
+                    del row  # before the next one is made
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                # Rows that were added stay added: the same columns go on behind them.
+                if not is_out_of_memory(error) or (added and stop > start + 1):
                     raise
                 linear = self._relieve(index, linear, error)
                 continue
-            self._add(pieces, out[start:stop], first=index == 0)
             self.counters.batch_products += 1
             start = stop
+            added.clear()
 
-    def _block_rows(self, linear: Linearisation, V: Tensor) -> list[Rows]:
-        """Multiply one chunk of columns by every diagonal block."""
+    def _rows(
+        self, linear: Linearisation, V: Tensor
+    ) -> Iterator[tuple[int, Tensor | None]]:
+        """Multiply one chunk of columns by every diagonal block.
+
+        Yields:
+            Index of a parameter, and its row. The first comes when all are computed,
+            except that one large column's come as they are computed.
+        """
         batched = len(V) > 1
         columns = V.to(self.problem.dtype) if batched else V[0].to(self.problem.dtype)
         lead = columns.shape[:-1]
-        layout = self.problem.layout.parameters
         tangents = [
             columns[..., p.offset : p.offset + p.size].reshape(*lead, *p.shape)
-            for p in layout
+            for p in self.problem.layout.parameters
         ]
-        return [
-            linear.product(tangents[b.start : b.stop], b, batched=batched)
-            for b in self._blocks
-        ]
+        large = not batched and V.nbytes >= EMITTED_BYTES and not self.is_compiled
+        if large and isinstance(linear, Emits):
+            for b in self._blocks:
+                yield from linear.rows(tangents[b.start : b.stop], b)
+            return
+        found = deque[Tensor | None]()
+        for b in self._blocks:
+            found += linear.product(tangents[b.start : b.stop], b, batched=batched)
+        for at in range(len(tangents)):
+            yield at, found.popleft()
 
-    def _add(self, pieces: list[Rows], out: Tensor, *, first: bool) -> None:
-        layout = self.problem.layout.parameters
-        rows = [row for piece in pieces for row in piece]
-        for p, row in zip(layout, rows, strict=True):
-            place = out[:, p.offset : p.offset + p.size]
-            if row is not None:
-                row = row.reshape(len(out), p.size)
-                place.copy_(row) if first else place.add_(row)
-            elif first:
-                place.zero_()
+    def _add(self, at: int, row: Tensor | None, out: Tensor, *, first: bool) -> None:
+        p = self.problem.layout.parameters[at]
+        place = out[:, p.offset : p.offset + p.size].view(len(out), *p.shape)
+        if row is not None:
+            place.copy_(row) if first else place.add_(row)
+        elif first:
+            place.zero_()
 
     def _linearisation(self, index: int) -> Linearisation:
         kept = self._kept[index]

@@ -360,6 +360,7 @@ class Problem:
             check_cancelled(cancelled)
             loss, rows = self.batch_gradient(batch)
             add_rows(gradient, self.layout, rows)
+            del rows  # before the next mini-batch's
             total += float(loss)
         return total, gradient
 
@@ -383,7 +384,8 @@ class Problem:
             rows: How many data points; the first whose targets count are taken.
 
         Returns:
-            The excerpt, with its own normaliser.
+            The excerpt, with its own normaliser, and parameters of its own that may
+            be written to.
         """
         chosen: list[tuple[Tensor, ...]] = []
         for batch in self.data:
@@ -400,7 +402,9 @@ class Problem:
             model=dataclasses.replace(self.model, constants=constants),
             loss=Loss.of(self.loss.spec, torch.float64, torch.device("cpu")),
             layout=self.layout,
-            parameters=tuple(exact(p) for p in self.parameters),
+            parameters=tuple(
+                p.to("cpu", torch.float64, copy=True) for p in self.parameters
+            ),
             data=(Batch(0, tuple(inputs), targets),),
             normaliser=1.0,
             mode=self.mode,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 from curvd.types import OperatorKind, OperatorSpec
 from curvd_server.compilation import Job, Routine
 from curvd_server.data import Batch
+from curvd_server.emission import emitted
 from curvd_server.objective import Problem
 from curvd_server.outputs import Metric, metric
 from curvd_server.peephole import Recipe, addends, simplify
@@ -89,6 +90,18 @@ class LinearCode:
             return functools.partial(routine.native or routine.module.forward, *known)
         return torch.vmap(functools.partial(routine.module.forward, *known))
 
+    def emitted(
+        self,
+        inputs: range,
+        outputs: range,
+        constants: Mapping[str, Any],
+        tangents: Sequence[Tensor],
+    ) -> Iterator[tuple[int, Tensor | None]]:
+        """Run a routine; yield index and value of each output as it is computed."""
+        routine = self.routine(inputs, outputs)
+        known = [constants[name] for name in routine.names]
+        return emitted(routine.module.graph, (*known, *tangents), outputs)
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -116,6 +129,17 @@ class Compilable(Protocol):
         ...
 
 
+@runtime_checkable
+class Emits(Protocol):
+    """A linearisation that hands its rows out one by one."""
+
+    def rows(
+        self, tangents: Sequence[Tensor], block: range
+    ) -> Iterator[tuple[int, Tensor | None]]:
+        """Multiply one diagonal block; yield index of the parameter, and its row."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class _HessianProgram:
     """Tangents in, rows out."""
@@ -130,6 +154,12 @@ class _HessianProgram:
         with torch.no_grad():
             run = self.code.bind(block, block, self.constants, batched=batched)
             return list(run(*tangents))
+
+    def rows(
+        self, tangents: Sequence[Tensor], block: range
+    ) -> Iterator[tuple[int, Tensor | None]]:
+        """Multiply one diagonal block; see `Emits`."""
+        return self.code.emitted(block, block, self.constants, tangents)
 
     def jobs(self, block: range) -> list[Job]:
         """List what can be compiled of one block's product."""
@@ -163,6 +193,19 @@ class _JacobianProgram:
             cotangent = self.metric(pushed).contiguous()
             pull = self.code.bind(outputs, block, self.constants, batched=batched)
             return list(pull(cotangent))
+
+    def rows(
+        self, tangents: Sequence[Tensor], block: range
+    ) -> Iterator[tuple[int, Tensor | None]]:
+        """Multiply one diagonal block; see `Emits`."""
+        outputs = range(self.parameters, self.parameters + 1)
+        with torch.no_grad():
+            push = self.code.bind(block, outputs, self.constants, batched=False)
+            (pushed,) = push(*tangents)
+            if pushed is None:
+                return ((index, None) for index in block)
+            cotangent = self.metric(pushed).contiguous()
+        return self.code.emitted(outputs, block, self.constants, (cotangent,))
 
     def jobs(self, block: range) -> list[Job]:
         """List what can be compiled of one block's product."""

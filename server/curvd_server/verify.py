@@ -8,24 +8,29 @@ meaningful (it is the formulas that are verified, and they do not depend on the 
   layer initialised with zeros hides the rows of the layers before it;
 * several step widths are tried and the best one counts per parameter, because with
   millions of ReLUs only a tiny step crosses no kink, while a larger one rounds less.
+
+A model may fill the machine, so little is held at once (`HELD`): the parameters of the
+excerpt move in place, random directions are made anew wherever they are needed, and a
+difference quotient is accumulated where backward passes leave the gradient.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
+import psutil
 import torch
 from torch import Tensor
 
-from curvd.types import OperatorKind, OperatorSpec
-from curvd_server.curvature import MODES, block_ranges
-from curvd_server.data import Batch, rows_of
+from curvd.errors import OutOfMemory
+from curvd.types import OperatorSpec
+from curvd_server.curvature import MODES, Linearisation, block_ranges
+from curvd_server.data import Batch
+from curvd_server.excerpt import Direction, Excerpt, filled, scale_of
 from curvd_server.objective import Problem
-from curvd_server.outputs import metric
+from curvd_server.pieces import distance, norm
 from curvd_server.program import Rows
 from curvd_server.streamed import on_host
 
@@ -38,7 +43,13 @@ A correct mode reaches 1e-9; the wrong ones known to us are off by 1e-2 and more
 """
 AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.5}
 """How far two correct modes may differ in a session's own precision."""
-EXCERPT_ROWS = 4
+HELD = 3
+"""Float64 vectors of all parameters that an examination holds at once, on the host.
+
+The parameters themselves; and a direction and its product, or a product and the
+difference quotient that it is compared with. Vectorised products, which are chosen for
+small models only, need three more.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +70,25 @@ class Evidence:
 
 
 class Truth:
-    """The reference for one problem and operator, evaluated once for all modes."""
+    """The reference for one problem and operator.
+
+    It holds nothing of the parameters' size between two examinations.
+
+    Args:
+        problem: The objective.
+        spec: The operator.
+
+    Raises:
+        OutOfMemory: If the host cannot hold what an examination takes.
+    """
 
     def __init__(self, problem: Problem, spec: OperatorSpec) -> None:
-        excerpt = problem.excerpt(EXCERPT_ROWS)
-        generator = torch.Generator().manual_seed(0)
-        scales = [_scale(p) for p in excerpt.parameters]
-        draw = [
-            [
-                s * _normal(p, generator)
-                for s, p in zip(scales, excerpt.parameters, strict=True)
-            ]
-            for _ in range(3)
-        ]
-        for name, row in excerpt.model.fixed:
-            for direction in draw:
-                direction[excerpt.layout.names.index(name)][row] = 0.0
-        self._problem = _moved(excerpt, draw[0], 0.03)
-        self._spec = spec
-        self._directions = draw[1:]
+        _check_host_memory(problem)
+        self._problem, self._spec = problem, spec
+        scales = tuple(map(scale_of, problem.parameters))
+        names = problem.layout.names
+        fixed = tuple((names.index(name), row) for name, row in problem.model.fixed)
+        self._away, *self._directions = (Direction(k, scales, fixed) for k in range(3))
 
     def examine(self, mode: str, *, batched: bool) -> Evidence:
         """Compare a mode with the truth.
@@ -97,86 +108,72 @@ class Truth:
 
     def is_sum_over_data(self) -> bool:
         """Tell whether the gradient is the sum of the data points' own gradients."""
-        problem, whole = self._problem, self._problem.data[0]
-        if len(whole.targets) == 1:
-            return True
-        want = _gradient(problem)
-        parts = (slice(0, 1), slice(1, None))
-        rows = [
-            _gradient(dataclasses.replace(problem, data=(rows_of(whole, part),)))
-            for part in parts
-        ]
-        got = [a + b for a, b in zip(*rows, strict=True)]
-        return max(_gaps(got, want)) <= TOLERANCE
+        return max(_relative(*self._excerpt().beyond_the_sum())) <= TOLERANCE
+
+    def _excerpt(self) -> Excerpt:
+        return Excerpt(self._problem, self._away, self._directions[0])
 
     def _examine(self, mode: str, *, batched: bool) -> Evidence:
-        linear = MODES[mode](self._problem, self._spec, self._problem.data[0])
-        whole = range(len(self._problem.parameters))
-        if batched:
-            stacked = [
-                torch.stack(pair) for pair in zip(*self._directions, strict=True)
-            ]
-            rows = self._filled(linear.product(stacked, whole, batched=True), 2)
-            first, second = ([r[k] for r in rows] for k in (0, 1))
-        else:
-            first, second = (
-                self._filled(linear.product(d, whole, batched=False))
-                for d in self._directions
-            )
-        gaps = self._difference_gaps(first)
-        symmetry = _asymmetry(self._directions, first, second)
+        excerpt = self._excerpt()
+        small = excerpt.problem
+        linear = MODES[mode](small, self._spec, small.data[0])
+        crossed = [
+            name
+            for block in self._probed_blocks()
+            for name in self._wrong_in_block(small, linear, block)
+        ]
+        first, symmetry = self._products(small, linear, batched=batched)
+        del linear  # what it keeps belongs to the parameters before they move
+        gaps = self._difference_gaps(excerpt, first)
         names = self._problem.layout.names
         wrong = [n for n, gap in zip(names, gaps, strict=True) if not gap <= TOLERANCE]
         if not wrong and not symmetry <= TOLERANCE:
             wrong = [names[gaps.index(max(gaps))]]
-        for block in self._probed_blocks():
-            wrong += self._examine_block(linear.product, block, first)
-        return Evidence(symmetry, max(gaps), tuple(dict.fromkeys(wrong)))
+        return Evidence(symmetry, max(gaps), tuple(dict.fromkeys(wrong + crossed)))
 
-    def _filled(self, rows: Rows, columns: int | None = None) -> list[Tensor]:
-        lead = () if columns is None else (columns,)
-        return [
-            torch.zeros(*lead, *p.shape, dtype=p.dtype) if r is None else r
-            for r, p in zip(rows, self._problem.parameters, strict=True)
-        ]
+    def _products(
+        self, small: Problem, linear: Linearisation, *, batched: bool
+    ) -> tuple[list[Tensor], float]:
+        """Multiply both directions.
 
-    def _difference_gaps(self, rows: Sequence[Tensor]) -> list[float]:
+        Returns:
+            The first one's product, and ``|w.Av - v.Aw|`` relative to what a random
+            ``w`` would give.
+        """
+        v, w = self._directions
+        like, whole = small.parameters, range(len(small.parameters))
+        if batched:
+            stacked = [
+                torch.stack(pair)
+                for pair in zip(v.tensors(like), w.tensors(like), strict=True)
+            ]
+            both = linear.product(stacked, whole, batched=True)
+            del stacked
+            first, second = (
+                filled([r if r is None else r[k] for r in both], like) for k in (0, 1)
+            )
+            right = v.dot(second)
+        else:
+            right = v.dot(
+                filled(linear.product(w.tensors(like), whole, batched=False), like)
+            )
+            rows = linear.product(v.tensors(like), whole, batched=False)
+            first = filled(rows, like)
+        left = w.dot(first)
+        squares = sum(s**2 * p.numel() for s, p in zip(w.scales, like, strict=True))
+        elements = sum(p.numel() for p in like)
+        typical = math.hypot(*map(norm, first)) * math.sqrt(squares / elements)
+        return first, abs(left - right) / max(abs(left), abs(right), typical, 1e-300)
+
+    def _difference_gaps(self, excerpt: Excerpt, rows: Sequence[Tensor]) -> list[float]:
         """Best relative error per parameter over the step widths."""
         best = [math.inf] * len(rows)
-        for k in range(len(STEPS)):
-            gaps = _gaps(rows, self._differences(k))
+        for step in STEPS:
+            gaps = _gaps(rows, excerpt.quotient(self._spec, step))
             best = [min(b, g) for b, g in zip(best, gaps, strict=True)]
             if max(best) <= EXCELLENT:
                 break
         return best
-
-    def _differences(self, step: int) -> list[Tensor]:
-        if step not in self._known:
-            self._known[step] = self._quotient(self._directions[0], STEPS[step])
-        return self._known[step]
-
-    @cached_property
-    def _known(self) -> dict[int, list[Tensor]]:
-        return {}
-
-    def _quotient(self, direction: Sequence[Tensor], step: float) -> list[Tensor]:
-        """Multiply `direction` by the operator without any second derivative."""
-        ahead = _moved(self._problem, direction, step)
-        behind = _moved(self._problem, direction, -step)
-        if self._spec.kind is OperatorKind.HESSIAN:
-            pairs = zip(_gradient(ahead), _gradient(behind), strict=True)
-            return [(a - b) / (2 * step) for a, b in pairs]
-        problem, batch = self._problem, self._problem.data[0]
-        with torch.no_grad():
-            z, za, zb = (
-                p.outputs(p.parameters, batch) for p in (problem, ahead, behind)
-            )
-        pushed = metric(problem, self._spec, z, batch)((za - zb) / (2 * step))
-        with torch.enable_grad():
-            leaves = [p.detach().requires_grad_() for p in problem.parameters]
-            outputs = problem.outputs(leaves, batch)
-            rows = torch.autograd.grad(outputs, leaves, pushed, allow_unused=True)
-        return self._filled(list(rows))
 
     def _probed_blocks(self) -> list[range]:
         """Choose the first, a middle and the last block of a block-diagonal operator."""
@@ -185,26 +182,20 @@ class Truth:
             return []
         return [blocks[i] for i in sorted({0, len(blocks) // 2, len(blocks) - 1})]
 
-    def _examine_block(
-        self,
-        product: Callable[..., Rows],
-        block: range,
-        whole: Sequence[Tensor],
+    def _wrong_in_block(
+        self, small: Problem, linear: Linearisation, block: range
     ) -> list[str]:
         """Compare a block's product with the whole operator's on that block alone."""
-        inside = self._directions[0][block.start : block.stop]
-        masked = [
-            d if i in block else torch.zeros_like(d)
-            for i, d in enumerate(self._directions[0])
-        ]
-        full = product(masked, range(len(whole)), batched=False)
-        want = self._filled(full)[block.start : block.stop]
-        rows = product(inside, block, batched=False)
-        got = [
-            torch.zeros_like(w) if r is None else r
-            for r, w in zip(rows, want, strict=True)
-        ]
-        names = self._problem.layout.names[block.start : block.stop]
+        like, cut = small.parameters, slice(block.start, block.stop)
+        tangents = self._directions[0].tensors(like)
+        for index, tangent in enumerate(tangents):
+            if index not in block:
+                tangent.zero_()
+        full = linear.product(tangents, range(len(like)), batched=False)
+        want = filled(full[cut], like[cut])
+        del full
+        got = filled(linear.product(tangents[cut], block, batched=False), like[cut])
+        names = self._problem.layout.names[cut]
         gaps = _gaps(got, want)
         return [n for n, gap in zip(names, gaps, strict=True) if not gap <= TOLERANCE]
 
@@ -229,31 +220,51 @@ def disagreements(
     """
     tolerance = AGREEMENT[problem.dtype]
     generator = torch.Generator().manual_seed(4)
-    tangents = [_normal(p, generator).mul_(_scale(p)).to(p) for p in problem.parameters]
+    tangents = [
+        torch.randn(p.shape, generator=generator).mul_(scale_of(p)).to(p)
+        for p in problem.parameters
+    ]
+    names, blocks = problem.layout.names, block_ranges(spec, len(tangents))
     wrong: list[str] = []
     for batch in _one_of_each_shape(problem):
-        ours = MODES[mode](problem, spec, batch)
-        theirs = MODES[reference](problem, spec, batch)
-        got: list[Tensor] = []
-        want: list[Tensor] = []
-        for block in block_ranges(spec, len(tangents)):
-            inside = tangents[block.start : block.stop]
-            want += _wide(theirs.product(inside, block, batched=False), inside)
-            if batched:
-                twice = [torch.stack((t, t)) for t in inside]
-                rows = ours.product(twice, block, batched=True)
-                got += _wide([r if r is None else r[1] for r in rows], inside)
-            else:
-                got += _wide(ours.product(inside, block, batched=False), inside)
-        gaps = _gaps(got, want, floor=tolerance)
-        names = problem.layout.names
-        wrong += [n for n, g in zip(names, gaps, strict=True) if not g <= tolerance]
+        ours, theirs = (MODES[m](problem, spec, batch) for m in (mode, reference))
+        gaps = _disagreement(
+            ours, theirs, blocks, tangents, floor=tolerance, batched=batched
+        )
+        wrong += [n for n, gap in zip(names, gaps, strict=True) if not gap <= tolerance]
     return tuple(dict.fromkeys(wrong))
 
 
-def _wide(rows: Rows, like: Sequence[Tensor]) -> list[Tensor]:
-    pairs = zip(rows, like, strict=True)
-    return [(torch.zeros_like(t) if r is None else r).double() for r, t in pairs]
+def _disagreement(
+    ours: Linearisation,
+    theirs: Linearisation,
+    blocks: Sequence[range],
+    tangents: Sequence[Tensor],
+    *,
+    floor: float,
+    batched: bool,
+) -> list[float]:
+    """Compare the rows of two linearisations, block by block."""
+    gaps, norms = list[float](), list[float]()
+    for block in blocks:
+        inside = tangents[block.start : block.stop]
+        want = filled(theirs.product(inside, block, batched=False), inside)
+        got = filled(_second_of(ours, inside, block, batched=batched), inside)
+        gaps += map(distance, got, want)
+        norms += map(norm, want)
+        del want, got  # before the next block's
+    return _relative(gaps, norms, floor=floor)
+
+
+def _second_of(
+    linear: Linearisation, tangents: Sequence[Tensor], block: range, *, batched: bool
+) -> Rows:
+    """Multiply tangents, or two columns of them, and take the second's rows."""
+    if not batched:
+        return linear.product(tangents, block, batched=False)
+    twice = [torch.stack((t, t)) for t in tangents]
+    rows = linear.product(twice, block, batched=True)
+    return [r if r is None else r[1] for r in rows]
 
 
 def _one_of_each_shape(problem: Problem) -> list[Batch]:
@@ -264,52 +275,28 @@ def _one_of_each_shape(problem: Problem) -> list[Batch]:
     return [problem.data[index] for index in shapes.values()]
 
 
-def _gradient(problem: Problem) -> list[Tensor]:
-    _, rows = problem.batch_gradient(problem.data[0])
-    return [
-        torch.zeros_like(p) if r is None else r
-        for r, p in zip(rows, problem.parameters, strict=True)
-    ]
+def _gaps(got: Sequence[Tensor], want: Sequence[Tensor]) -> list[float]:
+    """Relative error per parameter."""
+    return _relative(list(map(distance, got, want)), list(map(norm, want)))
 
 
-def _gaps(
-    got: Sequence[Tensor], want: Sequence[Tensor], *, floor: float = 1e-6
+def _relative(
+    distances: Sequence[float], norms: Sequence[float], *, floor: float = 1e-6
 ) -> list[float]:
-    """Relative error per parameter; rows far below the largest may be rounding."""
-    norms = [float(w.norm()) for w in want]
+    """Divide by the norms; rows far below the largest may be rounding."""
     least = floor * math.hypot(*norms) + 1e-300
-    triples = zip(got, want, norms, strict=True)
-    return [float((g - w).norm()) / (n + least) for g, w, n in triples]
+    return [d / (n + least) for d, n in zip(distances, norms, strict=True)]
 
 
-def _asymmetry(
-    directions: Sequence[Sequence[Tensor]],
-    first: Sequence[Tensor],
-    second: Sequence[Tensor],
-) -> float:
-    """``|w.Av - v.Aw|`` relative to what a random ``w`` would give."""
-    v, w = directions
-    left, right = _dot(w, first), _dot(v, second)
-    elements = sum(t.numel() for t in w)
-    typical = math.sqrt(_dot(w, w) * _dot(first, first) / elements)
-    return abs(left - right) / max(abs(left), abs(right), typical, 1e-300)
-
-
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    return sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
-
-
-def _moved(problem: Problem, direction: Sequence[Tensor], step: float) -> Problem:
-    pairs = zip(problem.layout.names, problem.parameters, direction, strict=True)
-    return problem.with_parameters({name: p + step * d for name, p, d in pairs})
-
-
-def _scale(parameter: Tensor) -> float:
-    """Give the typical size of a parameter's entries; not too small if all are zero."""
-    if not parameter.numel():
-        return 0.0
-    return max(float(parameter.square().mean().sqrt()), 1e-2)
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, dtype=torch.float64, generator=generator)
+def _check_host_memory(problem: Problem) -> None:
+    """Refuse what the kernel would end the process for."""
+    frozen = sum(t.numel() for t in problem.model.constants.values())
+    needed = 8 * (HELD * problem.layout.size + frozen)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        msg = (
+            f"verifying an operator on {problem.layout.size} parameters takes {needed} "
+            f"bytes on the host ({HELD} float64 vectors), which has {available} "
+            "available; choose fewer parameters with params, or free memory"
+        )
+        raise OutOfMemory(msg, needed_bytes=needed, available_bytes=available)

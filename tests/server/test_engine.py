@@ -78,6 +78,22 @@ def test_products_are_repeatable_to_the_bit(mode: str, kind: str):
     assert torch.equal(second.apply(V), want)
 
 
+@pytest.mark.parametrize(
+    ("animal", "kind"),
+    [*((a, "hessian") for a in ANIMALS), (GELU, "ggn"), (CONV, "ggn")],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_rows_that_are_added_one_by_one_are_the_same(animal, kind, monkeypatch):
+    blocks = (1,) * len(problem_of(animal).parameters)
+    for sizes in (None, blocks) if animal is CONV else (None,):
+        operator = make(animal, "program", kind=kind, block_sizes=sizes)
+        V = columns(operator.problem, 1)
+        want = operator.apply(V)
+        with monkeypatch.context() as patched:
+            patched.setattr(engines, "EMITTED_BYTES", 0)
+            assert torch.equal(operator.apply(V), want)
+
+
 def test_scale_and_damping():
     plain, both = make(), make(scale=-2.0, damping=0.5)
     V = columns(plain.problem, 2)
@@ -157,16 +173,35 @@ class TestMemory:
             operator.apply(columns(operator.problem, 8))
         assert operator.report.kept_batches == 0
 
+    def test_rows_that_were_added_before_it_are_not_added_again(self, monkeypatch):
+        operator = make(mode="program")
+        V = columns(operator.problem, 1)
+        want = operator.apply(V)
+        real, calls = Operator._rows, []
+
+        def breaking(self, linear, V):
+            calls.append(linear)
+            for at, row in real(self, linear, V):
+                if len(calls) == 2 and at == 2:
+                    raise torch.OutOfMemoryError("out of memory")
+                yield at, row
+
+        monkeypatch.setattr(engines, "EMITTED_BYTES", 0)
+        monkeypatch.setattr(engines.Operator, "_rows", breaking)
+        assert torch.equal(operator.apply(V), want)
+        assert len(calls) == BATCHES + 1
+        assert operator.report.kept_batches == 0
+
     @staticmethod
     def _limit_width(monkeypatch, limit: int) -> None:
-        real = Operator._block_rows
+        real = Operator._rows
 
         def limited(self, linear, V):
             if len(V) > limit:
                 raise torch.OutOfMemoryError("out of memory")
             return real(self, linear, V)
 
-        monkeypatch.setattr(engines.Operator, "_block_rows", limited)
+        monkeypatch.setattr(engines.Operator, "_rows", limited)
 
 
 class TestCancellation:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
-from server.reference import problem_of
+from server.reference import columns, flat, problem_of
 from server.zoo import ANIMALS, REFUSED, Animal
 from torch import Tensor, nn
 
-from curvd.errors import InvalidSpec, NotDeterministic
+from curvd.errors import InvalidSpec, NotDeterministic, OutOfMemory
 from curvd.types import DatasetSpec, Dtype, LossSpec, OperatorSpec
-from curvd_server import curvature
+from curvd_server import curvature, verify
 from curvd_server.engine import build
 from curvd_server.objective import Problem
 from curvd_server.verify import Truth
@@ -45,6 +47,60 @@ def test_a_wrong_row_is_named(monkeypatch: pytest.MonkeyPatch):
     evidence = Truth(problem, OperatorSpec()).examine("crooked", batched=False)
     assert evidence.wrong == (problem.layout.names[0],)
     assert evidence.difference_gap == pytest.approx(0.01, rel=0.01)
+
+
+def test_the_directions_are_independent():
+    problem = problem_of(GELU)
+    truth = Truth(problem, OperatorSpec())
+    columns = torch.stack([
+        flat(d.tensors(problem.parameters)) for d in (truth._away, *truth._directions)
+    ])
+    cosines = torch.corrcoef(columns)[*torch.triu_indices(3, 3, 1)]
+    assert cosines.abs().max() < 0.5
+    assert len({float(row[0]) for row in columns}) == 3
+
+
+def test_a_product_that_is_right_along_one_direction_only_is_refused(monkeypatch):
+    """What is added is zero along the direction of the differences, so symmetry tells."""
+    problem = problem_of(GELU)
+    truth = Truth(problem, OperatorSpec())
+    v = flat(truth._directions[0].tensors(problem.parameters))
+    away = columns(problem, 1)[0]
+    away -= (away @ v) / (v @ v) * v
+
+    def asymmetric(problem, spec, batch):
+        right = curvature.double_backward(problem, spec, batch)
+
+        class Asymmetric:
+            def product(self, tangents, block, *, batched):
+                rows = right.product(tangents, block, batched=batched)
+                return [r + 0.1 * (away @ flat(tangents)) for r in rows]
+
+        return Asymmetric()
+
+    monkeypatch.setitem(curvature.MODES, "asymmetric", asymmetric)
+    evidence = truth.examine("asymmetric", batched=False)
+    assert evidence.difference_gap < 1e-6
+    assert evidence.symmetry_gap > 1e-3
+    assert not evidence.ok
+
+
+def test_a_host_that_cannot_hold_an_examination_is_named(monkeypatch):
+    problem = problem_of(GELU)
+    needed = 24 * problem.layout.size
+    for available in (needed, needed - 1):
+        monkeypatch.setattr(
+            verify.psutil,
+            "virtual_memory",
+            lambda free=available: types.SimpleNamespace(available=free),
+        )
+        if available == needed:
+            Truth(problem, OperatorSpec())
+        else:
+            with pytest.raises(
+                OutOfMemory, match=rf"{needed} bytes on the host.*params"
+            ):
+                Truth(problem, OperatorSpec())
 
 
 def test_a_mode_that_cannot_run_is_passed_over():
