@@ -10,7 +10,7 @@ import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-from curvd import wire
+from curvd import tensorfile, wire
 from curvd._calls import Call
 from curvd.arrays import Operand
 from curvd.errors import CurvdError, Internal
@@ -122,9 +122,9 @@ class QueryCall(Call[T]):
         header, start = {}, 0
         for name, (value, shape) in self._operands.items():
             dtype = "F64" if value.dtype == np.float64 else "F32"
-            header[name] = wire.TensorHeader(dtype, shape, start)
+            header[name] = tensorfile.TensorHeader(dtype, shape, start)
             start = header[name].stop
-        yield memoryview(wire.dump_header(header))
+        yield memoryview(tensorfile.dump_header(header))
         yield from wire.packed(
             wire.bytes_of(piece)
             for value, _ in self._operands.values()

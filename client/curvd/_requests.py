@@ -12,9 +12,9 @@ from google.protobuf import wrappers_pb2
 
 from curvd import convert, types
 from curvd._calls import Unary
+from curvd._columns import ColumnStream
 from curvd._tensors import (
     OWN_TYPE,
-    ColumnStream,
     PutVector,
     SmallProduct,
     TensorStream,

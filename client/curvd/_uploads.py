@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from curvd import convert, types, wire
+from curvd import convert, tensorfile, types, wire
 from curvd._calls import Call, Unary
 from curvd.arrays import to_numpy
 from curvd.errors import InvalidSpec, InvalidTensors, Unavailable
@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 class Blob:
     """One safetensors file, in memory or mapped, without a copy of its tensors."""
 
-    header: wire.Header
+    header: tensorfile.Header
     segments: tuple[memoryview, ...]
 
     @cached_property
@@ -248,8 +248,8 @@ def _blob(tensors: Tensors) -> Blob:
             )
             raise InvalidTensors(msg, tensor=name, type=type(value).__name__)
         arrays[name] = array
-    header = wire.header_of(arrays)
-    first = memoryview(wire.dump_header(header))
+    header = tensorfile.header_of(arrays)
+    first = memoryview(tensorfile.dump_header(header))
     return Blob(header, (first, *map(wire.bytes_of, arrays.values())))
 
 
@@ -263,20 +263,20 @@ def _mapped(path: Path) -> Blob:
         msg = f"{path} is empty"
         raise InvalidTensors(msg, path=path) from None
     stop = 8 + int.from_bytes(file[:8].tobytes(), "little")
-    if file.size < stop or stop > 8 + wire.MAX_HEADER_BYTES:
+    if file.size < stop or stop > 8 + tensorfile.MAX_HEADER_BYTES:
         msg = f"{path} is no safetensors file: its header does not end"
         raise InvalidTensors(msg, path=path)
-    header = wire.load_header(file[8:stop].tobytes())
-    if file.size != stop + wire.payload_bytes(header):
+    header = tensorfile.load_header(file[8:stop].tobytes())
+    if file.size != stop + tensorfile.payload_bytes(header):
         msg = (
             f"{path} has {file.size - stop} bytes of payload, but its header "
-            f"describes {wire.payload_bytes(header)}"
+            f"describes {tensorfile.payload_bytes(header)}"
         )
         raise InvalidTensors(msg, path=path)
     return Blob(header, (file.data,))
 
 
-def _check_dataset(header: wire.Header, spec: DatasetSpec) -> None:
+def _check_dataset(header: tensorfile.Header, spec: DatasetSpec) -> None:
     names = spec.names
     if set(names) != set(header):
         msg = (

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from curvd import convert
 from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded
+from curvd.tensorfile import Header
 from curvd.types import Dtype, Estimator, ParameterLayout, Solver
 from curvd.v1 import query_service_pb2 as query_pb
-from curvd.wire import Header
 from curvd_server.config import LimitsConfig
 from curvd_server.queries.sampling import Target
 

@@ -24,6 +24,7 @@ from curvd.errors import (
     ModelNotFound,
     StateMismatch,
 )
+from curvd.tensorfile import Header
 from curvd.types import (
     DatasetInfo,
     DatasetSpec,
@@ -33,7 +34,6 @@ from curvd.types import (
     TensorInfo,
 )
 from curvd.v1 import graph_pb2 as graph_pb
-from curvd.wire import Header
 from curvd_server.catalogue import Catalogue, StoredDataset, StoredModel
 from curvd_server.graph.decode import canonical
 from curvd_server.storage import Blob, BlobStore

@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from curvd import wire
+from curvd import tensorfile, wire
 from curvd_server.catalogue import StoredModel
 from curvd_server.registration import Architecture
 from curvd_server.storage import Blob, BlobStore
@@ -19,7 +19,7 @@ from curvd_server.storage import Blob, BlobStore
 class State:
     """Parameters and buffers under the names that they go by."""
 
-    header: wire.Header
+    header: tensorfile.Header
     """Sorted by name, as if they were one safetensors file."""
     arrays: Mapping[str, NDArray[Any]]
     """BF16 as uint16 bits."""
@@ -31,7 +31,7 @@ class State:
             SHA-256 over the safetensors file of these tensors, sorted by name, tied
             ones once; what `curvd.wire.digest` says about the same arrays.
         """
-        sha = hashlib.sha256(wire.dump_header(self.header))
+        sha = hashlib.sha256(tensorfile.dump_header(self.header))
         for array in self.arrays.values():
             sha.update(wire.bytes_of(array))
         return sha.hexdigest()
@@ -52,7 +52,7 @@ def state_of(blobs: BlobStore, model: StoredModel, sources: Mapping[str, str]) -
         digest: blobs.open(digest) for digest in {model.digest, *sources.values()}
     }
     found = home_names(opened[model.digest], model.ties)
-    tensors: dict[str, tuple[wire.TensorHeader, NDArray[Any]]] = {}
+    tensors: dict[str, tuple[tensorfile.TensorHeader, NDArray[Any]]] = {}
     start = 0
     for name in sorted(found):
         blob, given = opened[model.digest], found[name]
@@ -60,7 +60,7 @@ def state_of(blobs: BlobStore, model: StoredModel, sources: Mapping[str, str]) -
             blob = opened[sources[name]]
             given = home_names(blob, model.ties)[name]
         there = blob.header[given]
-        placed = wire.TensorHeader(there.dtype, there.shape, start)
+        placed = tensorfile.TensorHeader(there.dtype, there.shape, start)
         tensors[name] = placed, blob.arrays[given]
         start = placed.stop
     return State(

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from curvd import wire
+from curvd import tensorfile
 from curvd.errors import (
     InvalidSpec,
     InvalidTensors,
@@ -59,7 +59,7 @@ class Blob:
     """A complete safetensors file, mapped into memory."""
 
     digest: str
-    header: wire.Header
+    header: tensorfile.Header
     arrays: Mapping[str, NDArray[Any]]
     """Tensor name to a view of the file; BF16 as uint16 bits. Writes stay private."""
     total_bytes: int
@@ -215,7 +215,7 @@ class BlobStore:
         return self._directory / (check_digest(digest) + suffix)
 
 
-def read_header(file: BinaryIO, size: int) -> tuple[wire.Header, int]:
+def read_header(file: BinaryIO, size: int) -> tuple[tensorfile.Header, int]:
     """Read and check the header of a safetensors file.
 
     Args:
@@ -231,20 +231,20 @@ def read_header(file: BinaryIO, size: int) -> tuple[wire.Header, int]:
     """
     length = int.from_bytes(file.read(8), "little")
     start = 8 + length
-    if length > wire.MAX_HEADER_BYTES:
+    if length > tensorfile.MAX_HEADER_BYTES:
         msg = (
             f"the safetensors header announces {length} bytes; the limit is "
-            f"{wire.MAX_HEADER_BYTES}. Send fewer tensors, or flatten them into one"
+            f"{tensorfile.MAX_HEADER_BYTES}. Send fewer tensors, or flatten them into one"
         )
-        raise LimitExceeded(msg, header_bytes=length, limit=wire.MAX_HEADER_BYTES)
+        raise LimitExceeded(msg, header_bytes=length, limit=tensorfile.MAX_HEADER_BYTES)
     if size < start:
         msg = f"the file has {size} bytes and ends within its header of {start}"
         raise InvalidTensors(msg, total_bytes=size)
-    header = wire.load_header(file.read(length))
-    if size - start != wire.payload_bytes(header):
+    header = tensorfile.load_header(file.read(length))
+    if size - start != tensorfile.payload_bytes(header):
         msg = (
             f"the file has {size - start} bytes of payload, but its header describes "
-            f"{wire.payload_bytes(header)}"
+            f"{tensorfile.payload_bytes(header)}"
         )
         raise InvalidTensors(msg, payload_bytes=size - start)
     return header, start

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded
 from curvd.finite import first_not_finite
 from curvd.narrow import NARROW
+from curvd.tensorfile import Header
 from curvd.types import Dtype, ParameterLayout
-from curvd.wire import Header
 from curvd_server.config import LimitsConfig
 
 LONGEST_TEXT = 128

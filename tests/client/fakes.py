@@ -12,7 +12,7 @@ from concurrent import futures
 import grpc
 import numpy as np
 
-from curvd import convert, types, wire
+from curvd import convert, tensorfile, types, wire
 from curvd.errors import (
     CurvdError,
     ResultNotKept,
@@ -357,8 +357,8 @@ class FakeService:
         raw = b""
         if result is not None:
             arrays = {"result": result}
-            dtype = asked or wire.header_of(arrays)["result"].dtype
-            shape = {"result": wire.TensorHeader(dtype, result.shape, 0)}
+            dtype = asked or tensorfile.header_of(arrays)["result"].dtype
+            shape = {"result": tensorfile.TensorHeader(dtype, result.shape, 0)}
             raw = bytes(
                 wire.bytes_of(narrow(result.reshape(-1), asked) if asked else result)
             )
@@ -376,7 +376,7 @@ class FakeService:
         )
         yield message(header=header)
         if result is not None:
-            yield memoryview(wire.dump_header(shape))
+            yield memoryview(tensorfile.dump_header(shape))
         # Small chunks that respect no boundary: the client must not care.
         for chunk in wire.pieces(memoryview(raw)[offset:], chunk_bytes=self.chunk):
             self.sent_bytes += chunk.nbytes
@@ -478,7 +478,7 @@ def operator_matrix(spec):
 def _tensors(arrays):
     return tuple(
         types.TensorInfo(name, t.dtype, t.shape)
-        for name, t in wire.header_of(arrays).items()
+        for name, t in tensorfile.header_of(arrays).items()
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from curvd import wire
+from curvd import tensorfile, wire
 from curvd.errors import InvalidTensors, LimitExceeded
 
 GOLDEN = (
@@ -165,7 +165,7 @@ def test_a_type_that_cannot_travel_is_named():
     with pytest.raises(
         InvalidTensors, match="tensor 'x' has dtype complex128; known: BOOL"
     ):
-        wire.header_of({"x": np.ones(2, complex)})
+        tensorfile.header_of({"x": np.ones(2, complex)})
 
 
 def test_the_digest_is_that_of_the_file():

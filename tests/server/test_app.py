@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from server.fakes import FakeDevice
 
-from curvd import wire
+from curvd import tensorfile
 from curvd.errors import (
     Cancelled,
     FailedPrecondition,
@@ -140,7 +140,10 @@ def test_first_results_leave_before_the_last_column_arrives(tmp_path):
         feed = raw.Feed(head, data[: len(data) - 4 * column])
         answers = stub(channel, "MatMat")(feed, timeout=30)
         assert next(answers).header.version == 1
-        assert wire.load_header(bytes(next(answers))[8:])["result"].shape == (6, 5)
+        assert tensorfile.load_header(bytes(next(answers))[8:])["result"].shape == (
+            6,
+            5,
+        )
         assert next(answers).nbytes == 2 * column
         feed.add(data[len(data) - 4 * column :])
         feed.end()

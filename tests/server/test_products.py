@@ -10,7 +10,7 @@ import raw
 from server.fakes import FakeDevice
 from server.test_app import server
 
-from curvd import wire
+from curvd import tensorfile, wire
 from curvd.errors import (
     InvalidSpec,
     InvalidVector,
@@ -218,8 +218,8 @@ def test_where_nothing_can_go_on_it_is_refused(channel, session_id, name):
 def test_few_bits_are_widened_and_results_rounded(channel, session_id, dtype):
     exact = np.array([1.0, -2.0, 3.0, 0.5, 7.0])  # all of them fit
     bits = narrow(exact, dtype)
-    header = {"v": wire.TensorHeader(dtype, (5,), 0)}
-    data = wire.dump_header(header) + bits.tobytes()
+    header = {"v": tensorfile.TensorHeader(dtype, (5,), 0)}
+    data = tensorfile.dump_header(header) + bits.tobytes()
     request = raw.product("MatVec", session_id, data, result_type=dtype)
     parts = raw.call(channel, "MatVec", request)
     chunks = iter([p for p in parts if isinstance(p, memoryview)])
@@ -240,8 +240,8 @@ def test_a_result_that_does_not_fit_few_bits_is_an_error(channel, session_id):
 
 
 def test_few_bits_must_be_finite(channel, session_id):
-    header = {"v": wire.TensorHeader("BF16", (5,), 0)}
-    data = wire.dump_header(header) + np.full(5, 0x7F80, "u2").tobytes()
+    header = {"v": tensorfile.TensorHeader("BF16", (5,), 0)}
+    data = tensorfile.dump_header(header) + np.full(5, 0x7F80, "u2").tobytes()
     with pytest.raises(InvalidVector, match="has inf at index 0"):
         raw.call(channel, "MatVec", raw.product("MatVec", session_id, data))
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded
+from curvd.tensorfile import TensorHeader
 from curvd.types import Dtype, ParameterLayout
-from curvd.wire import TensorHeader
 from curvd_server import validate
 from curvd_server.config import LimitsConfig
 

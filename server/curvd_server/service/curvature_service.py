@@ -20,15 +20,14 @@ from curvd_server.config import LimitsConfig
 from curvd_server.kept import KeptResults
 from curvd_server.service import stored
 from curvd_server.service.handlers import Chunks, Send, opened
-from curvd_server.service.products import (
+from curvd_server.service.outcomes import (
     Kept,
-    Product,
-    Tools,
     content_of,
     header_of,
     send_kept,
     summary_of,
 )
+from curvd_server.service.products import Product, Tools
 from curvd_server.service.results import Format, Sender
 from curvd_server.sessions import SessionStore
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curvd import convert, narrow, wire
+from curvd import narrow, tensorfile, wire
 from curvd.buffers import Buffer, Pool
 from curvd.errors import Internal, InvalidSpec, LimitExceeded
 from curvd.types import OperatorSpec
@@ -23,6 +23,13 @@ from curvd_server.batching import Batcher, Done, Ticket
 from curvd_server.config import LimitsConfig
 from curvd_server.kept import Content, KeptResults, Key, fingerprint
 from curvd_server.service.handlers import Chunks, Send
+from curvd_server.service.outcomes import (
+    Kept,
+    content_of,
+    header_of,
+    send_kept,
+    summary_of,
+)
 from curvd_server.service.results import Format, Sender
 from curvd_server.session import Lease
 from curvd_server.vectors import Vector
@@ -38,16 +45,6 @@ _SMALL_BYTES = 1 << 20
 _SOON_SENT_BYTES = 16 << 20
 """A result up to here may be lost in buffers on its way, although all of it was sent;
 a larger one is kept only until then."""
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A result that was computed."""
-
-    header: curvature_pb.ResultHeader
-    rows: Columns
-    """[P] or [K, P]"""
-    summary: curvature_pb.ResultSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +202,7 @@ class Product:
                 del columns
         assembler.finish()
 
-    def _accept(self, header: wire.Header) -> int:
+    def _accept(self, header: tensorfile.Header) -> int:
         """Judge the operand by its header, and make room for it."""
         validate.check_operand(
             header,
@@ -217,7 +214,7 @@ class Product:
         tensor = header["v"]
         self._operand_dtype = tensor.dtype
         self._announce(tensor.shape)
-        item = wire.ITEM_BYTES[tensor.dtype]
+        item = tensorfile.ITEM_BYTES[tensor.dtype]
         return self._block_columns * self._layout.size * item
 
     def _announce(self, shape: tuple[int, ...]) -> None:
@@ -384,79 +381,3 @@ async def _off_the_loop(work: Any, array: Columns, *args: Any) -> Any:
     if array.nbytes <= _SMALL_BYTES:
         return work(array, *args)
     return await asyncio.to_thread(work, array, *args)
-
-
-def content_of(request: curvature_pb.ProductHeader) -> Content:
-    """Say what was asked for, whatever the caller has of it already.
-
-    Args:
-        request: The header.
-
-    Returns:
-        The content, without the operand.
-    """
-    asked = curvature_pb.ProductHeader()
-    asked.CopyFrom(request)
-    for field in ("resume", "checksum", "result_type"):
-        asked.ClearField(field)
-    return Content(asked.SerializeToString(deterministic=True).hex())
-
-
-async def send_kept(
-    kept: Kept, sender: Sender, format_: Format, *, head: bool = True
-) -> None:
-    """Send a result that was computed before.
-
-    Args:
-        kept: The result.
-        sender: Where it goes.
-        format_: How.
-        head: Whether what comes before the payload is still to be sent.
-    """
-    offset = await asyncio.to_thread(format_.offset_in, kept.rows)
-    if head:
-        await sender.head(kept.header, kept.rows.shape, offset)
-    await sender.rows(kept.rows, offset)
-    await sender.end(kept.summary)
-
-
-def header_of(
-    lease: Lease, *, plan: bool = False, loss: float | None = None
-) -> curvature_pb.ResultHeader:
-    """Say where a result comes from.
-
-    Args:
-        lease: Of its session.
-        plan: Whether an operator computed it.
-        loss: The objective; gradients only.
-
-    Returns:
-        The header.
-    """
-    info = lease.info
-    report = lease.operator.report if plan and lease.operator else None
-    return curvature_pb.ResultHeader(
-        version=info.version,
-        parameters_digest=info.parameters_digest,
-        model_id=info.model_id,
-        dataset_id=info.dataset_id,
-        plan=None if report is None else convert.plan_to_proto(report),
-        loss=loss,
-    )
-
-
-def summary_of(blocks: list[Done[Any]]) -> curvature_pb.ResultSummary:
-    """Say what a result took.
-
-    Args:
-        blocks: Its column blocks.
-
-    Returns:
-        The summary.
-    """
-    return curvature_pb.ResultSummary(
-        queue_s=sum(b.queue_s for b in blocks),
-        compute_s=sum(b.compute_s for b in blocks),
-        runs=len(blocks),
-        run_columns=sum(b.run_columns for b in blocks),
-    )

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvd import convert, wire
+from curvd import convert, tensorfile, wire
 from curvd.rpcs import RPCS
 from curvd.types import OperatorSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
@@ -89,7 +89,7 @@ class QueryCall:
         """Receive the tensors of Solve."""
         layout, dtype = self.lease.info.layout, self.lease.info.dtype
 
-        def accept(header: wire.Header) -> int:
+        def accept(header: tensorfile.Header) -> int:
             columns = check.systems(
                 header, layout=layout, dtype=dtype, limits=self.limits
             )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curvd import narrow, wire
+from curvd import narrow, tensorfile, wire
 from curvd.errors import InvalidSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd_server.service.handlers import Send
@@ -79,8 +79,8 @@ class Format:
         Returns:
             The first chunk.
         """
-        tensor = wire.TensorHeader(self.dtype, shape, 0)
-        return memoryview(wire.dump_header({"result": tensor}))
+        tensor = tensorfile.TensorHeader(self.dtype, shape, 0)
+        return memoryview(tensorfile.dump_header({"result": tensor}))
 
     def payload(self, rows: Columns, offset: int = 0) -> Iterator[memoryview]:
         """Cut values into chunks, in the type of the wire.

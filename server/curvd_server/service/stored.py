@@ -6,7 +6,7 @@ import asyncio
 
 import numpy as np
 
-from curvd import narrow, wire
+from curvd import narrow, tensorfile, wire
 from curvd.buffers import Buffer
 from curvd.errors import InvalidSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
@@ -44,7 +44,7 @@ async def receive(
         raise InvalidSpec(msg, field="name")
     dtype = validate.vector_dtype(lease.info.dtype)
 
-    def accept(header: wire.Header) -> int:
+    def accept(header: tensorfile.Header) -> int:
         validate.check_operand(
             header,
             matrix=None,
@@ -56,7 +56,7 @@ async def receive(
         lease.vectors.check_room(name, count * dtype.itemsize)
         return 0
 
-    def checked(raw: Buffer, tensor: wire.TensorHeader) -> Columns:
+    def checked(raw: Buffer, tensor: tensorfile.TensorHeader) -> Columns:
         if tensor.dtype in narrow.NARROW:
             array = np.empty(tensor.shape, dtype)
             narrow.widen(raw, tensor.dtype, array.reshape(-1))

@@ -1,0 +1,104 @@
+"""What came of a request: what it was asked for, its result, and where that is from."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from curvd import convert
+from curvd.v1 import curvature_service_pb2 as curvature_pb
+from curvd_server.batching import Done
+from curvd_server.kept import Content
+from curvd_server.service.results import Format, Sender
+from curvd_server.session import Lease
+
+Columns = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A result that was computed."""
+
+    header: curvature_pb.ResultHeader
+    rows: Columns
+    """[P] or [K, P]"""
+    summary: curvature_pb.ResultSummary
+
+
+def content_of(request: curvature_pb.ProductHeader) -> Content:
+    """Say what was asked for, whatever the caller has of it already.
+
+    Args:
+        request: The header.
+
+    Returns:
+        The content, without the operand.
+    """
+    asked = curvature_pb.ProductHeader()
+    asked.CopyFrom(request)
+    for field in ("resume", "checksum", "result_type"):
+        asked.ClearField(field)
+    return Content(asked.SerializeToString(deterministic=True).hex())
+
+
+async def send_kept(
+    kept: Kept, sender: Sender, format_: Format, *, head: bool = True
+) -> None:
+    """Send a result that was computed before.
+
+    Args:
+        kept: The result.
+        sender: Where it goes.
+        format_: How.
+        head: Whether what comes before the payload is still to be sent.
+    """
+    offset = await asyncio.to_thread(format_.offset_in, kept.rows)
+    if head:
+        await sender.head(kept.header, kept.rows.shape, offset)
+    await sender.rows(kept.rows, offset)
+    await sender.end(kept.summary)
+
+
+def header_of(
+    lease: Lease, *, plan: bool = False, loss: float | None = None
+) -> curvature_pb.ResultHeader:
+    """Say where a result comes from.
+
+    Args:
+        lease: Of its session.
+        plan: Whether an operator computed it.
+        loss: The objective; gradients only.
+
+    Returns:
+        The header.
+    """
+    info = lease.info
+    report = lease.operator.report if plan and lease.operator else None
+    return curvature_pb.ResultHeader(
+        version=info.version,
+        parameters_digest=info.parameters_digest,
+        model_id=info.model_id,
+        dataset_id=info.dataset_id,
+        plan=None if report is None else convert.plan_to_proto(report),
+        loss=loss,
+    )
+
+
+def summary_of(blocks: list[Done[Any]]) -> curvature_pb.ResultSummary:
+    """Say what a result took.
+
+    Args:
+        blocks: Its column blocks.
+
+    Returns:
+        The summary.
+    """
+    return curvature_pb.ResultSummary(
+        queue_s=sum(b.queue_s for b in blocks),
+        compute_s=sum(b.compute_s for b in blocks),
+        runs=len(blocks),
+        run_columns=sum(b.run_columns for b in blocks),
+    )
