@@ -6,6 +6,7 @@
 The server is the real one, queues, checks and framing included, on a device whose only
 operator is the identity. All peers store the whole vector before they answer. Rounds are
 interleaved; the table shows medians of wall time and of CPU time (client and server).
+*curvd, grpcio* is the same service by a client that uses grpcio's channel.
 `--ways` compares TCP, Unix sockets, TLS, mutual TLS and a token instead.
 """
 
@@ -137,12 +138,15 @@ def certificates(folder: Path, mutual: bool):
     return server, client
 
 
-def connected(line: str) -> curvd.Client:
+def connected(line: str, **config) -> curvd.Client:
     """Connect as the server's first line says."""
     said = json.loads(line)
     tls = said.pop("tls", None)
     return curvd.connect(
-        said.pop("target"), tls=None if tls is None else curvd.TlsConfig(**tls), **said
+        said.pop("target"),
+        tls=None if tls is None else curvd.TlsConfig(**tls),
+        config=curvd.ClientConfig(**config),
+        **said,
     )
 
 
@@ -274,8 +278,9 @@ def main() -> int:
             "flight": (flight, peers.FlightClient(int(flight_port))),
             "flight tuned": (tuned, peers.FlightClient(int(tuned_port))),
         }
-        with connected(line) as client:
+        with connected(line) as client, connected(line, transport="grpcio") as other:
             operators = open_sessions(client)
+            theirs = open_sessions(other)
             print(
                 f"{'MB':>6} {'peer':14} {'wall ms':>9} {'CPU ms':>8} {'x raw':>6} {'CPU':>6}"
             )
@@ -283,9 +288,8 @@ def main() -> int:
                 size, few = SIZES[megabytes], dict(clients)
                 if megabytes < 1:
                     few["bare unary"] = (unary, peers.UnaryClient(int(unary_port)))
-                missed += contest(
-                    megabytes, size, few, ours, operators[size], arguments.rounds
-                )
+                pair = {"curvd": operators[size], "curvd, grpcio": theirs[size]}
+                missed += contest(megabytes, size, few, ours, pair, arguments.rounds)
     finally:
         for process in (ours, raw, flight, tuned, unary):
             process.kill()
@@ -294,7 +298,7 @@ def main() -> int:
     return int(arguments.check and bool(missed))
 
 
-def contest(megabytes, size, clients, ours, operator, rounds) -> list[str]:
+def contest(megabytes, size, clients, ours, operators, rounds) -> list[str]:
     """Measure all peers at one size; return the targets that were missed."""
     source = np.random.default_rng(0).standard_normal(size, dtype=np.float32)
     target = np.ones_like(source)
@@ -307,7 +311,8 @@ def contest(megabytes, size, clients, ours, operator, rounds) -> list[str]:
         return echo
 
     racers = {name: (process, through(c)) for name, (process, c) in clients.items()}
-    racers["curvd"] = (ours, lambda v: operator @ v)
+    for name, operator in operators.items():
+        racers[name] = (ours, operator.__matmul__)
     times = {name: [] for name in racers}
     if megabytes < 4:
         rounds *= 20  # short trips scatter more, and cost nothing

@@ -15,6 +15,7 @@ from curvd.errors import InvalidSpec
 from curvd.http2.sockets import tune
 from curvd.http2.stream import Stream
 from curvd_server.front.link import Link
+from curvd_server.front.readiness import readable, writable
 from curvd_server.front.recognise import ENOUGH_BYTES, is_ours
 from curvd_server.front.relay import relay
 from curvd_server.logs import logger
@@ -127,7 +128,7 @@ class Front:
 
     async def _recognised(self, sock: socket.socket) -> bool:
         while True:
-            await _readable(sock)
+            await readable(sock)
             beginning = sock.recv(ENOUGH_BYTES, socket.MSG_PEEK)
             if not beginning:
                 msg = "the connection was closed"
@@ -245,26 +246,11 @@ async def _encrypted(sock: socket.socket, context: ssl.SSLContext) -> ssl.SSLSoc
         try:
             tls.do_handshake()
         except ssl.SSLWantReadError:
-            await _readable(tls)
+            await readable(tls)
         except ssl.SSLWantWriteError:
-            await asyncio.sleep(_LOOK_S)
+            await writable(tls)
         except BaseException:
             tls.close()
             raise
         else:
             return tls
-
-
-async def _readable(sock: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-
-    def wake() -> None:
-        if not future.done():
-            future.set_result(None)
-
-    loop.add_reader(sock, wake)
-    try:
-        await future
-    finally:
-        loop.remove_reader(sock)
