@@ -47,11 +47,13 @@ def test_the_basis_and_its_pending_directions_reproduce_the_map(width):
     band = Band(products_of(A), 20, start, seed=0)
     for step in range(30):
         if band.count == band.size:
+            band.settle()
             _, turn = band.ritz()
             band.shrink(turn[:, -8:])
         if step >= width:
             band.aim(band.c @ band.ritz()[1][:, -1])
         band.grow()
+    band.settle()
     n, b = band.count, band.pending
     assert b == width
     rows = band._rows[: n + b]

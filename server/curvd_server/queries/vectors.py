@@ -2,7 +2,8 @@
 
 A sum over millions of float32 elements loses digits that eigenvalues and residuals
 need, and a double precision copy of a block of vectors would not fit. So elements are
-summed in their own precision within a part, and the parts in double precision.
+summed in their own precision within a part, and the parts in double precision. What is
+done to a part is done while it is in the cache: memory is what bounds these functions.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 _CPU_PART = 1 << 14
-"""Elements; 40 rows of them fit the second level cache in float32."""
+"""Elements; 40 rows of them stay in the cache in float32, and sums stay short."""
 _GPU_PART = 1 << 22
 """A device sums in trees and pays for each launch."""
 
@@ -58,23 +59,46 @@ def coefficients(basis: Tensor, vector: Tensor) -> Tensor:
     Returns:
         [m], float64.
     """
-    total = basis.new_zeros(len(basis), dtype=torch.float64)
-    for part in _parts(vector):
-        total += basis[:, part] @ vector[part]
+    return cross(basis, vector[None])[0]
+
+
+def cross(basis: Tensor, vectors: Tensor) -> Tensor:
+    """Compute inner products of all rows with all rows, reading each once.
+
+    Args:
+        basis: [m, P].
+        vectors: [K, P].
+
+    Returns:
+        [K, m], float64.
+    """
+    shape = (len(vectors), len(basis))
+    total = basis.new_zeros(shape, dtype=torch.float64)
+    for part in _parts(vectors):
+        rows = basis[:, part]
+        # Not one product of matrices: so narrow a one takes a BLAS three times as long.
+        for sums, vector in zip(total, vectors[:, part], strict=True):
+            sums += rows @ vector
     return total
 
 
-def subtract(basis: Tensor, weights: Tensor, vector: Tensor) -> None:
+def subtract(basis: Tensor, weights: Tensor, vector: Tensor) -> Tensor:
     """Subtract a combination of rows from a vector, in place.
 
     Args:
         basis: [m, P].
         weights: [m].
         vector: [P].
+
+    Returns:
+        The norm of what is left, a scalar, float64.
     """
     weights = weights.to(basis.dtype)
+    total = basis.new_zeros((), dtype=torch.float64)
     for part in _parts(vector):
-        vector[part].addmv_(basis[:, part].T, weights, alpha=-1)
+        piece = vector[part].addmv_(basis[:, part].T, weights, alpha=-1)
+        total += piece.square().sum()
+    return total.sqrt()
 
 
 def orthogonalise(
@@ -99,14 +123,30 @@ def orthogonalise(
     before = norms(vector) if length is None else length
     for _ in range(passes if len(basis) else 0):
         found = coefficients(basis, vector)
-        subtract(basis, found, vector)
+        after = subtract(basis, found, vector)
         total += found
-        after = norms(vector)
         enough = not after < 0.7 * before
         before = after
         if enough:
             break
     return total, before
+
+
+def substitute(rows: Tensor, lower: Tensor) -> None:
+    """Solve ``L Y = X`` for the last rows Y of the basis, in place.
+
+    Args:
+        rows: [m, P]; the last w are X, and become Y.
+        lower: [w, m] L, lower triangular in its last w columns: what lies to the left
+            of the diagonal multiplies the rows before.
+    """
+    first = len(rows) - len(lower)
+    weights = lower.to(rows)
+    for part in _parts(rows):
+        piece = rows[:, part]
+        for i in range(first, len(rows)):
+            row = weights[i - first]
+            piece[i].addmv_(piece[:i].T, row[:i], alpha=-1).div_(row[i])
 
 
 def rotate(basis: Tensor, turn: Tensor) -> None:
