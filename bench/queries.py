@@ -1,6 +1,6 @@
 """Queries against SciPy, curvlinops and hessian-eigenthings.
 
-    python bench/queries.py [--check] [--wall] [--layers N] [--batches N]
+    python bench/queries.py [--check] [--wall] [--layers N] [--sequences N ...]
 
 Products: the same float64 operator for every contestant, and the same accuracy: the
 residual of each eigenpair, the relative residual of a system, or, for estimators, the
@@ -40,7 +40,6 @@ from curvd_server.queries.solve import solve
 from curvd_server.queries.trace import trace
 
 PROBES, SEEDS = 60, 300
-GPT = {"vocabulary": 1024, "context": 64, "width": 320, "heads": 5}
 
 
 @dataclass(frozen=True)
@@ -407,7 +406,16 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--wall", action="store_true", help="race on a gpt, too")
     parser.add_argument("--layers", type=int, default=8, help="of the gpt")
-    parser.add_argument("--batches", type=int, default=1, help="of the gpt's data")
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        nargs="+",
+        default=[1, 2],
+        help="of the gpt's mini-batch; the first row has the targets",
+    )
+    parser.add_argument(
+        "--native-s", type=float, default=300.0, help="wait so long for native code"
+    )
     options = parser.parse_args()
     missed = []
     curvature = hessian()
@@ -423,7 +431,7 @@ def main() -> int:
             print(row, flush=True)
             missed += [] if row.good else [row.what]
     if options.wall:
-        missed += race(GPT | {"layers": options.layers}, options.batches, 1e-3)
+        missed += race(options.layers, options.sequences, options.native_s)
     print(f"{len(missed)} missed" + "".join(f"\n  {what}" for what in missed))
     return 1 if options.check and missed else 0
 
