@@ -14,7 +14,7 @@ import curvd
 from curvd import probes
 from curvd_server import builders
 from curvd_server.app import running
-from curvd_server.config import ServerConfig
+from curvd_server.config import LimitsConfig, ServerConfig
 
 WIDTHS = {"activation": "tanh", "widths": [5, 6, 3]}
 
@@ -229,6 +229,72 @@ def test_warm_starts_follow_the_parameters(live_target):
         assert warm.warm and warm.version == 2
         assert warm.products < again.products
         np.testing.assert_allclose(warm.values, again.values, rtol=1e-4)
+
+
+def test_eigenvectors_stay_in_the_session_and_begin_the_next_query(live_target):
+    with curvd.connect(live_target) as client, open_session(client) as session:
+        H = session.hessian()
+        found = H.eigsh(3, tolerance=1e-3, store="top")
+        assert found.vectors is None
+        assert found.stored == session.put("top", session.get(found.stored))
+        assert found.stored.shape == (3, H.shape[0])
+        vectors = session.get("top")
+        np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-12)
+        left = np.linalg.norm(H @ vectors - vectors * found.values, axis=0)
+        np.testing.assert_allclose(found.residuals, left, atol=1e-12)
+        # It has converged already: nothing but the start is multiplied.
+        again = H.eigsh(3, tolerance=1e-3, start=found.stored, store="top")
+        assert again.warm and again.products == 3
+        np.testing.assert_allclose(again.values, found.values, rtol=1e-9)
+        (listed,) = session.vectors()
+        assert listed == again.stored
+
+
+def test_one_stored_vector_is_a_start_for_several_pairs(session):
+    H = session.hessian()
+    start = session.put("gradient", session.gradient()[1])
+    found = H.eigsh(3, start=start, vectors=False)
+    assert found.warm and found.converged and found.vectors is None
+    np.testing.assert_allclose(found.values, H.eigsh(3).values, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"start": "nobody"}, curvd.VectorNotFound, "stores no vector 'nobody'"),
+        (
+            {"start": "known", "warm_start": True},
+            curvd.InvalidArgument,
+            r"warm_start and start \('known'\) exclude each other",
+        ),
+        ({"start": "known", "params": "*bias"}, curvd.InvalidVector, "57 elements"),
+        ({"store": ""}, curvd.InvalidSpec, "need a name"),
+        ({"store": "x" * 200}, curvd.InvalidSpec, "store_as has 200 characters"),
+    ],
+)
+def test_starts_and_names_that_do_not_fit_are_refused(session, options, error, message):
+    session.put("known", np.ones(57))
+    H = session.hessian(params=options.pop("params", None))
+    with pytest.raises(error, match=message):
+        H.eigsh(1, **options)
+
+
+async def test_vectors_that_the_session_has_no_room_for_are_refused_at_once(tmp_path):
+    limits = LimitsConfig(stored_bytes=3 * 57 * 8 - 1)
+    config = ServerConfig(listen="127.0.0.1:0", data_dir=tmp_path, limits=limits)
+    async with running(config) as server, contextlib.AsyncExitStack() as stack:
+        session = await connected(server, stack)
+        H = session.hessian()
+        assert (await H.eigsh(2, store="two")).stored.shape == (2, 57)
+        seen = []
+        with pytest.raises(curvd.LimitExceeded, match="stored_bytes"):
+            await H.eigsh(3, store="three", progress=seen.append)
+        assert not seen
+        # What is remembered for warm starts has the same limit.
+        await H.eigsh(3)
+        assert not (await H.eigsh(3, warm_start=True)).warm
+        await H.eigsh(2)
+        assert (await H.eigsh(2, warm_start=True)).warm
 
 
 def test_progress_names_products_estimates_and_residuals(session):

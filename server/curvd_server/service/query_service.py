@@ -26,7 +26,7 @@ from curvd_server.queries.logdet import logdet
 from curvd_server.queries.norm import frobenius_norm
 from curvd_server.queries.solve import SolveResult, solve
 from curvd_server.queries.trace import trace
-from curvd_server.query_runs import QueryRun
+from curvd_server.query_runs import QueryRun, vectors_bytes
 from curvd_server.service.handlers import Send, opened
 from curvd_server.service.query_call import QueryCall, to_numpy
 from curvd_server.sessions import SessionStore
@@ -37,7 +37,8 @@ R = TypeVar("R")
 _QUERIES_AT_ONCE = 32
 """Threads that algorithms run in; they wait for the device most of the time."""
 _REMEMBERED = 16
-"""Results of Eigsh kept for warm starts; the oldest makes room."""
+"""Results of Eigsh kept for warm starts, as many as fit what one session may store;
+the oldest makes room."""
 
 
 class QueryService:
@@ -73,7 +74,15 @@ class QueryService:
                 k, size, call.run.products.vector_bytes
             )
             key = (request.query.session_id, call.spec, which)
-            start = self._found.get(key) if request.warm_start else None
+            check_text(request.store_as, "store_as")
+            if request.store_as:
+                call.lease.vectors.check_room(
+                    request.store_as, vectors_bytes(call.run, k)
+                )
+            start = call.stored(request.start) if request.start else None
+            if request.warm_start:
+                check.one_start(request)
+                start = self._found.get(key)
             call.reserve(basis + k + (1 if start is None else len(start)))
             result: EigshResult = await call.drive(
                 eigsh(
@@ -88,6 +97,8 @@ class QueryService:
             )
             self._remember(key, result.vectors)
             cost = call.summary(result.stopped)
+            if request.store_as:
+                call.store(request.store_as, result.vectors)
             if not request.values_only:
                 await call.send_tensors({"vectors": to_numpy(result.vectors)})
             await call.finish(
@@ -295,7 +306,9 @@ class QueryService:
         self._found.pop(key, None)
         self._found[key] = vectors
         for old in list(self._found):
-            if not self._exists(old[0]) or len(self._found) > _REMEMBERED:
+            held = sum(found.nbytes for found in self._found.values())
+            full = len(self._found) > _REMEMBERED or held > self._limits.stored_bytes
+            if full or not self._exists(old[0]):
                 del self._found[old]
 
     def _exists(self, session_id: str) -> bool:
