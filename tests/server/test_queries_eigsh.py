@@ -92,7 +92,9 @@ def test_rows_that_waited_are_as_orthogonal_as_if_they_had_not(spectrum, dtype):
 
 def test_steps_that_rounding_spoilt_are_undone():
     A = matrix(SPECTRA["flat"])
-    band = Band(Products(lambda V: V @ A + extra, size=SIZE, dtype=A.dtype), 40, None, 0)
+    band = Band(
+        Products(lambda V: V @ A + extra, size=SIZE, dtype=A.dtype), 40, None, 0
+    )
     extra = torch.zeros(SIZE, dtype=A.dtype)
     while band.count < 12 or not band.settled:
         band.ritz()

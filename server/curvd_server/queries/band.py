@@ -38,13 +38,12 @@ from curvd_server.queries.vectors import (
     norms,
     orthogonalise,
     rotate,
-    substitute,
     subtract,
 )
 
 Floats = NDArray[np.float64]
 
-_WINDOW = 8
+_WINDOW = 16
 """Rows that are orthogonalised together, at most."""
 _DRIFT = 1e-2
 """Up to here the drift is forecast safely; one half would still be put right."""
@@ -167,7 +166,8 @@ class Band:
             self._window, self._drifts = 1, (self.eps, self.eps)
             return False
         lower = np.linalg.cholesky(gram)
-        substitute(rows, torch.from_numpy(np.c_[drift, lower]))
+        turn = np.linalg.solve(lower, np.c_[-drift, np.eye(end - old)])
+        rotate(rows, torch.from_numpy(turn), old)
         # Y = V R, and F is H above C; see the head of this file.
         change = np.eye(full)
         change[:old, old:end], change[old:end, old:end] = drift.T, lower.T

@@ -59,7 +59,10 @@ def coefficients(basis: Tensor, vector: Tensor) -> Tensor:
     Returns:
         [m], float64.
     """
-    return cross(basis, vector[None])[0]
+    total = basis.new_zeros(len(basis), dtype=torch.float64)
+    for part in _parts(vector):
+        total += basis[:, part] @ vector[part]
+    return total
 
 
 def cross(basis: Tensor, vectors: Tensor) -> Tensor:
@@ -75,10 +78,8 @@ def cross(basis: Tensor, vectors: Tensor) -> Tensor:
     shape = (len(vectors), len(basis))
     total = basis.new_zeros(shape, dtype=torch.float64)
     for part in _parts(vectors):
-        rows = basis[:, part]
-        # Not one product of matrices: so narrow a one takes a BLAS three times as long.
-        for sums, vector in zip(total, vectors[:, part], strict=True):
-            sums += rows @ vector
+        # In this order BLAS is the quickest: the narrow matrix first.
+        total += vectors[:, part] @ basis[:, part].T
     return total
 
 
@@ -132,34 +133,18 @@ def orthogonalise(
     return total, before
 
 
-def substitute(rows: Tensor, lower: Tensor) -> None:
-    """Solve ``L Y = X`` for the last rows Y of the basis, in place.
-
-    Args:
-        rows: [m, P]; the last w are X, and become Y.
-        lower: [w, m] L, lower triangular in its last w columns: what lies to the left
-            of the diagonal multiplies the rows before.
-    """
-    first = len(rows) - len(lower)
-    weights = lower.to(rows)
-    for part in _parts(rows):
-        piece = rows[:, part]
-        for i in range(first, len(rows)):
-            row = weights[i - first]
-            piece[i].addmv_(piece[:i].T, row[:i], alpha=-1).div_(row[i])
-
-
-def rotate(basis: Tensor, turn: Tensor) -> None:
-    """Replace the first rows of a basis by combinations of its rows.
+def rotate(basis: Tensor, turn: Tensor, first: int = 0) -> None:
+    """Replace some rows of a basis by combinations of its rows, in place.
 
     Args:
         basis: [m, P].
-        turn: [l, m], l not above m.
+        turn: [l, m], l not above m - first.
+        first: Of the rows that are replaced.
     """
     turn = turn.to(basis)
     for part in _parts(basis):
         piece = basis[:, part]
-        piece[: len(turn)] = turn @ piece
+        piece[first : first + len(turn)] = turn @ piece
 
 
 def _parts(V: Tensor) -> Iterator[slice]:
