@@ -12,12 +12,13 @@ with several band Lanczos (Ruhe, Math. Comp. 33, 1979). The residual of a Ritz p
 products, because the antisymmetric part of H, which is the operator's rounding, is kept.
 
 Orthogonality to the whole basis costs two readings of it, which for long vectors takes
-as long as a product. So a few steps of Lanczos only see their last two rows, which
-leaves them a *drift* towards the older rows that grows as Simon says (Linear Algebra
-Appl. 61, 1984), and all of them are orthogonalised together: two readings for several
-steps. Unlike his partial reorthogonalisation this is exact: if Y = V R with V
-orthonormal, then ``A X' = Y' F`` becomes ``A V_x' = V' (R F / R_x)``, whatever the drift
-was, and the step goes on as if it had never been.
+as long as a product. So some steps of Lanczos only see their last two rows, which leaves
+them a *drift* towards the older ones, and then all of them are orthogonalised together:
+two readings for many steps. Unlike partial reorthogonalisation (Simon, Linear Algebra
+Appl. 61, 1984) this is exact. Let X be the rows of Q and Y those of Q and N, and
+``A X' = Y' F``, H being the upper part of F and C the lower. If ``Y' = V' R`` with
+orthonormal V and upper triangular R, then ``A V_x' = V' (R F / R_x)``, whatever the drift
+was: `_x` are the leading rows, or the leading block, that belong to Q.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from curvd.types import Distribution
 from curvd_server.queries.base import Products
+from curvd_server.queries.drift import Drift
 from curvd_server.queries.probes import probes
 from curvd_server.queries.vectors import (
     coefficients,
@@ -80,10 +82,7 @@ class Band:
         """The outermost Ritz values."""
         self._window, self._settled = window, 0
         """Rows from the top that are orthonormal to rounding."""
-        self._drifts = (0.0, 0.0)
-        """Largest coefficients of the last two rows along older ones, as forecast."""
-        self._noise = math.inf
-        """What a product adds to them, relative to the scale; unknown until met."""
+        self._drift = Drift(self.eps)
         for vector in start if start is not None else ():
             self._put(vector)
 
@@ -136,7 +135,7 @@ class Band:
             return
         product /= left.to(product.dtype)
         self._c[0, n] = float(left)
-        self._drifts = self._drifts[1], drift
+        self._drift.advance(drift)
         full = n + 2 - self._settled >= self._window
         if full or self._forecast(float(left)) > _DRIFT:
             self.settle()
@@ -159,11 +158,12 @@ class Band:
         drift, gram = np.split(cross(rows, rows[old:]).cpu().numpy(), [old], axis=1)
         np.fill_diagonal(gram, 1.0)  # so they were made, more precisely than this sum
         gram -= drift @ drift.T
-        self._noise *= max(1.0, float(np.abs(drift).max()) / max(self._drifts))
+        self._drift.correct(float(np.abs(drift).max()))
         if np.linalg.eigvalsh(gram)[0] < 0.5:
             self.count, self.pending = old - 1, 1
             self._c[0, : old - 1] = self._h[old - 1, : old - 1]
-            self._window, self._drifts = 1, (self.eps, self.eps)
+            self._window = 1
+            self._drift.reset()
             return False
         lower = np.linalg.cholesky(gram)
         turn = np.linalg.solve(lower, np.c_[-drift, np.eye(end - old)])
@@ -176,7 +176,8 @@ class Band:
         self._h[:count, :count], self._c[: self.pending, :count] = np.split(
             both, [count]
         )
-        self._settled, self._drifts = end, (self.eps, self.eps)
+        self._settled = end
+        self._drift.reset()
         return True
 
     def _append(self, weights: Floats) -> None:
@@ -197,21 +198,17 @@ class Band:
         self.count += 1
 
     def _forecast(self, left: float) -> float:
-        """Bound the drift of a new direction from that of the two before it.
-
-        The omega recurrence (Simon 1984), in norms.
-
-        Args:
-            left: Length of the direction.
-        """
-        n = self.count - 1
-        row, older = self._h[n], max(0, n - 1)
-        reach = max(abs(end - row[n]) for end in self._ends)
-        before, latest = self._drifts
-        grown = reach * latest + abs(row[older]) * before
-        # After a restart the product has parts along all rows, and they are known.
-        grown += float(np.abs(row[:older]).max(initial=0.0))
-        return (grown + self._noise * self.scale) / left if left > 0 else math.inf
+        """Forecast the drift of what the latest step left, of this length."""
+        row = self._h[self.count - 1]
+        diagonal, older = row[self.count - 1], max(0, self.count - 2)
+        return self._drift.of_next(
+            left,
+            reach=max(abs(end - diagonal) for end in self._ends),
+            back=row[older],
+            # After a restart the product has parts along all rows.
+            known=float(np.abs(row[:older]).max(initial=0.0)),
+            scale=self.scale,
+        )
 
     def _clear(self, left: Tensor) -> None:
         """Orthogonalise the latest pending direction by itself, and normalise it.
@@ -225,8 +222,8 @@ class Band:
         weights, rest = found.cpu().numpy(), float(after)
         if n > 1 and self.pending == 1:
             # By symmetry the row before the step tells what they should be.
-            met = float(np.abs(weights - self._h[n, : n + 1])[: n - 1].max())
-            self._noise = max(8 * self.eps, 2 * met / self.scale)
+            odd = np.abs(weights - self._h[n, : n + 1])[: n - 1].max()
+            self._drift.learn(float(odd) / self.scale)
         unit = self._c[self.pending - 1, n]
         self._h[: n + 1, n] += weights[: n + 1] * unit
         self._c[: self.pending - 1, n] += weights[n + 1 :] * unit
@@ -235,7 +232,8 @@ class Band:
             row /= after.to(row.dtype)
         else:
             self.pending -= 1  # the space is invariant in this direction
-        self._settled, self._drifts = self.count + self.pending, (self.eps, self.eps)
+        self._settled = self.count + self.pending
+        self._drift.reset()
 
     def aim(self, direction: Floats) -> None:
         """Turn the pending directions so that the first is a Ritz pair's residual.
