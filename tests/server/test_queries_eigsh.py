@@ -9,6 +9,7 @@ import torch
 from curvd.types import Stop, Which
 from curvd_server.queries.band import Band
 from curvd_server.queries.base import Products, drain
+from curvd_server.queries.drift import Drift
 from curvd_server.queries.eigsh import default_basis, eigsh, keep_of
 from curvd_server.queries.vectors import coefficients, dots, norms, orthogonalise
 
@@ -88,6 +89,27 @@ def test_rows_that_waited_are_as_orthogonal_as_if_they_had_not(spectrum, dtype):
         assert orthogonality < 40 * band.eps
         assert relation < 40 * band.eps * scale
         assert np.linalg.norm(band.h - band.h.T, 2) < 100 * band.eps * scale
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_rows_wait_until_their_drift_is_large_and_no_longer(spectrum, monkeypatch):
+    seen, correct = [], Drift.correct
+
+    def noted(drift, measured):
+        seen.append((measured, drift.latest))
+        correct(drift, measured)
+
+    monkeypatch.setattr(Drift, "correct", noted)
+    band = Band(products_of(matrix(SPECTRA[spectrum])), 60, None, seed=0, window=60)
+    for _ in range(59):
+        band.ritz()
+        band.grow()
+    measured, forecast = np.array(seen).T
+    assert len(seen) < 20
+    assert (forecast <= 1e-2).all()
+    assert (measured <= 3 * forecast).all()
+    # Nothing drifts before some Ritz pair has converged.
+    assert spectrum == "flat" or measured.max() > 1e-10
 
 
 def test_steps_that_rounding_spoilt_are_undone():
