@@ -364,6 +364,9 @@ def test_ctrl_c_on_the_command_line_prints_the_best_so_far(
     [
         (["eigs", "-k", "3"], ["residual", "converged"]),
         (["trace", "--operator", "ggn"], ["95 % interval", "products"]),
+        (["norm", "--samples", "50"], ["95 % interval", "50 products"]),
+        (["logdet", "--damping", "5"], ["95 % interval", "converged"]),
+        (["logdet", "--damping", "1e-9"], ["not positive definite", "Ritz value is -"]),
         (["density", "--steps", "20", "--log"], ["Ritz values", "160 products"]),
     ],
 )
