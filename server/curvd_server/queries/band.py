@@ -220,7 +220,7 @@ class Band:
         row, known = self._rows[last], self._rows[:last]
         found, after = orthogonalise(known, row, length=left)
         weights, rest = found.cpu().numpy(), float(after)
-        if n > 1 and self.pending == 1:
+        if n > 1 and self.pending == 1 and self.scale > 0:
             # By symmetry the row before the step tells what they should be.
             odd = np.abs(weights - self._h[n, : n + 1])[: n - 1].max()
             self._drift.learn(float(odd) / self.scale)
