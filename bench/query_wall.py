@@ -97,7 +97,7 @@ def gpt_session(
         server = ServerConfig(
             listen="127.0.0.1:0",
             data_dir=Path(folder),
-            compile_after_s=1.0 if native_s else 0.0,
+            compile_after_s=1e-3 if native_s else 0.0,
         )
         with serve_in_thread(server) as target, curvd.connect(target) as client:
             state = builders.BUILDERS["gpt"](dict(config)).state_dict()
