@@ -1,9 +1,10 @@
-"""``curvd eigs``, ``trace`` and ``density``: queries from the command line."""
+"""``curvd eigs``, ``trace``, ``norm``, ``logdet``, ``density``: queries by hand."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,9 +58,33 @@ def add_to(group: click.Group, read_config: ReadConfig) -> None:
         settings = {name: options.pop(name) for name in names}
         with _operator(read_config, **options) as operator:
             found = operator.trace(progress=True, **settings)
-        low, high = found.interval
-        click.echo(f"{found.value:.6e}   95 % interval [{low:.6e}, {high:.6e}]")
-        _finish(found, picture)
+        _tell(found, picture)
+
+    @group.command()
+    @_query_options
+    @click.option("--relative-error", type=float, default=0.01, show_default=True)
+    @click.option("--samples", type=int, default=300, help="Products at most.")
+    def norm(picture: Path | None, **options: Any) -> None:
+        """Estimate the Frobenius norm of a session's operator."""
+        settings = {name: options.pop(name) for name in ("relative_error", "samples")}
+        with _operator(read_config, **options) as operator:
+            found = operator.frobenius_norm(progress=True, **settings)
+        _tell(found, picture)
+
+    @group.command()
+    @_query_options
+    @click.option("--relative-error", type=float, default=0.01, show_default=True)
+    @click.option("--probes", type=int, default=30, show_default=True, help="At most.")
+    @click.option("--steps", type=int, default=32, show_default=True)
+    def logdet(picture: Path | None, **options: Any) -> None:
+        """Estimate the log-determinant of a session's operator, with its --damping."""
+        names = ("relative_error", "probes", "steps")
+        settings = {name: options.pop(name) for name in names}
+        with _operator(read_config, **options) as operator:
+            found = operator.logdet(progress=True, **settings)
+        if math.isnan(found.value):
+            click.echo(f"not positive definite: a Ritz value is {found.smallest:.6e}")
+        _tell(found, picture)
 
     @group.command()
     @_query_options
@@ -130,6 +155,12 @@ def _operator(
         for note in getattr(stopped, "__notes__", ()):
             click.echo(note, err=True)
         raise
+
+
+def _tell(found: Estimate, picture: Path | None) -> None:
+    low, high = found.interval
+    click.echo(f"{found.value:.6e}   95 % interval [{low:.6e}, {high:.6e}]")
+    _finish(found, picture)
 
 
 def _finish(found: Eigenpairs | Estimate | Density, picture: Path | None) -> None:

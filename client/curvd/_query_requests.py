@@ -9,8 +9,9 @@ import numpy as np
 
 from curvd import convert, types
 from curvd._query_calls import Arrays, QueryCall
+from curvd._tensors import OWN_TYPE
 from curvd.arrays import Operand, operand, vector_dtype
-from curvd.errors import InvalidVector
+from curvd.errors import InvalidSpec, InvalidVector
 from curvd.results import (
     Density,
     DiagonalEstimate,
@@ -20,7 +21,14 @@ from curvd.results import (
     QueryInfo,
     Solution,
 )
-from curvd.types import Estimator, OperatorSpec, SessionInfo, Solver, Which
+from curvd.types import (
+    Estimator,
+    OperatorSpec,
+    SessionInfo,
+    Solver,
+    StoredVector,
+    Which,
+)
 from curvd.v1 import query_service_pb2 as query_pb
 
 
@@ -49,10 +57,16 @@ class Queries:
         seed: int,
         warm_start: bool,
         vectors: bool,
+        start: StoredVector | str | None,
+        store: str | None,
         max_products: int | None,
         time_limit_s: float | None,
     ) -> QueryCall[Eigenpairs]:
         """Ask for extremal eigenpairs."""
+        if store == "":
+            msg = "stored vectors need a name, at least one character"
+            raise InvalidSpec(msg, store=store)
+        fetch = vectors and store is None
         request = query_pb.EigshRequest(
             query=self._query(max_products, time_limit_s),
             k=k,
@@ -61,14 +75,17 @@ class Queries:
             basis_size=basis_size,
             seed=seed,
             warm_start=warm_start,
-            values_only=not vectors,
+            values_only=not fetch,
+            store_as=store,
+            start=start.name if isinstance(start, StoredVector) else start,
         )
 
         def read(header: Any, summary: Any, arrays: Arrays) -> Eigenpairs:
             return Eigenpairs(
                 info=_info(header, summary.query),
                 values=np.array(summary.values),
-                vectors=arrays["vectors"].T if vectors else None,
+                vectors=arrays["vectors"].T if fetch else None,
+                stored=None if store is None else self._stored(store, header, summary),
                 residuals=np.array(summary.residuals),
                 tolerances=np.array(summary.tolerances),
                 asymmetry=summary.asymmetry,
@@ -267,6 +284,14 @@ class Queries:
             )
 
         return QueryCall("LogDet", request, read)
+
+    def _stored(self, name: str, header: Any, summary: Any) -> StoredVector:
+        return StoredVector(
+            name=name,
+            shape=(len(summary.values), self._session.layout.size),
+            dtype=OWN_TYPE[vector_dtype(self._session.dtype)],
+            version=header.version,
+        )
 
     def _operand(self, value: Any) -> Operand:
         return operand(value, self._session.layout, self._session.dtype)

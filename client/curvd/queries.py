@@ -18,7 +18,7 @@ from curvd.results import (
     LogDeterminant,
     Solution,
 )
-from curvd.types import Estimator, Solver, Which
+from curvd.types import Estimator, Solver, StoredVector, Which
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -45,6 +45,8 @@ class QueryMethods:
         seed: int = 0,
         warm_start: bool = False,
         vectors: bool = True,
+        start: StoredVector | str | None = None,
+        store: str | None = None,
         max_products: int | None = None,
         time_limit_s: float | None = None,
         progress: Observe | bool = False,
@@ -60,7 +62,11 @@ class QueryMethods:
             seed: Of the start vector.
             warm_start: Begin with what the last call of this kind found, at whatever
                 version: it tracks the eigenpairs of changing parameters.
-            vectors: Whether to fetch the eigenvectors.
+            vectors: Whether to fetch the eigenvectors; for values alone, False spares
+                k vectors on the wire.
+            start: Begin with vectors that the session stores, [P] or [s, P], instead.
+            store: Keep the eigenvectors in the session under this name, and fetch none:
+                for `start`, for products, or for ``session.get``.
             max_products: Stop after so many columns; None: the server's limit.
             time_limit_s: Start no product after so long; the result is the best so far.
             progress: Called with a `QueryProgress`; True draws a line on a terminal.
@@ -76,6 +82,8 @@ class QueryMethods:
             seed,
             warm_start,
             vectors,
+            start,
+            store,
             max_products,
             time_limit_s,
         )

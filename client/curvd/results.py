@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curvd.types import PlanReport, Stop
+from curvd.types import PlanReport, Stop, StoredVector
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,6 +86,8 @@ class Eigenpairs(Result):
     """[k]."""
     vectors: Floats | None
     """[P, k], orthonormal; None if only values were asked for."""
+    stored: StoredVector | None
+    """The vectors, if they stay in the session."""
     residuals: Floats
     """[k] ``|Ax - λx|``, of the products that were made."""
     tolerances: Floats
@@ -94,7 +96,7 @@ class Eigenpairs(Result):
     """Norm of the antisymmetric part of the projected operator: its rounding."""
     restarts: int
     warm: bool
-    """Whether vectors of an earlier query were the start."""
+    """Whether vectors of an earlier query, or stored ones, were the start."""
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw the eigenvalues with their residuals as error bars.

@@ -236,6 +236,42 @@ def solve(
     return Systems(finite("damping", header.damping), tolerance(header.tolerance))
 
 
+def one_start(request: query_pb.EigshRequest) -> None:
+    """Refuse a query that is told twice where to begin.
+
+    Args:
+        request: With `warm_start`.
+
+    Raises:
+        InvalidSpec: If it names stored vectors, too.
+    """
+    if request.start:
+        msg = (
+            f"warm_start and start ({request.start!r}) exclude each other: drop one of "
+            "them"
+        )
+        raise InvalidSpec(msg, start=request.start)
+
+
+def stored(name: str, array: NDArray[Any], size: int) -> None:
+    """Refuse stored vectors that do not fit an operator.
+
+    Args:
+        name: Of the vectors.
+        array: [P] or [s, P].
+        size: Length of the operator's vectors.
+
+    Raises:
+        InvalidVector: If they have another length.
+    """
+    if array.shape[-1] != size:
+        msg = (
+            f"stored vector {name!r} has {array.shape[-1]} elements per column; the "
+            f"operator's vectors have {size}"
+        )
+        raise InvalidVector(msg, vector=name, parameter_count=size)
+
+
 def systems(
     header: Header, *, layout: ParameterLayout, dtype: Dtype, limits: LimitsConfig
 ) -> int:

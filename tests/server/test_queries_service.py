@@ -1,42 +1,17 @@
-"""Queries through a real server: right, counted, cancellable, fair."""
+"""Queries through a real server: right, and counted."""
 
 import asyncio
 import contextlib
 import signal
-import threading
 
 import numpy as np
 import pytest
 import torch
+from server.small_net import WIDTHS, data, module, open_session
 from torch import nn
 
 import curvd
 from curvd import probes
-from curvd_server import builders
-from curvd_server.app import running
-from curvd_server.config import ServerConfig
-
-WIDTHS = {"activation": "tanh", "widths": [5, 6, 3]}
-
-
-def data():
-    rng = np.random.default_rng(0)
-    return {
-        "x": rng.standard_normal((24, 5)),
-        "y": rng.integers(0, 3, 24),
-    }
-
-
-def module():
-    torch.manual_seed(0)
-    return builders.BUILDERS["mlp"](WIDTHS).double()
-
-
-def open_session(client, **options):
-    model = client.register_model("mlp", WIDTHS, module().state_dict())
-    dataset = client.register_dataset(data(), inputs=["x"], target="y", batch_size=8)
-    options = {"loss": "cross_entropy", "dtype": "F64"} | options
-    return client.create_session(model, dataset, **options)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +70,31 @@ def test_scale_damping_and_blocks_of_the_operator_are_in_the_result(session, den
     found = blocks.eigsh(2, which="smallest")
     exact = np.linalg.eigvalsh(dense * inside)[:2][::-1]
     np.testing.assert_allclose(found.values, exact, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", curvd.OperatorKind)
+@pytest.mark.parametrize("blocks", [None, [2, 2]])
+def test_every_operator_answers_every_query(session, kind, blocks):
+    spec = curvd.OperatorSpec(kind=kind, damping=0.2, block_sizes=blocks, seed=1)
+    A = session.operator(spec)
+    size = A.shape[0]
+    dense = A @ np.eye(size)
+    values, vectors = np.linalg.eigh(dense)
+    np.testing.assert_allclose(A.eigsh(3).values, values[:-4:-1], rtol=1e-6)
+    low, high = A.trace(samples=2 * size).interval
+    assert low - 1e-9 <= np.trace(dense) <= high + 1e-9
+    elements = A.diagonal(samples=2 * size).values
+    np.testing.assert_allclose(elements, np.diag(dense), atol=1e-8)
+    low, high = A.frobenius_norm(samples=200).interval
+    assert low <= np.linalg.norm(dense) <= high
+    density = A.spectral_density(probes=2, steps=size)
+    assert np.nanmax(density.nodes) == pytest.approx(values[-1])
+    b = np.ones(size)
+    solved = A.solve(b, damping=3.0, tolerance=1e-9)
+    exact = vectors @ ((vectors.T @ b) / (values + 3))
+    np.testing.assert_allclose(solved.x, exact, rtol=1e-6, atol=1e-9)
+    low, high = A.logdet(damping=3.0, steps=size, probes=30).interval
+    assert low <= np.log(values + 3).sum() <= high
 
 
 def test_every_estimate_holds_the_truth(session, dense):
@@ -231,6 +231,54 @@ def test_warm_starts_follow_the_parameters(live_target):
         np.testing.assert_allclose(warm.values, again.values, rtol=1e-4)
 
 
+def test_eigenvectors_stay_in_the_session_and_begin_the_next_query(live_target):
+    with curvd.connect(live_target) as client, open_session(client) as session:
+        H = session.hessian()
+        found = H.eigsh(3, tolerance=1e-3, store="top")
+        assert found.vectors is None
+        assert found.stored == session.put("top", session.get(found.stored))
+        assert found.stored.shape == (3, H.shape[0])
+        vectors = session.get("top")
+        np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-12)
+        left = np.linalg.norm(H @ vectors - vectors * found.values, axis=0)
+        np.testing.assert_allclose(found.residuals, left, atol=1e-12)
+        # It has converged already: nothing but the start is multiplied.
+        again = H.eigsh(3, tolerance=1e-3, start=found.stored, store="top")
+        assert again.warm and again.products == 3
+        np.testing.assert_allclose(again.values, found.values, rtol=1e-9)
+        (listed,) = session.vectors()
+        assert listed == again.stored
+
+
+def test_one_stored_vector_is_a_start_for_several_pairs(session):
+    H = session.hessian()
+    start = session.put("gradient", session.gradient()[1])
+    found = H.eigsh(3, start=start, vectors=False)
+    assert found.warm and found.converged and found.vectors is None
+    np.testing.assert_allclose(found.values, H.eigsh(3).values, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"start": "nobody"}, curvd.VectorNotFound, "stores no vector 'nobody'"),
+        (
+            {"start": "known", "warm_start": True},
+            curvd.InvalidArgument,
+            r"warm_start and start \('known'\) exclude each other",
+        ),
+        ({"start": "known", "params": "*bias"}, curvd.InvalidVector, "57 elements"),
+        ({"store": ""}, curvd.InvalidSpec, "need a name"),
+        ({"store": "x" * 200}, curvd.InvalidSpec, "store_as has 200 characters"),
+    ],
+)
+def test_starts_and_names_that_do_not_fit_are_refused(session, options, error, message):
+    session.put("known", np.ones(57))
+    H = session.hessian(params=options.pop("params", None))
+    with pytest.raises(error, match=message):
+        H.eigsh(1, **options)
+
+
 def test_progress_names_products_estimates_and_residuals(session):
     seen = []
     found = session.hessian().trace(
@@ -257,77 +305,6 @@ async def test_the_asynchronous_client_asks_the_same(live_target):
             assert trace.products <= 100
             solved = await H.solve(np.ones(H.shape[0]), damping=3.0)
             assert solved.converged
-
-
-class Pausing:
-    """Wraps an operator's products so that a test decides when each may end."""
-
-    def __init__(self, operator):
-        self.inner, self.log = operator.multiply, []
-        self.entered, self.gate = threading.Semaphore(0), threading.Semaphore(0)
-        self.stopped = threading.Event()
-
-    def multiply(self, columns, *, cancelled):
-        self.log.append("query")
-        self.entered.release()
-        while not self.gate.acquire(timeout=0.01):
-            if cancelled():
-                self.log.append("cancelled")
-                self.stopped.set()
-                msg = "given up"
-                raise curvd.Cancelled(msg)
-        return self.inner(columns, cancelled=cancelled)
-
-
-async def held_operator(server, session):
-    """The operator of a session, with its products in the test's hand."""
-    async with server.sessions.lease(
-        session.id, operator=session.hessian().spec
-    ) as lease:
-        pausing = Pausing(lease.operator)
-        lease.operator.multiply = pausing.multiply
-        return pausing, lease.operator
-
-
-async def connected(server, stack):
-    client = await stack.enter_async_context(curvd.aio.connect(server.target))
-    dataset = await client.register_dataset(
-        data(), inputs=["x"], target="y", batch_size=8
-    )
-    model = await client.register_model("mlp", WIDTHS, module().state_dict())
-    return await client.create_session(
-        model, dataset, loss="cross_entropy", dtype="F64"
-    )
-
-
-async def test_cancelling_stops_the_product_that_runs_and_no_other_begins(tmp_path):
-    config = ServerConfig(listen="127.0.0.1:0", data_dir=tmp_path)
-    async with running(config) as server, contextlib.AsyncExitStack() as stack:
-        session = await connected(server, stack)
-        pausing, _ = await held_operator(server, session)
-        query = asyncio.create_task(session.hessian().eigsh(3))
-        await asyncio.to_thread(pausing.entered.acquire)
-        pausing.gate.release()
-        await asyncio.to_thread(pausing.entered.acquire)
-        query.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await query
-        await asyncio.to_thread(pausing.stopped.wait)
-        assert pausing.log == ["query", "query", "cancelled"]
-
-
-async def test_deleting_the_session_ends_its_query_with_a_typed_error(tmp_path):
-    config = ServerConfig(listen="127.0.0.1:0", data_dir=tmp_path)
-    async with running(config) as server, contextlib.AsyncExitStack() as stack:
-        session = await connected(server, stack)
-        pausing, _ = await held_operator(server, session)
-        query = asyncio.create_task(session.hessian().eigsh(3))
-        await asyncio.to_thread(pausing.entered.acquire)
-        await session.delete()
-        with pytest.raises(curvd.Cancelled, match="was deleted while the call ran"):
-            await query
-        await asyncio.to_thread(pausing.stopped.wait)
-        assert pausing.log == ["query", "cancelled"]
 
 
 def interrupt(progress):
@@ -382,47 +359,14 @@ def test_ctrl_c_on_the_command_line_prints_the_best_so_far(
     assert "Trace had" in done.output and "products" in done.output
 
 
-async def test_a_matvec_waits_for_one_product_of_two_queries_at_most(tmp_path):
-    config = ServerConfig(listen="127.0.0.1:0", data_dir=tmp_path)
-    async with running(config) as server, contextlib.AsyncExitStack() as stack:
-        session = await connected(server, stack)
-        pausing, operator = await held_operator(server, session)
-        product = operator.apply
-
-        def logged(columns, *, cancelled):
-            pausing.log.append("matvec")
-            return product(columns, cancelled=cancelled)
-
-        operator.apply = logged
-        queued, multiply = asyncio.Event(), server.batcher.multiply
-
-        def noted(*args):
-            ticket = multiply(*args)
-            queued.set()
-            return ticket
-
-        server.batcher.multiply = noted
-        H, v = session.hessian(), np.ones(57)
-        queries = [asyncio.create_task(H.eigsh(3, seed=s)) for s in (1, 2)]
-        for _ in range(10):
-            await asyncio.to_thread(pausing.entered.acquire)
-            queued.clear()
-            matvec = asyncio.create_task(H @ v)
-            await queued.wait()
-            at = len(pausing.log)
-            pausing.gate.release()
-            await matvec
-            assert pausing.log[at:].index("matvec") == 0
-        for query in queries:
-            query.cancel()
-        await asyncio.gather(*queries, return_exceptions=True)
-
-
 @pytest.mark.parametrize(
     ("command", "words"),
     [
         (["eigs", "-k", "3"], ["residual", "converged"]),
         (["trace", "--operator", "ggn"], ["95 % interval", "products"]),
+        (["norm", "--samples", "50"], ["95 % interval", "50 products"]),
+        (["logdet", "--damping", "5"], ["95 % interval", "converged"]),
+        (["logdet", "--damping", "1e-9"], ["not positive definite", "Ritz value is -"]),
         (["density", "--steps", "20", "--log"], ["Ritz values", "160 products"]),
     ],
 )

@@ -26,21 +26,21 @@ from curvd.v1 import curvature_service_pb2 as curvd_dot_v1_dot_curvature__servic
 from curvd.v1 import types_pb2 as curvd_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63urvd/v1/query_service.proto\x12\x08\x63urvd.v1\x1a curvd/v1/curvature_service.proto\x1a\x14\x63urvd/v1/types.proto\"\xe1\x01\n\x05Query\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12$\n\x08operator\x18\x02 \x01(\x0b\x32\x12.curvd.v1.Operator\x12\x1d\n\x10\x65xpected_version\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x19\n\x0cmax_products\x18\x05 \x01(\x03H\x01\x88\x01\x01\x12\x19\n\x0ctime_limit_s\x18\x06 \x01(\x01H\x02\x88\x01\x01\x42\x13\n\x11_expected_versionB\x0f\n\r_max_productsB\x0f\n\r_time_limit_s\"m\n\rQueryProgress\x12\x11\n\titeration\x18\x01 \x01(\x03\x12\x10\n\x08products\x18\x02 \x01(\x03\x12\x11\n\testimates\x18\x03 \x03(\x01\x12\x11\n\tresiduals\x18\x04 \x03(\x01\x12\x11\n\telapsed_s\x18\x05 \x01(\x01\"x\n\x0cQuerySummary\x12\x1f\n\x07stopped\x18\x01 \x01(\x0e\x32\x0e.curvd.v1.Stop\x12\x10\n\x08products\x18\x02 \x01(\x03\x12\x11\n\telapsed_s\x18\x03 \x01(\x01\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tcompute_s\x18\x05 \x01(\x01\"Y\n\x08\x41\x63\x63uracy\x12\x16\n\x0erelative_error\x18\x01 \x01(\x01\x12\x16\n\x0e\x61\x62solute_error\x18\x02 \x01(\x01\x12\x0f\n\x07samples\x18\x03 \x01(\x05\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"\x84\x01\n\x0f\x45stimateSummary\x12%\n\x05query\x18\x01 \x01(\x0b\x32\x16.curvd.v1.QuerySummary\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x16\n\x0estandard_error\x18\x03 \x01(\x01\x12\x12\n\nhalf_width\x18\x04 \x01(\x01\x12\x0f\n\x07samples\x18\x05 \x01(\x03\"\xb7\x01\n\x0c\x45igshRequest\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.curvd.v1.Query\x12\t\n\x01k\x18\x02 \x01(\x05\x12\x1e\n\x05which\x18\x03 \x01(\x0e\x32\x0f.curvd.v1.Which\x12\x11\n\ttolerance\x18\x04 \x01(\x01\x12\x12\n\nbasis_size\x18\x05 \x01(\x05\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x12\n\nwarm_start\x18\x07 \x01(\x08\x12\x13\n\x0bvalues_only\x18\x08 \x01(\x08\"\xaa\x01\n\rEigshResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12)\n\x07summary\x18\x03 \x01(\x0b\x32\x16.curvd.v1.EigshSummaryH\x00\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x17.curvd.v1.QueryProgressH\x00\x42\x06\n\x04part\"\x9f\x01\n\x0c\x45igshSummary\x12%\n\x05query\x18\x01 \x01(\x0b\x32\x16.curvd.v1.QuerySummary\x12\x0e\n\x06values\x18\x02 \x03(\x01\x12\x11\n\tresiduals\x18\x03 \x03(\x01\x12\x12\n\ntolerances\x18\x04 \x03(\x01\x12\x11\n\tasymmetry\x18\x05 \x01(\x01\x12\x10\n\x08restarts\x18\x06 \x01(\x05\x12\x0c\n\x04warm\x18\x07 \x01(\x08\"|\n\x0cTraceRequest\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.curvd.v1.Query\x12&\n\testimator\x18\x02 \x01(\x0e\x32\x13.curvd.v1.Estimator\x12$\n\x08\x61\x63\x63uracy\x18\x03 \x01(\x0b\x32\x12.curvd.v1.Accuracy\"\x9c\x01\n\rTraceResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12,\n\x07summary\x18\x03 \x01(\x0b\x32\x19.curvd.v1.EstimateSummaryH\x00\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x17.curvd.v1.QueryProgressH\x00\x42\x06\n\x04part\"\x7f\n\x0f\x44iagonalRequest\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.curvd.v1.Query\x12&\n\testimator\x18\x02 \x01(\x0e\x32\x13.curvd.v1.Estimator\x12$\n\x08\x61\x63\x63uracy\x18\x03 \x01(\x0b\x32\x12.curvd.v1.Accuracy\"\xb0\x01\n\x10\x44iagonalResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12,\n\x07summary\x18\x03 \x01(\x0b\x32\x19.curvd.v1.DiagonalSummaryH\x00\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x17.curvd.v1.QueryProgressH\x00\x42\x06\n\x04part\"[\n\x0f\x44iagonalSummary\x12%\n\x05query\x18\x01 \x01(\x0b\x32\x16.curvd.v1.QuerySummary\x12\x0f\n\x07samples\x18\x02 \x01(\x03\x12\x10\n\x08quantile\x18\x03 \x01(\x01\"\\\n\x14\x46robeniusNormRequest\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.curvd.v1.Query\x12$\n\x08\x61\x63\x63uracy\x18\x02 \x01(\x0b\x32\x12.curvd.v1.Accuracy\"\xa4\x01\n\x15\x46robeniusNormResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12,\n\x07summary\x18\x03 \x01(\x0b\x32\x19.curvd.v1.EstimateSummaryH\x00\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x17.curvd.v1.QueryProgressH\x00\x42\x06\n\x04part\"\xc6\x01\n\x16SpectralDensityRequest\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.curvd.v1.Query\x12\x0e\n\x06probes\x18\x02 \x01(\x05\x12\r\n\x05steps\x18\x03 \x01(\x05\x12\x0e\n\x06points\x18\x04 \x01(\x05\x12\x12\n\x05width\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0blogarithmic\x18\x06 \x01(\x08\x12\x12\n\x05\x66loor\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x42\x08\n\x06_widthB\x08\n\x06_floor\"\xbe\x01\n\x17SpectralDensityResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12\x33\n\x07summary\x18\x03 \x01(\x0b\x32 .curvd.v1.SpectralDensitySummaryH\x00\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x17.curvd.v1.QueryProgressH\x00\x42\x06\n\x04part\"N\n\x16SpectralDensitySummary\x12%\n\x05query\x18\x01 \x01(\x0b\x32\x16.curvd.v1.QuerySummary\x12\r\n\x05width\x18\x02 \x01(\x01\"\x9b\x01\n\x0bSolveHeader\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.curvd.v1.Query\x12 \n\x06solver\x18\x02 \x01(\x0e\x32\x10.curvd.v1.Solver\x12\x0f\n\x07\x64\x61mping\x18\x03 \x01(\x01\x12\x11\n\ttolerance\x18\x04 \x01(\x01\x12\x18\n\x10\x64iagonal_samples\x18\x05 \x01(\x05\x12\x0c\n\x04seed\x18\x06 \x01(\x04\"P\n\x0cSolveRequest\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x15.curvd.v1.SolveHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xaa\x01\n\rSolveResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12)\n\x07summary\x18\x03 \x01(\x0b\x32\x16.curvd.v1.SolveSummaryH\x00\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x17.curvd.v1.QueryProgressH\x00\x42\x06\n\x04part\"\xc6\x01\n\x0cSolveSummary\x12%\n\x05query\x18\x01 \x01(\x0b\x32\x16.curvd.v1.QuerySummary\x12\x11\n\tresiduals\x18\x02 \x03(\x01\x12\x1a\n\x12relative_residuals\x18\x03 \x03(\x01\x12\x12\n\ncurvatures\x18\x04 \x03(\x01\x12\x12\n\nindefinite\x18\x05 \x03(\x08\x12$\n\x0c\x63olumn_stops\x18\x06 \x03(\x0e\x32\x0e.curvd.v1.Stop\x12\x12\n\niterations\x18\x07 \x01(\x03\"u\n\rLogDetRequest\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.curvd.v1.Query\x12\x0f\n\x07\x64\x61mping\x18\x02 \x01(\x01\x12\r\n\x05steps\x18\x03 \x01(\x05\x12$\n\x08\x61\x63\x63uracy\x18\x04 \x01(\x0b\x32\x12.curvd.v1.Accuracy\"\x9b\x01\n\x0eLogDetResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12*\n\x07summary\x18\x03 \x01(\x0b\x32\x17.curvd.v1.LogDetSummaryH\x00\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x17.curvd.v1.QueryProgressH\x00\x42\x06\n\x04part\"N\n\rLogDetSummary\x12+\n\x08\x65stimate\x18\x01 \x01(\x0b\x32\x19.curvd.v1.EstimateSummary\x12\x10\n\x08smallest\x18\x02 \x01(\x01*r\n\x05Which\x12\x15\n\x11WHICH_UNSPECIFIED\x10\x00\x12\x11\n\rWHICH_LARGEST\x10\x01\x12\x12\n\x0eWHICH_SMALLEST\x10\x02\x12\x0e\n\nWHICH_BOTH\x10\x03\x12\x1b\n\x17WHICH_LARGEST_MAGNITUDE\x10\x04*s\n\tEstimator\x12\x19\n\x15\x45STIMATOR_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45STIMATOR_HUTCHINSON\x10\x01\x12\x15\n\x11\x45STIMATOR_HUTCHPP\x10\x02\x12\x1a\n\x16\x45STIMATOR_EXCHANGEABLE\x10\x03*B\n\x06Solver\x12\x16\n\x12SOLVER_UNSPECIFIED\x10\x00\x12\r\n\tSOLVER_CG\x10\x01\x12\x11\n\rSOLVER_MINRES\x10\x02*\x83\x01\n\x04Stop\x12\x14\n\x10STOP_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTOP_CONVERGED\x10\x01\x12\x11\n\rSTOP_PRODUCTS\x10\x02\x12\r\n\tSTOP_TIME\x10\x03\x12\x12\n\x0eSTOP_STAGNATED\x10\x04\x12\x1b\n\x17STOP_NEGATIVE_CURVATURE\x10\x05\x32\xf6\x03\n\x0cQueryService\x12:\n\x05\x45igsh\x12\x16.curvd.v1.EigshRequest\x1a\x17.curvd.v1.EigshResponse0\x01\x12:\n\x05Trace\x12\x16.curvd.v1.TraceRequest\x1a\x17.curvd.v1.TraceResponse0\x01\x12\x43\n\x08\x44iagonal\x12\x19.curvd.v1.DiagonalRequest\x1a\x1a.curvd.v1.DiagonalResponse0\x01\x12R\n\rFrobeniusNorm\x12\x1e.curvd.v1.FrobeniusNormRequest\x1a\x1f.curvd.v1.FrobeniusNormResponse0\x01\x12X\n\x0fSpectralDensity\x12 .curvd.v1.SpectralDensityRequest\x1a!.curvd.v1.SpectralDensityResponse0\x01\x12<\n\x05Solve\x12\x16.curvd.v1.SolveRequest\x1a\x17.curvd.v1.SolveResponse(\x01\x30\x01\x12=\n\x06LogDet\x12\x17.curvd.v1.LogDetRequest\x1a\x18.curvd.v1.LogDetResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63urvd/v1/query_service.proto\x12\x08\x63urvd.v1\x1a curvd/v1/curvature_service.proto\x1a\x14\x63urvd/v1/types.proto\"\xe1\x01\n\x05Query\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12$\n\x08operator\x18\x02 \x01(\x0b\x32\x12.curvd.v1.Operator\x12\x1d\n\x10\x65xpected_version\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x19\n\x0cmax_products\x18\x05 \x01(\x03H\x01\x88\x01\x01\x12\x19\n\x0ctime_limit_s\x18\x06 \x01(\x01H\x02\x88\x01\x01\x42\x13\n\x11_expected_versionB\x0f\n\r_max_productsB\x0f\n\r_time_limit_s\"m\n\rQueryProgress\x12\x11\n\titeration\x18\x01 \x01(\x03\x12\x10\n\x08products\x18\x02 \x01(\x03\x12\x11\n\testimates\x18\x03 \x03(\x01\x12\x11\n\tresiduals\x18\x04 \x03(\x01\x12\x11\n\telapsed_s\x18\x05 \x01(\x01\"x\n\x0cQuerySummary\x12\x1f\n\x07stopped\x18\x01 \x01(\x0e\x32\x0e.curvd.v1.Stop\x12\x10\n\x08products\x18\x02 \x01(\x03\x12\x11\n\telapsed_s\x18\x03 \x01(\x01\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tcompute_s\x18\x05 \x01(\x01\"Y\n\x08\x41\x63\x63uracy\x12\x16\n\x0erelative_error\x18\x01 \x01(\x01\x12\x16\n\x0e\x61\x62solute_error\x18\x02 \x01(\x01\x12\x0f\n\x07samples\x18\x03 \x01(\x05\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"\x84\x01\n\x0f\x45stimateSummary\x12%\n\x05query\x18\x01 \x01(\x0b\x32\x16.curvd.v1.QuerySummary\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x16\n\x0estandard_error\x18\x03 \x01(\x01\x12\x12\n\nhalf_width\x18\x04 \x01(\x01\x12\x0f\n\x07samples\x18\x05 \x01(\x03\"\xd8\x01\n\x0c\x45igshRequest\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.curvd.v1.Query\x12\t\n\x01k\x18\x02 \x01(\x05\x12\x1e\n\x05which\x18\x03 \x01(\x0e\x32\x0f.curvd.v1.Which\x12\x11\n\ttolerance\x18\x04 \x01(\x01\x12\x12\n\nbasis_size\x18\x05 \x01(\x05\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x12\n\nwarm_start\x18\x07 \x01(\x08\x12\x13\n\x0bvalues_only\x18\x08 \x01(\x08\x12\x10\n\x08store_as\x18\t \x01(\t\x12\r\n\x05start\x18\n \x01(\t\"\xaa\x01\n\rEigshResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12)\n\x07summary\x18\x03 \x01(\x0b\x32\x16.curvd.v1.EigshSummaryH\x00\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x17.curvd.v1.QueryProgressH\x00\x42\x06\n\x04part\"\x9f\x01\n\x0c\x45igshSummary\x12%\n\x05query\x18\x01 \x01(\x0b\x32\x16.curvd.v1.QuerySummary\x12\x0e\n\x06values\x18\x02 \x03(\x01\x12\x11\n\tresiduals\x18\x03 \x03(\x01\x12\x12\n\ntolerances\x18\x04 \x03(\x01\x12\x11\n\tasymmetry\x18\x05 \x01(\x01\x12\x10\n\x08restarts\x18\x06 \x01(\x05\x12\x0c\n\x04warm\x18\x07 \x01(\x08\"|\n\x0cTraceRequest\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.curvd.v1.Query\x12&\n\testimator\x18\x02 \x01(\x0e\x32\x13.curvd.v1.Estimator\x12$\n\x08\x61\x63\x63uracy\x18\x03 \x01(\x0b\x32\x12.curvd.v1.Accuracy\"\x9c\x01\n\rTraceResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12,\n\x07summary\x18\x03 \x01(\x0b\x32\x19.curvd.v1.EstimateSummaryH\x00\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x17.curvd.v1.QueryProgressH\x00\x42\x06\n\x04part\"\x7f\n\x0f\x44iagonalRequest\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.curvd.v1.Query\x12&\n\testimator\x18\x02 \x01(\x0e\x32\x13.curvd.v1.Estimator\x12$\n\x08\x61\x63\x63uracy\x18\x03 \x01(\x0b\x32\x12.curvd.v1.Accuracy\"\xb0\x01\n\x10\x44iagonalResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12,\n\x07summary\x18\x03 \x01(\x0b\x32\x19.curvd.v1.DiagonalSummaryH\x00\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x17.curvd.v1.QueryProgressH\x00\x42\x06\n\x04part\"[\n\x0f\x44iagonalSummary\x12%\n\x05query\x18\x01 \x01(\x0b\x32\x16.curvd.v1.QuerySummary\x12\x0f\n\x07samples\x18\x02 \x01(\x03\x12\x10\n\x08quantile\x18\x03 \x01(\x01\"\\\n\x14\x46robeniusNormRequest\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.curvd.v1.Query\x12$\n\x08\x61\x63\x63uracy\x18\x02 \x01(\x0b\x32\x12.curvd.v1.Accuracy\"\xa4\x01\n\x15\x46robeniusNormResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12,\n\x07summary\x18\x03 \x01(\x0b\x32\x19.curvd.v1.EstimateSummaryH\x00\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x17.curvd.v1.QueryProgressH\x00\x42\x06\n\x04part\"\xc6\x01\n\x16SpectralDensityRequest\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.curvd.v1.Query\x12\x0e\n\x06probes\x18\x02 \x01(\x05\x12\r\n\x05steps\x18\x03 \x01(\x05\x12\x0e\n\x06points\x18\x04 \x01(\x05\x12\x12\n\x05width\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0blogarithmic\x18\x06 \x01(\x08\x12\x12\n\x05\x66loor\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x42\x08\n\x06_widthB\x08\n\x06_floor\"\xbe\x01\n\x17SpectralDensityResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12\x33\n\x07summary\x18\x03 \x01(\x0b\x32 .curvd.v1.SpectralDensitySummaryH\x00\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x17.curvd.v1.QueryProgressH\x00\x42\x06\n\x04part\"N\n\x16SpectralDensitySummary\x12%\n\x05query\x18\x01 \x01(\x0b\x32\x16.curvd.v1.QuerySummary\x12\r\n\x05width\x18\x02 \x01(\x01\"\x9b\x01\n\x0bSolveHeader\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.curvd.v1.Query\x12 \n\x06solver\x18\x02 \x01(\x0e\x32\x10.curvd.v1.Solver\x12\x0f\n\x07\x64\x61mping\x18\x03 \x01(\x01\x12\x11\n\ttolerance\x18\x04 \x01(\x01\x12\x18\n\x10\x64iagonal_samples\x18\x05 \x01(\x05\x12\x0c\n\x04seed\x18\x06 \x01(\x04\"P\n\x0cSolveRequest\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x15.curvd.v1.SolveHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xaa\x01\n\rSolveResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12)\n\x07summary\x18\x03 \x01(\x0b\x32\x16.curvd.v1.SolveSummaryH\x00\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x17.curvd.v1.QueryProgressH\x00\x42\x06\n\x04part\"\xc6\x01\n\x0cSolveSummary\x12%\n\x05query\x18\x01 \x01(\x0b\x32\x16.curvd.v1.QuerySummary\x12\x11\n\tresiduals\x18\x02 \x03(\x01\x12\x1a\n\x12relative_residuals\x18\x03 \x03(\x01\x12\x12\n\ncurvatures\x18\x04 \x03(\x01\x12\x12\n\nindefinite\x18\x05 \x03(\x08\x12$\n\x0c\x63olumn_stops\x18\x06 \x03(\x0e\x32\x0e.curvd.v1.Stop\x12\x12\n\niterations\x18\x07 \x01(\x03\"u\n\rLogDetRequest\x12\x1e\n\x05query\x18\x01 \x01(\x0b\x32\x0f.curvd.v1.Query\x12\x0f\n\x07\x64\x61mping\x18\x02 \x01(\x01\x12\r\n\x05steps\x18\x03 \x01(\x05\x12$\n\x08\x61\x63\x63uracy\x18\x04 \x01(\x0b\x32\x12.curvd.v1.Accuracy\"\x9b\x01\n\x0eLogDetResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.curvd.v1.ResultHeaderH\x00\x12*\n\x07summary\x18\x03 \x01(\x0b\x32\x17.curvd.v1.LogDetSummaryH\x00\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x17.curvd.v1.QueryProgressH\x00\x42\x06\n\x04part\"N\n\rLogDetSummary\x12+\n\x08\x65stimate\x18\x01 \x01(\x0b\x32\x19.curvd.v1.EstimateSummary\x12\x10\n\x08smallest\x18\x02 \x01(\x01*r\n\x05Which\x12\x15\n\x11WHICH_UNSPECIFIED\x10\x00\x12\x11\n\rWHICH_LARGEST\x10\x01\x12\x12\n\x0eWHICH_SMALLEST\x10\x02\x12\x0e\n\nWHICH_BOTH\x10\x03\x12\x1b\n\x17WHICH_LARGEST_MAGNITUDE\x10\x04*s\n\tEstimator\x12\x19\n\x15\x45STIMATOR_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45STIMATOR_HUTCHINSON\x10\x01\x12\x15\n\x11\x45STIMATOR_HUTCHPP\x10\x02\x12\x1a\n\x16\x45STIMATOR_EXCHANGEABLE\x10\x03*B\n\x06Solver\x12\x16\n\x12SOLVER_UNSPECIFIED\x10\x00\x12\r\n\tSOLVER_CG\x10\x01\x12\x11\n\rSOLVER_MINRES\x10\x02*\x83\x01\n\x04Stop\x12\x14\n\x10STOP_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTOP_CONVERGED\x10\x01\x12\x11\n\rSTOP_PRODUCTS\x10\x02\x12\r\n\tSTOP_TIME\x10\x03\x12\x12\n\x0eSTOP_STAGNATED\x10\x04\x12\x1b\n\x17STOP_NEGATIVE_CURVATURE\x10\x05\x32\xf6\x03\n\x0cQueryService\x12:\n\x05\x45igsh\x12\x16.curvd.v1.EigshRequest\x1a\x17.curvd.v1.EigshResponse0\x01\x12:\n\x05Trace\x12\x16.curvd.v1.TraceRequest\x1a\x17.curvd.v1.TraceResponse0\x01\x12\x43\n\x08\x44iagonal\x12\x19.curvd.v1.DiagonalRequest\x1a\x1a.curvd.v1.DiagonalResponse0\x01\x12R\n\rFrobeniusNorm\x12\x1e.curvd.v1.FrobeniusNormRequest\x1a\x1f.curvd.v1.FrobeniusNormResponse0\x01\x12X\n\x0fSpectralDensity\x12 .curvd.v1.SpectralDensityRequest\x1a!.curvd.v1.SpectralDensityResponse0\x01\x12<\n\x05Solve\x12\x16.curvd.v1.SolveRequest\x1a\x17.curvd.v1.SolveResponse(\x01\x30\x01\x12=\n\x06LogDet\x12\x17.curvd.v1.LogDetRequest\x1a\x18.curvd.v1.LogDetResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'curvd.v1.query_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WHICH']._serialized_start=3698
-  _globals['_WHICH']._serialized_end=3812
-  _globals['_ESTIMATOR']._serialized_start=3814
-  _globals['_ESTIMATOR']._serialized_end=3929
-  _globals['_SOLVER']._serialized_start=3931
-  _globals['_SOLVER']._serialized_end=3997
-  _globals['_STOP']._serialized_start=4000
-  _globals['_STOP']._serialized_end=4131
+  _globals['_WHICH']._serialized_start=3731
+  _globals['_WHICH']._serialized_end=3845
+  _globals['_ESTIMATOR']._serialized_start=3847
+  _globals['_ESTIMATOR']._serialized_end=3962
+  _globals['_SOLVER']._serialized_start=3964
+  _globals['_SOLVER']._serialized_end=4030
+  _globals['_STOP']._serialized_start=4033
+  _globals['_STOP']._serialized_end=4164
   _globals['_QUERY']._serialized_start=99
   _globals['_QUERY']._serialized_end=324
   _globals['_QUERYPROGRESS']._serialized_start=326
@@ -52,45 +52,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ESTIMATESUMMARY']._serialized_start=651
   _globals['_ESTIMATESUMMARY']._serialized_end=783
   _globals['_EIGSHREQUEST']._serialized_start=786
-  _globals['_EIGSHREQUEST']._serialized_end=969
-  _globals['_EIGSHRESPONSE']._serialized_start=972
-  _globals['_EIGSHRESPONSE']._serialized_end=1142
-  _globals['_EIGSHSUMMARY']._serialized_start=1145
-  _globals['_EIGSHSUMMARY']._serialized_end=1304
-  _globals['_TRACEREQUEST']._serialized_start=1306
-  _globals['_TRACEREQUEST']._serialized_end=1430
-  _globals['_TRACERESPONSE']._serialized_start=1433
-  _globals['_TRACERESPONSE']._serialized_end=1589
-  _globals['_DIAGONALREQUEST']._serialized_start=1591
-  _globals['_DIAGONALREQUEST']._serialized_end=1718
-  _globals['_DIAGONALRESPONSE']._serialized_start=1721
-  _globals['_DIAGONALRESPONSE']._serialized_end=1897
-  _globals['_DIAGONALSUMMARY']._serialized_start=1899
-  _globals['_DIAGONALSUMMARY']._serialized_end=1990
-  _globals['_FROBENIUSNORMREQUEST']._serialized_start=1992
-  _globals['_FROBENIUSNORMREQUEST']._serialized_end=2084
-  _globals['_FROBENIUSNORMRESPONSE']._serialized_start=2087
-  _globals['_FROBENIUSNORMRESPONSE']._serialized_end=2251
-  _globals['_SPECTRALDENSITYREQUEST']._serialized_start=2254
-  _globals['_SPECTRALDENSITYREQUEST']._serialized_end=2452
-  _globals['_SPECTRALDENSITYRESPONSE']._serialized_start=2455
-  _globals['_SPECTRALDENSITYRESPONSE']._serialized_end=2645
-  _globals['_SPECTRALDENSITYSUMMARY']._serialized_start=2647
-  _globals['_SPECTRALDENSITYSUMMARY']._serialized_end=2725
-  _globals['_SOLVEHEADER']._serialized_start=2728
-  _globals['_SOLVEHEADER']._serialized_end=2883
-  _globals['_SOLVEREQUEST']._serialized_start=2885
-  _globals['_SOLVEREQUEST']._serialized_end=2965
-  _globals['_SOLVERESPONSE']._serialized_start=2968
-  _globals['_SOLVERESPONSE']._serialized_end=3138
-  _globals['_SOLVESUMMARY']._serialized_start=3141
-  _globals['_SOLVESUMMARY']._serialized_end=3339
-  _globals['_LOGDETREQUEST']._serialized_start=3341
-  _globals['_LOGDETREQUEST']._serialized_end=3458
-  _globals['_LOGDETRESPONSE']._serialized_start=3461
-  _globals['_LOGDETRESPONSE']._serialized_end=3616
-  _globals['_LOGDETSUMMARY']._serialized_start=3618
-  _globals['_LOGDETSUMMARY']._serialized_end=3696
-  _globals['_QUERYSERVICE']._serialized_start=4134
-  _globals['_QUERYSERVICE']._serialized_end=4636
+  _globals['_EIGSHREQUEST']._serialized_end=1002
+  _globals['_EIGSHRESPONSE']._serialized_start=1005
+  _globals['_EIGSHRESPONSE']._serialized_end=1175
+  _globals['_EIGSHSUMMARY']._serialized_start=1178
+  _globals['_EIGSHSUMMARY']._serialized_end=1337
+  _globals['_TRACEREQUEST']._serialized_start=1339
+  _globals['_TRACEREQUEST']._serialized_end=1463
+  _globals['_TRACERESPONSE']._serialized_start=1466
+  _globals['_TRACERESPONSE']._serialized_end=1622
+  _globals['_DIAGONALREQUEST']._serialized_start=1624
+  _globals['_DIAGONALREQUEST']._serialized_end=1751
+  _globals['_DIAGONALRESPONSE']._serialized_start=1754
+  _globals['_DIAGONALRESPONSE']._serialized_end=1930
+  _globals['_DIAGONALSUMMARY']._serialized_start=1932
+  _globals['_DIAGONALSUMMARY']._serialized_end=2023
+  _globals['_FROBENIUSNORMREQUEST']._serialized_start=2025
+  _globals['_FROBENIUSNORMREQUEST']._serialized_end=2117
+  _globals['_FROBENIUSNORMRESPONSE']._serialized_start=2120
+  _globals['_FROBENIUSNORMRESPONSE']._serialized_end=2284
+  _globals['_SPECTRALDENSITYREQUEST']._serialized_start=2287
+  _globals['_SPECTRALDENSITYREQUEST']._serialized_end=2485
+  _globals['_SPECTRALDENSITYRESPONSE']._serialized_start=2488
+  _globals['_SPECTRALDENSITYRESPONSE']._serialized_end=2678
+  _globals['_SPECTRALDENSITYSUMMARY']._serialized_start=2680
+  _globals['_SPECTRALDENSITYSUMMARY']._serialized_end=2758
+  _globals['_SOLVEHEADER']._serialized_start=2761
+  _globals['_SOLVEHEADER']._serialized_end=2916
+  _globals['_SOLVEREQUEST']._serialized_start=2918
+  _globals['_SOLVEREQUEST']._serialized_end=2998
+  _globals['_SOLVERESPONSE']._serialized_start=3001
+  _globals['_SOLVERESPONSE']._serialized_end=3171
+  _globals['_SOLVESUMMARY']._serialized_start=3174
+  _globals['_SOLVESUMMARY']._serialized_end=3372
+  _globals['_LOGDETREQUEST']._serialized_start=3374
+  _globals['_LOGDETREQUEST']._serialized_end=3491
+  _globals['_LOGDETRESPONSE']._serialized_start=3494
+  _globals['_LOGDETRESPONSE']._serialized_end=3649
+  _globals['_LOGDETSUMMARY']._serialized_start=3651
+  _globals['_LOGDETSUMMARY']._serialized_end=3729
+  _globals['_QUERYSERVICE']._serialized_start=4167
+  _globals['_QUERYSERVICE']._serialized_end=4669
 # @@protoc_insertion_point(module_scope)

@@ -127,7 +127,7 @@ class EstimateSummary(_message.Message):
     def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., value: _Optional[float] = ..., standard_error: _Optional[float] = ..., half_width: _Optional[float] = ..., samples: _Optional[int] = ...) -> None: ...
 
 class EigshRequest(_message.Message):
-    __slots__ = ("query", "k", "which", "tolerance", "basis_size", "seed", "warm_start", "values_only")
+    __slots__ = ("query", "k", "which", "tolerance", "basis_size", "seed", "warm_start", "values_only", "store_as", "start")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     WHICH_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +136,8 @@ class EigshRequest(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     WARM_START_FIELD_NUMBER: _ClassVar[int]
     VALUES_ONLY_FIELD_NUMBER: _ClassVar[int]
+    STORE_AS_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
     query: Query
     k: int
     which: Which
@@ -144,7 +146,9 @@ class EigshRequest(_message.Message):
     seed: int
     warm_start: bool
     values_only: bool
-    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., k: _Optional[int] = ..., which: _Optional[_Union[Which, str]] = ..., tolerance: _Optional[float] = ..., basis_size: _Optional[int] = ..., seed: _Optional[int] = ..., warm_start: bool = ..., values_only: bool = ...) -> None: ...
+    store_as: str
+    start: str
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., k: _Optional[int] = ..., which: _Optional[_Union[Which, str]] = ..., tolerance: _Optional[float] = ..., basis_size: _Optional[int] = ..., seed: _Optional[int] = ..., warm_start: bool = ..., values_only: bool = ..., store_as: _Optional[str] = ..., start: _Optional[str] = ...) -> None: ...
 
 class EigshResponse(_message.Message):
     __slots__ = ("header", "chunk", "summary", "progress")

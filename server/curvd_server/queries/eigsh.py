@@ -100,10 +100,15 @@ def eigsh(
     iterations = restarts = 0
     while True:
         stopped = products.refusal() if band.count else None
+        if stopped is not None or band.count == size:
+            band.settle()
         complete = band.count == products.size
         if stopped is not None or complete or _due(band):
             pairs = _Pairs.of(band, k, which, tolerance)
-            if complete or (band.count >= k and not pairs.open.any()):
+            if pairs.done(k) and not band.settled:
+                band.settle()
+                pairs = _Pairs.of(band, k, which, tolerance)
+            if complete or pairs.done(k):
                 stopped = Stop.CONVERGED
         yield Progress(
             iteration=iterations,
@@ -181,6 +186,10 @@ class _Pairs:
             asymmetry=asymmetry,
             all=(ritz, turns),
         )
+
+    def done(self, k: int) -> bool:
+        """Say whether all that were wanted have converged."""
+        return len(self.values) == k and not self.open.any()
 
     def kept(self, k: int, which: Which) -> Floats:
         """Choose the Ritz vectors that survive a restart: [c, l]."""

@@ -2,7 +2,8 @@
 
 A sum over millions of float32 elements loses digits that eigenvalues and residuals
 need, and a double precision copy of a block of vectors would not fit. So elements are
-summed in their own precision within a part, and the parts in double precision.
+summed in their own precision within a part, and the parts in double precision. What is
+done to a part is done while it is in the cache: memory is what bounds these functions.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 _CPU_PART = 1 << 14
-"""Elements; 40 rows of them fit the second level cache in float32."""
+"""Elements; 40 rows of them stay in the cache in float32, and sums stay short."""
 _GPU_PART = 1 << 22
 """A device sums in trees and pays for each launch."""
 
@@ -64,17 +65,41 @@ def coefficients(basis: Tensor, vector: Tensor) -> Tensor:
     return total
 
 
-def subtract(basis: Tensor, weights: Tensor, vector: Tensor) -> None:
+def cross(basis: Tensor, vectors: Tensor) -> Tensor:
+    """Compute inner products of all rows with all rows, reading each once.
+
+    Args:
+        basis: [m, P].
+        vectors: [K, P].
+
+    Returns:
+        [K, m], float64.
+    """
+    shape = (len(vectors), len(basis))
+    total = basis.new_zeros(shape, dtype=torch.float64)
+    for part in _parts(vectors):
+        # In this order BLAS is the quickest: the narrow matrix first.
+        total += vectors[:, part] @ basis[:, part].T
+    return total
+
+
+def subtract(basis: Tensor, weights: Tensor, vector: Tensor) -> Tensor:
     """Subtract a combination of rows from a vector, in place.
 
     Args:
         basis: [m, P].
         weights: [m].
         vector: [P].
+
+    Returns:
+        The norm of what is left, a scalar, float64.
     """
     weights = weights.to(basis.dtype)
+    total = basis.new_zeros((), dtype=torch.float64)
     for part in _parts(vector):
-        vector[part].addmv_(basis[:, part].T, weights, alpha=-1)
+        piece = vector[part].addmv_(basis[:, part].T, weights, alpha=-1)
+        total += piece.square().sum()
+    return total.sqrt()
 
 
 def orthogonalise(
@@ -99,9 +124,8 @@ def orthogonalise(
     before = norms(vector) if length is None else length
     for _ in range(passes if len(basis) else 0):
         found = coefficients(basis, vector)
-        subtract(basis, found, vector)
+        after = subtract(basis, found, vector)
         total += found
-        after = norms(vector)
         enough = not after < 0.7 * before
         before = after
         if enough:
@@ -109,17 +133,18 @@ def orthogonalise(
     return total, before
 
 
-def rotate(basis: Tensor, turn: Tensor) -> None:
-    """Replace the first rows of a basis by combinations of its rows.
+def rotate(basis: Tensor, turn: Tensor, first: int = 0) -> None:
+    """Replace some rows of a basis by combinations of its rows, in place.
 
     Args:
         basis: [m, P].
-        turn: [l, m], l not above m.
+        turn: [l, m], l not above m - first.
+        first: Of the rows that are replaced.
     """
     turn = turn.to(basis)
     for part in _parts(basis):
         piece = basis[:, part]
-        piece[: len(turn)] = turn @ piece
+        piece[first : first + len(turn)] = turn @ piece
 
 
 def _parts(V: Tensor) -> Iterator[slice]:

@@ -27,6 +27,7 @@ from curvd_server.query_runs import Cost, QueryRun, vectors_bytes
 from curvd_server.service.handlers import Send
 from curvd_server.session import Lease
 from curvd_server.validate import check_finite
+from curvd_server.vectors import Vector
 
 R = TypeVar("R")
 
@@ -157,6 +158,17 @@ class QueryCall:
             half_width=result.half_width,
             samples=result.samples,
         )
+
+    def stored(self, name: str) -> Tensor:
+        """Bring vectors that the session stores to the device: [s, P]."""
+        array = self.lease.vectors.get(name).array
+        check.stored(name, array, self.run.products.size)
+        return self.tensor(array.reshape(-1, array.shape[-1]))
+
+    def store(self, name: str, vectors: Tensor) -> None:
+        """Keep vectors in the session."""
+        vector = Vector(to_numpy(vectors), self.lease.info.version)
+        self.lease.vectors.put(name, vector)
 
     def tensor(self, array: NDArray[Any]) -> Tensor:
         """Bring an operand to the device."""

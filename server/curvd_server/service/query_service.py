@@ -8,12 +8,9 @@ from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
 import structlog
-from torch import Tensor
 
 from curvd import convert
-from curvd.errors import SessionNotFound
 from curvd.rpcs import Part
-from curvd.types import OperatorSpec
 from curvd.v1 import query_service_pb2 as query_pb
 from curvd_server import query_validate as check
 from curvd_server.batching import Batcher
@@ -26,9 +23,10 @@ from curvd_server.queries.logdet import logdet
 from curvd_server.queries.norm import frobenius_norm
 from curvd_server.queries.solve import SolveResult, solve
 from curvd_server.queries.trace import trace
-from curvd_server.query_runs import QueryRun
+from curvd_server.query_runs import QueryRun, vectors_bytes
 from curvd_server.service.handlers import Send, opened
 from curvd_server.service.query_call import QueryCall, to_numpy
+from curvd_server.service.warm_starts import WarmStarts
 from curvd_server.sessions import SessionStore
 from curvd_server.validate import check_text
 
@@ -36,8 +34,6 @@ R = TypeVar("R")
 
 _QUERIES_AT_ONCE = 32
 """Threads that algorithms run in; they wait for the device most of the time."""
-_REMEMBERED = 16
-"""Results of Eigsh kept for warm starts; the oldest makes room."""
 
 
 class QueryService:
@@ -56,8 +52,7 @@ class QueryService:
         self._threads = concurrent.futures.ThreadPoolExecutor(
             _QUERIES_AT_ONCE, thread_name_prefix="query"
         )
-        self._found: dict[tuple[str, OperatorSpec, object], Tensor] = {}
-        """Vectors of the last Eigsh of each kind, for warm starts."""
+        self._warm = WarmStarts(sessions, limits.stored_bytes)
 
     def close(self) -> None:
         """End the threads, once their queries are done."""
@@ -73,7 +68,15 @@ class QueryService:
                 k, size, call.run.products.vector_bytes
             )
             key = (request.query.session_id, call.spec, which)
-            start = self._found.get(key) if request.warm_start else None
+            check_text(request.store_as, "store_as")
+            if request.store_as:
+                call.lease.vectors.check_room(
+                    request.store_as, vectors_bytes(call.run, k)
+                )
+            start = call.stored(request.start) if request.start else None
+            if request.warm_start:
+                check.one_start(request)
+                start = self._warm.get(key)
             call.reserve(basis + k + (1 if start is None else len(start)))
             result: EigshResult = await call.drive(
                 eigsh(
@@ -86,8 +89,10 @@ class QueryService:
                     seed=check.seed(request.seed),
                 )
             )
-            self._remember(key, result.vectors)
+            self._warm.put(key, result.vectors)
             cost = call.summary(result.stopped)
+            if request.store_as:
+                call.store(request.store_as, result.vectors)
             if not request.values_only:
                 await call.send_tensors({"vectors": to_numpy(result.vectors)})
             await call.finish(
@@ -290,17 +295,3 @@ class QueryService:
                 )
                 await call.begin()
                 yield call
-
-    def _remember(self, key: tuple[str, OperatorSpec, object], vectors: Tensor) -> None:
-        self._found.pop(key, None)
-        self._found[key] = vectors
-        for old in list(self._found):
-            if not self._exists(old[0]) or len(self._found) > _REMEMBERED:
-                del self._found[old]
-
-    def _exists(self, session_id: str) -> bool:
-        try:
-            self._sessions.get(session_id)
-        except SessionNotFound:
-            return False
-        return True
