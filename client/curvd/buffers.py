@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 Buffer = NDArray[np.uint8]
 
-_SMALL_BYTES = 1 << 20
-"""Below this the C library keeps memory by itself."""
+_SMALL_BYTES = 1 << 16
+"""Below this clearing fresh pages costs less than looking for used ones."""
 
 
 class Pool:

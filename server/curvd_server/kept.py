@@ -68,6 +68,7 @@ class KeptResults(Generic[T]):
         self._capacity, self._clock = entries, clock
         # The oldest first, because all are kept equally long.
         self._entries: dict[Key, _Entry[T]] = {}
+        self._last: dict[str, Key] = {}
         self._bytes = 0
 
     @property
@@ -75,7 +76,9 @@ class KeptResults(Generic[T]):
         """Memory that is held."""
         return self._bytes
 
-    def put(self, key: Key, content: Content, value: T, nbytes: int) -> None:
+    def put(
+        self, key: Key, content: Content, value: T, nbytes: int, caller: str = ""
+    ) -> None:
         """Keep a result, unless it has no request id or is too large.
 
         Args:
@@ -83,6 +86,7 @@ class KeptResults(Generic[T]):
             content: What was asked for.
             value: The result.
             nbytes: Its memory.
+            caller: Name of a connection that carries one call after the other.
         """
         self.drop(key)
         if not key[1] or nbytes > self._budget:
@@ -90,6 +94,8 @@ class KeptResults(Generic[T]):
         until_s = self._clock() + self._keep_s
         self._entries[key] = _Entry(content, value, nbytes, until_s)
         self._bytes += nbytes
+        if caller:
+            self._last[caller] = key
         while self._bytes > self._budget or len(self._entries) > self._capacity:
             self.drop(next(iter(self._entries)))
 
@@ -115,6 +121,17 @@ class KeptResults(Generic[T]):
             check_same(entry.content.operand, content.operand, key[1])
         return entry.value
 
+    def received(self, caller: str, key: Key) -> None:
+        """Forget the last result of a connection: its next call shows that it arrived.
+
+        Args:
+            caller: Name of the connection.
+            key: What the next call asks for; perhaps the same again.
+        """
+        last = self._last.pop(caller, None)
+        if last is not None and last != key:
+            self.drop(last)
+
     def drop(self, key: Key) -> None:
         """Forget a result, if it is kept."""
         entry = self._entries.pop(key, None)
@@ -127,8 +144,10 @@ class KeptResults(Generic[T]):
         while self._entries:
             key, entry = next(iter(self._entries.items()))
             if entry.until_s > now_s:
-                return
+                break
             self.drop(key)
+        if len(self._last) > self._capacity:  # connections that never called again
+            self._last = {c: k for c, k in self._last.items() if k in self._entries}
 
 
 def fingerprint(columns: NDArray[Any]) -> str:

@@ -31,6 +31,21 @@ def test_a_result_is_found_until_its_time_is_over():
     assert results.nbytes == 0
 
 
+def test_the_next_call_on_a_connection_shows_that_the_last_result_arrived():
+    results, _ = kept()
+    results.put(("s", "a"), ASKED, "a", 10, "ipv4:1")
+    results.put(("s", "b"), ASKED, "b", 10, "ipv4:2")
+    results.put(("s", "c"), ASKED, "c", 10)
+    results.received("ipv4:1", ("s", "a"))
+    assert results.get(("s", "a"), ASKED) == "a"  # it is asked for again
+    results.put(("s", "a"), ASKED, "a", 10, "ipv4:1")
+    results.received("ipv4:1", ("s", "d"))
+    results.received("", ("s", "d"))
+    assert results.get(("s", "a"), ASKED) is None
+    assert results.get(("s", "b"), ASKED) == "b"
+    assert results.get(("s", "c"), ASKED) == "c"
+
+
 def test_the_oldest_make_room_in_bytes_and_in_number():
     results, _ = kept(entries=2)
     for name in "abc":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 import ssl
@@ -25,6 +26,9 @@ _GREETING_S = 10.0
 _LOOK_S = 0.01
 """Pause before looking again at a greeting that is cut."""
 _BACKLOG = 128
+
+_NUMBERS = itertools.count(1)
+"""Unix sockets do not tell their peers apart."""
 
 Begin = Callable[[Link, Stream], asyncio.Task[None]]
 
@@ -234,7 +238,7 @@ def _target(listen: str, sock: socket.socket) -> str:
 
 def _peer(sock: socket.socket, address: object) -> str:
     if sock.family == socket.AF_UNIX or not isinstance(address, tuple):
-        return "unix:"
+        return f"unix:{next(_NUMBERS)}"
     if sock.family == socket.AF_INET6:
         return f"ipv6:[{address[0]}]:{address[1]}"
     return f"ipv4:{address[0]}:{address[1]}"

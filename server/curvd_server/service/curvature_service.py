@@ -19,7 +19,7 @@ from curvd_server.batching import Batcher
 from curvd_server.config import LimitsConfig
 from curvd_server.kept import KeptResults
 from curvd_server.service import stored
-from curvd_server.service.handlers import Chunks, Send, opened
+from curvd_server.service.handlers import CALLER, Chunks, Send, opened
 from curvd_server.service.outcomes import (
     Kept,
     content_of,
@@ -158,6 +158,7 @@ class CurvatureService:
         matrix: bool | None,
     ) -> None:
         _bind(header)
+        self._kept.received(CALLER.get(), (header.session_id, header.request_id))
         if header.store_as:
             validate.check_text(header.store_as, "store_as")
         source = header.operand.WhichOneof("source") or "inline"

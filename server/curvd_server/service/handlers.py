@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +17,8 @@ from curvd.http2.messages import InPlace, Room
 from curvd.rpcs import RPCS, Part, Rpc
 from curvd_server.interceptors import Gate
 
+CALLER: ContextVar[str] = ContextVar("caller", default="")
+"""Name of the connection of the call under way, if it carries one after the other."""
 Send = Callable[[Part], Awaitable[None]]
 """Sends one part of a response; waits while the client reads slowly."""
 
@@ -127,6 +130,9 @@ def _handler(
                 write.exception()  # the call is over, whatever became of this part
                 raise
 
+        peer = context.peer()
+        # All of grpcio's clients on our Unix socket have one name, and so none.
+        CALLER.set("" if peer == "unix:" else peer)
         async with gate.call(rpc, context):
             if rpc.server_streams:
                 # Written, not yielded: all of a call happens in one task, so that

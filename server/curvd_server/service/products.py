@@ -22,7 +22,7 @@ from curvd_server import operands, validate
 from curvd_server.batching import Batcher, Done, Ticket
 from curvd_server.config import LimitsConfig
 from curvd_server.kept import Content, KeptResults, Key, fingerprint
-from curvd_server.service.handlers import Chunks, Send
+from curvd_server.service.handlers import CALLER, Chunks, Send
 from curvd_server.service.outcomes import (
     Kept,
     content_of,
@@ -338,7 +338,7 @@ class Product:
         if not self._is_whole(rows):
             return 0
         kept = Kept(header, rows.reshape(self._shape), summary_of([done]))
-        self._tools.kept.put(self._key, self._content, kept, rows.nbytes)
+        self._tools.kept.put(self._key, self._content, kept, rows.nbytes, CALLER.get())
         if not self._format.is_taken_up:
             return 0
         return await asyncio.to_thread(self._format.offset_in, rows)
