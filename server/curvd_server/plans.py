@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,7 +31,10 @@ Walking columns one by one gives the same bits however requests were put togethe
 so columns go through together only where that really gains.
 """
 CLOSE = 1.3
-"""Modes within this factor of the fastest are timed once more."""
+"""Plans within this factor of the fastest are timed again."""
+HOPELESS = 1.5
+"""A plan whose first product takes more than this factor of the fastest, and long, is
+not run again: the time is better spent on those that may win."""
 WORTH_JOINING = 0.97
 """The same for joining mini-batches, which costs nothing but a longer step."""
 LONGEST_STEP_S = 0.5
@@ -42,6 +46,9 @@ so many seconds of short ones.
 MOST_JOINED = 16
 """More mini-batches in a step gain nothing, and take memory."""
 _WIDTHS = (8, 32)
+_REPEATS = 2
+_LONG_S = 0.1
+"""A product of this length needs no third run, nor a hopeless one a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,69 +196,106 @@ def _ranked(
     """
     if known is not None:
         yield known
-    timed: dict[str, float] = {}
-    for mode in MODES:
-        check_cancelled(cancelled)
-        if timed and stopwatch.is_over():
-            break
-        seconds = stopwatch.seconds_per_column(Plan(mode))
-        if seconds is not None:
-            timed[mode] = seconds
-    # A machine that is busy for a moment must not decide between equals.
-    close = [m for m in timed if timed[m] <= CLOSE * min(timed.values())]
-    for mode in close if len(close) > 1 else []:
-        check_cancelled(cancelled)
-        if not stopwatch.is_over():
-            again = stopwatch.seconds_per_column(Plan(mode))
-            timed[mode] = min(timed[mode], again or timed[mode])
-    for mode in sorted(timed, key=timed.__getitem__):
-        check_cancelled(cancelled)
-        narrow, seconds = _joined(stopwatch, Plan(mode), timed[mode])
-        check_cancelled(cancelled)
-        wide = _widened(stopwatch, narrow, seconds)
+    timed: dict[Plan, float] = {}
+    _race(stopwatch, [Plan(mode) for mode in MODES], timed, cancelled)
+    modes = list(timed)
+    for plan in sorted(modes, key=timed.__getitem__):
+        narrow = _joined(stopwatch, plan, timed, cancelled)
+        wide = _widened(stopwatch, narrow, timed, cancelled)
         yield wide
         if wide != narrow:
             yield narrow
-    yield from (Plan(mode) for mode in MODES if mode not in timed)
+    yield from (Plan(mode) for mode in MODES if Plan(mode) not in modes)
 
 
-def _joined(stopwatch: Stopwatch, plan: Plan, seconds: float) -> tuple[Plan, float]:
+def _race(
+    stopwatch: Stopwatch,
+    plans: Sequence[Plan],
+    timed: dict[Plan, float],
+    cancelled: Callable[[], bool],
+) -> None:
+    """Time plans, and those that are close to the fastest again, in turn.
+
+    A machine that is busy for a moment must not decide between equals: each plan keeps
+    its best time, and the moments of those that matter lie side by side.
+
+    Args:
+        stopwatch: Times one plan.
+        plans: The contestants.
+        timed: Best seconds so far, by plan; those that are there are timed again only
+            if they are close. Plans that cannot run do not get there.
+        cancelled: Polled before each.
+    """
+
+    def take(plan: Plan) -> None:
+        check_cancelled(cancelled)
+        if timed and stopwatch.is_over():
+            return
+        seconds = stopwatch.seconds_per_column(plan)
+        if seconds is not None:
+            timed[plan] = min(seconds, timed.get(plan, seconds))
+
+    for plan in plans:
+        if plan not in timed:
+            take(plan)
+    for _ in range(_REPEATS):
+        here = [plan for plan in plans if plan in timed]
+        best = min((timed[plan] for plan in here), default=0.0)
+        close = [plan for plan in here if timed[plan] <= CLOSE * best]
+        for plan in close if len(close) > 1 else []:
+            take(plan)
+
+
+def _joined(
+    stopwatch: Stopwatch,
+    plan: Plan,
+    timed: dict[Plan, float],
+    cancelled: Callable[[], bool],
+) -> Plan:
     """Join as many mini-batches as a short step and the memory hold, if that is faster."""
-    count = min(stopwatch.batches, int(LONGEST_STEP_S / seconds), MOST_JOINED)
-    while count >= 2 and not stopwatch.is_over():
-        steps = -(-stopwatch.batches // count)
+    most = min(stopwatch.batches, int(LONGEST_STEP_S / timed[plan]), MOST_JOINED)
+    while most >= 2 and not stopwatch.is_over():
+        steps = -(-stopwatch.batches // most)
         even = -(-stopwatch.batches // steps)
         joined = dataclasses.replace(plan, batches_at_once=even)
-        joined_s = stopwatch.seconds_per_column(joined)
-        if joined_s is not None:
-            if joined_s > WORTH_JOINING * seconds:
-                break
-            return joined, joined_s
-        count //= 4
-    return plan, seconds
+        _race(stopwatch, [plan, joined], timed, cancelled)
+        if joined in timed:
+            return joined if timed[joined] <= WORTH_JOINING * timed[plan] else plan
+        most //= 4
+    return plan
 
 
-def _widened(stopwatch: Stopwatch, plan: Plan, seconds: float) -> Plan:
+def _widened(
+    stopwatch: Stopwatch,
+    plan: Plan,
+    timed: dict[Plan, float],
+    cancelled: Callable[[], bool],
+) -> Plan:
     """Take several columns at once, if that is really faster."""
-    best, best_s = plan, seconds * WORTH
+    best = plan
     for width in _WIDTHS:
-        if not stopwatch.allows(width * plan.batches_at_once * seconds):
+        if not stopwatch.allows(width * plan.batches_at_once * timed[plan]):
             break
         wide = dataclasses.replace(plan, columns_at_once=width)
-        wide_s = stopwatch.seconds_per_column(wide)
-        if wide_s is not None and wide_s < best_s:
-            best, best_s = wide, wide_s * WORTH
+        _race(stopwatch, [best, wide], timed, cancelled)
+        if wide in timed and timed[wide] < WORTH * timed[best]:
+            best = wide
     return best
 
 
 class Stopwatch:
     """Times plans on the first mini-batches, within a budget of measured time.
 
+    On a CPU it is the time that this thread computes, which other processes do not
+    lengthen; it takes its part in everything that torch's pool does, and spins until
+    the others are done. Work on another device is timed by the wall.
+
     Args:
         problem: The objective.
         spec: The operator.
         budget_bytes: Memory for kept linearisations.
-        budget_s: Seconds of products; tracing and verifying are not counted.
+        budget_s: Seconds of products, by the same clock; tracing and verifying are
+            not counted.
     """
 
     def __init__(
@@ -259,6 +303,9 @@ class Stopwatch:
     ) -> None:
         self._problem, self._spec, self._bytes = problem, spec, budget_bytes
         self._left_s = budget_s
+        self._best_s = math.inf
+        on_cpu = problem.device.type == "cpu"
+        self._clock = time.thread_time if on_cpu else time.perf_counter
 
     @property
     def batches(self) -> int:
@@ -285,43 +332,47 @@ class Stopwatch:
         """
         problem = self._problem.joined(plan.batches_at_once)
         batch = problem.data[0]
+        share = len(self._problem.data[0].targets) / len(batch.targets)
+        limit_s = HOPELESS * self._best_s * plan.columns_at_once / share
         try:
             size = kept_bytes(plan.mode, problem, self._spec, batch)  # warms, traces
             if plan.batches_at_once > 1 and size > self._bytes:
                 return None
-            start = time.perf_counter()
+            start = self._clock()
             linear = MODES[plan.mode](problem, self._spec, batch)
-            self._wait()
-            build_s = time.perf_counter() - start
-            self._left_s -= build_s
-            product_s = self._product_s(linear, plan)
+            build_s = self._elapsed(start)
+            product_s = self._product_s(linear, plan, limit_s)
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
             return None
         kept = min(1.0, self._bytes / max(size * problem.batches, 1))
-        seconds = product_s + (1.0 - kept) * build_s
-        return seconds * len(self._problem.data[0].targets) / len(batch.targets)
+        seconds = share * (product_s / plan.columns_at_once + (1.0 - kept) * build_s)
+        self._best_s = min(self._best_s, seconds)
+        return seconds
 
-    def _product_s(self, linear: Linearisation, plan: Plan) -> float:
+    def _product_s(self, linear: Linearisation, plan: Plan, limit_s: float) -> float:
         blocks = block_ranges(self._spec, len(self._problem.parameters))
         lead = (plan.columns_at_once,) if plan.batched else ()
         columns = [p.expand(*lead, *p.shape) for p in self._problem.parameters]
         seconds: list[float] = []
         while len(seconds) < 3:  # the first run warms caches and allocators
-            start = time.perf_counter()
+            start = self._clock()
             for block in blocks:
                 inside = columns[block.start : block.stop]
                 linear.product(inside, block, batched=plan.batched)
-            self._wait()
-            seconds.append(time.perf_counter() - start)
-            self._left_s -= seconds[-1]
-            if self.is_over():
+            seconds.append(self._elapsed(start))
+            long = seconds[-1] > _LONG_S
+            hopeless = long and seconds[-1] > limit_s
+            if self.is_over() or hopeless or (long and len(seconds) == 2):
                 break
-        return min(seconds) / plan.columns_at_once
+        return min(seconds)
 
-    def _wait(self) -> None:
-        """Wait for the device, whose work is asynchronous."""
+    def _elapsed(self, start: float) -> float:
+        """Wait for the device, whose work is asynchronous; charge the budget."""
         if self._problem.device.type == "cuda":
             torch.cuda.synchronize(self._problem.device)
+        seconds = self._clock() - start
+        self._left_s -= seconds
+        return seconds
 
 
 def _unverified(found: dict[str, Evidence]) -> CurvatureUnverified:
