@@ -48,7 +48,8 @@ MOST_JOINED = 16
 _WIDTHS = (8, 32)
 _REPEATS = 2
 _LONG_S = 0.1
-"""A product of this length needs no third run, nor a hopeless one a second."""
+"""A product of this length needs no third run, and no second one if it was timed before
+or is hopeless."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,8 +295,8 @@ class Stopwatch:
         problem: The objective.
         spec: The operator.
         budget_bytes: Memory for kept linearisations.
-        budget_s: Seconds of products, by the same clock; tracing and verifying are
-            not counted.
+        budget_s: Seconds of products, by the same clock; tracing, linearising and
+            verifying are not counted.
     """
 
     def __init__(
@@ -303,7 +304,7 @@ class Stopwatch:
     ) -> None:
         self._problem, self._spec, self._bytes = problem, spec, budget_bytes
         self._left_s = budget_s
-        self._best_s = math.inf
+        self._best_s, self._warm = math.inf, set[Plan]()
         on_cpu = problem.device.type == "cpu"
         self._clock = time.thread_time if on_cpu else time.perf_counter
 
@@ -340,7 +341,7 @@ class Stopwatch:
                 return None
             start = self._clock()
             linear = MODES[plan.mode](problem, self._spec, batch)
-            build_s = self._elapsed(start)
+            build_s = self._since(start)
             product_s = self._product_s(linear, plan, limit_s)
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
             return None
@@ -359,20 +360,20 @@ class Stopwatch:
             for block in blocks:
                 inside = columns[block.start : block.stop]
                 linear.product(inside, block, batched=plan.batched)
-            seconds.append(self._elapsed(start))
+            seconds.append(self._since(start))
+            self._left_s -= seconds[-1]
             long = seconds[-1] > _LONG_S
-            hopeless = long and seconds[-1] > limit_s
-            if self.is_over() or hopeless or (long and len(seconds) == 2):
+            enough = len(seconds) == 2 or plan in self._warm or seconds[-1] > limit_s
+            if self.is_over() or (long and enough):
                 break
+        self._warm.add(plan)
         return min(seconds)
 
-    def _elapsed(self, start: float) -> float:
-        """Wait for the device, whose work is asynchronous; charge the budget."""
+    def _since(self, start: float) -> float:
+        """Wait for the device, whose work is asynchronous, and read the clock."""
         if self._problem.device.type == "cuda":
             torch.cuda.synchronize(self._problem.device)
-        seconds = self._clock() - start
-        self._left_s -= seconds
-        return seconds
+        return self._clock() - start
 
 
 def _unverified(found: dict[str, Evidence]) -> CurvatureUnverified:
