@@ -20,11 +20,11 @@ from curvd.types import (
     ModelSpec,
     OperatorSpec,
 )
-from curvd_server import compute, plans, program
+from curvd_server import candidates, compute, plans, program
 from curvd_server.builders import BUILDERS
+from curvd_server.candidates import Plan, Stopwatch
 from curvd_server.curvature import MODES
 from curvd_server.engine import build
-from curvd_server.plans import Plan, Stopwatch
 from curvd_server.verify import Truth
 
 HUGE = 2**30
@@ -72,8 +72,8 @@ class Device:
         self, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, list[float]]
     ):
         self.now, self.runs = 0.0, dict.fromkeys(MODES, 0)
-        monkeypatch.setattr(plans.time, "thread_time", lambda: self.now)
-        monkeypatch.setattr(plans.time, "perf_counter", self.wall)
+        monkeypatch.setattr(candidates.time, "thread_time", lambda: self.now)
+        monkeypatch.setattr(candidates.time, "perf_counter", self.wall)
         for mode in MODES:
             monkeypatch.setitem(MODES, mode, self.linearise(mode, seconds[mode]))
 
@@ -106,7 +106,7 @@ def test_a_mode_that_is_hopeless_and_slow_runs_once(monkeypatch):
             "forward_over_reverse": [0.9],
         },
     )
-    monkeypatch.setattr(plans, "kept_bytes", lambda *_: 1)
+    monkeypatch.setattr(candidates, "kept_bytes", lambda *_: 1)
     watch = Stopwatch(problem_of(GELU), OperatorSpec(), HUGE, 99.0)
     times = [watch.seconds_per_column(Plan(mode)) for mode in MODES]
     assert times == pytest.approx([0.15, 0.14, 0.9])
@@ -127,7 +127,7 @@ def test_a_short_product_is_never_hopeless(monkeypatch):
             "forward_over_reverse": [0.01],
         },
     )
-    monkeypatch.setattr(plans, "kept_bytes", lambda *_: 1)
+    monkeypatch.setattr(candidates, "kept_bytes", lambda *_: 1)
     watch = Stopwatch(problem_of(GELU), OperatorSpec(), HUGE, 99.0)
     times = [watch.seconds_per_column(Plan(mode)) for mode in MODES]
     assert times == pytest.approx([0.01, 0.008, 0.01])
@@ -141,11 +141,11 @@ def test_joining_is_decided_by_times_taken_in_turn(monkeypatch):
     monkeypatch.setattr(
         Stopwatch, "seconds_per_column", lambda _, plan: next(clock[plan])
     )
-    monkeypatch.setattr(plans, "LONGEST_STEP_S", 2.0)
+    monkeypatch.setattr(candidates, "LONGEST_STEP_S", 2.0)
     watch = Stopwatch(problem_of(GELU, batch_size=3), OperatorSpec(), HUGE, 9.0)
     assert watch.batches == 2
     timed = {one: next(clock[one])}
-    assert plans._joined(watch, one, timed, lambda: False) == one
+    assert candidates._joined(watch, one, timed, lambda: False) == one
 
 
 def test_columns_go_together_only_where_that_really_gains(monkeypatch):
@@ -180,7 +180,7 @@ def test_fewer_are_joined_where_more_do_not_fit(monkeypatch):
     asked = timed(monkeypatch, {one: 0.01, three: 0.001})
     watch = Stopwatch(twice, OperatorSpec(), HUGE, 1.0)
     times = {one: 0.01}
-    assert plans._joined(watch, one, times, lambda: False) == three
+    assert candidates._joined(watch, one, times, lambda: False) == three
     assert times[three] == 0.001
     assert asked == [Plan("program", 1, 12), three]
 
