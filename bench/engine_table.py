@@ -8,7 +8,7 @@ import resource
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,12 +104,18 @@ class Row:
     """Of ours, in those of one gradient."""
     at_peak: float
     """Gradients that ours would take with all its FLOPs at the processor's peak."""
-    spread: float
-    """Largest over smallest of our runs, less one."""
+    runs: Sequence[float]
+    """Seconds per column of each of ours."""
 
     @property
     def gain(self) -> float:
         return self.peer / self.mine
+
+    @property
+    def spread(self) -> str:
+        """How much longer the longest run took than the shortest."""
+        ratio = max(self.runs) / min(self.runs) - 1
+        return f"{ratio:.1%}" if len(self.runs) > 1 else "one run"
 
 
 @dataclass
@@ -132,12 +138,12 @@ class Table:
             "at peak",
             "spread",
         )
-        print(" " * 24 + "".join(f"{name:>9}" for name in names))
+        print(" " * 26 + "".join(f"{name:>9}" for name in names))
         for r in rows:
             print(
-                f"  {r.what:<22}{r.mine:>9.2f}{r.peer:>9.2f}{r.gain:>8.2f}x"
+                f"  {r.what:<24}{r.mine:>9.2f}{r.peer:>9.2f}{r.gain:>8.2f}x"
                 f"{r.errors[0]:>9.0e}{r.errors[1]:>9.0e}{r.flops:>9.2f}"
-                f"{r.at_peak:>9.2f}{r.spread:>9.1%}",
+                f"{r.at_peak:>9.2f}{r.spread:>9}",
                 flush=True,
             )
 
