@@ -40,6 +40,8 @@ so many seconds of short ones.
 """
 MOST_JOINED = 16
 """More mini-batches in a step gain nothing, and take memory."""
+WIDEST_BYTES = 4 << 30
+"""Columns go together only while they, their rows and as much again take less."""
 _WIDTHS = (8, 32)
 _REPEATS = 2
 _LONG_S = 0.1
@@ -213,9 +215,13 @@ class Stopwatch:
             plan: The candidate.
 
         Returns:
-            Seconds per column and mini-batch, or None if torch cannot run it or a
-            joined linearisation exceeds the budget of bytes.
+            Seconds per column and mini-batch, or None if torch cannot run it, a
+            joined linearisation exceeds the budget of bytes, or the columns are more
+            than `WIDEST_BYTES` allow.
         """
+        column_bytes = self._problem.layout.size * self._problem.dtype.itemsize
+        if plan.batched and 3 * plan.columns_at_once * column_bytes > WIDEST_BYTES:
+            return None
         problem = self._problem.joined(plan.batches_at_once)
         batch = problem.data[0]
         share = len(self._problem.data[0].targets) / len(batch.targets)

@@ -157,6 +157,16 @@ def test_columns_go_together_only_where_that_really_gains(monkeypatch):
         assert operator.plan == expected
 
 
+def test_columns_that_would_fill_the_memory_do_not_go_together(monkeypatch):
+    problem = problem_of(GELU)
+    for limit in (0, candidates.WIDEST_BYTES):
+        monkeypatch.setattr(candidates, "WIDEST_BYTES", limit)
+        watch = Stopwatch(problem, OperatorSpec(), HUGE, 1.0)
+        assert watch.seconds_per_column(Plan("program")) is not None
+        wide = watch.seconds_per_column(Plan("program", 8))
+        assert (wide is None) == (limit == 0)
+
+
 def test_mini_batches_are_joined_where_that_gains(monkeypatch):
     """Six mini-batches of one data point, a quarter of a second each."""
     one, two = Plan("program"), Plan("program", 1, 2)
