@@ -3,455 +3,251 @@
     python bench/engine.py [--check] [mlp] [resnet18] [gpt]
 
 One thread, CPU time, rounds that take every contestant in turn, medians. A gradient is
-`torch.autograd.grad` of the loss over the same mini-batches. With --check the exit
-status is 1 if a target is missed; what bounds a result is its FLOP count, in gradients,
-in the last column (matrix products and convolutions only).
+`torch.autograd.grad` of the loss over the same mini-batches, in the same rounds. Every
+product is compared with its definition in float64. With --check the exit status is 1 if
+a target is missed. What bounds a result stands beside it: its FLOPs (matrix products and
+convolutions only) in those of a gradient, and the gradients that it would take with all
+of them at the speed of a large matrix product, measured in the same rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
-import resource
-import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from curvlinops import GGNLinearOperator, HessianLinearOperator
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from engine_contestants import GIB, Product, alike, loop_over_blocks, ours, theirs
+from engine_models import CASES, Contest, contest
+from engine_table import (
+    PEAK_FLOPS,
+    Entry,
+    Row,
+    Table,
+    flops,
+    matrix_product,
+    median,
+    peak_mib,
+    race,
+)
+from engine_truth import AGREEMENT, Truth, error
+from torch import Tensor
 
-from curvd.types import DatasetSpec, Dtype, LossSpec, OperatorSpec
-from curvd_server.builders import BUILDERS
+from curvd.allocator import tune_allocator
 from curvd_server.compilation import Compiler
-from curvd_server.engine import Operator, build
-from curvd_server.objective import Problem
-from curvd_server.plans import Plan
+from curvd_server.engine import Operator
 from curvd_server.rewrites import use_differentiable_attention
 
-GIB = 2**30
 EXACT = 1e-4
 """Largest relative error of a float32 product against float64."""
+SLACK = 1.05
+"""How much more a column of many may take than a lone one: the clock's noise."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """A model with mini-batches, and what its products have to reach."""
+class Truths:
+    """What the products should be, by row of `Contest.columns`."""
 
-    builder: str
-    config: Mapping[str, Any]
-    batch_size: int
-    batches: int
-    widths: tuple[int, ...]
-    hessian: float
-    """Gradients per product, at most."""
-    gain: float
-    """Times faster than curvlinops, at least, for one column."""
-    gain_many: float
-    """The same for many columns."""
-    compiled: bool = False
-    """Whether what has to be reached may be reached in native code, after a minute."""
+    hessian: dict[int, Tensor]
+    ggn: Tensor
+    blocks: Tensor
+    gaps: tuple[float, float]
+    """Of Hessian and GGN to central differences."""
 
 
-CASES = {
-    "mlp": Case(
-        "mlp", {"widths": [784, 1024, 1024, 10]}, 128, 4, (8, 32), 1.9, 2, 1.15
-    ),
-    "resnet18": Case("resnet18", {}, 8, 2, (8,), 2.1, 1.6, 1.6),
-    "gpt": Case(
-        "gpt",
-        {"vocabulary": 1024, "context": 64, "layers": 8, "width": 320, "heads": 5},
-        2,
-        4,
-        (8, 32),
-        1.9,
-        2,
-        1.5,
-        compiled=True,
-    ),
-}
-
-
-class TokenLoss(nn.Module):
-    """Cross entropy over all targets, with the attribute that curvlinops reads."""
-
-    reduction = "mean"
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+def truths(c: Contest, V: Tensor) -> Truths:
+    """Compute the definitions for the first column, and the last of each width."""
+    truth = Truth(c)
+    wanted = [0, *(width - 1 for width in c.case.widths)]
+    hessian = dict(zip(wanted, truth.hessian(V[wanted]), strict=True))
+    ggn = truth.ggn(V[0])
+    blocks = truth.hessian(V[:1], c.layers)[0]
+    gaps = truth.hessian_gap(V[0], hessian[0]), truth.ggn_gap(V[0], ggn)
+    return Truths(hessian, ggn, blocks, gaps)
 
 
 @dataclass(frozen=True)
-class Contest:
-    """Everything that runs on one model."""
+class Team:
+    """Everybody who multiplies on one model."""
 
-    case: Case
-    module: nn.Module
-    data: list[tuple[Tensor, Tensor]]
-    problem: Problem
-    exact: Problem
-    """In float64."""
-    exact_operators: dict[str, Operator] = field(default_factory=dict)
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        return list(self.module.parameters())
-
-    def gradient(self) -> None:
-        """One gradient of the whole objective, the unit of the table."""
-        for x, y in self.data:
-            loss = TokenLoss()(self.module(x), y)
-            torch.autograd.grad(loss, self.parameters)
-
-    def columns(self, count: int) -> Tensor:
-        g = torch.Generator().manual_seed(1)
-        return torch.randn(count, self.problem.layout.size, generator=g)
+    hessian: Operator
+    eager: Operator | None
+    """The Hessian without native code, if the other has it."""
+    ggn: Operator
+    blocks: Operator
+    peer: Product
+    peer_ggn: Product
 
 
-def contest(case: Case) -> Contest:
-    """Make a model with data; nothing is trained, speed does not depend on it."""
-    torch.manual_seed(0)
-    module = BUILDERS[case.builder](case.config).eval()
-    n = case.batch_size * case.batches
-    if case.builder == "gpt":
-        x = torch.randint(0, case.config["vocabulary"], (n, case.config["context"]))
-        y = x.roll(-1, 1)
-    else:
-        x = torch.randn(n, *((784,) if case.builder == "mlp" else (3, 32, 32)))
-        y = torch.randint(0, 10, (n,))
-    spec = DatasetSpec(inputs=("x",), target="y", batch_size=case.batch_size)
-    loss = LossSpec(name="cross_entropy")
-    problems = [
-        Problem.load(module, {}, {"x": x, "y": y}, spec, loss, dtype=dtype)
-        for dtype in (Dtype.FLOAT32, Dtype.FLOAT64)
-    ]
-    pairs = list(zip(x.split(case.batch_size), y.split(case.batch_size), strict=True))
-    return Contest(case, module, pairs, *problems)
-
-
-def ours(c: Contest, budget_bytes: int = 16 * GIB, **spec: Any) -> Operator:
-    """Build as a session does."""
-    operator = build(c.problem, OperatorSpec(**spec), budget_bytes=budget_bytes)
-    report = operator.report
-    print(
-        f"    {spec or 'hessian'}: {report.mode}, {operator.plan.batches_at_once} "
-        f"mini-batches and {report.columns_at_once} columns at once, "
-        f"kept {report.kept_bytes / 2**20:.0f} MiB, gaps: differences "
-        f"{report.difference_gap:.0e}, symmetry {report.symmetry_gap:.0e}",
-        flush=True,
-    )
-    return operator
-
-
-def compiled(c: Contest, plan: Plan) -> Operator:
-    """Build as a session does, and wait for the native code that a session gets."""
-    with tempfile.TemporaryDirectory() as folder:
-        compiler = Compiler(Path(folder), after_s=0.0)
+def team(c: Contest, folder: Path) -> Team:
+    """Build all operators while a child makes native code of the Hessian."""
+    compiler = Compiler(folder, after_s=0.0) if c.case.compiled else None
+    hessian = ours(c, compiler)
+    eager = None
+    if compiler is not None:
+        eager = alike(hessian, budget_bytes=16 * GIB, shared=False)
+    ggn, blocks = ours(c, kind="ggn"), ours(c, block_sizes=c.layers)
+    if compiler is not None:
         start = time.perf_counter()
-        operator = build(
-            c.problem,
-            OperatorSpec(),
-            budget_bytes=16 * GIB,
-            plan=Plan("program", batches_at_once=plan.batches_at_once),
-            compiler=compiler,
-        )
         compiler.wait()
-        seconds = time.perf_counter() - start
-        used = operator.is_compiled
-        print(f"    compiled in {seconds:.0f} s, taken over: {used}", flush=True)
         compiler.close()
-    return operator
-
-
-def theirs(c: Contest, kind: type) -> Callable[[Tensor], Tensor]:
-    """Make curvlinops' operator; its columns trail."""
-    operator = kind(
-        c.module,
-        TokenLoss(),
-        c.parameters,
-        c.data,
-        check_deterministic=False,
-        num_data=len(c.data) * c.case.batch_size,
-    )
-    return lambda V: (operator @ V.T).T
-
-
-def truth(c: Contest, V: Tensor, **spec: Any) -> Tensor:
-    """The product in float64, by a mode that verified against differences."""
-    key = repr(spec)
-    if key not in c.exact_operators:
-        plan = Plan("double_backward")
-        c.exact_operators[key] = build(
-            c.exact, OperatorSpec(**spec), budget_bytes=0, plan=plan
-        )
-    return c.exact_operators[key].apply(V.double())
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
-
-
-def race(entries: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Take every contestant in turn; median CPU seconds, the first round dropped."""
-    seconds: dict[str, list[float]] = {name: [] for name in entries}
-    for _ in range(rounds + 1):
-        for name, run in entries.items():
-            start = time.process_time()
-            run()
-            seconds[name].append(time.process_time() - start)
-    return {name: statistics.median(s[1:]) for name, s in seconds.items()}
-
-
-def layers(c: Contest) -> tuple[int, ...]:
-    """Block sizes with one block per layer (a transformer layer is one)."""
-    owners = []
-    for name in c.problem.layout.names:
-        parts = name.split(".")
-        owners.append(".".join(parts[:2]) if parts[0] == "layers" else parts[0])
-    sizes, last = [], None
-    for owner in owners:
-        if owner == last:
-            sizes[-1] += 1
-        else:
-            sizes.append(1)
-        last = owner
-    return tuple(sizes)
-
-
-def loop_over_blocks(c: Contest, sizes: tuple[int, ...], V: Tensor) -> None:
-    """The seed's way: one ``jvp(jacrev)`` per block, the others frozen."""
-    names = c.problem.layout.names
-    values = dict(c.module.named_parameters())
-    v = V[0].split(list(c.problem.layout.sizes))
-    for x, y in c.data:
-        start = 0
-        for size in sizes:
-            block = range(start, start + size)
-            start += size
-
-            def loss(inner: dict[str, Tensor], x: Tensor = x, y: Tensor = y) -> Tensor:
-                whole = {n: p.detach() for n, p in values.items()} | inner
-                return TokenLoss()(torch.func.functional_call(c.module, whole, x), y)
-
-            here = {names[i]: values[names[i]].detach() for i in block}
-            tangents = {names[i]: v[i].view_as(values[names[i]]) for i in block}
-            with torch.no_grad():
-                torch.func.jvp(torch.func.jacrev(loss), (here,), (tangents,))
-
-
-def flops(run: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
-
-
-def peak_mib(run: Callable[[], Any]) -> float:
-    """The process's largest resident size while `run` runs, sampled every ms."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    seen, done = [resident_mib()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            seen.append(resident_mib())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    run()
-    done.set()
-    watcher.join()
-    return max(seen)
-
-
-@dataclass
-class Table:
-    """Rows as they come, and the targets missed."""
-
-    missed: list[str]
-
-    def row(
-        self,
-        what: str,
-        unit_s: float,
-        mine_s: float,
-        peer_s: float,
-        errors: tuple[float, float],
-        work: float,
-    ) -> None:
         print(
-            f"  {what:<22}{mine_s / unit_s:>8.2f}{peer_s / unit_s:>10.2f}"
-            f"{peer_s / mine_s:>8.2f}x{errors[0]:>10.0e}{errors[1]:>10.0e}{work:>9.2f}",
+            f"    native code taken over: {hessian.is_compiled}, waited for "
+            f"{time.perf_counter() - start:.0f} s",
             flush=True,
         )
-
-    def want(self, what: str, value: float, limit: float, *, most: bool) -> None:
-        if not (value <= limit if most else value >= limit):
-            sign = "<=" if most else ">="
-            self.missed.append(f"{what}: {value:.2f}, want {sign} {limit:g}")
+    peers = theirs(c, HessianLinearOperator), theirs(c, GGNLinearOperator)
+    return Team(hessian, eager, ggn, blocks, *peers)
 
 
-def measure(name: str, table: Table) -> None:
+def entries(c: Contest, t: Team, V: Tensor) -> dict[str, Entry]:
+    """List the contestants of one model; all names but the first two come in pairs."""
+    case = c.case
+
+    def product(multiply: Product, columns: int, rounds: int) -> Entry:
+        return Entry(lambda: multiply(V[:columns]), rounds, columns)
+
+    listed = {
+        "peak": Entry(matrix_product(), case.rounds),
+        "unit": Entry(c.gradient, case.rounds),
+        "1": product(t.hessian.apply, 1, case.rounds),
+        "1 peer": product(t.peer, 1, case.rounds),
+        "ggn": product(t.ggn.apply, 1, case.rounds),
+        "ggn peer": product(t.peer_ggn, 1, case.rounds),
+        "blocks": product(t.blocks.apply, 1, case.block_rounds),
+        "blocks peer": Entry(
+            lambda: loop_over_blocks(c, V[0])[None], case.block_rounds
+        ),
+    }
+    if t.eager is not None:
+        listed["eager"] = product(t.eager.apply, 1, case.rounds)
+    for width, rounds in case.widths.items():
+        listed[f"{width}"] = product(t.hessian.apply, width, rounds)
+        listed[f"{width} peer"] = product(t.peer, width, rounds)
+    return listed
+
+
+def measure(name: str, table: Table, folder: Path) -> None:
     """Run all contests of one model."""
-    case = CASES[name]
-    c = contest(case)
-    print(
-        f"\n{name}: P = {c.problem.layout.size:,}, {case.batches} mini-batches of "
-        f"{case.batch_size}",
-        flush=True,
+    c = contest(CASES[name])
+    case, V = c.case, c.columns()
+    table.head(
+        f"{name}: P = {c.problem.layout.size:,}, {case.batches} mini-batches of "
+        f"{case.batch_size}"
     )
-    print("  columns: gradients per column (ours, curvlinops), gain, errors, FLOPs")
-    unit = flops(c.gradient)
-    hessian, peer = ours(c), theirs(c, HessianLinearOperator)
-    one = single(name, c, table, hessian, peer, unit)
-    if case.compiled:
-        hessian.close()
-        hessian = compiled(c, hessian.plan)
-        one = single(name, c, table, hessian, peer, unit)
+    with ThreadPoolExecutor(1) as pool:
+        known: Future[Truths] = pool.submit(truths, c, V)
+        t = team(c, folder)
+        want = known.result()
+    print(f"    float64 against central differences: {want.gaps[0]:.0e}, ", end="")
+    print(f"{want.gaps[1]:.0e} (GGN)")
+    table.most(f"{name} float64 Hessian", want.gaps[0], AGREEMENT)
+    table.most(f"{name} float64 GGN", want.gaps[1], AGREEMENT)
+    rows = contest_rows(c, t, V, want)
+    table.rows(list(rows.values()))
+    judge(name, c, table, rows)
+    del want
+    memory(c, t, V[:1])
+
+
+def contest_rows(c: Contest, t: Team, V: Tensor, want: Truths) -> dict[str, Row]:
+    """Race, compare with the truth, and count FLOPs; rows by contestant."""
+    seconds, results = race(entries(c, t, V))
+    one = flops(c.gradient)
+    unit, peak = median(seconds["unit"]), PEAK_FLOPS / median(seconds["peak"])
+    print(
+        f"    gradient: {unit * 1e3:.0f} ms, {one / 1e9:.1f} GFLOP, "
+        f"{one / unit / peak:.0%} of {peak / 1e9:.0f} GFLOP/s (a matrix product)"
+    )
+    plain = t.eager or t.hessian  # operations in native code cannot be counted
+    work = {
+        "ggn": flops(lambda: t.ggn.apply(V[:1])),
+        "blocks": flops(lambda: t.blocks.apply(V[:1])),
+    }
+    hessian = flops(lambda: plain.apply(V[:1]))
+
+    def row(name: str, what: str, wanted: dict[int, Tensor]) -> Row:
+        peer = "1 peer" if name == "eager" else f"{name} peer"
+        mine, other = (median(seconds[n]) / unit for n in (name, peer))
+        of = torch.stack(list(wanted.values()))
+        errors = [error(results[n][list(wanted)], of) for n in (name, peer)]
+        count = work.get(name, hessian)
+        return Row(
+            what,
+            mine,
+            other,
+            (errors[0], errors[1]),
+            count / one,
+            count / peak / unit,
+            seconds[name],
+        )
+
+    native = ", compiled" if t.hessian.is_compiled else ""
+    first = {0: want.hessian[0]}
+    rows = {"1": row("1", f"Hessian, K=1{native}", first)}
+    if t.eager is not None:
+        rows["eager"] = row("eager", "Hessian, K=1, eager", first)
+    for width in c.case.widths:
+        ends = {i: want.hessian[i] for i in (0, width - 1)}
+        rows[f"{width}"] = row(f"{width}", f"Hessian, K={width}{native}", ends)
+    rows["ggn"] = row("ggn", "GGN, K=1", {0: want.ggn})
+    blocks = f"{len(c.layers)} blocks (seed's loop)"
+    return rows | {"blocks": row("blocks", blocks, {0: want.blocks})}
+
+
+def judge(name: str, c: Contest, table: Table, rows: dict[str, Row]) -> None:
+    """Compare rows with the targets, and say what bounds those that are missed."""
+    case, one = c.case, rows["1"]
+
+    def bound(row: Row) -> str:
+        return (
+            f" (all its FLOPs at the peak: {row.at_peak:.2f} gradients, "
+            f"{row.peer / row.at_peak:.2f}x)"
+        )
+
+    def costs(key: str, gradients: float, gain: float) -> None:
+        row, what = rows[key], f"{name} {rows[key].what}"
+        table.most(f"{what} in gradients", row.mine, gradients, bound(row))
+        table.least(f"{what} against curvlinops", row.gain, gain, bound(row))
+
+    costs("1", case.hessian, case.gain)
+    costs("ggn", 1.5, 1.3)
     for width in case.widths:
-        many(name, c, table, hessian, peer, width, one)
-    memory(c, hessian, peer)
-    hessian.close()
-    gauss_newton(name, c, table, unit)
-    blocks(name, c, table, unit)
+        row = rows[f"{width}"]
+        what = f"{name} {row.what}"
+        table.most(f"{what} per column over K=1", row.mine / one.mine, SLACK)
+        table.least(f"{what} against curvlinops", row.gain, case.gain_many, bound(row))
+    table.least(f"{name} blocks against the loop", rows["blocks"].gain, 2.0)
+    for row in rows.values():
+        table.most(f"{name} {row.what} error", row.errors[0], EXACT)
 
 
-def single(
-    name: str,
-    c: Contest,
-    table: Table,
-    mine: Operator,
-    peer: Callable[[Tensor], Tensor],
-    unit: int,
-) -> float:
-    """One column of the Hessian; returns its cost in gradients."""
-    V = c.columns(1)
-    want = truth(c, V)
-    errors = error(mine.apply(V), want), error(peer(V), want)
-    s = race(
-        {
-            "unit": c.gradient,
-            "mine": lambda: mine.apply(V),
-            "peer": lambda: peer(V),
-        },
-        7 if name == "mlp" else 5,
-    )
-    native = mine.is_compiled
-    what = "Hessian, K=1, compiled" if native else "Hessian, K=1"
-    work = float("nan") if native else flops(lambda: mine.apply(V)) / unit
-    table.row(what, s["unit"], s["mine"], s["peer"], errors, work)
-    cost, gain = s["mine"] / s["unit"], s["peer"] / s["mine"]
-    if c.case.compiled and not native:
-        return cost
-    table.want(f"{name} Hessian K=1 in gradients", cost, c.case.hessian, most=True)
-    table.want(f"{name} Hessian K=1 against curvlinops", gain, c.case.gain, most=False)
-    table.want(f"{name} Hessian K=1 error", errors[0], EXACT, most=True)
-    return cost
-
-
-def many(
-    name: str,
-    c: Contest,
-    table: Table,
-    mine: Operator,
-    peer: Callable[[Tensor], Tensor],
-    width: int,
-    one: float,
-) -> None:
-    """Many columns of the Hessian, per column."""
-    V = c.columns(width)
-    few = V[[0, width - 1]]
-    want = truth(c, few)
-    got = mine.apply(V)[[0, width - 1]], peer(V)[[0, width - 1]]
-    errors = error(got[0], want), error(got[1], want)
-    s = race(
-        {
-            "unit": c.gradient,
-            "one": lambda: mine.apply(V[:1]),
-            "mine": lambda: mine.apply(V),
-            "peer": lambda: peer(V),
-        },
-        2,
-    )
-    each, peer_each = s["mine"] / width, s["peer"] / width
-    table.row(f"Hessian, K={width}", s["unit"], each, peer_each, errors, float("nan"))
-    what = f"{name} Hessian K={width}"
-    # The cost of one column comes from the same rounds; 5 % is the clock's noise.
-    slack = 1.05 * s["one"] / s["unit"]
-    table.want(f"{what} per column", each / s["unit"], max(slack, one), most=True)
-    gain = peer_each / each
-    table.want(f"{what} against curvlinops", gain, c.case.gain_many, most=False)
-    table.want(f"{what} error", errors[0], EXACT, most=True)
-
-
-def memory(c: Contest, mine: Operator, peer: Callable[[Tensor], Tensor]) -> None:
-    """Peak memory of the process during one product."""
-    V = c.columns(1)
-    kept = peak_mib(lambda: mine.apply(V))
-    mine.close()
-    bare = build(c.problem, OperatorSpec(), budget_bytes=0, plan=mine.plan)
-    base = peak_mib(lambda: None)
-    recomputed = peak_mib(lambda: bare.apply(V))
-    gradient, theirs_ = peak_mib(c.gradient), peak_mib(lambda: peer(V))
-    print(
-        f"  peak MiB: idle {base:.0f}, gradient {gradient:.0f}, product kept {kept:.0f}, "
-        f"recomputed {recomputed:.0f}, curvlinops {theirs_:.0f}",
-        flush=True,
-    )
-
-
-def gauss_newton(name: str, c: Contest, table: Table, unit: int) -> None:
-    """One column of the GGN."""
-    mine, peer = ours(c, kind="ggn"), theirs(c, GGNLinearOperator)
-    V = c.columns(1)
-    want = truth(c, V, kind="ggn")
-    errors = error(mine.apply(V), want), error(peer(V), want)
-    s = race(
-        {"unit": c.gradient, "mine": lambda: mine.apply(V), "peer": lambda: peer(V)}, 5
-    )
-    work = flops(lambda: mine.apply(V)) / unit
-    table.row("GGN, K=1", s["unit"], s["mine"], s["peer"], errors, work)
-    table.want(f"{name} GGN K=1 in gradients", s["mine"] / s["unit"], 1.5, most=True)
-    gain = s["peer"] / s["mine"]
-    table.want(f"{name} GGN K=1 against curvlinops", gain, 1.3, most=False)
-    table.want(f"{name} GGN K=1 error", errors[0], EXACT, most=True)
-    mine.close()
-
-
-def blocks(name: str, c: Contest, table: Table, unit: int) -> None:
-    """One column of the block-diagonal Hessian, against the seed's loop."""
-    sizes = layers(c)
-    mine = ours(c, block_sizes=sizes)
-    V = c.columns(1)
-    want = truth(c, V, block_sizes=sizes)
-    got = error(mine.apply(V), want)
-    s = race(
-        {
-            "unit": c.gradient,
-            "mine": lambda: mine.apply(V),
-            "loop": lambda: loop_over_blocks(c, sizes, V),
-        },
-        3,
-    )
-    work = flops(lambda: mine.apply(V)) / unit
-    what = f"{len(sizes)} blocks (seed loop)"
-    table.row(what, s["unit"], s["mine"], s["loop"], (got, float("nan")), work)
-    gain = s["loop"] / s["mine"]
-    table.want(f"{name} blocks against the loop", gain, 2.0, most=False)
-    table.want(f"{name} blocks error", got, EXACT, most=True)
-    mine.close()
+def memory(c: Contest, t: Team, V: Tensor) -> None:
+    """Peak memory of the process during one product, with and without what is kept."""
+    t.ggn.close()
+    t.blocks.close()
+    if t.eager is not None:
+        t.eager.close()
+    gc.collect()
+    kept = peak_mib(lambda: t.hessian.apply(V))
+    bare = alike(t.hessian, budget_bytes=0, shared=True)
+    t.hessian.close()
+    runs: dict[str, Callable[[], object]] = {
+        "idle": lambda: None,
+        "gradient": c.gradient,
+        "product recomputed": lambda: bare.apply(V),
+        "curvlinops": lambda: t.peer(V),
+    }
+    peaks = {what: peak_mib(run) for what, run in runs.items()}
+    listed = ", ".join(f"{what} {mib:.0f}" for what, mib in peaks.items())
+    print(f"    peak MiB: product kept {kept:.0f}, {listed}", flush=True)
 
 
 def main() -> int:
@@ -460,11 +256,14 @@ def main() -> int:
     parser.add_argument("models", nargs="*", metavar="model", help=", ".join(CASES))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    tune_allocator()  # as the server does
     use_differentiable_attention()
-    table, start = Table([]), time.perf_counter()
-    for name in arguments.models or CASES:
-        measure(name, table)
-    print(f"\n{time.perf_counter() - start:.0f} s; torch {torch.__version__}, 1 thread")
+    table, start = Table(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.models or CASES:
+            measure(name, table, Path(folder))
+    seconds = time.perf_counter() - start
+    print(f"\n{seconds:.0f} s; torch {torch.__version__}, 1 thread")
     for miss in table.missed:
         print("MISSED", miss)
     print("all targets met" if not table.missed else f"{len(table.missed)} missed")

@@ -257,14 +257,16 @@ def _is_better(routine: Routine, native: Native, arguments: list[Tensor]) -> boo
 def _race(
     calls: tuple[Native, Native], arguments: list[Tensor]
 ) -> Iterator[tuple[float, float]]:
-    """Time both in turn, a few rounds."""
+    """Time both in turn, a few rounds; on a CPU other threads' work does not count."""
+    on_gpu = arguments[0].is_cuda
+    clock = time.perf_counter if on_gpu else time.thread_time
 
     def seconds(call: Native) -> float:
-        start = time.perf_counter()
+        start = clock()
         call(*arguments)
-        if arguments[0].is_cuda:
+        if on_gpu:
             torch.cuda.synchronize(arguments[0].device)
-        return time.perf_counter() - start
+        return clock() - start
 
     for _ in range(4):
         yield seconds(calls[0]), seconds(calls[1])

@@ -226,12 +226,11 @@ class Operator:
             Cancelled: If the caller gave up.
             OutOfMemory: If one column does not fit even with nothing kept.
         """
-        results = [rows for _, rows in self.stream(columns, cancelled=cancelled)]
-        if not results:
-            p = self.problem
-            size = p.layout.size
-            return torch.empty(0, size, dtype=p.result_dtype, device=p.device)
-        return results[0] if len(results) == 1 else torch.cat(results)
+        V = self._checked(columns)
+        out = self._empty(len(V))
+        for start, stop in self._chunks(len(V), None):
+            self._multiply(V[start:stop], out[start:stop], cancelled)
+        return out
 
     def stream(
         self,
@@ -251,12 +250,23 @@ class Operator:
             The index of the first column, and the rows ``[k, P]``.
         """
         V = self._checked(columns)
+        for start, stop in self._chunks(len(V), at_once):
+            out = self._empty(stop - start)
+            self._multiply(V[start:stop], out, cancelled)
+            yield start, out
+
+    def _chunks(self, columns: int, at_once: int | None) -> Iterator[tuple[int, int]]:
+        """Cut columns into what is multiplied before the next linearisation."""
         all_kept = len(self._kept_indices()) == self._work.batches
         step = at_once or max(self._width, 1 if all_kept else SHARED)
-        for start in range(0, len(V), step):
-            part = V[start : start + step]
-            part = part.to(self.problem.device, self.problem.result_dtype)
-            yield start, self._multiply(part.contiguous(), cancelled)
+        for start in range(0, columns, step):
+            yield start, min(start + step, columns)
+
+    def _empty(self, columns: int) -> Tensor:
+        p = self.problem
+        return torch.empty(
+            columns, p.layout.size, dtype=p.result_dtype, device=p.device
+        )
 
     def _checked(self, columns: Array) -> Tensor:
         V = torch.from_numpy(columns) if isinstance(columns, np.ndarray) else columns
@@ -269,8 +279,10 @@ class Operator:
             raise InvalidVector(msg, shape=tuple(V.shape), P=size)
         return V
 
-    def _multiply(self, V: Tensor, cancelled: Callable[[], bool]) -> Tensor:
-        out, start = torch.empty_like(V), time.perf_counter()
+    def _multiply(self, V: Tensor, out: Tensor, cancelled: Callable[[], bool]) -> None:
+        """Write the product of columns to `out`: joining results would copy them."""
+        V = V.to(out.device, out.dtype).contiguous()
+        start = time.perf_counter()
         for index in range(self._work.batches):
             self._batch_product(index, V, out, cancelled)
         if self.spec.scale != 1.0:
@@ -280,7 +292,6 @@ class Operator:
         self.counters.columns += len(V)
         self._spent_s += time.perf_counter() - start
         self._consider_compiling()
-        return out
 
     def _consider_compiling(self) -> None:
         """Ask for native code of the common mini-batch, if it is kept and one block.

@@ -1,4 +1,4 @@
-"""How an operator is computed: candidates are timed, the fastest that is right wins.
+"""How an operator is computed: the fastest of the candidates that is right.
 
 A plan is remembered by structure (architecture, shapes, loss, operator, device), so
 the next session of that structure, or the same one after a restart, verifies one plan
@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,48 +18,12 @@ import torch
 
 from curvd.errors import CurvatureUnverified
 from curvd.types import OperatorSpec
-from curvd_server.curvature import MODES, Linearisation, block_ranges, kept_bytes
+from curvd_server.candidates import Plan, Stopwatch, ranked
+from curvd_server.curvature import MODES
 from curvd_server.objective import Problem, check_cancelled
 from curvd_server.verify import Evidence, Truth, disagreements
 
-WORTH = 0.9
-"""A candidate must need less than this share of the best simpler one's time.
-
-Walking columns one by one gives the same bits however requests were put together,
-so columns go through together only where that really gains.
-"""
-CLOSE = 1.3
-"""Modes within this factor of the fastest are timed once more."""
-WORTH_JOINING = 0.97
-"""The same for joining mini-batches, which costs nothing but a longer step."""
-LONGEST_STEP_S = 0.5
-"""Mini-batches are joined only while one column's product stays below this.
-
-Work that was given up stops after the step that runs: within one mini-batch, or within
-so many seconds of short ones.
-"""
-MOST_JOINED = 16
-"""More mini-batches in a step gain nothing, and take memory."""
-WIDEST_BYTES = 4 << 30
-"""Columns go together only while they, their rows and as much again take less."""
-_WIDTHS = (8, 32)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One way to compute an operator."""
-
-    mode: str
-    """Name in `curvature.MODES`."""
-    columns_at_once: int = 1
-    """Columns that go through the linear part together; 1 walks them one by one."""
-    batches_at_once: int = 1
-    """Consecutive mini-batches that are computed as one."""
-
-    @property
-    def batched(self) -> bool:
-        """Whether the vectorised product is used."""
-        return self.columns_at_once > 1
+__all__ = ["Choice", "Memory", "Plan", "choose", "recall", "remember", "structure"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +115,7 @@ def choose(
     stopwatch = Stopwatch(problem, spec, budget_bytes, budget_s)
     found: dict[str, Evidence] = {}
     key = structure(problem, spec)
-    for candidate in _ranked(stopwatch, plan or recall(memory, key), cancelled):
+    for candidate in ranked(stopwatch, plan or recall(memory, key), cancelled):
         check_cancelled(cancelled)
         if candidate.batches_at_once > 1 and not truth.is_sum_over_data():
             candidate = dataclasses.replace(candidate, batches_at_once=1)
@@ -179,155 +142,6 @@ def _compared(
         return evidence
     wrong = disagreements(problem, spec, plan.mode, reference, batched=plan.batched)
     return dataclasses.replace(evidence, wrong=wrong)
-
-
-def _ranked(
-    stopwatch: Stopwatch, known: Plan | None, cancelled: Callable[[], bool]
-) -> Iterator[Plan]:
-    """Yield plans, the most promising first.
-
-    The mode is the one that multiplies a single column fastest, because a lone caller
-    waits for one; more columns go through together where that pays.
-    """
-    if known is not None:
-        yield known
-    timed: dict[str, float] = {}
-    for mode in MODES:
-        check_cancelled(cancelled)
-        if timed and stopwatch.is_over():
-            break
-        seconds = stopwatch.seconds_per_column(Plan(mode))
-        if seconds is not None:
-            timed[mode] = seconds
-    # A machine that is busy for a moment must not decide between equals.
-    close = [m for m in timed if timed[m] <= CLOSE * min(timed.values())]
-    for mode in close if len(close) > 1 else []:
-        check_cancelled(cancelled)
-        if not stopwatch.is_over():
-            again = stopwatch.seconds_per_column(Plan(mode))
-            timed[mode] = min(timed[mode], again or timed[mode])
-    for mode in sorted(timed, key=timed.__getitem__):
-        check_cancelled(cancelled)
-        narrow, seconds = _joined(stopwatch, Plan(mode), timed[mode])
-        check_cancelled(cancelled)
-        wide = _widened(stopwatch, narrow, seconds)
-        yield wide
-        if wide != narrow:
-            yield narrow
-    yield from (Plan(mode) for mode in MODES if mode not in timed)
-
-
-def _joined(stopwatch: Stopwatch, plan: Plan, seconds: float) -> tuple[Plan, float]:
-    """Join as many mini-batches as a short step and the memory hold, if that is faster."""
-    count = min(stopwatch.batches, int(LONGEST_STEP_S / seconds), MOST_JOINED)
-    while count >= 2 and not stopwatch.is_over():
-        steps = -(-stopwatch.batches // count)
-        even = -(-stopwatch.batches // steps)
-        joined = dataclasses.replace(plan, batches_at_once=even)
-        joined_s = stopwatch.seconds_per_column(joined)
-        if joined_s is not None:
-            if joined_s > WORTH_JOINING * seconds:
-                break
-            return joined, joined_s
-        count //= 4
-    return plan, seconds
-
-
-def _widened(stopwatch: Stopwatch, plan: Plan, seconds: float) -> Plan:
-    """Take several columns at once, if that is really faster."""
-    best, best_s = plan, seconds * WORTH
-    for width in _WIDTHS:
-        if not stopwatch.allows(width * plan.batches_at_once * seconds):
-            break
-        wide = dataclasses.replace(plan, columns_at_once=width)
-        wide_s = stopwatch.seconds_per_column(wide)
-        if wide_s is not None and wide_s < best_s:
-            best, best_s = wide, wide_s * WORTH
-    return best
-
-
-class Stopwatch:
-    """Times plans on the first mini-batches, within a budget of measured time.
-
-    Args:
-        problem: The objective.
-        spec: The operator.
-        budget_bytes: Memory for kept linearisations.
-        budget_s: Seconds of products; tracing and verifying are not counted.
-    """
-
-    def __init__(
-        self, problem: Problem, spec: OperatorSpec, budget_bytes: int, budget_s: float
-    ) -> None:
-        self._problem, self._spec, self._bytes = problem, spec, budget_bytes
-        self._left_s = budget_s
-
-    @property
-    def batches(self) -> int:
-        """Mini-batches that may be joined."""
-        return self._problem.batches
-
-    def is_over(self) -> bool:
-        """Tell whether the time is used up."""
-        return self._left_s <= 0
-
-    def allows(self, seconds: float) -> bool:
-        """Tell whether a product of this length may be timed, if only once."""
-        return seconds < self._left_s
-
-    def seconds_per_column(self, plan: Plan) -> float | None:
-        """Time a plan's product, and its linearisation in so far as it is not kept.
-
-        Args:
-            plan: The candidate.
-
-        Returns:
-            Seconds per column and mini-batch, or None if torch cannot run it, a
-            joined linearisation exceeds the budget of bytes, or the columns are more
-            than `WIDEST_BYTES` allow.
-        """
-        column_bytes = self._problem.layout.size * self._problem.dtype.itemsize
-        if plan.batched and 3 * plan.columns_at_once * column_bytes > WIDEST_BYTES:
-            return None
-        problem = self._problem.joined(plan.batches_at_once)
-        batch = problem.data[0]
-        try:
-            size = kept_bytes(plan.mode, problem, self._spec, batch)  # warms, traces
-            if plan.batches_at_once > 1 and size > self._bytes:
-                return None
-            start = time.perf_counter()
-            linear = MODES[plan.mode](problem, self._spec, batch)
-            self._wait()
-            build_s = time.perf_counter() - start
-            self._left_s -= build_s
-            product_s = self._product_s(linear, plan)
-        except (RuntimeError, NotImplementedError, TypeError, ValueError):
-            return None
-        kept = min(1.0, self._bytes / max(size * problem.batches, 1))
-        seconds = product_s + (1.0 - kept) * build_s
-        return seconds * len(self._problem.data[0].targets) / len(batch.targets)
-
-    def _product_s(self, linear: Linearisation, plan: Plan) -> float:
-        blocks = block_ranges(self._spec, len(self._problem.parameters))
-        lead = (plan.columns_at_once,) if plan.batched else ()
-        columns = [p.expand(*lead, *p.shape) for p in self._problem.parameters]
-        seconds: list[float] = []
-        while len(seconds) < 3:  # the first run warms caches and allocators
-            start = time.perf_counter()
-            for block in blocks:
-                inside = columns[block.start : block.stop]
-                linear.product(inside, block, batched=plan.batched)
-            self._wait()
-            seconds.append(time.perf_counter() - start)
-            self._left_s -= seconds[-1]
-            if self.is_over():
-                break
-        return min(seconds) / plan.columns_at_once
-
-    def _wait(self) -> None:
-        """Wait for the device, whose work is asynchronous."""
-        if self._problem.device.type == "cuda":
-            torch.cuda.synchronize(self._problem.device)
 
 
 def _unverified(found: dict[str, Evidence]) -> CurvatureUnverified:

@@ -95,7 +95,7 @@ class QueryRun(Generic[R]):
     ) -> R:
         """Run the algorithm to its end.
 
-        Cancelling stops the device within one step; see `plans.LONGEST_STEP_S`.
+        Cancelling stops the device within one step; see `candidates.LONGEST_STEP_S`.
 
         Args:
             query: The algorithm, not begun.

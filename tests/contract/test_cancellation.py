@@ -9,7 +9,7 @@ import raw
 
 pytest.importorskip("torch")
 from curvd.rpcs import RPCS
-from curvd_server import engine, plans
+from curvd_server import candidates, engine
 from curvd_server.app import serve_in_thread
 from curvd_server.config import ServerConfig
 
@@ -37,7 +37,7 @@ def test_mini_batches_after_a_client_disappeared_are_not_computed(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(engine, "Operator", Watched)
-    monkeypatch.setattr(plans, "LONGEST_STEP_S", 0.0)  # one mini-batch at a time
+    monkeypatch.setattr(candidates, "LONGEST_STEP_S", 0.0)  # one mini-batch at a time
     rng = np.random.default_rng(0)
     state = {"1.weight": rng.normal(size=(2, 3)), "1.bias": np.zeros(2)}
     data = {"x": rng.normal(size=(BATCHES, 3)), "y": rng.normal(size=(BATCHES, 2))}

@@ -123,6 +123,39 @@ def test_slower_code_is_not_used(eager, compiler, monkeypatch):
     assert jobs[0].routine.native is None
 
 
+def test_other_work_on_the_machine_does_not_keep_native_code_out(
+    eager, compiler, monkeypatch
+):
+    """By the wall it looks slower, because the machine was busy; it computes less."""
+    problem = problem_of(ZOO["gelu"])
+    linear, jobs = jobs_of(problem)
+    forward = jobs[0].routine.module.forward
+    computed_s, passed_s = 0.0, 0.0
+
+    def spend(computing_s: float, waiting_s: float) -> None:
+        nonlocal computed_s, passed_s
+        computed_s += computing_s
+        passed_s += computing_s + waiting_s
+
+    def native(*arguments):
+        spend(1.0, 9.0)
+        return forward(*arguments)
+
+    def program(*arguments):
+        spend(2.0, 0.0)
+        return forward(*arguments)
+
+    monkeypatch.setattr(jobs[0].routine.module, "forward", program)
+    eager(native)
+    monkeypatch.setattr(compilation, "WORTH", 0.97)
+    monkeypatch.setattr(compilation.time, "thread_time", lambda: computed_s)
+    monkeypatch.setattr(compilation.time, "perf_counter", lambda: passed_s)
+    compiler.consider(jobs, spent_s=1.0)
+    compiler.wait()
+    assert linear is not None
+    assert jobs[0].routine.native is not None
+
+
 def test_a_compiler_that_fails_is_not_asked_again(compiler, monkeypatch):
     asked = []
 

@@ -20,11 +20,11 @@ from curvd.types import (
     ModelSpec,
     OperatorSpec,
 )
-from curvd_server import compute, plans, program
+from curvd_server import candidates, compute, plans, program
 from curvd_server.builders import BUILDERS
+from curvd_server.candidates import Plan, Stopwatch
 from curvd_server.curvature import MODES
 from curvd_server.engine import build
-from curvd_server.plans import Plan, Stopwatch
 from curvd_server.verify import Truth
 
 HUGE = 2**30
@@ -49,9 +49,9 @@ def test_the_fastest_mode_for_one_column_wins(monkeypatch):
     assert operator.plan == Plan("double_backward")
 
 
-def test_modes_that_are_close_are_timed_once_more(monkeypatch):
-    """A busy moment made the faster one look slower."""
-    clock = iter([1.1, 1.0, 5.0, 0.8, 1.0])
+def test_modes_that_are_close_are_timed_again_in_turn(monkeypatch):
+    """A busy moment made the faster one look slower; a hopeless one waits no more."""
+    clock = iter([1.1, 1.0, 5.0, 0.8, 1.0, 1.2, 1.1])
     asked: list[Plan] = []
 
     def pretend(self, plan: Plan) -> float | None:
@@ -62,7 +62,90 @@ def test_modes_that_are_close_are_timed_once_more(monkeypatch):
     operator = build(problem_of(GELU), OperatorSpec(), budget_bytes=HUGE, tuning_s=1)
     assert operator.plan == Plan("program")
     modes = [plan.mode for plan in asked]
-    assert modes == [*MODES, "program", "double_backward"]
+    assert modes == [*MODES, *("program", "double_backward") * 2]
+
+
+class Device:
+    """A clock that products move: a mode takes so many seconds, or as many in turn."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, list[float]]
+    ):
+        self.now, self.runs = 0.0, dict.fromkeys(MODES, 0)
+        monkeypatch.setattr(candidates.time, "thread_time", lambda: self.now)
+        monkeypatch.setattr(candidates.time, "perf_counter", self.wall)
+        for mode in MODES:
+            monkeypatch.setitem(MODES, mode, self.linearise(mode, seconds[mode]))
+
+    def wall(self) -> float:
+        raise AssertionError("products on the CPU are timed by the wall")
+
+    def linearise(self, mode: str, seconds: list[float]):
+        real = MODES[mode]
+
+        def made(problem, spec, batch):
+            linear = real(problem, spec, batch)
+
+            class Slow:
+                def product(_, tangents, block, *, batched):
+                    self.now += seconds[min(self.runs[mode], len(seconds) - 1)]
+                    self.runs[mode] += 1
+                    return linear.product(tangents, block, batched=batched)
+
+            return Slow()
+
+        return made
+
+
+def test_a_mode_that_is_hopeless_and_slow_runs_once(monkeypatch):
+    device = Device(
+        monkeypatch,
+        {
+            "program": [0.2, 0.15],
+            "double_backward": [0.14, 0.14],
+            "forward_over_reverse": [0.9],
+        },
+    )
+    monkeypatch.setattr(candidates, "kept_bytes", lambda *_: 1)
+    watch = Stopwatch(problem_of(GELU), OperatorSpec(), HUGE, 99.0)
+    times = [watch.seconds_per_column(Plan(mode)) for mode in MODES]
+    assert times == pytest.approx([0.15, 0.14, 0.9])
+    assert device.runs == {
+        "program": 2,
+        "double_backward": 2,
+        "forward_over_reverse": 1,
+    }
+
+
+def test_a_short_product_is_never_hopeless(monkeypatch):
+    """Its first run may be anything: caches are cold."""
+    device = Device(
+        monkeypatch,
+        {
+            "program": [0.01],
+            "double_backward": [0.05, 0.008],
+            "forward_over_reverse": [0.01],
+        },
+    )
+    monkeypatch.setattr(candidates, "kept_bytes", lambda *_: 1)
+    watch = Stopwatch(problem_of(GELU), OperatorSpec(), HUGE, 99.0)
+    times = [watch.seconds_per_column(Plan(mode)) for mode in MODES]
+    assert times == pytest.approx([0.01, 0.008, 0.01])
+    assert set(device.runs.values()) == {3}
+
+
+def test_joining_is_decided_by_times_taken_in_turn(monkeypatch):
+    """One slow moment of the single mini-batch is no reason to join."""
+    one, two = Plan("program"), Plan("program", 1, 2)
+    clock = {one: iter([1.0, 0.89, 0.89]), two: iter([0.9, 0.9, 0.9])}
+    monkeypatch.setattr(
+        Stopwatch, "seconds_per_column", lambda _, plan: next(clock[plan])
+    )
+    monkeypatch.setattr(candidates, "LONGEST_STEP_S", 2.0)
+    watch = Stopwatch(problem_of(GELU, batch_size=3), OperatorSpec(), HUGE, 9.0)
+    assert watch.batches == 2
+    timed = {one: next(clock[one])}
+    assert candidates._joined(watch, one, timed, lambda: False) == one
 
 
 def test_columns_go_together_only_where_that_really_gains(monkeypatch):
@@ -76,8 +159,8 @@ def test_columns_go_together_only_where_that_really_gains(monkeypatch):
 
 def test_columns_that_would_fill_the_memory_do_not_go_together(monkeypatch):
     problem = problem_of(GELU)
-    for limit in (0, plans.WIDEST_BYTES):
-        monkeypatch.setattr(plans, "WIDEST_BYTES", limit)
+    for limit in (0, candidates.WIDEST_BYTES):
+        monkeypatch.setattr(candidates, "WIDEST_BYTES", limit)
         watch = Stopwatch(problem, OperatorSpec(), HUGE, 1.0)
         assert watch.seconds_per_column(Plan("program")) is not None
         wide = watch.seconds_per_column(Plan("program", 8))
@@ -106,7 +189,9 @@ def test_fewer_are_joined_where_more_do_not_fit(monkeypatch):
     twice = dataclasses.replace(problem, data=problem.data * 2)
     asked = timed(monkeypatch, {one: 0.01, three: 0.001})
     watch = Stopwatch(twice, OperatorSpec(), HUGE, 1.0)
-    assert plans._joined(watch, one, 0.01) == (three, 0.001)
+    times = {one: 0.01}
+    assert candidates._joined(watch, one, times, lambda: False) == three
+    assert times[three] == 0.001
     assert asked == [Plan("program", 1, 12), three]
 
 

@@ -1,0 +1,104 @@
+"""Who multiplies in `bench/engine.py`: our operators, curvlinops' and the seed's loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from engine_models import Contest, TokenLoss
+from torch import Tensor
+
+from curvd.types import OperatorSpec
+from curvd_server.compilation import Compiler
+from curvd_server.engine import Operator, build
+from curvd_server.plans import Choice
+from curvd_server.verify import Evidence
+
+GIB = 2**30
+
+Product = Callable[[Tensor], Tensor]
+"""``[K, P] -> [K, P]``."""
+
+
+def ours(c: Contest, compiler: Compiler | None = None, **spec: Any) -> Operator:
+    """Build as a session does."""
+    start = time.perf_counter()
+    operator = build(
+        c.problem, OperatorSpec(**spec), budget_bytes=16 * GIB, compiler=compiler
+    )
+    report = operator.report
+    name = " ".join(f"{key}={value}" for key, value in spec.items()) or "hessian"
+    print(
+        f"    {name}: {report.mode}, {operator.plan.batches_at_once} mini-batches and "
+        f"{report.columns_at_once} columns at once, kept "
+        f"{report.kept_bytes / 2**20:.0f} MiB, gaps: differences "
+        f"{report.difference_gap:.0e}, symmetry {report.symmetry_gap:.0e}; built in "
+        f"{time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
+    return operator
+
+
+def alike(operator: Operator, *, budget_bytes: int, shared: bool) -> Operator:
+    """Make an operator of the same plan and evidence; its products are checked anyway.
+
+    Args:
+        operator: Whose plan.
+        budget_bytes: Memory for kept linearisations.
+        shared: Whether it runs the same traced programs, and their native code.
+
+    Returns:
+        An operator that is warm.
+    """
+    problem, report = operator.problem, operator.report
+    if not shared:
+        model = dataclasses.replace(problem.model, programs={})
+        problem = dataclasses.replace(problem, model=model)
+    evidence = Evidence(report.symmetry_gap, report.difference_gap, wrong=())
+    choice = Choice(operator.plan, evidence)
+    copy = Operator(problem, operator.spec, choice, budget_bytes)
+    copy.warm()
+    return copy
+
+
+def theirs(c: Contest, kind: type) -> Product:
+    """Make curvlinops' operator; its columns trail."""
+    operator = kind(
+        c.module,
+        TokenLoss(),
+        c.parameters,
+        c.data,
+        check_deterministic=False,
+        num_data=len(c.data) * c.case.batch_size,
+    )
+    return lambda V: (operator @ V.T).T
+
+
+def loop_over_blocks(c: Contest, v: Tensor) -> Tensor:
+    """The seed's way: one ``jvp(jacrev)`` per block, the others frozen."""
+    names = c.problem.layout.names
+    values = {n: p.detach() for n, p in c.module.named_parameters()}
+    pieces = v.split(list(c.problem.layout.sizes))
+    tangents = {n: t.view_as(values[n]) for n, t in zip(names, pieces, strict=True)}
+    out = torch.zeros_like(v)
+    places = dict(zip(names, out.split(list(c.problem.layout.sizes)), strict=True))
+    for x, y in c.data:
+        start = 0
+        for size in c.layers:
+            inside = names[start : start + size]
+            start += size
+
+            def loss(inner: dict[str, Tensor], x: Tensor = x, y: Tensor = y) -> Tensor:
+                output = torch.func.functional_call(c.module, values | inner, x)
+                return TokenLoss()(output, y)
+
+            here = {n: values[n] for n in inside}
+            along = {n: tangents[n] for n in inside}
+            with torch.no_grad():
+                rows = torch.func.jvp(torch.func.jacrev(loss), (here,), (along,))[1]
+            for n in inside:
+                places[n] += rows[n].reshape(-1) / len(c.data)
+    return out

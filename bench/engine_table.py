@@ -1,0 +1,160 @@
+"""How `bench/engine.py` measures, and what it prints."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+_SIDE = 1024
+PEAK_FLOPS = 2 * _SIDE**3
+"""Of `matrix_product`."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Something that runs in a contest."""
+
+    run: Callable[[], Any]
+    rounds: int
+    """It takes part in the first so many rounds."""
+    columns: int = 1
+
+
+def race(entries: Mapping[str, Entry]) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Take every contestant in turn.
+
+    The first run of each warms caches and allocators. It counts only for those that run
+    once or twice: they have many columns or blocks.
+
+    Returns:
+        CPU seconds per column of each run that counts, and each one's last result.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in entries}
+    results: dict[str, Any] = {}
+    for index in range(max(entry.rounds for entry in entries.values())):
+        for name, entry in entries.items():
+            if index < entry.rounds:
+                results.pop(name, None)
+                start = time.process_time()
+                results[name] = entry.run()
+                spent = time.process_time() - start
+                seconds[name].append(spent / entry.columns)
+    return {n: s[1:] if len(s) > 2 else s for n, s in seconds.items()}, results
+
+
+def matrix_product() -> Callable[[], Tensor]:
+    """Make the product of two matrices that runs at the processor's peak."""
+    a, b, out = (torch.ones(_SIDE, _SIDE) for _ in range(3))
+    return lambda: torch.mm(a, b, out=out)
+
+
+def flops(run: Callable[[], Any]) -> int:
+    """Count the operations of matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def peak_mib(run: Callable[[], Any]) -> float:
+    """The process's largest resident size while `run` runs, sampled every ms."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    seen, done = [_resident_mib()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen.append(_resident_mib())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run()
+    done.set()
+    watcher.join()
+    return max(seen)
+
+
+def _resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """A product: what it took, beside a peer's, and what it must take at least."""
+
+    what: str
+    mine: float
+    """Gradients per column."""
+    peer: float
+    errors: tuple[float, float]
+    """Ours and the peer's, relative to float64."""
+    flops: float
+    """Of ours, in those of one gradient."""
+    at_peak: float
+    """Gradients that ours would take with all its FLOPs at the processor's peak."""
+    runs: Sequence[float]
+    """Seconds per column of each of ours."""
+
+    @property
+    def gain(self) -> float:
+        return self.peer / self.mine
+
+    @property
+    def spread(self) -> str:
+        """How much longer the longest run took than the shortest."""
+        ratio = max(self.runs) / min(self.runs) - 1
+        return f"{ratio:.1%}" if len(self.runs) > 1 else "one run"
+
+
+@dataclass
+class Table:
+    """Rows as they come, and the targets missed."""
+
+    missed: list[str] = field(default_factory=list)
+
+    def head(self, text: str) -> None:
+        print(f"\n{text}", flush=True)
+
+    def rows(self, rows: list[Row]) -> None:
+        names = (
+            "ours",
+            "peer",
+            "gain",
+            "error",
+            "peer's",
+            "FLOPs",
+            "at peak",
+            "spread",
+        )
+        print(" " * 26 + "".join(f"{name:>9}" for name in names))
+        for r in rows:
+            print(
+                f"  {r.what:<24}{r.mine:>9.2f}{r.peer:>9.2f}{r.gain:>8.2f}x"
+                f"{r.errors[0]:>9.0e}{r.errors[1]:>9.0e}{r.flops:>9.2f}"
+                f"{r.at_peak:>9.2f}{r.spread:>9}",
+                flush=True,
+            )
+
+    def most(self, what: str, value: float, limit: float, why: str = "") -> None:
+        if not value <= limit:
+            self.missed.append(f"{what}: {value:.3g}, want <= {limit:.3g}{why}")
+
+    def least(self, what: str, value: float, limit: float, why: str = "") -> None:
+        if not value >= limit:
+            self.missed.append(f"{what}: {value:.3g}, want >= {limit:.3g}{why}")
+
+
+def median(seconds: list[float]) -> float:
+    return statistics.median(seconds)
