@@ -298,6 +298,20 @@ def main() -> int:
     return int(arguments.check and bool(missed))
 
 
+def memory(pid: int, echo, source) -> tuple[float, float]:
+    """Peaks above idle of server and client, in vectors, without the client's result."""
+    idle = resident_bytes(pid), resident_bytes("self")
+    reset_peak(pid)
+    reset_peak("self")
+    for _ in range(2):
+        echo(source)
+    server, client = (
+        (peak_bytes(p) - i) / source.nbytes
+        for p, i in zip((pid, "self"), idle, strict=True)
+    )
+    return server, client - 1
+
+
 def contest(megabytes, size, clients, ours, operators, rounds) -> list[str]:
     """Measure all peers at one size; return the targets that were missed."""
     source = np.random.default_rng(0).standard_normal(size, dtype=np.float32)
@@ -316,11 +330,8 @@ def contest(megabytes, size, clients, ours, operators, rounds) -> list[str]:
     times = {name: [] for name in racers}
     if megabytes < 4:
         rounds *= 20  # short trips scatter more, and cost nothing
-    idle = resident_bytes(ours.pid), resident_bytes("self")
+    server, client = memory(ours.pid, racers["curvd"][1], source)
     for turn in range(rounds + 1):
-        if turn == 1:
-            reset_peak(ours.pid)
-            reset_peak("self")
         for name, (process, echo) in racers.items():
             trip = measure(process, echo, source)
             if turn:  # the first warms buffers
@@ -347,9 +358,6 @@ def contest(megabytes, size, clients, ours, operators, rounds) -> list[str]:
     }
     late = []
     if megabytes == 400:
-        vector = 4 * size
-        server = (peak_bytes(ours.pid) - idle[0]) / vector
-        client = (peak_bytes("self") - idle[1]) / vector - 1  # the result is its own
         print(f"peak above idle, in vectors: server {server:.2f}, client {client:.2f}")
         if server > 1.15:
             late.append(f"{server:.2f} vectors in the server, want <= 1.15")

@@ -8,6 +8,7 @@ that a caller with many requests delays another by one run at most.
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -20,6 +21,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from curvd.buffers import Pool
 from curvd.errors import OutOfMemory, Overloaded, Unavailable
 
 T = TypeVar("T")
@@ -119,6 +121,7 @@ class Batcher:
         self._run_columns, self._run_bytes = run_columns, run_bytes
         self._pending = (pending_columns, pending_bytes)
         self._reserved = [0, 0]
+        self._pool = Pool(run_bytes)
         self._lanes: OrderedDict[Hashable, _Lane] = OrderedDict()
         self._lock = threading.Lock()
         # Not a condition: its waiter would wake up only to wait for the lock.
@@ -293,6 +296,13 @@ class Batcher:
                 ticket.set_result(Done(value, queue_s, compute_s, sum(counts)))
         self._count(tickets, sum(counts), time.monotonic() - start_s)
 
+    def _joined(self, parts: list[Columns]) -> Columns:
+        """Put columns into one array; its memory is that of an earlier run."""
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
+        dtype = np.result_type(*parts)
+        memory = self._pool.take(math.prod(shape) * dtype.itemsize)
+        return np.concatenate(parts, out=memory.view(dtype).reshape(shape))
+
     def _compute(
         self, operator: Multiplies | None, tickets: list[Ticket[Any]]
     ) -> list[Any]:
@@ -304,7 +314,7 @@ class Batcher:
             assert ticket.job is not None
             return [ticket.job(cancelled)]
         parts = [t.columns for t in tickets if t.columns is not None]
-        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        joined = parts[0] if len(parts) == 1 else self._joined(parts)
         rows = operator.apply(joined, cancelled=cancelled)
         ends = np.cumsum([len(part) for part in parts])
         return [
