@@ -9,7 +9,7 @@ import pytest
 from server.small_net import connected
 
 import curvd
-from curvd_server import engine, plans
+from curvd_server import candidates, engine
 from curvd_server.app import running
 from curvd_server.config import LimitsConfig, ServerConfig
 
@@ -62,7 +62,7 @@ def watched_batches(monkeypatch):
             Watched.done += Watched.armed
 
     monkeypatch.setattr(engine, "Operator", Watched)
-    monkeypatch.setattr(plans, "LONGEST_STEP_S", 0.0)  # one mini-batch at a time
+    monkeypatch.setattr(candidates, "LONGEST_STEP_S", 0.0)  # one mini-batch at a time
     return Watched
 
 
