@@ -42,8 +42,10 @@ class Address:
             return cls("", 0, path.removeprefix("//"))
         for scheme in ("dns:", "ipv4:", "ipv6:"):
             target = target.removeprefix(scheme)
-        host, _, port = target.lstrip("/").rpartition(":")
-        return cls(host.strip("[]"), int(port) if port.isdecimal() else 443)
+        host, _, port = target.rpartition("/")[2].rpartition(":")
+        if not host:  # as grpcio reads a name alone
+            host, port = port, "443"
+        return cls(host.strip("[]"), int(port))
 
     @property
     def authority(self) -> str:

@@ -12,7 +12,6 @@ import itertools
 import math
 import select
 import socket
-import ssl
 import threading
 import time
 from collections.abc import AsyncGenerator, Generator, Iterator
@@ -43,7 +42,7 @@ class _Lines:
 
     def __init__(self, target: str, config: ClientConfig) -> None:
         self._address, self._config = Address.of(target), config
-        self._context = None if config.tls is None else _context(config)
+        self._context = None if config.tls is None else client_context(config.tls)
         self._metadata = config.metadata(target)
         self._idle: list[Line] = []
         self._busy: set[Line] = set()
@@ -296,7 +295,7 @@ class AsyncDirectChannel:
 def _wait(sock: socket.socket, step: Wait) -> None:
     poll = select.poll()
     poll.register(sock, select.POLLIN | (select.POLLOUT if step.write else 0))
-    poll.poll(None if step.seconds is None else math.ceil(step.seconds * 1e3))
+    poll.poll(math.ceil(step.seconds * 1e3))
 
 
 async def _ready(sock: socket.socket, step: Wait) -> None:
@@ -316,11 +315,6 @@ async def _ready(sock: socket.socket, step: Wait) -> None:
         loop.remove_reader(sock)
         if step.write:
             loop.remove_writer(sock)
-
-
-def _context(config: ClientConfig) -> ssl.SSLContext:
-    assert config.tls is not None
-    return client_context(config.tls)
 
 
 def _closed() -> Ended:

@@ -40,12 +40,11 @@ _HTTP = {
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Go on when the socket can be read, or after a time."""
+    """Go on when the socket can be read, or after some seconds."""
 
     write: bool
     """Or when it can be written."""
-    seconds: float | None
-    """None: however long it takes."""
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +132,7 @@ class _Silence:
         self._heard, self._since = line.heard, terms.clock()
         self._asked = False
 
-    def patience(self) -> float | None:
+    def patience(self) -> float:
         """Tell how long to wait at most."""
         terms, now = self._terms, self._terms.clock()
         if self._line.heard != self._heard:
