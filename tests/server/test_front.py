@@ -215,6 +215,21 @@ def test_who_breaks_the_protocol_harms_nobody_else(tmp_path, bytes_):
         check(product(target, "direct"))
 
 
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [(b"\0" * (5 << 20), "RESOURCE_EXHAUSTED"), (b"\x0a\xff\xff", "INTERNAL")],
+)
+def test_a_request_that_cannot_be_read_is_refused(
+    tmp_path, monkeypatch, request_, code
+):
+    monkeypatch.setattr(listening, "is_ours", lambda beginning, *, tls: True)
+    with serving(tmp_path) as target, grpc.insecure_channel(target) as channel:
+        for name in ("SessionService/GetServerInfo", "SessionService/RegisterModel"):
+            with pytest.raises(grpc.RpcError) as caught:
+                channel.unary_unary(f"/curvd.v1.{name}")(request_, timeout=30)
+            assert caught.value.code().name == code
+
+
 def test_a_method_that_is_not_there_is_named(tmp_path):
     with serving(tmp_path) as target, grpc.insecure_channel(target) as channel:
         with pytest.raises(grpc.RpcError) as caught:

@@ -13,10 +13,12 @@ from urllib.parse import quote
 import grpc
 import grpc.aio
 
+from curvd.errors import CurvdError
 from curvd.http2.messages import Format, framed
 from curvd.http2.stream import Stream
 from curvd.rpcs import BY_PATH
 from curvd_server.front.link import Link, Requests
+from curvd_server.interceptors import abort
 from curvd_server.logs import logger
 
 _ANSWER = ((":status", "200"), ("content-type", "application/grpc"))
@@ -100,9 +102,7 @@ class Calls:
             context.serialise = handler.response_serializer
         request: Any = requests
         if not handler.request_streaming:
-            request = await anext(requests, None)
-            if request is None:
-                await context.abort(grpc.StatusCode.INTERNAL, "the request is missing")
+            request = await _only(requests, context)
             if raw:
                 request = handler.request_deserializer(request)
         sides = (handler.request_streaming, handler.response_streaming)
@@ -126,6 +126,17 @@ class Calls:
             if found is not None:
                 return found
         return None
+
+
+async def _only(requests: Requests, context: Context) -> Any:
+    """Wait for the message that is all of a request."""
+    try:
+        request = await anext(requests, None)
+    except CurvdError as error:  # no handler has begun that would tell the client
+        await abort(context, error)
+    if request is None:
+        await context.abort(grpc.StatusCode.INTERNAL, "the request is missing")
+    return request
 
 
 class _Details(grpc.HandlerCallDetails):
