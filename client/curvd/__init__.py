@@ -53,6 +53,19 @@ from curvd.errors import (
 )
 from curvd.exported import ExportedModel, export, export_loss
 from curvd.operator import RemoteOperator
+from curvd.reports import (
+    DatasetInfo,
+    DeviceInfo,
+    Limits,
+    ModelInfo,
+    PlanReport,
+    ResultInfo,
+    ServerInfo,
+    SessionInfo,
+    SessionState,
+    StoredVector,
+    TensorInfo,
+)
 from curvd.results import (
     Density,
     DiagonalEstimate,
@@ -65,34 +78,23 @@ from curvd.results import (
 )
 from curvd.session import Session
 from curvd.types import (
-    DatasetInfo,
     DatasetSpec,
-    DeviceInfo,
     Distribution,
     Dtype,
     Estimator,
     InputStyle,
-    Limits,
     LossName,
     LossSpec,
     Mode,
-    ModelInfo,
     ModelSpec,
     OperatorKind,
     OperatorSpec,
     ParameterLayout,
     ParameterSpec,
-    PlanReport,
     Probe,
     Reduction,
-    ResultInfo,
-    ServerInfo,
-    SessionInfo,
-    SessionState,
     Solver,
     Stop,
-    StoredVector,
-    TensorInfo,
     Which,
 )
 

@@ -12,6 +12,7 @@ from curvd._query_calls import Arrays, QueryCall
 from curvd._tensors import OWN_TYPE
 from curvd.arrays import Operand, operand, vector_dtype
 from curvd.errors import InvalidSpec, InvalidVector
+from curvd.reports import SessionInfo, StoredVector
 from curvd.results import (
     Density,
     DiagonalEstimate,
@@ -21,14 +22,7 @@ from curvd.results import (
     QueryInfo,
     Solution,
 )
-from curvd.types import (
-    Estimator,
-    OperatorSpec,
-    SessionInfo,
-    Solver,
-    StoredVector,
-    Which,
-)
+from curvd.types import Estimator, OperatorSpec, Solver, Which
 from curvd.v1 import query_service_pb2 as query_pb
 
 

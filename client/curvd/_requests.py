@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from google.protobuf import wrappers_pb2
 
-from curvd import convert, types
+from curvd import convert, reports, types
 from curvd._calls import Unary
 from curvd._columns import ColumnStream
 from curvd._tensors import (
@@ -23,17 +23,9 @@ from curvd._tensors import (
 from curvd.arrays import Array, Layout, Operand, arrange, vector_dtype
 from curvd.errors import Internal, InvalidSpec
 from curvd.narrow import NARROW
+from curvd.reports import DatasetInfo, ModelInfo, ResultInfo, SessionInfo, StoredVector
 from curvd.rpcs import RPCS, Codec, Rpc
-from curvd.types import (
-    DatasetInfo,
-    LossSpec,
-    ModelInfo,
-    OperatorSpec,
-    Probe,
-    ResultInfo,
-    SessionInfo,
-    StoredVector,
-)
+from curvd.types import LossSpec, OperatorSpec, Probe
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import session_service_pb2 as session_pb
 
@@ -299,7 +291,7 @@ def delete_session(session_id: str) -> Unary[None]:
     return Unary(RPCS["DeleteSession"], request, lambda response: None)
 
 
-def server_info() -> Unary[types.ServerInfo]:
+def server_info() -> Unary[reports.ServerInfo]:
     """Describe the server."""
     request = session_pb.GetServerInfoRequest()
     return Unary(RPCS["GetServerInfo"], request, convert.server_info_from_proto)

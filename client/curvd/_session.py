@@ -8,17 +8,9 @@ from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 from curvd.errors import VectorNotFound
+from curvd.reports import ResultInfo, SessionInfo, StoredVector
 from curvd.selection import check_patterns, select
-from curvd.types import (
-    Distribution,
-    OperatorKind,
-    OperatorSpec,
-    ParameterLayout,
-    Probe,
-    ResultInfo,
-    SessionInfo,
-    StoredVector,
-)
+from curvd.types import Distribution, OperatorKind, OperatorSpec, ParameterLayout, Probe
 
 O = TypeVar("O")  # noqa: E741 - the operator type of the client
 

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from curvd import convert, tensorfile, types, wire
+from curvd import convert, reports, tensorfile, wire
 from curvd._calls import Call, Unary
 from curvd.arrays import Array, Operand
 from curvd.buffers import Buffer
@@ -98,7 +98,7 @@ class TensorStream(Call[T]):
         """Columns of the operand that are not sent, because their results are there."""
         self._operand_sent = False
         self._assembler: wire.Assembler | None = None
-        self.info: types.ResultInfo | None = None
+        self.info: reports.ResultInfo | None = None
 
     def restart(self) -> None:
         """Take stock of what is there, and ask for the rest."""

@@ -17,8 +17,9 @@ from curvd._calls import Call, Unary
 from curvd.arrays import to_numpy
 from curvd.errors import InvalidSpec, InvalidTensors, Unavailable
 from curvd.exported import ExportedModel
+from curvd.reports import DatasetInfo, ModelInfo
 from curvd.rpcs import RPCS, Part, Rpc
-from curvd.types import DatasetInfo, DatasetSpec, ModelInfo
+from curvd.types import DatasetSpec
 from curvd.v1 import session_service_pb2 as session_pb
 
 T = TypeVar("T")

@@ -31,18 +31,8 @@ from curvd.exported import ExportedModel, prepare
 from curvd.operator import OperatorBase
 from curvd.progress import shown
 from curvd.queries import AsyncQueryMethods
-from curvd.types import (
-    DatasetInfo,
-    Dtype,
-    InputStyle,
-    LossSpec,
-    Mode,
-    ModelInfo,
-    OperatorSpec,
-    ServerInfo,
-    SessionInfo,
-    StoredVector,
-)
+from curvd.reports import DatasetInfo, ModelInfo, ServerInfo, SessionInfo, StoredVector
+from curvd.types import Dtype, InputStyle, LossSpec, Mode, OperatorSpec
 
 T = TypeVar("T")
 

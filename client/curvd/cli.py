@@ -29,7 +29,7 @@ from curvd.allocator import tune_allocator
 from curvd.client import connect
 from curvd.config import ClientConfig, RetryConfig, TlsConfig, Transport
 from curvd.errors import CurvdError
-from curvd.types import ServerInfo, SessionInfo
+from curvd.reports import ServerInfo, SessionInfo
 
 
 class Commands(click.Group):

@@ -13,18 +13,9 @@ from curvd._uploads import Progress, Tensors
 from curvd.config import ClientConfig, Pem, TlsConfig
 from curvd.exported import ExportedModel, prepare
 from curvd.progress import shown
+from curvd.reports import DatasetInfo, ModelInfo, ServerInfo, SessionInfo
 from curvd.session import Session
-from curvd.types import (
-    DatasetInfo,
-    Dtype,
-    InputStyle,
-    LossSpec,
-    Mode,
-    ModelInfo,
-    OperatorSpec,
-    ServerInfo,
-    SessionInfo,
-)
+from curvd.types import Dtype, InputStyle, LossSpec, Mode, OperatorSpec
 
 
 def connect(

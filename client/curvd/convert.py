@@ -17,7 +17,7 @@ from google.protobuf import timestamp_pb2
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from google.protobuf.message import Message
 
-from curvd import types
+from curvd import reports, types
 from curvd.errors import InvalidSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import graph_pb2 as graph_pb
@@ -60,7 +60,7 @@ input_style_from_proto = _enum_from(
 )
 _state_to_proto = _enum_to("SESSION_STATE")
 _state_from_proto = _enum_from(
-    session_pb.SessionState, "SESSION_STATE", types.SessionState
+    session_pb.SessionState, "SESSION_STATE", reports.SessionState
 )
 _loss_name_to = _enum_to("LOSS_NAME")
 _loss_name_from = _enum_from(types_pb.LossName, "LOSS_NAME", types.LossName)
@@ -159,18 +159,18 @@ def layout_from_proto(messages: Sequence[types_pb.Parameter]) -> types.Parameter
 
 
 @lru_cache(maxsize=64)
-def plan_to_proto(plan: types.PlanReport) -> types_pb.Plan:
+def plan_to_proto(plan: reports.PlanReport) -> types_pb.Plan:
     """Convert a plan; every result carries one, so do not write to the message."""
     return types_pb.Plan(**asdict(plan))
 
 
-def plan_from_proto(message: types_pb.Plan) -> types.PlanReport:
+def plan_from_proto(message: types_pb.Plan) -> reports.PlanReport:
     """Convert a plan."""
-    return _same_names(types.PlanReport, message)
+    return _same_names(reports.PlanReport, message)
 
 
 def tensors_to_proto(
-    tensors: Sequence[types.TensorInfo],
+    tensors: Sequence[reports.TensorInfo],
 ) -> list[types_pb.TensorInfo]:
     """Convert tensor descriptions."""
     return [
@@ -180,9 +180,9 @@ def tensors_to_proto(
 
 def tensors_from_proto(
     messages: Sequence[types_pb.TensorInfo],
-) -> tuple[types.TensorInfo, ...]:
+) -> tuple[reports.TensorInfo, ...]:
     """Convert tensor descriptions."""
-    return tuple(types.TensorInfo(m.name, m.dtype, tuple(m.shape)) for m in messages)
+    return tuple(reports.TensorInfo(m.name, m.dtype, tuple(m.shape)) for m in messages)
 
 
 def config_to_json(config: Mapping[str, object]) -> str:
@@ -217,7 +217,7 @@ def config_from_json(text: str) -> dict[str, object]:
     return config
 
 
-def model_to_proto(model: types.ModelInfo) -> session_pb.Model:
+def model_to_proto(model: reports.ModelInfo) -> session_pb.Model:
     """Convert a registered model; its graph does not travel back."""
     return session_pb.Model(
         id=model.id,
@@ -229,9 +229,9 @@ def model_to_proto(model: types.ModelInfo) -> session_pb.Model:
     )
 
 
-def model_from_proto(message: session_pb.Model) -> types.ModelInfo:
+def model_from_proto(message: session_pb.Model) -> reports.ModelInfo:
     """Convert a registered model."""
-    return types.ModelInfo(
+    return reports.ModelInfo(
         id=message.id,
         spec=types.ModelSpec(
             builder=message.builder, config=config_from_json(message.config_json)
@@ -242,7 +242,7 @@ def model_from_proto(message: session_pb.Model) -> types.ModelInfo:
     )
 
 
-def dataset_to_proto(dataset: types.DatasetInfo) -> session_pb.Dataset:
+def dataset_to_proto(dataset: reports.DatasetInfo) -> session_pb.Dataset:
     """Convert a registered dataset."""
     return session_pb.Dataset(
         id=dataset.id,
@@ -257,9 +257,9 @@ def dataset_to_proto(dataset: types.DatasetInfo) -> session_pb.Dataset:
     )
 
 
-def dataset_from_proto(message: session_pb.Dataset) -> types.DatasetInfo:
+def dataset_from_proto(message: session_pb.Dataset) -> reports.DatasetInfo:
     """Convert a registered dataset."""
-    return types.DatasetInfo(
+    return reports.DatasetInfo(
         id=message.id,
         spec=dataset_spec_from_proto(message),
         tensors=tensors_from_proto(message.tensors),
@@ -285,7 +285,7 @@ def dataset_spec_from_proto(
     )
 
 
-def session_to_proto(info: types.SessionInfo) -> session_pb.Session:
+def session_to_proto(info: reports.SessionInfo) -> session_pb.Session:
     """Convert a session."""
     return session_pb.Session(
         id=info.id,
@@ -318,10 +318,10 @@ def session_to_proto(info: types.SessionInfo) -> session_pb.Session:
     )
 
 
-def session_from_proto(message: session_pb.Session) -> types.SessionInfo:
+def session_from_proto(message: session_pb.Session) -> reports.SessionInfo:
     """Convert a session."""
     expires = message.HasField("expire_time")
-    return types.SessionInfo(
+    return reports.SessionInfo(
         id=message.id,
         name=message.name,
         model_id=message.model_id,
@@ -347,7 +347,7 @@ def session_from_proto(message: session_pb.Session) -> types.SessionInfo:
     )
 
 
-def server_info_to_proto(info: types.ServerInfo) -> session_pb.GetServerInfoResponse:
+def server_info_to_proto(info: reports.ServerInfo) -> session_pb.GetServerInfoResponse:
     """Convert a server's description."""
     return session_pb.GetServerInfoResponse(
         version=info.version,
@@ -362,13 +362,13 @@ def server_info_to_proto(info: types.ServerInfo) -> session_pb.GetServerInfoResp
 
 def server_info_from_proto(
     message: session_pb.GetServerInfoResponse,
-) -> types.ServerInfo:
+) -> reports.ServerInfo:
     """Convert a server's description."""
-    return types.ServerInfo(
+    return reports.ServerInfo(
         version=message.version,
         torch_version=message.torch_version,
-        limits=_same_names(types.Limits, message.limits),
-        devices=tuple(_same_names(types.DeviceInfo, d) for d in message.devices),
+        limits=_same_names(reports.Limits, message.limits),
+        devices=tuple(_same_names(reports.DeviceInfo, d) for d in message.devices),
         builders=tuple(message.builders),
         capabilities=tuple(message.capabilities),
         datasets=tuple(message.datasets),
@@ -377,9 +377,9 @@ def server_info_from_proto(
 
 def result_from_proto(
     header: curvature_pb.ResultHeader, summary: curvature_pb.ResultSummary
-) -> types.ResultInfo:
+) -> reports.ResultInfo:
     """Read where a result comes from, and what it cost."""
-    return types.ResultInfo(
+    return reports.ResultInfo(
         version=header.version,
         parameters_digest=header.parameters_digest,
         model_id=header.model_id,
@@ -403,9 +403,9 @@ def probe_to_proto(probe: types.Probe) -> curvature_pb.ProbeOperand:
     )
 
 
-def vector_from_proto(message: curvature_pb.StoredVector) -> types.StoredVector:
+def vector_from_proto(message: curvature_pb.StoredVector) -> reports.StoredVector:
     """Read what is known of a stored vector."""
-    return types.StoredVector(
+    return reports.StoredVector(
         name=message.name,
         shape=tuple(message.shape),
         dtype=message.dtype,

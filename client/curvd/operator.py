@@ -15,14 +15,8 @@ from curvd._tensors import TensorStream
 from curvd.arrays import Operand, operand, vector_dtype
 from curvd.errors import InvalidSpec, InvalidVector
 from curvd.queries import QueryMethods
-from curvd.types import (
-    OperatorSpec,
-    ParameterLayout,
-    Probe,
-    ResultInfo,
-    SessionInfo,
-    StoredVector,
-)
+from curvd.reports import ResultInfo, SessionInfo, StoredVector
+from curvd.types import OperatorSpec, ParameterLayout, Probe
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator

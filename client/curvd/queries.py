@@ -10,6 +10,7 @@ from curvd._connection import AsyncConnection, Connection
 from curvd._query_calls import Observe, QueryCall
 from curvd._query_requests import Queries
 from curvd.progress import watched
+from curvd.reports import StoredVector
 from curvd.results import (
     Density,
     DiagonalEstimate,
@@ -18,7 +19,7 @@ from curvd.results import (
     LogDeterminant,
     Solution,
 )
-from curvd.types import Estimator, Solver, StoredVector, Which
+from curvd.types import Estimator, Solver, Which
 
 T = TypeVar("T")
 P = ParamSpec("P")

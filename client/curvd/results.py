@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curvd.types import PlanReport, Stop, StoredVector
+from curvd.reports import PlanReport, StoredVector
+from curvd.types import Stop
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

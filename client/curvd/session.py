@@ -14,7 +14,8 @@ from curvd.arrays import Layout, operand
 from curvd.errors import SessionNotFound, VectorNotFound
 from curvd.operator import RemoteOperator
 from curvd.progress import shown
-from curvd.types import OperatorSpec, SessionInfo, StoredVector
+from curvd.reports import SessionInfo, StoredVector
+from curvd.types import OperatorSpec
 
 
 class Session(SessionBase[RemoteOperator]):

@@ -21,8 +21,8 @@ from grpc_reflection.v1alpha import reflection
 
 from curvd.allocator import tune_allocator
 from curvd.errors import FailedPrecondition
+from curvd.reports import ServerInfo
 from curvd.rpcs import RPCS
-from curvd.types import ServerInfo
 from curvd_server import compute, logs
 from curvd_server.batching import Batcher
 from curvd_server.catalogue import Catalogue

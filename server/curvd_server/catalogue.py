@@ -17,7 +17,8 @@ from typing import Any
 
 from curvd import convert
 from curvd.errors import DatasetNotFound, FailedPrecondition, ModelNotFound
-from curvd.types import DatasetInfo, ModelInfo, SerializedGraph, SessionInfo
+from curvd.reports import DatasetInfo, ModelInfo, SessionInfo
+from curvd.types import SerializedGraph
 from curvd.v1 import session_service_pb2 as session_pb
 
 SCHEMA_VERSION = 2

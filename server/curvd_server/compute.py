@@ -18,16 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvd.errors import InvalidSpec, OutOfMemory
+from curvd.reports import DeviceInfo, PlanReport
 from curvd.types import (
     DatasetSpec,
-    DeviceInfo,
     Dtype,
     LossSpec,
     Mode,
     ModelSpec,
     OperatorSpec,
     ParameterLayout,
-    PlanReport,
 )
 from curvd_server import engine
 from curvd_server.compilation import Compiler

@@ -11,8 +11,8 @@ from pathlib import Path
 import grpc
 
 from curvd.errors import InvalidSpec
+from curvd.reports import Limits
 from curvd.tensorfile import MAX_HEADER_BYTES
-from curvd.types import Limits
 
 DEFAULT_LISTEN = "127.0.0.1:50551"
 MESSAGE_BYTES = 4 << 20

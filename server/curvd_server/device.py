@@ -10,16 +10,15 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from curvd.reports import DeviceInfo, PlanReport
 from curvd.types import (
     DatasetSpec,
-    DeviceInfo,
     Dtype,
     LossSpec,
     Mode,
     ModelSpec,
     OperatorSpec,
     ParameterLayout,
-    PlanReport,
 )
 from curvd_server.registration import Architecture
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from curvd.errors import InvalidVector, OutOfMemory
-from curvd.types import OperatorSpec, PlanReport
+from curvd.reports import PlanReport
+from curvd.types import OperatorSpec
 from curvd_server.compilation import Compiler, Job
 from curvd_server.curvature import MODES, Linearisation, block_ranges, kept_bytes
 from curvd_server.data import Array

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from curvd.types import OperatorSpec, PlanReport
+from curvd.reports import PlanReport
+from curvd.types import OperatorSpec
 from curvd_server.batching import Batcher, Done
 from curvd_server.device import Array, Operator, Poll, Problem
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from curvd.errors import BuilderNotFound, CurvdError, InvalidSpec
-from curvd.types import ModelSpec, TensorInfo
+from curvd.reports import TensorInfo
+from curvd.types import ModelSpec
 from curvd_server import builders, libraries
 from curvd_server.graph.decode import decode
 from curvd_server.graph.dryrun import dry_run

@@ -24,15 +24,9 @@ from curvd.errors import (
     ModelNotFound,
     StateMismatch,
 )
+from curvd.reports import DatasetInfo, ModelInfo, TensorInfo
 from curvd.tensorfile import Header
-from curvd.types import (
-    DatasetInfo,
-    DatasetSpec,
-    ModelInfo,
-    ModelSpec,
-    SerializedGraph,
-    TensorInfo,
-)
+from curvd.types import DatasetSpec, ModelSpec, SerializedGraph
 from curvd.v1 import graph_pb2 as graph_pb
 from curvd_server.catalogue import Catalogue, StoredDataset, StoredModel
 from curvd_server.graph.decode import canonical

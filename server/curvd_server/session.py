@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from curvd.errors import Cancelled, VersionMismatch
-from curvd.types import OperatorSpec, SessionInfo, SessionState
+from curvd.reports import SessionInfo, SessionState
+from curvd.types import OperatorSpec
 from curvd_server.batching import Batcher
 from curvd_server.catalogue import Catalogue, StoredSession, StoredVersion
 from curvd_server.config import LimitsConfig

@@ -10,15 +10,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
 from curvd.errors import LimitExceeded, SessionNotFound
-from curvd.types import (
-    Dtype,
-    LossSpec,
-    Mode,
-    OperatorSpec,
-    ParameterLayout,
-    SessionInfo,
-    SessionState,
-)
+from curvd.reports import SessionInfo, SessionState
+from curvd.types import Dtype, LossSpec, Mode, OperatorSpec, ParameterLayout
 from curvd_server.catalogue import StoredSession, StoredVersion
 from curvd_server.session import (
     Facilities,

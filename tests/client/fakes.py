@@ -12,7 +12,7 @@ from concurrent import futures
 import grpc
 import numpy as np
 
-from curvd import convert, tensorfile, types, wire
+from curvd import convert, reports, tensorfile, types, wire
 from curvd.errors import (
     CurvdError,
     ResultNotKept,
@@ -34,7 +34,7 @@ MATRIX = _HALF + _HALF.T
 GRADIENT = np.arange(P, dtype=np.float64)
 LOSS = 0.25
 
-PLAN = types.PlanReport(
+PLAN = reports.PlanReport(
     mode="known_matrix",
     columns_at_once=8,
     batches=4,
@@ -46,10 +46,10 @@ PLAN = types.PlanReport(
     seconds_per_product=1e-6,
     peak_bytes=4096,
 )
-INFO = types.ServerInfo(
+INFO = reports.ServerInfo(
     version="0.0.0",
     torch_version="none",
-    limits=types.Limits(
+    limits=reports.Limits(
         upload_bytes=1 << 30,
         operand_bytes=1 << 30,
         header_bytes=1 << 20,
@@ -59,7 +59,7 @@ INFO = types.ServerInfo(
         default_budget_bytes=1 << 20,
     ),
     devices=(
-        types.DeviceInfo(
+        reports.DeviceInfo(
             name="cpu", description="a fake", total_bytes=1 << 30, free_bytes=1 << 29
         ),
     ),
@@ -127,7 +127,7 @@ class FakeService:
         if isinstance(upload, session_pb.UploadNeeded):
             yield session_pb.RegisterModelResponse(upload_needed=upload)
             return
-        info = types.ModelInfo(
+        info = reports.ModelInfo(
             id=hashlib.sha256(header.SerializeToString()).hexdigest()[:8],
             spec=types.ModelSpec(
                 builder=header.builder,
@@ -141,7 +141,7 @@ class FakeService:
     def RegisterDataset(self, parts):
         header = next(parts).header
         if header.name:
-            info = types.DatasetInfo(
+            info = reports.DatasetInfo(
                 id="d0",
                 spec=convert.dataset_spec_from_proto(header),
                 tensors=(),
@@ -157,7 +157,7 @@ class FakeService:
             yield session_pb.RegisterDatasetResponse(upload_needed=upload)
             return
         spec = convert.dataset_spec_from_proto(header)
-        info = types.DatasetInfo(
+        info = reports.DatasetInfo(
             id="d" + header.tensors.digest[:8],
             spec=spec,
             tensors=_tensors(upload),
@@ -176,7 +176,7 @@ class FakeService:
     def _create(self, request):
         session_id = "" if request.validate_only else f"s{len(self.sessions)}"
         operators = [convert.operator_from_proto(o) for o in request.operators]
-        info = types.SessionInfo(
+        info = reports.SessionInfo(
             id=session_id,
             name=request.name,
             model_id=request.model_id,
@@ -192,7 +192,7 @@ class FakeService:
             device="cpu",
             budget_bytes=request.budget_bytes,
             operators=tuple((o, PLAN) for o in operators or [types.OperatorSpec()]),
-            state=types.SessionState.READY,
+            state=reports.SessionState.READY,
             create_time_s=1.0,
             params=tuple(request.params),
             expire_time_s=(
@@ -477,7 +477,7 @@ def operator_matrix(spec):
 
 def _tensors(arrays):
     return tuple(
-        types.TensorInfo(name, t.dtype, t.shape)
+        reports.TensorInfo(name, t.dtype, t.shape)
         for name, t in tensorfile.header_of(arrays).items()
     )
 

@@ -9,16 +9,8 @@ import numpy as np
 
 from curvd import wire
 from curvd.errors import BuilderNotFound, Cancelled
-from curvd.types import (
-    DatasetSpec,
-    DeviceInfo,
-    LossName,
-    LossSpec,
-    ModelSpec,
-    ParameterLayout,
-    PlanReport,
-    TensorInfo,
-)
+from curvd.reports import DeviceInfo, PlanReport, TensorInfo
+from curvd.types import DatasetSpec, LossName, LossSpec, ModelSpec, ParameterLayout
 from curvd_server.batching import Batcher
 from curvd_server.catalogue import Catalogue
 from curvd_server.config import LimitsConfig

@@ -31,8 +31,9 @@ from curvd.errors import (
     Unauthenticated,
     Unavailable,
 )
+from curvd.reports import ModelInfo
 from curvd.rpcs import RPCS
-from curvd.types import ModelInfo, ModelSpec
+from curvd.types import ModelSpec
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.app import running, serve_in_thread
 from curvd_server.catalogue import Catalogue, StoredModel

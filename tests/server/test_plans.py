@@ -12,14 +12,7 @@ from server.zoo import ANIMALS, Animal
 from torch import nn
 
 from curvd.errors import CurvatureUnverified, InvalidSpec
-from curvd.types import (
-    DatasetSpec,
-    Dtype,
-    LossSpec,
-    Mode,
-    ModelSpec,
-    OperatorSpec,
-)
+from curvd.types import DatasetSpec, Dtype, LossSpec, Mode, ModelSpec, OperatorSpec
 from curvd_server import candidates, compute, plans, program
 from curvd_server.builders import BUILDERS
 from curvd_server.candidates import Plan, Stopwatch

@@ -17,7 +17,8 @@ from curvd.errors import (
     StateMismatch,
     VersionMismatch,
 )
-from curvd.types import OperatorKind, OperatorSpec, SessionState
+from curvd.reports import SessionState
+from curvd.types import OperatorKind, OperatorSpec
 from curvd_server.session import Update
 
 HESSIAN = OperatorSpec()

@@ -12,9 +12,10 @@ from google.protobuf.duration_pb2 import Duration
 
 from curvd import convert
 from curvd.errors import CurvdError, DatasetNotFound, InvalidSpec
+from curvd.reports import ServerInfo, SessionInfo
 from curvd.rpcs import Part
 from curvd.selection import check_patterns
-from curvd.types import DatasetSpec, ServerInfo, SessionInfo
+from curvd.types import DatasetSpec
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.mounts import Mounts
