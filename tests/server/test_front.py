@@ -1,6 +1,7 @@
 """One port: our clients are answered without a copy, all others by grpcio."""
 
 import contextlib
+import errno
 import socket
 import ssl
 
@@ -178,6 +179,23 @@ def test_a_socket_that_a_dead_server_left_is_in_nobodys_way(tmp_path):
     with serving(tmp_path, listen=f"unix:{path}") as target:
         check(product(target, "direct"))
     assert not path.exists()
+
+
+def test_a_name_is_served_at_those_of_its_addresses_that_there_are(
+    tmp_path, monkeypatch
+):
+    def without_ipv6(address, *, family, **options):
+        if family == socket.AF_INET6:
+            raise OSError(errno.EADDRNOTAVAIL, "there is no IPv6")
+        return create(address, family=family, **options)
+
+    create = socket.create_server
+    monkeypatch.setattr(listening.socket, "create_server", without_ipv6)
+    with serving(tmp_path, listen="localhost:0") as target:
+        check(product(target, "direct"))
+    with pytest.raises(curvd.InvalidSpec, match="not of this machine"):
+        with serving(tmp_path, listen="[::1]:0"):
+            pass
 
 
 def test_a_file_that_is_no_socket_is_not_removed(tmp_path):

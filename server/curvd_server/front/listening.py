@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import socket
@@ -26,6 +27,8 @@ _GREETING_S = 10.0
 _LOOK_S = 0.01
 """Pause before looking again at a greeting that is cut."""
 _BACKLOG = 128
+_NOT_OURS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+"""Of several addresses of one name, those of other machines or protocols."""
 
 _NUMBERS = itertools.count(1)
 """Unix sockets do not tell their peers apart."""
@@ -164,7 +167,7 @@ class Front:
 
 
 async def _bound(listen: str) -> list[socket.socket]:
-    """Take an address: one socket for each that a name stands for."""
+    """Take an address: one socket for each that a name stands for and that is ours."""
     if listen.startswith(("unix:", "unix-abstract:")):
         return [_bound_unix(listen)]
     host, _, port = listen.rpartition(":")
@@ -173,22 +176,28 @@ async def _bound(listen: str) -> list[socket.socket]:
         host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
     sockets: list[socket.socket] = []
-    try:
-        for family, _, _, _, address in dict.fromkeys(found):
-            if sockets and not int(port):  # the port that the first one got
-                address = (address[0], sockets[0].getsockname()[1], *address[2:])
+    missing: OSError | None = None
+    for family, _, _, _, address in dict.fromkeys(found):
+        if sockets and not int(port):  # the port that the first one got
+            address = (address[0], sockets[0].getsockname()[1], *address[2:])
+        try:
             sock = socket.create_server(
                 address,
                 family=family,
                 backlog=_BACKLOG,
                 dualstack_ipv6=host == "[::]",
             )
-            sock.setblocking(False)
-            sockets.append(sock)
-    except OSError:
-        for sock in sockets:
-            sock.close()
-        raise
+        except OSError as error:
+            missing = error
+            if error.errno in _NOT_OURS:
+                continue  # localhost is ::1, too, where there is no IPv6
+            for sock in sockets:
+                sock.close()
+            raise
+        sock.setblocking(False)
+        sockets.append(sock)
+    if not sockets and missing is not None:
+        raise missing
     return sockets
 
 
