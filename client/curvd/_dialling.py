@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from curvd.config import Pem, TlsConfig, pem
 from curvd.http2.frames import RECOGNISED
-from curvd.http2.sockets import tune
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,6 @@ def dial(address: Address, timeout: float | None) -> socket.socket:
         except OSError:
             sock.close()
             raise
-    tune(sock)
     return sock
 
 

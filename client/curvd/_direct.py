@@ -110,9 +110,21 @@ class _Lines:
             The connection.
 
         Raises:
-            Ended: If the client is closed.
-            OSError: If nobody is there.
+            Ended: If nobody is there, or the client is closed.
         """
+        try:
+            line = self._connected(timeout_s)
+        except OSError as error:
+            raise self._lost(error) from error
+        with self._lock:
+            self._busy.add(line)
+            closed = self._closed
+        if closed:
+            self.put(line)
+            raise _closed()
+        return line
+
+    def _connected(self, timeout_s: float | None) -> Line:
         longest = self._config.keepalive_timeout_s
         patience_s = longest if timeout_s is None else min(timeout_s, longest)
         sock = dial(self._address, max(1e-3, patience_s))
@@ -125,17 +137,35 @@ class _Lines:
                     sock, server_hostname=name or "localhost"
                 )
             sock.setblocking(False)
-            line = Line(sock, client=True)
+            return Line(sock, client=True)
         except BaseException:
             sock.close()
             raise
-        with self._lock:
-            self._busy.add(line)
-            closed = self._closed
-        if closed:
+
+    @contextlib.contextmanager
+    def at_work(
+        self, steps: Generator[Any, None, None], line: Line
+    ) -> Iterator[Generator[Any, None, None]]:
+        """Give a connection back when its call is over, however that ends.
+
+        Args:
+            steps: The call.
+            line: Its connection.
+
+        Yields:
+            The call.
+
+        Raises:
+            Ended: In place of what says that the connection is gone.
+        """
+        try:
+            with contextlib.closing(steps):
+                yield steps
+        except (Broken, OSError) as error:
+            line.leaving = True
+            raise self._lost(error) from error
+        finally:
             self.put(line)
-            raise _closed()
-        return line
 
     def put(self, line: Line) -> None:
         """Give a connection back; one that is of no use any more is closed."""
@@ -162,15 +192,7 @@ class _Lines:
             with contextlib.suppress(OSError):
                 line.sock.shutdown(socket.SHUT_RDWR)
 
-    def lost(self, error: Exception) -> Ended:
-        """Say that a connection is gone.
-
-        Args:
-            error: How it was noticed.
-
-        Returns:
-            The error to raise.
-        """
+    def _lost(self, error: Exception) -> Ended:
         if self._closed:
             return _closed()
         return Ended(StatusCode.UNAVAILABLE, str(error) or type(error).__name__)
@@ -208,25 +230,16 @@ class DirectChannel:
         if first is None:
             return
         terms = self._lines.terms(rpc, timeout_s)
-        try:
-            line = self._lines.take() or self._lines.connect(timeout_s)
-            try:
-                request = itertools.chain((first,), parts)
-                with contextlib.closing(
-                    exchange(line, rpc, request, room, terms)
-                ) as steps:
-                    for step in steps:
-                        if not isinstance(step, Wait):
-                            yield step
-                        elif not line.more:
-                            _wait(line.sock, step)
-            except BaseException:
-                line.leaving = True
-                raise
-            finally:
-                self._lines.put(line)
-        except (Broken, OSError) as error:
-            raise self._lines.lost(error) from error
+        line = self._lines.take() or self._lines.connect(timeout_s)
+        request = itertools.chain((first,), parts)
+        with self._lines.at_work(
+            exchange(line, rpc, request, room, terms), line
+        ) as steps:
+            for step in steps:
+                if not isinstance(step, Wait):
+                    yield step
+                elif not line.more:
+                    _wait(line.sock, step)
 
     def close(self) -> None:
         """Close all connections; calls under way are cancelled."""
@@ -265,27 +278,18 @@ class AsyncDirectChannel:
         if first is None:
             return
         terms = self._lines.terms(rpc, timeout_s)
-        try:
-            line = self._lines.take()
-            if line is None:
-                line = await asyncio.to_thread(self._lines.connect, timeout_s)
-            try:
-                request = itertools.chain((first,), parts)
-                with contextlib.closing(
-                    exchange(line, rpc, request, room, terms)
-                ) as steps:
-                    for step in steps:
-                        if not isinstance(step, Wait):
-                            yield step
-                        elif not line.more:
-                            await _ready(line.sock, step)
-            except BaseException:
-                line.leaving = True
-                raise
-            finally:
-                self._lines.put(line)
-        except (Broken, OSError) as error:
-            raise self._lines.lost(error) from error
+        line = self._lines.take()
+        if line is None:
+            line = await asyncio.to_thread(self._lines.connect, timeout_s)
+        request = itertools.chain((first,), parts)
+        with self._lines.at_work(
+            exchange(line, rpc, request, room, terms), line
+        ) as steps:
+            for step in steps:
+                if not isinstance(step, Wait):
+                    yield step
+                elif not line.more:
+                    await _ready(line.sock, step)
 
     async def close(self) -> None:
         """Close all connections; calls under way are cancelled."""

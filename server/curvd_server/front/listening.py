@@ -90,12 +90,9 @@ class Front:
         """
         for link in list(self._links):
             link.leave()
-        if self._tasks:
-            links = [asyncio.ensure_future(link.gone.wait()) for link in self._links]
-            if links:
-                _, late = await asyncio.wait(links, timeout=grace_s)
-                for waiter in late:
-                    waiter.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await asyncio.gather(*(link.gone.wait() for link in self._links))
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -42,7 +42,7 @@ _MESSAGE_BYTES = (4 << 20) - (64 << 10)
 """Tensors in one message: gRPC's peers take 4 MiB by default, headers included."""
 _SMALL_BYTES = 1 << 20
 """Up to here, work on an array is quicker than handing it to a thread."""
-_SOON_SENT_BYTES = 16 << 20
+_SOON_SENT_BYTES = 32 << 20
 """A result up to here may be lost in buffers on its way, although all of it was sent;
 a larger one is kept only until then."""
 
