@@ -292,5 +292,25 @@ def load(
     return {name: tensor.view(payload) for name, tensor in assembler.finish().items()}
 
 
+def whole(file: memoryview) -> tuple[Header, memoryview] | None:
+    """Take a file apart that is in one piece, without copying.
+
+    Args:
+        file: All of its bytes.
+
+    Returns:
+        The header and the payload; None if it is not exactly one file, of which
+        `Assembler` tells what is wrong.
+
+    Raises:
+        InvalidTensors: If the header is malformed.
+    """
+    start = 8 + int.from_bytes(file[:8], "little")
+    if not 8 < start <= min(file.nbytes, MAX_HEADER_BYTES):
+        return None
+    header, payload = load_header(bytes(file[8:start])), file[start:]
+    return (header, payload) if payload.nbytes == payload_bytes(header) else None
+
+
 def _joined(views: list[memoryview]) -> memoryview:
     return views[0] if len(views) == 1 else memoryview(b"".join(views))

@@ -76,6 +76,9 @@ class KeptResults(Generic[T]):
         """Memory that is held."""
         return self._bytes
 
+    def __contains__(self, key: Key) -> bool:
+        return key in self._entries
+
     def put(
         self, key: Key, content: Content, value: T, nbytes: int, caller: str = ""
     ) -> None:

@@ -69,7 +69,8 @@ class Lease:
     """A session at one version; it stays valid as long as it is held."""
 
     info: SessionInfo
-    """Its layout is that of the operator, if one was asked for."""
+    """As it is stored: what changes by the minute is left out. Its layout is that of
+    the operator, if one was asked for."""
     problem: Problem
     operator: Operator | None
     """The one that was asked for, built."""
@@ -164,20 +165,22 @@ class Session:
         self, operator: OperatorSpec | None, expected_version: int | None
     ) -> AsyncIterator[Lease]:
         """Use it at its current version; see `SessionStore.lease`."""
-        async with contextlib.AsyncExitStack() as stack:
-            await stack.enter_async_context(self._used())
-            async with self._lock:
-                self._check_version(expected_version)
-                problem, built = await self.warm(), None
-                if operator is not None:
-                    built = await self.live.acquire(operator)
-                    stack.callback(self.live.release, built)
-                info = self.info()
-                if operator is not None:
-                    layout = info.layout.of_operator(operator)
-                    info = replace(info, layout=layout)
-            ready = built.operator if built else None
-            yield Lease(info, problem, ready, self.vectors)
+        async with self._used():
+            built = None
+            try:
+                async with self._lock:
+                    self._check_version(expected_version)
+                    problem, info = await self.warm(), self.stored.info
+                    if operator is not None:
+                        built = await self.live.acquire(operator)
+                        layout = info.layout.of_operator(operator)
+                        if layout is not info.layout:
+                            info = replace(info, layout=layout)
+                ready = built.operator if built else None
+                yield Lease(info, problem, ready, self.vectors)
+            finally:
+                if built is not None:
+                    self.live.release(built)
 
     async def made_by(self, update: Update) -> StoredVersion | None:
         """Find the version that the same request made; see `SessionStore.made_by`."""

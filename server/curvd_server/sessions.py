@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import weakref
-from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 
 from curvd.errors import LimitExceeded, SessionNotFound
@@ -151,14 +150,13 @@ class SessionStore:
             finally:
                 self._being_made -= 1
 
-    @contextlib.asynccontextmanager
-    async def lease(
+    def lease(
         self,
         session_id: str,
         *,
         operator: OperatorSpec | None = None,
         expected_version: int | None = None,
-    ) -> AsyncIterator[Lease]:
+    ) -> AbstractAsyncContextManager[Lease]:
         """Use a session at its current version.
 
         The version stays valid as long as the lease is held, whatever is updated
@@ -169,17 +167,15 @@ class SessionStore:
             operator: Build this one first, unless it is there.
             expected_version: Refuse another version.
 
-        Yields:
-            The session's version.
+        Returns:
+            A context that gives the session's version; entering it raises
+            VersionMismatch if it is at another one, leaving it Cancelled if the session
+            was deleted meanwhile.
 
         Raises:
             SessionNotFound: If there is none.
-            VersionMismatch: If it is at another version.
-            Cancelled: If it was deleted meanwhile.
         """
-        session = self._find(session_id)
-        async with session.lease(operator, expected_version) as lease:
-            yield lease
+        return self._find(session_id).lease(operator, expected_version)
 
     async def made_by(self, session_id: str, update: Update) -> StoredVersion | None:
         """Find the version that the same request made before.

@@ -21,6 +21,8 @@ from curvd_server.config import LimitsConfig
 
 LONGEST_TEXT = 128
 """Characters of a name or a request id."""
+MESSAGE_BYTES = (4 << 20) - (64 << 10)
+"""Tensors in one message: gRPC's peers take 4 MiB by default, headers included."""
 
 
 def vector_dtype(dtype: Dtype) -> np.dtype[Any]:
@@ -182,6 +184,23 @@ def check_shape(
             )
             raise LimitExceeded(msg, value=value, limit=limit)
     return columns
+
+
+def check_message(nbytes: int) -> None:
+    """Refuse a result that does not fit into one message.
+
+    Args:
+        nbytes: Its size.
+
+    Raises:
+        LimitExceeded: If it is larger.
+    """
+    if nbytes > MESSAGE_BYTES:
+        msg = (
+            f"the result has {nbytes} bytes; one message holds {MESSAGE_BYTES} at "
+            "most. Use MatVec or MatMat, or store_as"
+        )
+        raise LimitExceeded(msg, nbytes=nbytes, limit=MESSAGE_BYTES)
 
 
 def check_finite(

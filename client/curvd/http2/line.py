@@ -107,7 +107,9 @@ class Line:
             end: Whether nothing follows.
         """
         stream.outbox.extend(view for view in views if view.nbytes)
-        if end:
+        if end and stream.outbox and isinstance(stream.outbox[-1], memoryview):
+            stream.finishing = stream.closed = True
+        elif end:
             last = frames.frame(Kind.DATA, frames.END_STREAM, stream.number)
             stream.outbox.append(last)
             stream.closed = True

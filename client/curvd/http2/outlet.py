@@ -116,7 +116,8 @@ class Outlet:
                 outbox.popleft()
             views.append(piece)
             total += piece.nbytes
-        head = frames.head(total, Kind.DATA, 0, stream.number)
+        flags = frames.END_STREAM if stream.finishing and not outbox else 0
+        head = frames.head(total, Kind.DATA, flags, stream.number)
         if views[0].nbytes < _SMALL_BYTES:
             views[0] = memoryview(head + views[0])
         else:

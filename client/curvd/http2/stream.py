@@ -40,6 +40,8 @@ class Stream:
         """What waits for its turn: data as views, whole frames as bytes."""
         self.inbox: deque[tuple[Any, int]] = deque()
         """Parts that came, and their bytes."""
+        self.finishing = False
+        """The data that waits is the last."""
         self.used = 0
         """Bytes that were used, and of which the peer was not told yet."""
         self.reader: Reader | None = None

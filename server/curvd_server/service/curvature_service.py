@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,22 +12,25 @@ from curvd import convert
 from curvd.buffers import Pool
 from curvd.errors import InvalidSpec, ResultNotKept
 from curvd.rpcs import RPCS, Framed, Part
+from curvd.types import OperatorSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd_server import validate
 from curvd_server.batching import Batcher
 from curvd_server.config import LimitsConfig
 from curvd_server.kept import KeptResults
-from curvd_server.service import stored
+from curvd_server.service import small, stored
 from curvd_server.service.handlers import CALLER, Chunks, Send, opened
 from curvd_server.service.outcomes import (
     Kept,
     content_of,
     header_of,
     send_kept,
+    settled,
     summary_of,
 )
 from curvd_server.service.products import Product, Tools
 from curvd_server.service.results import Format, Sender
+from curvd_server.session import Lease
 from curvd_server.sessions import SessionStore
 
 
@@ -70,22 +72,18 @@ class CurvatureService:
     async def multiply(self, request: Framed) -> Framed:
         """Multiply few bytes, in one message each way."""
         header = request.message.header
+        self._begin(header)
         if header.HasField("resume"):
             msg = "Multiply has nothing to resume: its result is one message"
             raise InvalidSpec(msg, field="resume")
-        response = RPCS["Multiply"].response.message()
-        file: list[memoryview] = []
-
-        async def collect(part: Part) -> None:
-            if isinstance(part, memoryview):
-                file.append(part)
-            else:
-                response.MergeFrom(part)
-
-        (tensors,) = request.tensors
-        chunks = Chunks(_nothing(), tensors if tensors.nbytes else None)
-        await self._product(header, chunks, collect, "Multiply", matrix=None)
-        return Framed(response, tuple(file))
+        (file,) = request.tensors
+        async with self._asked(header, "Multiply") as (lease, spec, format_):
+            columns = small.operand(header, file, lease, self._tools)
+            if columns is not None:
+                return await small.multiply(
+                    header, columns, lease, spec, self._tools, format_
+                )
+            return await self._collected(header, file, lease, spec, format_)
 
     async def gradient(self, request: curvature_pb.GradientRequest, send: Send) -> None:
         """Compute the objective and its gradient."""
@@ -101,7 +99,7 @@ class CurvatureService:
                     lambda cancelled: lease.problem.gradient(cancelled=cancelled),
                     lane=lease.info.id,
                 )
-                done = await asyncio.wrap_future(ticket)
+                done = await settled(ticket)
                 loss, gradient = done.value
                 header = header_of(lease, loss=loss)
                 await sender.whole(header, gradient, summary_of([done]))
@@ -155,12 +153,9 @@ class CurvatureService:
         send: Send,
         name: str,
         *,
-        matrix: bool | None,
+        matrix: bool,
     ) -> None:
-        _bind(header)
-        self._kept.received(CALLER.get(), (header.session_id, header.request_id))
-        if header.store_as:
-            validate.check_text(header.store_as, "store_as")
+        self._begin(header)
         source = header.operand.WhichOneof("source") or "inline"
         if header.HasField("resume") and source == "inline":
             first = await anext(chunks, None)
@@ -168,17 +163,55 @@ class CurvatureService:
                 await self._take_up(header, send, name)
                 return
             chunks.put_back(first)
-        spec = convert.operator_from_proto(header.operator)
         async with (
-            self._sessions.lease(
-                header.session_id, operator=spec, expected_version=_expected(header)
-            ) as lease,
+            self._asked(header, name) as (lease, spec, format_),
             contextlib.AsyncExitStack() as stack,
         ):
-            dtype = validate.vector_dtype(lease.info.dtype)
-            format_ = Format.of(header, RPCS[name].response.message, dtype)
             product = Product(header, lease, spec, self._tools, format_, matrix, stack)
             await product.run(chunks, send)
+
+    def _begin(self, header: curvature_pb.ProductHeader) -> None:
+        _bind(header)
+        self._kept.received(CALLER.get(), (header.session_id, header.request_id))
+
+    async def _collected(
+        self,
+        header: curvature_pb.ProductHeader,
+        file: memoryview,
+        lease: Lease,
+        spec: OperatorSpec,
+        format_: Format,
+    ) -> Framed:
+        """Make a stream of one message, and one message of the answer."""
+        response = RPCS["Multiply"].response.message()
+        sent: list[memoryview] = []
+
+        async def collect(part: Part) -> None:
+            if isinstance(part, memoryview):
+                sent.append(part)
+            else:
+                response.MergeFrom(part)
+
+        chunks = Chunks(_nothing(), file if file.nbytes else None)
+        async with contextlib.AsyncExitStack() as stack:
+            product = Product(header, lease, spec, self._tools, format_, None, stack)
+            await product.run(chunks, collect)
+        return Framed(response, tuple(sent))
+
+    @contextlib.asynccontextmanager
+    async def _asked(
+        self, header: curvature_pb.ProductHeader, name: str
+    ) -> AsyncIterator[tuple[Lease, OperatorSpec, Format]]:
+        """Find what a product is asked from, and how its result travels."""
+        if header.store_as:
+            validate.check_text(header.store_as, "store_as")
+        spec = convert.operator_from_proto(header.operator)
+        async with self._sessions.lease(
+            header.session_id, operator=spec, expected_version=_expected(header)
+        ) as lease:
+            dtype = validate.vector_dtype(lease.info.dtype)
+            message = RPCS[name].response.message
+            yield lease, spec, Format.of(header, message, dtype)
 
     async def _take_up(
         self, header: curvature_pb.ProductHeader, send: Send, name: str

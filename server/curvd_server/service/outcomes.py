@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from curvd import convert
+from curvd.errors import Internal
+from curvd.types import OperatorSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
-from curvd_server.batching import Done
+from curvd_server.batching import Done, Ticket
 from curvd_server.kept import Content
 from curvd_server.service.results import Format, Sender
 from curvd_server.session import Lease
 
+T = TypeVar("T")
 Columns = NDArray[Any]
 
 
@@ -60,6 +64,57 @@ async def send_kept(
         await sender.head(kept.header, kept.rows.shape, offset)
     await sender.rows(kept.rows, offset)
     await sender.end(kept.summary)
+
+
+async def settled(ticket: Ticket[T]) -> Done[T]:
+    """Wait for the device; whoever stops waiting gives up.
+
+    `asyncio.wrap_future` does the same, and takes twice as long to wake the loop.
+
+    Args:
+        ticket: From the queue.
+
+    Returns:
+        Its result.
+    """
+    loop = asyncio.get_running_loop()
+    over = asyncio.Event()
+    ticket.add_done_callback(lambda ticket: loop.call_soon_threadsafe(over.set))
+    try:
+        await over.wait()
+    except asyncio.CancelledError:
+        ticket.cancel()
+        raise
+    return ticket.result()
+
+
+def shifted(
+    rows: Columns, columns: Columns, spec: OperatorSpec, out: Columns | None = None
+) -> Columns:
+    """Make ``scale * A v + damping * v`` of ``A v``.
+
+    Args:
+        rows: ``A v``: [K, P]
+        columns: ``v``: [K, P]
+        spec: Scale and damping.
+        out: Memory for it, perhaps that of `columns`; None: fresh, if it is needed.
+
+    Returns:
+        [K, P]; `rows` itself if there is nothing to do.
+    """
+    if rows.shape != columns.shape or rows.dtype != columns.dtype:
+        msg = f"a product {columns.dtype} {columns.shape} became {rows.dtype} {rows.shape}"
+        raise Internal(msg)
+    if not is_shifted(spec):
+        return rows
+    out = np.multiply(columns, spec.damping, out=out)
+    out += rows * spec.scale
+    return out
+
+
+def is_shifted(spec: OperatorSpec) -> bool:
+    """Tell whether `shifted` has something to do."""
+    return spec.scale != 1.0 or spec.damping != 0.0
 
 
 def header_of(

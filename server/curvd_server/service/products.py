@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 from collections import deque
 from collections.abc import AsyncIterator
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from curvd import narrow, tensorfile, wire
 from curvd.buffers import Buffer, Pool
-from curvd.errors import Internal, InvalidSpec, LimitExceeded
+from curvd.errors import InvalidSpec
 from curvd.types import OperatorSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd_server import operands, validate
@@ -27,7 +28,10 @@ from curvd_server.service.outcomes import (
     Kept,
     content_of,
     header_of,
+    is_shifted,
     send_kept,
+    settled,
+    shifted,
     summary_of,
 )
 from curvd_server.service.results import Format, Sender
@@ -38,8 +42,6 @@ Columns = NDArray[Any]
 
 _BLOCKS = 2
 """Column blocks of one call under way: one computes while another travels."""
-_MESSAGE_BYTES = (4 << 20) - (64 << 10)
-"""Tensors in one message: gRPC's peers take 4 MiB by default, headers included."""
 _SMALL_BYTES = 1 << 20
 """Up to here, work on an array is quicker than handing it to a thread."""
 _SOON_SENT_BYTES = 32 << 20
@@ -231,12 +233,8 @@ class Product:
         nbytes = columns * column_bytes
         if self._request.store_as:
             self._lease.vectors.check_room(self._request.store_as, nbytes)
-        elif self._matrix is None and nbytes > _MESSAGE_BYTES:
-            msg = (
-                f"the result has {nbytes} bytes; one message holds {_MESSAGE_BYTES} at "
-                "most. Use MatVec or MatMat, or store_as"
-            )
-            raise LimitExceeded(msg, nbytes=nbytes, limit=_MESSAGE_BYTES)
+        elif self._matrix is None:
+            validate.check_message(nbytes)
         self._shape = shape
         self._events.put_nowait(_Event(shape=shape))
 
@@ -284,7 +282,7 @@ class Product:
         return block.size == math.prod(self._shape)
 
     async def _send(self, sender: Sender) -> None:
-        event, done = await self._next(), []
+        event, results = await self._next(), list[Done[None]]()
         if event.made is not None:
             header = header_of(self._lease, plan=True)
             header.version = event.made.version
@@ -300,7 +298,7 @@ class Product:
             await sender.head(header, shape)
         while (event := await self._next()).block:
             result, rows = await self._rows()
-            done.append(result)
+            results.append(result)
             if self._request.store_as:
                 stored.add(rows)
             else:
@@ -325,10 +323,10 @@ class Product:
                 self._content.header,
             )
             self._lease.vectors.put(self._request.store_as, vector)
-        await sender.end(summary_of(done))
+        await sender.end(summary_of(results))
 
     async def _keep(
-        self, header: curvature_pb.ResultHeader, rows: Columns, done: Done[None]
+        self, header: curvature_pb.ResultHeader, rows: Columns, took: Done[None]
     ) -> int:
         """Keep the only block, for whoever loses it on its way.
 
@@ -337,7 +335,7 @@ class Product:
         """
         if not self._is_whole(rows):
             return 0
-        kept = Kept(header, rows.reshape(self._shape), summary_of([done]))
+        kept = Kept(header, rows.reshape(self._shape), summary_of([took]))
         self._tools.kept.put(self._key, self._content, kept, rows.nbytes, CALLER.get())
         if not self._format.is_taken_up:
             return 0
@@ -351,30 +349,19 @@ class Product:
 
     async def _rows(self) -> tuple[Done[None], Columns]:
         """Wait for the next block's result: [k, P]."""
-        result = await asyncio.wrap_future(self._tickets[0])
+        result = await settled(self._tickets[0])
         columns = self._tickets.popleft().columns
         assert columns is not None
         rows = await self._shifted(result.value, columns)
         return Done(None, result.queue_s, result.compute_s, result.run_columns), rows
 
     async def _shifted(self, rows: Columns, columns: Columns) -> Columns:
-        if rows.shape != columns.shape or rows.dtype != columns.dtype:
-            msg = f"a product {columns.dtype} {columns.shape} became {rows.dtype} {rows.shape}"
-            raise Internal(msg)
-        if self._spec.scale == 1.0 and not self._spec.damping:
-            return rows
-        out = columns if self._owned else np.empty_like(columns)
-        shifted: Columns = await _off_the_loop(_shift, rows, columns, self._spec, out)
-        return shifted
-
-
-def _shift(
-    rows: Columns, columns: Columns, spec: OperatorSpec, out: Columns
-) -> Columns:
-    """Make ``scale * A v + damping * v``, in the memory of the operand if it is ours."""
-    np.multiply(columns, spec.damping, out=out)
-    out += rows * spec.scale
-    return out
+        out = columns if self._owned else None
+        work = functools.partial(shifted, columns=columns, spec=self._spec, out=out)
+        result: Columns = (
+            await _off_the_loop(work, rows) if is_shifted(self._spec) else work(rows)
+        )
+        return result
 
 
 async def _off_the_loop(work: Any, array: Columns, *args: Any) -> Any:
