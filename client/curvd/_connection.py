@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import weakref
+import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any, TypeVar
 
 import grpc
-import tenacity
 
 from curvd._calls import Call
 from curvd._direct import AsyncDirectChannel, DirectChannel
@@ -16,7 +16,7 @@ from curvd._grpcio import AsyncGrpcioChannel, GrpcioChannel
 from curvd._retry import Patience
 from curvd.buffers import Pool
 from curvd.config import ClientConfig, Transport, check_target
-from curvd.errors import Cancelled
+from curvd.errors import Cancelled, CurvdError
 from curvd.status import Ended, translated
 
 T = TypeVar("T")
@@ -69,13 +69,15 @@ class Connection:
             raise _closed(self.target)
         patience = Patience(self._config)
         call.progressed, call.allocate = patience.progressed, self._pool.take
-        for attempt in tenacity.Retrying(
-            **patience.policy(weakref.WeakMethod(call.recovers))
-        ):
-            with attempt, translated(self.target):
-                call.restart()
-                while not call.done:
-                    yield from self._exchange(call, patience)
+        while not call.done:
+            try:
+                with translated(self.target):
+                    call.restart()
+                    while not call.done:
+                        yield from self._exchange(call, patience)
+            except CurvdError as error:
+                recovers = call.recovers(error)
+                time.sleep(patience.pause_after(error, recovers=recovers))
 
     def close(self) -> None:
         """Close the channel; calls under way are cancelled."""
@@ -144,16 +146,18 @@ class AsyncConnection:
             raise _closed(self.target)
         patience = Patience(self._config)
         call.progressed, call.allocate = patience.progressed, self._pool.take
-        async for attempt in tenacity.AsyncRetrying(
-            **patience.policy(weakref.WeakMethod(call.recovers))
-        ):
-            with attempt, translated(self.target):
-                call.restart()
-                while not call.done:
-                    exchange = self._exchange(call, patience)
-                    async with contextlib.aclosing(exchange) as blocks:
-                        async for block in blocks:
-                            yield block
+        while not call.done:
+            try:
+                with translated(self.target):
+                    call.restart()
+                    while not call.done:
+                        exchange = self._exchange(call, patience)
+                        async with contextlib.aclosing(exchange) as blocks:
+                            async for block in blocks:
+                                yield block
+            except CurvdError as error:
+                recovers = call.recovers(error)
+                await asyncio.sleep(patience.pause_after(error, recovers=recovers))
 
     async def close(self) -> None:
         """Close the channel; calls under way are cancelled."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import uuid
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -102,7 +101,7 @@ def product(
         wire_type=wire_type,
         verify=verify,
     )
-    travelling = dataclasses.replace(wanted, shape=shape).nbytes
+    travelling = wanted.bytes_of(shape)
     if block:
         return ColumnStream(RPCS["MatMat"], header, sent, wanted, block=block)
     if travelling <= SMALL_BYTES or (store and sent is None):
@@ -315,7 +314,7 @@ def _set_lease(request: Any, lease_s: float | None) -> None:
 
 
 def _new_id() -> str:
-    return uuid.uuid4().hex
+    return secrets.token_hex(16)
 
 
 def _loss(loss: LossSpec | Mapping[str, Any] | str) -> LossSpec:

@@ -29,10 +29,6 @@ def is_worth_a_retry(error: BaseException) -> bool:
     )
 
 
-def never() -> None:
-    """Refer to nothing: the call goes no other way."""
-
-
 class Patience:
     """The time that one call has left, over all its attempts.
 
@@ -49,6 +45,7 @@ class Patience:
         self._deadline = (
             None if config.deadline_s is None else self._progress + config.deadline_s
         )
+        self._state: tenacity.RetryCallState | None = None
 
     def progressed(self) -> None:
         """Take note that something came through, so that giving up is put off."""
@@ -62,31 +59,39 @@ class Patience:
         """
         return None if self._deadline is None else self._deadline - self._clock()
 
-    def policy(
-        self, recovers: Callable[[], Callable[[BaseException], bool] | None] = never
-    ) -> dict[str, Any]:
-        """Spell it for tenacity, blocking or not.
+    def pause_after(self, error: CurvdError, *, recovers: bool = False) -> float:
+        """Tell how long to wait before the next attempt.
+
+        tenacity decides, and nothing of it is made before something fails: most calls
+        succeed at once, and small ones take no longer than its preparations.
 
         Args:
-            recovers: Refers to what tells of an error whether the call goes another way
-                next. Weakly: tenacity's objects refer to each other, and a call with
-                its result must not wait for the garbage collector.
+            error: What the last attempt raised.
+            recovers: Whether the call goes another way next.
 
         Returns:
-            Keyword arguments of `tenacity.Retrying` and `tenacity.AsyncRetrying`.
+            Seconds.
+
+        Raises:
+            CurvdError: The error itself, if another attempt is of no use.
         """
+        if not (recovers or is_worth_a_retry(error)):
+            raise error
+        state = self._state = self._state or self._begun()
+        state.set_exception((type(error), error, error.__traceback__))
+        try:
+            pause: Any = state.retry_object.iter(state)
+        finally:
+            # The error refers to the frames of the call, and so to its result.
+            state.prepare_for_next_attempt()
+        return float(pause)
 
-        def worth_it(error: BaseException) -> bool:
-            recovered = recovers()
-            return is_worth_a_retry(error) or bool(recovered and recovered(error))
-
-        return {
-            "retry": tenacity.retry_if_exception(worth_it),
-            "wait": self._wait,
-            "stop": self._stop,
-            "before_sleep": _log,
-            "reraise": True,
-        }
+    def _begun(self) -> tenacity.RetryCallState:
+        retrying = tenacity.Retrying(
+            wait=self._wait, stop=self._stop, before_sleep=_log, reraise=True
+        )
+        retrying.begin()
+        return tenacity.RetryCallState(retrying, None, (), {})
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         pause = tenacity.wait_random_exponential(

@@ -56,9 +56,11 @@ class Wanted(Generic[T]):
     @property
     def nbytes(self) -> int:
         """Bytes on the wire."""
-        if self.shape is None:
-            return 0
-        return math.prod(self.shape) * tensorfile.ITEM_BYTES[self.travels_as]
+        return 0 if self.shape is None else self.bytes_of(self.shape)
+
+    def bytes_of(self, shape: tuple[int, ...]) -> int:
+        """Tell how many bytes an array of this type takes on the wire."""
+        return math.prod(shape) * tensorfile.ITEM_BYTES[self.travels_as]
 
     def read(self, raw: Buffer, allocate: Callable[[int], Buffer]) -> T:
         """Make the result from what travelled.
@@ -152,8 +154,7 @@ class TensorStream(Call[T]):
             why = "the header or the summary is missing"
             raise self._malformed(why)
         try:
-            if self.wanted.shape is not None:
-                (self._assembler or self._receiver()).finish()
+            self._finish()
             self.info = convert.result_from_proto(self._result_header, self._summary)
         except CurvdError as error:
             raise self._malformed(error) from error
@@ -233,6 +234,11 @@ class TensorStream(Call[T]):
             yield from file_of(self._operand, self.wanted.travels_as, self._first)
             self._operand_sent = True
 
+    def _finish(self) -> None:
+        """Make sure that all of the tensor is there."""
+        if self.wanted.shape is not None:
+            (self._assembler or self._receiver()).finish()
+
     def _malformed(self, why: object) -> Internal:
         msg = f"the server's answer to {self.rpc.name} breaks the contract: {why}"
         return Internal(msg, rpc=self.rpc.name)
@@ -256,12 +262,33 @@ class SmallProduct(TensorStream[T]):
         if response.HasField("summary"):
             self._summary = response.summary
         for tensors in part.tensors:
-            if tensors.nbytes:
+            if tensors.nbytes and not self._took(tensors):
                 yield from super().feed(tensors)
+
+    def _took(self, file: memoryview) -> bool:
+        """Take a result that is one whole file; anything else is for the assembler."""
+        try:
+            found = wire.whole(file)
+            if found is None:
+                return False
+            header, payload = found
+            expecting(self.rpc, self.wanted.travels_as, self.wanted.shape)(header)
+        except CurvdError as error:
+            raise self._malformed(error) from error
+        size = tensorfile.ITEM_BYTES[self.wanted.travels_as]
+        carrier = np.dtype(f"u{size}")
+        self._raw = wire.values_of(payload, carrier, self.allocate).view(np.uint8)
+        self._is_whole = True
+        self.progressed()
+        return True
+
+    def _finish(self) -> None:
+        if not self._is_whole:
+            super()._finish()
 
     def _resume(self) -> None:
         # The server still has the result under the request's id; all of it comes again.
-        self._held = 0
+        self._held, self._is_whole = 0, False
         self._header.checksum = self.wanted.verify
 
     def _request(self) -> Iterator[Any]:
@@ -312,8 +339,7 @@ def file_of(operand: Operand, wire_type: str, first: int = 0) -> Iterator[memory
     shape = operand.shape
     if operand.columns is not None:
         shape = (operand.columns - first, shape[1])
-    header = {"v": tensorfile.TensorHeader(wire_type, shape, 0)}
-    yield memoryview(tensorfile.dump_header(header))
+    yield memoryview(tensorfile.dump_one("v", wire_type, shape))
     yield from wire.packed(_bytes_of(operand.values(first), wire_type))
 
 

@@ -246,7 +246,10 @@ def _checked_type(part: Any, label: str, dtype: Dtype) -> Array:
     if array is None:
         msg = f"{label} is a {type(part).__name__}, not a NumPy array or torch tensor"
         raise InvalidVector(msg, type=type(part).__name__)
-    given, wanted = str(part.dtype).removeprefix("torch."), vector_dtype(dtype)
+    wanted = vector_dtype(dtype)
+    if part.dtype == wanted:
+        return array
+    given = str(part.dtype).removeprefix("torch.")
     # A bfloat16 tensor has become float32, which only a bfloat16 session may accept.
     exact = given != "bfloat16" or dtype is Dtype.BFLOAT16
     if array.dtype.newbyteorder("=") != wanted or not exact:

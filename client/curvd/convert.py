@@ -10,7 +10,7 @@ import enum
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
 from google.protobuf import timestamp_pb2
@@ -24,6 +24,9 @@ from curvd.v1 import graph_pb2 as graph_pb
 from curvd.v1 import query_service_pb2 as query_pb
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd.v1 import types_pb2 as types_pb
+
+_REMEMBERED_BYTES = 1 << 10
+"""A stranger may send what is long, and each time something else."""
 
 E = TypeVar("E", bound=enum.Enum)
 D = TypeVar("D")
@@ -48,6 +51,23 @@ def _enum_from(
             raise InvalidSpec(msg, value=number) from None
 
     return convert
+
+
+def _remembering(convert: Callable[[Any], D]) -> Callable[[Any], D]:
+    """Remember what small messages were converted to: every product repeats some."""
+
+    @lru_cache(maxsize=256)
+    def converted(data: bytes, kind: type[Message]) -> D:
+        return convert(kind.FromString(data))
+
+    @wraps(convert)
+    def remembering(message: Message) -> D:
+        data = message.SerializeToString()
+        if len(data) > _REMEMBERED_BYTES:
+            return convert(message)
+        return converted(data, type(message))  # type: ignore[arg-type]
+
+    return remembering
 
 
 dtype_to_proto = _enum_to("DTYPE")
@@ -113,8 +133,9 @@ def loss_from_proto(message: types_pb.Loss) -> types.LossSpec:
     )
 
 
+@lru_cache(maxsize=64)
 def operator_to_proto(spec: types.OperatorSpec) -> types_pb.Operator:
-    """Convert an operator."""
+    """Convert an operator; every product carries one, so do not write to the message."""
     return types_pb.Operator(
         kind=_kind_to(spec.kind),
         block_sizes=spec.block_sizes,
@@ -126,6 +147,7 @@ def operator_to_proto(spec: types.OperatorSpec) -> types_pb.Operator:
     )
 
 
+@_remembering
 def operator_from_proto(message: types_pb.Operator) -> types.OperatorSpec:
     """Convert an operator; an empty message is the Hessian.
 
@@ -164,6 +186,7 @@ def plan_to_proto(plan: reports.PlanReport) -> types_pb.Plan:
     return types_pb.Plan(**asdict(plan))
 
 
+@_remembering
 def plan_from_proto(message: types_pb.Plan) -> reports.PlanReport:
     """Convert a plan."""
     return _same_names(reports.PlanReport, message)

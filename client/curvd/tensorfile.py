@@ -124,6 +124,21 @@ def dump_header(header: Header) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+@lru_cache(maxsize=64)
+def dump_one(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    """Serialise the header of a file with one tensor.
+
+    Args:
+        name: Its name.
+        dtype: Its safetensors element type.
+        shape: Its shape.
+
+    Returns:
+        As from `dump_header`.
+    """
+    return dump_header({name: TensorHeader(dtype, shape, 0)})
+
+
 def load_header(text: bytes) -> Header:
     """Parse and check the JSON of a header.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -290,6 +291,27 @@ def load(
         for piece in assembler.feed(part):
             payload = piece
     return {name: tensor.view(payload) for name, tensor in assembler.finish().items()}
+
+
+def values_of(
+    payload: memoryview, dtype: np.dtype[Any], allocate: Callable[[int], Buffer]
+) -> NDArray[Any]:
+    """See bytes as values that may be written to, copied only if they must be.
+
+    Args:
+        payload: The bytes of whole values, little-endian.
+        dtype: Type of the values.
+        allocate: Finds memory for a copy: of bytes that are not aligned, or not ours.
+
+    Returns:
+        [n]
+    """
+    values = np.frombuffer(payload, dtype)
+    if values.flags.aligned and values.flags.writeable:
+        return values
+    copy = allocate(payload.nbytes)
+    copy[:] = np.frombuffer(payload, np.uint8)
+    return copy.view(dtype)
 
 
 def whole(file: memoryview) -> tuple[Header, memoryview] | None:

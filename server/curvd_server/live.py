@@ -163,4 +163,6 @@ def unshifted(spec: OperatorSpec) -> OperatorSpec:
     Returns:
         The same operator A, without them.
     """
+    if spec.scale == 1.0 and not spec.damping:
+        return spec
     return replace(spec, scale=1.0, damping=0.0)

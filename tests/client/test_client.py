@@ -302,8 +302,9 @@ def test_results_are_freed_when_the_caller_lets_go(session, what, small, monkeyp
                 result = session.gradient()[1]
             case "blocks":
                 result = next(iter(list(H.iter_matmat(np.ones((P, 2))))))
-        while result.base is not None:  # views come and go; the memory counts
-            result = result.base
+        while isinstance(result, memoryview) or result.base is not None:
+            # Views come and go; the memory counts.
+            result = result.obj if isinstance(result, memoryview) else result.base
         alive = weakref.ref(result)
         del result
         assert alive() is None

@@ -128,49 +128,52 @@ class Clock:
         return self.now
 
 
-class State:
-    """As much of tenacity's state as a policy reads."""
-
-    attempt_number = 3
-
-    def __init__(self, error, upcoming_sleep=0.0):
-        self.upcoming_sleep = upcoming_sleep
-        self.outcome = self
-        self.error = error
-
-    def exception(self):
-        return self.error
-
-
 def test_patience_ends_after_so_long_without_progress():
     clock = Clock()
-    patience = Patience(curvd.ClientConfig(), clock)
-    stop = patience.policy()["stop"]
+    config = curvd.ClientConfig(retry=curvd.RetryConfig(first_s=0, longest_s=0))
+    patience = Patience(config, clock)
     clock.now += 29
-    assert not stop(State(AWAY))
-    assert stop(State(AWAY, upcoming_sleep=1.5))
+    assert patience.pause_after(AWAY) == 0
+    clock.now += 1
+    with pytest.raises(curvd.Unavailable, match="away"):
+        patience.pause_after(AWAY)
     patience.progressed()
-    assert not stop(State(AWAY, upcoming_sleep=1.5))
+    assert patience.pause_after(AWAY) == 0
     assert patience.timeout() is None
 
 
 def test_the_deadline_bounds_attempts_and_pauses():
     clock = Clock()
-    patience = Patience(curvd.ClientConfig(deadline_s=10), clock)
+    config = curvd.ClientConfig(
+        deadline_s=10, retry=curvd.RetryConfig(first_s=0, longest_s=0)
+    )
+    patience = Patience(config, clock)
     clock.now += 4
     assert patience.timeout() == 6
-    stop = patience.policy()["stop"]
-    assert not stop(State(AWAY, upcoming_sleep=5))
-    assert stop(State(AWAY, upcoming_sleep=6))
+    assert patience.pause_after(curvd.Overloaded("", retry_after_s=5)) == 5
+    with pytest.raises(curvd.Overloaded):
+        patience.pause_after(curvd.Overloaded("", retry_after_s=6))
 
 
 def test_the_pause_is_random_bounded_and_not_before_the_server_says():
-    wait = Patience(curvd.ClientConfig()).policy()["wait"]
-    pauses = [wait(State(AWAY)) for _ in range(200)]
+    patience = Patience(curvd.ClientConfig(), Clock())
+    pauses = [patience.pause_after(AWAY) for _ in range(200)]
     assert len(set(pauses)) > 100
     assert 0 <= min(pauses) <= max(pauses) <= 5
     told = curvd.Overloaded("full", retry_after_s=7.0)
-    assert all(7 <= wait(State(told)) <= 12 for _ in range(50))
+    assert all(7 <= patience.pause_after(told) <= 12 for _ in range(50))
+
+
+def test_a_call_that_goes_another_way_pauses_too_and_gives_up_too():
+    clock = Clock()
+    patience = Patience(curvd.ClientConfig(), clock)
+    gone = curvd.ResultNotKept("gone")
+    assert patience.pause_after(gone, recovers=True) >= 0
+    with pytest.raises(curvd.ResultNotKept):
+        patience.pause_after(gone)
+    clock.now += 31
+    with pytest.raises(curvd.ResultNotKept):
+        patience.pause_after(gone, recovers=True)
 
 
 def test_the_reasons_to_repeat_are_two():

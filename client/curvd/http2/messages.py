@@ -31,6 +31,7 @@ class InPlace:
 _PREFIX_BYTES = 5
 _CHUNK_HEAD_BYTES = 6
 """Field tag and length of a chunk."""
+_ALIGNMENT = 64
 
 
 class _Step(Enum):
@@ -180,4 +181,10 @@ class Reader:
 
 
 def _fresh(nbytes: int) -> memoryview:
-    return np.empty(nbytes, np.uint8).data
+    """Find memory whose end is aligned: a vector ends with its message, if it has one.
+
+    So its values are aligned, too, wherever in the message they begin.
+    """
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -(memory.ctypes.data + nbytes) % _ALIGNMENT
+    return memory[start : start + nbytes].data

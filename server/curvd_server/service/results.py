@@ -79,8 +79,7 @@ class Format:
         Returns:
             The first chunk.
         """
-        tensor = tensorfile.TensorHeader(self.dtype, shape, 0)
-        return memoryview(tensorfile.dump_header({"result": tensor}))
+        return memoryview(tensorfile.dump_one("result", self.dtype, shape))
 
     def payload(self, rows: Columns, offset: int = 0) -> Iterator[memoryview]:
         """Cut values into chunks, in the type of the wire.

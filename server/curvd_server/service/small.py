@@ -74,14 +74,15 @@ def operand(
     )
     if not 1 <= columns <= limits.run_columns:
         return None
-    (tensor,), payload = found[0].values(), np.frombuffer(found[1], np.uint8)
-    dtype, count = validate.vector_dtype(info.dtype), columns * info.layout.size
-    validate.check_message(count * dtype.itemsize)
-    values = tools.pool.take(count * dtype.itemsize).view(dtype)
+    (tensor,), payload = found[0].values(), found[1]
+    dtype = validate.vector_dtype(info.dtype)
+    nbytes = columns * info.layout.size * dtype.itemsize
+    validate.check_message(nbytes)
     if tensor.dtype in narrow.NARROW:
-        narrow.widen(payload, tensor.dtype, values)
+        values = tools.pool.take(nbytes).view(dtype)
+        narrow.widen(np.frombuffer(payload, np.uint8), tensor.dtype, values)
     else:
-        values.view(np.uint8)[:] = payload
+        values = wire.values_of(payload, dtype, tools.pool.take)
     validate.check_finite(values, layout=info.layout)
     return Operand(values.reshape(columns, info.layout.size), tensor.shape)
 
