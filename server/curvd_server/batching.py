@@ -314,8 +314,9 @@ class Batcher:
             assert ticket.job is not None
             return [ticket.job(cancelled)]
         parts = [t.columns for t in tickets if t.columns is not None]
-        joined = parts[0] if len(parts) == 1 else self._joined(parts)
-        rows = operator.apply(joined, cancelled=cancelled)
+        if len(parts) == 1:
+            return [operator.apply(parts[0], cancelled=cancelled)]
+        rows = operator.apply(self._joined(parts), cancelled=cancelled)
         ends = np.cumsum([len(part) for part in parts])
         return [
             rows[end - len(part) : end] for part, end in zip(parts, ends, strict=True)

@@ -87,7 +87,7 @@ def exchange(
     stream.read(rpc.response, terms.longest, room)
     silence = _Silence(line, terms)
     # In one go with the headers; it is all there is if the request is a message.
-    sending = _send_next(line, stream, rpc, parts)
+    sending, begun = _send_next(line, stream, rpc, parts), False
     try:
         while True:
             while stream.inbox:
@@ -101,8 +101,10 @@ def exchange(
             if sending and not stream.outbox:
                 sending = _send_next(line, stream, rpc, parts)
             sent, heard = line.push(), line.heard
-            line.pull()
-            idle = line.heard == heard and not line.more
+            # Nothing answers a whole request between two lines of Python.
+            if begun or sending or stream.outbox:
+                line.pull()
+            begun, idle = True, line.heard == heard and not line.more
             if idle and (stream.outbox or not sent or not sending):
                 yield Wait(not sent, silence.patience())
                 silence.check()

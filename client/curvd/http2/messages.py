@@ -186,5 +186,6 @@ def _fresh(nbytes: int) -> memoryview:
     So its values are aligned, too, wherever in the message they begin.
     """
     memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -(memory.ctypes.data + nbytes) % _ALIGNMENT
+    address: int = memory.__array_interface__["data"][0]
+    start = -(address + nbytes) % _ALIGNMENT
     return memory[start : start + nbytes].data

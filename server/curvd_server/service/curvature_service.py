@@ -77,7 +77,9 @@ class CurvatureService:
             msg = "Multiply has nothing to resume: its result is one message"
             raise InvalidSpec(msg, field="resume")
         (file,) = request.tensors
-        async with self._asked(header, "Multiply") as (lease, spec, format_):
+        spec = convert.operator_from_proto(header.operator)
+        async with self._leased(header, spec) as lease:
+            format_ = _format(header, "Multiply", lease)
             columns = small.operand(header, file, lease, self._tools)
             if columns is not None:
                 return await small.multiply(
@@ -163,10 +165,12 @@ class CurvatureService:
                 await self._take_up(header, send, name)
                 return
             chunks.put_back(first)
+        spec = convert.operator_from_proto(header.operator)
         async with (
-            self._asked(header, name) as (lease, spec, format_),
+            self._leased(header, spec) as lease,
             contextlib.AsyncExitStack() as stack,
         ):
+            format_ = _format(header, name, lease)
             product = Product(header, lease, spec, self._tools, format_, matrix, stack)
             await product.run(chunks, send)
 
@@ -198,20 +202,15 @@ class CurvatureService:
             await product.run(chunks, collect)
         return Framed(response, tuple(sent))
 
-    @contextlib.asynccontextmanager
-    async def _asked(
-        self, header: curvature_pb.ProductHeader, name: str
-    ) -> AsyncIterator[tuple[Lease, OperatorSpec, Format]]:
-        """Find what a product is asked from, and how its result travels."""
+    def _leased(
+        self, header: curvature_pb.ProductHeader, spec: OperatorSpec
+    ) -> contextlib.AbstractAsyncContextManager[Lease]:
+        """Find what a product is asked from."""
         if header.store_as:
             validate.check_text(header.store_as, "store_as")
-        spec = convert.operator_from_proto(header.operator)
-        async with self._sessions.lease(
+        return self._sessions.lease(
             header.session_id, operator=spec, expected_version=_expected(header)
-        ) as lease:
-            dtype = validate.vector_dtype(lease.info.dtype)
-            message = RPCS[name].response.message
-            yield lease, spec, Format.of(header, message, dtype)
+        )
 
     async def _take_up(
         self, header: curvature_pb.ProductHeader, send: Send, name: str
@@ -234,6 +233,11 @@ class CurvatureService:
 async def _nothing() -> AsyncIterator[Part]:
     return
     yield  # makes it a generator
+
+
+def _format(header: curvature_pb.ProductHeader, name: str, lease: Lease) -> Format:
+    own = validate.vector_dtype(lease.info.dtype)
+    return Format.of(header, RPCS[name].response.message, own)
 
 
 def _expected(request: Any) -> int | None:
