@@ -1,6 +1,6 @@
 """The engine behind plain arrays: the door between the server's middle and torch.
 
-Everything but `TorchDevice.architecture` belongs to the device's one thread.
+Everything but `TorchDevice.architecture` belongs to whoever has the device's turn.
 """
 
 from __future__ import annotations
@@ -302,7 +302,9 @@ class TorchOperator:
     @property
     def report(self) -> PlanReport:
         """How it is computed; whether in native code, as of now."""
-        return replace(self._report, compiled=self.inner.is_compiled)
+        if self._report.compiled != self.inner.is_compiled:
+            self._report = replace(self._report, compiled=self.inner.is_compiled)
+        return self._report
 
     def apply(self, columns: NDArray[Any], *, cancelled: Poll) -> NDArray[Any]:
         """Multiply columns: [K, P] -> [K, P]."""

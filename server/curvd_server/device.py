@@ -1,6 +1,7 @@
 """What the server needs from whatever computes.
 
-Problems and operators belong to the device's one thread; arrays are NumPy's.
+Problems and operators belong to whoever has the device's turn (`batching`): one thread
+at a time, nearly always the device's own. Arrays are NumPy's.
 """
 
 from __future__ import annotations

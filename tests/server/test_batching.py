@@ -1,13 +1,14 @@
 """Natural batching: who waited together runs together, in turns, and within bounds."""
 
 import threading
+import time
 from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
 
 from curvd.errors import Cancelled, OutOfMemory, Overloaded, Unavailable
-from curvd_server.batching import Batcher
+from curvd_server.batching import _SHORT_S, Batcher
 
 
 class Gated:
@@ -234,3 +235,111 @@ def test_statistics_count_runs_requests_and_columns(batcher):
     batcher.run(lambda c: None).result(timeout=10)
     found = batcher.statistics()
     assert (found.requests, found.columns, found.waiting) == (4, 5, 0)
+
+
+class Quick:
+    """An operator that multiplies by two, and says on which thread."""
+
+    def __init__(self):
+        self.threads, self.pause_s, self.inside = [], 0.0, lambda: None
+
+    def apply(self, columns, *, cancelled):
+        self.threads.append(threading.current_thread())
+        self.inside()
+        time.sleep(self.pause_s)
+        return columns * 2
+
+
+def known_to_be_quick(batcher):
+    operator = Quick()
+    result(batcher.multiply(operator, columns(1)))
+    idle(batcher)
+    batcher._paces[operator] = 0.0  # the machine may have been busy
+    return operator
+
+
+def idle(batcher):
+    """Wait until the device's thread sleeps."""
+    while not batcher._asleep:
+        time.sleep(0.001)
+
+
+def test_a_short_product_of_a_lone_caller_wakes_nobody(batcher):
+    operator = known_to_be_quick(batcher)
+    done = batcher.multiply_now(operator, columns(3, 4))
+    np.testing.assert_array_equal(done.value, columns(6, 8))
+    assert (done.queue_s, done.run_columns) == (0.0, 2)
+    assert operator.threads[1] is threading.current_thread()
+    assert operator.threads[0] is not threading.current_thread()
+    statistics = batcher.statistics()
+    assert (statistics.runs, statistics.requests, statistics.columns) == (2, 2, 3)
+
+
+def test_what_is_not_known_to_be_short_belongs_in_the_queue(batcher):
+    operator = Quick()
+    idle(batcher)
+    assert batcher.multiply_now(operator, columns(1)) is None
+
+
+def test_one_slow_product_counts_for_a_while(batcher):
+    operator = known_to_be_quick(batcher)
+    operator.pause_s = 0.05
+    batcher.multiply_now(operator, columns(1))
+    operator.pause_s = 0.0
+    result(batcher.multiply(operator, columns(1)))
+    idle(batcher)
+    assert batcher.multiply_now(operator, columns(1)) is None
+    for _ in range(50):
+        result(batcher.multiply(operator, columns(1)))
+    assert batcher._paces[operator] < 0.05
+
+
+def test_many_columns_of_a_short_product_are_not_short(batcher):
+    operator = known_to_be_quick(batcher)
+    batcher._paces[operator] = _SHORT_S / 2
+    assert batcher.multiply_now(operator, columns(1, 2, 3)) is None
+    assert batcher.multiply_now(operator, columns(1, 2)) is not None
+
+
+def test_nobody_overtakes_a_busy_device(batcher):
+    quick = known_to_be_quick(batcher)
+    operator, first = occupied(batcher)
+    assert batcher.multiply_now(quick, columns(1)) is None
+    operator.let()
+    result(first)
+
+
+def test_what_comes_meanwhile_runs_afterwards(batcher):
+    operator = known_to_be_quick(batcher)
+    other, tickets = Quick(), []
+    operator.inside = lambda: tickets.append(batcher.multiply(other, columns(5)))
+    batcher.multiply_now(operator, columns(1))
+    np.testing.assert_array_equal(result(tickets[0]), columns(10))
+    assert len(other.threads) == 1
+
+
+def test_an_error_on_the_way_leaves_the_device_to_others(batcher):
+    operator = known_to_be_quick(batcher)
+    operator.inside = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        batcher.multiply_now(operator, columns(1))
+    operator.inside = lambda: None
+    np.testing.assert_array_equal(
+        result(batcher.multiply(operator, columns(2))), columns(4)
+    )
+
+
+def test_a_closed_device_has_no_short_products():
+    batcher = Batcher(
+        run_columns=4, run_bytes=1 << 20, pending_columns=8, pending_bytes=1000
+    )
+    operator = known_to_be_quick(batcher)
+    batcher.close()
+    assert batcher.multiply_now(operator, columns(1)) is None
+
+
+def test_paces_of_operators_that_are_gone_are_forgotten(batcher):
+    operator = known_to_be_quick(batcher)
+    assert len(batcher._paces) == 1
+    del operator
+    assert not batcher._paces
