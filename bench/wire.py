@@ -56,6 +56,8 @@ class Identity:
         peak_bytes=0,
     )
 
+    shares = False
+
     def apply(self, columns, *, cancelled):
         return columns
 

@@ -1,8 +1,9 @@
 """Who computes next: one thread per device, and a queue that joins products.
 
 Natural batching: what queued for the same operator while the device was busy runs as
-one product. There is no timer, so a lone caller never waits. Operators take turns, so
-that a caller with many requests delays another by one run at most.
+one product, if that is cheaper. There is no timer, so a lone caller never waits.
+Operators take turns, so that a caller with many requests delays another by one run at
+most.
 
 Waking the thread and being woken takes a tenth of a millisecond or two. A lone caller
 whose product is as short has it computed by his own thread, if the device is idle.
@@ -33,6 +34,10 @@ Columns = NDArray[Any]
 Poll = Callable[[], bool]
 """Says whether to stop; asked between mini-batches."""
 
+_LITTLE_BYTES = 1 << 20
+"""Operands up to here are joined even if their columns share nothing: each run has a cost
+of its own. Larger ones run alone, for joining copies them, and the first result would
+wait for the last."""
 _FIRST_GUESS_S = 0.1
 _SHORT_S = 0.3e-3
 """Products up to here may hold up an event loop."""
@@ -44,8 +49,12 @@ _LONGEST_RETRY_S = 30.0
 class Multiplies(Protocol):
     """What products are asked from."""
 
+    @property
+    def shares(self) -> bool:
+        """Whether columns together cost less than one after the other."""
+
     def apply(self, columns: Columns, *, cancelled: Poll) -> Columns:
-        """Multiply columns: [K, P] -> [K, P]."""
+        """Multiply columns, and leave them as they are: [K, P] -> [K, P]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,12 +308,14 @@ class Batcher:
         """Take what runs together from the front of a lane; skip the cancelled."""
         taken: list[Ticket[Any]] = []
         columns = nbytes = 0
+        share = lane.operator is not None and lane.operator.shares
+        most_bytes = self._run_bytes if share else min(self._run_bytes, _LITTLE_BYTES)
         while lane.tickets:
             head = lane.tickets[0].columns
             if taken and (
                 head is None
                 or columns + len(head) > self._run_columns
-                or nbytes + head.nbytes > self._run_bytes
+                or nbytes + head.nbytes > most_bytes
             ):
                 break
             ticket = lane.tickets.popleft()

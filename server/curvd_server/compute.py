@@ -306,6 +306,12 @@ class TorchOperator:
             self._report = replace(self._report, compiled=self.inner.is_compiled)
         return self._report
 
+    @property
+    def shares(self) -> bool:
+        """Whether columns go together, or share what is linearised for them."""
+        report = self._report
+        return report.columns_at_once > 1 or report.kept_batches < report.batches
+
     def apply(self, columns: NDArray[Any], *, cancelled: Poll) -> NDArray[Any]:
         """Multiply columns: [K, P] -> [K, P]."""
         with _translated():

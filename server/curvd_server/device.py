@@ -35,8 +35,12 @@ class Operator(Protocol):
     def report(self) -> PlanReport:
         """How it is computed; costs nothing."""
 
+    @property
+    def shares(self) -> bool:
+        """Whether columns together cost less than one after the other."""
+
     def apply(self, columns: Array, *, cancelled: Poll) -> Array:
-        """Multiply columns: [K, P] -> [K, P]."""
+        """Multiply columns, and leave them as they are: [K, P] -> [K, P]."""
 
     def close(self) -> None:
         """Return its memory."""

@@ -76,6 +76,10 @@ class KeptResults(Generic[T]):
         """Memory that is held."""
         return self._bytes
 
+    def fits(self, nbytes: int) -> bool:
+        """Tell whether a result of so many bytes can be kept at all."""
+        return nbytes <= self._budget
+
     def __contains__(self, key: Key) -> bool:
         return key in self._entries
 
@@ -92,7 +96,7 @@ class KeptResults(Generic[T]):
             caller: Name of a connection that carries one call after the other.
         """
         self.drop(key)
-        if not key[1] or nbytes > self._budget:
+        if not key[1] or not self.fits(nbytes):
             return
         until_s = self._clock() + self._keep_s
         self._entries[key] = _Entry(content, value, nbytes, until_s)

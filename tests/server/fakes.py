@@ -42,6 +42,8 @@ class FakeOperator:
         self.gate.set()
         self.seen = []
 
+    shares = True
+
     def apply(self, columns, *, cancelled):
         self.seen.append(len(columns))
         self.started.set()

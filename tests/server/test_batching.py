@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from curvd.errors import Cancelled, OutOfMemory, Overloaded, Unavailable
+from curvd_server import batching
 from curvd_server.batching import _SHORT_S, Batcher
 
 
 class Gated:
     """An operator that multiplies by two, when it is let."""
+
+    shares = True
 
     def __init__(self, order=None):
         self.runs, self.order = [], order
@@ -73,6 +76,20 @@ def test_what_queued_while_the_device_was_busy_runs_as_one_product(batcher):
         np.testing.assert_array_equal(result(ticket), columns(2 * value))
     assert operator.runs == [1, 3]
     assert [t.result().run_columns for t in (first, *waiting)] == [1, 3, 3, 3]
+
+
+def test_large_operands_that_share_nothing_run_one_after_the_other(
+    batcher, monkeypatch
+):
+    operator, first = occupied(batcher)
+    operator.shares = False
+    nbytes = columns(0).nbytes
+    monkeypatch.setattr(batching, "_LITTLE_BYTES", 2 * nbytes)
+    waiting = [batcher.multiply(operator, columns(v)) for v in (1, 2, 3)]
+    operator.let(3)
+    for value, ticket in enumerate([first, *waiting]):
+        np.testing.assert_array_equal(result(ticket), columns(2 * value))
+    assert operator.runs == [1, 2, 1]  # two of them are little
 
 
 def test_a_lone_request_does_not_wait_for_others(batcher):
@@ -239,6 +256,8 @@ def test_statistics_count_runs_requests_and_columns(batcher):
 
 class Quick:
     """An operator that multiplies by two, and says on which thread."""
+
+    shares = True
 
     def __init__(self):
         self.threads, self.pause_s, self.inside = [], 0.0, lambda: None

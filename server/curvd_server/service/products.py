@@ -127,6 +127,7 @@ class Product:
         self._window = asyncio.Semaphore(_BLOCKS)
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._tickets: deque[Ticket[Columns]] = deque()
+        self._printing: asyncio.Task[None] | None = None
 
     async def run(self, chunks: Chunks, send: Send) -> None:
         """Receive and send at the same time, until both are done."""
@@ -135,6 +136,8 @@ class Product:
             await self._send(Sender(send, self._format))
         finally:
             receiver.cancel()
+            if self._printing is not None:
+                self._printing.cancel()
             for ticket in self._tickets:
                 ticket.cancel()
 
@@ -261,21 +264,37 @@ class Product:
         return values
 
     async def _queue(self, columns: Columns) -> None:
-        wanted_again = self._request.request_id and not self._request.store_as
-        if wanted_again and self._is_whole(columns):
-            digits = await _off_the_loop(fingerprint, columns)
-            self._content = Content(self._content.header, digits)
-            kept = self._tools.kept.get(self._key, self._content)
-            if kept is not None and kept.header.version == self._lease.info.version:
-                self._events.put_nowait(_Event(kept=kept))
-                return
+        if self._is_kept and self._is_whole(columns):
+            self._printing = asyncio.create_task(self._print(columns))
+            if self._key in self._tools.kept:
+                await self._printing
+                kept = self._tools.kept.get(self._key, self._content)
+                if kept is not None and kept.header.version == self._lease.info.version:
+                    self._events.put_nowait(_Event(kept=kept))
+                    return
         await self._window.acquire()
         self._tickets.append(self._tools.batcher.multiply(self._operator, columns))
         self._events.put_nowait(_Event(block=True))
 
+    async def _print(self, columns: Columns) -> None:
+        """Tell the operand from others, while the device computes."""
+        digits = await _off_the_loop(fingerprint, columns)
+        self._content = Content(self._content.header, digits)
+
+    async def _printed(self) -> None:
+        if self._printing is not None:
+            await self._printing
+
     @property
     def _key(self) -> Key:
         return (self._lease.info.id, self._request.request_id)
+
+    @property
+    def _is_kept(self) -> bool:
+        """Tell whether the result will be there for whoever asks again."""
+        size = math.prod(self._shape) * self._dtype.itemsize
+        named = self._request.request_id and not self._request.store_as
+        return bool(named) and self._tools.kept.fits(size)
 
     def _is_whole(self, block: Columns) -> bool:
         """Tell whether a block is all there is."""
@@ -335,6 +354,7 @@ class Product:
         """
         if not self._is_whole(rows):
             return 0
+        await self._printed()
         kept = Kept(header, rows.reshape(self._shape), summary_of([took]))
         self._tools.kept.put(self._key, self._content, kept, rows.nbytes, CALLER.get())
         if not self._format.is_taken_up:
@@ -357,6 +377,8 @@ class Product:
 
     async def _shifted(self, rows: Columns, columns: Columns) -> Columns:
         out = columns if self._owned else None
+        if is_shifted(self._spec):
+            await self._printed()  # of what is overwritten now
         work = functools.partial(shifted, columns=columns, spec=self._spec, out=out)
         result: Columns = (
             await _off_the_loop(work, rows) if is_shifted(self._spec) else work(rows)
