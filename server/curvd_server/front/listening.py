@@ -27,6 +27,8 @@ _GREETING_S = 10.0
 _LOOK_S = 0.01
 """Pause before looking again at a greeting that is cut."""
 _BACKLOG = 128
+_RELAYED_BYTES = 1 << 20
+"""On their way to grpcio; the kernel takes less if its limit is lower."""
 _NOT_OURS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 """Of several addresses of one name, those of other machines or protocols."""
 
@@ -154,6 +156,8 @@ class Front:
     async def _relay(self, near: socket.socket) -> None:
         far = socket.socket(socket.AF_UNIX)
         far.setblocking(False)
+        # The default, 200 kB, wakes both ends ten times as often: 40 MB in 104 ms, not 92.
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _RELAYED_BYTES)
         try:
             await asyncio.get_running_loop().sock_connect(far, self._backend)
         except OSError:
