@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from curvd import wire as tensors
 from curvd.errors import CurvdError
 from curvd.http2 import frames
 from curvd.http2.frames import Code, Kind, Setting
 from curvd.http2.line import SERVER_WINDOW, Line
 from curvd.http2.messages import Reader, framed
 from curvd.http2.stream import Broken
-from curvd.rpcs import RPCS
+from curvd.rpcs import RPCS, Framed
 
 CODEC = RPCS["MatVec"].request
 MESSAGE = CODEC.message(header={"session_id": "s" * 10})
@@ -146,6 +147,45 @@ def test_a_chunk_is_received_where_it_belongs(pair):
     assert np.shares_memory(np.frombuffer(part, np.uint8), target)
     np.testing.assert_array_equal(target, source)
     assert pair.theirs.stream.ended
+
+
+@pytest.mark.parametrize("size", [250, 251, 75_000])
+def test_a_small_vector_is_aligned_where_it_arrives(pair, size):
+    vector = np.random.default_rng(0).standard_normal(size, dtype=np.float32)
+    codec = RPCS["Multiply"].request
+    message = codec.message(header={"session_id": "s" * (size % 7)})
+    file = tuple(tensors.chunks({"v": vector}))
+    stream = pair.ours.open([(":path", "/a/B")])
+    pair.settle()
+    pair.theirs.stream.read(codec, 4 << 20, nowhere)
+    pair.ours.send_data(stream, framed(codec, Framed(message, file)), end=True)
+    pair.settle(100)
+    ((part, _),) = pair.theirs.stream.inbox
+    _, payload = tensors.whole(part.tensors[0])
+    values = tensors.values_of(payload, vector.dtype, allocate=None)  # copies nothing
+    np.testing.assert_array_equal(values, vector)
+    assert values.flags.aligned and values.flags.writeable
+
+
+@pytest.mark.parametrize("nbytes", [0, 10, 60_000])
+def test_the_end_of_a_request_comes_with_its_last_bytes(nbytes):
+    bare, end = socket.socketpair()
+    end.setblocking(False)
+    ours = Line(end, client=True)
+    stream = ours.open([(":path", "/a/B")])
+    ours.send_data(stream, [memoryview(bytes(nbytes))], end=True)
+    ours.push()
+    end.close()
+    data = b"".join(iter(lambda: bare.recv(1 << 20), b""))[len(frames.PREFACE) :]
+    seen = []
+    while data:
+        length, kind, flags, _ = frames.read_head(memoryview(data)[:9])
+        seen += [(flags, length)] if kind == Kind.DATA else []
+        data = data[9 + length :]
+    bare.close()
+    assert [flags for flags, _ in seen] == [0] * (len(seen) - 1) + [frames.END_STREAM]
+    assert sum(length for _, length in seen) <= nbytes
+    assert all(length for _, length in seen) or not nbytes
 
 
 def test_a_sender_stops_at_the_window_and_goes_on_when_parts_were_used(pair):

@@ -161,6 +161,42 @@ def test_sizes_are_checked_before_anything_is_allocated():
         load((1 << 62).to_bytes(8, "little") + b"{}")
 
 
+def test_a_file_in_one_piece_is_taken_apart_where_it_lies():
+    array = np.arange(5, dtype="f4")
+    file = memoryview(b"".join(wire.chunks({"v": array})))
+    header, payload = wire.whole(file)
+    assert header["v"].shape == (5,)
+    assert payload.obj is file.obj
+    np.testing.assert_array_equal(np.frombuffer(payload, "f4"), array)
+
+
+@pytest.mark.parametrize("cut", [0, 5, 8, 40, -1])
+def test_what_is_not_one_whole_file_is_not_taken_apart(cut):
+    file = b"".join(wire.chunks({"v": np.arange(5, dtype="f4")}))
+    assert wire.whole(memoryview(file[:cut] if cut >= 0 else file + b"x")) is None
+    assert wire.whole(memoryview(b"\xff" * 16)) is None
+
+
+def test_values_are_copied_only_if_they_are_not_aligned_or_not_ours():
+    copies = []
+
+    def allocate(nbytes):
+        copies.append(nbytes)
+        return np.empty(nbytes, np.uint8)
+
+    array = np.arange(5, dtype="f8")
+    ours = bytearray(8 + 40)
+    for start in (0, 4):
+        ours[start : start + 40] = array.tobytes()
+        view = memoryview(ours)[start : start + 40]
+        values = wire.values_of(view, array.dtype, allocate)
+        np.testing.assert_array_equal(values, array)
+        assert np.shares_memory(values, np.frombuffer(ours, np.uint8)) is (start == 0)
+    values = wire.values_of(memoryview(array.tobytes()), array.dtype, allocate)
+    assert values.flags.writeable and values.flags.aligned
+    assert copies == [40, 40]
+
+
 def test_a_type_that_cannot_travel_is_named():
     with pytest.raises(
         InvalidTensors, match="tensor 'x' has dtype complex128; known: BOOL"
