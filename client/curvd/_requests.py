@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -314,7 +314,7 @@ def _set_lease(request: Any, lease_s: float | None) -> None:
 
 
 def _new_id() -> str:
-    return secrets.token_hex(16)
+    return uuid.uuid4().hex
 
 
 def _loss(loss: LossSpec | Mapping[str, Any] | str) -> LossSpec:
