@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from curvd.types import OperatorSpec
 from curvd_server.curvature import MODES, Linearisation, block_ranges, kept_bytes
-from curvd_server.objective import Problem, check_cancelled
+from curvd_server.objective import Problem, add_rows, check_cancelled, tangents_of
 
 WORTH = 0.9
 """A candidate must need less than this share of the best simpler one's time.
@@ -31,8 +32,12 @@ HOPELESS = 1.5
 """A plan whose first product takes more than this factor of the fastest, and long, is
 not run again: the time is better spent on those that may win."""
 WORTH_JOINING = 0.97
-"""The same for joining mini-batches, which costs nothing but a longer step."""
-LONGEST_STEP_S = 0.5
+"""The same for joining mini-batches, which costs nothing but a longer step.
+
+A joined step reads parameters and tangents, and adds rows to the result, once for all of
+its mini-batches; larger activations may outgrow the caches, so it is measured.
+"""
+LONGEST_STEP_S = 1.0
 """Mini-batches are joined only while one column's product stays below this.
 
 Work that was given up stops after the step that runs: within one mini-batch, or within
@@ -211,6 +216,8 @@ class Stopwatch:
     def seconds_per_column(self, plan: Plan) -> float | None:
         """Time a plan's product, and its linearisation in so far as it is not kept.
 
+        The product is all that a step does: rows are added to a result.
+
         Args:
             plan: The candidate.
 
@@ -242,15 +249,21 @@ class Stopwatch:
         return seconds
 
     def _product_s(self, linear: Linearisation, plan: Plan, limit_s: float) -> float:
-        blocks = block_ranges(self._spec, len(self._problem.parameters))
-        lead = (plan.columns_at_once,) if plan.batched else ()
-        columns = [p.expand(*lead, *p.shape) for p in self._problem.parameters]
+        p = self._problem
+        blocks = block_ranges(self._spec, len(p.parameters))
+        shape = (*((plan.columns_at_once,) if plan.batched else ()), p.layout.size)
+        columns = torch.ones(shape, dtype=p.dtype, device=p.device)
+        out = torch.zeros(shape, dtype=p.result_dtype, device=p.device)
+        tangents = tangents_of(columns, p.layout)
         seconds: list[float] = []
         while len(seconds) < 3:  # the first run warms caches and allocators
             start = self._clock()
+            rows: list[Tensor | None] = []
             for block in blocks:
-                inside = columns[block.start : block.stop]
-                linear.product(inside, block, batched=plan.batched)
+                inside = tangents[block.start : block.stop]
+                rows += linear.product(inside, block, batched=plan.batched)
+            add_rows(out, p.layout, rows)
+            del rows  # before the next ones are made
             seconds.append(self._since(start))
             self._left_s -= seconds[-1]
             long = seconds[-1] > _LONG_S

@@ -25,13 +25,13 @@ from curvd.types import OperatorSpec
 from curvd_server.compilation import Compiler, Job
 from curvd_server.curvature import MODES, Linearisation, block_ranges, kept_bytes
 from curvd_server.data import Array
-from curvd_server.objective import Problem, check_cancelled, never
+from curvd_server.objective import Problem, check_cancelled, never, tangents_of
 from curvd_server.plans import Choice, Memory, Plan, choose
 from curvd_server.program import Compilable, Emits
 from curvd_server.repeatable import check_objective, check_repeatable
 from curvd_server.streamed import on_host
 
-TUNING_S = 4.0
+TUNING_S = 8.0
 """Default time for measuring candidate plans."""
 EMITTED_BYTES = 64 << 20
 """A column of this size has its rows added one by one, so that they take no memory."""
@@ -348,11 +348,7 @@ class Operator:
         """
         batched = len(V) > 1
         columns = V.to(self.problem.dtype) if batched else V[0].to(self.problem.dtype)
-        lead = columns.shape[:-1]
-        tangents = [
-            columns[..., p.offset : p.offset + p.size].reshape(*lead, *p.shape)
-            for p in self.problem.layout.parameters
-        ]
+        tangents = tangents_of(columns, self.problem.layout)
         large = not batched and V.nbytes >= EMITTED_BYTES and not self.is_compiled
         if large and isinstance(linear, Emits):
             for b in self._blocks:

@@ -58,6 +58,24 @@ def test_modes_that_are_close_are_timed_again_in_turn(monkeypatch):
     assert modes == [*MODES, *("program", "double_backward") * 2]
 
 
+def test_adding_rows_to_the_result_is_part_of_what_is_timed(monkeypatch):
+    """It is what a joined step saves, so joining is judged by it as well."""
+    added: list[tuple[int, ...]] = []
+    real = candidates.add_rows
+
+    def watched(vectors, layout, rows):
+        added.append(tuple(vectors.shape))
+        real(vectors, layout, rows)
+
+    monkeypatch.setattr(candidates, "add_rows", watched)
+    problem = problem_of(GELU)
+    watch = Stopwatch(problem, OperatorSpec(), HUGE, 9.0)
+    for plan, lead in ((Plan("program"), ()), (Plan("program", 8), (8,))):
+        added.clear()
+        assert watch.seconds_per_column(plan) is not None
+        assert set(added) == {(*lead, problem.layout.size)}
+
+
 class Device:
     """A clock that products move: a mode takes so many seconds, or as many in turn."""
 
@@ -161,10 +179,10 @@ def test_columns_that_would_fill_the_memory_do_not_go_together(monkeypatch):
 
 
 def test_mini_batches_are_joined_where_that_gains(monkeypatch):
-    """Six mini-batches of one data point, a quarter of a second each."""
+    """Six mini-batches of one data point, half a second each."""
     one, two = Plan("program"), Plan("program", 1, 2)
     for gain, expected in ((0.99, one), (0.5, two)):
-        asked = timed(monkeypatch, {one: 0.24, two: gain * 0.24})
+        asked = timed(monkeypatch, {one: 0.48, two: gain * 0.48})
         problem = problem_of(GELU, batch_size=1)
         operator = build(problem, OperatorSpec(), budget_bytes=HUGE, tuning_s=1)
         assert operator.plan == expected
