@@ -41,6 +41,7 @@ from engine_truth import AGREEMENT, Truth, error
 from torch import Tensor
 
 from curvd.allocator import tune_allocator
+from curvd.buffers import Pool
 from curvd_server.compilation import Compiler
 from curvd_server.engine import Operator
 from curvd_server.rewrites import use_differentiable_attention
@@ -84,16 +85,19 @@ class Team:
     blocks: Operator
     peer: Product
     peer_ggn: Product
+    results: Pool
+    """Memory of our results."""
 
 
 def team(c: Contest, folder: Path) -> Team:
     """Build all operators while a child makes native code of the Hessian."""
     compiler = Compiler(folder, after_s=0.0) if c.case.compiled else None
-    hessian = ours(c, compiler)
+    results = Pool(4 * GIB)
+    hessian = ours(c, results, compiler)
     eager = None
     if compiler is not None:
-        eager = alike(hessian, budget_bytes=16 * GIB, shared=False)
-    ggn, blocks = ours(c, kind="ggn"), ours(c, block_sizes=c.layers)
+        eager = alike(hessian, results, budget_bytes=16 * GIB, shared=False)
+    ggn, blocks = ours(c, results, kind="ggn"), ours(c, results, block_sizes=c.layers)
     if compiler is not None:
         start = time.perf_counter()
         compiler.wait()
@@ -104,7 +108,7 @@ def team(c: Contest, folder: Path) -> Team:
             flush=True,
         )
     peers = theirs(c, HessianLinearOperator), theirs(c, GGNLinearOperator)
-    return Team(hessian, eager, ggn, blocks, *peers)
+    return Team(hessian, eager, ggn, blocks, *peers, results)
 
 
 def entries(c: Contest, t: Team, V: Tensor) -> dict[str, Entry]:
@@ -231,13 +235,14 @@ def judge(name: str, c: Contest, table: Table, rows: dict[str, Row]) -> None:
 
 def memory(c: Contest, t: Team, V: Tensor) -> None:
     """Peak memory of the process during one product, with and without what is kept."""
+    t.results.clear()
     t.ggn.close()
     t.blocks.close()
     if t.eager is not None:
         t.eager.close()
     gc.collect()
     kept = peak_mib(lambda: t.hessian.apply(V))
-    bare = alike(t.hessian, budget_bytes=0, shared=True)
+    bare = alike(t.hessian, None, budget_bytes=0, shared=True)
     t.hessian.close()
     runs: dict[str, Callable[[], object]] = {
         "idle": lambda: None,
