@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -31,11 +32,11 @@ CLOSE = 1.3
 HOPELESS = 1.5
 """A plan whose first product takes more than this factor of the fastest, and long, is
 not run again: the time is better spent on those that may win."""
-WORTH_JOINING = 0.97
-"""The same for joining mini-batches, which costs nothing but a longer step.
+JOINED = 0.9
+"""What a joined step takes of the time of its mini-batches one by one, about.
 
-A joined step reads parameters and tangents, and adds rows to the result, once for all of
-its mini-batches; larger activations may outgrow the caches, so it is measured.
+It reads parameters and tangents, and adds rows to the result, once for all of them, so
+they are joined unless that is slower: larger activations may outgrow the caches.
 """
 LONGEST_STEP_S = 1.0
 """Mini-batches are joined only while one column's product stays below this.
@@ -95,10 +96,20 @@ def ranked(
     for plan in sorted(modes, key=timed.__getitem__):
         narrow = _joined(stopwatch, plan, timed, cancelled)
         wide = _widened(stopwatch, narrow, timed, cancelled)
+        structlog.get_logger().info("plans timed", **_listed(timed), chosen=_name(wide))
         yield wide
         if wide != narrow:
             yield narrow
     yield from (Plan(mode) for mode in MODES if Plan(mode) not in modes)
+
+
+def _name(plan: Plan) -> str:
+    return f"{plan.mode}/{plan.columns_at_once}/{plan.batches_at_once}"
+
+
+def _listed(timed: Mapping[Plan, float]) -> dict[str, str]:
+    """Write times per column and mini-batch, by mode, columns and mini-batches at once."""
+    return {_name(plan): f"{1e3 * seconds:.3g} ms" for plan, seconds in timed.items()}
 
 
 def _race(
@@ -145,15 +156,16 @@ def _joined(
     timed: dict[Plan, float],
     cancelled: Callable[[], bool],
 ) -> Plan:
-    """Join as many mini-batches as a short step and the memory hold, if that is faster."""
-    most = min(stopwatch.batches, int(LONGEST_STEP_S / timed[plan]), MOST_JOINED)
+    """Join as many mini-batches as a short step and the memory hold, unless it is slower."""
+    fit = int(LONGEST_STEP_S / (JOINED * timed[plan]))
+    most = min(stopwatch.batches, fit, MOST_JOINED)
     while most >= 2 and not stopwatch.is_over():
         steps = -(-stopwatch.batches // most)
         even = -(-stopwatch.batches // steps)
         joined = dataclasses.replace(plan, batches_at_once=even)
         _race(stopwatch, [plan, joined], timed, cancelled)
         if joined in timed:
-            return joined if timed[joined] <= WORTH_JOINING * timed[plan] else plan
+            return joined if timed[joined] <= timed[plan] else plan
         most //= 4
     return plan
 
