@@ -31,7 +31,8 @@ CLOSE = 1.3
 """Plans within this factor of the fastest are timed again."""
 HOPELESS = 1.5
 """A plan whose first product takes more than this factor of the fastest, and long, is
-not run again: the time is better spent on those that may win."""
+not run again: the time is better spent on those that may win. Joined mini-batches are:
+their first run finds fresh memory for larger activations, which says nothing."""
 JOINED = 0.9
 """What a joined step takes of the time of its mini-batches one by one, about.
 
@@ -245,6 +246,8 @@ class Stopwatch:
         batch = problem.data[0]
         share = len(self._problem.data[0].targets) / len(batch.targets)
         limit_s = HOPELESS * self._best_s * plan.columns_at_once / share
+        if plan.batches_at_once > 1 and not plan.batched:
+            limit_s = math.inf
         try:
             size = kept_bytes(plan.mode, problem, self._spec, batch)  # warms, traces
             if plan.batches_at_once > 1 and size > self._bytes:

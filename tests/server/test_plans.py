@@ -128,6 +128,23 @@ def test_a_mode_that_is_hopeless_and_slow_runs_once(monkeypatch):
     }
 
 
+def test_joined_mini_batches_run_twice_however_slow_the_first_run_was(monkeypatch):
+    Device(
+        monkeypatch,
+        {
+            "program": [0.2, 0.2, 0.9, 0.36],
+            "double_backward": [0.2],
+            "forward_over_reverse": [0.2],
+        },
+    )
+    monkeypatch.setattr(candidates, "kept_bytes", lambda *_: 1)
+    problem = problem_of(GELU, batch_size=3)
+    watch = Stopwatch(problem, OperatorSpec(), HUGE, 99.0)
+    one, two = Plan("program"), Plan("program", 1, 2)
+    times = [watch.seconds_per_column(plan) for plan in (one, two)]
+    assert times == pytest.approx([0.2, 0.18])
+
+
 def test_a_short_product_is_never_hopeless(monkeypatch):
     """Its first run may be anything: caches are cold."""
     device = Device(
