@@ -13,6 +13,7 @@ of them at the speed of a large matrix product, measured in the same rounds.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import sys
 import tempfile
@@ -33,7 +34,6 @@ from engine_table import (
     Table,
     flops,
     matrix_product,
-    median,
     peak_mib,
     race,
 )
@@ -41,6 +41,7 @@ from engine_truth import AGREEMENT, Truth, error
 from torch import Tensor
 
 from curvd.allocator import tune_allocator
+from curvd.buffers import Pool
 from curvd_server.compilation import Compiler
 from curvd_server.engine import Operator
 from curvd_server.rewrites import use_differentiable_attention
@@ -84,16 +85,19 @@ class Team:
     blocks: Operator
     peer: Product
     peer_ggn: Product
+    results: Pool
+    """Memory of our results."""
 
 
 def team(c: Contest, folder: Path) -> Team:
     """Build all operators while a child makes native code of the Hessian."""
     compiler = Compiler(folder, after_s=0.0) if c.case.compiled else None
-    hessian = ours(c, compiler)
+    results = Pool(4 * GIB)
+    hessian = ours(c, results, compiler)
     eager = None
     if compiler is not None:
-        eager = alike(hessian, budget_bytes=16 * GIB, shared=False)
-    ggn, blocks = ours(c, kind="ggn"), ours(c, block_sizes=c.layers)
+        eager = alike(hessian, results, budget_bytes=16 * GIB, shared=False)
+    ggn, blocks = ours(c, results, kind="ggn"), ours(c, results, block_sizes=c.layers)
     if compiler is not None:
         start = time.perf_counter()
         compiler.wait()
@@ -104,32 +108,39 @@ def team(c: Contest, folder: Path) -> Team:
             flush=True,
         )
     peers = theirs(c, HessianLinearOperator), theirs(c, GGNLinearOperator)
-    return Team(hessian, eager, ggn, blocks, *peers)
+    return Team(hessian, eager, ggn, blocks, *peers, results)
 
 
 def entries(c: Contest, t: Team, V: Tensor) -> dict[str, Entry]:
     """List the contestants of one model; all names but the first two come in pairs."""
     case = c.case
 
+    def entry(run: Callable[[], object], rounds: int, columns: int = 1) -> Entry:
+        # Those that run once or twice have many columns or blocks: all of it counts.
+        return Entry(run, rounds, columns, warming=int(rounds > 2))
+
     def product(multiply: Product, columns: int, rounds: int) -> Entry:
-        return Entry(lambda: multiply(V[:columns]), rounds, columns)
+        return entry(lambda: multiply(V[:columns]), rounds, columns)
 
     listed = {
-        "peak": Entry(matrix_product(), case.rounds),
-        "unit": Entry(c.gradient, case.rounds),
+        "peak": entry(matrix_product(), case.rounds),
+        "unit": entry(c.gradient, case.rounds),
         "1": product(t.hessian.apply, 1, case.rounds),
         "1 peer": product(t.peer, 1, case.rounds),
         "ggn": product(t.ggn.apply, 1, case.rounds),
         "ggn peer": product(t.peer_ggn, 1, case.rounds),
         "blocks": product(t.blocks.apply, 1, case.block_rounds),
-        "blocks peer": Entry(
+        "blocks peer": entry(
             lambda: loop_over_blocks(c, V[0])[None], case.block_rounds
         ),
     }
     if t.eager is not None:
         listed["eager"] = product(t.eager.apply, 1, case.rounds)
     for width, rounds in case.widths.items():
-        listed[f"{width}"] = product(t.hessian.apply, width, rounds)
+        mine = product(t.hessian.apply, width, rounds)
+        if not mine.warming:  # a column is compared with a lone one, which is warm
+            mine = dataclasses.replace(mine, rounds=rounds + 1, warming=1)
+        listed[f"{width}"] = mine
         listed[f"{width} peer"] = product(t.peer, width, rounds)
     return listed
 
@@ -159,9 +170,9 @@ def measure(name: str, table: Table, folder: Path) -> None:
 
 def contest_rows(c: Contest, t: Team, V: Tensor, want: Truths) -> dict[str, Row]:
     """Race, compare with the truth, and count FLOPs; rows by contestant."""
-    seconds, results = race(entries(c, t, V))
+    runs, results = race(entries(c, t, V))
     one = flops(c.gradient)
-    unit, peak = median(seconds["unit"]), PEAK_FLOPS / median(seconds["peak"])
+    unit, peak = runs["unit"].median, PEAK_FLOPS / runs["peak"].median
     print(
         f"    gradient: {unit * 1e3:.0f} ms, {one / 1e9:.1f} GFLOP, "
         f"{one / unit / peak:.0%} of {peak / 1e9:.0f} GFLOP/s (a matrix product)"
@@ -175,7 +186,7 @@ def contest_rows(c: Contest, t: Team, V: Tensor, want: Truths) -> dict[str, Row]
 
     def row(name: str, what: str, wanted: dict[int, Tensor]) -> Row:
         peer = "1 peer" if name == "eager" else f"{name} peer"
-        mine, other = (median(seconds[n]) / unit for n in (name, peer))
+        mine, other = (runs[n].median / unit for n in (name, peer))
         of = torch.stack(list(wanted.values()))
         errors = [error(results[n][list(wanted)], of) for n in (name, peer)]
         count = work.get(name, hessian)
@@ -186,7 +197,8 @@ def contest_rows(c: Contest, t: Team, V: Tensor, want: Truths) -> dict[str, Row]
             (errors[0], errors[1]),
             count / one,
             count / peak / unit,
-            seconds[name],
+            runs[name].warming[0] / unit if runs[name].warming else None,
+            runs[name].counted,
         )
 
     native = ", compiled" if t.hessian.is_compiled else ""
@@ -231,13 +243,14 @@ def judge(name: str, c: Contest, table: Table, rows: dict[str, Row]) -> None:
 
 def memory(c: Contest, t: Team, V: Tensor) -> None:
     """Peak memory of the process during one product, with and without what is kept."""
+    t.results.clear()
     t.ggn.close()
     t.blocks.close()
     if t.eager is not None:
         t.eager.close()
     gc.collect()
     kept = peak_mib(lambda: t.hessian.apply(V))
-    bare = alike(t.hessian, budget_bytes=0, shared=True)
+    bare = alike(t.hessian, None, budget_bytes=0, shared=True)
     t.hessian.close()
     runs: dict[str, Callable[[], object]] = {
         "idle": lambda: None,

@@ -11,6 +11,7 @@ import torch
 from engine_models import Contest, TokenLoss
 from torch import Tensor
 
+from curvd.buffers import Pool
 from curvd.types import OperatorSpec
 from curvd_server.compilation import Compiler
 from curvd_server.engine import Operator, build
@@ -23,11 +24,17 @@ Product = Callable[[Tensor], Tensor]
 """``[K, P] -> [K, P]``."""
 
 
-def ours(c: Contest, compiler: Compiler | None = None, **spec: Any) -> Operator:
-    """Build as a session does."""
+def ours(
+    c: Contest, results: Pool, compiler: Compiler | None = None, **spec: Any
+) -> Operator:
+    """Build as a session does; memory of results is used again, as on its device."""
     start = time.perf_counter()
     operator = build(
-        c.problem, OperatorSpec(**spec), budget_bytes=16 * GIB, compiler=compiler
+        c.problem,
+        OperatorSpec(**spec),
+        budget_bytes=16 * GIB,
+        compiler=compiler,
+        results=results,
     )
     report = operator.report
     name = " ".join(f"{key}={value}" for key, value in spec.items()) or "hessian"
@@ -42,11 +49,14 @@ def ours(c: Contest, compiler: Compiler | None = None, **spec: Any) -> Operator:
     return operator
 
 
-def alike(operator: Operator, *, budget_bytes: int, shared: bool) -> Operator:
+def alike(
+    operator: Operator, results: Pool | None, *, budget_bytes: int, shared: bool
+) -> Operator:
     """Make an operator of the same plan and evidence; its products are checked anyway.
 
     Args:
         operator: Whose plan.
+        results: Memory of its results.
         budget_bytes: Memory for kept linearisations.
         shared: Whether it runs the same traced programs, and their native code.
 
@@ -59,7 +69,7 @@ def alike(operator: Operator, *, budget_bytes: int, shared: bool) -> Operator:
         problem = dataclasses.replace(problem, model=model)
     evidence = Evidence(report.symmetry_gap, report.difference_gap, wrong=())
     choice = Choice(operator.plan, evidence)
-    copy = Operator(problem, operator.spec, choice, budget_bytes)
+    copy = Operator(problem, operator.spec, choice, budget_bytes, results=results)
     copy.warm()
     return copy
 

@@ -30,16 +30,28 @@ class Entry:
     rounds: int
     """It takes part in the first so many rounds."""
     columns: int = 1
+    warming: int = 0
+    """Its first runs, which warm caches and allocators and do not count."""
 
 
-def race(entries: Mapping[str, Entry]) -> tuple[dict[str, list[float]], dict[str, Any]]:
+@dataclass(frozen=True)
+class Runs:
+    """What a contestant took, in CPU seconds per column."""
+
+    warming: Sequence[float]
+    counted: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        """Of those that count."""
+        return statistics.median(self.counted)
+
+
+def race(entries: Mapping[str, Entry]) -> tuple[dict[str, Runs], dict[str, Any]]:
     """Take every contestant in turn.
 
-    The first run of each warms caches and allocators. It counts only for those that run
-    once or twice: they have many columns or blocks.
-
     Returns:
-        CPU seconds per column of each run that counts, and each one's last result.
+        Each one's runs, and its last result.
     """
     seconds: dict[str, list[float]] = {name: [] for name in entries}
     results: dict[str, Any] = {}
@@ -51,7 +63,11 @@ def race(entries: Mapping[str, Entry]) -> tuple[dict[str, list[float]], dict[str
                 results[name] = entry.run()
                 spent = time.process_time() - start
                 seconds[name].append(spent / entry.columns)
-    return {n: s[1:] if len(s) > 2 else s for n, s in seconds.items()}, results
+    runs = {
+        name: Runs(s[: entries[name].warming], s[entries[name].warming :])
+        for name, s in seconds.items()
+    }
+    return runs, results
 
 
 def matrix_product() -> Callable[[], Tensor]:
@@ -104,8 +120,10 @@ class Row:
     """Of ours, in those of one gradient."""
     at_peak: float
     """Gradients that ours would take with all its FLOPs at the processor's peak."""
+    cold: float | None
+    """Gradients per column of our first run, if it does not count."""
     runs: Sequence[float]
-    """Seconds per column of each of ours."""
+    """Seconds per column of each of ours that counts."""
 
     @property
     def gain(self) -> float:
@@ -136,14 +154,16 @@ class Table:
             "peer's",
             "FLOPs",
             "at peak",
+            "cold",
             "spread",
         )
         print(" " * 26 + "".join(f"{name:>9}" for name in names))
         for r in rows:
+            cold = "" if r.cold is None else f"{r.cold:.2f}"
             print(
                 f"  {r.what:<24}{r.mine:>9.2f}{r.peer:>9.2f}{r.gain:>8.2f}x"
                 f"{r.errors[0]:>9.0e}{r.errors[1]:>9.0e}{r.flops:>9.2f}"
-                f"{r.at_peak:>9.2f}{r.spread:>9}",
+                f"{r.at_peak:>9.2f}{cold:>9}{r.spread:>9}",
                 flush=True,
             )
 
@@ -154,7 +174,3 @@ class Table:
     def least(self, what: str, value: float, limit: float, why: str = "") -> None:
         if not value >= limit:
             self.missed.append(f"{what}: {value:.3g}, want >= {limit:.3g}{why}")
-
-
-def median(seconds: list[float]) -> float:
-    return statistics.median(seconds)

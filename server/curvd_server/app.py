@@ -156,6 +156,7 @@ async def running(
                 compiler,
                 allowed=config.libraries,
                 model_bytes=limits.upload_bytes,
+                idle_bytes=limits.idle_bytes,
             )
         mounts = Mounts(config.datasets_root, config.data_dir / "mounts")
         blobs = BlobStore(config.data_dir / "blobs", mounts)

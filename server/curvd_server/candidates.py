@@ -10,14 +10,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import structlog
 import torch
+from torch import Tensor
 
 from curvd.types import OperatorSpec
 from curvd_server.curvature import MODES, Linearisation, block_ranges, kept_bytes
-from curvd_server.objective import Problem, check_cancelled
+from curvd_server.objective import Problem, add_rows, check_cancelled, tangents_of
 
 WORTH = 0.9
 """A candidate must need less than this share of the best simpler one's time.
@@ -29,10 +31,15 @@ CLOSE = 1.3
 """Plans within this factor of the fastest are timed again."""
 HOPELESS = 1.5
 """A plan whose first product takes more than this factor of the fastest, and long, is
-not run again: the time is better spent on those that may win."""
-WORTH_JOINING = 0.97
-"""The same for joining mini-batches, which costs nothing but a longer step."""
-LONGEST_STEP_S = 0.5
+not run again: the time is better spent on those that may win. Joined mini-batches are:
+their first run finds fresh memory for larger activations, which says nothing."""
+JOINED = 0.9
+"""What a joined step takes of the time of its mini-batches one by one, about.
+
+It reads parameters and tangents, and adds rows to the result, once for all of them, so
+they are joined unless that is slower: larger activations may outgrow the caches.
+"""
+LONGEST_STEP_S = 1.0
 """Mini-batches are joined only while one column's product stays below this.
 
 Work that was given up stops after the step that runs: within one mini-batch, or within
@@ -90,10 +97,20 @@ def ranked(
     for plan in sorted(modes, key=timed.__getitem__):
         narrow = _joined(stopwatch, plan, timed, cancelled)
         wide = _widened(stopwatch, narrow, timed, cancelled)
+        structlog.get_logger().info("plans timed", **_listed(timed), chosen=_name(wide))
         yield wide
         if wide != narrow:
             yield narrow
     yield from (Plan(mode) for mode in MODES if Plan(mode) not in modes)
+
+
+def _name(plan: Plan) -> str:
+    return f"{plan.mode}/{plan.columns_at_once}/{plan.batches_at_once}"
+
+
+def _listed(timed: Mapping[Plan, float]) -> dict[str, str]:
+    """Write times per column and mini-batch, by mode, columns and mini-batches at once."""
+    return {_name(plan): f"{1e3 * seconds:.3g} ms" for plan, seconds in timed.items()}
 
 
 def _race(
@@ -140,15 +157,16 @@ def _joined(
     timed: dict[Plan, float],
     cancelled: Callable[[], bool],
 ) -> Plan:
-    """Join as many mini-batches as a short step and the memory hold, if that is faster."""
-    most = min(stopwatch.batches, int(LONGEST_STEP_S / timed[plan]), MOST_JOINED)
+    """Join as many mini-batches as a short step and the memory hold, unless it is slower."""
+    fit = int(LONGEST_STEP_S / (JOINED * timed[plan]))
+    most = min(stopwatch.batches, fit, MOST_JOINED)
     while most >= 2 and not stopwatch.is_over():
         steps = -(-stopwatch.batches // most)
         even = -(-stopwatch.batches // steps)
         joined = dataclasses.replace(plan, batches_at_once=even)
         _race(stopwatch, [plan, joined], timed, cancelled)
         if joined in timed:
-            return joined if timed[joined] <= WORTH_JOINING * timed[plan] else plan
+            return joined if timed[joined] <= timed[plan] else plan
         most //= 4
     return plan
 
@@ -211,6 +229,8 @@ class Stopwatch:
     def seconds_per_column(self, plan: Plan) -> float | None:
         """Time a plan's product, and its linearisation in so far as it is not kept.
 
+        The product is all that a step does: rows are added to a result.
+
         Args:
             plan: The candidate.
 
@@ -226,6 +246,8 @@ class Stopwatch:
         batch = problem.data[0]
         share = len(self._problem.data[0].targets) / len(batch.targets)
         limit_s = HOPELESS * self._best_s * plan.columns_at_once / share
+        if plan.batches_at_once > 1 and not plan.batched:
+            limit_s = math.inf
         try:
             size = kept_bytes(plan.mode, problem, self._spec, batch)  # warms, traces
             if plan.batches_at_once > 1 and size > self._bytes:
@@ -242,15 +264,21 @@ class Stopwatch:
         return seconds
 
     def _product_s(self, linear: Linearisation, plan: Plan, limit_s: float) -> float:
-        blocks = block_ranges(self._spec, len(self._problem.parameters))
-        lead = (plan.columns_at_once,) if plan.batched else ()
-        columns = [p.expand(*lead, *p.shape) for p in self._problem.parameters]
+        p = self._problem
+        blocks = block_ranges(self._spec, len(p.parameters))
+        shape = (*((plan.columns_at_once,) if plan.batched else ()), p.layout.size)
+        columns = torch.ones(shape, dtype=p.dtype, device=p.device)
+        out = torch.zeros(shape, dtype=p.result_dtype, device=p.device)
+        tangents = tangents_of(columns, p.layout)
         seconds: list[float] = []
         while len(seconds) < 3:  # the first run warms caches and allocators
             start = self._clock()
+            rows: list[Tensor | None] = []
             for block in blocks:
-                inside = columns[block.start : block.stop]
-                linear.product(inside, block, batched=plan.batched)
+                inside = tangents[block.start : block.stop]
+                rows += linear.product(inside, block, batched=plan.batched)
+            add_rows(out, p.layout, rows)
+            del rows  # before the next ones are made
             seconds.append(self._since(start))
             self._left_s -= seconds[-1]
             long = seconds[-1] > _LONG_S

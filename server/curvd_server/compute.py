@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from curvd.buffers import Pool
 from curvd.errors import InvalidSpec, OutOfMemory
 from curvd.reports import DeviceInfo, PlanReport
 from curvd.types import (
@@ -61,6 +62,8 @@ class Tools:
     """Plans of earlier operators."""
     compiler: Compiler | None
     """Makes native code of what is used long enough."""
+    results: Pool
+    """Memory of results on the host."""
 
 
 class TorchDevice:
@@ -73,6 +76,7 @@ class TorchDevice:
         compiler: Makes native code of what is used long enough; None: nothing does.
         allowed: Globs over models of libraries, for example ``timm:*``.
         model_bytes: Largest state of a model of a library.
+        idle_bytes: Memory of results that is kept for the next ones.
 
     Raises:
         InvalidSpec: If a builder cannot be loaded or the device is not there.
@@ -87,9 +91,10 @@ class TorchDevice:
         *,
         allowed: Sequence[str] = (),
         model_bytes: int = 64 << 30,
+        idle_bytes: int = 1 << 30,
     ) -> None:
         use_differentiable_attention()
-        self._tools = Tools({} if plans is None else plans, compiler)
+        self._tools = Tools({} if plans is None else plans, compiler, Pool(idle_bytes))
         self._name = device
         self._models = Models(
             entries,
@@ -275,6 +280,7 @@ class TorchProblem:
                 budget_bytes=budget_bytes,
                 memory=self._tools.plans,
                 compiler=self._tools.compiler,
+                results=self._tools.results,
                 cancelled=cancelled,
             )
             return TorchOperator(inner)

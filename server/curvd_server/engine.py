@@ -5,11 +5,12 @@
     rows = operator.apply(columns)            # [K, P] -> [K, P]
     operator = operator.at(problem.with_parameters(new))
 
-Everything here is synchronous and belongs to the one compute thread of its device.
+Everything here is synchronous and belongs to whoever has the turn of its device.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,19 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvd.buffers import Pool
 from curvd.errors import InvalidVector, OutOfMemory
 from curvd.reports import PlanReport
 from curvd.types import OperatorSpec
 from curvd_server.compilation import Compiler, Job
 from curvd_server.curvature import MODES, Linearisation, block_ranges, kept_bytes
 from curvd_server.data import Array
-from curvd_server.objective import Problem, check_cancelled, never
+from curvd_server.objective import Problem, check_cancelled, never, tangents_of
 from curvd_server.plans import Choice, Memory, Plan, choose
 from curvd_server.program import Compilable, Emits
 from curvd_server.repeatable import check_objective, check_repeatable
 from curvd_server.streamed import on_host
 
-TUNING_S = 4.0
+TUNING_S = 8.0
 """Default time for measuring candidate plans."""
 EMITTED_BYTES = 64 << 20
 """A column of this size has its rows added one by one, so that they take no memory."""
@@ -59,6 +61,7 @@ def build(
     plan: Plan | None = None,
     memory: Memory | None = None,
     compiler: Compiler | None = None,
+    results: Pool | None = None,
     tuning_s: float = TUNING_S,
     cancelled: Callable[[], bool] = never,
 ) -> Operator:
@@ -71,6 +74,7 @@ def build(
         plan: Taken if it verifies; else candidates are timed.
         memory: Plans of earlier operators, and where this one's is kept.
         compiler: Makes native code of what is used long enough; None: nothing does.
+        results: Memory of results on the host; None: fresh for each.
         tuning_s: Time for timing candidates.
         cancelled: Polled between mini-batches and candidates.
 
@@ -94,7 +98,7 @@ def build(
         budget_s=tuning_s,
         cancelled=cancelled,
     )
-    operator = Operator(problem, spec, choice, budget_bytes, compiler)
+    operator = Operator(problem, spec, choice, budget_bytes, compiler, results)
     operator.warm(cancelled=cancelled)
     operator.check_repeatable()
     return operator
@@ -109,6 +113,7 @@ class Operator:
         choice: The plan and its evidence.
         budget_bytes: Memory for kept linearisations.
         compiler: Makes native code of what is used long enough; None: nothing does.
+        results: Memory of results on the host; None: fresh for each.
     """
 
     def __init__(
@@ -118,6 +123,7 @@ class Operator:
         choice: Choice,
         budget_bytes: int,
         compiler: Compiler | None = None,
+        results: Pool | None = None,
     ) -> None:
         self.problem, self.spec = problem, spec
         self.counters = Counters()
@@ -130,6 +136,7 @@ class Operator:
         self._bytes: list[int] | None = None
         self._seconds = self._spent_s = 0.0
         self._compiler, self._jobs = compiler, list[Job]()
+        self._results = results
 
     @property
     def plan(self) -> Plan:
@@ -174,7 +181,12 @@ class Operator:
         """
         here = problem.restricted(self.spec)
         moved = Operator(
-            here, self.spec, self._choice, self._budget_bytes, self._compiler
+            here,
+            self.spec,
+            self._choice,
+            self._budget_bytes,
+            self._compiler,
+            self._results,
         )
         moved._width, moved._bytes = self._width, self._bytes
         moved._seconds, moved._spent_s = self._seconds, self._spent_s
@@ -264,10 +276,16 @@ class Operator:
             yield start, min(start + step, columns)
 
     def _empty(self, columns: int) -> Tensor:
-        p = self.problem
-        return torch.empty(
-            columns, p.layout.size, dtype=p.result_dtype, device=p.device
-        )
+        """Find memory for a result.
+
+        Fresh pages of one column cost 2 % of the gpt's product in `bench/engine.py`,
+        and 10 % in a virtual machine whose host has to find them first.
+        """
+        p, shape = self.problem, (columns, self.problem.layout.size)
+        if self._results is None or p.device.type != "cpu":
+            return torch.empty(shape, dtype=p.result_dtype, device=p.device)
+        memory = self._results.take(math.prod(shape) * p.result_dtype.itemsize)
+        return torch.from_numpy(memory).view(p.result_dtype).view(shape)
 
     def _checked(self, columns: Array) -> Tensor:
         V = torch.from_numpy(columns) if isinstance(columns, np.ndarray) else columns
@@ -348,11 +366,7 @@ class Operator:
         """
         batched = len(V) > 1
         columns = V.to(self.problem.dtype) if batched else V[0].to(self.problem.dtype)
-        lead = columns.shape[:-1]
-        tangents = [
-            columns[..., p.offset : p.offset + p.size].reshape(*lead, *p.shape)
-            for p in self.problem.layout.parameters
-        ]
+        tangents = tangents_of(columns, self.problem.layout)
         large = not batched and V.nbytes >= EMITTED_BYTES and not self.is_compiled
         if large and isinstance(linear, Emits):
             for b in self._blocks:

@@ -412,16 +412,33 @@ class Problem:
         return small._normalised()
 
 
-def add_rows(
-    vector: Tensor, layout: ParameterLayout, rows: Sequence[Tensor | None]
-) -> None:
-    """Add per-parameter tensors into a flat vector.
+def tangents_of(columns: Tensor, layout: ParameterLayout) -> list[Tensor]:
+    """View flat vectors as one tensor per parameter.
 
     Args:
-        vector: ``[P]``, written to.
+        columns: ``[..., P]``.
         layout: Where each parameter lies.
-        rows: One tensor per parameter; None adds nothing.
+
+    Returns:
+        Per parameter its shape behind the leading axes.
     """
-    for spec, row in zip(layout.parameters, rows, strict=True):
+    lead = columns.shape[:-1]
+    return [
+        columns[..., p.offset : p.offset + p.size].view((*lead, *p.shape))
+        for p in layout.parameters
+    ]
+
+
+def add_rows(
+    vectors: Tensor, layout: ParameterLayout, rows: Sequence[Tensor | None]
+) -> None:
+    """Add per-parameter tensors into flat vectors.
+
+    Args:
+        vectors: ``[..., P]``, written to.
+        layout: Where each parameter lies.
+        rows: One tensor per parameter, with the same leading axes; None adds nothing.
+    """
+    for place, row in zip(tangents_of(vectors, layout), rows, strict=True):
         if row is not None:
-            vector[spec.offset : spec.offset + spec.size] += row.reshape(-1)
+            place.add_(row)

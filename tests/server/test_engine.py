@@ -11,11 +11,14 @@ import torch
 from server.reference import central_difference, columns, error, flat, problem_of
 from server.zoo import ANIMALS
 
+from curvd.buffers import Pool
 from curvd.errors import Cancelled, InvalidSpec, InvalidVector, OutOfMemory
-from curvd.types import Dtype, OperatorSpec
+from curvd.types import DatasetSpec, Dtype, LossSpec, OperatorSpec
 from curvd_server import engine as engines
+from curvd_server.builders import BUILDERS
 from curvd_server.curvature import MODES
 from curvd_server.engine import Operator, build
+from curvd_server.objective import Problem
 from curvd_server.plans import Plan
 
 HUGE = 2**30
@@ -98,6 +101,41 @@ def test_scale_and_damping():
     plain, both = make(), make(scale=-2.0, damping=0.5)
     V = columns(plain.problem, 2)
     assert error(both.apply(V), -2.0 * plain.apply(V) + 0.5 * V) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.FLOAT64])
+def test_memory_of_a_result_is_used_again_once_nobody_looks_at_it(dtype: Dtype):
+    arrays = {"x": torch.randn(4, 128), "y": torch.randn(4, 8)}
+    problem = Problem.load(
+        BUILDERS["mlp"]({"widths": [128, 128, 8]}),
+        {},
+        arrays,
+        DatasetSpec(inputs=("x",), target="y", batch_size=2),
+        LossSpec(name="mse"),
+        dtype=dtype,
+    )
+    pool = Pool(HUGE)
+    operator = build(
+        problem,
+        OperatorSpec(),
+        budget_bytes=HUGE,
+        plan=Plan("double_backward"),
+        results=pool,
+    ).at(problem)
+    V = columns(problem, 2)
+    first = operator.apply(V)
+    want, place = first.clone(), first.data_ptr()
+    view = first[1:]
+    del first
+    assert pool.idle_bytes == 0  # a view is left
+    other = operator.apply(2 * V)
+    assert other.data_ptr() != place
+    assert torch.equal(view, want[1:])
+    del view
+    assert pool.idle_bytes == want.nbytes
+    again = operator.apply(V)
+    assert again.data_ptr() == place
+    assert torch.equal(again, want)
 
 
 def test_results_stream_in_order_as_they_are_ready():

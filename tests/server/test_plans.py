@@ -58,6 +58,24 @@ def test_modes_that_are_close_are_timed_again_in_turn(monkeypatch):
     assert modes == [*MODES, *("program", "double_backward") * 2]
 
 
+def test_adding_rows_to_the_result_is_part_of_what_is_timed(monkeypatch):
+    """It is what a joined step saves, so joining is judged by it as well."""
+    added: list[tuple[int, ...]] = []
+    real = candidates.add_rows
+
+    def watched(vectors, layout, rows):
+        added.append(tuple(vectors.shape))
+        real(vectors, layout, rows)
+
+    monkeypatch.setattr(candidates, "add_rows", watched)
+    problem = problem_of(GELU)
+    watch = Stopwatch(problem, OperatorSpec(), HUGE, 9.0)
+    for plan, lead in ((Plan("program"), ()), (Plan("program", 8), (8,))):
+        added.clear()
+        assert watch.seconds_per_column(plan) is not None
+        assert set(added) == {(*lead, problem.layout.size)}
+
+
 class Device:
     """A clock that products move: a mode takes so many seconds, or as many in turn."""
 
@@ -110,6 +128,23 @@ def test_a_mode_that_is_hopeless_and_slow_runs_once(monkeypatch):
     }
 
 
+def test_joined_mini_batches_run_twice_however_slow_the_first_run_was(monkeypatch):
+    Device(
+        monkeypatch,
+        {
+            "program": [0.2, 0.2, 0.9, 0.36],
+            "double_backward": [0.2],
+            "forward_over_reverse": [0.2],
+        },
+    )
+    monkeypatch.setattr(candidates, "kept_bytes", lambda *_: 1)
+    problem = problem_of(GELU, batch_size=3)
+    watch = Stopwatch(problem, OperatorSpec(), HUGE, 99.0)
+    one, two = Plan("program"), Plan("program", 1, 2)
+    times = [watch.seconds_per_column(plan) for plan in (one, two)]
+    assert times == pytest.approx([0.2, 0.18])
+
+
 def test_a_short_product_is_never_hopeless(monkeypatch):
     """Its first run may be anything: caches are cold."""
     device = Device(
@@ -160,11 +195,11 @@ def test_columns_that_would_fill_the_memory_do_not_go_together(monkeypatch):
         assert (wide is None) == (limit == 0)
 
 
-def test_mini_batches_are_joined_where_that_gains(monkeypatch):
-    """Six mini-batches of one data point, a quarter of a second each."""
+def test_mini_batches_are_joined_unless_that_is_slower(monkeypatch):
+    """Six mini-batches of one data point, half a second each."""
     one, two = Plan("program"), Plan("program", 1, 2)
-    for gain, expected in ((0.99, one), (0.5, two)):
-        asked = timed(monkeypatch, {one: 0.24, two: gain * 0.24})
+    for gain, expected in ((1.01, one), (0.99, two)):
+        asked = timed(monkeypatch, {one: 0.48, two: gain * 0.48})
         problem = problem_of(GELU, batch_size=1)
         operator = build(problem, OperatorSpec(), budget_bytes=HUGE, tuning_s=1)
         assert operator.plan == expected
