@@ -3,8 +3,8 @@
     objective(θ) = (1 / normaliser) * sum over mini-batches b of loss_sum(f(θ, x_b), y_b)
 
 A `Problem` is immutable: new parameters make a new one that shares model and data, so
-work that runs on the old version is never disturbed. Not thread-safe: one compute
-thread per device evaluates it.
+work that runs on the old version is never disturbed. Not thread-safe: whoever has the
+device's turn evaluates it.
 """
 
 from __future__ import annotations
