@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import structlog
 import torch
 from torch import Tensor
 
 from curvd.types import OperatorSpec
 from curvd_server.curvature import MODES, Linearisation, block_ranges, kept_bytes
+from curvd_server.logs import logger
 from curvd_server.objective import Problem, add_rows, check_cancelled, tangents_of
 
 WORTH = 0.9
@@ -97,7 +97,7 @@ def ranked(
     for plan in sorted(modes, key=timed.__getitem__):
         narrow = _joined(stopwatch, plan, timed, cancelled)
         wide = _widened(stopwatch, narrow, timed, cancelled)
-        structlog.get_logger().info("plans timed", **_listed(timed), chosen=_name(wide))
+        logger().info("plans timed", **_listed(timed), chosen=_name(wide))
         yield wide
         if wide != narrow:
             yield narrow

@@ -30,9 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import structlog
 import torch
 from torch import Tensor, fx, nn
+
+from curvd_server.logs import logger
 
 WORTH = 0.97
 """Native code must need less than this share of the program's time."""
@@ -105,7 +106,7 @@ class Compiler:
                 text = describe(module.graph, arguments)
             except TypeError as error:
                 self._asked.add(module)
-                structlog.get_logger().info("not compiled", reason=str(error))
+                logger().info("not compiled", reason=str(error))
                 continue
             package = self._folder / f"{_key(text)}.pt2"
             if spent_s >= self.after_s or package.exists():
@@ -122,7 +123,7 @@ class Compiler:
         self._thread.shutdown(cancel_futures=True)
 
     def _work(self, job: Job, text: str, package: Path) -> None:
-        log = structlog.get_logger()
+        log = logger()
         try:
             if not package.exists():
                 start = time.monotonic()
@@ -248,7 +249,7 @@ def _is_better(routine: Routine, native: Native, arguments: list[Tensor]) -> boo
                 return False
             gap = float((g.double() - w.double()).norm())
             if not gap <= AGREEMENT[w.dtype] * float(w.double().norm()) + 1e-300:
-                structlog.get_logger().warning("native code is wrong", gap=gap)
+                logger().warning("native code is wrong", gap=gap)
                 return False
         rounds = list(_race(calls, arguments))
     return min(b for _, b in rounds) < WORTH * min(a for a, _ in rounds)
