@@ -46,6 +46,12 @@ class Runs:
         """Of those that count."""
         return statistics.median(self.counted)
 
+    def over(self, other: Runs) -> float:
+        """Compare with another in the rounds that count for both, which drifts less."""
+        start = max(len(self.warming), len(other.warming))
+        mine, others = ([*r.warming, *r.counted][start:] for r in (self, other))
+        return statistics.median(a / b for a, b in zip(mine, others, strict=False))
+
 
 def race(entries: Mapping[str, Entry]) -> tuple[dict[str, Runs], dict[str, Any]]:
     """Take every contestant in turn.
@@ -120,6 +126,8 @@ class Row:
     """Of ours, in those of one gradient."""
     at_peak: float
     """Gradients that ours would take with all its FLOPs at the processor's peak."""
+    over_one: float
+    """What a column took, over a lone column of ours in the same rounds."""
     cold: float | None
     """Gradients per column of our first run, if it does not count."""
     runs: Sequence[float]
@@ -154,6 +162,7 @@ class Table:
             "peer's",
             "FLOPs",
             "at peak",
+            "of K=1",
             "cold",
             "spread",
         )
@@ -163,7 +172,7 @@ class Table:
             print(
                 f"  {r.what:<24}{r.mine:>9.2f}{r.peer:>9.2f}{r.gain:>8.2f}x"
                 f"{r.errors[0]:>9.0e}{r.errors[1]:>9.0e}{r.flops:>9.2f}"
-                f"{r.at_peak:>9.2f}{cold:>9}{r.spread:>9}",
+                f"{r.at_peak:>9.2f}{r.over_one:>8.2f}x{cold:>9}{r.spread:>9}",
                 flush=True,
             )
 
