@@ -33,7 +33,7 @@ from curvd_server.program import Compilable, Emits
 from curvd_server.repeatable import check_objective, check_repeatable
 from curvd_server.streamed import on_host
 
-TUNING_S = 8.0
+TUNING_S = 6.0
 """Default time for measuring candidate plans."""
 EMITTED_BYTES = 64 << 20
 """A column of this size has its rows added one by one, so that they take no memory."""
