@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -25,7 +26,6 @@ from curvd_server.service.outcomes import (
     content_of,
     header_of,
     send_kept,
-    settled,
     summary_of,
 )
 from curvd_server.service.products import Product, Tools
@@ -101,7 +101,7 @@ class CurvatureService:
                     lambda cancelled: lease.problem.gradient(cancelled=cancelled),
                     lane=lease.info.id,
                 )
-                done = await settled(ticket)
+                done = await asyncio.wrap_future(ticket)
                 loss, gradient = done.value
                 header = header_of(lease, loss=loss)
                 await sender.whole(header, gradient, summary_of([done]))

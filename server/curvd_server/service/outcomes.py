@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +13,11 @@ from curvd import convert
 from curvd.errors import Internal
 from curvd.types import OperatorSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
-from curvd_server.batching import Done, Ticket
+from curvd_server.batching import Done
 from curvd_server.kept import Content
 from curvd_server.service.results import Format, Sender
 from curvd_server.session import Lease
 
-T = TypeVar("T")
 Columns = NDArray[Any]
 
 
@@ -64,28 +63,6 @@ async def send_kept(
         await sender.head(kept.header, kept.rows.shape, offset)
     await sender.rows(kept.rows, offset)
     await sender.end(kept.summary)
-
-
-async def settled(ticket: Ticket[T]) -> Done[T]:
-    """Wait for the device; whoever stops waiting gives up.
-
-    `asyncio.wrap_future` does the same, and takes twice as long to wake the loop.
-
-    Args:
-        ticket: From the queue.
-
-    Returns:
-        Its result.
-    """
-    loop = asyncio.get_running_loop()
-    over = asyncio.Event()
-    ticket.add_done_callback(lambda ticket: loop.call_soon_threadsafe(over.set))
-    try:
-        await over.wait()
-    except asyncio.CancelledError:
-        ticket.cancel()
-        raise
-    return ticket.result()
 
 
 def shifted(

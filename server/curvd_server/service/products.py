@@ -30,7 +30,6 @@ from curvd_server.service.outcomes import (
     header_of,
     is_shifted,
     send_kept,
-    settled,
     shifted,
     summary_of,
 )
@@ -369,7 +368,7 @@ class Product:
 
     async def _rows(self) -> tuple[Done[None], Columns]:
         """Wait for the next block's result: [k, P]."""
-        result = await settled(self._tickets[0])
+        result = await asyncio.wrap_future(self._tickets[0])
         columns = self._tickets.popleft().columns
         assert columns is not None
         rows = await self._shifted(result.value, columns)

@@ -26,7 +26,6 @@ from curvd_server.service.outcomes import (
     Kept,
     content_of,
     header_of,
-    settled,
     shifted,
     summary_of,
 )
@@ -116,7 +115,9 @@ async def multiply(
             return _answer(kept, format_)
     with tools.batcher.reserve(len(columns), 2 * columns.nbytes):
         done = tools.batcher.multiply_now(lease.operator, columns)
-        done = done or await settled(tools.batcher.multiply(lease.operator, columns))
+        done = done or await asyncio.wrap_future(
+            tools.batcher.multiply(lease.operator, columns)
+        )
     rows = shifted(done.value, columns, spec).reshape(operand.shape)
     kept = Kept(header_of(lease, plan=True), rows, summary_of([done]))
     caller = CALLER.get()
