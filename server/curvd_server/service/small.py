@@ -115,9 +115,9 @@ async def multiply(
             return _answer(kept, format_)
     with tools.batcher.reserve(len(columns), 2 * columns.nbytes):
         done = tools.batcher.multiply_now(lease.operator, columns)
-        done = done or await asyncio.wrap_future(
-            tools.batcher.multiply(lease.operator, columns)
-        )
+        if done is None:
+            ticket = tools.batcher.multiply(lease.operator, columns)
+            done = await asyncio.wrap_future(ticket)
     rows = shifted(done.value, columns, spec).reshape(operand.shape)
     kept = Kept(header_of(lease, plan=True), rows, summary_of([done]))
     caller = CALLER.get()
