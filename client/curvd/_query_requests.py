@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from curvd import convert, types
+from curvd import convert, convert_enums, types
 from curvd._query_calls import Arrays, QueryCall
 from curvd._tensors import OWN_TYPE
 from curvd.arrays import Operand, operand, vector_dtype
@@ -64,7 +64,7 @@ class Queries:
         request = query_pb.EigshRequest(
             query=self._query(max_products, time_limit_s),
             k=k,
-            which=convert.which_to_proto(types.member(Which, which, "which")),
+            which=convert_enums.which_to_proto(types.member(Which, which, "which")),
             tolerance=tolerance,
             basis_size=basis_size,
             seed=seed,
@@ -209,7 +209,9 @@ class Queries:
         samples = preconditioner if isinstance(preconditioner, int) else 0
         request = query_pb.SolveHeader(
             query=self._query(max_products, time_limit_s),
-            solver=convert.solver_to_proto(types.member(Solver, solver, "solver")),
+            solver=convert_enums.solver_to_proto(
+                types.member(Solver, solver, "solver")
+            ),
             damping=damping,
             tolerance=tolerance,
             diagonal_samples=samples,
@@ -240,7 +242,9 @@ class Queries:
                 relative_residuals=np.array(summary.relative_residuals),
                 curvatures=np.array(summary.curvatures),
                 indefinite=tuple(summary.indefinite),
-                column_stops=tuple(map(convert.stop_from_proto, summary.column_stops)),
+                column_stops=tuple(
+                    map(convert_enums.stop_from_proto, summary.column_stops)
+                ),
                 iterations=summary.iterations,
             )
 
@@ -320,7 +324,7 @@ def _info(header: Any, summary: Any) -> QueryInfo:
         model_id=header.model_id,
         dataset_id=header.dataset_id,
         plan=convert.plan_from_proto(header.plan),
-        stopped=convert.stop_from_proto(summary.stopped),
+        stopped=convert_enums.stop_from_proto(summary.stopped),
         products=summary.products,
         elapsed_s=summary.elapsed_s,
         queue_s=summary.queue_s,
@@ -340,4 +344,4 @@ def _accuracy(
 
 
 def _estimator(value: Estimator | str) -> str:
-    return convert.estimator_to_proto(types.member(Estimator, value, "estimator"))
+    return convert_enums.estimator_to_proto(types.member(Estimator, value, "estimator"))

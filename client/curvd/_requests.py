@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from google.protobuf import wrappers_pb2
 
-from curvd import convert, reports, types
+from curvd import convert, convert_enums, reports, types
 from curvd._calls import Unary
 from curvd._columns import ColumnStream
 from curvd._tensors import (
@@ -247,8 +247,8 @@ def create_session(
         model_id=model if isinstance(model, str) else model.id,
         dataset_id=dataset if isinstance(dataset, str) else dataset.id,
         loss=convert.loss_to_proto(_loss(loss)),
-        dtype=convert.dtype_to_proto(_dtype(dtype)),
-        mode=convert.mode_to_proto(types.member(types.Mode, mode, "mode")),
+        dtype=convert_enums.dtype_to_proto(_dtype(dtype)),
+        mode=convert_enums.mode_to_proto(types.member(types.Mode, mode, "mode")),
         operators=[convert.operator_to_proto(_operator(o)) for o in operators],
         params=[params] if isinstance(params, str) else params,
         budget_bytes=budget_bytes,

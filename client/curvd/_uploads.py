@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from curvd import convert, tensorfile, types, wire
+from curvd import convert, convert_enums, tensorfile, types, wire
 from curvd._calls import Call, Unary
 from curvd.arrays import to_numpy
 from curvd.errors import InvalidSpec, InvalidTensors, Unavailable
@@ -197,7 +197,7 @@ def register_dataset(
         inputs=spec.inputs,
         target=spec.target,
         batch_size=spec.batch_size,
-        input_style=convert.input_style_to_proto(spec.input_style),
+        input_style=convert_enums.input_style_to_proto(spec.input_style),
         name=name,
     )
     rpc = RPCS["RegisterDataset"]

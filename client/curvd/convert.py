@@ -1,12 +1,11 @@
 """Types <-> protobuf messages: each pair side by side, each the other's inverse.
 
-Enumerations convert by name: ``Dtype.FLOAT32`` is ``DTYPE_FLOAT32``. Messages that are
-unset or at their default convert to our defaults, as the contract's comments say.
+Messages that are unset or at their default convert to our defaults, as the contract's
+comments say. Enumerations: `curvd.convert_enums`.
 """
 
 from __future__ import annotations
 
-import enum
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -14,43 +13,19 @@ from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
 from google.protobuf import timestamp_pb2
-from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from google.protobuf.message import Message
 
-from curvd import reports, types
+from curvd import convert_enums, reports, types
 from curvd.errors import InvalidSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import graph_pb2 as graph_pb
-from curvd.v1 import query_service_pb2 as query_pb
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd.v1 import types_pb2 as types_pb
 
 _REMEMBERED_BYTES = 1 << 10
 """A stranger may send what is long, and each time something else."""
 
-E = TypeVar("E", bound=enum.Enum)
 D = TypeVar("D")
-
-
-def _enum_to(prefix: str) -> Callable[[enum.Enum], str]:
-    # protobuf's constructors take the names of enumeration values.
-    return lambda member: f"{prefix}_{member.name}"
-
-
-def _enum_from(
-    wrapper: EnumTypeWrapper, prefix: str, kind: type[E], default: E | None = None
-) -> Callable[[int], E]:
-    def convert(number: int) -> E:
-        if number == 0 and default is not None:
-            return default
-        try:
-            return kind[wrapper.Name(number).removeprefix(f"{prefix}_")]
-        except (ValueError, KeyError):
-            known = ", ".join(f"{prefix}_{m.name}" for m in kind)
-            msg = f"{prefix.lower()} must be one of {known}; got {number}"
-            raise InvalidSpec(msg, value=number) from None
-
-    return convert
 
 
 def _remembering(convert: Callable[[Any], D]) -> Callable[[Any], D]:
@@ -70,38 +45,11 @@ def _remembering(convert: Callable[[Any], D]) -> Callable[[Any], D]:
     return remembering
 
 
-dtype_to_proto = _enum_to("DTYPE")
-dtype_from_proto = _enum_from(types_pb.Dtype, "DTYPE", types.Dtype)
-mode_to_proto = _enum_to("MODE")
-mode_from_proto = _enum_from(types_pb.Mode, "MODE", types.Mode, types.Mode.EVAL)
-input_style_to_proto = _enum_to("INPUT_STYLE")
-input_style_from_proto = _enum_from(
-    types_pb.InputStyle, "INPUT_STYLE", types.InputStyle, types.InputStyle.POSITIONAL
-)
-_state_to_proto = _enum_to("SESSION_STATE")
-_state_from_proto = _enum_from(
-    session_pb.SessionState, "SESSION_STATE", reports.SessionState
-)
-_loss_name_to = _enum_to("LOSS_NAME")
-_loss_name_from = _enum_from(types_pb.LossName, "LOSS_NAME", types.LossName)
-_reduction_to = _enum_to("REDUCTION")
-_reduction_from = _enum_from(
-    types_pb.Reduction, "REDUCTION", types.Reduction, types.Reduction.MEAN
-)
-_kind_to = _enum_to("OPERATOR_KIND")
-_kind_from = _enum_from(
-    types_pb.OperatorKind,
-    "OPERATOR_KIND",
-    types.OperatorKind,
-    types.OperatorKind.HESSIAN,
-)
-
-
 def loss_to_proto(loss: types.LossSpec) -> types_pb.Loss:
     """Convert a loss."""
     return types_pb.Loss(
-        name=_loss_name_to(loss.name),
-        reduction=_reduction_to(loss.reduction),
+        name=convert_enums.loss_name_to_proto(loss.name),
+        reduction=convert_enums.reduction_to_proto(loss.reduction),
         ignore_index=loss.ignore_index,
         class_weights=loss.class_weights,
         label_smoothing=loss.label_smoothing,
@@ -118,8 +66,8 @@ def loss_from_proto(message: types_pb.Loss) -> types.LossSpec:
         InvalidSpec: If its name is unset or an option is out of range.
     """
     return types.LossSpec(
-        name=_loss_name_from(message.name),
-        reduction=_reduction_from(message.reduction),
+        name=convert_enums.loss_name_from_proto(message.name),
+        reduction=convert_enums.reduction_from_proto(message.reduction),
         ignore_index=_optional(message, "ignore_index"),
         class_weights=tuple(message.class_weights) or None,
         label_smoothing=message.label_smoothing,
@@ -137,7 +85,7 @@ def loss_from_proto(message: types_pb.Loss) -> types.LossSpec:
 def operator_to_proto(spec: types.OperatorSpec) -> types_pb.Operator:
     """Convert an operator; every product carries one, so do not write to the message."""
     return types_pb.Operator(
-        kind=_kind_to(spec.kind),
+        kind=convert_enums.kind_to_proto(spec.kind),
         block_sizes=spec.block_sizes,
         damping=spec.damping,
         scale=spec.scale,
@@ -155,7 +103,7 @@ def operator_from_proto(message: types_pb.Operator) -> types.OperatorSpec:
         InvalidSpec: If an option is out of range.
     """
     return types.OperatorSpec(
-        kind=_kind_from(message.kind),
+        kind=convert_enums.kind_from_proto(message.kind),
         block_sizes=tuple(message.block_sizes) or None,
         damping=message.damping,
         scale=message.scale if message.HasField("scale") else 1.0,
@@ -273,7 +221,7 @@ def dataset_to_proto(dataset: reports.DatasetInfo) -> session_pb.Dataset:
         inputs=dataset.spec.inputs,
         target=dataset.spec.target,
         batch_size=dataset.spec.batch_size,
-        input_style=input_style_to_proto(dataset.spec.input_style),
+        input_style=convert_enums.input_style_to_proto(dataset.spec.input_style),
         data_points=dataset.data_points,
         total_bytes=dataset.total_bytes,
         name=dataset.name,
@@ -304,7 +252,7 @@ def dataset_spec_from_proto(
         inputs=tuple(message.inputs),
         target=message.target,
         batch_size=message.batch_size,
-        input_style=input_style_from_proto(message.input_style),
+        input_style=convert_enums.input_style_from_proto(message.input_style),
     )
 
 
@@ -316,8 +264,8 @@ def session_to_proto(info: reports.SessionInfo) -> session_pb.Session:
         model_id=info.model_id,
         dataset_id=info.dataset_id,
         loss=loss_to_proto(info.loss),
-        dtype=dtype_to_proto(info.dtype),
-        mode=mode_to_proto(info.mode),
+        dtype=convert_enums.dtype_to_proto(info.dtype),
+        mode=convert_enums.mode_to_proto(info.mode),
         version=info.version,
         parameters_digest=info.parameters_digest,
         parameters=layout_to_proto(info.layout),
@@ -332,7 +280,7 @@ def session_to_proto(info: reports.SessionInfo) -> session_pb.Session:
             )
             for spec, plan in info.operators
         ],
-        state=_state_to_proto(info.state),
+        state=convert_enums.state_to_proto(info.state),
         create_time=_timestamp(info.create_time_s),
         expire_time=(
             None if info.expire_time_s is None else _timestamp(info.expire_time_s)
@@ -350,8 +298,8 @@ def session_from_proto(message: session_pb.Session) -> reports.SessionInfo:
         model_id=message.model_id,
         dataset_id=message.dataset_id,
         loss=loss_from_proto(message.loss),
-        dtype=dtype_from_proto(message.dtype),
-        mode=mode_from_proto(message.mode),
+        dtype=convert_enums.dtype_from_proto(message.dtype),
+        mode=convert_enums.mode_from_proto(message.mode),
         version=message.version,
         parameters_digest=message.parameters_digest,
         layout=layout_from_proto(message.parameters),
@@ -363,7 +311,7 @@ def session_from_proto(message: session_pb.Session) -> reports.SessionInfo:
             (operator_from_proto(m.operator), plan_from_proto(m.plan))
             for m in message.operators
         ),
-        state=_state_from_proto(message.state),
+        state=convert_enums.state_from_proto(message.state),
         create_time_s=message.create_time.ToNanoseconds() / 1e9,
         expire_time_s=message.expire_time.ToNanoseconds() / 1e9 if expires else None,
         params=tuple(message.params),
@@ -419,7 +367,7 @@ def result_from_proto(
 def probe_to_proto(probe: types.Probe) -> curvature_pb.ProbeOperand:
     """Describe random columns."""
     return curvature_pb.ProbeOperand(
-        distribution=distribution_to_proto(probe.distribution),
+        distribution=convert_enums.distribution_to_proto(probe.distribution),
         seed=probe.seed,
         first_index=probe.first,
         columns=probe.columns or 0,
@@ -449,22 +397,3 @@ def _timestamp(seconds: float) -> timestamp_pb2.Timestamp:
     stamp = timestamp_pb2.Timestamp()
     stamp.FromNanoseconds(round(seconds * 1e9))
     return stamp
-
-
-distribution_to_proto = _enum_to("DISTRIBUTION")
-distribution_from_proto = _enum_from(
-    types_pb.Distribution,
-    "DISTRIBUTION",
-    types.Distribution,
-    types.Distribution.RADEMACHER,
-)
-which_to_proto = _enum_to("WHICH")
-which_from_proto = _enum_from(query_pb.Which, "WHICH", types.Which, types.Which.LARGEST)
-estimator_to_proto = _enum_to("ESTIMATOR")
-estimator_from_proto = _enum_from(
-    query_pb.Estimator, "ESTIMATOR", types.Estimator, types.Estimator.EXCHANGEABLE
-)
-solver_to_proto = _enum_to("SOLVER")
-solver_from_proto = _enum_from(query_pb.Solver, "SOLVER", types.Solver, types.Solver.CG)
-stop_to_proto = _enum_to("STOP")
-stop_from_proto = _enum_from(query_pb.Stop, "STOP", types.Stop)

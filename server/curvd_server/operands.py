@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curvd import convert
+from curvd import convert_enums
 from curvd.errors import InvalidSpec
 from curvd.probes import probes
 from curvd.v1 import curvature_service_pb2 as curvature_pb
@@ -32,7 +32,7 @@ class Probes:
     def __init__(
         self, message: curvature_pb.ProbeOperand, size: int, dtype: np.dtype[Any]
     ) -> None:
-        self._distribution = convert.distribution_from_proto(message.distribution)
+        self._distribution = convert_enums.distribution_from_proto(message.distribution)
         self._seed, self._first = message.seed, message.first_index
         self._count, self._size, self._dtype = message.columns, size, dtype
         for name, value in (

@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from curvd import convert
+from curvd import convert_enums
 from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded
 from curvd.tensorfile import Header
 from curvd.types import Dtype, Estimator, ParameterLayout, Solver
@@ -161,7 +161,7 @@ def diagonal_estimator(value: int) -> Estimator:
     Raises:
         InvalidSpec: If it estimates traces only.
     """
-    estimator = convert.estimator_from_proto(value)
+    estimator = convert_enums.estimator_from_proto(value)
     if estimator is Estimator.HUTCHPP:
         msg = "hutch++ estimates traces only; use hutchinson or exchangeable (XDiag)"
         raise InvalidSpec(msg, estimator=estimator)

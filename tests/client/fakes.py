@@ -12,7 +12,7 @@ from concurrent import futures
 import grpc
 import numpy as np
 
-from curvd import convert, reports, tensorfile, types, wire
+from curvd import convert, convert_enums, reports, tensorfile, types, wire
 from curvd.errors import (
     CurvdError,
     ResultNotKept,
@@ -182,8 +182,8 @@ class FakeService:
             model_id=request.model_id,
             dataset_id=request.dataset_id,
             loss=convert.loss_from_proto(request.loss),
-            dtype=convert.dtype_from_proto(request.dtype),
-            mode=convert.mode_from_proto(request.mode),
+            dtype=convert_enums.dtype_from_proto(request.dtype),
+            mode=convert_enums.mode_from_proto(request.mode),
             version=1,
             parameters_digest="1" * 64,
             layout=LAYOUT,
@@ -335,7 +335,7 @@ class FakeService:
             v = self.vectors[info.id, header.operand.stored]
         elif source == "probe":
             probe = header.operand.probe
-            kind = convert.distribution_from_proto(probe.distribution)
+            kind = convert_enums.distribution_from_proto(probe.distribution)
             indices = range(probe.first_index, probe.first_index + (probe.columns or 1))
             v = probes(kind, probe.seed, indices, P, dtype=_numpy(info))
             v = v if probe.columns else v[0]

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvd import convert, tensorfile, wire
+from curvd import convert, convert_enums, tensorfile, wire
 from curvd.rpcs import RPCS
 from curvd.types import OperatorSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
@@ -142,7 +142,7 @@ class QueryCall:
         """Say what it cost until now, and why it ended."""
         cost = self.run.cost
         return query_pb.QuerySummary(
-            stopped=convert.stop_to_proto(stopped),
+            stopped=convert_enums.stop_to_proto(stopped),
             products=cost.products,
             elapsed_s=cost.elapsed_s,
             queue_s=cost.queue_s,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from curvd import convert
+from curvd import convert, convert_enums
 from curvd.rpcs import Part
 from curvd.v1 import query_service_pb2 as query_pb
 from curvd_server import query_validate as check
@@ -62,7 +62,7 @@ class QueryService:
         """Compute extremal eigenpairs."""
         async with self._open("Eigsh", request.query, send) as call:
             size = call.run.products.size
-            which = convert.which_from_proto(request.which)
+            which = convert_enums.which_from_proto(request.which)
             k = check.between("k", request.k, 1, size)
             basis = check.basis_size(request.basis_size, k, size) or default_basis(
                 k, size, call.run.products.vector_bytes
@@ -112,7 +112,7 @@ class QueryService:
         async with self._open("Trace", request.query, send) as call:
             target, seed = check.accuracy(request.accuracy)
             block = call.block
-            estimator = convert.estimator_from_proto(request.estimator)
+            estimator = convert_enums.estimator_from_proto(request.estimator)
             call.reserve(check.vectors_of(estimator, target.samples, block))
             result = await call.drive(
                 trace(
@@ -206,7 +206,7 @@ class QueryService:
         """Solve linear systems."""
         header, chunks = await opened(requests)
         async with self._open("Solve", header.query, send) as call:
-            solver = convert.solver_from_proto(header.solver)
+            solver = convert_enums.solver_from_proto(header.solver)
             tensors = await call.operands(chunks)
             given = tensors.get("preconditioner")
             options = check.solve(header, solver, given)
@@ -234,7 +234,7 @@ class QueryService:
                     relative_residuals=result.relative_residuals,
                     curvatures=result.curvatures,
                     indefinite=result.indefinite,
-                    column_stops=map(convert.stop_to_proto, result.column_stops),
+                    column_stops=map(convert_enums.stop_to_proto, result.column_stops),
                     iterations=result.iterations,
                 )
             )

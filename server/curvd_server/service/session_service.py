@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import structlog
 from google.protobuf.duration_pb2 import Duration
 
-from curvd import convert
+from curvd import convert, convert_enums
 from curvd.errors import CurvdError, DatasetNotFound, InvalidSpec
 from curvd.reports import ServerInfo, SessionInfo
 from curvd.rpcs import Part
@@ -129,8 +129,8 @@ class SessionService:
             model_id=request.model_id,
             dataset_id=request.dataset_id,
             loss=convert.loss_from_proto(request.loss),
-            dtype=convert.dtype_from_proto(request.dtype),
-            mode=convert.mode_from_proto(request.mode),
+            dtype=convert_enums.dtype_from_proto(request.dtype),
+            mode=convert_enums.mode_from_proto(request.mode),
             operators=tuple(map(convert.operator_from_proto, request.operators)),
             params=check_patterns(request.params),
             budget_bytes=budget,
