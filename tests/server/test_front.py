@@ -4,6 +4,7 @@ import contextlib
 import errno
 import socket
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
@@ -170,6 +171,55 @@ def test_calls_at_once_have_a_connection_each(tmp_path, links):
     with serving(tmp_path) as target:
         asyncio.run(ask(target))
     assert 1 < len(links) <= 12
+
+
+def registered(target, seeds, **options):
+    """Register large datasets at once, and one after the other: ids by seed."""
+
+    def register(seed):
+        x = np.random.default_rng(seed).standard_normal((4, 1 << 18))
+        with curvd.connect(target, **options) as client:
+            data = {"x": x, "y": np.ones(4)}
+            return client.register_dataset(
+                data, inputs="x", target="y", batch_size=4
+            ).id
+
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        together = list(pool.map(register, seeds))
+    return together, [register(seed) for seed in seeds]
+
+
+def test_large_requests_at_once_all_arrive(tmp_path, links):
+    with serving(tmp_path) as target:
+        together, apart = registered(target, range(6))
+    assert together == apart and len(set(apart)) == 6 and links
+
+
+def test_large_requests_at_once_all_arrive_encrypted(tmp_path, files, links):
+    tls = TlsConfig(cert=files / "server.pem", key=files / "server.key")
+    with serving(tmp_path, listen="localhost:0", tls=tls) as target:
+        trusting = curvd.TlsConfig(ca=files / "ca.pem")
+        together, apart = registered(target, range(6), tls=trusting)
+    assert together == apart and len(set(apart)) == 6 and links
+
+
+def test_who_stops_in_the_middle_of_a_large_request_is_in_nobodys_way(tmp_path, links):
+    headers = frames.literals((
+        (":method", "POST"),
+        (":path", "/curvd.v1.CurvatureService/Multiply"),
+        ("te", "trailers"),
+    ))
+    head = frames.header_frames(1, headers, 0, frames.DEFAULT_LONGEST)
+    message = bytes([0]) + (4 << 20).to_bytes(4, "big") + bytes(2 << 20)
+    with serving(tmp_path) as target:
+        host, _, port = target.rpartition(":")
+        with socket.create_connection((host, int(port))) as sock:
+            for piece in (GREETING, head, frames.frame(Kind.DATA, 0, 1, message)):
+                sock.sendall(piece)
+            together, apart = registered(target, range(3))
+            assert not links[0].gone.is_set()
+            assert links[0].heard > 2 << 20
+    assert together == apart
 
 
 def test_a_socket_that_a_dead_server_left_is_in_nobodys_way(tmp_path):

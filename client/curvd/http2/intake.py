@@ -50,7 +50,7 @@ class Intake:
         self._data_ends = False
         self._stream: Stream | None = None
         self.heard = 0
-        """Counts what came; keepalive looks whether it moves."""
+        """Bytes that came."""
 
     @property
     def more(self) -> bool:
@@ -83,7 +83,7 @@ class Intake:
         if not count:
             msg = "the connection was closed"
             raise Broken(msg)
-        self.heard += 1
+        self.heard += count
         return count
 
     def _place(self) -> memoryview | None:

@@ -175,7 +175,7 @@ class Line:
 
     @property
     def heard(self) -> int:
-        """Counts what came; keepalive looks whether it moves."""
+        """Bytes that came; keepalive looks whether they move."""
         return self._intake.heard
 
     # What the peer does

@@ -13,10 +13,13 @@ from curvd.http2.frames import Code
 from curvd.http2.line import Line
 from curvd.http2.messages import InPlace
 from curvd.http2.stream import Broken, Headers, Stream
+from curvd_server.front.turns import Turns
 from curvd_server.logs import logger
 
 _MOST_PARTS = 64
 """Parts that wait for their call; a client that sends more is not read."""
+_LARGE_BYTES = 1 << 20
+"""From here on a request has to wait for its turn."""
 
 
 class Link:
@@ -26,6 +29,7 @@ class Link:
         sock: Connected, non-blocking; TLS already spoken.
         peer: Who calls, as gRPC writes it.
         begin: Called with this and a stream whose headers came; gives the call's task.
+        turns: Whose large request is read first.
     """
 
     def __init__(
@@ -33,17 +37,29 @@ class Link:
         sock: socket.socket,
         peer: str,
         begin: Callable[[Link, Stream], asyncio.Task[None]],
+        turns: Turns,
     ) -> None:
-        self.peer, self._begin = peer, begin
+        self.peer, self._begin, self._turns = peer, begin, turns
         self._loop = asyncio.get_running_loop()
         self._line = Line(sock, client=False, accept=self._accept)
         self._task: asyncio.Task[None] | None = None
         self._waiting: list[asyncio.Future[None]] = []
         self._reads = self._writes = self._leaving = False
+        self._before = 0  # bytes heard before the request
+        self._queued = False  # once for each request
         self.gone = asyncio.Event()
         """Set when the connection is closed."""
         self._watch()
         self._flush()
+
+    @property
+    def heard(self) -> int:
+        """Bytes that came."""
+        return self._line.heard
+
+    def resume(self) -> None:
+        """Read again, if nothing else is in the way."""
+        self._watch()
 
     async def changed(self) -> None:
         """Wait until something came or went, or the connection is gone."""
@@ -95,6 +111,7 @@ class Link:
             self._line.give_up(stream, Code.NO_ERROR)
         stream.reader = None
         stream.inbox.clear()
+        self._turns.leave(self)
         self._flush()
 
     def is_lost(self, stream: Stream) -> bool:
@@ -121,6 +138,7 @@ class Link:
         if self.gone.is_set():
             return
         self.gone.set()
+        self._turns.leave(self)
         self._watch()
         self._line.sock.close()
         if self._task is not None:
@@ -128,6 +146,7 @@ class Link:
         self._wake()
 
     def _accept(self, stream: Stream) -> None:
+        self._before, self._queued = self._line.heard, False
         self._task = self._begin(self, stream)
 
     def _sent(self, stream: Stream) -> bool:
@@ -149,9 +168,18 @@ class Link:
             self._task.cancel()
         if self._line.more and not self.gone.is_set():
             self._loop.call_soon(self._again)
+        self._queue(stream)
         self._watch()
         self._flush()
         self._wake()
+
+    def _queue(self, stream: Stream | None) -> None:
+        """Wait for a turn if there is much to read, and go when nothing is."""
+        if stream is None or stream.ended or stream.reader is None:
+            self._turns.leave(self)
+        elif not self._queued and self.heard - self._before > _LARGE_BYTES:
+            self._queued = True
+            self._turns.join(self)
 
     def _again(self) -> None:
         if self._reads:
@@ -183,11 +211,13 @@ class Link:
         """Read as long as there is somebody to read for."""
         stream = self._line.stream
         full = stream is not None and len(stream.inbox) > _MOST_PARTS
-        reads = not full and not self.gone.is_set()
+        reads = not (full or self.gone.is_set() or self._turns.waits(self))
         if reads is not self._reads:
             self._reads = reads
             if reads:
                 self._loop.add_reader(self._line.sock, self._readable)
+                if self._line.more:  # of which the socket shows nothing
+                    self._loop.call_soon(self._again)
             else:
                 self._loop.remove_reader(self._line.sock)
         if self.gone.is_set() and self._writes:

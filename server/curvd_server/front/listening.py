@@ -20,6 +20,7 @@ from curvd_server.front.link import Link
 from curvd_server.front.readiness import readable, writable
 from curvd_server.front.recognise import ENOUGH_BYTES, is_ours
 from curvd_server.front.relay import relay
+from curvd_server.front.turns import Turns
 from curvd_server.logs import logger
 
 _GREETING_S = 10.0
@@ -50,6 +51,7 @@ class Front:
     def __init__(self, begin: Begin, backend: str, tls: ssl.SSLContext | None) -> None:
         self._begin, self._backend, self._tls = begin, backend, tls
         self._links: set[Link] = set()
+        self._turns = Turns()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
@@ -145,7 +147,7 @@ class Front:
             await asyncio.sleep(_LOOK_S)
 
     async def _link(self, sock: socket.socket, peer: str) -> None:
-        link = Link(sock, peer, self._begin)
+        link = Link(sock, peer, self._begin, self._turns)
         self._links.add(link)
         try:
             await link.gone.wait()

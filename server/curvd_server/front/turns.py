@@ -1,0 +1,100 @@
+"""The order in which large requests are read when several come at once.
+
+Sixteen vectors that are read side by side all arrive when the last one does, and the
+device waits for the first of them as long. Read one after the other, each arrives as early as it
+can, and none arrives later than it would have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+_LOOK_S = 0.01
+"""How often the one whose turn it is must have made progress."""
+_LEAST_BYTES = 1 << 20
+"""The progress; who is slower holds nobody up, and is held up by nobody."""
+_LOOKS = 5
+"""After so many of them it is the next one's turn."""
+
+
+class Upload(Protocol):
+    """Somebody whose large request comes."""
+
+    @property
+    def heard(self) -> int:
+        """Bytes that came so far."""
+
+    def resume(self) -> None:
+        """Read again, if nothing else is in the way."""
+
+
+class Turns:
+    """Says who has to wait. Small requests never do: they are not announced here."""
+
+    def __init__(self) -> None:
+        self._queue: dict[Upload, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._looks = self._heard = 0
+
+    def waits(self, upload: Upload) -> bool:
+        """Whether another one is read first.
+
+        Args:
+            upload: Who asks.
+        """
+        return upload in self._queue and upload is not self._first()
+
+    def join(self, upload: Upload) -> None:
+        """Queue up.
+
+        Args:
+            upload: Its request is large, and there is more of it.
+        """
+        self._queue[upload] = None
+        if len(self._queue) == 2:  # before, there was nobody to hold up
+            self._begin()
+
+    def leave(self, upload: Upload) -> None:
+        """Have all one wanted, or be gone.
+
+        Args:
+            upload: It need not be in the queue.
+        """
+        if upload not in self._queue:
+            return
+        was_first = upload is self._first()
+        del self._queue[upload]
+        if was_first:
+            self._begin()
+
+    def _first(self) -> Upload:
+        return next(iter(self._queue))
+
+    def _begin(self) -> None:
+        """Begin the turn of the first."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._queue:
+            return
+        first = self._first()
+        self._looks, self._heard = 0, first.heard
+        if len(self._queue) > 1:
+            self._watch()
+        first.resume()
+
+    def _watch(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(_LOOK_S, self._look)
+
+    def _look(self) -> None:
+        first = self._first()
+        came, self._heard = first.heard - self._heard, first.heard
+        self._looks += 1
+        if came < _LEAST_BYTES:
+            self.leave(first)
+        elif self._looks >= _LOOKS:
+            self._queue[first] = self._queue.pop(first)
+            self._begin()
+        else:
+            self._watch()
