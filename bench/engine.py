@@ -13,7 +13,6 @@ of them at the speed of a large matrix product, measured in the same rounds.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import sys
 import tempfile
@@ -48,6 +47,10 @@ from curvd_server.rewrites import use_differentiable_attention
 
 EXACT = 1e-4
 """Largest relative error of a float32 product against float64."""
+MOST_PEERS = 3
+"""Runs of curvlinops' wide products that count; ours have to be told from a lone column."""
+AGAIN = "1 again"
+"""Lone columns after the wide ones; what runs between is compared with both."""
 SLACK = 1.05
 """How much more a column of many may take than a lone one: the clock's noise."""
 
@@ -115,37 +118,43 @@ def entries(c: Contest, t: Team, V: Tensor) -> dict[str, Entry]:
     """List the contestants of one model in the order of a round."""
     case = c.case
 
-    def entry(run: Callable[[], object], rounds: int, columns: int = 1) -> Entry:
-        # Those that run once or twice have many columns or blocks: all of it counts.
-        return Entry(run, rounds, columns, warming=int(rounds > 2))
+    def entry(
+        run: Callable[[], object], rounds: range, columns: int = 1, warming: int = 1
+    ) -> Entry:
+        return Entry(run, rounds, columns, warming)
 
-    def product(multiply: Product, columns: int, rounds: int) -> Entry:
+    def product(multiply: Product, columns: int, rounds: range) -> Entry:
         return entry(lambda: multiply(V[:columns]), rounds, columns)
 
-    def wide(width: int, rounds: int) -> Entry:
-        # Once more than the peer: a column is compared with a lone one, which is warm.
-        entry = product(t.hessian.apply, width, rounds + 1)
-        return dataclasses.replace(entry, warming=1)
+    def lone(operator: Operator) -> Entry:
+        # Several, each of its own vector, as the columns that they are compared with.
+        columns = V[: case.lone].split(1)
+        return entry(
+            lambda: torch.cat([operator.apply(v) for v in columns]), always, case.lone
+        )
 
-    # A lone column and many side by side, for they are compared.
+    # Blocks run once or twice: all of it counts. Side by side is what is compared.
+    always, few = range(case.rounds), range(case.block_rounds)
     listed = {
-        "peak": entry(matrix_product(), case.rounds),
-        "unit": entry(c.gradient, case.rounds),
-        "1": product(t.hessian.apply, 1, case.rounds),
-        **{f"{width}": wide(width, rounds) for width, rounds in case.widths.items()},
-        "ggn": product(t.ggn.apply, 1, case.rounds),
-        "blocks": product(t.blocks.apply, 1, case.block_rounds),
-        "1 peer": product(t.peer, 1, case.rounds),
-        "ggn peer": product(t.peer_ggn, 1, case.rounds),
-        "blocks peer": entry(
-            lambda: loop_over_blocks(c, V[0])[None], case.block_rounds
-        ),
+        "peak": entry(matrix_product(), always),
+        "unit": entry(c.gradient, always),
+        "1": lone(t.hessian),
+        "1 peer": product(t.peer, 1, always),
     }
-    if t.eager is not None:
-        listed["eager"] = product(t.eager.apply, 1, case.rounds)
     for width, rounds in case.widths.items():
-        listed[f"{width} peer"] = product(t.peer, width, rounds)
-    return listed
+        listed[f"{width}"] = product(t.hessian.apply, width, range(rounds + 1))
+        # A peer that runs once only has to count.
+        runs = range(0 if rounds > 1 else 1, min(rounds, MOST_PEERS) + 1)
+        listed[f"{width} peer"] = product(t.peer, width, runs)
+    listed[AGAIN] = lone(t.hessian)
+    if t.eager is not None:
+        listed["eager"] = lone(t.eager)
+    return listed | {
+        "ggn": product(t.ggn.apply, 1, always),
+        "ggn peer": product(t.peer_ggn, 1, always),
+        "blocks": entry(lambda: t.blocks.apply(V[:1]), few, warming=0),
+        "blocks peer": entry(lambda: loop_over_blocks(c, V[0])[None], few, warming=0),
+    }
 
 
 def measure(name: str, table: Table, folder: Path) -> None:
@@ -174,6 +183,7 @@ def measure(name: str, table: Table, folder: Path) -> None:
 def contest_rows(c: Contest, t: Team, V: Tensor, want: Truths) -> dict[str, Row]:
     """Race, compare with the truth, and count FLOPs; rows by contestant."""
     runs, results = race(entries(c, t, V))
+    runs["1"] = runs["1"].mean(runs.pop(AGAIN))
     one = flops(c.gradient)
     unit, peak = runs["unit"].median, PEAK_FLOPS / runs["peak"].median
     print(
@@ -189,7 +199,7 @@ def contest_rows(c: Contest, t: Team, V: Tensor, want: Truths) -> dict[str, Row]
 
     def row(name: str, what: str, wanted: dict[int, Tensor]) -> Row:
         peer = "1 peer" if name == "eager" else f"{name} peer"
-        mine, other = (runs[n].median / unit for n in (name, peer))
+        mine, other = (runs[n].over(runs["unit"]) for n in (name, peer))
         of = torch.stack(list(wanted.values()))
         errors = [error(results[n][list(wanted)], of) for n in (name, peer)]
         count = work.get(name, hessian)
@@ -197,12 +207,13 @@ def contest_rows(c: Contest, t: Team, V: Tensor, want: Truths) -> dict[str, Row]
             what,
             mine,
             other,
+            runs[peer].over(runs[name]),
             (errors[0], errors[1]),
             count / one,
             count / peak / unit,
             runs[name].over(runs["1"]),
             runs[name].warming[0] / unit if runs[name].warming else None,
-            runs[name].counted,
+            runs[name],
         )
 
     native = ", compiled" if t.hessian.is_compiled else ""

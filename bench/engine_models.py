@@ -24,8 +24,10 @@ class Case:
     batches: int
     rounds: int
     """Rounds of the contest; single columns take part in all of them."""
+    lone: int
+    """Lone columns in a row, before the wide products and after them."""
     widths: Mapping[int, int]
-    """Columns of a matrix, and in how many rounds it takes part."""
+    """Columns of a matrix, and how many runs of it count."""
     block_rounds: int
     hessian: float
     """Gradients per product, at most."""
@@ -44,7 +46,8 @@ CASES = {
         batch_size=128,
         batches=4,
         rounds=7,
-        widths={8: 5, 32: 3},
+        lone=4,
+        widths={8: 6, 32: 6},
         block_rounds=5,
         hessian=1.9,
         gain=2,
@@ -56,6 +59,7 @@ CASES = {
         batch_size=8,
         batches=2,
         rounds=4,
+        lone=1,
         widths={8: 2},
         block_rounds=2,
         hessian=2.1,
@@ -68,6 +72,7 @@ CASES = {
         batch_size=2,
         batches=4,
         rounds=5,
+        lone=1,
         widths={8: 3, 32: 1},
         block_rounds=2,
         hessian=1.9,

@@ -8,7 +8,7 @@ import resource
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,30 +27,38 @@ class Entry:
     """Something that runs in a contest."""
 
     run: Callable[[], Any]
-    rounds: int
-    """It takes part in the first so many rounds."""
+    rounds: range
+    """In which it takes part."""
     columns: int = 1
     warming: int = 0
-    """Its first runs, which warm caches and allocators and do not count."""
+    """Rounds at the beginning that warm caches and allocators and do not count."""
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What a contestant took, in CPU seconds per column."""
+    """What a contestant took, in CPU seconds per column, by round."""
 
-    warming: Sequence[float]
-    counted: Sequence[float]
+    warming: Mapping[int, float]
+    counted: Mapping[int, float]
 
     @property
     def median(self) -> float:
         """Of those that count."""
-        return statistics.median(self.counted)
+        return statistics.median(self.counted.values())
 
     def over(self, other: Runs) -> float:
-        """Compare with another in the rounds that count for both, which drifts less."""
-        start = max(len(self.warming), len(other.warming))
-        mine, others = ([*r.warming, *r.counted][start:] for r in (self, other))
-        return statistics.median(a / b for a, b in zip(mine, others, strict=False))
+        """Compare with another in the rounds that count for both.
+
+        The machine's speed drifts by more than what is looked for; less within a round.
+        """
+        both = self.counted.keys() & other.counted.keys()
+        return statistics.median(self.counted[n] / other.counted[n] for n in both)
+
+    def mean(self, other: Runs) -> Runs:
+        """Take what ran twice in the same rounds for one contestant."""
+        pairs = ((self.warming, other.warming), (self.counted, other.counted))
+        warming, counted = ({n: (a[n] + b[n]) / 2 for n in a} for a, b in pairs)
+        return Runs(warming, counted)
 
 
 def race(entries: Mapping[str, Entry]) -> tuple[dict[str, Runs], dict[str, Any]]:
@@ -59,19 +67,22 @@ def race(entries: Mapping[str, Entry]) -> tuple[dict[str, Runs], dict[str, Any]]
     Returns:
         Each one's runs, and its last result.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in entries}
+    seconds: dict[str, dict[int, float]] = {name: {} for name in entries}
     results: dict[str, Any] = {}
-    for index in range(max(entry.rounds for entry in entries.values())):
+    for index in range(max(entry.rounds.stop for entry in entries.values())):
         for name, entry in entries.items():
-            if index < entry.rounds:
+            if index in entry.rounds:
                 results.pop(name, None)
                 start = time.process_time()
                 results[name] = entry.run()
                 spent = time.process_time() - start
-                seconds[name].append(spent / entry.columns)
+                seconds[name][index] = spent / entry.columns
     runs = {
-        name: Runs(s[: entries[name].warming], s[entries[name].warming :])
-        for name, s in seconds.items()
+        name: Runs(
+            {n: s for n, s in times.items() if n < entries[name].warming},
+            {n: s for n, s in times.items() if n >= entries[name].warming},
+        )
+        for name, times in seconds.items()
     }
     return runs, results
 
@@ -120,6 +131,8 @@ class Row:
     mine: float
     """Gradients per column."""
     peer: float
+    gain: float
+    """How many times as long as ours the peer's took, in the same rounds."""
     errors: tuple[float, float]
     """Ours and the peer's, relative to float64."""
     flops: float
@@ -130,18 +143,15 @@ class Row:
     """What a column took, over a lone column of ours in the same rounds."""
     cold: float | None
     """Gradients per column of our first run, if it does not count."""
-    runs: Sequence[float]
-    """Seconds per column of each of ours that counts."""
-
-    @property
-    def gain(self) -> float:
-        return self.peer / self.mine
+    runs: Runs
+    """Ours."""
 
     @property
     def spread(self) -> str:
         """How much longer the longest run took than the shortest."""
-        ratio = max(self.runs) / min(self.runs) - 1
-        return f"{ratio:.1%}" if len(self.runs) > 1 else "one run"
+        counted = self.runs.counted.values()
+        ratio = max(counted) / min(counted) - 1
+        return f"{ratio:.1%}" if len(counted) > 1 else "one run"
 
 
 @dataclass
