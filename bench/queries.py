@@ -25,7 +25,7 @@ from query_wall import race
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from curvd.types import Which
+from curvd.choices import Which
 from curvd_server import builders
 from curvd_server.queries.base import drain
 from curvd_server.queries.eigsh import eigsh as our_eigsh

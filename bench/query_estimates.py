@@ -15,7 +15,7 @@ from hessian_eigenthings import algorithms as eigenthings
 from query_rows import Counted, Row
 from torch import Tensor
 
-from curvd.types import Estimator
+from curvd.choices import Estimator
 from curvd_server.queries.base import drain
 from curvd_server.queries.density import spectral_density
 from curvd_server.queries.diagonal import diagonal

@@ -33,15 +33,8 @@ import torch
 import wire
 
 import curvd
-from curvd.types import (
-    DatasetSpec,
-    Dtype,
-    LossName,
-    LossSpec,
-    Mode,
-    ModelSpec,
-    OperatorSpec,
-)
+from curvd.choices import Dtype, LossName, Mode
+from curvd.types import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
 from curvd_server import builders, compute
 
 CLIENTS = 16

@@ -8,7 +8,7 @@ import threading
 import grpc
 import numpy as np
 
-from curvd import convert, status, types, wire
+from curvd import choices, convert, status, types, wire
 from curvd.rpcs import RPCS
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import session_service_pb2 as session_pb
@@ -76,7 +76,7 @@ def joined(parts):
 
 def create(channel, model_id, dataset_id, **fields):
     """Make a session of a mean squared error."""
-    loss = convert.loss_to_proto(types.LossSpec(name=types.LossName.MSE))
+    loss = convert.loss_to_proto(types.LossSpec(name=choices.LossName.MSE))
     fields = {"loss": loss, "dtype": "DTYPE_FLOAT64"} | fields
     request = session_pb.CreateSessionRequest(
         model_id=model_id, dataset_id=dataset_id, **fields

@@ -16,6 +16,19 @@ from curvd import aio, errors
 from curvd._version import VERSION as __version__
 from curvd.aio import AsyncClient, AsyncOperator, AsyncSession
 from curvd.allocator import tune_allocator
+from curvd.choices import (
+    Distribution,
+    Dtype,
+    Estimator,
+    InputStyle,
+    LossName,
+    Mode,
+    OperatorKind,
+    Reduction,
+    Solver,
+    Stop,
+    Which,
+)
 from curvd.client import Client, connect
 from curvd.config import ClientConfig, RetryConfig, TlsConfig
 from curvd.errors import (
@@ -52,6 +65,7 @@ from curvd.errors import (
     VersionMismatch,
 )
 from curvd.exported import ExportedModel, export, export_loss
+from curvd.layout import ParameterLayout, ParameterSpec
 from curvd.operator import RemoteOperator
 from curvd.reports import (
     DatasetInfo,
@@ -77,26 +91,7 @@ from curvd.results import (
     Solution,
 )
 from curvd.session import Session
-from curvd.types import (
-    DatasetSpec,
-    Distribution,
-    Dtype,
-    Estimator,
-    InputStyle,
-    LossName,
-    LossSpec,
-    Mode,
-    ModelSpec,
-    OperatorKind,
-    OperatorSpec,
-    ParameterLayout,
-    ParameterSpec,
-    Probe,
-    Reduction,
-    Solver,
-    Stop,
-    Which,
-)
+from curvd.types import DatasetSpec, LossSpec, ModelSpec, OperatorSpec, Probe
 
 __all__ = [  # noqa: RUF022 - grouped, not sorted
     # the client

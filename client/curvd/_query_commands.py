@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 import click
 
 from curvd._options import connection_options
+from curvd.choices import Estimator, OperatorKind, Which
 from curvd.client import connect
 from curvd.config import ClientConfig
 from curvd.operator import RemoteOperator
 from curvd.results import Density, Eigenpairs, Estimate
-from curvd.types import Estimator, OperatorKind, OperatorSpec, Which
+from curvd.types import OperatorSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
 ReadConfig = Callable[..., ClientConfig]

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from curvd import convert, convert_enums, types
+from curvd import choices, convert, convert_enums
 from curvd._query_calls import Arrays, QueryCall
 from curvd._tensors import OWN_TYPE
 from curvd.arrays import Operand, operand, vector_dtype
+from curvd.choices import Estimator, Solver, Which
 from curvd.errors import InvalidSpec, InvalidVector
 from curvd.reports import SessionInfo, StoredVector
 from curvd.results import (
@@ -22,7 +23,7 @@ from curvd.results import (
     QueryInfo,
     Solution,
 )
-from curvd.types import Estimator, OperatorSpec, Solver, Which
+from curvd.types import OperatorSpec
 from curvd.v1 import query_service_pb2 as query_pb
 
 
@@ -64,7 +65,7 @@ class Queries:
         request = query_pb.EigshRequest(
             query=self._query(max_products, time_limit_s),
             k=k,
-            which=convert_enums.which_to_proto(types.member(Which, which, "which")),
+            which=convert_enums.which_to_proto(choices.member(Which, which, "which")),
             tolerance=tolerance,
             basis_size=basis_size,
             seed=seed,
@@ -210,7 +211,7 @@ class Queries:
         request = query_pb.SolveHeader(
             query=self._query(max_products, time_limit_s),
             solver=convert_enums.solver_to_proto(
-                types.member(Solver, solver, "solver")
+                choices.member(Solver, solver, "solver")
             ),
             damping=damping,
             tolerance=tolerance,
@@ -344,4 +345,6 @@ def _accuracy(
 
 
 def _estimator(value: Estimator | str) -> str:
-    return convert_enums.estimator_to_proto(types.member(Estimator, value, "estimator"))
+    return convert_enums.estimator_to_proto(
+        choices.member(Estimator, value, "estimator")
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from google.protobuf import wrappers_pb2
 
-from curvd import convert, convert_enums, reports, types
+from curvd import choices, convert, convert_enums, reports
 from curvd._calls import Unary
 from curvd._columns import ColumnStream
 from curvd._tensors import (
@@ -182,7 +182,7 @@ def delete_vector(session_id: str, name: str) -> Unary[None]:
     return Unary(RPCS["DeleteVector"], request, lambda response: None)
 
 
-def check_wire(wire: str | None, dtype: types.Dtype) -> str:
+def check_wire(wire: str | None, dtype: choices.Dtype) -> str:
     """Check the element type for the wire.
 
     Args:
@@ -232,7 +232,7 @@ def create_session(
     *,
     loss: LossSpec | Mapping[str, Any] | str,
     dtype: Any,
-    mode: types.Mode | str,
+    mode: choices.Mode | str,
     operators: Sequence[OperatorSpec | str],
     params: Sequence[str] | str,
     budget_bytes: int | None,
@@ -248,7 +248,7 @@ def create_session(
         dataset_id=dataset if isinstance(dataset, str) else dataset.id,
         loss=convert.loss_to_proto(_loss(loss)),
         dtype=convert_enums.dtype_to_proto(_dtype(dtype)),
-        mode=convert_enums.mode_to_proto(types.member(types.Mode, mode, "mode")),
+        mode=convert_enums.mode_to_proto(choices.member(choices.Mode, mode, "mode")),
         operators=[convert.operator_to_proto(_operator(o)) for o in operators],
         params=[params] if isinstance(params, str) else params,
         budget_bytes=budget_bytes,
@@ -339,8 +339,8 @@ def _from_keywords(
         raise InvalidSpec(msg) from None
 
 
-def _dtype(value: Any) -> types.Dtype:
+def _dtype(value: Any) -> choices.Dtype:
     # "F32", "float32", np.float32, np.dtype("float32") and torch.float32 are one thing.
     name = str(getattr(value, "__name__", value)).removeprefix("torch.")
-    named = types.Dtype.__members__.get(name.upper(), name)
-    return types.member(types.Dtype, named, "dtype")
+    named = choices.Dtype.__members__.get(name.upper(), name)
+    return choices.member(choices.Dtype, named, "dtype")

@@ -7,10 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
+from curvd.choices import Distribution, OperatorKind
 from curvd.errors import VectorNotFound
+from curvd.layout import ParameterLayout
 from curvd.reports import ResultInfo, SessionInfo, StoredVector
 from curvd.selection import check_patterns, select
-from curvd.types import Distribution, OperatorKind, OperatorSpec, ParameterLayout, Probe
+from curvd.types import OperatorSpec, Probe
 
 O = TypeVar("O")  # noqa: E741 - the operator type of the client
 

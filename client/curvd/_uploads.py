@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from curvd import convert, convert_enums, tensorfile, types, wire
+from curvd import choices, convert, convert_enums, tensorfile, wire
 from curvd._calls import Call, Unary
 from curvd.arrays import to_numpy
 from curvd.errors import InvalidSpec, InvalidTensors, Unavailable
@@ -180,7 +180,7 @@ def register_dataset(
     inputs: Sequence[str] | str,
     target: str,
     batch_size: int,
-    input_style: types.InputStyle | str,
+    input_style: choices.InputStyle | str,
     progress: Progress | None,
 ) -> Call[DatasetInfo]:
     """Register tensors, or a dataset of the server, as fixed mini-batches."""

@@ -24,6 +24,7 @@ from curvd._session import SessionBase, name_of
 from curvd._tensors import TensorStream
 from curvd._uploads import Progress, Tensors
 from curvd.arrays import Layout, operand
+from curvd.choices import Dtype, InputStyle, Mode
 from curvd.client import configured
 from curvd.config import ClientConfig, Pem, TlsConfig
 from curvd.errors import SessionNotFound, VectorNotFound
@@ -32,7 +33,7 @@ from curvd.operator import OperatorBase
 from curvd.progress import shown
 from curvd.queries import AsyncQueryMethods
 from curvd.reports import DatasetInfo, ModelInfo, ServerInfo, SessionInfo, StoredVector
-from curvd.types import Dtype, InputStyle, LossSpec, Mode, OperatorSpec
+from curvd.types import LossSpec, OperatorSpec
 
 T = TypeVar("T")
 

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from curvd.choices import Dtype
 from curvd.errors import InvalidSpec, InvalidVector
 from curvd.finite import first_not_finite
-from curvd.types import Dtype, ParameterLayout
+from curvd.layout import ParameterLayout
 
 Array = NDArray[Any]
 Layout = Literal["flat", "list", "dict"]

@@ -10,12 +10,13 @@ from typing import Any
 from curvd import _requests, _uploads
 from curvd._connection import Connection
 from curvd._uploads import Progress, Tensors
+from curvd.choices import Dtype, InputStyle, Mode
 from curvd.config import ClientConfig, Pem, TlsConfig
 from curvd.exported import ExportedModel, prepare
 from curvd.progress import shown
 from curvd.reports import DatasetInfo, ModelInfo, ServerInfo, SessionInfo
 from curvd.session import Session
-from curvd.types import Dtype, InputStyle, LossSpec, Mode, OperatorSpec
+from curvd.types import LossSpec, OperatorSpec
 
 
 def connect(

@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 
 from curvd import convert_enums, reports, types
 from curvd.errors import InvalidSpec
+from curvd.layout import ParameterLayout, ParameterSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import graph_pb2 as graph_pb
 from curvd.v1 import session_service_pb2 as session_pb
@@ -113,7 +114,7 @@ def operator_from_proto(message: types_pb.Operator) -> types.OperatorSpec:
     )
 
 
-def layout_to_proto(layout: types.ParameterLayout) -> list[types_pb.Parameter]:
+def layout_to_proto(layout: ParameterLayout) -> list[types_pb.Parameter]:
     """Convert a layout."""
     return [
         types_pb.Parameter(name=p.name, shape=p.shape, offset=p.offset)
@@ -121,10 +122,10 @@ def layout_to_proto(layout: types.ParameterLayout) -> list[types_pb.Parameter]:
     ]
 
 
-def layout_from_proto(messages: Sequence[types_pb.Parameter]) -> types.ParameterLayout:
+def layout_from_proto(messages: Sequence[types_pb.Parameter]) -> ParameterLayout:
     """Convert a layout."""
-    return types.ParameterLayout(
-        tuple(types.ParameterSpec(m.name, tuple(m.shape), m.offset) for m in messages)
+    return ParameterLayout(
+        tuple(ParameterSpec(m.name, tuple(m.shape), m.offset) for m in messages)
     )
 
 

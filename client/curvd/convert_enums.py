@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
-from curvd import reports, types
+from curvd import choices, reports
 from curvd.errors import InvalidSpec
 from curvd.v1 import query_service_pb2 as query_pb
 from curvd.v1 import session_service_pb2 as session_pb
@@ -42,44 +42,51 @@ def _enum_from(
 
 
 dtype_to_proto = _enum_to("DTYPE")
-dtype_from_proto = _enum_from(types_pb.Dtype, "DTYPE", types.Dtype)
+dtype_from_proto = _enum_from(types_pb.Dtype, "DTYPE", choices.Dtype)
 mode_to_proto = _enum_to("MODE")
-mode_from_proto = _enum_from(types_pb.Mode, "MODE", types.Mode, types.Mode.EVAL)
+mode_from_proto = _enum_from(types_pb.Mode, "MODE", choices.Mode, choices.Mode.EVAL)
 input_style_to_proto = _enum_to("INPUT_STYLE")
 input_style_from_proto = _enum_from(
-    types_pb.InputStyle, "INPUT_STYLE", types.InputStyle, types.InputStyle.POSITIONAL
+    types_pb.InputStyle,
+    "INPUT_STYLE",
+    choices.InputStyle,
+    choices.InputStyle.POSITIONAL,
 )
 state_to_proto = _enum_to("SESSION_STATE")
 state_from_proto = _enum_from(
     session_pb.SessionState, "SESSION_STATE", reports.SessionState
 )
 loss_name_to_proto = _enum_to("LOSS_NAME")
-loss_name_from_proto = _enum_from(types_pb.LossName, "LOSS_NAME", types.LossName)
+loss_name_from_proto = _enum_from(types_pb.LossName, "LOSS_NAME", choices.LossName)
 reduction_to_proto = _enum_to("REDUCTION")
 reduction_from_proto = _enum_from(
-    types_pb.Reduction, "REDUCTION", types.Reduction, types.Reduction.MEAN
+    types_pb.Reduction, "REDUCTION", choices.Reduction, choices.Reduction.MEAN
 )
 kind_to_proto = _enum_to("OPERATOR_KIND")
 kind_from_proto = _enum_from(
     types_pb.OperatorKind,
     "OPERATOR_KIND",
-    types.OperatorKind,
-    types.OperatorKind.HESSIAN,
+    choices.OperatorKind,
+    choices.OperatorKind.HESSIAN,
 )
 distribution_to_proto = _enum_to("DISTRIBUTION")
 distribution_from_proto = _enum_from(
     types_pb.Distribution,
     "DISTRIBUTION",
-    types.Distribution,
-    types.Distribution.RADEMACHER,
+    choices.Distribution,
+    choices.Distribution.RADEMACHER,
 )
 which_to_proto = _enum_to("WHICH")
-which_from_proto = _enum_from(query_pb.Which, "WHICH", types.Which, types.Which.LARGEST)
+which_from_proto = _enum_from(
+    query_pb.Which, "WHICH", choices.Which, choices.Which.LARGEST
+)
 estimator_to_proto = _enum_to("ESTIMATOR")
 estimator_from_proto = _enum_from(
-    query_pb.Estimator, "ESTIMATOR", types.Estimator, types.Estimator.EXCHANGEABLE
+    query_pb.Estimator, "ESTIMATOR", choices.Estimator, choices.Estimator.EXCHANGEABLE
 )
 solver_to_proto = _enum_to("SOLVER")
-solver_from_proto = _enum_from(query_pb.Solver, "SOLVER", types.Solver, types.Solver.CG)
+solver_from_proto = _enum_from(
+    query_pb.Solver, "SOLVER", choices.Solver, choices.Solver.CG
+)
 stop_to_proto = _enum_to("STOP")
-stop_from_proto = _enum_from(query_pb.Stop, "STOP", types.Stop)
+stop_from_proto = _enum_from(query_pb.Stop, "STOP", choices.Stop)

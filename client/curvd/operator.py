@@ -14,9 +14,10 @@ from curvd._query_requests import Queries
 from curvd._tensors import TensorStream
 from curvd.arrays import Operand, operand, vector_dtype
 from curvd.errors import InvalidSpec, InvalidVector
+from curvd.layout import ParameterLayout
 from curvd.queries import QueryMethods
 from curvd.reports import ResultInfo, SessionInfo, StoredVector
-from curvd.types import OperatorSpec, ParameterLayout, Probe
+from curvd.types import OperatorSpec, Probe
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator

@@ -9,6 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from curvd._connection import AsyncConnection, Connection
 from curvd._query_calls import Observe, QueryCall
 from curvd._query_requests import Queries
+from curvd.choices import Estimator, Solver, Which
 from curvd.progress import watched
 from curvd.reports import StoredVector
 from curvd.results import (
@@ -19,7 +20,6 @@ from curvd.results import (
     LogDeterminant,
     Solution,
 )
-from curvd.types import Estimator, Solver, Which
 
 T = TypeVar("T")
 P = ParamSpec("P")

@@ -5,15 +5,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from curvd.types import (
-    DatasetSpec,
-    Dtype,
-    LossSpec,
-    Mode,
-    ModelSpec,
-    OperatorSpec,
-    ParameterLayout,
-)
+from curvd.choices import Dtype, Mode
+from curvd.layout import ParameterLayout
+from curvd.types import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

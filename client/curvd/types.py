@@ -5,17 +5,21 @@ Letters: ``K`` columns, ``P`` parameters, ``N`` data points, ``B`` batch size.
 
 from __future__ import annotations
 
-import enum
 import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal, TypeVar
+from typing import Literal
 
+from curvd.choices import (
+    Distribution,
+    InputStyle,
+    LossName,
+    OperatorKind,
+    Reduction,
+    member,
+)
 from curvd.errors import InvalidSpec
-
-E = TypeVar("E", bound=enum.StrEnum)
 
 Normaliser = Literal["points", "sum", "counted"]
 """What a custom loss returns for a mini-batch: a mean, a sum, or a sum and a weight."""
@@ -31,120 +35,6 @@ class SerializedGraph(bytes):
 
     def __repr__(self) -> str:
         return f"<graph {self.digest or 'elsewhere'}>"
-
-
-class Dtype(enum.StrEnum):
-    """Element type in which a session computes; values are safetensors' names."""
-
-    FLOAT32 = "F32"
-    FLOAT64 = "F64"
-    BFLOAT16 = "BF16"
-
-
-class Reduction(enum.StrEnum):
-    """How the losses of the data points become one number."""
-
-    MEAN = "mean"
-    SUM = "sum"
-
-
-class Mode(enum.StrEnum):
-    """How layers that differ between training and evaluation behave."""
-
-    EVAL = "eval"
-    BATCH_STATISTICS = "batch_statistics"
-    """BatchNorm normalises with the statistics of the session's fixed mini-batches."""
-
-
-class InputStyle(enum.StrEnum):
-    """How the dataset's inputs are handed to the model."""
-
-    POSITIONAL = "positional"
-    """``model(x1, x2, …)`` in the order of `DatasetSpec.inputs`."""
-    KEYWORDS = "keywords"
-    """``model(name1=x1, …)``."""
-    MAPPING = "mapping"
-    """``model({name1: x1, …})``."""
-
-
-class LossName(enum.StrEnum):
-    """The losses that a server knows by name."""
-
-    CROSS_ENTROPY = "cross_entropy"
-    MSE = "mse"
-    BCE_WITH_LOGITS = "bce_with_logits"
-    NLL = "nll"
-    """Of outputs that are log-probabilities."""
-    SMOOTH_L1 = "smooth_l1"
-    CUSTOM = "custom"
-    """A graph; see `curvd.export_loss`."""
-
-    @property
-    def has_classes(self) -> bool:
-        """Whether integer targets are indices of classes, not numbers."""
-        return self in (LossName.CROSS_ENTROPY, LossName.NLL)
-
-
-class OperatorKind(enum.StrEnum):
-    """Which linear map on parameter space."""
-
-    HESSIAN = "hessian"
-    GGN = "ggn"
-    FISHER = "fisher"
-    """Type-1 Fisher: targets sampled from the model's own distribution."""
-    EMPIRICAL_FISHER = "empirical_fisher"
-    """Uncentred second moment of the per-example gradients."""
-
-
-class Which(enum.StrEnum):
-    """Which end of a spectrum."""
-
-    LARGEST = "largest"
-    SMALLEST = "smallest"
-    BOTH = "both"
-    """Half of them from each end; an odd one more from the top."""
-    LARGEST_MAGNITUDE = "largest_magnitude"
-
-
-class Distribution(enum.StrEnum):
-    """Of a probe's independent elements: mean zero, variance one."""
-
-    RADEMACHER = "rademacher"
-    """+1 and -1, equally likely."""
-    NORMAL = "normal"
-
-
-class Estimator(enum.StrEnum):
-    """How a trace or a diagonal is estimated."""
-
-    HUTCHINSON = "hutchinson"
-    HUTCHPP = "hutch++"
-    """Traces only."""
-    EXCHANGEABLE = "exchangeable"
-    """XTrace and XDiag."""
-
-
-class Solver(enum.StrEnum):
-    """How a linear system is solved."""
-
-    CG = "cg"
-    """For positive definite operators; stops and says so at negative curvature."""
-    MINRES = "minres"
-    """For any symmetric operator."""
-
-
-class Stop(enum.StrEnum):
-    """Why a query ended."""
-
-    CONVERGED = "converged"
-    PRODUCTS = "products"
-    """The products that it was allowed are used up; the result is the best so far."""
-    TIME = "time"
-    """Its time is up; the result is the best so far."""
-    STAGNATED = "stagnated"
-    """The rounding of the operator allows no better."""
-    NEGATIVE_CURVATURE = "negative_curvature"
-    """The operator is not positive definite, and the algorithm needs that."""
 
 
 _LOSS_OPTIONS = (
@@ -261,112 +151,6 @@ class OperatorSpec:
             raise InvalidSpec(msg, seed=self.seed)
 
 
-@dataclass(frozen=True, slots=True)
-class ParameterSpec:
-    """One parameter tensor and its place in the flat vector."""
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    """Index of its first element in a vector of length ``P``."""
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class ParameterLayout:
-    """The ordered parameters of a session: what a vector of length ``P`` means."""
-
-    parameters: tuple[ParameterSpec, ...]
-
-    @classmethod
-    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> ParameterLayout:
-        """Lay out parameters in the mapping's order.
-
-        Args:
-            shapes: Parameter name to shape.
-
-        Returns:
-            The layout with offsets filled in.
-        """
-        offset, parameters = 0, []
-        for name, shape in shapes.items():
-            spec = ParameterSpec(name, tuple(shape), offset)
-            parameters.append(spec)
-            offset += spec.size
-        return cls(tuple(parameters))
-
-    @cached_property
-    def size(self) -> int:
-        """``P``: total number of parameters."""
-        return sum(p.size for p in self.parameters)
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """Parameter names in order."""
-        return tuple(p.name for p in self.parameters)
-
-    @cached_property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Parameter shapes in order."""
-        return tuple(p.shape for p in self.parameters)
-
-    @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        """Elements per parameter, in order."""
-        return tuple(p.size for p in self.parameters)
-
-    def of_operator(self, spec: OperatorSpec) -> ParameterLayout:
-        """Lay out the parameters that an operator acts on.
-
-        Args:
-            spec: Which; of the session that has this layout.
-
-        Returns:
-            What a vector means that it multiplies.
-
-        Raises:
-            InvalidSpec: If the session has no such parameter, or the blocks do not
-                cover the operator's.
-        """
-        chosen = self
-        if spec.parameters is not None:
-            shapes = {p.name: p.shape for p in self.parameters}
-            unknown = [name for name in spec.parameters if name not in shapes]
-            if unknown:
-                msg = (
-                    f"the session has no parameter {unknown[0]!r}; it has "
-                    f"{len(shapes)}, from {self.names[0]!r} to {self.names[-1]!r}"
-                )
-                raise InvalidSpec(msg, parameter=unknown[0])
-            chosen = ParameterLayout.of({
-                name: shapes[name] for name in spec.parameters
-            })
-        chosen._check_blocks(spec.block_sizes)
-        return chosen
-
-    def _check_blocks(self, block_sizes: tuple[int, ...] | None) -> None:
-        """Refuse block sizes that do not cover the parameters.
-
-        Args:
-            block_sizes: Parameters per block, or None.
-
-        Raises:
-            InvalidSpec: If they do not sum to the number of parameters.
-        """
-        if block_sizes is not None and sum(block_sizes) != len(self.parameters):
-            msg = (
-                f"block_sizes sum to {sum(block_sizes)}, but the operator acts on "
-                f"{len(self.parameters)} parameters; they must be equal"
-            )
-            raise InvalidSpec(
-                msg, block_sizes=block_sizes, parameters=len(self.parameters)
-            )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """An architecture by name, or as a graph; its state travels beside it."""
@@ -410,28 +194,6 @@ class DatasetSpec:
     def names(self) -> tuple[str, ...]:
         """The tensors: inputs and target."""
         return (*self.inputs, self.target)
-
-
-def member(kind: type[E], value: str, what: str) -> E:
-    """Find the member of an enumeration.
-
-    Args:
-        kind: The enumeration.
-        value: A member, or its value.
-        what: What is being chosen, for the message.
-
-    Returns:
-        The member.
-
-    Raises:
-        InvalidSpec: If there is none.
-    """
-    try:
-        return kind(value)
-    except ValueError:
-        known = ", ".join(member.value for member in kind)
-        msg = f"unknown {what} {value!r}; known: {known}"
-        raise InvalidSpec(msg, value=value) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,17 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvd.buffers import Pool
+from curvd.choices import Dtype, Mode
 from curvd.errors import InvalidSpec, OutOfMemory
+from curvd.layout import ParameterLayout
 from curvd.reports import DeviceInfo, PlanReport
-from curvd.types import (
-    DatasetSpec,
-    Dtype,
-    LossSpec,
-    Mode,
-    ModelSpec,
-    OperatorSpec,
-    ParameterLayout,
-)
+from curvd.types import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
 from curvd_server import engine
 from curvd_server.compilation import Compiler
 from curvd_server.models import Models

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from curvd.types import OperatorKind, OperatorSpec
+from curvd.choices import OperatorKind
+from curvd.types import OperatorSpec
 from curvd_server.data import Batch
 from curvd_server.objective import Problem
 from curvd_server.outputs import Metric, metric

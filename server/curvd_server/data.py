@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvd.choices import Dtype
 from curvd.errors import InvalidSpec
-from curvd.types import DatasetSpec, Dtype
+from curvd.types import DatasetSpec
 
 Array = np.ndarray[Any, Any] | Tensor
 

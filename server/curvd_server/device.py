@@ -11,16 +11,10 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from curvd.choices import Dtype, Mode
+from curvd.layout import ParameterLayout
 from curvd.reports import DeviceInfo, PlanReport
-from curvd.types import (
-    DatasetSpec,
-    Dtype,
-    LossSpec,
-    Mode,
-    ModelSpec,
-    OperatorSpec,
-    ParameterLayout,
-)
+from curvd.types import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
 from curvd_server.registration import Architecture
 
 Array = NDArray[Any]

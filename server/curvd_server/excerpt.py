@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvd.types import OperatorKind, OperatorSpec
+from curvd.choices import OperatorKind
+from curvd.types import OperatorSpec
 from curvd_server.data import Batch, rows_of
 from curvd_server.objective import Problem
 from curvd_server.outputs import metric

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curvd.choices import LossName, Reduction
 from curvd.errors import InvalidSpec
-from curvd.types import LossName, LossSpec, Reduction
+from curvd.types import LossSpec
 from curvd_server.graph.loss import CustomLoss
 
 _IGNORED = -100  # what torch ignores if nothing else is asked for

@@ -20,17 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvd.choices import Dtype, InputStyle, Mode
 from curvd.errors import Cancelled, InvalidSpec
+from curvd.layout import ParameterLayout
 from curvd.selection import select
-from curvd.types import (
-    DatasetSpec,
-    Dtype,
-    InputStyle,
-    LossSpec,
-    Mode,
-    OperatorSpec,
-    ParameterLayout,
-)
+from curvd.types import DatasetSpec, LossSpec, OperatorSpec
 from curvd_server.data import (
     TORCH_DTYPES,
     Array,

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvd.choices import LossName, OperatorKind
 from curvd.errors import InvalidSpec
-from curvd.types import LossName, OperatorKind, OperatorSpec
+from curvd.types import OperatorSpec
 from curvd_server.data import Batch
 from curvd_server.losses import classes_last
 from curvd_server.objective import Problem

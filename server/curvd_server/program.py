@@ -24,7 +24,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, fx, nn
 
-from curvd.types import OperatorKind, OperatorSpec
+from curvd.choices import OperatorKind
+from curvd.types import OperatorSpec
 from curvd_server.compilation import Job, Routine
 from curvd_server.data import Batch
 from curvd_server.emission import emitted

@@ -9,9 +9,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from curvd import convert_enums
+from curvd.choices import Dtype, Estimator, Solver
 from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded
+from curvd.layout import ParameterLayout
 from curvd.tensorfile import Header
-from curvd.types import Dtype, Estimator, ParameterLayout, Solver
 from curvd.v1 import query_service_pb2 as query_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.queries.sampling import Target

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
 
-from curvd.types import Mode
+from curvd.choices import Mode
 from curvd_server.data import Array, tensor_of
 from curvd_server.graph.module import GraphModule
 

@@ -8,9 +8,11 @@ import weakref
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 
+from curvd.choices import Dtype, Mode
 from curvd.errors import LimitExceeded, SessionNotFound
+from curvd.layout import ParameterLayout
 from curvd.reports import SessionInfo, SessionState
-from curvd.types import Dtype, LossSpec, Mode, OperatorSpec, ParameterLayout
+from curvd.types import LossSpec, OperatorSpec
 from curvd_server.catalogue import StoredSession, StoredVersion
 from curvd_server.session import (
     Facilities,

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from curvd.choices import Dtype
 from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded
 from curvd.finite import first_not_finite
+from curvd.layout import ParameterLayout
 from curvd.narrow import NARROW
 from curvd.tensorfile import Header
-from curvd.types import Dtype, ParameterLayout
 from curvd_server.config import LimitsConfig
 
 LONGEST_TEXT = 128

@@ -12,7 +12,16 @@ from concurrent import futures
 import grpc
 import numpy as np
 
-from curvd import convert, convert_enums, reports, tensorfile, types, wire
+from curvd import (
+    choices,
+    convert,
+    convert_enums,
+    layout,
+    reports,
+    tensorfile,
+    types,
+    wire,
+)
 from curvd.errors import (
     CurvdError,
     ResultNotKept,
@@ -27,7 +36,7 @@ from curvd.status import DETAILS_KEY, dump
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import session_service_pb2 as session_pb
 
-LAYOUT = types.ParameterLayout.of({"0.weight": (3, 8), "0.bias": (3,)})
+LAYOUT = layout.ParameterLayout.of({"0.weight": (3, 8), "0.bias": (3,)})
 P = LAYOUT.size
 _HALF = np.random.default_rng(7).standard_normal((P, P))
 MATRIX = _HALF + _HALF.T
@@ -493,7 +502,7 @@ def _widened(v, info):
 
 
 def _numpy(info):
-    return np.float64 if info.dtype is types.Dtype.FLOAT64 else np.float32
+    return np.float64 if info.dtype is choices.Dtype.FLOAT64 else np.float32
 
 
 @contextlib.contextmanager

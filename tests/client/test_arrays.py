@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from curvd.arrays import arrange, operand, split, vector_dtype
+from curvd.choices import Dtype
 from curvd.errors import InvalidSpec, InvalidVector
-from curvd.types import Dtype, ParameterLayout
+from curvd.layout import ParameterLayout
 
 LAYOUT = ParameterLayout.of({"w": (2, 3), "b": (3,), "s": ()})
 P = 10

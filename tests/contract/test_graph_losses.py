@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 import curvd  # noqa: E402
-from curvd.types import LossName, Reduction  # noqa: E402
+from curvd.choices import LossName, Reduction  # noqa: E402
 
 N, BATCH = 7, 3
 """Leaves a ragged last mini-batch."""

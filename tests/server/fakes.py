@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from curvd import wire
+from curvd.choices import LossName
 from curvd.errors import BuilderNotFound, Cancelled
+from curvd.layout import ParameterLayout
 from curvd.reports import DeviceInfo, PlanReport, TensorInfo
-from curvd.types import DatasetSpec, LossName, LossSpec, ModelSpec, ParameterLayout
+from curvd.types import DatasetSpec, LossSpec, ModelSpec
 from curvd_server.batching import Batcher
 from curvd_server.catalogue import Catalogue
 from curvd_server.config import LimitsConfig

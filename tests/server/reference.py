@@ -11,7 +11,8 @@ import torch
 from server.zoo import Animal
 from torch import Tensor
 
-from curvd.types import DatasetSpec, Dtype
+from curvd.choices import Dtype
+from curvd.types import DatasetSpec
 from curvd_server.objective import Problem
 
 

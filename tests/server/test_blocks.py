@@ -7,7 +7,8 @@ ragged mini-batch runs another program than the others.
 import pytest
 
 torch = pytest.importorskip("torch")
-from curvd.types import DatasetSpec, Dtype, LossSpec, OperatorSpec  # noqa: E402
+from curvd.choices import Dtype  # noqa: E402
+from curvd.types import DatasetSpec, LossSpec, OperatorSpec  # noqa: E402
 from curvd_server import builders, curvature, plans, verify  # noqa: E402
 from curvd_server.objective import Problem  # noqa: E402
 

@@ -16,8 +16,9 @@ from server.reference import (
 from server.zoo import ANIMALS, REFUSED, Animal
 from torch import Tensor
 
+from curvd.choices import OperatorKind
 from curvd.errors import CurvatureUnverified
-from curvd.types import OperatorKind, OperatorSpec
+from curvd.types import OperatorSpec
 from curvd_server.curvature import MODES
 from curvd_server.engine import build
 from curvd_server.plans import Plan

@@ -12,8 +12,9 @@ from server.reference import central_difference, columns, error, flat, problem_o
 from server.zoo import ANIMALS
 
 from curvd.buffers import Pool
+from curvd.choices import Dtype
 from curvd.errors import Cancelled, InvalidSpec, InvalidVector, OutOfMemory
-from curvd.types import DatasetSpec, Dtype, LossSpec, OperatorSpec
+from curvd.types import DatasetSpec, LossSpec, OperatorSpec
 from curvd_server import engine as engines
 from curvd_server.builders import BUILDERS
 from curvd_server.curvature import MODES

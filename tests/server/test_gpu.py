@@ -14,7 +14,8 @@ from server.reference import columns, error
 from server.zoo import ANIMALS, Animal
 
 import curvd
-from curvd.types import DatasetSpec, Dtype, OperatorSpec
+from curvd.choices import Dtype
+from curvd.types import DatasetSpec, OperatorSpec
 from curvd_server.app import serve_in_thread
 from curvd_server.builders import BUILDERS
 from curvd_server.config import ServerConfig

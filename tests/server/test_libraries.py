@@ -11,8 +11,9 @@ from server.reference import central_difference, columns, dense_ggn, error, prob
 from server.zoo import Animal
 from torch import nn
 
+from curvd.choices import Dtype
 from curvd.errors import BuilderNotFound, FailedPrecondition, InvalidSpec, LimitExceeded
-from curvd.types import DatasetSpec, Dtype, LossSpec, ModelSpec, OperatorSpec
+from curvd.types import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
 from curvd_server import bounded, libraries
 from curvd_server.compute import TorchDevice
 from curvd_server.engine import build

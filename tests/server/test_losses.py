@@ -14,8 +14,9 @@ from server.reference import (
 )
 from torch import Tensor, nn
 
+from curvd.choices import Dtype, LossName
 from curvd.errors import InvalidSpec
-from curvd.types import DatasetSpec, Dtype, LossName, LossSpec, OperatorSpec
+from curvd.types import DatasetSpec, LossSpec, OperatorSpec
 from curvd_server.curvature import MODES
 from curvd_server.engine import build
 from curvd_server.objective import Problem

@@ -8,9 +8,10 @@ from server.reference import central_difference, columns, dense_ggn, error, prob
 from server.zoo import ANIMALS, REFUSED
 from torch import nn
 
+from curvd.choices import Dtype
 from curvd.errors import InvalidSpec, LimitExceeded
 from curvd.selection import check_patterns, select
-from curvd.types import DatasetSpec, Dtype, LossSpec, OperatorSpec
+from curvd.types import DatasetSpec, LossSpec, OperatorSpec
 from curvd_server.curvature import MODES, kept_bytes
 from curvd_server.engine import build
 from curvd_server.objective import Problem

@@ -11,8 +11,9 @@ from server.reference import columns, error, problem_of
 from server.zoo import ANIMALS, Animal
 from torch import nn
 
+from curvd.choices import Dtype, Mode
 from curvd.errors import CurvatureUnverified, InvalidSpec
-from curvd.types import DatasetSpec, Dtype, LossSpec, Mode, ModelSpec, OperatorSpec
+from curvd.types import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
 from curvd_server import candidates, compute, plans, program
 from curvd_server.builders import BUILDERS
 from curvd_server.candidates import Plan, Stopwatch

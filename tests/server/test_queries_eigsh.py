@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from curvd.types import Stop, Which
+from curvd.choices import Stop, Which
 from curvd_server.queries.band import Band
 from curvd_server.queries.base import Products, drain
 from curvd_server.queries.drift import Drift

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from curvd.types import Estimator, Stop
+from curvd.choices import Estimator, Stop
 from curvd_server.queries.base import Products, drain
 from curvd_server.queries.density import spectral_density
 from curvd_server.queries.diagonal import diagonal

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from curvd import probes as client_probes
-from curvd.types import Distribution, Solver, Stop, Which
+from curvd.choices import Distribution, Solver, Stop, Which
 from curvd_server.queries.base import Products, drain
 from curvd_server.queries.eigsh import eigsh
 from curvd_server.queries.intervals import student_975

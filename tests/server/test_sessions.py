@@ -7,6 +7,7 @@ import pytest
 from server.fakes import middle, put
 
 from curvd import wire
+from curvd.choices import OperatorKind
 from curvd.errors import (
     Cancelled,
     InvalidSpec,
@@ -18,7 +19,7 @@ from curvd.errors import (
     VersionMismatch,
 )
 from curvd.reports import SessionState
-from curvd.types import OperatorKind, OperatorSpec
+from curvd.types import OperatorSpec
 from curvd_server.session import Update
 
 HESSIAN = OperatorSpec()

@@ -6,7 +6,8 @@ import torch
 from server.reference import columns, problem_of
 from server.zoo import ANIMALS
 
-from curvd.types import DatasetSpec, Dtype, OperatorSpec
+from curvd.choices import Dtype
+from curvd.types import DatasetSpec, OperatorSpec
 from curvd_server.engine import build
 from curvd_server.objective import Problem
 from curvd_server.plans import Plan

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from curvd.choices import Dtype
 from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded
+from curvd.layout import ParameterLayout
 from curvd.tensorfile import TensorHeader
-from curvd.types import Dtype, ParameterLayout
 from curvd_server import validate
 from curvd_server.config import LimitsConfig
 

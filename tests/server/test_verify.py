@@ -10,8 +10,9 @@ from server.reference import columns, flat, problem_of
 from server.zoo import ANIMALS, REFUSED, Animal
 from torch import Tensor, nn
 
+from curvd.choices import Dtype
 from curvd.errors import InvalidSpec, NotDeterministic, OutOfMemory
-from curvd.types import DatasetSpec, Dtype, LossSpec, OperatorSpec
+from curvd.types import DatasetSpec, LossSpec, OperatorSpec
 from curvd_server import curvature, verify
 from curvd_server.engine import build
 from curvd_server.objective import Problem

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from curvd.types import LossSpec, Mode
+from curvd.choices import Mode
+from curvd.types import LossSpec
 
 N = 6
 """Data points of every animal."""

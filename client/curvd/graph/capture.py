@@ -14,13 +14,13 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from curvd.choices import Mode
 from curvd.errors import CurvdError, InvalidGraph, InvalidSpec
 from curvd.graph.aliases import Alias
 from curvd.graph.manifest import CONSTANTS, Inputs, exported_dtype, inputs_of, manifest
 from curvd.graph.sources import source_of_error
 from curvd.graph.tape import Tape, write
 from curvd.graph.translate import Translator
-from curvd.types import Mode
 from curvd.v1 import graph_pb2 as graph_pb
 
 EXAMPLE_ROWS = 3

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from curvd.choices import LossName, Reduction
 from curvd.errors import InvalidGraph, InvalidSpec
 from curvd.graph.capture import few, traced, translated
 from curvd.graph.manifest import inputs_of
-from curvd.types import LossName, LossSpec, Normaliser, Reduction, SerializedGraph
+from curvd.types import LossSpec, Normaliser, SerializedGraph
 from curvd.v1 import graph_pb2 as graph_pb
 from curvd.vocabulary import MAX_INLINE_BYTES
 

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvd.types import Distribution
+from curvd.choices import Distribution
 from curvd_server.queries.base import Products
 from curvd_server.queries.drift import Drift
 from curvd_server.queries.probes import probes

@@ -9,7 +9,7 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from curvd.types import Stop
+from curvd.choices import Stop
 
 R = TypeVar("R")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from curvd.types import Distribution, Stop
+from curvd.choices import Distribution, Stop
 from curvd_server.queries.base import Products, Progress, Query
 from curvd_server.queries.intervals import uncertainty
 from curvd_server.queries.lanczos import Quadrature, quadratures

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvd.types import Distribution, Estimator, Stop
+from curvd.choices import Distribution, Estimator, Stop
 from curvd_server.queries.base import Products, Progress, Query
 from curvd_server.queries.intervals import student_975
 from curvd_server.queries.probes import probes

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvd.types import Stop, Which
+from curvd.choices import Stop, Which
 from curvd_server.queries.band import Band, Floats
 from curvd_server.queries.base import Products, Progress, Query
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvd.types import Stop
+from curvd.choices import Stop
 from curvd_server.queries.base import Progress, Query
 from curvd_server.queries.vectors import dots, norms
 

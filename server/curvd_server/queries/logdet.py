@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curvd.types import Distribution, Stop
+from curvd.choices import Distribution, Stop
 from curvd_server.queries.base import Products, Progress, Query
 from curvd_server.queries.intervals import Mean, mean_of
 from curvd_server.queries.lanczos import quadratures

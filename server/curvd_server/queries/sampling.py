@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from curvd.types import Distribution, Stop
+from curvd.choices import Distribution, Stop
 from curvd_server.queries.base import Products, Progress, Query
 from curvd_server.queries.intervals import Mean, mean_of
 from curvd_server.queries.probes import probes

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from curvd.types import Distribution
+from curvd.choices import Distribution
 from curvd_server.queries.base import Products
 from curvd_server.queries.probes import probes
 from curvd_server.queries.vectors import dots

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvd.types import Solver, Stop
+from curvd.choices import Solver, Stop
 from curvd_server.queries.base import Products, Progress, Query
 from curvd_server.queries.krylov import Steps, System, cg, minres
 from curvd_server.queries.vectors import norms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from curvd.types import Estimator, Stop
+from curvd.choices import Estimator, Stop
 from curvd_server.queries.base import Products, Progress, Query
 from curvd_server.queries.intervals import Mean, mean_of, student_975
 from curvd_server.queries.sampling import LEAST_SAMPLES, Estimate, Target, sample_mean

@@ -6,8 +6,9 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from curvd.choices import Which
 from curvd.errors import SessionNotFound
-from curvd.types import OperatorSpec, Which
+from curvd.types import OperatorSpec
 from curvd_server.sessions import SessionStore
 
 Kind: TypeAlias = tuple[str, OperatorSpec, Which]

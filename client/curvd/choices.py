@@ -1,0 +1,146 @@
+"""What a caller chooses from: enumerations whose values are their names on the wire."""
+
+from __future__ import annotations
+
+import enum
+from typing import TypeVar
+
+from curvd.errors import InvalidSpec
+
+E = TypeVar("E", bound=enum.StrEnum)
+
+
+class Dtype(enum.StrEnum):
+    """Element type in which a session computes; values are safetensors' names."""
+
+    FLOAT32 = "F32"
+    FLOAT64 = "F64"
+    BFLOAT16 = "BF16"
+
+
+class Reduction(enum.StrEnum):
+    """How the losses of the data points become one number."""
+
+    MEAN = "mean"
+    SUM = "sum"
+
+
+class Mode(enum.StrEnum):
+    """How layers that differ between training and evaluation behave."""
+
+    EVAL = "eval"
+    BATCH_STATISTICS = "batch_statistics"
+    """BatchNorm normalises with the statistics of the session's fixed mini-batches."""
+
+
+class InputStyle(enum.StrEnum):
+    """How the dataset's inputs are handed to the model."""
+
+    POSITIONAL = "positional"
+    """``model(x1, x2, …)`` in the order of `DatasetSpec.inputs`."""
+    KEYWORDS = "keywords"
+    """``model(name1=x1, …)``."""
+    MAPPING = "mapping"
+    """``model({name1: x1, …})``."""
+
+
+class LossName(enum.StrEnum):
+    """The losses that a server knows by name."""
+
+    CROSS_ENTROPY = "cross_entropy"
+    MSE = "mse"
+    BCE_WITH_LOGITS = "bce_with_logits"
+    NLL = "nll"
+    """Of outputs that are log-probabilities."""
+    SMOOTH_L1 = "smooth_l1"
+    CUSTOM = "custom"
+    """A graph; see `curvd.export_loss`."""
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether integer targets are indices of classes, not numbers."""
+        return self in (LossName.CROSS_ENTROPY, LossName.NLL)
+
+
+class OperatorKind(enum.StrEnum):
+    """Which linear map on parameter space."""
+
+    HESSIAN = "hessian"
+    GGN = "ggn"
+    FISHER = "fisher"
+    """Type-1 Fisher: targets sampled from the model's own distribution."""
+    EMPIRICAL_FISHER = "empirical_fisher"
+    """Uncentred second moment of the per-example gradients."""
+
+
+class Which(enum.StrEnum):
+    """Which end of a spectrum."""
+
+    LARGEST = "largest"
+    SMALLEST = "smallest"
+    BOTH = "both"
+    """Half of them from each end; an odd one more from the top."""
+    LARGEST_MAGNITUDE = "largest_magnitude"
+
+
+class Distribution(enum.StrEnum):
+    """Of a probe's independent elements: mean zero, variance one."""
+
+    RADEMACHER = "rademacher"
+    """+1 and -1, equally likely."""
+    NORMAL = "normal"
+
+
+class Estimator(enum.StrEnum):
+    """How a trace or a diagonal is estimated."""
+
+    HUTCHINSON = "hutchinson"
+    HUTCHPP = "hutch++"
+    """Traces only."""
+    EXCHANGEABLE = "exchangeable"
+    """XTrace and XDiag."""
+
+
+class Solver(enum.StrEnum):
+    """How a linear system is solved."""
+
+    CG = "cg"
+    """For positive definite operators; stops and says so at negative curvature."""
+    MINRES = "minres"
+    """For any symmetric operator."""
+
+
+class Stop(enum.StrEnum):
+    """Why a query ended."""
+
+    CONVERGED = "converged"
+    PRODUCTS = "products"
+    """The products that it was allowed are used up; the result is the best so far."""
+    TIME = "time"
+    """Its time is up; the result is the best so far."""
+    STAGNATED = "stagnated"
+    """The rounding of the operator allows no better."""
+    NEGATIVE_CURVATURE = "negative_curvature"
+    """The operator is not positive definite, and the algorithm needs that."""
+
+
+def member(kind: type[E], value: str, what: str) -> E:
+    """Find the member of an enumeration.
+
+    Args:
+        kind: The enumeration.
+        value: A member, or its value.
+        what: What is being chosen, for the message.
+
+    Returns:
+        The member.
+
+    Raises:
+        InvalidSpec: If there is none.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        known = ", ".join(member.value for member in kind)
+        msg = f"unknown {what} {value!r}; known: {known}"
+        raise InvalidSpec(msg, value=value) from None
