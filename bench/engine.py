@@ -118,42 +118,46 @@ def entries(c: Contest, t: Team, V: Tensor) -> dict[str, Entry]:
     """List the contestants of one model in the order of a round."""
     case = c.case
 
-    def entry(
-        run: Callable[[], object], rounds: range, columns: int = 1, warming: int = 1
-    ) -> Entry:
-        return Entry(run, rounds, columns, warming)
-
     def product(multiply: Product, columns: int, rounds: range) -> Entry:
-        return entry(lambda: multiply(V[:columns]), rounds, columns)
+        return Entry(lambda: multiply(V[:columns]), rounds, columns)
 
     def lone(operator: Operator) -> Entry:
         # Several, each of its own vector, as the columns that they are compared with.
         columns = V[: case.lone].split(1)
-        return entry(
+        return Entry(
             lambda: torch.cat([operator.apply(v) for v in columns]), always, case.lone
         )
 
-    # Blocks run once or twice: all of it counts. Side by side is what is compared.
+    # Blocks run once or twice: all of it counts. Ours side by side, then the peer's, after
+    # whose wide products everything is cold.
     always, few = range(case.rounds), range(case.block_rounds)
-    listed = {
-        "peak": entry(matrix_product(), always),
-        "unit": entry(c.gradient, always),
-        "1": lone(t.hessian),
-        "1 peer": product(t.peer, 1, always),
+    wide = {
+        f"{width}": product(t.hessian.apply, width, range(rounds + 1))
+        for width, rounds in case.widths.items()
     }
-    for width, rounds in case.widths.items():
-        listed[f"{width}"] = product(t.hessian.apply, width, range(rounds + 1))
+    wide_peers = {
         # A peer that runs once only has to count.
-        runs = range(0 if rounds > 1 else 1, min(rounds, MOST_PEERS) + 1)
-        listed[f"{width} peer"] = product(t.peer, width, runs)
-    listed[AGAIN] = lone(t.hessian)
+        f"{width} peer": product(
+            t.peer, width, range(0 if rounds > 1 else 1, min(rounds, MOST_PEERS) + 1)
+        )
+        for width, rounds in case.widths.items()
+    }
+    listed = {
+        "peak": Entry(matrix_product(), always),
+        "unit": Entry(c.gradient, always),
+        "1": lone(t.hessian),
+        **wide,
+        AGAIN: lone(t.hessian),
+        "1 peer": product(t.peer, 1, always),
+        **wide_peers,
+    }
     if t.eager is not None:
         listed["eager"] = lone(t.eager)
     return listed | {
         "ggn": product(t.ggn.apply, 1, always),
         "ggn peer": product(t.peer_ggn, 1, always),
-        "blocks": entry(lambda: t.blocks.apply(V[:1]), few, warming=0),
-        "blocks peer": entry(lambda: loop_over_blocks(c, V[0])[None], few, warming=0),
+        "blocks": Entry(lambda: t.blocks.apply(V[:1]), few, warming=0),
+        "blocks peer": Entry(lambda: loop_over_blocks(c, V[0])[None], few, warming=0),
     }
 
 

@@ -30,7 +30,7 @@ class Entry:
     rounds: range
     """In which it takes part."""
     columns: int = 1
-    warming: int = 0
+    warming: int = 1
     """Rounds at the beginning that warm caches and allocators and do not count."""
 
 
