@@ -1,4 +1,4 @@
-"""The running server: the way of a request, ways in, and staying up."""
+"""The running server: the way of a request, and staying up."""
 
 import asyncio
 import contextlib
@@ -16,10 +16,10 @@ import grpc
 import numpy as np
 import pytest
 import raw
-import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from server.fakes import FakeDevice
+from server.served import NOT_SERVING, SERVING, Channels, healthy, server, stub
 
 from curvd import tensorfile
 from curvd.errors import (
@@ -28,58 +28,17 @@ from curvd.errors import (
     InvalidSpec,
     NotFound,
     Overloaded,
-    Unauthenticated,
     Unavailable,
 )
 from curvd.reports import ModelInfo
 from curvd.rpcs import RPCS
 from curvd.types import ModelSpec
 from curvd.v1 import session_service_pb2 as session_pb
-from curvd_server.app import running, serve_in_thread
+from curvd_server.app import running
 from curvd_server.catalogue import Catalogue, StoredModel
-from curvd_server.config import LimitsConfig, ServerConfig, TlsConfig
+from curvd_server.config import LimitsConfig, ServerConfig
 
 pytestmark = pytest.mark.usefixtures("answers")
-
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-@contextlib.contextmanager
-def server(tmp_path, device=None, **options):
-    """A real server on a fake device, and a channel to it."""
-    options = {"listen": "127.0.0.1:0", "drain_s": 0.0, "data_dir": tmp_path} | options
-    device = device or FakeDevice()
-    with (
-        serve_in_thread(ServerConfig(**options), device=device) as target,
-        Channels(target) as channels,
-    ):
-        yield channels
-
-
-class Channels(contextlib.ExitStack):
-    """A channel whose methods have a connection each, as our own clients' calls have."""
-
-    def __init__(self, target):
-        super().__init__()
-        self._target = target
-
-    def __getattr__(self, shape):
-        own = [("grpc.use_local_subchannel_pool", 1)]
-        channel = grpc.insecure_channel(self._target, own)
-        return getattr(self.enter_context(channel), shape)
-
-
-def healthy(channel, service=""):
-    """What the health service says."""
-    stub = health_pb2_grpc.HealthStub(channel)
-    return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=30).status
-
-
-def stub(channel, name):
-    """A bare stub."""
-    rpc = RPCS[name]
-    return getattr(channel, rpc.shape)(rpc.path, rpc.request.dump, rpc.response.load)
 
 
 def test_a_product_goes_all_the_way(tmp_path):
@@ -293,72 +252,6 @@ def test_reflection_answers_whoever_is_not_our_client(tmp_path, answers):
         answer = next(answers_to)
     names = {s.name for s in answer.list_services_response.service}
     assert {"curvd.v1.SessionService", "grpc.health.v1.Health"} <= names
-
-
-def test_calls_need_the_token_and_health_does_not(tmp_path):
-    ask = session_pb.GetServerInfoRequest()
-    with server(tmp_path, token="secret") as channel:
-        for wrong in ((), (("authorization", "Bearer other"),)):
-            with pytest.raises(Unauthenticated, match="Bearer <token>"):
-                raw.call(channel, "GetServerInfo", ask, metadata=wrong)
-        right = (("authorization", "Bearer secret"),)
-        raw.call(channel, "GetServerInfo", ask, metadata=right)
-        assert healthy(channel) == SERVING
-        data = raw.file_of({"v": np.ones(5)})
-        with pytest.raises(Unauthenticated):
-            raw.call(channel, "MatMat", raw.product("MatMat", "s", data))
-
-
-@pytest.fixture
-def certificates(tmp_path):
-    """A CA, and files of certificates it signed for the server and a client."""
-    authority = trustme.CA()
-    for name, identity in (("server", "localhost"), ("client", "me@example.org")):
-        issued = authority.issue_cert(identity)
-        (tmp_path / f"{name}.key").write_bytes(issued.private_key_pem.bytes())
-        chain = b"".join(pem.bytes() for pem in issued.cert_chain_pems)
-        (tmp_path / f"{name}.pem").write_bytes(chain)
-    (tmp_path / "ca.pem").write_bytes(authority.cert_pem.bytes())
-    return tmp_path
-
-
-def connect(target, files, *, client=False):
-    """Health over TLS."""
-    port = target.rpartition(":")[2]
-    read = lambda name: (files / name).read_bytes()  # noqa: E731
-    pair = (read("client.key"), read("client.pem")) if client else (None, None)
-    credentials = grpc.ssl_channel_credentials(read("ca.pem"), *pair)
-    with grpc.secure_channel(f"localhost:{port}", credentials) as channel:
-        return healthy(channel)
-
-
-def test_tls_encrypts(certificates, tmp_path):
-    tls = TlsConfig(cert=certificates / "server.pem", key=certificates / "server.key")
-    config = ServerConfig(listen="localhost:0", tls=tls, data_dir=tmp_path / "data")
-    with serve_in_thread(config, device=FakeDevice()) as target:
-        assert connect(target, certificates) == SERVING
-        with grpc.insecure_channel(target) as channel, pytest.raises(grpc.RpcError):
-            healthy(channel)
-
-
-def test_mutual_tls_asks_for_a_certificate(certificates, tmp_path):
-    tls = TlsConfig(
-        cert=certificates / "server.pem",
-        key=certificates / "server.key",
-        client_ca=certificates / "ca.pem",
-    )
-    config = ServerConfig(listen="localhost:0", tls=tls, data_dir=tmp_path / "data")
-    with serve_in_thread(config, device=FakeDevice()) as target:
-        assert connect(target, certificates, client=True) == SERVING
-        with pytest.raises(grpc.RpcError):
-            connect(target, certificates)
-
-
-def test_a_unix_socket_is_for_its_owner(tmp_path):
-    path = tmp_path / "curvd.sock"
-    with server(tmp_path / "data", listen=f"unix:{path}") as channel:
-        assert healthy(channel) == SERVING
-        assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_data_directory_has_one_server(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import raw
 from server.fakes import FakeDevice
-from server.test_app import server
+from server.served import server
 
 from curvd import tensorfile, wire
 from curvd.errors import (

@@ -1,8 +1,7 @@
 """The order in which large requests are read when several come at once.
 
-Sixteen vectors that are read side by side all arrive when the last one does, and the
-device waits for the first of them as long. Read one after the other, each arrives as early as it
-can, and none arrives later than it would have.
+Vectors that are read side by side all arrive when the last one does, and the device waits
+for the first of them as long. Read one after the other, each arrives as early as it can.
 """
 
 from __future__ import annotations
