@@ -7,8 +7,7 @@ between products. All keep the result up to rounding.
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor, fx
 
 aten = torch.ops.aten
 
-_ADD, _MUL, _MM = aten.add.Tensor, aten.mul.Tensor, aten.mm.default
-_CONV = aten.convolution_backward.default
+_ADD, _MUL = aten.add.Tensor, aten.mul.Tensor
 _SCALES = {
     aten.gelu_backward.default,
     aten.silu_backward.default,
@@ -27,8 +25,8 @@ _SCALES = {
     aten.softplus_backward.default,
 }
 """Elementwise and linear in the first operand: a fixed factor in disguise."""
-_SHAPES = {aten.t.default, aten.view.default, aten._unsafe_view.default}
-
+_COPIES = {aten.expand.default, aten._to_copy.default}
+"""What forward mode inserts where a tangent might be another's view, and is not."""
 
 Values = Mapping[str, Any]
 Recipe = dict[str, Callable[[Values], Tensor]]
@@ -56,16 +54,15 @@ def simplify(graph: fx.Graph, zeros: Set[str]) -> tuple[fx.Graph, Recipe]:
         if node.target is _ADD:
             _drop_zero(graph, node, zeros)
         elif node.target is aten.copy.default:
-            _drop_copy(graph, node)
+            _drop_copy(graph, node, source=1)
+        elif node.target in _COPIES and "memory_format" not in node.kwargs:
+            _drop_copy(graph, node, source=0)
     for node in list(graph.nodes):
         if node.target in _SCALES:
             _fold_factor(graph, node, recipe)
     for node in list(graph.nodes):
         if node.target is _MUL:
             _gather_factors(graph, node, recipe)
-    for node in list(graph.nodes):
-        if node.target is _ADD:
-            _accumulate_product(graph, node) or _join_weight_gradients(graph, node)
     graph.eliminate_dead_code()
     graph.lint()
     return graph, recipe
@@ -130,13 +127,20 @@ def _drop_zero(graph: fx.Graph, node: fx.Node, zeros: Set[str]) -> None:
             return
 
 
-def _drop_copy(graph: fx.Graph, node: fx.Node) -> None:
-    """``copy(anything, t) -> t`` if `t` has the result's shape and type already."""
-    source: Any = node.args[1]
-    have, want = source.meta.get("val"), node.meta.get("val")
+def _drop_copy(graph: fx.Graph, node: fx.Node, source: int) -> None:
+    """``copy(anything, t) -> t`` if `t` has the result's shape and type already.
+
+    Args:
+        graph: The program.
+        node: Copies, expands or converts; nothing here writes to what it makes.
+        source: Which operand it copies.
+    """
+    original: Any = node.args[source]
+    have, want = original.meta.get("val"), node.meta.get("val")
     if isinstance(have, Tensor) and isinstance(want, Tensor):
-        if have.shape == want.shape and have.dtype == want.dtype:
-            node.replace_all_uses_with(source)
+        alike = have.shape == want.shape and have.dtype == want.dtype
+        if alike and have.device == want.device:
+            node.replace_all_uses_with(original)
             graph.erase_node(node)
 
 
@@ -201,96 +205,3 @@ def _split_factors(node: fx.Node) -> tuple[fx.Node | None, Any]:
     if _constant(a) and isinstance(b, fx.Node) and not _constant(b):
         return b, a
     return None, None
-
-
-def _accumulate_product(graph: fx.Graph, node: fx.Node) -> bool:
-    """``P(x) + P(a @ b) -> P(addmm(x, a, b))`` for a change of shape P."""
-    if node.kwargs or len(node.all_input_nodes) != 2:
-        return False
-    first, second = node.all_input_nodes
-    for left, right in ((first, second), (second, first)):
-        path_l, x = _peel(left)
-        path_r, product = _peel(right)
-        # The result is computed where `node` stands, so both operands are ready.
-        if product.target is _MM and path_l == path_r and _shape(x) == _shape(product):
-            if x.target is not _MM and path_l:
-                continue
-            with graph.inserting_before(node):
-                result = graph.call_function(aten.addmm.default, (x, *product.args))
-                result.meta = dict(product.meta)
-                for target, args, meta in reversed(path_r_meta(right)):
-                    result = graph.call_function(target, (result, *args))
-                    result.meta = meta
-            node.replace_all_uses_with(result)
-            graph.erase_node(node)
-            return True
-    return False
-
-
-def _peel(node: fx.Node) -> tuple[list[Any], fx.Node]:
-    """Strip changes of shape that nobody else uses."""
-    path: list[Any] = []
-    while node.target in _SHAPES and len(node.users) == 1:
-        path.append((node.target, node.args[1:]))
-        node = node.args[0]  # type: ignore[assignment]
-    if len(node.users) != 1 and path:
-        return [(None, ())], node
-    return path, node
-
-
-def path_r_meta(node: fx.Node) -> Sequence[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """List the stripped changes of shape with what is known about their results."""
-    path = []
-    while node.target in _SHAPES and len(node.users) == 1:
-        path.append((node.target, node.args[1:], dict(node.meta)))
-        node = node.args[0]  # type: ignore[assignment]
-    return path
-
-
-def _join_weight_gradients(graph: fx.Graph, node: fx.Node) -> bool:
-    """Add two convolution weight gradients by joining their mini-batches.
-
-    ``gW(a, x) + gW(b, y) = gW([a; b], [x; y])``: the sum runs inside the kernel, which
-    walks the weights once instead of three times. It pays where the weights are larger
-    than the activations, which have to be copied.
-    """
-    if node.kwargs or len(node.all_input_nodes) != 2:
-        return False
-    pairs = [(n, _weight_gradient(n)) for n in node.all_input_nodes]
-    (_, first), (_, second) = pairs
-    if first is None or second is None or first.args[2:] != second.args[2:]:
-        return False
-    moved = sum(_size(o) for c in (first, second) for o in c.args[:2])
-    if moved > 2 * _size(node):
-        return False
-    with graph.inserting_before(node):
-        joined = [
-            graph.call_function(aten.cat.default, ([a, b],))
-            for a, b in zip(first.args[:2], second.args[:2], strict=True)
-        ]
-        both = graph.call_function(_CONV, (*joined, *first.args[2:]))
-        result = graph.call_function(operator.getitem, (both, 1))
-    for new, old in zip(joined, first.args[:2], strict=True):
-        value = old.meta["val"]  # type: ignore[union-attr]
-        new.meta["val"] = value.new_empty(2 * value.shape[0], *value.shape[1:])
-    both.meta, result.meta = dict(first.meta), dict(node.meta)
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)
-    return True
-
-
-def _weight_gradient(node: fx.Node) -> fx.Node | None:
-    """Find the convolution whose weight gradient, and nothing else, `node` is."""
-    if node.target is not operator.getitem or node.args[1] != 1:
-        return None
-    conv = node.args[0]
-    if not isinstance(conv, fx.Node) or conv.target is not _CONV:
-        return None
-    if list(conv.args[10]) != [False, True, False] or len(node.users) != 1:  # type: ignore[arg-type]
-        return None
-    return conv
-
-
-def _size(node: Any) -> int:
-    value: Tensor = node.meta["val"]
-    return value.numel()

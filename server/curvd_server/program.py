@@ -29,6 +29,7 @@ from curvd.types import OperatorSpec
 from curvd_server.compilation import Job, Routine
 from curvd_server.data import Batch
 from curvd_server.emission import emitted
+from curvd_server.fusing import fuse
 from curvd_server.objective import Problem
 from curvd_server.outputs import Metric, metric
 from curvd_server.peephole import Recipe, addends, simplify
@@ -63,7 +64,7 @@ class LinearCode:
         """
         key = (inputs, outputs)
         if key not in self.routines:
-            self.routines[key] = _routine(without_zeros(self.graph, *key))
+            self.routines[key] = _routine(fuse(without_zeros(self.graph, *key)))
         return self.routines[key]
 
     def bind(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -47,13 +46,15 @@ def without_zeros(graph: fx.Graph, inputs: range, outputs: range) -> fx.Graph:
             special.output(
                 tuple(r and (renamed[r] if r.op != "get_attr" else None) for r in kept)
             )
+        elif node.target is aten.zeros_like.default:
+            renamed[node] = None  # forward mode's way to say that there is no tangent
         elif operands and all(renamed[o] is None for o in operands):
             # A tangent joined to a constant is not zero when the tangent is.
             joins = node.target is aten.cat.default
             affine = joins and len(operands) < len(node.all_input_nodes)
             renamed[node] = special.node_copy(node, copied) if affine else None
         elif (only := _only_summand(node, renamed)) is not None:
-            renamed[node] = only
+            renamed[node] = _expanded(special, only, node)
         else:
             renamed[node] = special.node_copy(node, copied)
     special.eliminate_dead_code()
@@ -63,7 +64,7 @@ def without_zeros(graph: fx.Graph, inputs: range, outputs: range) -> fx.Graph:
 def _only_summand(
     node: fx.Node, renamed: Mapping[fx.Node, fx.Node | None]
 ) -> fx.Node | None:
-    """Give ``a`` for ``a + 0`` of equal shapes."""
+    """Give ``a`` for ``a + 0``."""
     if (
         node.target is not aten.add.Tensor
         or node.kwargs
@@ -71,11 +72,18 @@ def _only_summand(
     ):
         return None
     alive = [o for o in node.all_input_nodes if renamed[o] is not None]
-    if len(alive) != 1 or _shape(alive[0]) != _shape(node):
-        return None
-    return renamed[alive[0]]
+    return renamed[alive[0]] if len(alive) == 1 else None
 
 
-def _shape(node: Any) -> tuple[int, ...]:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
+def _expanded(special: fx.Graph, summand: fx.Node, node: fx.Node) -> fx.Node:
+    """Give a summand the shape of the sum, in which it may have been broadcast."""
+    if _shape(summand) == _shape(node):
+        return summand
+    new = special.call_function(aten.expand.default, (summand, list(_shape(node))))
+    new.meta = dict(node.meta)
+    return new
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    value: Tensor = node.meta["val"]
+    return tuple(value.shape)
