@@ -31,15 +31,16 @@ CLOSE = 1.3
 """Plans within this factor of the fastest are timed again."""
 HOPELESS = 1.5
 """A plan whose first product takes more than this factor of the fastest, and long, is
-not run again: the time is better spent on those that may win. Joined mini-batches are:
-their first run finds fresh memory for larger activations, which says nothing."""
+not run again: the time is better spent on those that may win. Joined mini-batches are,
+even when the time is up: their first run finds fresh memory for larger activations,
+which says nothing."""
 JOINED = 0.9
 """What a joined step takes of the time of its mini-batches one by one, about.
 
 It reads parameters and tangents, and adds rows to the result, once for all of them, so
 they are joined unless that is slower: larger activations may outgrow the caches.
 """
-LONGEST_STEP_S = 1.0
+LONGEST_STEP_S = 1.5
 """Mini-batches are joined only while one column's product stays below this.
 
 Work that was given up stops after the step that runs: within one mini-batch, or within
@@ -51,6 +52,7 @@ WIDEST_BYTES = 4 << 30
 """Columns go together only while they, their rows and as much again take less."""
 _WIDTHS = (8, 32)
 _REPEATS = 2
+"""How often those that are close are timed again; once if they are long."""
 _LONG_S = 0.1
 """A product of this length needs no third run, and no second one if it was timed before
 or is hopeless."""
@@ -143,9 +145,11 @@ def _race(
     for plan in plans:
         if plan not in timed:
             take(plan)
-    for _ in range(_REPEATS):
+    for repeat in range(_REPEATS):
         here = [plan for plan in plans if plan in timed]
         best = min((timed[plan] for plan in here), default=0.0)
+        if repeat and best > _LONG_S:
+            return
         close = [plan for plan in here if timed[plan] <= CLOSE * best]
         for plan in close if len(close) > 1 else []:
             take(plan)
@@ -246,8 +250,8 @@ class Stopwatch:
         batch = problem.data[0]
         share = len(self._problem.data[0].targets) / len(batch.targets)
         limit_s = HOPELESS * self._best_s * plan.columns_at_once / share
-        if plan.batches_at_once > 1 and not plan.batched:
-            limit_s = math.inf
+        joined = plan.batches_at_once > 1 and not plan.batched
+        least = 2 if joined and plan not in self._warm else 1
         try:
             size = kept_bytes(plan.mode, problem, self._spec, batch)  # warms, traces
             if plan.batches_at_once > 1 and size > self._bytes:
@@ -255,7 +259,7 @@ class Stopwatch:
             start = self._clock()
             linear = MODES[plan.mode](problem, self._spec, batch)
             build_s = self._since(start)
-            product_s = self._product_s(linear, plan, limit_s)
+            product_s = self._product_s(linear, plan, limit_s, least)
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
             return None
         kept = min(1.0, self._bytes / max(size * problem.batches, 1))
@@ -263,7 +267,9 @@ class Stopwatch:
         self._best_s = min(self._best_s, seconds)
         return seconds
 
-    def _product_s(self, linear: Linearisation, plan: Plan, limit_s: float) -> float:
+    def _product_s(
+        self, linear: Linearisation, plan: Plan, limit_s: float, least: int
+    ) -> float:
         p = self._problem
         blocks = block_ranges(self._spec, len(p.parameters))
         shape = (*((plan.columns_at_once,) if plan.batched else ()), p.layout.size)
@@ -283,7 +289,7 @@ class Stopwatch:
             self._left_s -= seconds[-1]
             long = seconds[-1] > _LONG_S
             enough = len(seconds) == 2 or plan in self._warm or seconds[-1] > limit_s
-            if self.is_over() or (long and enough):
+            if len(seconds) >= least and (self.is_over() or (long and enough)):
                 break
         self._warm.add(plan)
         return min(seconds)
