@@ -6,8 +6,9 @@ One thread, CPU time, rounds that take every contestant in turn, medians. A grad
 `torch.autograd.grad` of the loss over the same mini-batches, in the same rounds. Every
 product is compared with its definition in float64. With --check the exit status is 1 if
 a target is missed. What bounds a result stands beside it: its FLOPs (matrix products and
-convolutions only) in those of a gradient, and the gradients that it would take with all
-of them at the speed of a large matrix product, measured in the same rounds.
+convolutions only) in those of a gradient, the gradients that it would take with all of
+them at the speed of a large matrix product, measured in the same rounds, and what they
+take alone, on the same operands with nothing between them.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from engine_table import (
     flops,
     matrix_product,
     peak_mib,
+    products_alone,
     race,
 )
 from engine_truth import AGREEMENT, Truth, error
@@ -49,6 +51,8 @@ EXACT = 1e-4
 """Largest relative error of a float32 product against float64."""
 MOST_PEERS = 3
 """Runs of curvlinops' wide products that count; ours have to be told from a lone column."""
+BOUND_ROUNDS = 4
+"""Of which the first warms."""
 AGAIN = "1 again"
 """Lone columns after the wide ones; what runs between is compared with both."""
 SLACK = 1.05
@@ -92,11 +96,21 @@ class Team:
     """Memory of our results."""
 
 
-def team(c: Contest, folder: Path) -> Team:
-    """Build all operators while a child makes native code of the Hessian."""
+def team(c: Contest, folder: Path, meanwhile: Callable[[], object]) -> Team:
+    """Build all operators while a child makes native code of the Hessian.
+
+    Args:
+        c: The model.
+        folder: For native code.
+        meanwhile: Called once the Hessian's plan is chosen, which nothing must disturb.
+
+    Returns:
+        Everybody, ready to multiply.
+    """
     compiler = Compiler(folder, after_s=0.0) if c.case.compiled else None
     results = Pool(4 * GIB)
     hessian = ours(c, results, compiler)
+    meanwhile()
     eager = None
     if compiler is not None:
         eager = alike(hessian, results, budget_bytes=16 * GIB, shared=False)
@@ -110,6 +124,8 @@ def team(c: Contest, folder: Path) -> Team:
             f"{time.perf_counter() - start:.0f} s",
             flush=True,
         )
+    # Results of a server are seldom in fresh memory.
+    results.take(max(c.case.widths) * c.problem.layout.size * 4).fill(0)
     peers = theirs(c, HessianLinearOperator), theirs(c, GGNLinearOperator)
     return Team(hessian, eager, ggn, blocks, *peers, results)
 
@@ -128,20 +144,15 @@ def entries(c: Contest, t: Team, V: Tensor) -> dict[str, Entry]:
             lambda: torch.cat([operator.apply(v) for v in columns]), always, case.lone
         )
 
-    # Blocks run once or twice: all of it counts. Ours side by side, then the peer's, after
-    # whose wide products everything is cold.
-    always, few = range(case.rounds), range(case.block_rounds)
-    wide = {
-        f"{width}": product(t.hessian.apply, width, range(rounds + 1))
-        for width, rounds in case.widths.items()
-    }
-    wide_peers = {
-        # A peer that runs once only has to count.
-        f"{width} peer": product(
-            t.peer, width, range(0 if rounds > 1 else 1, min(rounds, MOST_PEERS) + 1)
-        )
-        for width, rounds in case.widths.items()
-    }
+    # Ours side by side, then the peer's, after whose wide products everything is cold.
+    always, few = range(case.rounds), range(1, case.block_rounds + 1)
+    wide, wide_peers = dict[str, Entry](), dict[str, Entry]()
+    for width, rounds in case.widths.items():
+        first = 0 if rounds > 1 else 1  # who runs once only has to count
+        mine = range(first, rounds + 1)
+        other = range(first, min(rounds, MOST_PEERS) + 1)
+        wide[f"{width}"] = product(t.hessian.apply, width, mine)
+        wide_peers[f"{width} peer"] = product(t.peer, width, other)
     listed = {
         "peak": Entry(matrix_product(), always),
         "unit": Entry(c.gradient, always),
@@ -156,23 +167,24 @@ def entries(c: Contest, t: Team, V: Tensor) -> dict[str, Entry]:
     return listed | {
         "ggn": product(t.ggn.apply, 1, always),
         "ggn peer": product(t.peer_ggn, 1, always),
-        "blocks": Entry(lambda: t.blocks.apply(V[:1]), few, warming=0),
-        "blocks peer": Entry(lambda: loop_over_blocks(c, V[0])[None], few, warming=0),
+        "blocks": Entry(lambda: t.blocks.apply(V[:1]), few),
+        "blocks peer": Entry(lambda: loop_over_blocks(c, V[0])[None], few),
     }
 
 
 def measure(name: str, table: Table, folder: Path) -> None:
     """Run all contests of one model."""
+    start = time.perf_counter()
     c = contest(CASES[name])
     case, V = c.case, c.columns()
     table.head(
         f"{name}: P = {c.problem.layout.size:,}, {case.batches} mini-batches of "
         f"{case.batch_size}"
     )
+    known: list[Future[Truths]] = []
     with ThreadPoolExecutor(1) as pool:
-        known: Future[Truths] = pool.submit(truths, c, V)
-        t = team(c, folder)
-        want = known.result()
+        t = team(c, folder, lambda: known.append(pool.submit(truths, c, V)))
+        want = known[0].result()
     print(f"    float64 against central differences: {want.gaps[0]:.0e}, ", end="")
     print(f"{want.gaps[1]:.0e} (GGN)")
     table.most(f"{name} float64 Hessian", want.gaps[0], AGREEMENT)
@@ -182,6 +194,7 @@ def measure(name: str, table: Table, folder: Path) -> None:
     judge(name, c, table, rows)
     del want
     memory(c, t, V[:1])
+    print(f"    {time.perf_counter() - start:.0f} s")
 
 
 def contest_rows(c: Contest, t: Team, V: Tensor, want: Truths) -> dict[str, Row]:
@@ -200,6 +213,11 @@ def contest_rows(c: Contest, t: Team, V: Tensor, want: Truths) -> dict[str, Row]
         "blocks": flops(lambda: t.blocks.apply(V[:1])),
     }
     hessian = flops(lambda: plain.apply(V[:1]))
+    alone = {
+        "ggn": bound(c, lambda: t.ggn.apply(V[:1])),
+        "blocks": None,
+    }
+    hessian_alone = bound(c, lambda: plain.apply(V[:1]))
 
     def row(name: str, what: str, wanted: dict[int, Tensor]) -> Row:
         peer = "1 peer" if name == "eager" else f"{name} peer"
@@ -215,6 +233,7 @@ def contest_rows(c: Contest, t: Team, V: Tensor, want: Truths) -> dict[str, Row]
             (errors[0], errors[1]),
             count / one,
             count / peak / unit,
+            alone.get(name, hessian_alone),
             runs[name].over(runs["1"]),
             runs[name].warming[0] / unit if runs[name].warming else None,
             runs[name],
@@ -233,20 +252,34 @@ def contest_rows(c: Contest, t: Team, V: Tensor, want: Truths) -> dict[str, Row]
     return rows | {"blocks": row("blocks", blocks, {0: want.blocks})}
 
 
+def bound(c: Contest, run: Callable[[], object]) -> float:
+    """What a product's matrix products and convolutions take alone, in gradients."""
+    entries = {
+        "unit": Entry(c.gradient, range(BOUND_ROUNDS)),
+        "alone": Entry(products_alone(run), range(BOUND_ROUNDS)),
+    }
+    runs, _ = race(entries)
+    return runs["alone"].over(runs["unit"])
+
+
 def judge(name: str, c: Contest, table: Table, rows: dict[str, Row]) -> None:
     """Compare rows with the targets, and say what bounds those that are missed."""
     case = c.case
 
-    def bound(row: Row) -> str:
-        return (
-            f" (all its FLOPs at the peak: {row.at_peak:.2f} gradients, "
-            f"{row.peer / row.at_peak:.2f}x)"
+    def why(row: Row) -> str:
+        bounds = {"all its FLOPs at the peak": row.at_peak}
+        if row.alone is not None:
+            bounds["its matrix products alone"] = row.alone
+        listed = (
+            f"{what}: {gradients:.2f} gradients, {row.peer / gradients:.2f}x"
+            for what, gradients in bounds.items()
         )
+        return f" ({'; '.join(listed)})"
 
     def costs(key: str, gradients: float, gain: float) -> None:
         row, what = rows[key], f"{name} {rows[key].what}"
-        table.most(f"{what} in gradients", row.mine, gradients, bound(row))
-        table.least(f"{what} against curvlinops", row.gain, gain, bound(row))
+        table.most(f"{what} in gradients", row.mine, gradients, why(row))
+        table.least(f"{what} against curvlinops", row.gain, gain, why(row))
 
     costs("1", case.hessian, case.gain)
     costs("ggn", 1.5, 1.3)
@@ -254,7 +287,7 @@ def judge(name: str, c: Contest, table: Table, rows: dict[str, Row]) -> None:
         row = rows[f"{width}"]
         what = f"{name} {row.what}"
         table.most(f"{what} per column over K=1", row.over_one, SLACK)
-        table.least(f"{what} against curvlinops", row.gain, case.gain_many, bound(row))
+        table.least(f"{what} against curvlinops", row.gain, case.gain_many, why(row))
     table.least(f"{name} blocks against the loop", rows["blocks"].gain, 2.0)
     for row in rows.values():
         table.most(f"{name} {row.what} error", row.errors[0], EXACT)

@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 _SIDE = 1024
 PEAK_FLOPS = 2 * _SIDE**3
 """Of `matrix_product`."""
+WARMING = 1
+"""Rounds at the beginning that warm caches and allocators and do not count."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,6 @@ class Entry:
     rounds: range
     """In which it takes part."""
     columns: int = 1
-    warming: int = 1
-    """Rounds at the beginning that warm caches and allocators and do not count."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def race(entries: Mapping[str, Entry]) -> tuple[dict[str, Runs], dict[str, Any]]
                 seconds[name][index] = spent / entry.columns
     runs = {
         name: Runs(
-            {n: s for n, s in times.items() if n < entries[name].warming},
-            {n: s for n, s in times.items() if n >= entries[name].warming},
+            {n: s for n, s in times.items() if n < WARMING},
+            {n: s for n, s in times.items() if n >= WARMING},
         )
         for name, times in seconds.items()
     }
@@ -98,6 +99,37 @@ def flops(run: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
+
+
+class _Recorder(TorchDispatchMode):
+    """Remembers matrix products and convolutions with their operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func._overloadpacket in flop_registry:
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def products_alone(run: Callable[[], Any]) -> Callable[[], None]:
+    """Make a run of nothing but the matrix products and convolutions of another.
+
+    In the same order, on the same operands: what remains if all else takes no time.
+    """
+    with _Recorder() as recorder:
+        run()
+
+    @torch.no_grad()
+    def again() -> None:
+        for func, args, kwargs in recorder.calls:
+            func(*args, **kwargs)
+
+    return again
 
 
 def peak_mib(run: Callable[[], Any]) -> float:
@@ -139,6 +171,8 @@ class Row:
     """Of ours, in those of one gradient."""
     at_peak: float
     """Gradients that ours would take with all its FLOPs at the processor's peak."""
+    alone: float | None
+    """Gradients that its matrix products and convolutions take alone, if measured."""
     over_one: float
     """What a column took, over a lone column of ours in the same rounds."""
     cold: float | None
@@ -172,6 +206,7 @@ class Table:
             "peer's",
             "FLOPs",
             "at peak",
+            "alone",
             "of K=1",
             "cold",
             "spread",
@@ -179,10 +214,11 @@ class Table:
         print(" " * 26 + "".join(f"{name:>9}" for name in names))
         for r in rows:
             cold = "" if r.cold is None else f"{r.cold:.2f}"
+            alone = "" if r.alone is None else f"{r.alone:.2f}"
             print(
                 f"  {r.what:<24}{r.mine:>9.2f}{r.peer:>9.2f}{r.gain:>8.2f}x"
                 f"{r.errors[0]:>9.0e}{r.errors[1]:>9.0e}{r.flops:>9.2f}"
-                f"{r.at_peak:>9.2f}{r.over_one:>8.2f}x{cold:>9}{r.spread:>9}",
+                f"{r.at_peak:>9.2f}{alone:>9}{r.over_one:>8.2f}x{cold:>9}{r.spread:>9}",
                 flush=True,
             )
 

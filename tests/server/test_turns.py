@@ -92,3 +92,12 @@ async def test_a_long_request_alone_is_not_looked_at(soon):
     late = Upload()
     order.join(late)
     assert not order.waits(alone) and order.waits(late)
+
+
+async def test_one_that_is_left_alone_is_not_looked_at_any_more(soon):
+    first, second, late = Upload(), Upload(), Upload()
+    order = queue(first, second)
+    order.leave(second)
+    await asyncio.sleep(0.05)  # in which it sends nothing
+    order.join(late)
+    assert not order.waits(first) and order.waits(late)

@@ -64,7 +64,7 @@ class Turns:
             return
         was_first = upload is self._first()
         del self._queue[upload]
-        if was_first:
+        if was_first or len(self._queue) == 1:  # one alone is not watched
             self._begin()
 
     def _first(self) -> Upload:
