@@ -51,7 +51,7 @@ EXACT = 1e-4
 """Largest relative error of a float32 product against float64."""
 MOST_PEERS = 3
 """Runs of curvlinops' wide products that count; ours have to be told from a lone column."""
-BOUND_ROUNDS = 4
+BOUND_ROUNDS = 3
 """Of which the first warms."""
 AGAIN = "1 again"
 """Lone columns after the wide ones; what runs between is compared with both."""

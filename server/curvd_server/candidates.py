@@ -32,8 +32,8 @@ CLOSE = 1.3
 HOPELESS = 1.5
 """A plan whose first product takes more than this factor of the fastest, and long, is
 not run again: the time is better spent on those that may win. Joined mini-batches are,
-even when the time is up: their first run finds fresh memory for larger activations,
-which says nothing."""
+`_RUNS` times even when the time is up: the first run finds fresh memory for larger
+activations, and the second some, which says nothing."""
 JOINED = 0.9
 """What a joined step takes of the time of its mini-batches one by one, about.
 
@@ -51,11 +51,12 @@ MOST_JOINED = 16
 WIDEST_BYTES = 4 << 30
 """Columns go together only while they, their rows and as much again take less."""
 _WIDTHS = (8, 32)
+_RUNS = 3
 _REPEATS = 2
 """How often those that are close are timed again; once if they are long."""
 _LONG_S = 0.1
 """A product of this length needs no third run, and no second one if it was timed before
-or is hopeless."""
+or is hopeless. Joined mini-batches do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +252,7 @@ class Stopwatch:
         share = len(self._problem.data[0].targets) / len(batch.targets)
         limit_s = HOPELESS * self._best_s * plan.columns_at_once / share
         joined = plan.batches_at_once > 1 and not plan.batched
-        least = 2 if joined and plan not in self._warm else 1
+        least = _RUNS if joined and plan not in self._warm else 1
         try:
             size = kept_bytes(plan.mode, problem, self._spec, batch)  # warms, traces
             if plan.batches_at_once > 1 and size > self._bytes:
@@ -277,7 +278,7 @@ class Stopwatch:
         out = torch.zeros(shape, dtype=p.result_dtype, device=p.device)
         tangents = tangents_of(columns, p.layout)
         seconds: list[float] = []
-        while len(seconds) < 3:  # the first run warms caches and allocators
+        while len(seconds) < _RUNS:  # the first warms caches and allocators
             start = self._clock()
             rows: list[Tensor | None] = []
             for block in blocks:

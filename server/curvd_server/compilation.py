@@ -39,6 +39,8 @@ WORTH = 0.97
 """Native code must need less than this share of the program's time."""
 AGREEMENT = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1}
 """How far its rows may be from the program's; both round differently."""
+_OPTIONS = {"memory_planning": True}
+"""Of the compiler: temporaries share one block, so more of them are in the caches."""
 _PATIENCE_S = 1800.0
 _KEPT = 64
 """Packages on disk; the oldest make room."""
@@ -234,7 +236,8 @@ def _key(text: str) -> str:
     place = torch.backends.cpu.get_cpu_capability()
     if torch.cuda.is_available():
         place += torch.cuda.get_device_name()
-    return hashlib.sha256(f"{torch.__version__} {place} {text}".encode()).hexdigest()
+    known = f"{torch.__version__} {place} {sorted(_OPTIONS.items())} {text}"
+    return hashlib.sha256(known.encode()).hexdigest()
 
 
 def _is_better(routine: Routine, native: Native, arguments: list[Tensor]) -> bool:
@@ -344,7 +347,9 @@ def _main(source: str, target: str) -> None:
     module, examples = rebuild(Path(source).read_text())
     with torch.no_grad():
         exported = torch.export.export(module, tuple(examples))
-        torch._inductor.aoti_compile_and_package(exported, package_path=target)
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=target, inductor_configs=_OPTIONS
+        )
 
 
 if __name__ == "__main__":

@@ -131,13 +131,13 @@ def test_a_mode_that_is_hopeless_and_slow_runs_once(monkeypatch):
 
 
 @pytest.mark.parametrize("budget_s", [99.0, 1.0])
-def test_joined_mini_batches_run_twice_however_slow_the_first_run_was(
+def test_joined_mini_batches_run_three_times_however_slow_the_first_runs_were(
     monkeypatch, budget_s
 ):
     Device(
         monkeypatch,
         {
-            "program": [0.2, 0.2, 0.9, 0.36],
+            "program": [0.2, 0.2, 0.9, 0.5, 0.36],
             "double_backward": [0.2],
             "forward_over_reverse": [0.2],
         },
