@@ -29,6 +29,7 @@ from engine_contestants import GIB, Product, alike, loop_over_blocks, ours, thei
 from engine_models import CASES, Contest, contest
 from engine_table import (
     PEAK_FLOPS,
+    WARMING,
     Entry,
     Row,
     Table,
@@ -102,7 +103,8 @@ def team(c: Contest, folder: Path, meanwhile: Callable[[], object]) -> Team:
     Args:
         c: The model.
         folder: For native code.
-        meanwhile: Called once the Hessian's plan is chosen, which nothing must disturb.
+        meanwhile: Begins other work, once the Hessian's plan is chosen. Nothing must
+            disturb that, or the comparison of native code at the end.
 
     Returns:
         Everybody, ready to multiply.
@@ -148,11 +150,9 @@ def entries(c: Contest, t: Team, V: Tensor) -> dict[str, Entry]:
     always, few = range(case.rounds), range(1, case.block_rounds + 1)
     wide, wide_peers = dict[str, Entry](), dict[str, Entry]()
     for width, rounds in case.widths.items():
-        first = 0 if rounds > 1 else 1  # who runs once only has to count
-        mine = range(first, rounds + 1)
-        other = range(first, min(rounds, MOST_PEERS) + 1)
-        wide[f"{width}"] = product(t.hessian.apply, width, mine)
-        wide_peers[f"{width} peer"] = product(t.peer, width, other)
+        wide[f"{width}"] = product(t.hessian.apply, width, rounds)
+        fewer = range(rounds.start, min(rounds.stop, WARMING + MOST_PEERS))
+        wide_peers[f"{width} peer"] = product(t.peer, width, fewer)
     listed = {
         "peak": Entry(matrix_product(), always),
         "unit": Entry(c.gradient, always),

@@ -26,8 +26,8 @@ class Case:
     """Rounds of the contest; single columns take part in all of them."""
     lone: int
     """Lone columns in a row, before the wide products and after them."""
-    widths: Mapping[int, int]
-    """Columns of a matrix, and how many runs of it count."""
+    widths: Mapping[int, range]
+    """Columns of a matrix, and the rounds in which it takes part."""
     block_rounds: int
     hessian: float
     """Gradients per product, at most."""
@@ -47,7 +47,7 @@ CASES = {
         batches=4,
         rounds=6,
         lone=4,
-        widths={8: 5, 32: 3},
+        widths={8: range(6), 32: range(4)},
         block_rounds=5,
         hessian=1.9,
         gain=2,
@@ -60,7 +60,7 @@ CASES = {
         batches=2,
         rounds=4,
         lone=1,
-        widths={8: 2},
+        widths={8: range(2)},
         block_rounds=1,
         hessian=2.1,
         gain=1.6,
@@ -73,7 +73,7 @@ CASES = {
         batches=4,
         rounds=4,
         lone=1,
-        widths={8: 3, 32: 1},
+        widths={8: range(4), 32: range(1, 2)},
         block_rounds=1,
         hessian=1.9,
         gain=2,
