@@ -52,6 +52,7 @@ WIDEST_BYTES = 4 << 30
 """Columns go together only while they, their rows and as much again take less."""
 _WIDTHS = (8, 32)
 _RUNS = 3
+"""Most runs of a plan in a row; the best one counts."""
 _REPEATS = 2
 """How often those that are close are timed again; once if they are long."""
 _LONG_S = 0.1
