@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from curvd_server.peephole import shape_of
+
 aten = torch.ops.aten
 
 _ADD, _MUL, _MM = aten.add.Tensor, aten.mul.Tensor, aten.mm.default
@@ -49,7 +51,7 @@ def _accumulate_product(graph: fx.Graph, node: fx.Node) -> bool:
     for left, right in ((first, second), (second, first)):
         path_l, x = _peel(left)
         path_r, product = _peel(right)
-        if product.target is not _MM or _shape(x) != _shape(product):
+        if product.target is not _MM or shape_of(x) != shape_of(product):
             continue
         if [step[:2] for step in path_l] != [step[:2] for step in path_r]:
             continue
@@ -137,11 +139,6 @@ def _accumulate_elements(graph: fx.Graph, node: fx.Node) -> bool:
         graph.erase_node(node)
         return True
     return False
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def _dtype(node: fx.Node) -> torch.dtype:

@@ -83,7 +83,8 @@ def _constant(node: object) -> bool:
     return not isinstance(node, fx.Node) or node.op == "get_attr"
 
 
-def _shape(node: Any) -> tuple[int, ...]:
+def shape_of(node: Any) -> tuple[int, ...]:
+    """Read the shape of a node's value; that of a plain number is ()."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
@@ -121,7 +122,7 @@ def _drop_zero(graph: fx.Graph, node: fx.Node, zeros: Set[str]) -> None:
         if _constant(tangent) or not _constant(other) or node.kwargs:
             continue
         zero = other == 0 or (isinstance(other, fx.Node) and other.target in zeros)
-        if zero and _shape(tangent) == _shape(node):
+        if zero and shape_of(tangent) == shape_of(node):
             node.replace_all_uses_with(tangent)
             graph.erase_node(node)
             return
@@ -177,10 +178,10 @@ def _gather_factors(graph: fx.Graph, node: fx.Node, recipe: Recipe) -> None:
     if not isinstance(factor, fx.Node) and not isinstance(outer, fx.Node):
         product = factor * outer
     else:
-        shapes = _shape(factor), _shape(outer)
+        shapes = shape_of(factor), shape_of(outer)
         shape: Any = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
-        whole = _shape(tangent)
-        if _shape(node) != whole or math.prod(shape) > math.prod(whole):
+        whole = shape_of(tangent)
+        if shape_of(node) != whole or math.prod(shape) > math.prod(whole):
             return
         like = torch.empty(shape, dtype=node.meta["val"].dtype, device="meta")
         left, right = _named(factor), _named(outer)

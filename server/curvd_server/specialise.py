@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, fx
+from torch import fx
+
+from curvd_server.peephole import shape_of
 
 aten = torch.ops.aten
 
@@ -77,13 +79,8 @@ def _only_summand(
 
 def _expanded(special: fx.Graph, summand: fx.Node, node: fx.Node) -> fx.Node:
     """Give a summand the shape of the sum, in which it may have been broadcast."""
-    if _shape(summand) == _shape(node):
+    if shape_of(summand) == shape_of(node):
         return summand
-    new = special.call_function(aten.expand.default, (summand, list(_shape(node))))
+    new = special.call_function(aten.expand.default, (summand, list(shape_of(node))))
     new.meta = dict(node.meta)
     return new
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    value: Tensor = node.meta["val"]
-    return tuple(value.shape)

@@ -86,9 +86,8 @@ def eager_gradient(module, inputs, targets, parameters, pick):
     return nn.utils.parameters_to_vector(rows)
 
 
-def difference(module, inputs, targets, v, pick, step):
-    """Hv by central differences, Richardson extrapolated once."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+def central(gradient, parameters, v, step):
+    """Hv by central differences of a gradient, Richardson extrapolated once."""
     start = nn.utils.parameters_to_vector(parameters).detach()
     v = torch.from_numpy(v)
 
@@ -96,12 +95,22 @@ def difference(module, inputs, targets, v, pick, step):
         ends = []
         for sign in (1, -1):
             nn.utils.vector_to_parameters(start + sign * step * v, parameters)
-            ends.append(eager_gradient(module, inputs, targets, parameters, pick))
+            ends.append(gradient())
         return (ends[0] - ends[1]) / (2 * step)
 
     found = ((4 * quotient(step) - quotient(2 * step)) / 3).numpy()
     nn.utils.vector_to_parameters(start, parameters)
     return found
+
+
+def difference(module, inputs, targets, v, pick, step):
+    """Hv of a module with the loss of `eager_gradient`."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def gradient():
+        return eager_gradient(module, inputs, targets, parameters, pick)
+
+    return central(gradient, parameters, v, step)
 
 
 def relative(got, want):

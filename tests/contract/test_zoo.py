@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+from contract.differences import central, relative  # noqa: E402
 from server.zoo import ANIMALS, REFUSED, N  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -77,26 +78,14 @@ def eager_gradient(animal, module, parameters):
 
 
 def difference(animal, v):
-    """Hv by central differences, Richardson extrapolated once."""
+    """Hv of an animal in its own mode."""
     module = animal.module().eval()
     if animal.mode == curvd.Mode.BATCH_STATISTICS:
         module.train()
     parameters = list(module.parameters())
-    start = nn.utils.parameters_to_vector(parameters).detach()
-    v = torch.from_numpy(v)
-
-    def quotient(step):
-        ends = []
-        for sign in (1, -1):
-            nn.utils.vector_to_parameters(start + sign * step * v, parameters)
-            ends.append(eager_gradient(animal, module, parameters))
-        return (ends[0] - ends[1]) / (2 * step)
-
-    return ((4 * quotient(1e-5) - quotient(2e-5)) / 3).numpy()
-
-
-def relative(got, want):
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
+    return central(
+        lambda: eager_gradient(animal, module, parameters), parameters, v, 1e-5
+    )
 
 
 @pytest.mark.parametrize("animal", ANIMALS, ids=lambda a: a.name)
