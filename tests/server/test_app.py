@@ -3,14 +3,8 @@
 import asyncio
 import contextlib
 import json
-import os
-import signal
 import socket
-import sqlite3
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -24,18 +18,14 @@ from server.served import NOT_SERVING, SERVING, Channels, healthy, server, stub
 from curvd import tensorfile
 from curvd.errors import (
     Cancelled,
-    FailedPrecondition,
     InvalidSpec,
     NotFound,
     Overloaded,
     Unavailable,
 )
-from curvd.reports import ModelInfo
 from curvd.rpcs import RPCS
-from curvd.types import ModelSpec
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.app import running
-from curvd_server.catalogue import Catalogue, StoredModel
 from curvd_server.config import LimitsConfig, ServerConfig
 
 pytestmark = pytest.mark.usefixtures("answers")
@@ -254,12 +244,6 @@ def test_reflection_answers_whoever_is_not_our_client(tmp_path, answers):
     assert {"curvd.v1.SessionService", "grpc.health.v1.Health"} <= names
 
 
-def test_a_data_directory_has_one_server(tmp_path):
-    with server(tmp_path), pytest.raises(FailedPrecondition, match="choose another"):
-        with server(tmp_path):
-            pass
-
-
 def test_a_port_has_one_server(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -313,76 +297,6 @@ async def test_a_draining_server_refuses_new_calls_and_finishes_old_ones(tmp_pat
             np.testing.assert_array_equal(result, np.full(5, 5.0))
             async with asyncio.timeout(20):
                 await draining
-
-
-CHILD = """
-import sys
-from pathlib import Path
-from curvd_server.app import serve
-from curvd_server.config import ServerConfig
-serve(ServerConfig(listen="127.0.0.1:0", data_dir=Path(sys.argv[1]), drain_s=5.0))
-"""
-
-
-@contextlib.contextmanager
-def child(data_dir):
-    """A server process, and a channel to it."""
-    environment = dict(os.environ)
-    root = Path(__file__).parents[2]
-    paths = [str(root / "client"), str(root / "server")]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    with subprocess.Popen(
-        [sys.executable, "-c", CHILD, data_dir],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        text=True,
-    ) as process:
-        try:
-            target = process.stdout.readline().split()[-1]
-            with grpc.insecure_channel(target) as channel:
-                yield process, channel
-        finally:
-            process.kill()
-
-
-def test_what_was_acknowledged_survives_kill_9(tmp_path):
-    pytest.importorskip("torch")
-    rng = np.random.default_rng(0)
-    state = {"1.weight": rng.normal(size=(2, 3)), "1.bias": rng.normal(size=2)}
-    data = {"x": rng.normal(size=(6, 3)), "y": rng.normal(size=(6, 2))}
-    new = raw.file_of({"1.bias": np.zeros(2)})
-    v = raw.file_of({"v": rng.normal(size=8)})
-    with child(tmp_path) as (process, channel):
-        model = raw.register_model(
-            channel, "mlp", '{"widths": [3, 2]}', raw.file_of(state)
-        ).model
-        dataset = raw.register_dataset(channel, raw.file_of(data)).dataset
-        session = raw.create(channel, model.id, dataset.id)
-        header = session_pb.UpdateParametersHeader(
-            session_id=session.id, values=raw.upload(new)
-        )
-        first = session_pb.UpdateParametersRequest(header=header)
-        raw.call(channel, "UpdateParameters", [first, memoryview(new)])
-        request = raw.product("MatVec", session.id, v)
-        before = raw.joined(raw.call(channel, "MatVec", request))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    with child(tmp_path) as (process, channel):
-        found = raw.call(
-            channel, "GetSession", session_pb.GetSessionRequest(session_id=session.id)
-        ).session
-        assert (found.version, found.state) == (2, session_pb.SESSION_STATE_COLD)
-        after = raw.joined(raw.call(channel, "MatVec", request))
-        assert after[0].parameters_digest == before[0].parameters_digest
-        # To the bit: the new process remembers how the old one computed.
-        np.testing.assert_array_equal(after[1], before[1])
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-        with pytest.raises((Unavailable, NotFound)):
-            raw.call(
-                channel, "GetServerInfo", session_pb.GetServerInfoRequest(), timeout=5
-            )
 
 
 def test_whoever_leaves_in_the_middle_of_a_result_leaves_nothing_behind(
@@ -440,35 +354,6 @@ def test_a_full_queue_says_when_to_come_back(tmp_path):
         operator.gate.set()
         list(answers)
         raw.call(channel, "MatVec", one)
-
-
-def test_a_catalogue_of_a_newer_curvd_is_left_alone(tmp_path):
-    with server(tmp_path):
-        pass
-    with sqlite3.connect(tmp_path / "catalogue.sqlite") as database:
-        database.execute("PRAGMA user_version = 99")
-    database.close()
-    with pytest.raises(FailedPrecondition, match="has schema 99, this curvd reads"):
-        with server(tmp_path):
-            pass
-
-
-def test_a_catalogue_of_an_older_curvd_is_read_on(tmp_path):
-    """Before there were graphs, models had no column for them."""
-    path = tmp_path / "catalogue.sqlite"
-    catalogue = Catalogue(path)
-    info = ModelInfo(id="m", spec=ModelSpec(builder="mlp"), tensors=(), state_bytes=8)
-    catalogue.add_model(StoredModel(info=info, digest="0" * 64, ties={"b": "a"}))
-    catalogue.close()
-    with sqlite3.connect(path) as database:
-        database.execute("ALTER TABLE models DROP COLUMN graph")
-        database.execute("PRAGMA user_version = 1")
-    database.close()
-    for _ in range(2):  # the change is made once
-        catalogue = Catalogue(path)
-        assert catalogue.model("m").info == info
-        assert catalogue.model("m").ties == {"b": "a"}
-        catalogue.close()
 
 
 def test_a_call_is_one_line_of_log(tmp_path, caplog):
