@@ -255,6 +255,32 @@ def test_padding_and_priority_are_taken_off(wire):
     assert line.stream.ended
 
 
+@pytest.mark.parametrize(
+    "useless",
+    [
+        frames.frame(0xBB, 0, 0),
+        frames.frame(Kind.PING, frames.ACK, 0, bytes(8)),
+        frames.frame(Kind.DATA, 0, 1, b"\0"),
+    ],
+)
+def test_frames_that_nobody_needs_are_read_a_few_at_a_time(wire, useless):
+    bare, line = wire
+    bare.sendall(begin() + useless * 200)
+    before, pulls = line.stream, 0
+    line.pull()
+    assert before is None and line.more
+    while line.more:
+        line.pull()
+        pulls += 1
+    assert 2 <= pulls <= 10
+    bare.sendall(frames.frame(Kind.PING, 0, 0, b"12345678"))
+    line.pull()
+    line.push()
+    assert bare.recv(1 << 16).endswith(
+        frames.frame(Kind.PING, frames.ACK, 0, b"12345678")
+    )
+
+
 def test_a_second_call_at_once_is_refused(wire):
     bare, line = wire
     encoder = hpack.Encoder()

@@ -17,6 +17,10 @@ _DIRECT_BYTES = 1 << 12
 """From here on bytes are received where they belong; fewer come with what follows."""
 _CONTROL_BYTES = 1 << 15
 """Longest frame that carries no data."""
+_MOST_STEPS = 64
+"""Frames, pieces of data and reads of the socket in one `pull`."""
+_MOST_BYTES = 4 << 20
+"""Bytes after which one `pull` returns, however many the socket still has."""
 
 
 class Receiver(Protocol):
@@ -46,6 +50,8 @@ class Intake:
         self._tls = sock if isinstance(sock, ssl.SSLSocket) else None
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._start = self._stop = 0
+        self._steps_left = 0
+        self._is_cut = False  # the scratch memory may hold another whole frame
         self._data_left = self._pad_left = 0
         self._data_ends = False
         self._stream: Stream | None = None
@@ -55,17 +61,24 @@ class Intake:
     @property
     def more(self) -> bool:
         """Whether `pull` has something to do although the socket shows nothing."""
-        return self._tls is not None and self._tls.pending() > 0
+        pending = self._tls is not None and self._tls.pending() > 0
+        return self._is_cut or pending
 
     def pull(self) -> None:
         """Receive what the socket has, or until parts are there to be taken.
+
+        It returns after so many frames or bytes, so that no peer keeps the caller from
+        its other connections; `more` tells whether to come back.
 
         Raises:
             Broken: If the peer is gone, or breaks the protocol.
             OSError: If the connection is gone.
         """
-        done = False
-        while not done:
+        self._steps_left = _MOST_STEPS
+        most = self.heard + _MOST_BYTES
+        done = self._is_cut and self._parsed(0)
+        while not done and self._steps_left > 0 and self.heard < most:
+            self._steps_left -= 1
             place = self._place()
             direct = place is not None
             if place is None:
@@ -109,8 +122,15 @@ class Intake:
         """Take what is in the scratch memory; tell whether parts came."""
         self._stop += count
         stream = None
+        self._is_cut = False
         while self._step():
             stream = self._stream or stream
+            self._steps_left -= 1
+            if self._steps_left <= 0:
+                self._is_cut = self._start < self._stop
+                break
+        if self._is_cut:
+            return stream is not None and bool(stream.inbox)
         rest = self._stop - self._start
         if rest and self._start:
             self._scratch[:rest] = bytes(self._scratch[self._start : self._stop])

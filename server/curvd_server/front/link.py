@@ -44,7 +44,7 @@ class Link:
         self._line = Line(sock, client=False, accept=self._accept)
         self._task: asyncio.Task[None] | None = None
         self._waiting: list[asyncio.Future[None]] = []
-        self._reads = self._writes = self._leaving = False
+        self._reads = self._writes = self._leaving = self._is_coming_back = False
         self._before = 0  # bytes heard before the request
         self._queued = False  # once for each request
         self.gone = asyncio.Event()
@@ -166,8 +166,6 @@ class Link:
         stream = self._line.stream
         if stream is not None and stream.reset is not None and self._task is not None:
             self._task.cancel()
-        if self._line.more and not self.gone.is_set():
-            self._loop.call_soon(self._again)
         self._queue(stream)
         self._watch()
         self._flush()
@@ -181,7 +179,14 @@ class Link:
             self._queued = True
             self._turns.join(self)
 
+    def _come_back(self) -> None:
+        """Read on after the other connections, although the socket shows nothing."""
+        if self._line.more and self._reads and not self._is_coming_back:
+            self._is_coming_back = True
+            self._loop.call_soon(self._again)
+
     def _again(self) -> None:
+        self._is_coming_back = False
         if self._reads:
             self._readable()
 
@@ -216,10 +221,9 @@ class Link:
             self._reads = reads
             if reads:
                 self._loop.add_reader(self._line.sock, self._readable)
-                if self._line.more:  # of which the socket shows nothing
-                    self._loop.call_soon(self._again)
             else:
                 self._loop.remove_reader(self._line.sock)
+        self._come_back()
         if self.gone.is_set() and self._writes:
             self._writes = False
             self._loop.remove_writer(self._line.sock)
