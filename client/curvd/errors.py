@@ -4,7 +4,7 @@
     ├── InvalidArgument         your call is wrong; the message says how to mend it
     │   ├── InvalidVector           an operand's shape, dtype or values
     │   ├── InvalidTensors          bytes that are not the safetensors file they claim to be
-    │   ├── StateMismatch           a model state with missing, extra or misshapen tensors
+    │   ├── StateMismatch           a model state whose tensors do not fit, or are not finite
     │   ├── InvalidGraph            a model or loss that cannot be written or run as a graph
     │   └── InvalidSpec             an option of a model, dataset, loss, session or operator
     ├── NotFound                the name refers to nothing on this server
@@ -20,7 +20,9 @@
     ├── ResourceExhausted       a limit was reached; the message names it
     │   ├── LimitExceeded           larger than the server accepts: retrying cannot help
     │   ├── Overloaded              the queue is full: retry after ``retry_after_s``
-    │   └── OutOfMemory             it does not fit the device, even in the smallest pieces
+    │   ├── OutOfMemory             it does not fit the device, even in the smallest pieces
+    │   └── DiskFull                the server's disk takes no more
+    ├── DataLoss                stored bytes were damaged; the message says what is lost
     ├── Unauthenticated · PermissionDenied
     ├── Cancelled · DeadlineExceeded
     ├── Unavailable             no server, or one that is draining: safe to retry
@@ -87,7 +89,7 @@ class InvalidTensors(InvalidArgument):
 
 
 class StateMismatch(InvalidArgument):
-    """A model state has missing, extra or misshapen tensors; all are named."""
+    """A model state has missing, extra, misshapen or not finite tensors; all are named."""
 
 
 class InvalidGraph(InvalidArgument):
@@ -164,6 +166,14 @@ class Overloaded(ResourceExhausted):
 
 class OutOfMemory(ResourceExhausted):
     """It does not fit the device, or its verification does not fit the host."""
+
+
+class DiskFull(ResourceExhausted):
+    """The server's disk takes no more; nothing that was acknowledged is lost."""
+
+
+class DataLoss(CurvdError, code="DATA_LOSS"):
+    """Stored bytes were damaged; registering the same content again heals it."""
 
 
 class Unauthenticated(CurvdError, code="UNAUTHENTICATED"):

@@ -159,7 +159,7 @@ async def running(
                 idle_bytes=limits.idle_bytes,
             )
         mounts = Mounts(config.datasets_root, config.data_dir / "mounts")
-        blobs = BlobStore(config.data_dir / "blobs", mounts)
+        blobs = BlobStore(config.data_dir / "blobs", mounts, catalogue.needed_by)
         blobs.sweep(catalogue.referenced())
         batcher = Batcher(
             run_columns=limits.run_columns,

@@ -275,6 +275,27 @@ class Catalogue:
             digests.update(json.loads(sources).values())
         return digests
 
+    def needed_by(self, digest: str) -> list[str]:
+        """Name what a blob is needed by, for whoever has to be told that it is lost."""
+        models = [
+            i for (i,) in self.read("SELECT id FROM models WHERE digest=?", digest)
+        ]
+        data = [
+            i for (i,) in self.read("SELECT id FROM datasets WHERE digest=?", digest)
+        ]
+        sessions = [
+            s.info.id
+            for s in self.sessions()
+            if s.info.model_id in models
+            or s.info.dataset_id in data
+            or digest in s.sources.values()
+        ]
+        return [
+            *(f"model {i}" for i in models),
+            *(f"dataset {i}" for i in data),
+            *(f"session {i}" for i in sessions),
+        ]
+
     def close(self) -> None:
         """Close the file."""
         with self._lock:

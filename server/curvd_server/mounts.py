@@ -118,13 +118,30 @@ class Mounts:
             return None
         path = self._file(known.name)
         if path is None or _stamp(known.name, path) != known:
-            change = "is gone" if path is None else "was changed"
-            msg = (
-                f"dataset {known.name!r} {change} since it was registered; register it "
-                "again, or put the file back"
-            )
-            raise FailedPrecondition(msg, name=known.name, digest=digest)
+            raise self._changed(known.name, digest, is_gone=path is None)
         return path
+
+    def changed(self, digest: str) -> FailedPrecondition:
+        """Forget a file whose bytes have another digest now.
+
+        Args:
+            digest: As `digest` gave it; that hashes again.
+
+        Returns:
+            The error for whoever needs the file.
+        """
+        file = self._directory / digest
+        known = _read(file)
+        file.unlink(missing_ok=True)
+        return self._changed(known.name if known else "?", digest, is_gone=False)
+
+    @staticmethod
+    def _changed(name: str, digest: str, *, is_gone: bool) -> FailedPrecondition:
+        msg = (
+            f"dataset {name!r} {'is gone' if is_gone else 'was changed'} since it was "
+            "registered; register it again, or put the file back"
+        )
+        return FailedPrecondition(msg, name=name, digest=digest)
 
     def _file(self, name: str) -> Path | None:
         """Find a file in the folder itself; a link that leads out of it is none."""
@@ -160,6 +177,7 @@ def _stamp(name: str, path: Path) -> _Known:
 
 def _read(file: Path) -> _Known | None:
     try:
-        return _Known(**json.loads(file.read_text()))
-    except FileNotFoundError:
+        known = _Known(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):  # it is made again when it is missed
         return None
+    return known if isinstance(known.name, str) else None

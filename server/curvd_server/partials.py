@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from curvd.errors import InvalidTensors, ResourceExhausted, Unavailable
@@ -77,13 +78,20 @@ class Upload:
         path: Where the complete blob goes.
         offset: Where the next bytes belong.
         total_bytes: Size of the whole file.
+        arrived: Told of the complete blob.
     """
 
     def __init__(
-        self, partial: Partial, path: Path, offset: int, total_bytes: int
+        self,
+        partial: Partial,
+        path: Path,
+        offset: int,
+        total_bytes: int,
+        arrived: Callable[[Path], None],
     ) -> None:
-        self._partial, self._path = partial, path
+        self._partial, self._path, self._arrived = partial, path, arrived
         self._position, self._total = offset, total_bytes
+        self._found = partial.size
 
     def write(self, data: memoryview) -> None:
         """Take the next bytes.
@@ -114,6 +122,7 @@ class Upload:
 
         Raises:
             InvalidTensors: If the bytes do not have the digest; they are dropped.
+            Unavailable: If so, and some of them were here before.
         """
         if self._position < self._total:
             return False
@@ -125,6 +134,13 @@ class Upload:
             digest = partial.sha.hexdigest()
             if digest != self._path.name or partial.size != self._total:
                 partial.clear()
+                if self._found:
+                    # Perhaps the fault is ours, or that of whoever sent those.
+                    msg = (
+                        f"the {self._found} bytes that were here before and those that "
+                        "arrived now do not make the file; send all of them again"
+                    )
+                    raise Unavailable(msg, digest=self._path.name)
                 msg = (
                     f"the bytes that arrived have SHA-256 {digest}, the upload announces "
                     f"{self._path.name}; nothing of them was kept"
@@ -133,6 +149,7 @@ class Upload:
             os.fsync(partial.file.fileno())
             partial.path.rename(self._path)
             _fsync_directory(self._path.parent)
+            self._arrived(self._path)
         return True
 
 

@@ -7,6 +7,7 @@ registered that a session could not use.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -88,10 +89,13 @@ class Registry:
         content = {"graph": graph_digest} if spec.graph else {"builder": spec.builder}
         model_id = _hash(**content, config=spec.config, state=digest)
         try:
-            return self._catalogue.model(model_id).info
+            known = self._catalogue.model(model_id).info
         except ModelNotFound:
             architecture = self._architecture(spec)
-        if not self._blobs.has(digest):
+        else:
+            # What was damaged since is welcome once more.
+            return known if self._blobs.is_sound(digest) else None
+        if not self._blobs.is_sound(digest):
             return None
         blob = self._blobs.open(digest)
         check_state(blob, architecture, complete=True)
@@ -131,11 +135,10 @@ class Registry:
             input_style=spec.input_style,
             tensors=digest,
         )
-        try:
+        if not self._blobs.is_sound(digest):
+            return None
+        with contextlib.suppress(DatasetNotFound):
             return self._catalogue.dataset(dataset_id).info
-        except DatasetNotFound:
-            if not name and not self._blobs.has(digest):
-                return None
         blob = self._blobs.open(digest)
         used = {n: t for n, t in blob.header.items() if n in spec.names}
         chosen = dataclasses.replace(blob, header=used) if partial else blob

@@ -46,7 +46,7 @@ def state_of(blobs: BlobStore, model: StoredModel, sources: Mapping[str, str]) -
         sources: Tensor name -> digest of the blob with another value.
 
     Returns:
-        Views of the mapped files; nothing is read.
+        Views of snapshots of the files.
     """
     opened = {
         digest: blobs.open(digest) for digest in {model.digest, *sources.values()}

@@ -1,38 +1,49 @@
 """Blobs on disk: safetensors files under the SHA-256 of their bytes.
 
-``<data_dir>/blobs/<digest>`` is complete and verified; ``<digest>.part`` is an upload
-that may go on. Two uploads of the same bytes help each other: what one of them has
-written, the other need not. Methods block on the disk; call them off the event loop.
+``<data_dir>/blobs/<digest>`` is complete; ``<digest>.part`` is an upload that may go on.
+Two uploads of the same bytes help each other: what one of them has written, the other
+need not. Methods block on the disk; call them off the event loop.
+
+Disks forget. A blob is hashed when it is first used after a start, and again whenever
+its file was touched, before anything depends on it. One that has another digest is
+moved aside, to ``<digest>.damaged``, so that the same content can be uploaded again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NoReturn
 
-import numpy as np
 from numpy.typing import NDArray
 
 from curvd import tensorfile
+from curvd.buffers import Buffer
 from curvd.errors import (
+    CurvdError,
+    DataLoss,
     InvalidSpec,
     InvalidTensors,
     LimitExceeded,
     NotFound,
 )
+from curvd_server.logs import logger
 from curvd_server.mounts import Mounts
 from curvd_server.partials import Partial, Upload
+from curvd_server.snapshots import Snapshot, Stamp, digest_of
 
 ABANDONED_S = 24 * 3600.0
 """An upload that nobody went on with, or referred to, for so long is removed."""
 
+_DAMAGED = ".damaged"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -56,12 +67,13 @@ def check_digest(digest: str) -> str:
 
 @dataclass(frozen=True)
 class Blob:
-    """A complete safetensors file, mapped into memory."""
+    """A complete safetensors file, in memory."""
 
     digest: str
     header: tensorfile.Header
     arrays: Mapping[str, NDArray[Any]]
-    """Tensor name to a view of the file; BF16 as uint16 bits. Writes stay private."""
+    """Tensor name to a view of a snapshot of the file, which all who have the blob open
+    share; BF16 as uint16 bits. Writes stay private."""
     total_bytes: int
 
 
@@ -71,22 +83,58 @@ class BlobStore:
     Args:
         directory: Where they lie; made if it is not there.
         mounts: Finds further ones, which lie where their owner put them.
+        needed_by: Names what needs a blob, for whoever has to be told that it is lost.
     """
 
-    def __init__(self, directory: Path, mounts: Mounts | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        mounts: Mounts | None = None,
+        needed_by: Callable[[str], list[str]] = lambda digest: [],
+    ) -> None:
         self._directory = directory
         self._mounts = mounts
+        self._needed_by = needed_by
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = threading.Lock()
+        # What the file of a blob looked like when its bytes had the digest.
+        self._sound: dict[str, Stamp] = {}
+        self._snapshots: weakref.WeakValueDictionary[str, Snapshot] = (
+            weakref.WeakValueDictionary()
+        )
+        # Of those who read a blob now: the second waits for what the first brings.
+        self._reading: weakref.WeakValueDictionary[str, _Turn] = (
+            weakref.WeakValueDictionary()
+        )
         self._partials: dict[str, Partial] = {}
         self._held: Counter[str] = Counter()
 
     def has(self, digest: str) -> bool:
-        """Tell whether a blob is complete."""
+        """Tell whether a blob is complete, without a look at its bytes."""
         mounts = self._mounts
         return self._path(digest).exists() or (
             mounts is not None and mounts.holds(digest)
         )
+
+    def is_sound(self, digest: str) -> bool:
+        """Tell whether a blob is complete and undamaged; if not, it may be uploaded.
+
+        Args:
+            digest: Of the blob. It is hashed, unless that was done since the start.
+
+        Returns:
+            Whether it is there. If it was damaged, it has been moved aside.
+        """
+        try:
+            path = self._find(digest)
+            with self._turn(digest):
+                if not self._is_known(digest, Stamp.of(path.stat())):
+                    self._judge(digest, path, *digest_of(path))
+        except (CurvdError, OSError) as error:
+            if not isinstance(error, NotFound):
+                logger().warning("unsound", blob=digest, error=str(error))
+            return False
+        return True
 
     def committed_bytes(self, digest: str) -> int:
         """Tell from where an upload goes on."""
@@ -145,7 +193,9 @@ class BlobStore:
                     "have arrived: go on from there"
                 )
                 raise InvalidSpec(msg, offset=offset, committed_bytes=partial.size)
-            yield Upload(partial, self._path(digest), offset, total_bytes)
+            yield Upload(
+                partial, self._path(digest), offset, total_bytes, self._arrived
+            )
         finally:
             with self._lock:
                 partial.users -= 1
@@ -154,37 +204,34 @@ class BlobStore:
                     del self._partials[digest]
 
     def open(self, digest: str) -> Blob:
-        """Map a complete blob.
+        """Read a complete blob, unless somebody has it open.
 
         Args:
             digest: Which.
 
         Returns:
-            Its tensors; nothing is read before it is looked at.
+            Its tensors.
 
         Raises:
             NotFound: If it is not there.
+            DataLoss: If its bytes were damaged.
+            FailedPrecondition: If it lies outside and was changed there.
             InvalidTensors: If it is no safetensors file.
             LimitExceeded: If its header is too large.
         """
-        path = self._path(digest)
-        if self._mounts is not None and not path.exists():
-            path = self._mounts.path(digest) or path
-        try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                header, start = read_header(file, size)
-            # Copy-on-write: torch wants memory that it could write to.
-            payload = (
-                np.memmap(path, np.uint8, mode="c", offset=start, shape=size - start)
-                if size > start
-                else np.empty(0, np.uint8)
-            )
-        except FileNotFoundError:
-            msg = f"blob {digest} is not on this server"
-            raise NotFound(msg, digest=digest) from None
-        arrays = {name: tensor.view(payload) for name, tensor in header.items()}
-        return Blob(digest, header, arrays, size)
+        path = self._find(digest)
+        with self._turn(digest):
+            snapshot = self._snapshots.get(digest)
+            try:
+                if snapshot is None or snapshot.stamp != Stamp.of(path.stat()):
+                    snapshot = self._read(digest, path)
+            except FileNotFoundError:
+                raise self._missing(digest) from None
+            self._snapshots[digest] = snapshot
+        data = snapshot.view()
+        header, start = read_header(data)
+        arrays = {n: tensor.view(data[start:]) for n, tensor in header.items()}
+        return Blob(digest, header, arrays, snapshot.size)
 
     def release(self, digest: str, needed: Callable[[], set[str]]) -> None:
         """Remove a blob that nothing needs any more.
@@ -208,19 +255,96 @@ class BlobStore:
         now_s = time.time() if now_s is None else now_s
         for path in self._directory.iterdir():
             idle_s = now_s - path.stat().st_mtime
-            if path.name not in referenced and idle_s > ABANDONED_S:
+            kept = path.name in referenced or path.suffix == _DAMAGED
+            if not kept and idle_s > ABANDONED_S:
                 path.unlink()
+
+    def _find(self, digest: str) -> Path:
+        path = self._path(digest)
+        if not path.exists():
+            found = None if self._mounts is None else self._mounts.path(digest)
+            if found is None:
+                raise self._missing(digest)
+            path = found
+        return path
+
+    def _read(self, digest: str, path: Path) -> Snapshot:
+        try:
+            known = self._is_known(digest, Stamp.of(path.stat()))
+            snapshot = Snapshot(path, digest=not known)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            self._refuse(digest, path, "cannot be read")
+        if snapshot.digest is not None:
+            self._judge(digest, path, snapshot.digest, snapshot.stamp)
+        elif not self._is_known(digest, snapshot.stamp):
+            return self._read(digest, path)  # it was touched since we looked
+        return snapshot
+
+    def _arrived(self, path: Path) -> None:
+        """Take note of a blob whose bytes were hashed as they came."""
+        self._sound[path.name] = Stamp.of(path.stat())
+
+    def _is_known(self, digest: str, stamp: Stamp) -> bool:
+        return self._sound.get(digest) == stamp
+
+    def _judge(self, digest: str, path: Path, found: str, stamp: Stamp) -> None:
+        """Take note that bytes have their digest, or refuse them."""
+        if found != digest:
+            self._refuse(digest, path, f"has SHA-256 {found} now")
+        self._sound[digest] = stamp
+
+    def _refuse(self, digest: str, path: Path, why: str) -> NoReturn:
+        """Move a damaged blob aside, and say what is lost."""
+        self._sound.pop(digest, None)
+        if path.parent != self._directory:
+            assert self._mounts is not None
+            raise self._mounts.changed(digest)
+        aside = path.with_suffix(_DAMAGED)
+        path.replace(aside)
+        error = self._lost(digest, f"{why}; the file was moved aside to {aside.name}")
+        logger().error("damaged", blob=digest, error=str(error))
+        raise error
+
+    def _missing(self, digest: str) -> CurvdError:
+        if self._needed_by(digest):
+            return self._lost(digest, "is not in the data directory any more")
+        msg = f"blob {digest} is not on this server"
+        return NotFound(msg, digest=digest)
+
+    def _lost(self, digest: str, why: str) -> DataLoss:
+        needed_by = self._needed_by(digest)
+        what = f"what {'; '.join(needed_by[:8])} needs" if needed_by else "an upload"
+        msg = (
+            f"the server's disk has lost {what}: blob {digest} {why}. Register or upload "
+            "the same content again, and whatever needs it works again"
+        )
+        return DataLoss(msg, digest=digest, lost="; ".join(needed_by))
+
+    @contextlib.contextmanager
+    def _turn(self, digest: str) -> Iterator[None]:
+        with self._lock:
+            turn = self._reading.setdefault(digest, _Turn())
+        with turn.lock:
+            yield
 
     def _path(self, digest: str, suffix: str = "") -> Path:
         return self._directory / (check_digest(digest) + suffix)
 
 
-def read_header(file: BinaryIO, size: int) -> tuple[tensorfile.Header, int]:
+class _Turn:
+    """Whoever holds its lock reads a blob."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+def read_header(data: Buffer) -> tuple[tensorfile.Header, int]:
     """Read and check the header of a safetensors file.
 
     Args:
-        file: At its beginning.
-        size: Bytes in the file.
+        data: [bytes] The file.
 
     Returns:
         The header, and the offset of the payload.
@@ -229,7 +353,7 @@ def read_header(file: BinaryIO, size: int) -> tuple[tensorfile.Header, int]:
         InvalidTensors: If it is malformed, or the payload has another size.
         LimitExceeded: If it is too large.
     """
-    length = int.from_bytes(file.read(8), "little")
+    length, size = int.from_bytes(data[:8].tobytes(), "little"), data.nbytes
     start = 8 + length
     if length > tensorfile.MAX_HEADER_BYTES:
         msg = (
@@ -240,7 +364,7 @@ def read_header(file: BinaryIO, size: int) -> tuple[tensorfile.Header, int]:
     if size < start:
         msg = f"the file has {size} bytes and ends within its header of {start}"
         raise InvalidTensors(msg, total_bytes=size)
-    header = tensorfile.load_header(file.read(length))
+    header = tensorfile.load_header(data[8:start].tobytes())
     if size - start != tensorfile.payload_bytes(header):
         msg = (
             f"the file has {size - start} bytes of payload, but its header describes "

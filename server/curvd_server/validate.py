@@ -239,7 +239,7 @@ def check_finite_data(name: str, dtype: str, array: NDArray[Any]) -> None:
     Args:
         name: Of the tensor.
         dtype: safetensors element type; BF16 arrays are uint16 bits.
-        array: The values; read in segments, so that a mapped file stays on disk.
+        array: The values; read in segments, which stay in the cache.
 
     Raises:
         InvalidSpec: If a value is not finite.

@@ -67,6 +67,20 @@ def test_bytes_that_came_to_nothing_are_removed(server):
     assert server.blobs.has(kept)
 
 
+def test_what_was_damaged_is_welcome_again(server, tmp_path):
+    model = register(server, a=np.ones(2), b=np.ones(3))
+    digest = server.catalogue.model(model.id).digest
+    data = put(server.blobs, {"x": np.ones((4, 2)), "y": np.arange(4)})
+    dataset = server.registry.dataset(SPEC, data)
+    for blob in (digest, data):
+        (tmp_path / "blobs" / blob).write_bytes(b"rotten")
+    assert server.registry.model(TWO, digest) is None
+    assert server.registry.dataset(SPEC, data) is None
+    assert register(server, a=np.ones(2), b=np.ones(3)) == model
+    put(server.blobs, {"x": np.ones((4, 2)), "y": np.arange(4)})
+    assert server.registry.dataset(SPEC, data) == dataset
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", "nan", "[" * 100_000])
 def test_a_config_is_a_json_object(text):
     with pytest.raises(InvalidSpec, match="config_json"):

@@ -9,12 +9,14 @@ import pytest
 from server.fakes import file_of, put
 
 from curvd.errors import (
+    DataLoss,
     InvalidSpec,
     InvalidTensors,
     LimitExceeded,
     NotFound,
     Unavailable,
 )
+from curvd_server import storage
 from curvd_server.storage import ABANDONED_S, BlobStore
 
 ARRAYS = {"x": np.arange(6.0).reshape(2, 3), "n": np.arange(3)}
@@ -25,7 +27,7 @@ def blobs(tmp_path):
     return BlobStore(tmp_path / "blobs")
 
 
-def test_a_blob_comes_back_as_views_of_a_mapped_file(blobs):
+def test_a_blob_comes_back_as_views_of_one_snapshot(blobs):
     digest = put(blobs, ARRAYS)
     blob = blobs.open(digest)
     for name, array in ARRAYS.items():
@@ -104,6 +106,108 @@ def test_whoever_went_on_with_bytes_that_were_dropped_asks_again(blobs):
             liar.finish()
         with pytest.raises(Unavailable, match="ask again"):
             honest.write(memoryview(data)[50:])
+
+
+def test_bytes_that_rotted_between_two_uploads_are_sent_again(blobs, tmp_path):
+    data, digest = file_of(ARRAYS)
+    size = len(data)
+    with blobs.upload(digest, offset=0, total_bytes=size) as upload:
+        upload.write(memoryview(data)[:100])
+    part = tmp_path / "blobs" / f"{digest}.part"
+    part.write_bytes(b"!" + part.read_bytes()[1:])
+    with blobs.upload(digest, offset=100, total_bytes=size) as upload:
+        upload.write(memoryview(data)[100:])
+        with pytest.raises(Unavailable, match="the 100 bytes that were here before"):
+            upload.finish()
+    assert blobs.committed_bytes(digest) == 0
+
+
+def damaged(path, how):
+    data = bytearray(path.read_bytes())
+    if isinstance(how, float):
+        data[int(how * (len(data) - 1))] ^= 1
+    elif how == "truncated":
+        del data[len(data) // 2 :]
+    elif how == "emptied":
+        data.clear()
+    elif how == "swapped":
+        data[:] = file_of({"other": np.ones(3)})[0]
+    path.write_bytes(data)
+
+
+DAMAGES = [0.0, 0.2, 0.5, 1.0, "truncated", "emptied", "swapped"]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_blob_that_was_damaged_is_moved_aside_and_can_come_again(
+    tmp_path, how, restart
+):
+    needed_by = ["model m", "session s"]
+    folder = tmp_path / "blobs"
+    blobs = BlobStore(folder, needed_by=lambda digest: needed_by)
+    digest, other = put(blobs, ARRAYS), put(blobs, {"x": np.zeros(1)})
+    assert blobs.open(digest).total_bytes
+    damaged(folder / digest, how)
+    if restart:
+        blobs = BlobStore(folder, needed_by=lambda digest: needed_by)
+    with pytest.raises(
+        DataLoss, match=r"lost what model m; session s needs.*upload the same content"
+    ) as caught:
+        blobs.open(digest)
+    assert caught.value.metadata["digest"] == digest
+    assert (folder / f"{digest}.damaged").exists()
+    blobs.sweep({other}, now_s=1e12)
+    assert (folder / f"{digest}.damaged").exists()
+    assert not blobs.has(digest)
+    assert blobs.open(other).arrays["x"] == 0  # nothing else is lost
+    assert put(blobs, ARRAYS) == digest
+    np.testing.assert_array_equal(blobs.open(digest).arrays["x"], ARRAYS["x"])
+
+
+def test_a_blob_is_hashed_at_its_first_use_after_a_start_only(
+    blobs, tmp_path, monkeypatch
+):
+    digest = put(blobs, ARRAYS)
+    asked = []
+
+    class Watched(storage.Snapshot):
+        def __init__(self, path, *, digest):
+            asked.append(digest)
+            super().__init__(path, digest=digest)
+
+    monkeypatch.setattr(storage, "Snapshot", Watched)
+    blobs.open(digest)
+    restarted = BlobStore(tmp_path / "blobs")
+    restarted.open(digest)
+    restarted.open(digest)
+    assert restarted.is_sound(digest)
+    assert asked == [False, True, False]  # as it came, its bytes were hashed
+
+
+def test_those_who_have_a_blob_open_share_its_memory(blobs, monkeypatch):
+    digest = put(blobs, ARRAYS)
+    first = blobs.open(digest)
+    monkeypatch.setattr(storage, "Snapshot", None)
+    second = blobs.open(digest)
+    first.arrays["x"][:] = 0
+    np.testing.assert_array_equal(second.arrays["x"], ARRAYS["x"])
+
+
+def test_a_blob_that_is_cut_while_it_is_used_ends_nobody(blobs, tmp_path):
+    values = np.arange(1 << 16, dtype=float)
+    digest = put(blobs, {"x": values})
+    held = blobs.open(digest).arrays["x"]
+    os.truncate(tmp_path / "blobs" / digest, 10)
+    np.testing.assert_array_equal(held, values)
+
+
+def test_a_blob_that_is_needed_but_gone_is_lost(tmp_path):
+    blobs = BlobStore(tmp_path / "blobs", needed_by=lambda digest: ["dataset d"])
+    with pytest.raises(
+        DataLoss, match=r"dataset d needs: .* not in the data directory"
+    ):
+        blobs.open("0" * 64)
 
 
 def test_a_gap_is_refused(blobs):
