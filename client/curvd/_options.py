@@ -36,6 +36,17 @@ LIMITS = {
 }
 """Fields of the server's `LimitsConfig`, which is not imported for ``--help``."""
 
+CONNECTIONS = {
+    "connections": "Connections at once; the oldest without a call makes room.",
+    "peer_connections": "Connections of one address at once.",
+    "greeting_s": "Seconds from a connection to its first call.",
+    "idle_connection_s": "Seconds without a call after which a connection is closed.",
+    "stall_s": "Seconds for one message to come or to be taken.",
+    "streams": "Calls at once on a connection of a client that is not ours.",
+    "header_bytes": "Bytes of the headers of one call.",
+}
+"""Fields of the server's `ConnectionLimits`, likewise."""
+
 
 class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """Bytes, as a number or with a unit: ``4GiB``."""
@@ -101,13 +112,17 @@ def limit_options(command: F) -> F:
     """Add an option for each limit of a server to a command.
 
     Args:
-        command: Takes the names of `LIMITS`.
+        command: Takes the names of `LIMITS` and `CONNECTIONS`.
 
     Returns:
         The command.
     """
-    for name, help_text in reversed(LIMITS.items()):
-        kind = Size() if name.endswith("_bytes") else click.INT
+    for name, help_text in reversed((LIMITS | CONNECTIONS).items()):
+        kind: click.ParamType = click.INT  # type: ignore[type-arg,unused-ignore]
+        if name.endswith("_bytes"):
+            kind = Size()
+        elif name in CONNECTIONS and name.endswith("_s"):
+            kind = click.FLOAT
         flag = f"--{name.replace('_', '-')}"
         command = option(flag, help_text, type=kind)(command)
     return command

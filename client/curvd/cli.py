@@ -17,6 +17,7 @@ import click
 
 from curvd import _query_commands
 from curvd._options import (
+    CONNECTIONS,
     FILE,
     LIMITS,
     connection_options,
@@ -88,6 +89,12 @@ def main() -> None:
     multiple=True,
 )
 @limit_options
+@option(
+    "--transport",
+    "Who speaks HTTP/2 with our own clients: the server itself, or grpcio, which then "
+    "has the port.",
+    type=click.Choice(["direct", "grpcio"]),
+)
 @option("--drain-s", "How long calls may go on after SIGTERM.", type=float)
 @option("--log-level", "debug, info, warning or error.")
 def serve(**options: Any) -> None:
@@ -166,6 +173,9 @@ def _server_settings(config: ModuleType, options: dict[str, Any]) -> dict[str, A
     limits = {name: given.pop(name) for name in LIMITS if name in given}
     if limits:
         given["limits"] = config.LimitsConfig(**limits)
+    allowed = {name: given.pop(name) for name in CONNECTIONS if name in given}
+    if allowed:
+        given["connections"] = config.ConnectionLimits(**allowed)
     builders = [text.partition("=") for text in given.pop("builder")]
     for name, equals, place in builders:
         if not (name and equals and ":" in place):

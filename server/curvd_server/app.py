@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import fcntl
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -15,27 +14,20 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-
 from curvd.allocator import tune_allocator
 from curvd.errors import FailedPrecondition
 from curvd.reports import ServerInfo
-from curvd.rpcs import RPCS
 from curvd_server import compute, logs
 from curvd_server.batching import Batcher
 from curvd_server.catalogue import Catalogue
 from curvd_server.compilation import Compiler
-from curvd_server.config import MESSAGE_BYTES, ServerConfig
+from curvd_server.config import ServerConfig
 from curvd_server.device import Device
-from curvd_server.front.calls import Calls
-from curvd_server.front.listening import Front
-from curvd_server.interceptors import Gate, TokenInterceptor
+from curvd_server.endpoint import serving
+from curvd_server.front.admission import raise_descriptor_limit
 from curvd_server.mounts import Mounts
 from curvd_server.registration import Registry
 from curvd_server.service.curvature_service import CurvatureService
-from curvd_server.service.handlers import generic_handlers
 from curvd_server.service.query_service import QueryService
 from curvd_server.service.session_service import SessionService
 from curvd_server.session import Facilities
@@ -59,9 +51,6 @@ CAPABILITIES = (
 )
 
 _SWEEP_S = 1.0
-_GOODBYE_S = 0.5
-"""For statuses that are on their way to the client."""
-_SERVICES = sorted({rpc.service for rpc in RPCS.values()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +71,7 @@ def serve(config: ServerConfig) -> None:
     """
     tune_allocator()
     logs.set_up(config.log_level)
+    raise_descriptor_limit()
     asyncio.run(_serve(config))
 
 
@@ -194,65 +184,10 @@ async def running(
             curvature,
             queries,
         ]
-        target = await stack.enter_async_context(_listening(config, services))
+        target = await stack.enter_async_context(serving(config, services))
         sweeper = asyncio.create_task(_expire(sessions, curvature))
         stack.callback(sweeper.cancel)
         yield Running(target, batcher, sessions)
-
-
-@contextlib.asynccontextmanager
-async def _listening(
-    config: ServerConfig, services: list[object]
-) -> AsyncIterator[str]:
-    """Serve the services with health and reflection; drain at the end.
-
-    Clients of ours are served by the front itself, all others by grpcio behind it.
-    """
-    gate, token = Gate(), config.bearer_token()
-    interceptors = interceptors_of(token)
-    calls = Calls(interceptors, MESSAGE_BYTES)
-    server = grpc.aio.server(interceptors=interceptors, options=config.server_options())
-    reporter = health.aio.HealthServicer()
-    for end in (calls, server):
-        end.add_generic_rpc_handlers(generic_handlers(services, gate))
-        health_pb2_grpc.add_HealthServicer_to_server(reporter, end)
-    names = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
-    context, credentials = config.tls_context(), config.credentials()
-    with tempfile.TemporaryDirectory(prefix="curvd-") as folder:
-        backend = f"{folder}/grpc"
-        if credentials is None:
-            server.add_insecure_port(f"unix:{backend}")
-        else:
-            server.add_secure_port(f"unix:{backend}", credentials)
-        front = Front(calls.begin, backend, context)
-        async with front.listening(config.listen) as target:
-            await server.start()
-            for name in ("", *_SERVICES):
-                await reporter.set(name, health_pb2.HealthCheckResponse.SERVING)
-            log = logs.logger()
-            log.info("serving", target=target, device=config.device)
-            try:
-                yield target
-            finally:
-                log.info("draining", grace_s=config.drain_s)
-                await reporter.enter_graceful_shutdown()
-                await gate.drain(config.drain_s)
-                # Not with all of the grace: whoever watches the health would use it up.
-                await asyncio.gather(server.stop(_GOODBYE_S), front.stop(_GOODBYE_S))
-                log.info("stopped")
-
-
-def interceptors_of(token: str | None) -> list[grpc.aio.ServerInterceptor]:
-    """Name what every call passes through, whoever carries it.
-
-    Args:
-        token: What calls must bring; None: nothing.
-
-    Returns:
-        The interceptors, the outermost first.
-    """
-    return [] if token is None else [TokenInterceptor(token)]
 
 
 async def _serve(config: ServerConfig) -> None:

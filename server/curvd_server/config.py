@@ -13,12 +13,14 @@ import grpc
 from curvd.errors import InvalidSpec
 from curvd.reports import Limits
 from curvd.tensorfile import MAX_HEADER_BYTES
+from curvd_server.front.limits import ConnectionLimits
 
 DEFAULT_LISTEN = "127.0.0.1:50551"
 MESSAGE_BYTES = 4 << 20
 """Longest message that is accepted. Chunks stay 64 KiB below it."""
 _UNIX = ("unix:", "unix-abstract:")
 _MAY_BE_ZERO = ("default_budget_bytes", "idle_bytes", "kept_bytes", "stored_bytes")
+_TRANSPORTS = ("direct", "grpcio")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -163,6 +165,11 @@ class ServerConfig:
     """Seconds that an operator must have computed before native code is made for it, in
     the background and if there is a C++ compiler; 0: never."""
     limits: LimitsConfig = LimitsConfig()
+    transport: str = "direct"
+    """Who speaks HTTP/2 with our own clients: ``direct``, the server itself, or ``grpcio``,
+    which then has the port and answers everybody."""
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
+    """What connections may take."""
     drain_s: float = 30.0
     """How long running calls may finish after SIGTERM."""
     log_level: str = "info"
@@ -186,9 +193,10 @@ class ServerConfig:
             if not getattr(self, name) >= 0:
                 msg = f"{name} must not be negative, got {getattr(self, name)}"
                 raise InvalidSpec(msg, **{name: getattr(self, name)})
-        if self.log_level not in _LOG_LEVELS:
-            msg = f"log_level must be one of {_LOG_LEVELS}, got {self.log_level!r}"
-            raise InvalidSpec(msg, log_level=self.log_level)
+        for name, known in (("log_level", _LOG_LEVELS), ("transport", _TRANSPORTS)):
+            if getattr(self, name) not in known:
+                msg = f"{name} must be one of {known}, got {getattr(self, name)!r}"
+                raise InvalidSpec(msg, **{name: getattr(self, name)})
         if local or self.insecure:
             return
         if self.tls is None:
@@ -262,6 +270,17 @@ class ServerConfig:
             ("grpc.http2.ping_timeout_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ("grpc.max_concurrent_streams", self.connections.streams),
+            ("grpc.max_metadata_size", self.connections.header_bytes),
+            ("grpc.absolute_max_metadata_size", self.connections.header_bytes),
+            (
+                "grpc.max_connection_idle_ms",
+                round(1e3 * self.connections.idle_connection_s),
+            ),
+            (
+                "grpc.server_handshake_timeout_ms",
+                round(1e3 * self.connections.greeting_s),
+            ),
             ("grpc.http2.max_frame_size", (1 << 24) - 1),
             ("grpc.http2.lookahead_bytes", 16 << 20),
         ]

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("torch")
 import curvd
 from curvd import _requests
-from curvd_server import app
+from curvd_server import endpoint
 from curvd_server.app import serve_in_thread
 from curvd_server.config import LimitsConfig, ServerConfig
 
@@ -106,7 +106,7 @@ class Line:
 @pytest.fixture
 def chaos(monkeypatch):
     chaos = Chaos(seed=0)
-    monkeypatch.setattr(app, "interceptors_of", lambda token: [chaos])
+    monkeypatch.setattr(endpoint, "interceptors_of", lambda token: [chaos])
     return chaos
 
 

@@ -36,11 +36,16 @@ def tanh_session(live_target):
             yield opened
 
 
-@pytest.fixture(params=["grpcio", "direct"])
+@pytest.fixture(params=["grpcio", "direct", "grpcio alone"])
 def answers(request, monkeypatch):
-    """Who answers clients of grpcio: grpcio behind the port, or the port's own HTTP/2."""
+    """Who answers clients of grpcio: grpcio behind the port, the port's own HTTP/2, or
+    grpcio at the port."""
     if request.param == "direct":
-        from curvd_server.front import listening
+        from curvd_server.front import greeting
 
-        monkeypatch.setattr(listening, "is_ours", lambda beginning, *, tls: True)
+        monkeypatch.setattr(greeting, "is_ours", lambda beginning, *, tls: True)
+    if request.param == "grpcio alone":
+        from curvd_server import endpoint
+
+        monkeypatch.setattr(endpoint, "_direct", endpoint._grpcio_alone)
     return request.param

@@ -17,7 +17,8 @@ from curvd.http2 import frames
 from curvd.http2.frames import RECOGNISED, Kind, Setting
 from curvd_server.app import serve_in_thread
 from curvd_server.config import ServerConfig, TlsConfig
-from curvd_server.front import link, listening
+from curvd_server.front import addresses, greeting, link, listening
+from curvd_server.front.limits import ConnectionLimits
 from curvd_server.front.recognise import is_ours
 
 GREETING = frames.PREFACE + frames.settings({Setting.DIRECT: 1})
@@ -240,7 +241,7 @@ def test_a_name_is_served_at_those_of_its_addresses_that_there_are(
         return create(address, family=family, **options)
 
     create = socket.create_server
-    monkeypatch.setattr(listening.socket, "create_server", without_ipv6)
+    monkeypatch.setattr(addresses.socket, "create_server", without_ipv6)
     with serving(tmp_path, listen="localhost:0") as target:
         check(product(target, "direct"))
     with pytest.raises(curvd.InvalidSpec, match="not of this machine"):
@@ -257,9 +258,9 @@ def test_a_file_that_is_no_socket_is_not_removed(tmp_path):
     assert path.read_text() == "data"
 
 
-def test_who_says_nothing_is_sent_away(tmp_path, monkeypatch):
-    monkeypatch.setattr(listening, "_GREETING_S", 0.05)
-    with serving(tmp_path) as target:
+def test_who_says_nothing_is_sent_away(tmp_path):
+    limits = ConnectionLimits(greeting_s=0.05)
+    with serving(tmp_path, connections=limits) as target:
         host, port = target.split(":")
         with socket.create_connection((host, int(port)), timeout=30) as silent:
             assert silent.recv(1) == b""
@@ -290,7 +291,7 @@ def test_who_breaks_the_protocol_harms_nobody_else(tmp_path, bytes_):
 def test_a_request_that_cannot_be_read_is_refused(
     tmp_path, monkeypatch, request_, code
 ):
-    monkeypatch.setattr(listening, "is_ours", lambda beginning, *, tls: True)
+    monkeypatch.setattr(greeting, "is_ours", lambda beginning, *, tls: True)
     with serving(tmp_path) as target, grpc.insecure_channel(target) as channel:
         for name in ("SessionService/GetServerInfo", "SessionService/RegisterModel"):
             with pytest.raises(grpc.RpcError) as caught:

@@ -95,7 +95,7 @@ class Intake:
             return None
         if not count:
             msg = "the connection was closed"
-            raise Broken(msg)
+            raise Broken(msg, Code.NO_ERROR)
         self.heard += count
         return count
 

@@ -98,6 +98,8 @@ class Calls:
         if handler is None:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"no method {path}")
         assert handler is not None
+        if details.let_through and not raw:
+            context.vouch()
         if raw:
             context.serialise = handler.response_serializer
         request: Any = requests
@@ -111,16 +113,15 @@ class Calls:
         if not handler.response_streaming:
             await context.conclude(response)
 
-    async def _find(
-        self, details: grpc.HandlerCallDetails, interceptors: list[Any]
-    ) -> Any:
+    async def _find(self, details: _Details, interceptors: list[Any]) -> Any:
         if interceptors:
             first, rest = interceptors[0], interceptors[1:]
 
-            async def onwards(details: grpc.HandlerCallDetails) -> Any:
+            async def onwards(details: _Details) -> Any:
                 return await self._find(details, rest)
 
             return await first.intercept_service(onwards, details)
+        details.let_through = True
         for handler in self._handlers:
             found = handler.service(details)
             if found is not None:
@@ -141,6 +142,9 @@ async def _only(requests: Requests, context: Context) -> Any:
 
 class _Details(grpc.HandlerCallDetails):
     """What interceptors are told of a call."""
+
+    let_through = False
+    """Whether no interceptor took the call away."""
 
     def __init__(self, method: str, metadata: Any) -> None:
         self.method, self.invocation_metadata = method, metadata
@@ -195,8 +199,10 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         views = framed(self._format, self.serialise(message))
         self._over = True
         trailers = (("grpc-status", "0"), *self._trailing_text())
-        await self._link.send(self._stream, _ANSWER, views, trailers)
-        self._finished()
+        try:
+            await self._link.send(self._stream, _ANSWER, views, trailers)
+        finally:
+            self._finished()
 
     async def read(self) -> NoReturn:
         """Not offered: handlers get their requests as an iterator."""
@@ -243,8 +249,14 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         return [(name, _text(value)) for name, value in self._trailing]
 
     def _finished(self) -> None:
+        lost = self._link.is_lost(self._stream)
+        self._link.concluded(success=self._code is grpc.StatusCode.OK and not lost)
         for callback in self._callbacks:
             callback(self)
+
+    def vouch(self) -> None:
+        """Trust the client: interceptors let its call through."""
+        self._link.vouch()
 
     def done(self) -> bool:
         """Whether nobody waits for an answer any more."""

@@ -13,6 +13,8 @@ from curvd.http2.frames import Code
 from curvd.http2.line import Line
 from curvd.http2.messages import InPlace
 from curvd.http2.stream import Broken, Headers, Stream
+from curvd_server.front.allowance import Allowance
+from curvd_server.front.limits import ConnectionLimits
 from curvd_server.front.turns import Turns
 from curvd_server.logs import logger
 
@@ -20,6 +22,10 @@ _MOST_PARTS = 64
 """Parts that wait for their call; a client that sends more is not read."""
 _LARGE_BYTES = 1 << 20
 """From here on a request has to wait for its turn."""
+_CALL_S = 4e-4
+"""What a call costs the event loop that comes to nothing."""
+_MOST_FAILURES = 8
+"""Calls without success, beyond those with, that a trusted client may make."""
 
 
 class Link:
@@ -30,6 +36,7 @@ class Link:
         peer: Who calls, as gRPC writes it.
         begin: Called with this and a stream whose headers came; gives the call's task.
         turns: Whose large request is read first.
+        allowance: When it is read, as long as nobody vouches for the client.
     """
 
     def __init__(
@@ -38,8 +45,10 @@ class Link:
         peer: str,
         begin: Callable[[Link, Stream], asyncio.Task[None]],
         turns: Turns,
+        allowance: Allowance,
     ) -> None:
         self.peer, self._begin, self._turns = peer, begin, turns
+        self._allowance = allowance
         self._loop = asyncio.get_running_loop()
         self._line = Line(sock, client=False, accept=self._accept)
         self._task: asyncio.Task[None] | None = None
@@ -47,6 +56,13 @@ class Link:
         self._reads = self._writes = self._leaving = self._is_coming_back = False
         self._before = 0  # bytes heard before the request
         self._queued = False  # once for each request
+        self._vouched = self._rests = False
+        self._failures = 0
+        self._idle_since = self._loop.time()
+        self.called = False
+        """Whether the client ever made a call."""
+        self.failure: str | None = None
+        """What the client did wrong, if that ended the connection."""
         self.gone = asyncio.Event()
         """Set when the connection is closed."""
         self._watch()
@@ -56,6 +72,37 @@ class Link:
     def heard(self) -> int:
         """Bytes that came."""
         return self._line.heard
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is under way."""
+        return self._task is not None and not self._task.done()
+
+    def vouch(self) -> None:
+        """Trust the client: its call was let through."""
+        self._vouched = True
+
+    def concluded(self, *, success: bool) -> None:
+        """Take note that a call is over."""
+        self._idle_since = self._loop.time()
+        self._failures = max(0, self._failures + (-1 if success else 1))
+
+    def overdue(self, now: float, limits: ConnectionLimits) -> str | None:
+        """Tell whether the client should have called by now.
+
+        Args:
+            now: Time of the event loop.
+            limits: How long it may take.
+
+        Returns:
+            A word for what it missed.
+        """
+        quiet_s = now - self._idle_since
+        if self.busy or self.gone.is_set():
+            return None
+        if not self.called:
+            return "greeting" if quiet_s > limits.greeting_s else None
+        return "idle" if quiet_s > limits.idle_connection_s else None
 
     def resume(self) -> None:
         """Read again, if nothing else is in the way."""
@@ -146,6 +193,9 @@ class Link:
         self._wake()
 
     def _accept(self, stream: Stream) -> None:
+        self.called = True
+        if not self._trusted:
+            self._allowance.spend(_CALL_S)
         self._before, self._queued = self._line.heard, False
         self._task = self._begin(self, stream)
 
@@ -153,7 +203,28 @@ class Link:
         self._flush()
         return self.is_lost(stream) or not (stream.outbox or self._writes)
 
+    @property
+    def _trusted(self) -> bool:
+        return self._vouched and self._failures <= _MOST_FAILURES
+
     def _readable(self) -> None:
+        if self._trusted:
+            self._read()
+        elif not self._allowance.spent:
+            with self._allowance.charged():
+                self._read()
+        elif not self._rests:
+            self._rests = True
+            self._watch()
+            self._allowance.wait(self._rested)
+
+    def _rested(self) -> None:
+        self._rests = False
+        if not self.gone.is_set():
+            with self._allowance.charged():
+                self._read()
+
+    def _read(self) -> None:
         try:
             self._line.pull()
         except (Broken, OSError) as error:
@@ -216,7 +287,8 @@ class Link:
         """Read as long as there is somebody to read for."""
         stream = self._line.stream
         full = stream is not None and len(stream.inbox) > _MOST_PARTS
-        reads = not (full or self.gone.is_set() or self._turns.waits(self))
+        paused = full or self._rests or self._turns.waits(self)
+        reads = not (paused or self.gone.is_set())
         if reads is not self._reads:
             self._reads = reads
             if reads:
@@ -230,6 +302,8 @@ class Link:
 
     def _break(self, error: Exception) -> None:
         if isinstance(error, Broken):
+            left = self._leaving or error.code is Code.NO_ERROR
+            self.failure = None if left else str(error)
             with contextlib.suppress(Broken, OSError):
                 self._line.leave(error.code)
                 self._line.push()

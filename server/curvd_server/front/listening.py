@@ -4,39 +4,79 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import itertools
-import os
 import socket
 import ssl
-import stat
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
-from curvd.errors import InvalidSpec
 from curvd.http2.sockets import tune
 from curvd.http2.stream import Stream
+from curvd_server.front.addresses import bound, cleared, peer_of, target_of
+from curvd_server.front.admission import (
+    OWN_DESCRIPTORS,
+    Admission,
+    Refused,
+    descriptors_for_connections,
+)
+from curvd_server.front.allowance import Allowance
+from curvd_server.front.drops import Drops
+from curvd_server.front.greeting import encrypted, recognised
+from curvd_server.front.limits import ConnectionLimits
 from curvd_server.front.link import Link
-from curvd_server.front.readiness import readable, writable
-from curvd_server.front.recognise import ENOUGH_BYTES, is_ours
-from curvd_server.front.relay import relay
+from curvd_server.front.relay import connected, relay
 from curvd_server.front.turns import Turns
 from curvd_server.logs import logger
 
-_GREETING_S = 10.0
-"""How long a connection may be silent before it says who calls."""
-_LOOK_S = 0.01
-"""Pause before looking again at a greeting that is cut."""
-_BACKLOG = 128
-_RELAYED_BYTES = 1 << 20
-"""On their way to grpcio; the kernel takes less if its limit is lower."""
-_NOT_OURS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-"""Of several addresses of one name, those of other machines or protocols."""
+_SWEEP_S = 0.5
+"""How often connections are looked at that should have done something."""
+_PAUSE_S = 0.1
+"""Pause when the system has no descriptor left for a connection."""
+_CONNECTION_S = 4e-4
+"""What a connection costs the event loop until its first call."""
 
-_NUMBERS = itertools.count(1)
-"""Unix sockets do not tell their peers apart."""
+_HANDSHAKE_S = 1.5e-3
+"""What a handshake costs this machine that grpcio does for us."""
 
 Begin = Callable[[Link, Stream], asyncio.Task[None]]
+
+
+class _Visit:
+    """One connection, from its beginning to its end.
+
+    Args:
+        sock: The connection.
+        peer: Who calls, as gRPC writes it.
+    """
+
+    descriptors = OWN_DESCRIPTORS
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self.sock, self.peer = sock, peer
+        self.host = "" if peer.startswith("unix") else peer.rpartition(":")[0]
+        self.task: asyncio.Task[None] | None = None
+        self.link: Link | None = None
+        self.relayed = False
+        self.dropped: str | None = None
+        """Why it was sent away."""
+
+    @property
+    def called(self) -> bool:
+        """Whether it ever made a call."""
+        return self.link is not None and self.link.called
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is under way, or nobody knows."""
+        return self.relayed or (self.link is not None and self.link.busy)
+
+    def send_away(self, reason: str) -> None:
+        """End it; politely, if it speaks HTTP/2 already."""
+        self.dropped = reason
+        if self.link is not None:
+            self.link.leave()
+            self.link.close()
+        elif self.task is not None:
+            self.task.cancel()
 
 
 class Front:
@@ -46,13 +86,25 @@ class Front:
         begin: Starts a call of one of our clients.
         backend: Path of the Unix socket where grpcio serves all others.
         tls: Encryption; None: plain text.
+        limits: What connections may take.
+        drops: Is told of those that are turned away.
     """
 
-    def __init__(self, begin: Begin, backend: str, tls: ssl.SSLContext | None) -> None:
+    def __init__(
+        self,
+        begin: Begin,
+        backend: str,
+        tls: ssl.SSLContext | None,
+        limits: ConnectionLimits,
+        drops: Drops,
+    ) -> None:
         self._begin, self._backend, self._tls = begin, backend, tls
-        self._links: set[Link] = set()
+        self._limits, self._drops = limits, drops
+        self._admission = Admission(limits, descriptors_for_connections())
+        self._allowance = Allowance()
         self._turns = Turns()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._visits: set[_Visit] = set()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="curvd-tls")
 
     @contextlib.asynccontextmanager
     async def listening(self, listen: str) -> AsyncIterator[str]:
@@ -67,24 +119,20 @@ class Front:
         Raises:
             InvalidSpec: If the address cannot be had.
         """
+        sockets = await bound(listen)
+        tasks = [asyncio.create_task(self._take(sock)) for sock in sockets]
+        tasks.append(asyncio.create_task(self._sweep()))
+        port = 0 if listen.startswith("unix") else sockets[0].getsockname()[1]
         try:
-            sockets = await _bound(listen)
-        except OSError as error:
-            msg = (
-                f"cannot listen on {listen}: the address is taken, or not of this "
-                f"machine ({error.strerror or error})"
-            )
-            raise InvalidSpec(msg, listen=listen) from error
-        takers = [asyncio.create_task(self._take(sock)) for sock in sockets]
-        try:
-            yield _target(listen, sockets[0])
+            yield target_of(listen, port)
         finally:
-            for taker in takers:
-                taker.cancel()
-            await asyncio.gather(*takers, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             for sock in sockets:
                 sock.close()
-            _cleared(listen)
+            cleared(listen)
+            self._worker.shutdown(wait=False)
 
     async def stop(self, grace_s: float) -> None:
         """Send our clients away, and close all connections.
@@ -92,181 +140,98 @@ class Front:
         Args:
             grace_s: Time for what is on its way.
         """
-        for link in list(self._links):
+        links = [visit.link for visit in self._visits if visit.link is not None]
+        for link in links:
             link.leave()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
-                await asyncio.gather(*(link.gone.wait() for link in self._links))
-        for task in list(self._tasks):
+                await asyncio.gather(*(link.gone.wait() for link in links))
+        tasks = [visit.task for visit in self._visits if visit.task is not None]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _take(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            await self._allowance.turn()
             try:
                 sock, address = await loop.sock_accept(listener)
             except OSError as error:  # for example no file descriptors are left
-                logger().error("accept", error=str(error))
-                await asyncio.sleep(_LOOK_S)
+                self._drops.add("accept", "unknown", error=str(error))
+                await asyncio.sleep(_PAUSE_S)
                 continue
-            task = asyncio.create_task(self._serve(sock, _peer(sock, address)))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._allowance.spend(_CONNECTION_S)
+            self._admit(_Visit(sock, peer_of(sock, address)))
 
-    async def _serve(self, sock: socket.socket, peer: str) -> None:
+    def _admit(self, visit: _Visit) -> None:
         try:
-            sock.setblocking(False)
-            tune(sock)
-            async with asyncio.timeout(_GREETING_S):
-                ours = await self._recognised(sock)
-                if ours and self._tls is not None:
-                    sock = await _encrypted(sock, self._tls)
-        except (OSError, TimeoutError) as error:
-            logger().debug("greeting", peer=peer, error=str(error))
-            sock.close()
+            self._admission.enter(visit)
+        except Refused as refused:
+            self._drops.add(refused.reason, visit.peer)
+            visit.sock.close()
             return
-        except BaseException:
-            sock.close()
-            raise
-        if ours:
-            await self._link(sock, peer)
-        else:
-            await self._relay(sock)
+        self._visits.add(visit)
+        visit.task = asyncio.create_task(self._serve(visit))
 
-    async def _recognised(self, sock: socket.socket) -> bool:
-        while True:
-            await readable(sock)
-            beginning = sock.recv(ENOUGH_BYTES, socket.MSG_PEEK)
-            if not beginning:
-                msg = "the connection was closed"
-                raise ConnectionError(msg)
-            ours = is_ours(beginning, tls=self._tls is not None)
-            if ours is not None:
-                return ours
-            await asyncio.sleep(_LOOK_S)
+    async def _serve(self, visit: _Visit) -> None:
+        try:
+            ours = await self._greeted(visit)
+            await (self._link(visit) if ours else self._relay(visit))
+        except Refused as refused:
+            self._drops.add(refused.reason, visit.peer)
+        except TimeoutError:
+            self._drops.add("greeting", visit.peer, seconds=self._limits.greeting_s)
+        except ssl.SSLError as error:
+            self._drops.add("handshake", visit.peer, error=str(error))
+        except OSError as error:  # the other side left
+            logger().debug("left", peer=visit.peer, error=str(error))
+        finally:
+            visit.sock.close()
+            self._admission.leave(visit)
+            self._visits.discard(visit)
+            if visit.dropped is not None:
+                self._drops.add(visit.dropped, visit.peer)
 
-    async def _link(self, sock: socket.socket, peer: str) -> None:
-        link = Link(sock, peer, self._begin, self._turns)
-        self._links.add(link)
+    async def _greeted(self, visit: _Visit) -> bool:
+        """Find out who calls, and encrypt what we answer ourselves."""
+        visit.sock.setblocking(False)
+        tune(visit.sock)
+        async with asyncio.timeout(self._limits.greeting_s):
+            ours = await recognised(visit.sock, tls=self._tls is not None)
+            if ours and self._tls is not None:
+                visit.sock = await encrypted(
+                    visit.sock, self._tls, self._allowance, self._worker
+                )
+        return ours
+
+    async def _link(self, visit: _Visit) -> None:
+        link = Link(visit.sock, visit.peer, self._begin, self._turns, self._allowance)
+        visit.link = link
         try:
             await link.gone.wait()
         finally:
             link.close()
-            self._links.discard(link)
+        if link.failure is not None:
+            self._drops.add("protocol", visit.peer, error=link.failure)
 
-    async def _relay(self, near: socket.socket) -> None:
-        far = socket.socket(socket.AF_UNIX)
-        far.setblocking(False)
-        # The default, 200 kB, wakes both ends ten times as often: 40 MB in 104 ms, not 92.
-        far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _RELAYED_BYTES)
-        try:
-            await asyncio.get_running_loop().sock_connect(far, self._backend)
-        except OSError:
-            near.close()
-            far.close()
-            return
-        await relay(near, far)
+    async def _relay(self, visit: _Visit) -> None:
+        self._admission.relay(visit)
+        visit.relayed = True
+        if self._tls is not None:
+            self._allowance.spend(_HANDSHAKE_S)
+        with await connected(self._backend) as far:
+            await relay(visit.sock, far)
 
-
-async def _bound(listen: str) -> list[socket.socket]:
-    """Take an address: one socket for each that a name stands for and that is ours."""
-    if listen.startswith(("unix:", "unix-abstract:")):
-        return [_bound_unix(listen)]
-    host, _, port = listen.rpartition(":")
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(
-        host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
-    sockets: list[socket.socket] = []
-    missing: OSError | None = None
-    for family, _, _, _, address in dict.fromkeys(found):
-        if sockets and not int(port):  # the port that the first one got
-            address = (address[0], sockets[0].getsockname()[1], *address[2:])
-        try:
-            sock = socket.create_server(
-                address,
-                family=family,
-                backlog=_BACKLOG,
-                dualstack_ipv6=host == "[::]",
-            )
-        except OSError as error:
-            missing = error
-            if error.errno in _NOT_OURS:
-                continue  # localhost is ::1, too, where there is no IPv6
-            for sock in sockets:
-                sock.close()
-            raise
-        sock.setblocking(False)
-        sockets.append(sock)
-    if not sockets and missing is not None:
-        raise missing
-    return sockets
-
-
-def _bound_unix(listen: str) -> socket.socket:
-    abstract = listen.startswith("unix-abstract:")
-    path = listen.removeprefix("unix-abstract:" if abstract else "unix:")
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        if not abstract:
-            _make_way(path)
-        sock.bind(f"\0{path}" if abstract else path)
-        if not abstract:
-            # Only this user: a socket is as local as its permissions.
-            os.chmod(path, 0o600)
-        sock.listen(_BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    sock.setblocking(False)
-    return sock
-
-
-def _make_way(path: str) -> None:
-    """Remove the socket of a server that is gone."""
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            return
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)
-
-
-def _cleared(listen: str) -> None:
-    if listen.startswith("unix:"):
-        Path(listen.removeprefix("unix:")).unlink(missing_ok=True)
-
-
-def _target(listen: str, sock: socket.socket) -> str:
-    if listen.startswith("unix"):
-        return listen
-    host = listen.rpartition(":")[0]
-    here = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
-    return f"{here}:{sock.getsockname()[1]}"
-
-
-def _peer(sock: socket.socket, address: object) -> str:
-    if sock.family == socket.AF_UNIX or not isinstance(address, tuple):
-        return f"unix:{next(_NUMBERS)}"
-    if sock.family == socket.AF_INET6:
-        return f"ipv6:[{address[0]}]:{address[1]}"
-    return f"ipv4:{address[0]}:{address[1]}"
-
-
-async def _encrypted(sock: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
-    tls = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-    while True:
-        try:
-            tls.do_handshake()
-        except ssl.SSLWantReadError:
-            await readable(tls)
-        except ssl.SSLWantWriteError:
-            await writable(tls)
-        except BaseException:
-            tls.close()
-            raise
-        else:
-            return tls
+    async def _sweep(self) -> None:
+        """End connections that do nothing."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            now = loop.time()
+            for visit in list(self._visits):
+                link = visit.link
+                reason = None if link is None else link.overdue(now, self._limits)
+                if reason is not None:
+                    visit.send_away(reason)
+            self._drops.summarise()

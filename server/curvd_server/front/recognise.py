@@ -29,6 +29,24 @@ def is_ours(beginning: bytes, *, tls: bool) -> bool | None:
     return _hello_is_ours(beginning) if tls else _greeting_is_ours(beginning)
 
 
+def bytes_needed(beginning: bytes, *, tls: bool) -> int:
+    """Tell how much must have come before there is more to say about a connection.
+
+    Args:
+        beginning: What has come so far; too little for `is_ours`.
+        tls: Whether it is encrypted.
+
+    Returns:
+        Bytes from the beginning.
+    """
+    head = _RECORD_HEAD_BYTES if tls else len(frames.PREFACE) + frames.HEAD_BYTES
+    if len(beginning) < head:
+        return head
+    start = 3 if tls else len(frames.PREFACE)
+    length = int.from_bytes(beginning[start : start + (2 if tls else 3)], "big")
+    return min(head + length, ENOUGH_BYTES)
+
+
 def _greeting_is_ours(beginning: bytes) -> bool | None:
     size = len(frames.PREFACE)
     if beginning[:size] != frames.PREFACE[: len(beginning)]:
