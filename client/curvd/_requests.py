@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -231,6 +232,7 @@ def create_session(
     dataset: DatasetInfo | str,
     *,
     loss: LossSpec | Mapping[str, Any] | str,
+    weight_decay: float | Mapping[str, float] | None,
     dtype: Any,
     mode: choices.Mode | str,
     operators: Sequence[OperatorSpec | str],
@@ -243,10 +245,13 @@ def create_session(
     """Bring model, dataset and loss together."""
     if isinstance(operators, str):
         operators = [operators]
+    chosen = _loss(loss)
+    if weight_decay is not None:
+        chosen = dataclasses.replace(chosen, weight_decay=weight_decay)  # type: ignore[arg-type]
     request = session_pb.CreateSessionRequest(
         model_id=model if isinstance(model, str) else model.id,
         dataset_id=dataset if isinstance(dataset, str) else dataset.id,
-        loss=convert.loss_to_proto(_loss(loss)),
+        loss=convert.loss_to_proto(chosen),
         dtype=convert_enums.dtype_to_proto(_dtype(dtype)),
         mode=convert_enums.mode_to_proto(choices.member(choices.Mode, mode, "mode")),
         operators=[convert.operator_to_proto(_operator(o)) for o in operators],

@@ -167,6 +167,7 @@ class Client:
         dataset: DatasetInfo | str,
         *,
         loss: LossSpec | Mapping[str, Any] | str,
+        weight_decay: float | Mapping[str, float] | None = None,
         dtype: Any = Dtype.FLOAT32,
         mode: Mode | str = Mode.EVAL,
         operators: Sequence[OperatorSpec | str] = (),
@@ -182,6 +183,9 @@ class Client:
             model: From `register_model`, or its id.
             dataset: From `register_dataset`, or its id.
             loss: A name, a `LossSpec`, or its keywords as a dict.
+            weight_decay: Adds ``weight_decay / 2 * |p|^2`` over all parameters to the
+                objective; a dict has one for each glob over names, and the first that
+                matches a parameter counts. None: the loss's own.
             dtype: What to compute in: ``"F32"``, ``np.float64``, ``torch.bfloat16``, …
             mode: Whether layers evaluate or use the statistics of the mini-batches.
             operators: What to build before the answer; empty: the Hessian.
@@ -201,6 +205,7 @@ class Client:
             model,
             dataset,
             loss=loss,
+            weight_decay=weight_decay,
             dtype=dtype,
             mode=mode,
             operators=operators,

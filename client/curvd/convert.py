@@ -57,6 +57,10 @@ def loss_to_proto(loss: types.LossSpec) -> types_pb.Loss:
         shift=loss.shift,
         beta=loss.beta,
         graph=graph_pb.Graph.FromString(loss.graph) if loss.graph else None,
+        weight_decay=[
+            types_pb.WeightDecay(pattern=glob, coefficient=coefficient)
+            for glob, coefficient in loss.weight_decay
+        ],
     )
 
 
@@ -79,6 +83,7 @@ def loss_from_proto(message: types_pb.Loss) -> types.LossSpec:
             if message.HasField("graph")
             else b""
         ),
+        weight_decay=tuple((d.pattern, d.coefficient) for d in message.weight_decay),
     )
 
 

@@ -14,11 +14,12 @@ from curvd.errors import InvalidSpec, LimitExceeded
 LONGEST_PATTERN, MOST_PATTERNS = 256, 1_000
 
 
-def check_patterns(patterns: Sequence[str]) -> tuple[str, ...]:
+def check_patterns(patterns: Sequence[str], what: str = "params") -> tuple[str, ...]:
     """Refuse what no glob over names can be.
 
     Args:
         patterns: From a stranger.
+        what: The option that they belong to, for messages.
 
     Returns:
         The patterns.
@@ -29,19 +30,19 @@ def check_patterns(patterns: Sequence[str]) -> tuple[str, ...]:
     """
     if len(patterns) > MOST_PATTERNS:
         msg = (
-            f"params has {len(patterns)} patterns; the limit is {MOST_PATTERNS}. "
+            f"{what} has {len(patterns)} patterns; the limit is {MOST_PATTERNS}. "
             "Use wildcards"
         )
         raise LimitExceeded(msg, patterns=len(patterns), limit=MOST_PATTERNS)
     for pattern in patterns:
         if len(pattern) > LONGEST_PATTERN:
             msg = (
-                f"a pattern of params has {len(pattern)} characters; the limit is "
+                f"a pattern of {what} has {len(pattern)} characters; the limit is "
                 f"{LONGEST_PATTERN}"
             )
             raise LimitExceeded(msg, length=len(pattern), limit=LONGEST_PATTERN)
         if not pattern:
-            msg = "a pattern of params is empty; leave params out for all parameters"
+            msg = f"a pattern of {what} is empty; leave it out, or write '*' for all"
             raise InvalidSpec(msg)
     return tuple(patterns)
 
@@ -52,6 +53,7 @@ def select(
     *,
     aliases: Mapping[str, str],
     frozen: Sequence[str] = (),
+    what: str = "params",
 ) -> tuple[str, ...]:
     """Choose parameters.
 
@@ -60,6 +62,7 @@ def select(
         patterns: Globs over whole names (``*`` crosses dots); none choose all.
         aliases: Further name of a tied parameter -> the name that it goes by.
         frozen: Parameters that the model itself keeps fixed, for the message.
+        what: The option that the patterns belong to, for messages.
 
     Returns:
         The names in the order of the patterns, and in the model's order within one;
@@ -78,23 +81,25 @@ def select(
     for pattern in patterns:
         matched = {known[n] for n in known if fnmatch.fnmatchcase(n, pattern)}
         if not matched:
-            raise _nothing(pattern, list(known), frozen)
+            raise _nothing(pattern, list(known), frozen, what)
         chosen.update(dict.fromkeys(sorted(matched, key=position.__getitem__)))
     return tuple(chosen)
 
 
-def _nothing(pattern: str, known: list[str], frozen: Sequence[str]) -> InvalidSpec:
+def _nothing(
+    pattern: str, known: list[str], frozen: Sequence[str], what: str
+) -> InvalidSpec:
     """Say which names come near a pattern that matches none."""
     fixed = [name for name in frozen if fnmatch.fnmatchcase(name, pattern)]
     if fixed:
         msg = (
-            f"params: {pattern!r} matches only parameters that the model keeps fixed "
+            f"{what}: {pattern!r} matches only parameters that the model keeps fixed "
             f"(requires_grad=False), such as {fixed[0]!r}"
         )
         return InvalidSpec(msg, pattern=pattern, frozen=len(fixed))
     near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
     msg = (
-        f"params: {pattern!r} matches none of the {len(known)} parameter names; near "
+        f"{what}: {pattern!r} matches none of the {len(known)} parameter names; near "
         f"it are {', '.join(map(repr, near))}. Globs match whole names"
     )
     return InvalidSpec(msg, pattern=pattern, near=", ".join(near))

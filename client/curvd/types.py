@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +20,7 @@ from curvd.choices import (
     member,
 )
 from curvd.errors import InvalidSpec
+from curvd.selection import check_patterns
 
 Normaliser = Literal["points", "sum", "counted"]
 """What a custom loss returns for a mini-batch: a mean, a sum, or a sum and a weight."""
@@ -79,6 +80,9 @@ class LossSpec:
     """Errors below it are squared (smooth_l1)."""
     graph: SerializedGraph = field(default_factory=SerializedGraph)
     """What computes it (custom); empty where it is not at hand."""
+    weight_decay: tuple[tuple[str, float], ...] = ()
+    """Penalty ``coefficient / 2 * |p|^2`` by globs over parameters' names; the first
+    that matches counts. A number stands for all parameters, a mapping for its items."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", member(LossName, self.name, "loss"))
@@ -96,12 +100,43 @@ class LossSpec:
                 msg = f"{option} belongs to {' and '.join(owners)}, not {self.name}"
                 raise InvalidSpec(msg, loss=self.name, option=option)
         object.__setattr__(self, "graph", SerializedGraph(self.graph))
+        object.__setattr__(self, "weight_decay", weight_decay(self.weight_decay))
         if self.class_weights is not None:
             weights = tuple(float(w) for w in self.class_weights)
             object.__setattr__(self, "class_weights", weights)
             if not weights or any(not math.isfinite(w) or w < 0 for w in weights):
                 msg = f"class_weights must be finite and not negative, got {weights}"
                 raise InvalidSpec(msg, class_weights=weights)
+
+
+def weight_decay(
+    value: float | Mapping[str, float] | Sequence[tuple[str, float]],
+) -> tuple[tuple[str, float], ...]:
+    """Read a weight decay as pairs of a glob and its coefficient.
+
+    Args:
+        value: A number for all parameters, coefficients by glob, or the pairs.
+
+    Returns:
+        The pairs, in order; none for a number that is 0.
+
+    Raises:
+        InvalidSpec: If a coefficient is negative or not finite, or a glob is empty.
+        LimitExceeded: If there are too many globs, or one is too long.
+    """
+    if isinstance(value, int | float):
+        value = {"*": value} if value else {}
+    items = value.items() if isinstance(value, Mapping) else value
+    pairs = tuple((str(glob), float(c)) for glob, c in items)
+    check_patterns([glob for glob, _ in pairs], "weight_decay")
+    for glob, coefficient in pairs:
+        if not (math.isfinite(coefficient) and coefficient >= 0):
+            msg = (
+                f"weight_decay of {glob!r} must be finite and not negative, "
+                f"got {coefficient}"
+            )
+            raise InvalidSpec(msg, pattern=glob, coefficient=coefficient)
+    return pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -137,6 +137,7 @@ class Operator:
         self._seconds = self._spent_s = 0.0
         self._compiler, self._jobs = compiler, list[Job]()
         self._results = results
+        self._decay = problem.decay.of_operator(spec.kind)
 
     @property
     def plan(self) -> Plan:
@@ -304,6 +305,7 @@ class Operator:
         start = time.perf_counter()
         for index in range(self._work.batches):
             self._batch_product(index, V, out, cancelled)
+        self._decay.add_product(out, V, self.problem.layout)
         if self.spec.scale != 1.0:
             out *= self.spec.scale
         if self.spec.damping:

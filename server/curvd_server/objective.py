@@ -1,6 +1,7 @@
 """The function that is differentiated: a model, a dataset and a loss as one sum.
 
     objective(θ) = (1 / normaliser) * sum over mini-batches b of loss_sum(f(θ, x_b), y_b)
+                   + weight decay
 
 A `Problem` is immutable: new parameters make a new one that shares model and data, so
 work that runs on the old version is never disturbed. Not thread-safe: whoever has the
@@ -36,6 +37,7 @@ from curvd_server.data import (
     tensor_of,
 )
 from curvd_server.losses import Loss
+from curvd_server.penalty import WeightDecay
 from curvd_server.rewrites import (
     WideFloats,
     aliased,
@@ -127,6 +129,8 @@ class Problem:
     normaliser: float
     """What ``mean`` divides by, over the whole dataset; 1 for ``sum``."""
     mode: Mode
+    decay: WeightDecay
+    """Depends on no data, so it is part of no mini-batch's share."""
 
     @classmethod
     def load(
@@ -214,6 +218,7 @@ class Problem:
             data=batches,
             normaliser=1.0,
             mode=mode,
+            decay=WeightDecay.of(loss.weight_decay, tuple(variables), aliases(module)),
         )
         return problem._normalised()
 
@@ -279,7 +284,14 @@ class Problem:
             names=layout.names,
             fixed=tuple(f for f in self.model.fixed if f[0] in layout.names),
         )
-        return dataclasses.replace(self, model=model, layout=layout, parameters=chosen)
+        decays = dict(zip(self.layout.names, self.decay.coefficients, strict=True))
+        return dataclasses.replace(
+            self,
+            model=model,
+            layout=layout,
+            parameters=chosen,
+            decay=WeightDecay(tuple(decays[name] for name in layout.names)),
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -356,7 +368,8 @@ class Problem:
             add_rows(gradient, self.layout, rows)
             del rows  # before the next mini-batch's
             total += float(loss)
-        return total, gradient
+        self.decay.add_gradient(gradient, self.parameters, self.layout)
+        return total + self.decay.value(self.parameters), gradient
 
     def joined(self, count: int) -> Problem:
         """Make the same objective with `count` mini-batches at a time as one.
@@ -402,6 +415,7 @@ class Problem:
             data=(Batch(0, tuple(inputs), targets),),
             normaliser=1.0,
             mode=self.mode,
+            decay=self.decay,
         )
         return small._normalised()
 

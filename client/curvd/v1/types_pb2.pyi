@@ -87,7 +87,7 @@ OPERATOR_KIND_FISHER: OperatorKind
 OPERATOR_KIND_EMPIRICAL_FISHER: OperatorKind
 
 class Loss(_message.Message):
-    __slots__ = ("name", "reduction", "ignore_index", "class_weights", "label_smoothing", "shift", "beta", "graph")
+    __slots__ = ("name", "reduction", "ignore_index", "class_weights", "label_smoothing", "shift", "beta", "graph", "weight_decay")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REDUCTION_FIELD_NUMBER: _ClassVar[int]
     IGNORE_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,7 @@ class Loss(_message.Message):
     SHIFT_FIELD_NUMBER: _ClassVar[int]
     BETA_FIELD_NUMBER: _ClassVar[int]
     GRAPH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
     name: LossName
     reduction: Reduction
     ignore_index: int
@@ -104,7 +105,16 @@ class Loss(_message.Message):
     shift: bool
     beta: float
     graph: _graph_pb2.Graph
-    def __init__(self, name: _Optional[_Union[LossName, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., ignore_index: _Optional[int] = ..., class_weights: _Optional[_Iterable[float]] = ..., label_smoothing: _Optional[float] = ..., shift: bool = ..., beta: _Optional[float] = ..., graph: _Optional[_Union[_graph_pb2.Graph, _Mapping]] = ...) -> None: ...
+    weight_decay: _containers.RepeatedCompositeFieldContainer[WeightDecay]
+    def __init__(self, name: _Optional[_Union[LossName, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., ignore_index: _Optional[int] = ..., class_weights: _Optional[_Iterable[float]] = ..., label_smoothing: _Optional[float] = ..., shift: bool = ..., beta: _Optional[float] = ..., graph: _Optional[_Union[_graph_pb2.Graph, _Mapping]] = ..., weight_decay: _Optional[_Iterable[_Union[WeightDecay, _Mapping]]] = ...) -> None: ...
+
+class WeightDecay(_message.Message):
+    __slots__ = ("pattern", "coefficient")
+    PATTERN_FIELD_NUMBER: _ClassVar[int]
+    COEFFICIENT_FIELD_NUMBER: _ClassVar[int]
+    pattern: str
+    coefficient: float
+    def __init__(self, pattern: _Optional[str] = ..., coefficient: _Optional[float] = ...) -> None: ...
 
 class Operator(_message.Message):
     __slots__ = ("kind", "block_sizes", "damping", "scale", "mc_samples", "seed", "parameters")
