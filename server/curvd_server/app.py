@@ -166,6 +166,7 @@ async def running(
             batcher=batcher,
             limits=limits,
             clock=time.time,
+            monotonic=time.monotonic,
         )
         sessions = SessionStore(facilities)
         stack.push_async_callback(sessions.close)

@@ -148,12 +148,13 @@ class Upload:
                 raise InvalidTensors(msg, digest=digest, announced=self._path.name)
             os.fsync(partial.file.fileno())
             partial.path.rename(self._path)
-            _fsync_directory(self._path.parent)
+            fsync_directory(self._path.parent)
             self._arrived(self._path)
         return True
 
 
-def _fsync_directory(directory: Path) -> None:
+def fsync_directory(directory: Path) -> None:
+    """Have what was renamed in a folder survive a crash of the machine."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,6 +19,7 @@ import numpy as np
 
 from curvd import convert
 from curvd.errors import (
+    DataLoss,
     DatasetNotFound,
     InvalidSpec,
     LimitExceeded,
@@ -90,7 +91,7 @@ class Registry:
         model_id = _hash(**content, config=spec.config, state=digest)
         try:
             known = self._catalogue.model(model_id).info
-        except ModelNotFound:
+        except (ModelNotFound, DataLoss):
             architecture = self._architecture(spec)
         else:
             # What was damaged since is welcome once more.
@@ -137,7 +138,7 @@ class Registry:
         )
         if not self._blobs.is_sound(digest):
             return None
-        with contextlib.suppress(DatasetNotFound):
+        with contextlib.suppress(DatasetNotFound, DataLoss):
             return self._catalogue.dataset(dataset_id).info
         blob = self._blobs.open(digest)
         used = {n: t for n, t in blob.header.items() if n in spec.names}

@@ -13,13 +13,14 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from curvd.errors import Cancelled, VersionMismatch
+from curvd.errors import Cancelled, CurvdError, VersionMismatch
 from curvd.reports import SessionInfo, SessionState
 from curvd.types import OperatorSpec
 from curvd_server.batching import Batcher
 from curvd_server.catalogue import Catalogue, StoredSession, StoredVersion
 from curvd_server.config import LimitsConfig
 from curvd_server.device import Device, Operator, Problem
+from curvd_server.leases import Remaining
 from curvd_server.live import Live
 from curvd_server.registration import check_state
 from curvd_server.state import architecture_of, home_names, state_of
@@ -46,7 +47,9 @@ class Facilities:
     """The queue of that device."""
     limits: LimitsConfig
     clock: Callable[[], float]
-    """Seconds since the epoch."""
+    """Seconds since the epoch, for people: someone may set it."""
+    monotonic: Callable[[], float]
+    """Seconds that nobody can set, for leases."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +98,9 @@ class Session:
         )
         self.vectors = Vectors(stored.info.id, facilities.limits.stored_bytes)
         self._with = facilities
-        self._used_s = facilities.clock()
+        self._remaining = Remaining(
+            stored.lease_s, stored.remaining_s, facilities.monotonic
+        )
         # Held while the session changes, or something is built for it.
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -115,25 +120,36 @@ class Session:
     @property
     def is_over(self) -> bool:
         """Whether its lease ran out."""
-        lease_s, now_s = self.stored.lease_s, self._with.clock()
-        return (
-            lease_s is not None and not self._tasks and self._used_s + lease_s <= now_s
-        )
+        return self.remaining.is_over
 
     def touch(self) -> None:
         """Renew the lease."""
-        self._used_s = self._with.clock()
+        self._remaining.touch()
+
+    @property
+    def remaining(self) -> Remaining:
+        """What remains of the lease; all of it while the session is in use."""
+        if self._tasks:
+            self._remaining.touch()
+        return self._remaining
+
+    def renew(self, lease_s: float) -> None:
+        """Take a new length of the lease."""
+        self.stored = replace(self.stored, lease_s=lease_s)
+        self._remaining = Remaining(lease_s, None, self._with.monotonic)
 
     def info(self) -> SessionInfo:
         """Describe it as it is now."""
         stored, cold = self.stored, self.live.problem is None
-        lease_s = stored.lease_s
+        remaining_s = self.remaining.seconds
         return replace(
             stored.info,
             device=self._with.device.name,  # perhaps another one than before
             operators=self.live.reports,
             state=SessionState.COLD if cold else SessionState.READY,
-            expire_time_s=None if lease_s is None else self._used_s + lease_s,
+            expire_time_s=(
+                None if remaining_s is None else self._with.clock() + remaining_s
+            ),
         )
 
     async def warm(self) -> Problem:
@@ -205,7 +221,11 @@ class Session:
     async def end(self) -> None:
         """Forget it, cancel its work, free its memory."""
         self._ended = True
-        await asyncio.to_thread(self._with.catalogue.delete_session, self.id)
+        try:
+            await asyncio.to_thread(self._with.catalogue.delete_session, self.id)
+        except CurvdError:
+            self._ended = False
+            raise
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -241,7 +261,7 @@ class Session:
 
         async def commit() -> None:
             await asyncio.to_thread(using.catalogue.add_version, info, version, sources)
-            self.stored = replace(stored, info=info, sources=sources)
+            self.stored = replace(self.stored, info=info, sources=sources)
             if change_over is not None:
                 change_over()
             await self._release(set(stored.sources.values()) - set(sources.values()))

@@ -9,11 +9,12 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 
 from curvd.choices import Dtype, Mode
-from curvd.errors import LimitExceeded, SessionNotFound
+from curvd.errors import CurvdError, LimitExceeded, SessionNotFound
 from curvd.layout import ParameterLayout
 from curvd.reports import SessionInfo, SessionState
 from curvd.types import LossSpec, OperatorSpec
 from curvd_server.catalogue import StoredSession, StoredVersion
+from curvd_server.logs import logger
 from curvd_server.session import (
     Facilities,
     Lease,
@@ -74,11 +75,11 @@ class SessionStore:
             weakref.WeakValueDictionary()
         )
         self._being_made = self._latest_us = 0
-        # Leases begin anew: nobody could renew one while the server was away.
-        self._sessions = {
-            stored.info.id: Session(facilities, stored)
-            for stored in facilities.catalogue.sessions()
-        }
+        found, self._lost = facilities.catalogue.sessions()
+        self._sessions = {s.info.id: Session(facilities, s) for s in found}
+        if self._sessions:
+            # Ids sort by time, even if the clock has been set back since.
+            self._latest_us = int(max(self._sessions).partition("-")[0], 16)
 
     def get(self, session_id: str) -> SessionInfo:
         """Describe a session as it is now; that renews its lease.
@@ -230,7 +231,7 @@ class SessionStore:
         if lease_s is not None:
             catalogue = self._with.catalogue
             await asyncio.to_thread(catalogue.set_lease, session_id, lease_s)
-            session.stored = replace(session.stored, lease_s=lease_s)
+            session.renew(lease_s)
         return self.get(session_id)
 
     async def delete(self, session_id: str) -> None:
@@ -242,23 +243,50 @@ class SessionStore:
         Raises:
             SessionNotFound: If there is none.
         """
+        if session_id in self._lost:
+            await asyncio.to_thread(self._with.catalogue.delete_session, session_id)
+            del self._lost[session_id]
+            return
         await self._end(self._find(session_id))
 
     async def expire(self) -> list[str]:
-        """End the sessions whose lease ran out.
+        """End the sessions whose lease ran out, and write down what others have left.
 
         Returns:
-            Their ids.
+            The ids of those that ended.
         """
-        over = [s for s in self._sessions.values() if s.is_over]
-        for session in over:
-            await self._end(session)
-        return [session.id for session in over]
+        ended = []
+        for session in [s for s in self._sessions.values() if s.is_over]:
+            try:
+                await self._end(session)
+            except CurvdError as error:  # the disk is full, perhaps; it stays for later
+                logger().warning("not ended", session=session.id, error=str(error))
+            else:
+                ended.append(session.id)
+        await self._note_leases()
+        return ended
 
     async def close(self) -> None:
         """Give the device's memory back; the sessions stay in the catalogue."""
+        await self._note_leases(at_the_end=True)
         for session in self._sessions.values():
             await session.live.close()
+
+    async def _note_leases(self, *, at_the_end: bool = False) -> None:
+        """Write down what remains of leases, where that has changed."""
+        due = {
+            s.id: note[0]
+            for s in self._sessions.values()
+            if (note := s.remaining.to_note(at_the_end=at_the_end)) is not None
+        }
+        try:
+            await asyncio.to_thread(self._with.catalogue.set_remaining, due)
+        except CurvdError as error:
+            logger().warning("leases not written down", error=str(error))
+            return
+        for session_id, seconds in due.items():
+            if session_id in self._sessions:
+                self._sessions[session_id].remaining.noted(seconds)
 
     async def _create(self, new: NewSession, validate_only: bool) -> SessionInfo:
         stored = await asyncio.to_thread(self._described, new)
@@ -324,7 +352,11 @@ class SessionStore:
 
     async def _end(self, session: Session) -> None:
         del self._sessions[session.id]
-        await to_the_end(session.end())
+        try:
+            await to_the_end(session.end())
+        except CurvdError:  # the catalogue still has it
+            self._sessions[session.id] = session
+            raise
 
     def _made_by(self, new: NewSession) -> Session | None:
         for session in self._sessions.values():
@@ -336,12 +368,14 @@ class SessionStore:
 
     def _find(self, session_id: str) -> Session:
         session = self._sessions.get(session_id)
+        if session_id in self._lost:
+            raise self._lost[session_id]
         if session is None or session.is_over:
             msg = (
-                f"no session {session_id!r} on this server: it was never created, was "
+                f"no session {session_id[:80]!r} on this server: it was never created, was "
                 "deleted, or its lease ran out"
             )
-            raise SessionNotFound(msg, session_id=session_id)
+            raise SessionNotFound(msg, session_id=session_id[:80])
         return session
 
     def _check_room(self) -> None:

@@ -143,7 +143,7 @@ def put(blobs, arrays):
 class Middle:
     """Everything between the services and the device, on a fake device."""
 
-    def __init__(self, directory: Path, clock=lambda: 1000.0, **limits):
+    def __init__(self, directory: Path, clock=lambda: 1000.0, monotonic=None, **limits):
         self.limits = LimitsConfig(**limits)
         self.catalogue = Catalogue(directory / "catalogue.sqlite")
         self.blobs = BlobStore(directory / "blobs")
@@ -160,6 +160,7 @@ class Middle:
                 batcher=self.batcher,
                 limits=self.limits,
                 clock=clock,
+                monotonic=monotonic or clock,
             )
         )
 

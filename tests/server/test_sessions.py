@@ -91,7 +91,7 @@ async def test_validation_keeps_nothing(server):
     assert (info.id, info.layout.size) == ("", 5)
     assert [operator.closed for operator in server.device.operators] == [True]
     assert server.sessions.page(limit=10) == ([], "")
-    assert server.catalogue.sessions() == []
+    assert server.catalogue.sessions() == ([], {})
 
 
 async def test_what_is_missing_is_named(server):
@@ -281,7 +281,7 @@ async def test_a_lease_runs_out_and_any_call_renews_it(server, clock):
     with pytest.raises(SessionNotFound, match="its lease ran out"):
         server.sessions.get(info.id)
     assert await server.sessions.expire() == [info.id]
-    assert server.catalogue.sessions() == []
+    assert server.catalogue.sessions() == ([], {})
     assert all(operator.closed for operator in server.device.operators)
 
 
@@ -345,3 +345,76 @@ async def test_a_store_reports_itself(server):
     async with server.sessions.lease(info.id, operator=GGN):
         found = server.sessions.statistics()
     assert (found.ready, found.cold, found.users, found.operators) == (1, 0, 1, 2)
+
+
+@pytest.mark.parametrize("step_s", [2 * 3600.0, 24 * 3600.0])
+@pytest.mark.parametrize("sign", [1, -1])
+async def test_a_step_of_the_clock_ends_no_lease_early_and_keeps_none_for_ever(
+    tmp_path, step_s, sign
+):
+    wall, monotonic = Clock(), Clock()
+    wall.now_s = 1e6
+
+    def tick(seconds):
+        wall.now_s += seconds
+        monotonic.now_s += seconds
+
+    with middle(tmp_path, clock=wall, monotonic=monotonic) as server:
+        early = await server.sessions.create(server.new(lease_s=3600.0))
+        tick(600)
+        wall.now_s += sign * step_s
+        late = await server.sessions.create(server.new(lease_s=3600.0))
+        assert await server.sessions.expire() == []
+        # What people are told is on their clock.
+        assert server.sessions.get(late.id).expire_time_s == wall.now_s + 3600
+        tick(3599)
+        assert await server.sessions.expire() == [early.id]
+        await server.sessions.close()
+    monotonic.now_s = 5.0  # another process, perhaps another machine
+    wall.now_s += sign * step_s
+    with middle(tmp_path, clock=wall, monotonic=monotonic) as server:
+        assert await server.sessions.expire() == []
+        made = await server.sessions.create(server.new())
+        ids = [s.id for s in server.sessions.page(limit=9)[0]]
+        assert ids == [late.id, made.id]  # in the order in which they were made
+        tick(2)
+        assert await server.sessions.expire() == [late.id]
+
+
+async def test_restarts_do_not_keep_a_session_that_nobody_uses(tmp_path):
+    monotonic = Clock()
+    with middle(tmp_path, monotonic=monotonic) as server:
+        info = await server.sessions.create(server.new(lease_s=3600.0))
+    for _ in range(8):
+        with middle(tmp_path, monotonic=monotonic) as server:
+            monotonic.now_s += 400
+            assert await server.sessions.expire() == []  # and then it is killed
+    with middle(tmp_path, monotonic=monotonic) as server:
+        monotonic.now_s += 400
+        assert await server.sessions.expire() == [info.id]
+
+
+async def test_a_crash_does_not_end_a_session_early_that_was_used_again(tmp_path):
+    monotonic = Clock()
+    with middle(tmp_path, monotonic=monotonic) as server:
+        info = await server.sessions.create(server.new(lease_s=3600.0))
+        monotonic.now_s += 3500
+        await server.sessions.expire()
+        server.sessions.get(info.id)
+        await server.sessions.expire()
+    with middle(tmp_path, monotonic=monotonic) as server:
+        monotonic.now_s += 3599
+        assert await server.sessions.expire() == []
+
+
+async def test_a_new_lease_counts_from_when_it_was_given(tmp_path):
+    monotonic = Clock()
+    with middle(tmp_path, monotonic=monotonic) as server:
+        info = await server.sessions.create(server.new(lease_s=3600.0))
+        monotonic.now_s += 3000
+        await server.sessions.expire()
+        await server.sessions.renew(info.id, 100.0)
+    with middle(tmp_path, monotonic=monotonic) as server:
+        assert server.sessions.get(info.id).expire_time_s == 1100.0
+        monotonic.now_s += 100
+        assert await server.sessions.expire() == [info.id]

@@ -103,28 +103,44 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path):
             )
 
 
+CATALOGUES = ("catalogue.sqlite", "catalogue.mirror.sqlite")
+
+
 def test_a_catalogue_of_a_newer_curvd_is_left_alone(tmp_path):
     with server(tmp_path):
         pass
-    with sqlite3.connect(tmp_path / "catalogue.sqlite") as database:
-        database.execute("PRAGMA user_version = 99")
-    database.close()
+    for name in CATALOGUES:
+        with sqlite3.connect(tmp_path / name) as database:
+            database.execute("PRAGMA user_version = 99")
+        database.close()
     with pytest.raises(FailedPrecondition, match="has schema 99, this curvd reads"):
         with server(tmp_path):
             pass
 
 
-def test_a_catalogue_of_an_older_curvd_is_read_on(tmp_path):
-    """Before there were graphs, models had no column for them."""
+def older(path, version):
+    """Make a catalogue what an older curvd wrote: no seals, a log of its own."""
+    path.with_name("catalogue.mirror.sqlite").unlink()
+    with sqlite3.connect(path) as database:
+        for table in ("models", "datasets", "sessions", "versions", "plans"):
+            database.execute(f"ALTER TABLE {table} DROP COLUMN seal")
+        database.execute("ALTER TABLE models DROP COLUMN buffers")
+        database.execute("ALTER TABLE sessions DROP COLUMN remaining_s")
+        if version < 2:  # before there were graphs
+            database.execute("ALTER TABLE models DROP COLUMN graph")
+        database.execute(f"PRAGMA user_version = {version}")
+        database.execute("PRAGMA journal_mode = WAL")
+    database.close()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_catalogue_of_an_older_curvd_is_read_on(tmp_path, version):
     path = tmp_path / "catalogue.sqlite"
     catalogue = Catalogue(path)
     info = ModelInfo(id="m", spec=ModelSpec(builder="mlp"), tensors=(), state_bytes=8)
     catalogue.add_model(StoredModel(info=info, digest="0" * 64, ties={"b": "a"}))
     catalogue.close()
-    with sqlite3.connect(path) as database:
-        database.execute("ALTER TABLE models DROP COLUMN graph")
-        database.execute("PRAGMA user_version = 1")
-    database.close()
+    older(path, version)
     for _ in range(2):  # the change is made once
         catalogue = Catalogue(path)
         assert catalogue.model("m").info == info
