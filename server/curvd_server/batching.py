@@ -107,6 +107,39 @@ class Ticket(Future[Done[T]]):
         return super().cancel()
 
 
+class Reservation:
+    """Room that a request has: columns in the queue, and memory.
+
+    Args:
+        hold: Is told of columns and bytes that are taken again, or given back if
+            negative.
+        columns: That the request has in the queue at once.
+        nbytes: Memory that it needs at once.
+    """
+
+    def __init__(
+        self, hold: Callable[[int, int], None], columns: int, nbytes: int
+    ) -> None:
+        self._hold, self._columns, self._nbytes = hold, columns, nbytes
+        self._held = (columns, nbytes)
+
+    def resume(self) -> None:
+        """Hold everything."""
+        self._change(self._columns, self._nbytes)
+
+    def suspend(self) -> None:
+        """Hold memory only: no column waits for the device at present."""
+        self._change(0, self._nbytes)
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._change(0, 0)
+
+    def _change(self, columns: int, nbytes: int) -> None:
+        before, self._held = self._held, (columns, nbytes)
+        self._hold(columns - before[0], nbytes - before[1])
+
+
 @dataclass(frozen=True, slots=True)
 class _Lane:
     """Requests that run in order: products with one operator, or jobs."""
@@ -152,7 +185,7 @@ class Batcher:
         self._thread.start()
 
     @contextlib.contextmanager
-    def reserve(self, columns: int, nbytes: int) -> Iterator[None]:
+    def reserve(self, columns: int, nbytes: int) -> Iterator[Reservation]:
         """Make room for a request before anything is allocated for it.
 
         Args:
@@ -160,7 +193,7 @@ class Batcher:
             nbytes: Memory that it will need at once.
 
         Yields:
-            Nothing.
+            The room.
 
         Raises:
             Overloaded: If others take the room. A request alone always gets it.
@@ -178,13 +211,15 @@ class Batcher:
             self._reserved = [
                 a + b for a, b in zip(self._reserved, wanted, strict=True)
             ]
+        reservation = Reservation(self._hold, columns, nbytes)
         try:
-            yield
+            yield reservation
         finally:
-            with self._lock:
-                self._reserved = [
-                    a - b for a, b in zip(self._reserved, wanted, strict=True)
-                ]
+            reservation.close()
+
+    def _hold(self, columns: int, nbytes: int) -> None:
+        with self._lock:
+            self._reserved = [self._reserved[0] + columns, self._reserved[1] + nbytes]
 
     def multiply(self, operator: Multiplies, columns: Columns) -> Ticket[Columns]:
         """Queue a product.

@@ -20,6 +20,7 @@ from curvd_server.front.addresses import cleared, target_of
 from curvd_server.front.calls import Calls
 from curvd_server.front.drops import Drops
 from curvd_server.front.listening import Front
+from curvd_server.front.stalls import StallGuard
 from curvd_server.interceptors import Gate, TokenInterceptor
 from curvd_server.service.handlers import generic_handlers
 
@@ -45,18 +46,19 @@ async def serving(config: ServerConfig, services: list[object]) -> AsyncIterator
     Raises:
         InvalidSpec: If the address cannot be had.
     """
-    gate = Gate()
+    gate, drops = Gate(), Drops()
+    stalls = StallGuard(config.connections.stall_s, drops)
     interceptors = interceptors_of(config.bearer_token())
     server = grpc.aio.server(interceptors=interceptors, options=config.server_options())
-    calls = Calls(interceptors, MESSAGE_BYTES)
+    calls = Calls(interceptors, MESSAGE_BYTES, stalls)
     reporter = health.aio.HealthServicer()
     for end in (calls, server):
-        end.add_generic_rpc_handlers(generic_handlers(services, gate))
+        end.add_generic_rpc_handlers(generic_handlers(services, gate, stalls))
         health_pb2_grpc.add_HealthServicer_to_server(reporter, end)
     names = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     port = _direct if config.transport == "direct" else _grpcio_alone
-    async with port(config, server, calls) as target:
+    async with port(config, server, calls, drops) as target:
         for name in ("", *_SERVICES):
             await reporter.set(name, health_pb2.HealthCheckResponse.SERVING)
         log = logs.logger()
@@ -84,10 +86,9 @@ def interceptors_of(token: str | None) -> list[grpc.aio.ServerInterceptor]:
 
 @contextlib.asynccontextmanager
 async def _direct(
-    config: ServerConfig, server: grpc.aio.Server, calls: Calls
+    config: ServerConfig, server: grpc.aio.Server, calls: Calls, drops: Drops
 ) -> AsyncIterator[str]:
     """Have the port ourselves, and grpcio behind it on a Unix socket."""
-    drops = Drops()
     context = config.tls_context()
     with tempfile.TemporaryDirectory(prefix="curvd-") as folder:
         backend = f"{folder}/grpc"
@@ -105,7 +106,7 @@ async def _direct(
 
 @contextlib.asynccontextmanager
 async def _grpcio_alone(
-    config: ServerConfig, server: grpc.aio.Server, calls: Calls
+    config: ServerConfig, server: grpc.aio.Server, calls: Calls, drops: Drops
 ) -> AsyncIterator[str]:
     """Let grpcio have the port; nothing of HTTP/2 is ours then."""
     listen, mask = config.listen, os.umask(0o177)  # a socket is as local as its mode

@@ -18,6 +18,7 @@ from curvd.http2.messages import Format, framed
 from curvd.http2.stream import Stream
 from curvd.rpcs import BY_PATH
 from curvd_server.front.link import Link, Requests
+from curvd_server.front.stalls import StallGuard
 from curvd_server.interceptors import abort
 from curvd_server.logs import logger
 
@@ -36,10 +37,14 @@ class Calls:
     Args:
         interceptors: What each call passes through, the outermost first.
         longest: Bytes of a message that are accepted.
+        stalls: Says how long a request in one message may take to come.
     """
 
-    def __init__(self, interceptors: Interceptors, longest: int) -> None:
+    def __init__(
+        self, interceptors: Interceptors, longest: int, stalls: StallGuard
+    ) -> None:
         self._interceptors, self._longest = interceptors, longest
+        self._stalls = stalls
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._log = logger()
 
@@ -104,7 +109,7 @@ class Calls:
             context.serialise = handler.response_serializer
         request: Any = requests
         if not handler.request_streaming:
-            request = await _only(requests, context)
+            request = await self._only(requests, context)
             if raw:
                 request = handler.request_deserializer(request)
         sides = (handler.request_streaming, handler.response_streaming)
@@ -128,16 +133,17 @@ class Calls:
                 return found
         return None
 
-
-async def _only(requests: Requests, context: Context) -> Any:
-    """Wait for the message that is all of a request."""
-    try:
-        request = await anext(requests, None)
-    except CurvdError as error:  # no handler has begun that would tell the client
-        await abort(context, error)
-    if request is None:
-        await context.abort(grpc.StatusCode.INTERNAL, "the request is missing")
-    return request
+    async def _only(self, requests: Requests, context: Context) -> Any:
+        """Wait for the message that is all of a request."""
+        try:
+            request = await self._stalls.watch(
+                anext(requests, None), context.peer(), "send its request"
+            )
+        except CurvdError as error:  # no handler has begun that would tell the client
+            await abort(context, error)
+        if request is None:
+            await context.abort(grpc.StatusCode.INTERNAL, "the request is missing")
+        return request
 
 
 class _Details(grpc.HandlerCallDetails):
@@ -253,6 +259,10 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         self._link.concluded(success=self._code is grpc.StatusCode.OK and not lost)
         for callback in self._callbacks:
             callback(self)
+
+    def disconnect(self) -> None:
+        """End the call by closing its connection."""
+        self._link.close()
 
     def vouch(self) -> None:
         """Trust the client: interceptors let its call through."""

@@ -12,9 +12,10 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from curvd.errors import InvalidSpec
+from curvd.errors import InvalidSpec, Overloaded
 from curvd.http2.messages import InPlace, Room
 from curvd.rpcs import RPCS, Part, Rpc
+from curvd_server.front.stalls import Stalled, StallGuard
 from curvd_server.interceptors import Gate
 
 CALLER: ContextVar[str] = ContextVar("caller", default="")
@@ -24,7 +25,7 @@ Send = Callable[[Part], Awaitable[None]]
 
 
 def generic_handlers(
-    services: list[object], gate: Gate
+    services: list[object], gate: Gate, stalls: StallGuard
 ) -> list[grpc.GenericRpcHandler]:
     """Make gRPC's handlers for all methods of the contract.
 
@@ -34,6 +35,7 @@ def generic_handlers(
     Args:
         services: Objects with a method ``mat_vec`` for each RPC ``MatVec``.
         gate: What each call passes through.
+        stalls: Ends calls whose client neither sends nor reads.
 
     Returns:
         One handler per service.
@@ -41,7 +43,10 @@ def generic_handlers(
     return [
         grpc.method_handlers_generic_handler(
             service,
-            {rpc.name: _handler(rpc, _method(services, rpc), gate) for rpc in rpcs},
+            {
+                rpc.name: _handler(rpc, _method(services, rpc), gate, stalls)
+                for rpc in rpcs
+            },
         )
         for service, rpcs in groupby(RPCS.values(), key=lambda rpc: rpc.service)
     ]
@@ -114,32 +119,116 @@ def _method(services: list[object], rpc: Rpc) -> Callable[..., Awaitable[Any]]:
     return bound
 
 
+class _Requests(InPlace, AsyncIterator[Part]):
+    """The parts of a request, each of which must come in time.
+
+    Args:
+        parts: As the transport has them.
+        stalls: Says how long that is.
+        peer: Who sends them.
+    """
+
+    def __init__(
+        self, parts: AsyncIterator[Part], stalls: StallGuard, peer: str
+    ) -> None:
+        self._parts, self._stalls, self._peer = aiter(parts), stalls, peer
+
+    @property
+    def room(self) -> Room:
+        """Finds the place of the next chunk, if the transport can use it."""
+        raise NotImplementedError
+
+    @room.setter
+    def room(self, room: Room) -> None:
+        if isinstance(self._parts, InPlace):
+            self._parts.room = room
+
+    async def __anext__(self) -> Part:
+        """Wait for the next part."""
+        awaited = anext(self._parts)
+        return await self._stalls.watch(awaited, self._peer, "go on with its request")
+
+
+class _Responses:
+    """The way back: parts are sent while the client reads them.
+
+    Args:
+        context: Of the call.
+        stalls: Says how long the client may take for each.
+    """
+
+    def __init__(
+        self, context: grpc.aio.ServicerContext[Any, Any], stalls: StallGuard
+    ) -> None:
+        self._context, self._stalls = context, stalls
+        self._cut_off: asyncio.Future[None] | None = None
+
+    async def send(self, part: Part) -> None:
+        """Send one part; waits while the client reads slowly."""
+        write = asyncio.ensure_future(self._context.write(part))
+        try:
+            await self._stalls.watch(
+                asyncio.shield(write), self._context.peer(), "read its answer"
+            )
+        except BaseException:
+            if not write.done():
+                self._cut_off = write
+            raise
+
+    async def settle(self, *, stalled: bool) -> None:
+        """Wait until the call can be ended with a status.
+
+        A write that is cut off leaves one that cannot (grpcio 1.85:
+        TOO_MANY_OPERATIONS); it ends by itself when the client reads on or goes away.
+
+        Args:
+            stalled: Whether that was waited for already.
+        """
+        write = self._cut_off
+        if write is None:
+            return
+        await asyncio.wait([write], timeout=0 if stalled else self._stalls.stall_s)
+        if not write.done():
+            # Our own connections carry one call each, so it may be closed.
+            getattr(self._context, "disconnect", _nothing)()
+            await asyncio.wait([write])
+        if not write.cancelled():
+            write.exception()  # the call is over, whatever became of this part
+
+
+def _nothing() -> None:
+    pass
+
+
 def _handler(
-    rpc: Rpc, method: Callable[..., Awaitable[Any]], gate: Gate
+    rpc: Rpc,
+    method: Callable[..., Awaitable[Any]],
+    gate: Gate,
+    stalls: StallGuard,
 ) -> grpc.RpcMethodHandler[Any, Any]:
     async def serve(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        async def send(part: Part) -> None:
-            # note: a write that is cut off leaves a call that cannot be ended with a
-            # status any more (grpcio 1.85: TOO_MANY_OPERATIONS); it ends by itself
-            # when the client reads on or goes away.
-            write = asyncio.ensure_future(context.write(part))
-            try:
-                await asyncio.shield(write)
-            except asyncio.CancelledError:
-                await asyncio.wait([write])
-                write.exception()  # the call is over, whatever became of this part
-                raise
-
-        peer = context.peer()
+        peer, stalled = context.peer(), False
         # All of grpcio's clients on our Unix socket have one name, and so none.
         CALLER.set("" if peer == "unix:" else peer)
+        if rpc.client_streams:
+            request = _Requests(request, stalls, peer)
+        responses = _Responses(context, stalls)
         async with gate.call(rpc, context):
-            if rpc.server_streams:
-                # Written, not yielded: all of a call happens in one task, so that
-                # what it holds is let go when the call ends, not when a generator is
-                # collected.
-                return await method(request, send)
-            return await method(request)
+            try:
+                if rpc.server_streams:
+                    # Written, not yielded: all of a call happens in one task, so that
+                    # what it holds is let go when the call ends, not when a generator
+                    # is collected.
+                    return await method(request, responses.send)
+                return await method(request)
+            except Overloaded:
+                stalls.press()
+                raise
+            except Stalled:
+                stalled = True
+                raise
+            finally:
+                await responses.settle(stalled=stalled)
 
     factory = getattr(grpc, f"{rpc.shape}_rpc_method_handler")
     handler: grpc.RpcMethodHandler[Any, Any] = factory(

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import math
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from curvd.errors import InvalidSpec
 from curvd.types import OperatorSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd_server import operands, validate
-from curvd_server.batching import Batcher, Done, Ticket
+from curvd_server.batching import Batcher, Done, Reservation, Ticket
 from curvd_server.config import LimitsConfig
 from curvd_server.kept import Content, KeptResults, Key, fingerprint
 from curvd_server.service.handlers import CALLER, Chunks, Send
@@ -41,6 +41,8 @@ Columns = NDArray[Any]
 
 _BLOCKS = 2
 """Column blocks of one call under way: one computes while another travels."""
+_SLOW_S = 0.1
+"""Who reads a block for longer has all columns computed that it may have under way."""
 _SMALL_BYTES = 1 << 20
 """Up to here, work on an array is quicker than handing it to a thread."""
 _SOON_SENT_BYTES = 32 << 20
@@ -123,6 +125,7 @@ class Product:
         self._operand_dtype = ""
         # Whether the operand's memory is ours to write to.
         self._owned = request.operand.WhichOneof("source") != "stored"
+        self._reservation: Reservation | None = None
         self._window = asyncio.Semaphore(_BLOCKS)
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._tickets: deque[Ticket[Columns]] = deque()
@@ -230,8 +233,8 @@ class Product:
         self._block_columns = max(1, min(fitting, limits.run_columns))
         at_once = min(columns, _BLOCKS * self._block_columns)
         # Twice: the operand and its result.
-        reservation = self._tools.batcher.reserve(at_once, 2 * at_once * column_bytes)
-        self._stack.enter_context(reservation)
+        room = self._tools.batcher.reserve(at_once, 2 * at_once * column_bytes)
+        self._reservation = self._stack.enter_context(room)
         nbytes = columns * column_bytes
         if self._request.store_as:
             self._lease.vectors.check_room(self._request.store_as, nbytes)
@@ -323,7 +326,8 @@ class Product:
                 offset = await self._keep(header, rows, result)
                 if taken_up:
                     await sender.head(header, shape, offset)
-                await sender.rows(rows, offset)
+                with self._waiting_for_the_client():
+                    await sender.rows(rows, offset)
             # Let go before the last message leaves: the client may come back at once,
             # and its next vector fits into the memory of this one.
             if rows.nbytes > _SOON_SENT_BYTES:
@@ -342,6 +346,18 @@ class Product:
             )
             self._lease.vectors.put(self._request.store_as, vector)
         await sender.end(summary_of(results))
+
+    @contextlib.contextmanager
+    def _waiting_for_the_client(self) -> Iterator[None]:
+        """Leave the queue to others if the client takes its time to read."""
+        assert self._reservation is not None
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(_SLOW_S, self._reservation.suspend)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            self._reservation.resume()
 
     async def _keep(
         self, header: curvature_pb.ResultHeader, rows: Columns, took: Done[None]
