@@ -1,7 +1,8 @@
-"""Looking for NaN and infinity at the speed of memory."""
+"""Looking for NaN, infinity and what is too large, at the speed of memory."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,37 @@ def first_not_finite(values: NDArray[Any], *, bits: bool = False) -> int | None:
     """
     if not bits and values.dtype.kind != "f":
         return None
+    if bits:
+        return _first(values, lambda part: (part & 0x7F80) != 0x7F80)
+    return _first(values, np.isfinite)
+
+
+def first_nan(values: NDArray[Any], *, bits: bool = False) -> int | None:
+    """Find the first NaN; arguments and result as of `first_not_finite`."""
+    if bits:
+        return _first(values, lambda part: (part & 0x7FFF) <= 0x7F80)
+    return None if values.dtype.kind != "f" else _first(values, lambda x: x == x)
+
+
+def first_beyond(values: NDArray[Any], limit: float) -> int | None:
+    """Find the first finite value whose magnitude is not below a limit.
+
+    Args:
+        values: [n] Floating point.
+        limit: Positive.
+
+    Returns:
+        Its index; None if all are below, or infinite.
+    """
+    return _first(values, lambda part: ~(np.abs(part) >= limit) | ~np.isfinite(part))
+
+
+def _first(
+    values: NDArray[Any], good: Callable[[NDArray[Any]], NDArray[Any]]
+) -> int | None:
+    """Find the first value that is not good, looking at pieces that fit the cache."""
     for start in range(0, len(values), _SEGMENT):
-        part = values[start : start + _SEGMENT]
-        finite = (part & 0x7F80) != 0x7F80 if bits else np.isfinite(part)
-        if not finite.all():
-            return start + int(np.argmin(finite))
+        verdicts = good(values[start : start + _SEGMENT])
+        if not verdicts.all():
+            return start + int(np.argmin(verdicts))
     return None

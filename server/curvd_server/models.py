@@ -88,7 +88,7 @@ class Models:
             except Exception:  # it looks at values while it builds
                 module = self._built(spec)
         names: dict[int, str] = {}
-        tensors, ties = {}, {}
+        tensors, ties, buffers = {}, {}, set()
         for name, tensor in module.state_dict(keep_vars=True).items():
             if isinstance(tensor, Tensor):
                 dtype, shape = _NAMES[tensor.dtype], tuple(tensor.shape)
@@ -96,7 +96,9 @@ class Models:
                 home = names.setdefault(id(tensor), name)
                 if home != name:
                     ties[name] = home
-        return Architecture(tensors, ties)
+                if not isinstance(tensor, nn.Parameter):
+                    buffers.add(name)
+        return Architecture(tensors, ties, frozenset(buffers))
 
     def build(self, spec: ModelSpec, rows: int) -> nn.Module:
         """Make a module.

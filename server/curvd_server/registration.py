@@ -33,7 +33,7 @@ from curvd.v1 import graph_pb2 as graph_pb
 from curvd_server.catalogue import Catalogue, StoredDataset, StoredModel
 from curvd_server.graph.decode import canonical
 from curvd_server.storage import Blob, BlobStore
-from curvd_server.validate import check_finite_data
+from curvd_server.validate import check_finite_data, check_finite_state
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -48,6 +48,8 @@ class Architecture:
     """Every entry of the state, further names of tied ones included."""
     ties: Mapping[str, str]
     """Further name of a tied tensor -> the name that it goes by."""
+    buffers: frozenset[str] = frozenset()
+    """Those that are no parameters."""
 
 
 class Registry:
@@ -107,7 +109,12 @@ class Registry:
             state_bytes=blob.total_bytes,
             graph_digest=graph_digest,
         )
-        model = StoredModel(info=info, digest=digest, ties=architecture.ties)
+        model = StoredModel(
+            info=info,
+            digest=digest,
+            ties=architecture.ties,
+            buffers=architecture.buffers,
+        )
         self._catalogue.add_model(model)
         return info
 
@@ -199,7 +206,8 @@ def check_state(blob: Blob, expected: Architecture, *, complete: bool) -> None:
 
     Raises:
         StateMismatch: If a tensor is missing, unknown, misshapen or of another kind,
-            or tied ones differ; the message names every one of them.
+            or tied ones differ (the message names every one of them), or a value is
+            not finite.
     """
     known, given = expected.tensors, blob.header
     there = {expected.ties.get(name, name) for name in given}
@@ -229,6 +237,9 @@ def check_state(blob: Blob, expected: Architecture, *, complete: bool) -> None:
             f"{what}: {', '.join(names)}" for what, names in found.items()
         )
         raise StateMismatch(msg, **{w.split()[-1]: len(n) for w, n in found.items()})
+    for name, tensor in given.items():
+        is_buffer = name in expected.buffers
+        check_finite_state(name, tensor.dtype, blob.arrays[name], is_buffer=is_buffer)
 
 
 def check_dataset(blob: Blob, spec: DatasetSpec) -> int:

@@ -25,6 +25,7 @@ from curvd_server.live import Live
 from curvd_server.registration import check_state
 from curvd_server.state import architecture_of, home_names, state_of
 from curvd_server.storage import BlobStore
+from curvd_server.validate import check_representable
 from curvd_server.vectors import Vectors, check_same
 
 T = TypeVar("T")
@@ -162,11 +163,16 @@ class Session:
             info = stored.info
             model = using.catalogue.model(info.model_id)
             dataset = using.catalogue.dataset(info.dataset_id)
+            state = state_of(using.blobs, model, stored.sources).arrays
+            data = using.blobs.open(dataset.digest).arrays
+            parameters = {n: a for n, a in state.items() if n not in model.buffers}
+            check_representable(parameters, info.dtype, what="parameter")
+            check_representable(data, info.dtype, what="tensor")
             return functools.partial(
                 using.device.load,
                 model.info.spec,
-                state_of(using.blobs, model, stored.sources).arrays,
-                using.blobs.open(dataset.digest).arrays,
+                state,
+                data,
                 dataset.info.spec,
                 info.loss,
                 info.mode,
@@ -257,6 +263,10 @@ class Session:
             fingerprint=update.fingerprint,
         )
         values = {home: blob.arrays[name] for home, name in given.items()}
+        parameters = {n: a for n, a in values.items() if n not in model.buffers}
+        await asyncio.to_thread(
+            check_representable, parameters, info.dtype, what="parameter"
+        )
         change_over = None if live.problem is None else await live.move(values)
 
         async def commit() -> None:

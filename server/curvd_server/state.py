@@ -93,4 +93,4 @@ def architecture_of(model: StoredModel) -> Architecture:
     """
     by_home = {model.ties.get(t.name, t.name): t for t in model.info.tensors}
     tensors = {**by_home, **{n: by_home[h] for n, h in model.ties.items()}}
-    return Architecture(tensors, model.ties)
+    return Architecture(tensors, model.ties, model.buffers)

@@ -125,6 +125,14 @@ def two_tensors(spec):
     return Architecture(tensors, {"c": "b"})
 
 
+def masked(spec):
+    """The same with buffers: a mask, and the statistics of a BatchNorm."""
+    names = ("mask", "norm.running_mean", "norm.running_var")
+    extra = {n: TensorInfo(n, "F64", (2, 2)) for n in names}
+    two = two_tensors(spec)
+    return Architecture({**two.tensors, **extra}, two.ties, frozenset(extra))
+
+
 def file_of(arrays):
     """A safetensors file, and its digest."""
     data = b"".join(wire.chunks(arrays))

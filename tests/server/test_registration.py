@@ -2,11 +2,17 @@
 
 import numpy as np
 import pytest
-from server.fakes import middle, put
+from server.fakes import masked, middle, put
 
+from curvd.choices import Dtype
 from curvd.errors import BuilderNotFound, InvalidSpec, LimitExceeded, StateMismatch
 from curvd.types import DatasetSpec, ModelSpec
-from curvd_server.registration import MAX_CONFIG_BYTES, model_spec
+from curvd_server.registration import MAX_CONFIG_BYTES, Registry, model_spec
+from curvd_server.validate import (
+    _INFINITE_FROM,
+    check_finite_state,
+    check_representable,
+)
 
 TWO = ModelSpec(builder="two")
 SPEC = DatasetSpec(inputs=("x",), target="y", batch_size=2)
@@ -55,6 +61,79 @@ def test_kinds_of_elements_must_match_but_not_their_precision(server):
 def test_tied_tensors_that_differ_are_refused(server):
     with pytest.raises(StateMismatch, match="tied, but different: c and b"):
         register(server, a=np.ones(2), b=np.ones(3), c=np.zeros(3))
+
+
+BAD = [np.nan, np.inf, -np.inf]
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_a_parameter_that_is_not_finite_is_named_with_its_index(server, value, dtype):
+    b = np.array([1, 1, value], dtype)
+    with pytest.raises(
+        StateMismatch, match=r"parameter 'b' has -?(nan|inf) at index \[2"
+    ):
+        register(server, a=np.ones(2), b=b)
+
+
+@pytest.mark.parametrize("bits", [0x7FC0, 0xFFC1, 0x7F80, 0xFF80])
+def test_bfloat16_parameters_that_are_not_finite_are_seen_in_their_bits(bits):
+    array = np.array([[0x3F80, bits]], np.uint16)
+    with pytest.raises(StateMismatch, match=r"'w' has -?(nan|inf) at index \[0, 1\]"):
+        check_finite_state("w", "BF16", array, is_buffer=False)
+    if bits in (0x7F80, 0xFF80):
+        check_finite_state("w", "BF16", array, is_buffer=True)
+    else:
+        with pytest.raises(StateMismatch, match="buffer 'w' has nan"):
+            check_finite_state("w", "BF16", array, is_buffer=True)
+
+
+@pytest.fixture
+def masked_registry(server):
+    return Registry(server.catalogue, server.blobs, masked)
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("name", ["mask", "norm.running_mean", "norm.running_var"])
+def test_buffers_may_be_infinite_but_not_nan_nor_statistics(
+    server, masked_registry, name, value
+):
+    state = {"a": np.ones(2), "b": np.ones(3)}
+    for buffer in ("mask", "norm.running_mean", "norm.running_var"):
+        state[buffer] = np.zeros((2, 2))
+    state[name][1, 0] = value
+    digest = put(server.blobs, state)
+    if name == "mask" and np.isinf(value):
+        assert masked_registry.model(TWO, digest) is not None
+    else:
+        with pytest.raises(StateMismatch, match=rf"'{name}' has .* at index \[1, 0\]"):
+            masked_registry.model(TWO, digest)
+
+
+def test_what_a_sessions_type_cannot_hold_is_named():
+    largest = float(np.finfo(np.float32).max)
+    fine = {"w": np.array([largest, -largest, 0.0])}
+    check_representable(fine, Dtype.FLOAT32, what="parameter")
+    check_representable({"w": np.array([1e300])}, Dtype.FLOAT64, what="parameter")
+    check_representable({"w": np.array([7])}, Dtype.FLOAT32, what="tensor")
+    for dtype in (Dtype.FLOAT32, Dtype.BFLOAT16):
+        with pytest.raises(InvalidSpec, match=r"'w' has -1e\+300 at index \[0, 1\]"):
+            check_representable({"w": np.array([[0, -1e300]])}, dtype, what="tensor")
+    with pytest.raises(InvalidSpec, match="open it as F64"):
+        values = np.array([largest], np.float32)
+        check_representable({"w": values}, Dtype.BFLOAT16, what="parameter")
+
+
+def test_the_limits_of_types_are_where_torch_rounds_to_infinity():
+    torch = pytest.importorskip("torch")
+    for dtype, kind in (
+        (Dtype.FLOAT32, torch.float32),
+        (Dtype.BFLOAT16, torch.bfloat16),
+    ):
+        limit = _INFINITE_FROM[dtype]
+        assert torch.tensor(limit, dtype=torch.float64).to(kind).isinf()
+        below = torch.tensor(np.nextafter(limit, 0), dtype=torch.float64)
+        assert not below.to(kind).isinf()
 
 
 def test_bytes_that_came_to_nothing_are_removed(server):
@@ -130,6 +209,11 @@ def device():
     """Builds architectures with torch."""
     compute = pytest.importorskip("curvd_server.compute")
     return compute.TorchDevice({"values": "server.fakes:looks_at_values"}, "cpu")
+
+
+def test_buffers_are_told_from_parameters(device):
+    found = device.architecture(ModelSpec(builder="cnn", config={"widths": [2]}))
+    assert found.buffers == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 
 
 def test_ties_are_found(device):

@@ -7,7 +7,7 @@ import pytest
 from server.fakes import middle, put
 
 from curvd import wire
-from curvd.choices import OperatorKind
+from curvd.choices import Dtype, OperatorKind
 from curvd.errors import (
     Cancelled,
     InvalidSpec,
@@ -211,6 +211,22 @@ async def test_values_that_do_not_fit_change_nothing(server):
             info.id, values(server, b=np.ones(2), z=np.ones(1))
         )
     assert server.sessions.get(info.id).version == 1
+
+
+async def test_values_that_are_not_finite_change_nothing(server):
+    info = await server.sessions.create(server.new())
+    with pytest.raises(StateMismatch, match=r"parameter 'c' has nan at index \[1\]"):
+        await server.sessions.update(
+            info.id, values(server, a=np.ones(2), c=np.array([1, np.nan, 1]))
+        )
+    assert server.sessions.get(info.id).version == 1
+    assert await factor(server, info.id) == 5.0
+
+
+async def test_values_that_the_sessions_type_cannot_hold_are_refused(server):
+    info = await server.sessions.create(server.new(dtype=Dtype.FLOAT32))
+    with pytest.raises(InvalidSpec, match="infinite in a session of type"):
+        await server.sessions.update(info.id, values(server, a=np.full(2, 1e39)))
 
 
 async def test_a_tied_tensor_is_updated_under_any_of_its_names(server):
