@@ -1,32 +1,97 @@
-"""Carries calls over a channel, blocking or not; the two differ in ``await`` only."""
+"""Carries calls over a channel, blocking or not; the two differ in ``await`` only.
+
+A channel belongs to the process that opened it: forked children open their own, and a
+pickled connection is opened anew from its target and configuration.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
-from collections.abc import AsyncGenerator, Iterator
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 import grpc
 
 from curvd._calls import Call
 from curvd._direct import AsyncDirectChannel, DirectChannel
-from curvd._grpcio import AsyncGrpcioChannel, GrpcioChannel
+from curvd._grpcio import AsyncGrpcioChannel, GrpcioChannel, lost_in_fork
+from curvd._process import PerProcess, check_loop
 from curvd._retry import Patience
 from curvd.buffers import Pool
 from curvd.config import ClientConfig, Transport, check_target
 from curvd.errors import Cancelled, CurvdError
 from curvd.status import Ended, translated
 
+C = TypeVar("C")
 T = TypeVar("T")
+_Kinds = Mapping[Transport, Callable[[str, ClientConfig], C]]
 
 _IDLE_BYTES = 512 << 20
 """Memory of dropped results that a connection keeps for the next ones."""
 
 
-class Connection:
-    """A channel to a server. Threads may share it.
+class ConnectionBase(Generic[C]):
+    """A channel to a server in each process that makes calls.
+
+    Args:
+        target: Where the server is.
+        config: How to reach it.
+        kinds: The channel of each transport.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        config: ClientConfig,
+        kinds: _Kinds[C],
+    ) -> None:
+        self.target, self._config = check_target(target), config
+        self._channels = PerProcess(
+            # Files are read now: children may have changed their directory or user.
+            functools.partial(_opened, target, config.with_files_read(), kinds)
+        )
+        self._closed = False
+        self._pool = Pool(_IDLE_BYTES)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what it takes to connect anew, the token included."""
+        return type(self), (self.target, self._config), {"_closed": self._closed}
+
+    def _begin(self, call: Call[Any]) -> Patience:
+        """Get a call ready.
+
+        Args:
+            call: What to do.
+
+        Returns:
+            The time that it has.
+
+        Raises:
+            Cancelled: If the connection is closed.
+        """
+        if self._closed:
+            msg = f"this client of {self.target} is closed"
+            raise Cancelled(msg, target=self.target)
+        patience = Patience(self._config)
+        call.progressed, call.allocate = patience.progressed, self._pool.take
+        return patience
+
+    def _finish(self) -> C | None:
+        """Make no further call.
+
+        Returns:
+            The channel of this process, to be closed.
+        """
+        self._closed = True
+        self._pool.clear()
+        return self._channels.made()
+
+
+class Connection(ConnectionBase[DirectChannel | GrpcioChannel]):
+    """A channel to a server. Threads may share it, and forked children too.
 
     Args:
         target: Where the server is.
@@ -34,11 +99,11 @@ class Connection:
     """
 
     def __init__(self, target: str, config: ClientConfig) -> None:
-        self.target, self._config = check_target(target), config
-        direct = config.transport is Transport.DIRECT
-        self._channel = (DirectChannel if direct else GrpcioChannel)(target, config)
-        self._closed = False
-        self._pool = Pool(_IDLE_BYTES)
+        kinds: _Kinds[DirectChannel | GrpcioChannel] = {
+            Transport.DIRECT: DirectChannel,
+            Transport.GRPCIO: GrpcioChannel,
+        }
+        super().__init__(target, config, kinds)
 
     def run(self, call: Call[T]) -> T:
         """Make a call, again if need be.
@@ -65,10 +130,7 @@ class Connection:
         Raises:
             CurvdError: If it fails for good.
         """
-        if self._closed:
-            raise _closed(self.target)
-        patience = Patience(self._config)
-        call.progressed, call.allocate = patience.progressed, self._pool.take
+        patience = self._begin(call)
         while not call.done:
             try:
                 with translated(self.target):
@@ -81,12 +143,11 @@ class Connection:
 
     def close(self) -> None:
         """Close the channel; calls under way are cancelled."""
-        self._closed = True
-        self._pool.clear()
-        self._channel.close()
+        if (channel := self._finish()) is not None:
+            channel.close()
 
     def _exchange(self, call: Call[Any], patience: Patience) -> Iterator[Any]:
-        response = self._channel.exchange(
+        response = self._channels.get().exchange(
             call.rpc, call.parts(), call.room, patience.timeout()
         )
         try:
@@ -101,8 +162,8 @@ class Connection:
         call.conclude()
 
 
-class AsyncConnection:
-    """The same for asyncio. It belongs to the event loop of its first call.
+class AsyncConnection(ConnectionBase[AsyncDirectChannel | AsyncGrpcioChannel]):
+    """The same for asyncio. In each process it belongs to the event loop of a call.
 
     Args:
         target: Where the server is.
@@ -110,12 +171,11 @@ class AsyncConnection:
     """
 
     def __init__(self, target: str, config: ClientConfig) -> None:
-        self.target, self._config = check_target(target), config
-        direct = config.transport is Transport.DIRECT
-        kind = AsyncDirectChannel if direct else AsyncGrpcioChannel
-        self._channel = kind(target, config)
-        self._closed = False
-        self._pool = Pool(_IDLE_BYTES)
+        kinds: _Kinds[AsyncDirectChannel | AsyncGrpcioChannel] = {
+            Transport.DIRECT: AsyncDirectChannel,
+            Transport.GRPCIO: AsyncGrpcioChannel,
+        }
+        super().__init__(target, config, kinds)
 
     async def run(self, call: Call[T]) -> T:
         """Make a call, again if need be.
@@ -142,10 +202,8 @@ class AsyncConnection:
         Raises:
             CurvdError: If it fails for good.
         """
-        if self._closed:
-            raise _closed(self.target)
-        patience = Patience(self._config)
-        call.progressed, call.allocate = patience.progressed, self._pool.take
+        check_loop(asyncio.get_running_loop())
+        patience = self._begin(call)
         while not call.done:
             try:
                 with translated(self.target):
@@ -161,14 +219,13 @@ class AsyncConnection:
 
     async def close(self) -> None:
         """Close the channel; calls under way are cancelled."""
-        self._closed = True
-        self._pool.clear()
-        await self._channel.close()
+        if (channel := self._finish()) is not None:
+            await channel.close()
 
     async def _exchange(
         self, call: Call[Any], patience: Patience
     ) -> AsyncGenerator[Any, None]:
-        response = self._channel.exchange(
+        response = self._channels.get().exchange(
             call.rpc, call.parts(), call.room, patience.timeout()
         )
         try:
@@ -184,6 +241,13 @@ class AsyncConnection:
         call.conclude()
 
 
-def _closed(target: str) -> Cancelled:
-    msg = f"this client of {target} is closed"
-    return Cancelled(msg, target=target)
+def _opened(
+    target: str,
+    config: ClientConfig,
+    kinds: _Kinds[C],
+) -> C:
+    """Open a channel in this process."""
+    transport = config.transport
+    if transport is Transport.GRPCIO and lost_in_fork(target):
+        transport = Transport.DIRECT  # the same on the wire, and it survives
+    return kinds[transport](target, config)

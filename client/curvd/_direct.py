@@ -20,6 +20,7 @@ from typing import Any
 from grpc import StatusCode
 
 from curvd._dialling import Address, client_context, dial
+from curvd._process import current_process, keep_from_children
 from curvd._version import VERSION
 from curvd.config import ClientConfig
 from curvd.http2.exchange import Terms, Wait, exchange
@@ -38,9 +39,10 @@ _MOST_MS = 99_999_999
 
 
 class _Lines:
-    """The connections to one server. Threads may share it."""
+    """The connections of one process to one server. Threads may share it."""
 
     def __init__(self, target: str, config: ClientConfig) -> None:
+        self._home = current_process()
         self._address, self._config = Address.of(target), config
         self._context = None if config.tls is None else client_context(config.tls)
         self._metadata = config.metadata(target)
@@ -128,6 +130,7 @@ class _Lines:
         longest = self._config.keepalive_timeout_s
         patience_s = longest if timeout_s is None else min(timeout_s, longest)
         sock = dial(self._address, max(1e-3, patience_s))
+        keep_from_children(sock)
         try:
             tune(sock, self._config.keepalive_s, self._config.keepalive_timeout_s)
             if self._context is not None:
@@ -136,11 +139,22 @@ class _Lines:
                 sock = self._context.wrap_socket(
                     sock, server_hostname=name or "localhost"
                 )
+                keep_from_children(sock)
             sock.setblocking(False)
             return Line(sock, client=True)
         except BaseException:
             sock.close()
             raise
+
+    def check_process(self) -> None:
+        """Leave a call whose connection is another process's.
+
+        Raises:
+            Ended: If this process was forked since.
+        """
+        if self._home != current_process():
+            msg = "the process was forked while the call was under way"
+            raise Ended(StatusCode.UNAVAILABLE, msg)
 
     @contextlib.contextmanager
     def at_work(
@@ -169,6 +183,8 @@ class _Lines:
 
     def put(self, line: Line) -> None:
         """Give a connection back; one that is of no use any more is closed."""
+        if self._home != current_process():
+            return  # the parent's: not a byte, and no lock
         whole = not line.leaving and (line.stream is None or line.stream.over)
         with self._lock:
             self._busy.discard(line)
@@ -238,6 +254,7 @@ class DirectChannel:
             for step in steps:
                 if not isinstance(step, Wait):
                     yield step
+                    self._lines.check_process()
                 elif not line.more:
                     _wait(line.sock, step)
 
@@ -288,6 +305,7 @@ class AsyncDirectChannel:
             for step in steps:
                 if not isinstance(step, Wait):
                     yield step
+                    self._lines.check_process()
                 elif not line.more:
                     await _ready(line.sock, step)
 

@@ -1,4 +1,10 @@
-"""Channels of grpcio: with its name resolvers and proxies, and a few copies more."""
+"""Channels of grpcio: with its name resolvers and proxies, and a few copies more.
+
+grpcio does not survive ``fork``: its threads are gone, and a child that touches its
+parent's channel, or makes one of its own, may wait for ever. Its handlers for forks have
+to be asked for before it is imported, do nothing while a call is under way, and nothing
+for `grpc.aio` (grpcio 1.85). So forked children use `curvd._direct`.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +14,47 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from curvd.config import ClientConfig
+from curvd._process import Process, current_process
+from curvd.config import ClientConfig, proxy_of
+from curvd.errors import FailedPrecondition
 from curvd.http2.messages import Room
 from curvd.rpcs import Rpc
+from curvd.status import Ended
 
 T = TypeVar("T")
+
+_HOME = current_process()
+"""The process that imported grpcio; others inherited it by ``fork``."""
+
+
+def lost_in_fork(target: str) -> bool:
+    """Tell whether grpcio cannot be used, because an ancestor may have used it.
+
+    Args:
+        target: Where calls would go.
+
+    Returns:
+        True in forked children.
+
+    Raises:
+        FailedPrecondition: If the target is behind a proxy, which only grpcio speaks to.
+    """
+    if current_process() == _HOME:
+        return False
+    if proxy := proxy_of(target):
+        msg = (
+            f"grpcio does not survive fork, and only grpcio reaches {target} by the "
+            f"proxy {proxy}: start this process by multiprocessing's 'spawn' or "
+            "'forkserver', or name the target in no_proxy"
+        )
+        raise FailedPrecondition(msg, target=target, proxy=proxy)
+    return True
+
+
+def _check_process(home: Process) -> None:
+    if home != current_process():
+        msg = "the process was forked while the call was under way"
+        raise Ended(grpc.StatusCode.UNAVAILABLE, msg)
 
 
 class GrpcioChannel:
@@ -25,6 +67,7 @@ class GrpcioChannel:
 
     def __init__(self, target: str, config: ClientConfig) -> None:
         self._metadata = config.metadata(target)
+        self._home = current_process()
         credentials, options = config.credentials(), config.channel_options()
         self._channel = (
             grpc.insecure_channel(target, options)
@@ -60,9 +103,12 @@ class GrpcioChannel:
             yield response
             return
         try:
-            yield from response
+            for part in response:
+                yield part
+                _check_process(self._home)
         finally:
-            response.cancel()  # whoever leaves early stops the work
+            if self._home == current_process():
+                response.cancel()  # whoever leaves early stops the work
 
     def close(self) -> None:
         """Close the channel; calls under way are cancelled."""
@@ -79,8 +125,8 @@ class AsyncGrpcioChannel:
 
     def __init__(self, target: str, config: ClientConfig) -> None:
         self._target, self._config = target, config
+        self._home = current_process()
         self._metadata = config.metadata(target)
-        self._credentials = config.credentials()
         self._channel: grpc.aio.Channel | None = None
 
     async def exchange(
@@ -114,10 +160,12 @@ class AsyncGrpcioChannel:
             else:
                 async for part in response:
                     yield part
+                    _check_process(self._home)
         except grpc.RpcError as error:
             raise (statuses[0] if statuses else error) from None
         finally:
-            response.cancel()  # whoever leaves early stops the work
+            if self._home == current_process():
+                response.cancel()  # whoever leaves early stops the work
 
     async def close(self) -> None:
         """Close the channel; calls under way are cancelled."""
@@ -127,11 +175,12 @@ class AsyncGrpcioChannel:
     def _open(self) -> grpc.aio.Channel:
         # Not in the constructor: a channel belongs to the loop that is running then.
         if self._channel is None:
+            credentials = self._config.credentials()
             options = self._config.channel_options()
             self._channel = (
                 grpc.aio.insecure_channel(self._target, options)
-                if self._credentials is None
-                else grpc.aio.secure_channel(self._target, self._credentials, options)
+                if credentials is None
+                else grpc.aio.secure_channel(self._target, credentials, options)
             )
         return self._channel
 

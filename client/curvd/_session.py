@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
+from curvd._process import Process, current_process
 from curvd.choices import Distribution, OperatorKind
 from curvd.errors import VectorNotFound
 from curvd.layout import ParameterLayout
@@ -29,8 +30,16 @@ class SessionBase(ABC, Generic[O]):
 
     def __init__(self, info: SessionInfo) -> None:
         self._info = info
+        self._entered_in: Process | None = None
         self.last: ResultInfo | None = None
         """Where the latest gradient came from and what it cost."""
+
+    def _enter(self) -> None:
+        self._entered_in = current_process()
+
+    def _entered_here(self) -> bool:
+        """Tell whether leaving a ``with`` ends the session: not in a forked child."""
+        return self._entered_in == current_process()
 
     @property
     def info(self) -> SessionInfo:

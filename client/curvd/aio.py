@@ -308,6 +308,7 @@ class AsyncSession(SessionBase["AsyncOperator"]):
             # An earlier attempt deleted it, and its answer was lost.
 
     async def __aenter__(self) -> AsyncSession:
+        self._enter()
         return self
 
     async def __aexit__(
@@ -316,8 +317,9 @@ class AsyncSession(SessionBase["AsyncOperator"]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with contextlib.suppress(SessionNotFound):  # its end is what was wanted
-            await self.delete()
+        if self._entered_here():
+            with contextlib.suppress(SessionNotFound):  # its end is what was wanted
+                await self.delete()
 
 
 class AsyncOperator(AsyncQueryMethods, OperatorBase):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -48,6 +48,22 @@ class TlsConfig:
         if (self.cert is None) != (self.key is None):
             msg = "a client certificate needs both cert and key"
             raise InvalidSpec(msg)
+
+    def with_files_read(self) -> TlsConfig:
+        """Read the files.
+
+        Returns:
+            The same with the text in place of the paths.
+
+        Raises:
+            InvalidSpec: If a file cannot be read.
+        """
+        return replace(
+            self,
+            ca=pem(self.ca, "ca"),
+            cert=pem(self.cert, "cert"),
+            key=pem(self.key, "key"),
+        )
 
     def credentials(self) -> grpc.ChannelCredentials:
         """Read the files.
@@ -155,6 +171,16 @@ class ClientConfig:
             options.append(("grpc.ssl_target_name_override", self.tls.server_name))
         return options
 
+    def with_files_read(self) -> ClientConfig:
+        """Read the TLS files.
+
+        Returns:
+            The same with the text in place of the paths.
+        """
+        return (
+            self if self.tls is None else replace(self, tls=self.tls.with_files_read())
+        )
+
     def credentials(self) -> grpc.ChannelCredentials | None:
         """Read the TLS files.
 
@@ -226,6 +252,26 @@ def is_local(target: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def proxy_of(target: str) -> str | None:
+    """Find the proxy by which grpcio would reach a target.
+
+    Args:
+        target: As for `check_target`.
+
+    Returns:
+        What the environment says; None if it names none.
+    """
+    variables = ("grpc_proxy", "https_proxy", "http_proxy")
+    found = next((os.environ[name] for name in variables if os.environ.get(name)), None)
+    if found is None or target.startswith(("unix:", "unix-abstract:")):
+        return None
+    without = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""
+    host = target.rpartition("/")[2].removeprefix("dns:").rpartition(":")[0]
+    names = [name.strip().lstrip(".") for name in without.split(",")]
+    is_direct = any(name and f".{host}".endswith(f".{name}") for name in names)
+    return None if is_direct or "*" in names else found
 
 
 def pem(source: Pem | None, name: str) -> bytes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from types import TracebackType
 from typing import Any
@@ -177,6 +178,7 @@ class Session(SessionBase[RemoteOperator]):
             # An earlier attempt deleted it, and its answer was lost.
 
     def __enter__(self) -> Session:
+        self._enter()
         return self
 
     def __exit__(
@@ -185,7 +187,6 @@ class Session(SessionBase[RemoteOperator]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            self.delete()
-        except SessionNotFound:
-            pass  # its end is what was wanted
+        if self._entered_here():
+            with contextlib.suppress(SessionNotFound):  # its end is what was wanted
+                self.delete()
