@@ -24,12 +24,12 @@ from curvd._process import keep_from_children
 def outcome(request, target):
     """Run a scenario against a fake; what it printed."""
 
-    def run(scenario, *more, target=target):
+    def run(scenario, *more, target=target, **env):
         command = [sys.executable, "-m", "client.forking", scenario, target]
         ran = subprocess.run(
             [*command, request.param, *more],
             cwd=Path(__file__).parents[1],
-            env={**os.environ, "GRPC_VERBOSITY": "NONE"},
+            env={**os.environ, "GRPC_VERBOSITY": "NONE", **env},
             stdout=subprocess.PIPE,
             check=True,
             timeout=2 * forking.PATIENCE_S,
@@ -44,7 +44,9 @@ def test_six_children_multiply_at_once_and_each_gets_its_own_answers(outcome):
 
 
 def test_children_may_be_forked_while_threads_are_within_calls(outcome):
-    assert outcome("busy") == [10] * 12
+    # grpcio's own handlers run if no thread is in its core just then, and may keep the
+    # parent's calls waiting for longer than its server bears its pings.
+    assert outcome("busy", GRPC_ENABLE_FORK_SUPPORT="false") == [10] * 12
 
 
 def test_a_call_that_was_under_way_is_finished_by_both(outcome):
