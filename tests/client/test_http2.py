@@ -14,11 +14,14 @@ from curvd import wire as tensors
 from curvd.errors import CurvdError
 from curvd.http2 import frames
 from curvd.http2.frames import Code, Kind, Setting
-from curvd.http2.line import SERVER_WINDOW, Line
+from curvd.http2.glitches import Glitches
+from curvd.http2.incoming import SERVER_WINDOW
+from curvd.http2.line import Line
 from curvd.http2.messages import Reader, framed
 from curvd.http2.stream import Broken
 from curvd.rpcs import RPCS, Framed
 
+PATH = [(":method", "POST"), (":scheme", "http"), (":path", "/a/B")]
 CODEC = RPCS["MatVec"].request
 MESSAGE = CODEC.message(header={"session_id": "s" * 10})
 
@@ -66,7 +69,7 @@ def wire():
 
 def begin(*more, number=1, flags=frames.END_HEADERS):
     """The bytes of a client that begins a call."""
-    block = hpack.Encoder().encode([(":path", "/a/B")])
+    block = hpack.Encoder().encode(PATH)
     return b"".join((
         frames.PREFACE,
         frames.settings({Setting.DIRECT: 1}),
@@ -76,8 +79,10 @@ def begin(*more, number=1, flags=frames.END_HEADERS):
 
 
 def call(number):
-    """A further call, of which only the method is told."""
-    return frames.frame(Kind.HEADERS, frames.END_HEADERS, number, b"\x84")
+    """A further call."""
+    return frames.frame(
+        Kind.HEADERS, frames.END_HEADERS, number, frames.literals(tuple(PATH))
+    )
 
 
 def given_up(number):
@@ -136,7 +141,7 @@ def test_messages_arrive_however_their_bytes_are_cut(data):
 
 
 def test_a_chunk_is_received_where_it_belongs(pair):
-    stream = pair.ours.open([(":path", "/a/B")])
+    stream = pair.ours.open(PATH)
     pair.settle()
     target = np.zeros(1 << 20, np.uint8)
     pair.theirs.stream.read(CODEC, 4 << 20, lambda nbytes: target[:nbytes].data)
@@ -155,7 +160,7 @@ def test_a_small_vector_is_aligned_where_it_arrives(pair, size):
     codec = RPCS["Multiply"].request
     message = codec.message(header={"session_id": "s" * (size % 7)})
     file = tuple(tensors.chunks({"v": vector}))
-    stream = pair.ours.open([(":path", "/a/B")])
+    stream = pair.ours.open(PATH)
     pair.settle()
     pair.theirs.stream.read(codec, 4 << 20, nowhere)
     pair.ours.send_data(stream, framed(codec, Framed(message, file)), end=True)
@@ -172,7 +177,7 @@ def test_the_end_of_a_request_comes_with_its_last_bytes(nbytes):
     bare, end = socket.socketpair()
     end.setblocking(False)
     ours = Line(end, client=True)
-    stream = ours.open([(":path", "/a/B")])
+    stream = ours.open(PATH)
     ours.send_data(stream, [memoryview(bytes(nbytes))], end=True)
     ours.push()
     end.close()
@@ -189,7 +194,7 @@ def test_the_end_of_a_request_comes_with_its_last_bytes(nbytes):
 
 
 def test_a_sender_stops_at_the_window_and_goes_on_when_parts_were_used(pair):
-    stream = pair.ours.open([(":path", "/a/B")])
+    stream = pair.ours.open(PATH)
     pair.settle()
     server = pair.theirs.stream
     server.read(CODEC, 4 << 20, nowhere)
@@ -215,13 +220,14 @@ def test_calls_follow_each_other_on_one_connection():
     streams = []
     pair = Pair(accept=streams.append)
     for _ in range(3):
-        stream = pair.ours.open([(":path", "/a/B")])
+        stream = pair.ours.open(PATH)
         pair.ours.send_data(stream, (), end=True)
         pair.settle()
-        pair.theirs.send_headers(streams[-1], [("grpc-status", "0")], end=True)
+        answer = [(":status", "200"), ("grpc-status", "0")]
+        pair.theirs.send_headers(streams[-1], answer, end=True)
         pair.settle()
         assert stream.over
-        assert stream.trailers == {"grpc-status": "0"}
+        assert stream.trailers == dict(answer)
     assert [s.number for s in streams] == [1, 3, 5]
     pair.close()
 
@@ -235,7 +241,7 @@ def test_a_ping_is_answered(pair):
 
 def test_padding_and_priority_are_taken_off(wire):
     bare, line = wire
-    block = hpack.Encoder().encode([(":path", "/a/B")])
+    block = hpack.Encoder().encode(PATH)
     headers = b"\2" + bytes(5) + block + b"\0\0"
     flags = frames.END_HEADERS | frames.PADDED | frames.PRIORITISED
     message = b"".join(framed(CODEC, MESSAGE))
@@ -246,7 +252,7 @@ def test_padding_and_priority_are_taken_off(wire):
         + frames.frame(Kind.HEADERS, flags, 1, headers)
     )
     line.pull()
-    assert line.stream.headers == {":path": "/a/B"}
+    assert line.stream.headers == dict(PATH)
     line.stream.read(CODEC, 1 << 20, nowhere)
     flags = frames.PADDED | frames.END_STREAM
     bare.sendall(frames.frame(Kind.DATA, flags, 1, data))
@@ -283,18 +289,12 @@ def test_frames_that_nobody_needs_are_read_a_few_at_a_time(wire, useless):
 
 def test_a_second_call_at_once_is_refused(wire):
     bare, line = wire
-    encoder = hpack.Encoder()
-    first, second = (encoder.encode([(":path", path)]) for path in ("/a", "/b"))
-    bare.sendall(
-        frames.PREFACE
-        + frames.frame(Kind.HEADERS, frames.END_HEADERS, 1, first)
-        + frames.frame(Kind.HEADERS, frames.END_HEADERS, 3, second)
-    )
+    bare.sendall(begin(call(3)))
     line.pull()
     line.push()
     refusal = frames.frame(Kind.RST_STREAM, 0, 3, frames.number(Code.REFUSED_STREAM))
     assert refusal in bare.recv(1 << 16)
-    assert line.stream.headers == {":path": "/a"}
+    assert line.stream.number == 1
 
 
 def test_a_message_that_is_too_long_ends_its_call_only(wire):
@@ -312,6 +312,16 @@ def test_a_message_that_is_too_long_ends_its_call_only(wire):
     assert frames.frame(Kind.PING, frames.ACK, 0, b"12345678") in bare.recv(1 << 16)
 
 
+def test_a_request_that_ends_within_a_message_ends_its_call_only(wire):
+    bare, line = wire
+    bare.sendall(begin())
+    line.pull()
+    line.stream.read(CODEC, 100, nowhere)
+    bare.sendall(frames.frame(Kind.DATA, frames.END_STREAM, 1, b"\0\0\0"))
+    line.pull()
+    assert "ends within a message" in str(line.stream.failure)
+
+
 def test_a_message_that_is_malformed_ends_its_call_only(wire):
     bare, line = wire
     bare.sendall(begin())
@@ -322,16 +332,15 @@ def test_a_message_that_is_malformed_ends_its_call_only(wire):
     assert "none of its kind" in str(line.stream.failure)
 
 
+GREETING = frames.PREFACE + frames.settings({})
 HOSTILE = {
     "not HTTP/2": b"GET / HTTP/1.1\r\n\r\n",
     "which is not open": begin(frames.frame(Kind.DATA, 0, 7, b"x")),
     "were not continued": begin(frames.frame(Kind.PING, 0, 0, bytes(8)), flags=0),
     "nobody asked for": begin(frames.frame(Kind.CONTINUATION, 4, 1, b"")),
-    "carries no data": begin(frames.head(1 << 20, Kind.SETTINGS, 0, 0)),
+    "of which nobody needs": begin(frames.head(600, Kind.SETTINGS, 0, 0)),
     "more padding than frame": begin(frames.frame(Kind.DATA, 8, 1, b"\xff")),
-    "more padding than headers": (
-        frames.PREFACE + frames.frame(Kind.HEADERS, 12, 1, b"\xff")
-    ),
+    "more padding than headers": GREETING + frames.frame(Kind.HEADERS, 12, 1, b"\xff"),
     "longest frame of 1": begin(frames.settings({Setting.MAX_FRAME_SIZE: 1})),
     "initial window of": begin(frames.settings({Setting.INITIAL_WINDOW_SIZE: 1 << 31})),
     "widened by 0": begin(frames.frame(Kind.WINDOW_UPDATE, 0, 0, bytes(4))),
@@ -339,19 +348,44 @@ HOSTILE = {
         frames.frame(Kind.WINDOW_UPDATE, 0, 0, b"\x7f\xff\xff\xff")
     ),
     "cannot be read": (
-        frames.PREFACE + frames.frame(Kind.HEADERS, 4, 1, b"\xff\xff\xff\xff\xff")
+        GREETING + frames.frame(Kind.HEADERS, 4, 1, b"\xff\xff\xff\xff\xff")
     ),
-    "ends within a message": begin(frames.frame(Kind.DATA, 1, 1, b"\0\0\0")),
-    "calls were given up": begin(
-        given_up(1), *(call(n) + given_up(n) for n in range(3, 2100, 2))
-    ),
-    "bytes of headers": (
-        frames.PREFACE
+    "more than 16384 bytes of headers": (
+        GREETING
         + frames.frame(Kind.HEADERS, 0, 1, bytes(1 << 14))
         + frames.frame(Kind.CONTINUATION, 0, 1, bytes(1 << 14)) * 20
     ),
-    "provokes answers": begin(frames.frame(Kind.PING, 0, 0, bytes(8)) * 2000),
 }
+EMPTY = frames.frame(Kind.DATA, 0, 1)
+FLOODS = {
+    "unknown types": frames.frame(99, 0, 1, b"x"),
+    "priorities": frames.frame(Kind.PRIORITY, 0, 7, bytes(5)),
+    "pings": frames.frame(Kind.PING, 0, 0, bytes(8)),
+    "acknowledged pings": frames.frame(Kind.PING, frames.ACK, 0, bytes(8)),
+    "settings": frames.settings({}),
+    "acknowledged settings": frames.frame(Kind.SETTINGS, frames.ACK, 0),
+    "empty data": EMPTY,
+    "padded data": frames.frame(Kind.DATA, frames.PADDED, 1, b"\7" + bytes(7)),
+    "data of one byte": frames.frame(Kind.DATA, 0, 1, b"\0"),
+    "small windows": frames.frame(Kind.WINDOW_UPDATE, 0, 1, frames.number(1)),
+    "resets again": given_up(1),
+    "calls that are refused": b"",
+    "calls that are reset": b"",
+    "empty continuations": b"",
+}
+CALLS = range(3, 3000, 2)
+
+
+def flood(name):
+    """The bytes of a client that has nothing better to do."""
+    if name == "calls that are refused":
+        return begin(*(call(number) for number in CALLS))
+    if name == "calls that are reset":
+        return begin(given_up(1), *(call(n) + given_up(n) for n in CALLS))
+    if name == "empty continuations":
+        more = frames.frame(Kind.CONTINUATION, 0, 1)
+        return begin(more * 1500, flags=0)
+    return begin(FLOODS[name] * 1500)
 
 
 @pytest.mark.parametrize("why", HOSTILE)
@@ -367,6 +401,61 @@ def test_what_breaks_the_protocol_ends_the_connection(wire, why):
     with pytest.raises(Broken, match=why):
         while True:
             line.pull()
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_flood_of_what_brings_nothing_ends_the_connection(wire, name):
+    bare, line = wire
+    line._accept = lambda stream: stream.read(CODEC, 1 << 20, nowhere)
+    threading.Thread(target=_send, args=(bare, flood(name)), daemon=True).start()
+    line.sock.settimeout(10)
+    with pytest.raises(Broken, match="that bring nothing") as caught:
+        while True:
+            line.pull()
+            line.push()
+    assert caught.value.code is Code.ENHANCE_YOUR_CALM
+
+
+def test_useful_work_and_time_pay_for_glitches():
+    now = 0.0
+    glitches = Glitches(limit=100, clock=lambda: now)
+    glitches.add(100)
+    glitches.calls = 5
+    glitches.add(40)  # the calls paid for them
+    with pytest.raises(Broken, match="more than 100 frames"):
+        glitches.add(1)
+    now = 10.0
+    glitches.add(99)  # time did
+    glitches.sent, glitches.received = 32 * 50, 4096 * 50
+    glitches.add(100)
+    with pytest.raises(Broken):
+        glitches.add(1)
+
+
+def test_answers_that_are_provoked_and_not_read_are_bounded(wire):
+    bare, line = wire
+    line._glitches._limit = 10**6
+    ping = frames.frame(Kind.PING, 0, 0, bytes(8))
+    threading.Thread(target=_send, args=(bare, begin(ping * 2000)), daemon=True).start()
+    line.sock.settimeout(10)
+    with pytest.raises(Broken, match="provokes answers"):
+        while True:
+            line.pull()
+
+
+def test_a_long_conversation_is_no_flood(pair):
+    for _ in range(300):
+        stream = pair.ours.open(PATH)
+        pair.ours.send_data(stream, framed(CODEC, MESSAGE), end=True)
+        for _ in range(3):
+            pair.ours.ping()
+        pair.settle(2)
+        theirs = pair.theirs.stream
+        pair.theirs.send_headers(
+            theirs, [(":status", "200"), ("grpc-status", "0")], end=True
+        )
+        pair.settle(2)
+        assert stream.over and theirs.over
 
 
 def _send(bare, data):

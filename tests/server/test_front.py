@@ -13,8 +13,12 @@ import trustme
 from server.fakes import FakeDevice
 
 import curvd
+from curvd import choices, convert, types
 from curvd.http2 import frames
-from curvd.http2.frames import RECOGNISED, Kind, Setting
+from curvd.http2.frames import RECOGNISED, Code, Kind, Setting
+from curvd.http2.messages import framed
+from curvd.rpcs import RPCS
+from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.app import serve_in_thread
 from curvd_server.config import ServerConfig, TlsConfig
 from curvd_server.front import addresses, greeting, link, listening
@@ -27,11 +31,11 @@ TRANSPORTS = pytest.mark.parametrize("transport", ["direct", "grpcio"])
 
 
 @contextlib.contextmanager
-def serving(tmp_path, **options):
+def serving(tmp_path, device=None, **options):
     """A real server on a fake device."""
     options = {"listen": "127.0.0.1:0", "drain_s": 0.0} | options
     config = ServerConfig(data_dir=tmp_path / "data", **options)
-    with serve_in_thread(config, device=FakeDevice()) as target:
+    with serve_in_thread(config, device=device or FakeDevice()) as target:
         yield target
 
 
@@ -207,6 +211,7 @@ def test_large_requests_at_once_all_arrive_encrypted(tmp_path, files, links):
 def test_who_stops_in_the_middle_of_a_large_request_is_in_nobodys_way(tmp_path, links):
     headers = frames.literals((
         (":method", "POST"),
+        (":scheme", "http"),
         (":path", "/curvd.v1.CurvatureService/Multiply"),
         ("te", "trailers"),
     ))
@@ -270,7 +275,7 @@ def test_who_says_nothing_is_sent_away(tmp_path):
     "bytes_",
     [
         GREETING + frames.frame(Kind.DATA, 0, 9, b"x"),
-        GREETING + b"\xff" * 100,
+        GREETING + b"\xff" * 3 + bytes([Kind.PING]) + b"\xff" * 100,
         GREETING + frames.frame(Kind.HEADERS, 5, 1, b"\xff\xff\xff\xff\xff"),
     ],
 )
@@ -282,6 +287,49 @@ def test_who_breaks_the_protocol_harms_nobody_else(tmp_path, bytes_):
             while hostile.recv(1 << 16):
                 pass
         check(product(target, "direct"))
+
+
+def creations(model_id, dataset_id, numbers):
+    """Calls that make a session each and are reset at once."""
+    loss = convert.loss_to_proto(types.LossSpec(name=choices.LossName.MSE))
+    request = session_pb.CreateSessionRequest(
+        model_id=model_id, dataset_id=dataset_id, loss=loss, dtype="DTYPE_FLOAT64"
+    )
+    rpc = RPCS["CreateSession"]
+    message = b"".join(framed(rpc.request, request))
+    headers = frames.literals((
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", rpc.path),
+        ("content-type", "application/grpc"),
+        ("te", "trailers"),
+    ))
+    for number in numbers:
+        yield frames.header_frames(number, headers, 0, frames.DEFAULT_LONGEST)
+        yield frames.frame(Kind.DATA, frames.END_STREAM, number, message)
+        yield frames.frame(Kind.RST_STREAM, 0, number, frames.number(Code.CANCEL))
+
+
+def test_calls_that_are_reset_in_the_same_read_do_nothing(tmp_path):
+    device = FakeDevice()
+    with serving(tmp_path, device) as target, curvd.connect(target) as client:
+        model = client.register_model("two", {}, {"a": np.ones(2), "b": np.ones(3)})
+        dataset = client.register_dataset(
+            {"x": np.ones((4, 2)), "y": np.ones(4)},
+            inputs="x",
+            target="y",
+            batch_size=4,
+        )
+        calls = b"".join(creations(model.id, dataset.id, range(1, 41, 2)))
+        ping = frames.frame(Kind.PING, 0, 0, b"all read")
+        host, _, port = target.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=30) as sock:
+            sock.sendall(GREETING + calls + ping)
+            heard = b""
+            while b"all read" not in heard:
+                heard += sock.recv(1 << 16)
+        assert client.sessions() == []
+    assert device.loads == 0
 
 
 @pytest.mark.parametrize(

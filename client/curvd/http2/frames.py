@@ -64,11 +64,29 @@ class Code(IntEnum):
     PROTOCOL_ERROR = 1
     INTERNAL_ERROR = 2
     FLOW_CONTROL_ERROR = 3
+    SETTINGS_TIMEOUT = 4
+    STREAM_CLOSED = 5
     FRAME_SIZE_ERROR = 6
     REFUSED_STREAM = 7
     CANCEL = 8
     COMPRESSION_ERROR = 9
+    CONNECT_ERROR = 10
     ENHANCE_YOUR_CALM = 11
+    INADEQUATE_SECURITY = 12
+    HTTP_1_1_REQUIRED = 13
+
+
+def named(code: int) -> str:
+    """Say what an error code means.
+
+    Args:
+        code: From a peer; it may be any number.
+
+    Returns:
+        Its name in RFC 9113, section 7.
+    """
+    known = code in Code.__members__.values()
+    return Code(code).name if known else f"error code {code}"
 
 
 def head(length: int, kind: int, flags: int, stream: int) -> bytes:
@@ -121,7 +139,7 @@ def settings(values: Mapping[Setting, int]) -> bytes:
 
 
 def read_settings(payload: bytes) -> Iterator[tuple[int, int]]:
-    """Read the payload of a SETTINGS frame; the rest of a cut one is left out.
+    """Read the payload of a SETTINGS frame, of which the end may be missing.
 
     Yields:
         Parameter and value.

@@ -10,13 +10,16 @@ from typing import Any, Protocol
 from curvd.errors import CurvdError
 from curvd.http2 import frames
 from curvd.http2.frames import Code, Kind
+from curvd.http2.rules import check_head
 from curvd.http2.stream import Broken, Stream
 
 _SCRATCH_BYTES = 1 << 16
 _DIRECT_BYTES = 1 << 12
 """From here on bytes are received where they belong; fewer come with what follows."""
-_CONTROL_BYTES = 1 << 15
-"""Longest frame that carries no data."""
+_BUFFERED_BYTES = 1 << 19
+"""Longest frame without data that is received as a whole: more than all headers that
+any end accepts, so `Blocks` says that they are too many."""
+_KNOWN = frozenset(Kind)
 _MOST_STEPS = 64
 """Frames, pieces of data and reads of the socket in one `pull`."""
 _MOST_BYTES = 4 << 20
@@ -29,8 +32,13 @@ class Receiver(Protocol):
     def frame(self, kind: int, flags: int, number: int, payload: bytes) -> None:
         """Take a frame that is not data."""
 
-    def data(self, number: int, length: int, padding: int) -> Stream | None:
+    def data(
+        self, number: int, length: int, padding: int, *, ends: bool
+    ) -> Stream | None:
         """Take note of data that comes; say whose it is, None if nobody's."""
+
+    def ended(self, stream: Stream) -> None:
+        """Take note that a stream's last data came."""
 
 
 class Intake:
@@ -57,12 +65,22 @@ class Intake:
         self._stream: Stream | None = None
         self.heard = 0
         """Bytes that came."""
+        self.farewell = "the connection was closed"
+        """What to say when the peer closes the connection."""
 
     @property
     def more(self) -> bool:
         """Whether `pull` has something to do although the socket shows nothing."""
         pending = self._tls is not None and self._tls.pending() > 0
         return self._is_cut or pending
+
+    def spend(self, steps: int) -> None:
+        """Take note that a frame took as long as so many others.
+
+        Args:
+            steps: How many.
+        """
+        self._steps_left -= steps
 
     def pull(self) -> None:
         """Receive what the socket has, or until parts are there to be taken.
@@ -94,8 +112,7 @@ class Intake:
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
         if not count:
-            msg = "the connection was closed"
-            raise Broken(msg, Code.NO_ERROR)
+            raise Broken(self.farewell, Code.NO_ERROR)
         self.heard += count
         return count
 
@@ -153,22 +170,36 @@ class Intake:
         if here.nbytes < frames.HEAD_BYTES:
             return False
         length, kind, flags, number = frames.read_head(here[: frames.HEAD_BYTES])
+        check_head(kind, flags, number, length)
         if kind == Kind.DATA:
             return self._begin_data(here, length, flags, number)
-        if length > _CONTROL_BYTES:
-            msg = f"a frame of {length} bytes that carries no data"
-            raise Broken(msg, Code.FRAME_SIZE_ERROR)
+        if kind not in _KNOWN:  # it is skipped, however long
+            self._start += frames.HEAD_BYTES
+            self._stream, self._data_ends, self._pad_left = None, False, length
+            self._receiver.frame(kind, flags, number, b"")
+            return True
+        if length > _BUFFERED_BYTES:
+            msg = f"a {Kind(kind).name} frame of {length} bytes"
+            raise Broken(msg, Code.ENHANCE_YOUR_CALM)
         end = frames.HEAD_BYTES + length
         if here.nbytes < end:
+            self._make_room(end)
             return False
         self._start += end
         self._receiver.frame(kind, flags, number, bytes(here[frames.HEAD_BYTES : end]))
         return True
 
+    def _make_room(self, nbytes: int) -> None:
+        """Let the scratch memory hold a frame that is longer than frames usually are."""
+        if nbytes > self._scratch.nbytes:
+            larger = memoryview(bytearray(nbytes))
+            larger[: self._scratch.nbytes] = self._scratch
+            self._scratch = larger
+
     def _introduce(self, here: memoryview) -> bool:
         size = min(here.nbytes, len(frames.PREFACE))
         if here[:size] != frames.PREFACE[:size]:
-            msg = "this is not HTTP/2"
+            msg = "the preface is missing: this is not HTTP/2"
             raise Broken(msg)
         self._introduced = size == len(frames.PREFACE)
         self._start += size if self._introduced else 0
@@ -186,10 +217,11 @@ class Intake:
         if padding > length:
             msg = "more padding than frame"
             raise Broken(msg)
-        self._stream = self._receiver.data(number, length, padding)
+        ends = bool(flags & frames.END_STREAM)
+        self._stream = self._receiver.data(number, length, padding, ends=ends)
         self._start += head
         self._data_left, self._pad_left = length - padding, max(0, padding - 1)
-        self._data_ends = bool(flags & frames.END_STREAM)
+        self._data_ends = ends
         self._conclude_data()
         return True
 
@@ -211,7 +243,7 @@ class Intake:
             return
         stream, self._stream = self._stream, None
         if self._data_ends and stream is not None:
-            stream.end()
+            self._receiver.ended(stream)
 
 
 def _take(stream: Stream, take: Callable[[Any], None], data: Any) -> None:

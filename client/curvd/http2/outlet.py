@@ -9,6 +9,7 @@ from socket import socket
 
 from curvd.http2 import frames
 from curvd.http2.frames import Code, Kind
+from curvd.http2.glitches import Glitches
 from curvd.http2.stream import Broken, Stream
 
 _SMALL_BYTES = 1 << 12
@@ -25,9 +26,11 @@ class Outlet:
 
     Args:
         sock: Non-blocking.
+        glitches: Is told how much was sent.
     """
 
-    def __init__(self, sock: socket) -> None:
+    def __init__(self, sock: socket, glitches: Glitches) -> None:
+        self._glitches = glitches
         self._sock, self._tls = sock, isinstance(sock, ssl.SSLSocket)
         self._out: deque[memoryview] = deque()
         self.window = frames.DEFAULT_WINDOW
@@ -58,6 +61,16 @@ class Outlet:
         """
         payload = frames.number(increment)
         self.control(frames.frame(Kind.WINDOW_UPDATE, 0, stream, payload))
+
+    def reset(self, stream: int, code: Code) -> None:
+        """Tell the peer that a stream is cut off.
+
+        Args:
+            stream: Which.
+            code: Why.
+        """
+        payload = frames.number(code)
+        self.control(frames.frame(Kind.RST_STREAM, 0, stream, payload))
 
     def push(self, stream: Stream | None) -> bool:
         """Send what the socket and the windows take.
@@ -98,6 +111,7 @@ class Outlet:
             taken = self._frame(stream, size)
             self.window -= taken
             stream.window -= taken
+            self._glitches.sent += taken
         return bool(self._out)
 
     def _frame(self, stream: Stream, size: int) -> int:

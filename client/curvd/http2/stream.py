@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from curvd.errors import CurvdError
+from curvd.errors import CurvdError, Internal
 from curvd.http2.frames import Code
 from curvd.http2.messages import Format, Reader, Room
 
@@ -32,10 +32,11 @@ class Stream:
     Args:
         number: Of the stream.
         window: What may be sent now.
+        credit: What the peer may send now.
     """
 
-    def __init__(self, number: int, window: int) -> None:
-        self.number, self.window = number, window
+    def __init__(self, number: int, window: int, credit: int) -> None:
+        self.number, self.window, self.credit = number, window, credit
         self.outbox: deque[memoryview | bytes] = deque()
         """What waits for its turn: data as views, whole frames as bytes."""
         self.inbox: deque[tuple[Any, int]] = deque()
@@ -44,6 +45,10 @@ class Stream:
         """The data that waits is the last."""
         self.used = 0
         """Bytes that were used, and of which the peer was not told yet."""
+        self.received = 0
+        """Bytes of data that came, without padding."""
+        self.announced: int | None = None
+        """Bytes of data that the peer said it would send (content-length)."""
         self.reader: Reader | None = None
         """What cuts the data; None: nobody wants it."""
         self.headers: dict[str, str] | None = None
@@ -53,10 +58,14 @@ class Stream:
         self.ended_by_peer = False
         self.closed = False
         """We send no more."""
+        self.abandoned = False
+        """We told the peer to stop: what it sent before it knew is ignored."""
         self.reset: int | None = None
-        """Code with which the peer gave up."""
+        """Code with which the call was cut off, by the peer or for what the peer did."""
         self.failure: CurvdError | None = None
         """Why what came cannot be read."""
+        self.on_reset: Callable[[], object] | None = None
+        """Called once, at the moment of the reset: whoever works for this call stops."""
 
     def read(self, format_: Format, longest: int, room: Room) -> None:
         """Say how to read what comes.
@@ -75,22 +84,22 @@ class Stream:
         return self.reset is not None or done
 
     def end(self) -> None:
-        """Take note that the peer has sent all.
-
-        Raises:
-            Broken: If a message is cut.
-        """
+        """Take note that the peer has sent all."""
         self.ended = self.ended_by_peer = True
         if self.reader is not None and not self.reader.between:
-            msg = "a stream ends within a message"
-            raise Broken(msg)
+            msg = "the data ends within a message"
+            self.failure, self.reader = Internal(msg), None
 
     def give_up(self, code: int) -> None:
-        """Take note that the peer gave up.
+        """Take note that the call was cut off.
 
         Args:
             code: Why.
         """
+        if self.reset is not None:
+            return
         self.reset = code
-        self.ended = self.ended_by_peer = self.closed = True
+        self.ended = self.closed = True
         self.outbox.clear()
+        if self.on_reset is not None:
+            self.on_reset()

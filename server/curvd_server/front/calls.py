@@ -73,13 +73,22 @@ class Calls:
         format_ = _Bytes() if rpc is None else rpc.request
         stream.read(format_, self._longest, requests.place)
         context = Context(link, stream, _Bytes() if rpc is None else rpc.response)
-        return asyncio.create_task(self._run(path, requests, context, raw=rpc is None))
+        run = self._run(link, path, requests, context, raw=rpc is None)
+        return asyncio.create_task(run)
 
     async def _run(
-        self, path: str, requests: Requests, context: Context, *, raw: bool
+        self,
+        link: Link,
+        path: str,
+        requests: Requests,
+        context: Context,
+        *,
+        raw: bool,
     ) -> None:
         try:
             async with asyncio.timeout(context.time_remaining()):
+                if link.is_ending_calls:
+                    await link.ended_calls()
                 await self._answer(path, requests, context, raw=raw)
         except grpc.aio.AbortError:
             pass  # the context knows the status
@@ -106,12 +115,12 @@ class Calls:
         if details.let_through and not raw:
             context.vouch()
         if raw:
-            context.serialise = handler.response_serializer
+            context.serialise = handler.response_serializer or _itself
         request: Any = requests
         if not handler.request_streaming:
             request = await self._only(requests, context)
             if raw:
-                request = handler.request_deserializer(request)
+                request = (handler.request_deserializer or _itself)(request)
         sides = (handler.request_streaming, handler.response_streaming)
         shape = "_".join("stream" if side else "unary" for side in sides)
         response = await getattr(handler, shape)(request, context)

@@ -52,6 +52,7 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._line = Line(sock, client=False, accept=self._accept)
         self._task: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
         self._waiting: list[asyncio.Future[None]] = []
         self._reads = self._writes = self._leaving = self._is_coming_back = False
         self._before = 0  # bytes heard before the request
@@ -107,6 +108,16 @@ class Link:
     def resume(self) -> None:
         """Read again, if nothing else is in the way."""
         self._watch()
+
+    @property
+    def is_ending_calls(self) -> bool:
+        """Whether calls that were cancelled still run."""
+        return bool(self._ending)
+
+    async def ended_calls(self) -> None:
+        """Wait for them: a connection has one call at a time, however many it resets."""
+        while self._ending:
+            await asyncio.wait(set(self._ending))
 
     async def changed(self) -> None:
         """Wait until something came or went, or the connection is gone."""
@@ -197,7 +208,15 @@ class Link:
         if not self._trusted:
             self._allowance.spend(_CALL_S)
         self._before, self._queued = self._line.heard, False
-        self._task = self._begin(self, stream)
+        self._task = task = self._begin(self, stream)
+        stream.on_reset = lambda: self._cancel(task)
+
+    def _cancel(self, task: asyncio.Task[None]) -> None:
+        """Cancel a call at once: the next one may come with the same bytes."""
+        task.cancel()
+        if not task.done():
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
 
     def _sent(self, stream: Stream) -> bool:
         self._flush()
@@ -234,10 +253,7 @@ class Link:
             logger().exception("defect", peer=self.peer)
             self._break(error)
             return
-        stream = self._line.stream
-        if stream is not None and stream.reset is not None and self._task is not None:
-            self._task.cancel()
-        self._queue(stream)
+        self._queue(self._line.stream)
         self._watch()
         self._flush()
         self._wake()
