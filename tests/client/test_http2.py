@@ -350,7 +350,7 @@ HOSTILE = {
     "cannot be read": (
         GREETING + frames.frame(Kind.HEADERS, 4, 1, b"\xff\xff\xff\xff\xff")
     ),
-    "more than 16384 bytes of headers": (
+    "more than 65536 bytes of headers": (
         GREETING
         + frames.frame(Kind.HEADERS, 0, 1, bytes(1 << 14))
         + frames.frame(Kind.CONTINUATION, 0, 1, bytes(1 << 14)) * 20

@@ -8,6 +8,7 @@ import grpc
 
 from curvd.http2 import frames
 from curvd.http2.frames import Code, Kind, Setting
+from curvd_server.front.allowance import Allowance
 from curvd_server.front.calls import Calls
 from curvd_server.front.link import Link
 from curvd_server.front.turns import Turns
@@ -65,7 +66,7 @@ async def linked(handler):
     bare, end = socket.socketpair()
     bare.setblocking(False)
     end.setblocking(False)
-    link = Link(end, "a test", calls.begin, Turns())
+    link = Link(end, "a test", calls.begin, Turns(), Allowance(), 1 << 14)
     try:
         yield bare, link
     finally:

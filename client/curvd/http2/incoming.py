@@ -21,8 +21,8 @@ SERVER_WINDOW = 32 << 20
 """What a client may send before the server has used it. It is memory of the server."""
 CLIENT_WINDOW = 1 << 30
 """Clients read when they are ready, and TCP holds the server back until then."""
-SERVER_HEADER_BYTES = 16 << 10
-"""Longest block of headers of a request; grpcio accepts as much."""
+SERVER_HEADER_BYTES = 64 << 10
+"""Longest block of headers of a request, unless the server says otherwise."""
 CLIENT_HEADER_BYTES = 256 << 10
 """Longest block of headers of a response: an error may name very many tensors."""
 _TINY_BYTES = 64
@@ -39,6 +39,7 @@ class Incoming:
         client: Whether this end makes the calls.
         accept: Called on a server with a stream whose headers came.
         glitches: Counts what the peer sends for nothing.
+        header_bytes: Longest block of headers that is accepted.
     """
 
     def __init__(
@@ -48,12 +49,15 @@ class Incoming:
         client: bool,
         accept: Callable[[Stream], None],
         glitches: Glitches | None,
+        header_bytes: int | None,
     ) -> None:
         self._client, self._accept = client, accept
         self._glitches = glitches or Glitches()
         self._outlet = Outlet(sock, self._glitches)
         self._intake = Intake(sock, self, introduced=client)
-        self._blocks = Blocks(CLIENT_HEADER_BYTES if client else SERVER_HEADER_BYTES)
+        usual = CLIENT_HEADER_BYTES if client else SERVER_HEADER_BYTES
+        self._header_bytes = header_bytes or usual
+        self._blocks = Blocks(self._header_bytes)
         self._first_window = frames.DEFAULT_WINDOW
         self._share = CLIENT_WINDOW if client else SERVER_WINDOW
         self._unused = self._used = 0

@@ -13,11 +13,7 @@ from socket import socket
 from curvd.http2 import frames
 from curvd.http2.frames import Code, Kind, Setting
 from curvd.http2.glitches import Glitches
-from curvd.http2.incoming import (
-    CLIENT_HEADER_BYTES,
-    SERVER_HEADER_BYTES,
-    Incoming,
-)
+from curvd.http2.incoming import Incoming
 from curvd.http2.stream import Headers, Stream
 
 
@@ -29,6 +25,7 @@ class Line(Incoming):
         client: Whether this end makes the calls.
         accept: Called on a server with a stream whose headers came.
         glitches: Counts what the peer sends for nothing.
+        header_bytes: Longest block of headers that is accepted.
     """
 
     def __init__(
@@ -38,8 +35,15 @@ class Line(Incoming):
         client: bool,
         accept: Callable[[Stream], None] = lambda stream: None,
         glitches: Glitches | None = None,
+        header_bytes: int | None = None,
     ) -> None:
-        super().__init__(sock, client=client, accept=accept, glitches=glitches)
+        super().__init__(
+            sock,
+            client=client,
+            accept=accept,
+            glitches=glitches,
+            header_bytes=header_bytes,
+        )
         self.sock = sock
         self._greet()
 
@@ -162,13 +166,12 @@ class Line(Incoming):
         ours = {
             Setting.INITIAL_WINDOW_SIZE: self._share,
             Setting.MAX_FRAME_SIZE: frames.LONGEST,
+            Setting.MAX_HEADER_LIST_SIZE: self._header_bytes,
         }
         if self._client:
             self._outlet.control(frames.PREFACE)
             ours |= {Setting.ENABLE_PUSH: 0, Setting.DIRECT: 1}
-            ours[Setting.MAX_HEADER_LIST_SIZE] = CLIENT_HEADER_BYTES
         else:
             ours[Setting.MAX_CONCURRENT_STREAMS] = 1
-            ours[Setting.MAX_HEADER_LIST_SIZE] = SERVER_HEADER_BYTES
         self._outlet.control(frames.settings(ours))
         self._outlet.widen(0, self._share - frames.DEFAULT_WINDOW)

@@ -37,6 +37,7 @@ class Link:
         begin: Called with this and a stream whose headers came; gives the call's task.
         turns: Whose large request is read first.
         allowance: When it is read, as long as nobody vouches for the client.
+        header_bytes: Bytes of the headers of one call.
     """
 
     def __init__(
@@ -46,11 +47,14 @@ class Link:
         begin: Callable[[Link, Stream], asyncio.Task[None]],
         turns: Turns,
         allowance: Allowance,
+        header_bytes: int,
     ) -> None:
         self.peer, self._begin, self._turns = peer, begin, turns
         self._allowance = allowance
         self._loop = asyncio.get_running_loop()
-        self._line = Line(sock, client=False, accept=self._accept)
+        self._line = Line(
+            sock, client=False, accept=self._accept, header_bytes=header_bytes
+        )
         self._task: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
         self._waiting: list[asyncio.Future[None]] = []

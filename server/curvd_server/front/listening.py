@@ -206,7 +206,14 @@ class Front:
         return ours
 
     async def _link(self, visit: _Visit) -> None:
-        link = Link(visit.sock, visit.peer, self._begin, self._turns, self._allowance)
+        link = Link(
+            visit.sock,
+            visit.peer,
+            self._begin,
+            self._turns,
+            self._allowance,
+            self._limits.header_bytes,
+        )
         visit.link = link
         try:
             await link.gone.wait()
