@@ -10,7 +10,9 @@ from curvd.http2 import frames
 from curvd.http2.frames import Code, Kind, Setting
 from curvd_server.front.allowance import Allowance
 from curvd_server.front.calls import Calls
+from curvd_server.front.drops import Drops
 from curvd_server.front.link import Link
+from curvd_server.front.stalls import StallGuard
 from curvd_server.front.turns import Turns
 
 GREETING = frames.PREFACE + frames.settings({Setting.DIRECT: 1})
@@ -61,7 +63,7 @@ class Stubborn(grpc.GenericRpcHandler):
 @contextlib.asynccontextmanager
 async def linked(handler):
     """A client's socket, and the link that answers it."""
-    calls = Calls([], 1 << 20)
+    calls = Calls([], 1 << 20, StallGuard(60.0, Drops()))
     calls.add_generic_rpc_handlers([handler])
     bare, end = socket.socketpair()
     bare.setblocking(False)
