@@ -205,7 +205,9 @@ def test_who_came_first_and_does_nothing_makes_room(tmp_path, dial, caplog, limi
 def test_when_all_are_busy_a_new_connection_is_closed(tmp_path, dial, caplog):
     headers = frames.literals((
         (":method", "POST"),
+        (":scheme", "http"),
         (":path", "/curvd.v1.CurvatureService/MatVec"),
+        ("content-type", "application/grpc"),
         ("te", "trailers"),
     ))
     call = frames.header_frames(1, headers, 0, frames.DEFAULT_LONGEST)
