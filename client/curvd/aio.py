@@ -146,10 +146,14 @@ class AsyncClient:
         batch_size: int,
         output: str | int | None = None,
         dtype: Any = None,
+        mode: Mode | str | None = None,
+        check: bool = True,
         **options: Any,
     ) -> AsyncSession:
         """Bring a module, a loss and data into a session; see `curvd.Client`."""
-        ready = await asyncio.to_thread(prepare, module, loss, data, output)
+        ready = await asyncio.to_thread(
+            prepare, module, loss, data, output, mode, check=check
+        )
         dataset = await self.register_dataset(
             ready.data,
             inputs=ready.model.inputs,
@@ -161,7 +165,8 @@ class AsyncClient:
             dataset,
             loss=ready.loss,
             dtype=ready.dtype if dtype is None else dtype,
-            **{"mode": ready.model.mode, **options},
+            mode=ready.model.mode,
+            **options,
         )
 
     async def session(self, session_id: str) -> AsyncSession:

@@ -226,6 +226,8 @@ class Client:
         batch_size: int,
         output: str | int | None = None,
         dtype: Any = None,
+        mode: Mode | str | None = None,
+        check: bool = True,
         **options: Any,
     ) -> Session:
         """Bring a module, a loss and data into a session, in one call.
@@ -244,12 +246,15 @@ class Client:
             batch_size: ``B``; the last mini-batch may be smaller.
             output: Which of the module's results the loss takes; see `curvd.export`.
             dtype: What to compute in; None: the module's type.
+            mode: Whose statistics BatchNorm uses; see `curvd.export`.
+            check: Whether to prove that what is exported has the module's and the
+                loss's values and gradients; see `curvd.export`.
             **options: As for `create_session`.
 
         Returns:
             The session.
         """
-        ready = prepare(module, loss, data, output)
+        ready = prepare(module, loss, data, output, mode, check=check)
         dataset = self.register_dataset(
             ready.data,
             inputs=ready.model.inputs,
@@ -261,7 +266,8 @@ class Client:
             dataset,
             loss=ready.loss,
             dtype=ready.dtype if dtype is None else dtype,
-            **{"mode": ready.model.mode, **options},
+            mode=ready.model.mode,
+            **options,
         )
 
     def session(self, session_id: str) -> Session:

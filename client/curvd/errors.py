@@ -6,6 +6,7 @@
     │   ├── InvalidTensors          bytes that are not the safetensors file they claim to be
     │   ├── StateMismatch           a model state whose tensors do not fit, or are not finite
     │   ├── InvalidGraph            a model or loss that cannot be written or run as a graph
+    │   ├── GradientMismatch        a module or loss whose gradient is not that of its graph
     │   └── InvalidSpec             an option of a model, dataset, loss, session or operator
     ├── NotFound                the name refers to nothing on this server
     │   ├── ModelNotFound · DatasetNotFound · SessionNotFound · BuilderNotFound
@@ -94,6 +95,10 @@ class StateMismatch(InvalidArgument):
 
 class InvalidGraph(InvalidArgument):
     """A model or loss cannot be written, or run, as a graph of allowed operators."""
+
+
+class GradientMismatch(InvalidArgument):
+    """What ``.backward()`` computes is not the derivative of what was exported."""
 
 
 class InvalidSpec(InvalidArgument):

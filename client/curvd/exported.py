@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from curvd.choices import Dtype, Mode
+from curvd.choices import Dtype, Mode, member
 from curvd.errors import InvalidSpec
 from curvd.types import LossSpec, Normaliser
 from curvd.v1 import graph_pb2 as graph_pb
@@ -52,38 +52,66 @@ class Prepared:
 
 
 def export(
-    module: nn.Module, inputs: Any, *, output: str | int | None = None
+    module: nn.Module,
+    inputs: Any,
+    *,
+    output: str | int | None = None,
+    mode: Mode | str | None = None,
+    check: bool = True,
 ) -> ExportedModel:
     """Write a module as a graph of operators, with its tensors.
 
     The module is traced with a few of the given data points; the size of the mini-batch
-    stays open, every other size is fixed. Call ``module.eval()`` before, unless
-    BatchNorm is to use the statistics of the mini-batches.
+    stays open, every other size is fixed. Call ``module.eval()`` before, or say which
+    statistics BatchNorm is to use.
 
     Args:
         module: Anything that torch.export traces: no branches on values, no chance.
         inputs: What it is called with: a tensor, a tuple of arguments, or a dict of
             keyword arguments; each tensor has the leading axis N. The server binds a
             dataset's tensors by order, or by these names.
-        output: Which of its results, by name or index. None: ``logits`` if there is
-            such a field, else the first tensor.
+        output: Which of its results, by name or index, [B, ...]. None: ``logits`` if
+            there is such a field, else the first tensor.
+        mode: ``eval``: BatchNorm uses the running statistics; ``batch_statistics``: the
+            mini-batch's. None: the running ones, and a layer in training mode is
+            refused.
+        check: Whether to prove on four of the data points that the graph has the
+            module's outputs and gradients, as ``.backward()`` computes them. It costs
+            at most one gradient over a few dozen data points, and memory for a copy of
+            the module in float64.
 
     Returns:
         The model.
 
     Raises:
+        InvalidGraph: If it cannot be written as a graph.
+        InvalidSpec: If the output has no batch axis, or nobody chose a mode.
+        GradientMismatch: If ``.backward()`` computes something else than the derivative
+            of what was exported.
         ModuleNotFoundError: If torch is not installed.
     """
     _need_torch()
+    from curvd.graph.prepare import prove_module
+
+    model = _captured(module, inputs, output, mode)
+    if check:
+        prove_module(module, inputs, output, model.mode, model.graph, model.state)
+    return model
+
+
+def _captured(
+    module: nn.Module, inputs: Any, output: str | int | None, mode: Mode | str | None
+) -> ExportedModel:
     from curvd.graph.capture import capture
 
-    graph, state, mode = capture(module, inputs, output)
+    chosen = None if mode is None else member(Mode, mode, "mode")
+    graph, state, needed = capture(module, inputs, output, chosen)
     parameters = tuple(
         tensor.names[0]
         for tensor in graph.tensors
         if tensor.role == graph_pb.GRAPH_TENSOR_ROLE_PARAMETER
     )
-    return ExportedModel(graph, state, mode, parameters)
+    return ExportedModel(graph, state, needed, parameters)
 
 
 def export_loss(
@@ -92,6 +120,7 @@ def export_loss(
     targets: Tensor,
     *,
     normaliser: Normaliser = "points",
+    check: bool = True,
 ) -> LossSpec:
     """Write a loss of your own as a graph: ``loss=`` of `Client.create_session`.
 
@@ -110,12 +139,17 @@ def export_loss(
         outputs: Example outputs of the model, [B, ...].
         targets: Example targets, [B, ...].
         normaliser: One of the three; it is checked on the example.
+        check: Whether to prove on the example that the graph has the loss's value and
+            gradient.
 
     Returns:
         The loss.
 
     Raises:
-        InvalidSpec: If there is no such normaliser.
+        InvalidSpec: If there is no such normaliser, or the loss holds parameters of a
+            model.
+        GradientMismatch: If ``.backward()`` computes something else than the derivative
+            of what was exported.
         ModuleNotFoundError: If torch is not installed.
     """
     if normaliser not in ("points", "sum", "counted"):
@@ -124,7 +158,7 @@ def export_loss(
     _need_torch()
     from curvd.graph.losses import capture_loss
 
-    return capture_loss(loss, outputs, targets, normaliser)
+    return capture_loss(loss, outputs, targets, normaliser, check=check)
 
 
 def prepare(
@@ -132,6 +166,9 @@ def prepare(
     loss: Any,
     data: tuple[Any, Tensor],
     output: str | int | None,
+    mode: Mode | str | None,
+    *,
+    check: bool,
 ) -> Prepared:
     """Export all that a session of a module needs.
 
@@ -140,6 +177,8 @@ def prepare(
         loss: A specification, a loss of torch, or a function.
         data: Inputs as for `export`, and targets.
         output: Which of the module's results the loss takes.
+        mode: As for `export`.
+        check: Whether to prove that the graphs are module and loss.
 
     Returns:
         What is to be registered.
@@ -150,22 +189,28 @@ def prepare(
     """
     _need_torch()
     from curvd.graph.losses import recognised
-    from curvd.graph.prepare import example_outputs, leaves_of
+    from curvd.graph.prepare import example_outputs, leaves_of, prove_module
 
     if not isinstance(data, tuple | list) or len(data) != 2:
         msg = f"data must be (inputs, targets), got {type(data).__name__}"
         raise InvalidSpec(msg)
     inputs, targets = data
-    model = export(module, inputs, output=output)
-    if not isinstance(loss, str | Mapping | LossSpec):
-        loss = recognised(loss, example_outputs(module, inputs, output), targets)
+    model = _captured(module, inputs, output, mode)
     if model.graph.dtype not in (d.value for d in Dtype):
         msg = f"no session computes in {model.graph.dtype}: export module.float()"
         raise InvalidSpec(msg, dtype=model.graph.dtype)
+    spec, known = loss, None
+    if not isinstance(loss, str | Mapping | LossSpec):
+        outputs = example_outputs(module, inputs, output, model.mode)
+        spec = recognised(loss, outputs, targets, model=module, check=check)
+        known = loss, spec, targets
+    if check:
+        graph, state = model.graph, model.state
+        prove_module(module, inputs, output, model.mode, graph, state, known)
     target = next(n for n in ("target", "targets", "y_target") if n not in model.inputs)
     named = dict(zip(model.inputs, leaves_of(inputs), strict=True))
     dtype = Dtype(model.graph.dtype)
-    return Prepared(model, {**named, target: targets}, target, loss, dtype)
+    return Prepared(model, {**named, target: targets}, target, spec, dtype)
 
 
 def _need_torch() -> None:

@@ -221,9 +221,14 @@ def test_one_data_point_is_enough_for_an_example():
 def test_exporting_changes_nothing():
     module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
     before = {name: t.clone() for name, t in module.state_dict().items()}
+    x = torch.randn(5, 4)
     fast = torch.backends.mha.get_fastpath_enabled()
-    curvd.export(module, torch.randn(5, 4))
+    module[0].weight.grad = torch.ones(4, 4)
+    chance = torch.get_rng_state()
+    curvd.export(module, x, mode="batch_statistics")
     after = module.state_dict()
+    assert torch.equal(module[0].weight.grad, torch.ones(4, 4))
+    assert torch.equal(chance, torch.get_rng_state()) and module[1].training
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.backends.mha.get_fastpath_enabled() == fast
     assert torch.is_grad_enabled()

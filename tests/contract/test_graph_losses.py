@@ -236,17 +236,19 @@ def test_an_unknown_loss_is_exported_as_what_it_is():
         recognised(lambda z, y: (z - y).norm(), draw(N, 3), draw(N, 3, seed=2))
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_one_call_makes_a_session(client, training):
+@pytest.mark.parametrize("mode", ["eval", "batch_statistics"])
+def test_one_call_makes_a_session(client, mode):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
-    module.train(training)
     running = module[1].running_mean.clone()
     x, y = torch.randn(N, 4), labels(3, N)
-    session = client.session_for(module, nn.CrossEntropyLoss(), (x, y), batch_size=4)
+    session = client.session_for(
+        module, nn.CrossEntropyLoss(), (x, y), batch_size=4, mode=mode
+    )
     assert session.info.dtype == curvd.Dtype.FLOAT32
-    assert session.info.mode == ("batch_statistics" if training else "eval")
+    assert session.info.mode == mode
+    assert module[1].training
     assert torch.equal(module[1].running_mean, running)
     assert (session.hessian() @ np.ones(session.layout.size, np.float32)).any()
     assert session.update_parameters(module.state_dict()) == 2

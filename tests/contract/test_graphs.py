@@ -50,19 +50,19 @@ def convolutional():
     return net
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_batch_norm_evaluates_or_uses_the_statistics_of_the_mini_batches(
-    client, training
-):
-    module = seeded(convolutional).train(training)
+@pytest.mark.parametrize("mode", [None, "eval", "batch_statistics"])
+def test_batch_norm_evaluates_or_uses_the_statistics_of_the_mini_batches(client, mode):
+    module = seeded(convolutional).train(mode == "batch_statistics")
+    data = draw(N, 2, 4, 4), labels(3, N)
     before = module[1].running_mean.clone()
-    check(client, module.train(training), draw(N, 2, 4, 4), labels(3, N), step=1e-6)
-    assert training or torch.equal(before, module[1].running_mean)
+    check(client, module, *data, step=1e-6, mode=mode)
+    if mode != "batch_statistics":
+        assert torch.equal(before, module[1].running_mean)
 
 
 def test_a_graph_that_was_exported_in_training_mode_is_not_evaluated(client):
     module = seeded(convolutional).train()
-    exported = curvd.export(module, draw(N, 2, 4, 4))
+    exported = curvd.export(module, draw(N, 2, 4, 4), mode="batch_statistics")
     data = {"x": draw(N, 2, 4, 4), "y": labels(3, N)}
     dataset = client.register_dataset(data, inputs="x", target="y", batch_size=BATCH)
     with pytest.raises(curvd.InvalidSpec, match=r"batch_norm.*mode='batch_statistics'"):

@@ -17,8 +17,10 @@ from torch.utils import _pytree as pytree
 from curvd.choices import Mode
 from curvd.errors import CurvdError, InvalidGraph, InvalidSpec
 from curvd.graph.aliases import Alias
+from curvd.graph.checkpoints import plain_checkpoints
 from curvd.graph.manifest import CONSTANTS, Inputs, exported_dtype, inputs_of, manifest
 from curvd.graph.sources import source_of_error
+from curvd.graph.statistics import in_mode, needed_mode
 from curvd.graph.tape import Tape, write
 from curvd.graph.translate import Translator
 from curvd.v1 import graph_pb2 as graph_pb
@@ -26,10 +28,12 @@ from curvd.v1 import graph_pb2 as graph_pb
 EXAMPLE_ROWS = 3
 """Data points that a module is traced with; neither 0 nor 1, which torch takes for
 special cases."""
+PROOF_ROWS = (0, 1, 2, -1)
+"""Data points that a module and its graph are compared on."""
 
 
 def capture(
-    module: nn.Module, inputs: Any, output: str | int | None
+    module: nn.Module, inputs: Any, output: str | int | None, mode: Mode | None
 ) -> tuple[graph_pb.Graph, Mapping[str, Tensor], Mode]:
     """Export a module.
 
@@ -37,21 +41,45 @@ def capture(
         module: In the mode that its curvature is wanted in.
         inputs: Example inputs: a tensor, a tuple of arguments, or a dict of keywords.
         output: Which of its results; None: ``logits``, or the only or first tensor.
+        mode: Whose statistics BatchNorm uses; None: the running ones.
 
     Returns:
         The graph, its tensors by name, and the mode that it needs.
+
+    Raises:
+        InvalidSpec: If its output has no batch axis, or nobody chose a mode.
     """
     inputs_of(module.forward, inputs)  # before rows are dropped
     rows = inputs_of(module.forward, few(inputs))
-    program = traced(Chosen(module, output), rows)
+    with in_mode(module, mode):
+        program = traced(Chosen(module, output), rows)
+    _check_batch_axis(program)
     graph, tensors = translated(module, program, rows)
-    trained = any(
-        node.operator == "aten.batch_norm.default"
-        and node.arguments[5].literal.boolean
-        and node.arguments[3].WhichOneof("kind")
-        for node in graph.nodes
-    )
-    return graph, tensors, Mode.BATCH_STATISTICS if trained else Mode.EVAL
+    return graph, tensors, needed_mode(graph, mode)
+
+
+def _check_batch_axis(program: ExportedProgram) -> None:
+    """Refuse an output whose first axis is not that of the data points."""
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    given = {n.name: n.meta.get("val") for n in placeholders}
+    named = (given.get(name) for name in program.graph_signature.user_inputs)
+    first = next(value for value in named if isinstance(value, Tensor))
+    made = next(iter(program.graph.find_nodes(op="output"))).args[0]
+    returned = program.graph_signature.user_outputs
+    for node in made:
+        value = node.meta.get("val") if getattr(node, "name", "") in returned else None
+        if not isinstance(value, Tensor):
+            continue
+        shape = [str(size) for size in value.shape]
+        batch = str(first.shape[0])
+        if shape[:1] != [batch]:
+            said = ", ".join(s.replace(batch, "B") for s in shape)
+            msg = (
+                f"the module's output has shape [{said}] for B data points; its first "
+                "axis must be that of the data points, [B, ...]: return one row per "
+                "data point, and leave means and sums over them to the loss"
+            )
+            raise InvalidSpec(msg, shape=said)
 
 
 def few(inputs: Any) -> Any:
@@ -69,6 +97,24 @@ def few(inputs: Any) -> Any:
             return leaf
         rows = leaf.detach()[:EXAMPLE_ROWS]
         return torch.cat([rows] * EXAMPLE_ROWS)[:EXAMPLE_ROWS]
+
+    return pytree.tree_map(some, inputs)
+
+
+def sampled(inputs: Any) -> Any:
+    """Take the data points that a proof is made on.
+
+    Args:
+        inputs: Any structure of tensors with one leading axis.
+
+    Returns:
+        The same with `PROOF_ROWS`, repeated if there are too few.
+    """
+
+    def some(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or not len(leaf):
+            return leaf
+        return leaf.detach()[[row % len(leaf) for row in PROOF_ROWS]]
 
     return pytree.tree_map(some, inputs)
 
@@ -210,7 +256,12 @@ def traced(wrapper: nn.Module, rows: Inputs) -> ExportedProgram:
 
     shapes = pytree.tree_map(dynamic, (rows.args, dict(rows.kwargs)))
     try:
-        with torch.enable_grad(), _plain_layers(), warnings.catch_warnings():
+        with (
+            torch.enable_grad(),
+            _plain_layers(),
+            plain_checkpoints(),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             return torch.export.export(
                 wrapper,

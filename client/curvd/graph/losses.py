@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,9 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvd.choices import LossName, Reduction
-from curvd.errors import InvalidGraph, InvalidSpec
+from curvd.errors import CurvdError, InvalidGraph, InvalidSpec
 from curvd.graph.capture import few, traced, translated
+from curvd.graph.eager import leaves
+from curvd.graph.evaluate import constant, evaluate
 from curvd.graph.manifest import inputs_of
+from curvd.graph.proof import prove_loss
 from curvd.types import LossSpec, Normaliser, SerializedGraph
 from curvd.v1 import graph_pb2 as graph_pb
 from curvd.vocabulary import MAX_INLINE_BYTES
@@ -90,7 +94,13 @@ class _Summed(nn.Module):
 
 
 def capture_loss(
-    loss: Loss, outputs: Tensor, targets: Tensor, normaliser: Normaliser
+    loss: Loss,
+    outputs: Tensor,
+    targets: Tensor,
+    normaliser: Normaliser,
+    *,
+    model: nn.Module | None = None,
+    check: bool = True,
 ) -> LossSpec:
     """Export a loss; see `curvd.export_loss`.
 
@@ -99,13 +109,16 @@ def capture_loss(
         outputs: Example outputs, [B, ...].
         targets: Example targets, [B, ...].
         normaliser: What it returns.
+        model: Whose outputs they are; its parameters must not be in the loss.
+        check: Whether to prove that the graph is the loss.
 
     Returns:
         The loss as a specification.
 
     Raises:
-        InvalidSpec: If it is not what `normaliser` declares.
+        InvalidSpec: If it is not what `normaliser` declares, or holds parameters.
         InvalidGraph: If it cannot be exported, or has too many constants.
+        GradientMismatch: If its gradient is not that of its graph.
     """
     wrapper = _Summed(loss, normaliser).eval()
     z, y = few((outputs, targets))
@@ -117,12 +130,16 @@ def capture_loss(
         }[normaliser]
         msg = (
             f"with normaliser={normaliser!r} a loss returns {declared}, but for this one "
-            "a mini-batch and its parts disagree; declare another normaliser"
+            f"a mini-batch and its parts disagree{_broadcast(z, y)}; declare another "
+            "normaliser"
         )
         raise InvalidSpec(msg, normaliser=normaliser)
     rows = inputs_of(_example, (z, y))
     holder = loss if isinstance(loss, nn.Module) else nn.Module()
     graph, tensors = translated(holder, traced(wrapper, rows), rows)
+    _check_closed(wrapper, holder, tensors, model, z, y)
+    if check:
+        prove_loss(wrapper, graph, tensors, z, y)
     _inline(graph, tensors)
     return LossSpec(
         name=LossName.CUSTOM,
@@ -131,7 +148,14 @@ def capture_loss(
     )
 
 
-def recognised(loss: Any, outputs: Tensor, targets: Tensor) -> LossSpec:
+def recognised(
+    loss: Any,
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    model: nn.Module | None = None,
+    check: bool = True,
+) -> LossSpec:
     """Find the name of a loss, or export it.
 
     Args:
@@ -139,6 +163,8 @@ def recognised(loss: Any, outputs: Tensor, targets: Tensor) -> LossSpec:
             function of outputs and targets that is their mean or sum.
         outputs: Example outputs, [B, ...].
         targets: Example targets, [B, ...].
+        model: Whose outputs they are; its parameters must not be in the loss.
+        check: Whether to prove that an exported graph is the loss.
 
     Returns:
         The loss as a specification.
@@ -148,23 +174,66 @@ def recognised(loss: Any, outputs: Tensor, targets: Tensor) -> LossSpec:
     """
     named = _named(loss)
     if named is not None and not _is_ambiguous(named, outputs, targets):
+        if not named.name.has_classes and outputs.shape[1:] != targets.shape[1:]:
+            msg = (
+                f"{named.name} needs outputs and targets of one shape"
+                f"{_broadcast(outputs, targets)}"
+            )
+            raise InvalidSpec(msg, outputs=outputs.shape, targets=targets.shape)
         return named
+    captured = functools.partial(
+        capture_loss, loss, outputs, targets, model=model, check=check
+    )
     z, y = few((outputs, targets))
-    with torch.no_grad():
-        result = loss(z, y)
-    if isinstance(result, tuple | list):
-        return capture_loss(loss, outputs, targets, "counted")
+    if isinstance(_tried(loss, z, y), tuple | list):
+        return captured("counted")
     choices: tuple[Normaliser, ...] = ("points", "sum")
-    fitting = [n for n in choices if _is_additive(_Summed(loss, n).eval(), z, y)]
+    wrappers = {n: _Summed(loss, n).eval() for n in choices}
+    fitting = [n for n, wrapper in wrappers.items() if _is_additive(wrapper, z, y)]
     if len(fitting) == 1:
-        return capture_loss(loss, outputs, targets, fitting[0])
+        return captured(fitting[0])
     what = "both a mean and a sum" if fitting else "neither a mean nor a sum"
     msg = (
-        f"on the example the loss is {what} over data points: let it return (sum, "
+        f"on the example the loss is {what} over data points{_broadcast(z, y)}: let it "
+        "return (sum, "
         "weight), the sum of all losses and what they are to be divided by, or use "
         "curvd.export_loss"
     )
     raise InvalidSpec(msg)
+
+
+def evaluated(spec: LossSpec, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Compute what a loss returns for a mini-batch, from its specification alone.
+
+    Args:
+        spec: From `recognised`.
+        outputs: Of the model, [B, ...].
+        targets: [B, ...].
+
+    Returns:
+        The scalar that the caller's loss returns; of a pair, the sum.
+    """
+    if spec.name is LossName.CUSTOM:
+        graph = graph_pb.Graph.FromString(spec.graph)
+        constants = [constant(t) for t in graph.tensors]
+        wide = [t.to(outputs) if t.is_floating_point() else t for t in constants]
+        total, *weight = evaluate(graph, (outputs, targets), wide)
+        is_sum = bool(weight) or spec.reduction is Reduction.SUM
+        return total if is_sum else total / outputs.shape[0]
+    kind = next(kind for kind, name in _NAMES.items() if name is spec.name)
+    options: dict[str, Any] = {"reduction": str(spec.reduction)}
+    if spec.class_weights is not None:
+        binary = kind is nn.BCEWithLogitsLoss
+        weights = torch.tensor(spec.class_weights).to(outputs)
+        options["pos_weight" if binary else "weight"] = weights
+    if spec.ignore_index is not None:
+        options["ignore_index"] = spec.ignore_index
+    if kind is nn.CrossEntropyLoss:
+        options["label_smoothing"] = spec.label_smoothing
+    if kind is nn.SmoothL1Loss:
+        options["beta"] = spec.beta
+    result: Tensor = kind(**options)(outputs, targets)
+    return result
 
 
 def _named(loss: Any) -> LossSpec | None:
@@ -212,13 +281,30 @@ def _is_ambiguous(spec: LossSpec, outputs: Tensor, targets: Tensor) -> bool:
     )
 
 
+def _tried(loss: Any, outputs: Tensor, targets: Tensor) -> Any:
+    """Call a loss; what it warns of shows in what follows."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return loss(outputs, targets)
+    except CurvdError:
+        raise
+    except Exception as error:  # of the caller's own code
+        first = str(error).strip().partition("\n")[0][:300]
+        shapes = [list(t.shape) for t in (outputs, targets)]
+        msg = (
+            f"the loss fails on outputs and targets of shape {shapes[0]} and "
+            f"{shapes[1]}: {type(error).__name__}: {first}"
+        )
+        raise InvalidSpec(msg) from error
+
+
 def _is_additive(wrapper: _Summed, outputs: Tensor, targets: Tensor) -> bool:
     """Compare a mini-batch with its parts."""
 
     def totals(rows: slice) -> list[float]:
-        with torch.no_grad():
-            z, y = (wide(t[rows]) for t in (outputs, targets))
-            return [float(v) for v in wrapper((z, y), {})]
+        z, y = (wide(t[rows]) for t in (outputs, targets))
+        return [float(v) for v in _tried(lambda *pair: wrapper(pair, {}), z, y)]
 
     def wide(tensor: Tensor) -> Tensor:
         return (
@@ -233,6 +319,52 @@ def _is_additive(wrapper: _Summed, outputs: Tensor, targets: Tensor) -> bool:
         math.isclose(w, a + b, rel_tol=_CLOSE, abs_tol=1e-12)
         for w, a, b in zip(whole, first, rest, strict=True)
     )
+
+
+def _broadcast(outputs: Tensor, targets: Tensor) -> str:
+    """Say that torch would combine every output with every target, if it would."""
+    if outputs.shape[1:] == targets.shape[1:] or not targets.is_floating_point():
+        return ""
+    shapes = [["B", *map(str, t.shape[1:])] for t in (outputs, targets)]
+    said = " and ".join(f"[{', '.join(shape)}]" for shape in shapes)
+    return (
+        f" (outputs and targets are {said} and may broadcast over each other's data "
+        "points: give both one shape, as with targets[:, None] or outputs.squeeze(1))"
+    )
+
+
+def _check_closed(
+    wrapper: _Summed,
+    holder: nn.Module,
+    tensors: Mapping[str, Tensor],
+    model: nn.Module | None,
+    outputs: Tensor,
+    targets: Tensor,
+) -> None:
+    """Refuse a loss that holds parameters of the model, which would be constants."""
+    named = dict(model.named_parameters()) if model is not None else {}
+    names = {id(p): name for name, p in named.items() if p.requires_grad}
+    memory = {named[n].untyped_storage().data_ptr(): n for n in names.values()}
+    own = {id(p) for p in holder.parameters()} - set(names)
+    leaf = outputs.detach().requires_grad_()
+    with torch.enable_grad():
+        total = wrapper((leaf, targets), {})[0]
+    held = {
+        names.get(id(t), f"a tensor of shape {list(t.shape)}")
+        for t in leaves(total)
+        if t is not leaf and id(t) not in own
+    }
+    there = (t.untyped_storage().data_ptr() for t in tensors.values())
+    held |= {memory[pointer] for pointer in there if pointer in memory}
+    if held:
+        msg = (
+            f"the loss holds {', '.join(sorted(held))}, which is trained. A loss is a "
+            "function of outputs and targets: on a server these would be constants, "
+            "without their derivative, that no update moves. Take the penalty out of "
+            "the loss; c/2 |p|^2 adds c to the diagonal of the Hessian, which is "
+            "damping=c of an operator"
+        )
+        raise InvalidSpec(msg, parameters=", ".join(sorted(held)))
 
 
 def _example(outputs: Tensor, targets: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a session of a module needs beside the module: example outputs, named data."""
+"""What a session of a module needs beside the module: example outputs, proof, data."""
 
 from __future__ import annotations
 
@@ -9,17 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from curvd.graph.capture import Chosen, few
+from curvd.choices import Mode
+from curvd.graph.capture import Chosen, few, sampled
+from curvd.graph.checkpoints import plain_checkpoints
+from curvd.graph.losses import evaluated
 from curvd.graph.manifest import inputs_of
+from curvd.graph.proof import Objective, prove
+from curvd.graph.statistics import in_mode
+from curvd.types import LossSpec
+from curvd.v1 import graph_pb2 as graph_pb
 
 
-def example_outputs(module: nn.Module, inputs: Any, output: str | int | None) -> Tensor:
+def example_outputs(
+    module: nn.Module, inputs: Any, output: str | int | None, mode: Mode
+) -> Tensor:
     """Run a module on a few data points and leave its buffers alone.
 
     Args:
         module: The model.
         inputs: As for `curvd.export`.
         output: Which of its results.
+        mode: Whose statistics BatchNorm uses.
 
     Returns:
         Its outputs, [B, ...].
@@ -27,10 +37,52 @@ def example_outputs(module: nn.Module, inputs: Any, output: str | int | None) ->
     rows = inputs_of(module.forward, few(inputs))
     chosen = Chosen(module, output)
     state = {name: buffer.clone() for name, buffer in chosen.named_buffers()}
-    with torch.no_grad():
+    with torch.no_grad(), plain_checkpoints(), in_mode(module, mode):
         arguments = (rows.args, dict(rows.kwargs))
         result: Tensor = torch.func.functional_call(chosen, state, arguments)
     return result
+
+
+def prove_module(
+    module: nn.Module,
+    inputs: Any,
+    output: str | int | None,
+    mode: Mode,
+    graph: graph_pb.Graph,
+    tensors: Mapping[str, Tensor],
+    loss: tuple[Any, LossSpec, Tensor] | None = None,
+) -> None:
+    """Prove that a graph is the module that it was exported from.
+
+    Args:
+        module: The model.
+        inputs: As for `curvd.export`.
+        output: Which of its results.
+        mode: In which it was exported.
+        graph: What was exported.
+        tensors: Its tensors by name.
+        loss: The caller's, what a server makes of it, and all targets.
+
+    Raises:
+        GradientMismatch: If outputs, loss or gradients differ.
+    """
+    rows = inputs_of(module.forward, sampled(inputs))
+    objective = None
+    if loss is not None:
+        own, spec, targets = loss
+        given: Tensor = sampled(targets)
+
+        def wide(outputs: Tensor) -> Tensor:
+            return given.to(outputs.dtype) if given.is_floating_point() else given
+
+        def eager(outputs: Tensor) -> Tensor:
+            result = own(outputs, wide(outputs))
+            total: Tensor = result[0] if isinstance(result, tuple | list) else result
+            return total
+
+        objective = Objective(eager, lambda z: evaluated(spec, z, wide(z)))
+    with in_mode(module, mode):
+        prove(Chosen(module, output), rows, graph, tensors, objective)
 
 
 def leaves_of(inputs: Any) -> list[Tensor]:

@@ -25,7 +25,7 @@ DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
-_MEMORY_FORMATS = {
+MEMORY_FORMATS = {
     torch.contiguous_format: "contiguous",
     torch.preserve_format: "preserve",
     torch.channels_last: "channels_last",
@@ -185,7 +185,7 @@ def _literal(item: Any, value: Value) -> graph_pb.GraphLiteral:
     if isinstance(item, torch.dtype) and item in DTYPE_NAMES:
         return graph_pb.GraphLiteral(dtype=DTYPE_NAMES[item])
     if isinstance(item, torch.memory_format):
-        return graph_pb.GraphLiteral(memory_format=_MEMORY_FORMATS[item])
+        return graph_pb.GraphLiteral(memory_format=MEMORY_FORMATS[item])
     where = f" ({value.source})" if value.source else ""
     msg = (
         f"operator {value.operator}{where} has the argument {item!r}, which a graph "

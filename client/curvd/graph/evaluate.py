@@ -1,0 +1,108 @@
+"""A graph is run with plain torch, as a server would run it, to prove what it computes."""
+
+from __future__ import annotations
+
+import operator as python
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvd.graph.tape import DTYPE_NAMES, MEMORY_FORMATS
+from curvd.v1 import graph_pb2 as graph_pb
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_FORMATS = {name: form for form, name in MEMORY_FORMATS.items()}
+_SIZES: Mapping[str, Callable[..., Any]] = {
+    "size": lambda tensor, axis: tensor.shape[axis],
+    "numel": lambda tensor: tensor.numel(),
+    "item": lambda sequence, index: sequence[index],
+    "and": lambda a, b: a and b,
+    "or": lambda a, b: a or b,
+    "not": lambda a: not a,
+    **{
+        name: getattr(python, name)
+        for name in "add sub mul floordiv mod truediv neg eq ne lt le gt ge".split()
+    },
+    "min": min,
+    "max": max,
+    "int": int,
+    "float": float,
+}
+
+
+def evaluate(
+    graph: graph_pb.Graph, inputs: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """Run a graph, differentiably.
+
+    Floating point types follow a session's rule: the exported type stands for the type
+    of `tensors` and `inputs`, and in float64 all of them do.
+
+    Args:
+        graph: From `curvd.graph.tape.write`.
+        inputs: Values of its inputs, in order.
+        tensors: Values of its tensors, in order.
+
+    Returns:
+        Its outputs.
+    """
+    floating = (t.dtype for t in (*tensors, *inputs) if t.is_floating_point())
+    session = next(floating, torch.float32)
+    device = inputs[0].device
+    values: list[Any] = [*inputs, *tensors]
+
+    def read(literal: graph_pb.GraphLiteral) -> Any:
+        kind = literal.WhichOneof("kind")
+        if kind is None:
+            return None
+        item = getattr(literal, kind)
+        if kind == "value":
+            return values[item]
+        if kind == "memory_format":
+            return _FORMATS[item]
+        if kind != "dtype":
+            return item
+        dtype = _DTYPES[item]
+        stands = item == graph.dtype or session is torch.float64
+        return session if dtype.is_floating_point and stands else dtype
+
+    for node in graph.nodes:
+        positional: list[Any] = []
+        named: dict[str, Any] = {}
+        for argument in node.arguments:
+            kind = argument.WhichOneof("kind")
+            value: Any = None
+            if kind == "literals":
+                value = [read(item) for item in argument.literals.items]
+            elif kind is not None:
+                value = read(argument.literal)
+            if argument.name:
+                named[argument.name] = value
+            else:
+                positional.append(value)
+        values.append(_apply(node.operator, positional, named, device))
+    return [values[index] for index in graph.outputs]
+
+
+def constant(described: graph_pb.GraphTensor) -> Tensor:
+    """Read a tensor whose value travels inside the graph."""
+    dtype = _DTYPES[described.dtype]
+    if not described.data:
+        return torch.zeros(tuple(described.shape), dtype=dtype)
+    raw = torch.frombuffer(bytearray(described.data), dtype=dtype)
+    return raw.reshape(tuple(described.shape))
+
+
+def _apply(
+    operator: str, positional: list[Any], named: dict[str, Any], device: torch.device
+) -> Any:
+    namespace, name, *overload = operator.split(".")
+    if namespace == "sym":
+        return _SIZES[name](*positional)
+    function = getattr(getattr(torch.ops.aten, name), overload[0])
+    kinds = {a.name: str(a.type) for a in function._schema.arguments}
+    if "device" in kinds and not any("Tensor" in kind for kind in kinds.values()):
+        named["device"] = device
+    return function(*positional, **named)
