@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import signal
 import threading
 import time
@@ -13,6 +14,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+import psutil
 
 from curvd.allocator import tune_allocator
 from curvd.errors import FailedPrecondition
@@ -70,6 +73,9 @@ def serve(config: ServerConfig) -> None:
         config: Everything about the server.
     """
     tune_allocator()
+    # What was imported stays: looking through it for garbage takes 0.2 s each time, in
+    # which nobody is served.
+    gc.freeze()
     logs.set_up(config.log_level)
     raise_descriptor_limit()
     asyncio.run(_serve(config))
@@ -156,6 +162,7 @@ async def running(
             run_bytes=limits.block_bytes,
             pending_columns=limits.pending_columns,
             pending_bytes=limits.pending_bytes,
+            long_bytes=psutil.virtual_memory().total // 4,
             name=f"curvd-{config.device}",
         )
         stack.callback(batcher.close)

@@ -5,6 +5,9 @@ one product, if that is cheaper. There is no timer, so a lone caller never waits
 Operators take turns, so that a caller with many requests delays another by one run at
 most.
 
+Work that takes long, such as the opening of a session, is done in turns (`cooperative`):
+a product waits for one step of it, not for all.
+
 Waking the thread and being woken takes a tenth of a millisecond or two. A lone caller
 whose product is as short has it computed by his own thread, if the device is idle.
 """
@@ -28,6 +31,7 @@ from numpy.typing import NDArray
 
 from curvd.buffers import Pool
 from curvd.errors import OutOfMemory, Overloaded, Unavailable
+from curvd_server.cooperative import LongWork
 
 T = TypeVar("T")
 Columns = NDArray[Any]
@@ -44,6 +48,12 @@ _SHORT_S = 0.3e-3
 _FORGET = 0.8
 """How much of an operator's slowest product lately still counts after one more."""
 _LONGEST_RETRY_S = 30.0
+_TURN_S = (5e-3, 0.25)
+"""Long work keeps the device for one step, or for several short ones: as long as the
+latest run of somebody else took, within these bounds. So who multiplies all the time and
+who opens a session get half of the device each."""
+_MOST_LONG = 4
+"""Long work that has begun and not ended; more waits."""
 
 
 class Multiplies(Protocol):
@@ -100,6 +110,17 @@ class Ticket(Future[Done[T]]):
         self.job, self.columns = job, columns
         self.abandoned = False
         self.submitted_s = time.monotonic()
+        self.long_bytes: int | None = None
+        """Memory of long work; None: it is none."""
+        self.work: LongWork[T] | None = None
+        """Long work that has begun."""
+        self.spent_s = self.queue_s = 0.0
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether it is long work that has not begun, and is still wanted."""
+        begun = self.long_bytes is None or self.work is not None
+        return not begun and not self.abandoned
 
     def cancel(self) -> bool:
         """Give up. A run stops at the next mini-batch if all its members have."""
@@ -156,6 +177,8 @@ class Batcher:
         run_bytes: Operand bytes that run together at most, likewise.
         pending_columns: Columns that may be under way before callers are turned away.
         pending_bytes: Memory that may be under way, likewise.
+        long_bytes: Memory of long work that goes on at once, unless one needs more.
+        clock: Seconds; for tests.
         name: Of the thread.
     """
 
@@ -166,11 +189,16 @@ class Batcher:
         run_bytes: int,
         pending_columns: int,
         pending_bytes: int,
+        long_bytes: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
         name: str = "device",
     ) -> None:
         self._run_columns, self._run_bytes = run_columns, run_bytes
         self._pending = (pending_columns, pending_bytes)
         self._reserved = [0, 0]
+        self._long_bytes, self._clock = long_bytes, clock
+        self._long: list[Ticket[Any]] = []
+        self._latest_s = self._turn_end_s = 0.0
         self._pool = Pool(run_bytes)
         self._lanes: OrderedDict[Hashable, _Lane] = OrderedDict()
         self._lock = threading.Lock()
@@ -278,6 +306,24 @@ class Batcher:
         """
         return self._submit(("job", lane), None, Ticket(job, None))
 
+    def run_in_turns(
+        self, job: Callable[[Poll], T], *, lane: Hashable = None, nbytes: int = 0
+    ) -> Ticket[T]:
+        """Queue long work, which gives way to others between its steps.
+
+        Args:
+            job: Called on a thread of its own; each poll is a yield point, and so is
+                `cooperative.yield_point`.
+            lane: As for `run`.
+            nbytes: Memory that it needs; not too much goes on at once.
+
+        Returns:
+            Its result, to come.
+        """
+        ticket = Ticket(job, None)
+        ticket.long_bytes = nbytes
+        return self._submit(("job", lane), None, ticket)
+
     def statistics(self) -> BatcherStatistics:
         """Report what was done, and what waits."""
         with self._lock:
@@ -323,13 +369,16 @@ class Batcher:
             if self._closed:
                 self._refuse_all()
                 return False
-            key, lane = next(iter(self._lanes.items()), (None, None))
+            key, lane = self._next()
             self._asleep = lane is None
+            long = lane is not None and lane.tickets[0].long_bytes is not None
             tickets = [] if lane is None else self._take(lane)
         if lane is None:
             self._bell.get()
             return True
-        if tickets:
+        if long:
+            self._advance(lane)
+        elif tickets:
             self._execute(lane.operator, tickets)
         with self._lock:
             # Behind all others, also those that came during the run: a caller who
@@ -339,13 +388,80 @@ class Batcher:
                 del self._lanes[key]
         return True
 
+    def _next(self) -> tuple[Hashable, _Lane | None]:
+        """Choose whose turn it is: the first, but long work may have to wait for room.
+
+        What waits for room begins in the order in which it came.
+        """
+        full = False
+        for key, lane in self._lanes.items():
+            head = lane.tickets[0]
+            if not head.waits_for_room:
+                return key, lane
+            full = full or not self._has_room(head)
+            if not full:
+                return key, lane
+        return None, None
+
+    def _has_room(self, ticket: Ticket[Any]) -> bool:
+        nbytes = sum(t.long_bytes or 0 for t in (*self._long, ticket))
+        fits = len(self._long) < _MOST_LONG and nbytes <= self._long_bytes
+        return fits or not self._long
+
+    def _advance(self, lane: _Lane) -> None:
+        """Let the long work at the front of a lane take its turn."""
+        ticket = lane.tickets[0]
+        if ticket.work is None:
+            if not ticket.set_running_or_notify_cancel():
+                self._end(lane)
+                return
+            assert ticket.job is not None
+            ticket.work = LongWork(
+                ticket.job,
+                stopped=lambda: self._closed or ticket.abandoned,
+                gives_way=self._gives_way,
+            )
+            ticket.queue_s = time.monotonic() - ticket.submitted_s
+            with self._lock:
+                self._long.append(ticket)
+        least_s, most_s = _TURN_S
+        start_s = self._clock()
+        self._turn_end_s = start_s + min(max(least_s, self._latest_s), most_s)
+        ended = ticket.work.resume()
+        ticket.spent_s += self._clock() - start_s
+        if ended:
+            self._end(lane)
+
+    def _gives_way(self) -> bool:
+        """Tell long work whether its turn is over: if others wait, and it took a while."""
+        if self._closed:
+            return True
+        return len(self._lanes) > 1 and self._clock() >= self._turn_end_s
+
+    def _end(self, lane: _Lane) -> None:
+        """Take long work off its lane, and tell its caller how it ended."""
+        with self._lock:
+            ticket = lane.tickets.popleft()
+            if ticket in self._long:
+                self._long.remove(ticket)
+        work, ticket.work, ticket.job = ticket.work, None, None
+        if work is not None:
+            try:
+                value = work.result()
+            except Exception as error:
+                ticket.set_exception(error)
+            else:
+                done = Done(value, ticket.queue_s, ticket.spent_s, 0)
+                ticket.set_result(done)
+        self._count(None, 0, ticket.spent_s, int(ticket.abandoned))
+
     def _take(self, lane: _Lane) -> list[Ticket[Any]]:
         """Take what runs together from the front of a lane; skip the cancelled."""
         taken: list[Ticket[Any]] = []
         columns = nbytes = 0
         share = lane.operator is not None and lane.operator.shares
         most_bytes = self._run_bytes if share else min(self._run_bytes, _LITTLE_BYTES)
-        while lane.tickets:
+        while lane.tickets and lane.tickets[0].long_bytes is None:
             head = lane.tickets[0].columns
             if taken and (
                 head is None
@@ -364,7 +480,7 @@ class Batcher:
         return taken
 
     def _execute(self, operator: Multiplies | None, tickets: list[Ticket[Any]]) -> None:
-        start_s = time.monotonic()
+        start_s, began_s = time.monotonic(), self._clock()
         counts = [0 if t.columns is None else len(t.columns) for t in tickets]
         try:
             values = self._compute(operator, tickets)
@@ -385,6 +501,7 @@ class Batcher:
                 ticket.set_result(Done(value, queue_s, compute_s, sum(counts)))
         given_up = sum(ticket.abandoned for ticket in tickets)
         seconds = time.monotonic() - start_s
+        self._latest_s = self._clock() - began_s
         self._count(operator, sum(counts), seconds, given_up)
 
     def _joined(self, parts: list[Columns]) -> Columns:
@@ -436,7 +553,11 @@ class Batcher:
         msg = "the server is shutting down"
         for lane in self._lanes.values():
             for ticket in lane.tickets:
-                if ticket.set_running_or_notify_cancel():
+                if ticket.work is not None:
+                    while not ticket.work.resume():  # it stops at its next poll
+                        pass
+                    ticket.set_exception(Unavailable(msg))
+                elif ticket.set_running_or_notify_cancel():
                     ticket.set_exception(Unavailable(msg))
         self._lanes.clear()
 

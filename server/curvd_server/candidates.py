@@ -7,6 +7,7 @@ are timed in turn, and the best time of each counts.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 
 from curvd.types import OperatorSpec
+from curvd_server.cooperative import yield_point
 from curvd_server.curvature import MODES, Linearisation, block_ranges, kept_bytes
+from curvd_server.interruptible import Interruptible
 from curvd_server.logs import logger
 from curvd_server.objective import Problem, add_rows, check_cancelled, tangents_of
 
@@ -55,6 +58,8 @@ _RUNS = 3
 """Most runs of a plan in a row; the best one counts."""
 _REPEATS = 2
 """How often those that are close are timed again; once if they are long."""
+_INTERRUPTED_S = 0.75
+"""Wide products that may take longer are timed with yield points between operations."""
 _LONG_S = 0.1
 """A product of this length needs no third run, and no second one if it was timed before
 or is hopeless. Joined mini-batches do."""
@@ -258,6 +263,7 @@ class Stopwatch:
             size = kept_bytes(plan.mode, problem, self._spec, batch)  # warms, traces
             if plan.batches_at_once > 1 and size > self._bytes:
                 return None
+            yield_point()
             start = self._clock()
             linear = MODES[plan.mode](problem, self._spec, batch)
             build_s = self._since(start)
@@ -279,15 +285,24 @@ class Stopwatch:
         out = torch.zeros(shape, dtype=p.result_dtype, device=p.device)
         tangents = tangents_of(columns, p.layout)
         seconds: list[float] = []
+        # A step of many columns may be as long as many steps. On another device the
+        # pauses would count, and operations only wait there.
+        long = plan.batched and p.device.type == "cpu" and limit_s > _INTERRUPTED_S
+        inside = Interruptible() if long else contextlib.nullcontext()
         while len(seconds) < _RUNS:  # the first warms caches and allocators
-            start = self._clock()
             rows: list[Tensor | None] = []
+            spent_s = 0.0
             for block in blocks:
-                inside = tangents[block.start : block.stop]
-                rows += linear.product(inside, block, batched=plan.batched)
+                yield_point()  # while the clock stands still
+                start = self._clock()
+                with inside:
+                    cut = tangents[block.start : block.stop]
+                    rows += linear.product(cut, block, batched=plan.batched)
+                spent_s += self._since(start)
+            start = self._clock()
             add_rows(out, p.layout, rows)
             del rows  # before the next ones are made
-            seconds.append(self._since(start))
+            seconds.append(spent_s + self._since(start))
             self._left_s -= seconds[-1]
             long = seconds[-1] > _LONG_S
             enough = len(seconds) == 2 or plan in self._warm or seconds[-1] > limit_s

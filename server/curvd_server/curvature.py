@@ -28,6 +28,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvd.choices import OperatorKind
 from curvd.types import OperatorSpec
+from curvd_server.cooperative import yield_point
 from curvd_server.data import Batch
 from curvd_server.objective import Problem
 from curvd_server.outputs import Metric, metric
@@ -260,6 +261,7 @@ def kept_bytes(mode: str, problem: Problem, spec: OperatorSpec, batch: Batch) ->
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # the tensor itself would make a reference cycle
 
+    yield_point()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         MODES[mode](problem, spec, batch)
     return sum(seen.values())

@@ -13,6 +13,8 @@ from torch import Tensor
 from curvd.choices import Dtype
 from curvd.errors import InvalidSpec
 from curvd.types import DatasetSpec
+from curvd_server.cooperative import yield_point
+from curvd_server.pieces import pieces
 
 Array = np.ndarray[Any, Any] | Tensor
 
@@ -21,6 +23,9 @@ TORCH_DTYPES = {
     Dtype.FLOAT64: torch.float64,
     Dtype.BFLOAT16: torch.bfloat16,
 }
+
+_COPIED = 1 << 20
+"""Elements that are copied in one step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +72,10 @@ def cut(
         raise InvalidSpec(msg, missing=missing)
     tensors: list[Tensor] = []
     for name in names:
+        yield_point()
         tensor = tensor_of(arrays[name])
         kind = dtype if tensor.is_floating_point() else tensor.dtype
-        tensors.append(tensor.to(device, kind))
+        tensors.append(_placed(tensor, device, kind))
     lengths = {name: len(t) for name, t in zip(names, tensors, strict=True)}
     if len(set(lengths.values())) != 1 or not len(tensors[0]):
         msg = f"tensors of a dataset need one common length above 0, got {lengths}"
@@ -113,7 +119,27 @@ def tensor_of(array: Array) -> Tensor:
     if isinstance(array, Tensor):
         return array.detach()
     # note: torch warns about read-only memory, which could be written through it.
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    return torch.from_numpy(array if array.flags.writeable else _copied(array))
+
+
+def _copied(array: Array) -> Array:
+    """Copy an array, which may lie on a slow disk, in steps of long work."""
+    own = np.empty(array.shape, array.dtype)
+    here, there = own.reshape(-1), array.reshape(-1)
+    for start in range(0, array.size, _COPIED):
+        yield_point()
+        here[start : start + _COPIED] = there[start : start + _COPIED]
+    return own
+
+
+def _placed(tensor: Tensor, device: torch.device, kind: torch.dtype) -> Tensor:
+    """Bring a tensor somewhere, in steps of long work."""
+    if tensor.dtype == kind and tensor.device == device:
+        return tensor
+    there = torch.empty(tensor.shape, dtype=kind, device=device)
+    for piece, values in pieces(there, tensor):
+        piece.copy_(values)
+    return there
 
 
 def exact(tensor: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from curvd.errors import InvalidVector, OutOfMemory
 from curvd.reports import PlanReport
 from curvd.types import OperatorSpec
 from curvd_server.compilation import Compiler, Job
+from curvd_server.cooperative import yield_point
 from curvd_server.curvature import MODES, Linearisation, block_ranges, kept_bytes
 from curvd_server.data import Array
 from curvd_server.objective import Problem, check_cancelled, never, tangents_of
@@ -221,6 +222,7 @@ class Operator:
         column = column.to(p.device, p.result_dtype)
         first, second = torch.empty_like(column), torch.empty_like(column)
         for out in (first, second):
+            yield_point()
             self._batch_product(0, column, out, never)
         check_repeatable("product", first[0], second[0])
 
@@ -376,6 +378,7 @@ class Operator:
             return
         found = deque[Tensor | None]()
         for b in self._blocks:
+            yield_point()  # of an opening; a product goes on
             found += linear.product(tangents[b.start : b.stop], b, batched=batched)
         for at in range(len(tangents)):
             yield at, found.popleft()

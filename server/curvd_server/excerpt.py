@@ -16,6 +16,7 @@ from torch import Tensor
 
 from curvd.choices import OperatorKind
 from curvd.types import OperatorSpec
+from curvd_server.cooperative import yield_point
 from curvd_server.data import Batch, rows_of
 from curvd_server.objective import Problem
 from curvd_server.outputs import metric
@@ -109,6 +110,7 @@ class Excerpt:
             return [row.div_(2 * step) for row in _gradients(leaves)]
         ahead, behind = (self._outputs(batch, sign * step) for sign in (1.0, -1.0))
         self._move(0.0)
+        yield_point()
         with torch.enable_grad():
             outputs = self.problem.outputs(leaves, batch)
             middle = metric(self.problem, spec, outputs.detach(), batch)
@@ -133,6 +135,7 @@ class Excerpt:
     def _move(self, step: float) -> None:
         pairs = zip(self.problem.parameters, self._origin.parameters, strict=True)
         for index, (parameter, origin) in enumerate(pairs):
+            yield_point()
             # From the origin each time: adding and subtracting would round.
             parameter.copy_(origin)
             for direction, length in ((self._away, AWAY), (self._direction, step)):
@@ -142,6 +145,7 @@ class Excerpt:
 
     def _outputs(self, batch: Batch, step: float) -> Tensor:
         self._move(step)
+        yield_point()
         with torch.no_grad():
             return self.problem.outputs(self.problem.parameters, batch)
 
@@ -156,6 +160,7 @@ class Excerpt:
 
         Each parameter's is added as the backward pass gets there, and not kept.
         """
+        yield_point()
         with torch.enable_grad():
             loss = factor * self.problem.objective(leaves, batch)
         if loss.requires_grad:

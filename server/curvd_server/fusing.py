@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from curvd_server.cooperative import yield_point
 from curvd_server.peephole import shape_of
 
 aten = torch.ops.aten
@@ -34,6 +35,7 @@ def fuse(graph: fx.Graph) -> fx.Graph:
         The graph.
     """
     for node in list(graph.nodes):
+        yield_point()
         if node.target is _ADD and not node.kwargs and len(node.all_input_nodes) == 2:
             _ = (
                 _accumulate_product(graph, node)

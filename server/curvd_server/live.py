@@ -18,6 +18,9 @@ from curvd_server.device import Array, Operator, Poll, Problem
 
 T = TypeVar("T")
 
+_VERIFIED_BYTES = 24
+"""Memory that verifying an operator takes per parameter: three float64 vectors."""
+
 
 @dataclass(eq=False, slots=True)
 class Built:
@@ -50,6 +53,16 @@ class Live:
         """The operators that are built, and how they are computed."""
         return tuple((spec, b.operator.report) for spec, b in self._built.items())
 
+    def has(self, spec: OperatorSpec | None) -> bool:
+        """Tell whether nothing has to be loaded or built before an operator is used.
+
+        Args:
+            spec: Which; None: the objective is enough.
+        """
+        return self.problem is not None and (
+            spec is None or unshifted(spec) in self._built
+        )
+
     async def load(self, load: Callable[[], Problem]) -> Problem:
         """Warm up, unless that is done.
 
@@ -76,8 +89,8 @@ class Live:
         built = self._built.pop(spec, None)
         if built is None:
             assert self.problem is not None
-            self.problem.layout.of_operator(spec)  # refuse it early
-            built = Built(await self._run(self._building(spec)))
+            nbytes = _VERIFIED_BYTES * self.problem.layout.of_operator(spec).size
+            built = Built(await self._run(self._building(spec), nbytes))
             self._retire(list(self._built)[: len(self._built) + 1 - self._capacity])
         self._built[spec] = built
         built.users += 1
@@ -147,8 +160,10 @@ class Live:
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
 
-    async def _run(self, job: Callable[[Poll], T]) -> T:
-        return (await asyncio.wrap_future(self._batcher.run(job, lane=id(self)))).value
+    async def _run(self, job: Callable[[Poll], T], nbytes: int = 0) -> T:
+        """Do long work on the device, in turns with others."""
+        ticket = self._batcher.run_in_turns(job, lane=id(self), nbytes=nbytes)
+        return (await asyncio.wrap_future(ticket)).value
 
 
 def unshifted(spec: OperatorSpec) -> OperatorSpec:

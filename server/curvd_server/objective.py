@@ -26,6 +26,7 @@ from curvd.errors import Cancelled, InvalidSpec
 from curvd.layout import ParameterLayout
 from curvd.selection import select
 from curvd.types import DatasetSpec, LossSpec, OperatorSpec
+from curvd_server.cooperative import yield_point
 from curvd_server.data import (
     TORCH_DTYPES,
     Array,
@@ -229,6 +230,7 @@ class Problem:
             outputs = self.outputs(self.parameters, rows_of(first, slice(0, 2)))
         counted = 0.0
         for batch in self.data:
+            yield_point()
             self.loss.check(outputs, batch.targets)
             counted += float(self.loss.counts(batch.targets).sum())
         if not counted > 0:
@@ -257,6 +259,7 @@ class Problem:
                 want = tuple(home[name].shape) if name in home else "no such parameter"
                 msg = f"parameter {name!r}: got shape {tuple(value.shape)}, want {want}"
                 raise InvalidSpec(msg, parameter=name)
+            yield_point()
             home[name] = tensor_of(value).to(home[name], copy=True).contiguous()
         model = dataclasses.replace(self.model, constants=constants)
         return dataclasses.replace(self, model=model, parameters=tuple(old.values()))
@@ -396,6 +399,7 @@ class Problem:
         """
         chosen: list[tuple[Tensor, ...]] = []
         for batch in self.data:
+            yield_point()
             counts = self.loss.counts(batch.targets)
             weight = counts.reshape(len(counts), -1).sum(1)
             for row in weight.nonzero().flatten()[: rows - len(chosen)].tolist():
@@ -409,15 +413,19 @@ class Problem:
             model=dataclasses.replace(self.model, constants=constants),
             loss=Loss.of(self.loss.spec, torch.float64, torch.device("cpu")),
             layout=self.layout,
-            parameters=tuple(
-                p.to("cpu", torch.float64, copy=True) for p in self.parameters
-            ),
+            parameters=tuple(map(_own, self.parameters)),
             data=(Batch(0, tuple(inputs), targets),),
             normaliser=1.0,
             mode=self.mode,
             decay=self.decay,
         )
         return small._normalised()
+
+
+def _own(parameter: Tensor) -> Tensor:
+    """Copy a parameter to the CPU in float64."""
+    yield_point()
+    return parameter.to("cpu", torch.float64, copy=True)
 
 
 def tangents_of(columns: Tensor, layout: ParameterLayout) -> list[Tensor]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from curvd_server.cooperative import yield_point
+
 aten = torch.ops.aten
 
 _ADD, _MUL = aten.add.Tensor, aten.mul.Tensor
@@ -51,6 +53,7 @@ def simplify(graph: fx.Graph, zeros: Set[str]) -> tuple[fx.Graph, Recipe]:
     graph, recipe = new, Recipe()
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
+        yield_point()
         if node.target is _ADD:
             _drop_zero(graph, node, zeros)
         elif node.target is aten.copy.default:
@@ -58,9 +61,11 @@ def simplify(graph: fx.Graph, zeros: Set[str]) -> tuple[fx.Graph, Recipe]:
         elif node.target in _COPIES and "memory_format" not in node.kwargs:
             _drop_copy(graph, node, source=0)
     for node in list(graph.nodes):
+        yield_point()
         if node.target in _SCALES:
             _fold_factor(graph, node, recipe)
     for node in list(graph.nodes):
+        yield_point()
         if node.target is _MUL:
             _gather_factors(graph, node, recipe)
     graph.eliminate_dead_code()

@@ -8,12 +8,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from curvd_server.cooperative import yield_point
+
 PIECE = 1 << 18
 """Elements of a piece; a few of them in float64 fit a core's cache."""
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Cut tensors of one shape alike, along their first axis.
+
+    Between two pieces is a yield point of long work.
 
     Args:
         tensors: Each ``[n, ...]`` or a scalar, with any strides.
@@ -23,7 +27,9 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """
     rows = [t if t.ndim else t.reshape(1) for t in tensors]
     count = max(1, PIECE * len(rows[0]) // max(1, rows[0].numel()))
-    yield from zip(*(torch.split(t, count) for t in rows), strict=True)
+    for piece in zip(*(torch.split(t, count) for t in rows), strict=True):
+        yield_point()
+        yield piece
 
 
 def dot(a: Tensor, b: Tensor) -> float:

@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 from curvd.choices import OperatorKind
 from curvd.types import OperatorSpec
 from curvd_server.compilation import Job, Routine
+from curvd_server.cooperative import yield_point
 from curvd_server.data import Batch
 from curvd_server.emission import emitted
 from curvd_server.fusing import fuse
@@ -226,10 +227,12 @@ def program(
     """Linearise by partial evaluation; see `curvature.Linearisation`."""
     hessian = spec.kind is OperatorKind.HESSIAN
     whole = _program(problem, batch, hessian=hessian)
+    yield_point()
     frozen = problem.model.constants.values()
     known = [*problem.parameters, *frozen, *batch.inputs, batch.targets]
     with torch.no_grad():
         values, outputs = evaluate(whole.traced, known)
+        yield_point()
         code = whole.code(values)
         constants = code.constants(values)
     if hessian:

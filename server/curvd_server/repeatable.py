@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from curvd.errors import NotDeterministic
+from curvd_server.cooperative import yield_point
 from curvd_server.objective import Problem
 from curvd_server.pieces import pieces
 
@@ -22,7 +23,9 @@ def check_objective(problem: Problem) -> None:
     Raises:
         NotDeterministic: If two evaluations differ, or are not finite.
     """
-    first, second = (problem.batch_gradient(problem.data[0]) for _ in range(2))
+    first = problem.batch_gradient(problem.data[0])
+    yield_point()
+    second = problem.batch_gradient(problem.data[0])
     check_repeatable("loss", first[0], second[0])
     for name, a, b in zip(problem.layout.names, first[1], second[1], strict=True):
         if a is not None and b is not None:

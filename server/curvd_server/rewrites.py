@@ -20,6 +20,7 @@ from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
 
 from curvd.choices import Mode
+from curvd_server.cooperative import yield_point
 from curvd_server.data import Array, tensor_of
 from curvd_server.graph.module import GraphModule
 
@@ -153,6 +154,7 @@ def take_apart(
     """
 
     def place(name: str, own: Tensor) -> Tensor:
+        yield_point()
         value = tensor_of(state[name]) if name in state else own.detach().clone()
         kind = dtype if own.is_floating_point() else own.dtype
         return value.to(device, kind).contiguous()

@@ -190,7 +190,9 @@ class Session:
         async with self._used():
             built = None
             try:
-                async with self._lock:
+                # What is there can be had while something else is built.
+                waits = not self.live.has(operator)
+                async with self._lock if waits else contextlib.nullcontext():
                     self._check_version(expected_version)
                     problem, info = await self.warm(), self.stored.info
                     if operator is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
+from curvd_server.cooperative import yield_point
 from curvd_server.peephole import shape_of
 
 aten = torch.ops.aten
@@ -39,6 +40,7 @@ def without_zeros(graph: fx.Graph, inputs: range, outputs: range) -> fx.Graph:
         return found
 
     for node in graph.nodes:
+        yield_point()
         operands = [o for o in node.all_input_nodes if o.op != "get_attr"]
         if node.op == "placeholder":
             renamed[node] = special.node_copy(node) if position in inputs else None

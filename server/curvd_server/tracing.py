@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from curvd_server.cooperative import alone, yield_point
 from curvd_server.data import Batch
+from curvd_server.interruptible import Interruptible
 from curvd_server.objective import Problem
+
+_one_trace = threading.Lock()
+"""A trace patches `nn.Module` for all threads, and takes that back at its end: traces
+may lie within each other, but not overlap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +48,7 @@ def trace(problem: Problem, batch: Batch, *, hessian: bool) -> fx.GraphModule:
     """
     names = tuple(problem.model.constants)
     primals = problem.parameters
+    yield_point()
 
     def linear(
         parameters: tuple[Tensor, ...],
@@ -72,9 +81,20 @@ def trace(problem: Problem, batch: Batch, *, hessian: bool) -> fx.GraphModule:
     tangents = tuple(torch.empty_like(p) for p in primals)
     args = (primals, constants, batch.inputs, batch.targets, tangents, cotangents)
     pure = torch.func.functionalize(linear, remove="mutations")
+
+    def gently(*given: Any) -> Any:
+        with Interruptible():
+            return pure(*given)
+
     # note: with grad mode off torch picks fused backwards that have no forward mode.
-    with torch.enable_grad():
-        tracer = make_fx(pure, tracing_mode="fake", _allow_non_fake_inputs=True)
+    # note: backwards of a CUDA model run on this thread as well, so that they can yield.
+    with (
+        alone(_one_trace),
+        torch.enable_grad(),
+        torch.autograd.set_multithreading_enabled(False),
+        _use_lazy_graph_module(True),  # nobody calls the module: no code is needed
+    ):
+        tracer = make_fx(gently, tracing_mode="fake", _allow_non_fake_inputs=True)
         return tracer(*args)
 
 
@@ -102,6 +122,7 @@ def split(traced: fx.GraphModule, known: int) -> Traced:
 
     placeholders = 0
     for node in traced.graph.nodes:
+        yield_point()
         placeholders += node.op == "placeholder"
         if node.op == "output":
             graph.output(tuple(fx.map_arg(r, lift) for r in node.args[0]))

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from curvd.errors import OutOfMemory
 from curvd.types import OperatorSpec
+from curvd_server.cooperative import yield_point
 from curvd_server.curvature import MODES, Linearisation, block_ranges
 from curvd_server.data import Batch
 from curvd_server.excerpt import Direction, Excerpt, filled, scale_of
@@ -116,7 +117,7 @@ class Truth:
     def _examine(self, mode: str, *, batched: bool) -> Evidence:
         excerpt = self._excerpt()
         small = excerpt.problem
-        linear = MODES[mode](small, self._spec, small.data[0])
+        linear = _linearised(mode, small, self._spec, small.data[0])
         crossed = [
             name
             for block in self._probed_blocks()
@@ -147,7 +148,7 @@ class Truth:
                 torch.stack(pair)
                 for pair in zip(v.tensors(like), w.tensors(like), strict=True)
             ]
-            both = linear.product(stacked, whole, batched=True)
+            both = _product(linear, stacked, whole, batched=True)
             del stacked
             first, second = (
                 filled([r if r is None else r[k] for r in both], like) for k in (0, 1)
@@ -155,9 +156,9 @@ class Truth:
             right = v.dot(second)
         else:
             right = v.dot(
-                filled(linear.product(w.tensors(like), whole, batched=False), like)
+                filled(_product(linear, w.tensors(like), whole, batched=False), like)
             )
-            rows = linear.product(v.tensors(like), whole, batched=False)
+            rows = _product(linear, v.tensors(like), whole, batched=False)
             first = filled(rows, like)
         left = w.dot(first)
         squares = sum(s**2 * p.numel() for s, p in zip(w.scales, like, strict=True))
@@ -191,10 +192,10 @@ class Truth:
         for index, tangent in enumerate(tangents):
             if index not in block:
                 tangent.zero_()
-        full = linear.product(tangents, range(len(like)), batched=False)
+        full = _product(linear, tangents, range(len(like)), batched=False)
         want = filled(full[cut], like[cut])
         del full
-        got = filled(linear.product(tangents[cut], block, batched=False), like[cut])
+        got = filled(_product(linear, tangents[cut], block, batched=False), like[cut])
         names = self._problem.layout.names[cut]
         gaps = _gaps(got, want)
         return [n for n, gap in zip(names, gaps, strict=True) if not gap <= TOLERANCE]
@@ -227,7 +228,7 @@ def disagreements(
     names, blocks = problem.layout.names, block_ranges(spec, len(tangents))
     wrong: list[str] = []
     for batch in _one_of_each_shape(problem):
-        ours, theirs = (MODES[m](problem, spec, batch) for m in (mode, reference))
+        ours, theirs = (_linearised(m, problem, spec, batch) for m in (mode, reference))
         gaps = _disagreement(
             ours, theirs, blocks, tangents, floor=tolerance, batched=batched
         )
@@ -248,7 +249,7 @@ def _disagreement(
     gaps, norms = list[float](), list[float]()
     for block in blocks:
         inside = tangents[block.start : block.stop]
-        want = filled(theirs.product(inside, block, batched=False), inside)
+        want = filled(_product(theirs, inside, block, batched=False), inside)
         got = filled(_second_of(ours, inside, block, batched=batched), inside)
         gaps += map(distance, got, want)
         norms += map(norm, want)
@@ -256,14 +257,30 @@ def _disagreement(
     return _relative(gaps, norms, floor=floor)
 
 
+def _linearised(
+    mode: str, problem: Problem, spec: OperatorSpec, batch: Batch
+) -> Linearisation:
+    """Linearise in a step of its own."""
+    yield_point()
+    return MODES[mode](problem, spec, batch)
+
+
+def _product(
+    linear: Linearisation, tangents: Sequence[Tensor], block: range, *, batched: bool
+) -> Rows:
+    """Multiply in a step of its own."""
+    yield_point()
+    return linear.product(tangents, block, batched=batched)
+
+
 def _second_of(
     linear: Linearisation, tangents: Sequence[Tensor], block: range, *, batched: bool
 ) -> Rows:
     """Multiply tangents, or two columns of them, and take the second's rows."""
     if not batched:
-        return linear.product(tangents, block, batched=False)
+        return _product(linear, tangents, block, batched=False)
     twice = [torch.stack((t, t)) for t in tangents]
-    rows = linear.product(twice, block, batched=True)
+    rows = _product(linear, twice, block, batched=True)
     return [r if r is None else r[1] for r in rows]
 
 

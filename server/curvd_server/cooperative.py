@@ -1,0 +1,136 @@
+"""Long work that takes turns with products: it gives way between two of its steps.
+
+Opening a session keeps a device busy for up to a minute. It has a thread of its own,
+which runs only while the device's thread waits for it, and hands control back at yield
+points. One of the two runs at any time, so that a product shares neither the GIL nor
+the cores with half a step of somebody's opening, the clock of plans counts no product,
+and what torch keeps per thread (grad mode, tracing, `torch.func`) is each one's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from curvd.errors import Cancelled
+
+T = TypeVar("T")
+Poll = Callable[[], bool]
+
+_here = threading.local()
+
+
+class LongWork(Generic[T]):
+    """Work on a thread of its own that runs when it is resumed, until it gives way.
+
+    Args:
+        work: Called with a poll that says whether to stop; polling is a yield point.
+        stopped: Says whether nobody wants the work any more.
+        gives_way: Says whether somebody waits long enough; asked at each yield point.
+    """
+
+    def __init__(
+        self, work: Callable[[Poll], T], *, stopped: Poll, gives_way: Poll
+    ) -> None:
+        self._work, self._stopped, self._gives_way = work, stopped, gives_way
+        self._outcome: Callable[[], T] | None = None
+        self._go: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._back: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def resume(self) -> bool:
+        """Run the work until its next pause.
+
+        Returns:
+            Whether it has ended; then `result` has its outcome.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._run, name="long-work", daemon=True
+            )
+            self._thread.start()
+        else:
+            self._go.put(None)
+        return self._back.get()
+
+    def result(self) -> T:
+        """Return what the work returned, or raise what it raised."""
+        assert self._outcome is not None
+        return self._outcome()
+
+    def yield_point(self) -> None:
+        """Pause if somebody waits.
+
+        Raises:
+            Cancelled: If nobody wants the work any more.
+        """
+        if self._poll():
+            msg = "the caller gave up; the work stopped between two steps"
+            raise Cancelled(msg)
+
+    def pause(self) -> None:
+        """Hand control back, until the work is resumed."""
+        self._back.put(False)
+        self._go.get()
+
+    def _poll(self) -> bool:
+        if self._gives_way():
+            self.pause()
+        return self._stopped()
+
+    def _run(self) -> None:
+        _here.work = self
+        try:
+            value = self._work(self._poll)
+        except BaseException as error:
+            self._outcome = _raising(error)
+        else:
+            self._outcome = lambda: value
+        self._back.put(True)
+
+
+def yield_point() -> None:
+    """Let others go first, if this thread does long work; else do nothing.
+
+    Raises:
+        Cancelled: If nobody wants the long work any more.
+    """
+    work: LongWork[object] | None = getattr(_here, "work", None)
+    if work is not None:
+        work.yield_point()
+
+
+@contextlib.contextmanager
+def alone(lock: threading.Lock) -> Iterator[None]:
+    """Keep other long work out of a section that has yield points inside.
+
+    The device's thread is let in: what it does in between ends before the section goes
+    on, as if the section had called it.
+
+    Args:
+        lock: Of the section.
+
+    Yields:
+        Nothing.
+    """
+    work: LongWork[object] | None = getattr(_here, "work", None)
+    if work is None:
+        yield
+        return
+    while not lock.acquire(blocking=False):
+        work.pause()
+        work.yield_point()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _raising(error: BaseException) -> Callable[[], T]:
+    def outcome() -> T:
+        raise error
+
+    return outcome
