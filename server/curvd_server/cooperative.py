@@ -36,7 +36,8 @@ class LongWork(Generic[T]):
         self, work: Callable[[Poll], T], *, stopped: Poll, gives_way: Poll
     ) -> None:
         self._work, self._stopped, self._gives_way = work, stopped, gives_way
-        self._outcome: Callable[[], T] | None = None
+        self._value: list[T] = []
+        self._error: BaseException | None = None
         self._go: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._back: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -58,8 +59,10 @@ class LongWork(Generic[T]):
 
     def result(self) -> T:
         """Return what the work returned, or raise what it raised."""
-        assert self._outcome is not None
-        return self._outcome()
+        if self._error is not None:
+            raise self._error
+        (value,) = self._value
+        return value
 
     def yield_point(self) -> None:
         """Pause if somebody waits.
@@ -84,11 +87,9 @@ class LongWork(Generic[T]):
     def _run(self) -> None:
         _here.work = self
         try:
-            value = self._work(self._poll)
+            self._value.append(self._work(self._poll))
         except BaseException as error:
-            self._outcome = _raising(error)
-        else:
-            self._outcome = lambda: value
+            self._error = error
         self._back.put(True)
 
 
@@ -127,10 +128,3 @@ def alone(lock: threading.Lock) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _raising(error: BaseException) -> Callable[[], T]:
-    def outcome() -> T:
-        raise error
-
-    return outcome

@@ -126,7 +126,7 @@ def _copied(array: Array) -> Array:
     """Copy an array, which may lie on a slow disk, in steps of long work."""
     own = np.empty(array.shape, array.dtype)
     here, there = own.reshape(-1), array.reshape(-1)
-    for start in range(0, array.size, _COPIED):
+    for start in range(0, len(here), _COPIED):
         yield_point()
         here[start : start + _COPIED] = there[start : start + _COPIED]
     return own

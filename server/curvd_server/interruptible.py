@@ -10,8 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from curvd_server.cooperative import yield_point
 
 
-class Interruptible(TorchDispatchMode):
+class Interruptible(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets others go between two operations; costs microseconds for each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,

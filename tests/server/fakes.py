@@ -80,6 +80,9 @@ class FakeProblem:
 
     def build(self, spec, *, budget_bytes, cancelled):
         self.device.built.append((spec, budget_bytes))
+        while not self.device.held_up_by.wait(0.001):
+            if cancelled():
+                raise Cancelled("stopped between two steps")
         operator = FakeOperator(self, spec)
         self.device.operators.append(operator)
         return operator
@@ -100,6 +103,8 @@ class FakeDevice:
 
     def __init__(self):
         self.loads, self.built, self.operators = 0, [], []
+        self.held_up_by = threading.Event()
+        self.held_up_by.set()
 
     def describe(self):
         return DeviceInfo(name="fake", description="", total_bytes=2, free_bytes=1)

@@ -1,6 +1,7 @@
 """Sessions: warm or cold, versioned, leased, and there again after a crash."""
 
 import asyncio
+import threading
 
 import numpy as np
 import pytest
@@ -136,6 +137,28 @@ async def test_an_operator_is_built_once_for_all_its_uses(server):
         async with server.sessions.lease(info.id, operator=spec):
             pass
     assert [spec for spec, _ in server.device.built] == [HESSIAN, GGN]
+
+
+@pytest.mark.parametrize("same", [True, False])
+async def test_who_uses_what_is_there_does_not_wait_for_what_is_built(server, same):
+    made = await server.sessions.create(server.new())
+    other = await server.sessions.create(server.new(name="other"))
+    gate = threading.Event()
+    server.device.held_up_by = gate
+
+    async def use():
+        async with server.sessions.lease(made.id, operator=GGN) as lease:
+            return (await multiply(server, lease, 1.0))[0, 0]
+
+    first, second = asyncio.create_task(use()), asyncio.create_task(use())
+    while len(server.device.built) < 3 and not first.done():
+        await asyncio.sleep(0)
+    session = made if same else other
+    assert await factor(server, session.id) == 5.0
+    assert not first.done() and not second.done()
+    gate.set()
+    assert await first == await second == 5.0
+    assert len(server.device.built) == 3  # who waited for it built no other
 
 
 async def test_operators_share_the_budget_of_their_session(server):
