@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import threading
 from collections.abc import Callable
 from socket import socket
 from typing import Any, Protocol
@@ -24,6 +25,8 @@ _MOST_STEPS = 64
 """Frames, pieces of data and reads of the socket in one `pull`."""
 _MOST_BYTES = 4 << 20
 """Bytes after which one `pull` returns, however many the socket still has."""
+_NOTHING = memoryview(bytearray())
+_threads = threading.local()
 
 
 class Receiver(Protocol):
@@ -56,8 +59,9 @@ class Intake:
     def __init__(self, sock: socket, receiver: Receiver, *, introduced: bool) -> None:
         self._sock, self._receiver, self._introduced = sock, receiver, introduced
         self._tls = sock if isinstance(sock, ssl.SSLSocket) else None
-        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self._scratch = _NOTHING  # while nobody pulls
         self._start = self._stop = 0
+        self._rest = b""  # of a frame that is cut, while nobody pulls
         self._steps_left = 0
         self._is_cut = False  # the scratch memory may hold another whole frame
         self._data_left = self._pad_left = 0
@@ -92,6 +96,13 @@ class Intake:
             Broken: If the peer is gone, or breaks the protocol.
             OSError: If the connection is gone.
         """
+        self._borrow()
+        try:
+            self._pull()
+        finally:
+            self._give_back()
+
+    def _pull(self) -> None:
         self._steps_left = _MOST_STEPS
         most = self.heard + _MOST_BYTES
         done = self._is_cut and self._parsed(0)
@@ -105,6 +116,21 @@ class Intake:
             if count is None:
                 return
             done = self._landed(count) if direct else self._parsed(count)
+
+    def _borrow(self) -> None:
+        """Take the scratch memory, unless a long frame needed memory of its own."""
+        if self._scratch.nbytes:
+            return
+        self._scratch, self._stop = _common_scratch(), len(self._rest)
+        self._scratch[: self._stop] = self._rest
+
+    def _give_back(self) -> None:
+        """Hold no memory but the rest of a frame: most connections are idle."""
+        rest = self._scratch[self._start : self._stop]
+        if rest.nbytes and self._scratch.nbytes > _SCRATCH_BYTES:
+            return
+        self._rest, self._scratch = bytes(rest), _NOTHING
+        self._start = self._stop = 0
 
     def _receive(self, place: memoryview) -> int | None:
         try:
@@ -244,6 +270,14 @@ class Intake:
         stream, self._stream = self._stream, None
         if self._data_ends and stream is not None:
             self._receiver.ended(stream)
+
+
+def _common_scratch() -> memoryview:
+    """Find the scratch memory of this thread; a pull is over before another begins."""
+    scratch: memoryview | None = getattr(_threads, "scratch", None)
+    if scratch is None:
+        scratch = _threads.scratch = memoryview(bytearray(_SCRATCH_BYTES))
+    return scratch
 
 
 def _take(stream: Stream, take: Callable[[Any], None], data: Any) -> None:

@@ -66,7 +66,7 @@ class Link:
         self._idle_since = self._loop.time()
         self.called = False
         """Whether the client ever made a call."""
-        self.failure: str | None = None
+        self.failure: Broken | None = None
         """What the client did wrong, if that ended the connection."""
         self.gone = asyncio.Event()
         """Set when the connection is closed."""
@@ -323,7 +323,7 @@ class Link:
     def _break(self, error: Exception) -> None:
         if isinstance(error, Broken):
             left = self._leaving or error.code is Code.NO_ERROR
-            self.failure = None if left else str(error)
+            self.failure = None if left else error
             with contextlib.suppress(Broken, OSError):
                 self._line.leave(error.code)
                 self._line.push()

@@ -9,6 +9,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from curvd.http2.frames import Code
 from curvd.http2.sockets import tune
 from curvd.http2.stream import Stream
 from curvd_server.front.addresses import bound, cleared, peer_of, target_of
@@ -220,7 +221,9 @@ class Front:
         finally:
             link.close()
         if link.failure is not None:
-            self._drops.add("protocol", visit.peer, error=link.failure)
+            calm = link.failure.code is Code.ENHANCE_YOUR_CALM
+            reason = "flood" if calm else "protocol"
+            self._drops.add(reason, visit.peer, error=str(link.failure))
 
     async def _relay(self, visit: _Visit) -> None:
         self._admission.relay(visit)
