@@ -5,6 +5,7 @@ import threading
 from collections import deque
 
 import hpack
+import http2_cases
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -456,6 +457,16 @@ def test_a_long_conversation_is_no_flood(pair):
         )
         pair.settle(2)
         assert stream.over and theirs.over
+
+
+@pytest.mark.parametrize("name", http2_cases.BEGINNINGS)
+def test_a_connection_begins_with_preface_and_settings(wire, name):
+    bare, line = wire
+    data, reaction = http2_cases.BEGINNINGS[name]
+    bare.sendall(data)
+    with pytest.raises(Broken) as caught:
+        line.pull()
+    assert f"goaway {caught.value.code.name}" == reaction
 
 
 def _send(bare, data):

@@ -213,6 +213,7 @@ def test_who_stops_in_the_middle_of_a_large_request_is_in_nobodys_way(tmp_path, 
         (":method", "POST"),
         (":scheme", "http"),
         (":path", "/curvd.v1.CurvatureService/Multiply"),
+        ("content-type", "application/grpc"),
         ("te", "trailers"),
     ))
     head = frames.header_frames(1, headers, 0, frames.DEFAULT_LONGEST)
@@ -301,6 +302,7 @@ def creations(model_id, dataset_id, numbers):
         (":method", "POST"),
         (":scheme", "http"),
         (":path", rpc.path),
+        ("content-type", "application/grpc"),
         ("content-type", "application/grpc"),
         ("te", "trailers"),
     ))

@@ -22,7 +22,8 @@ from curvd_server.front.stalls import StallGuard
 from curvd_server.interceptors import abort
 from curvd_server.logs import logger
 
-_ANSWER = ((":status", "200"), ("content-type", "application/grpc"))
+_GRPC = "application/grpc"
+_ANSWER = ((":status", "200"), ("content-type", _GRPC))
 _UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
 _PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
@@ -107,6 +108,7 @@ class Calls:
     async def _answer(
         self, path: str, requests: Requests, context: Context, *, raw: bool
     ) -> None:
+        await context.check()
         details = _Details(path, context.invocation_metadata())
         handler = await self._find(details, list(self._interceptors))
         if handler is None:
@@ -191,6 +193,7 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
     def __init__(self, link: Link, stream: Stream, format_: Format) -> None:
         self._link, self._stream, self._format = link, stream, format_
         self._begun = self._over = False
+        self._status = "200"
         self._code, self._details = grpc.StatusCode.OK, ""
         self._trailing: tuple[tuple[str, str | bytes], ...] = ()
         self._callbacks: list[Callable[[Any], None]] = []
@@ -201,6 +204,26 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
     @property
     def _headers(self) -> dict[str, str]:
         return self._stream.headers or {}
+
+    async def check(self) -> None:
+        """Refuse what is no call of gRPC, as HTTP does (gRPC over HTTP/2, Requests)."""
+        headers = self._headers
+        kind, timeout = headers.get("content-type", ""), headers.get("grpc-timeout")
+        if headers[":method"] != "POST":
+            await self._refuse("405", f"calls are POST, not {headers[':method']}")
+        if kind != _GRPC and not kind.startswith((f"{_GRPC}+", f"{_GRPC};")):
+            await self._refuse("415", f"the content-type is {kind!r}, not {_GRPC}")
+        if timeout is not None and not _TIMEOUT.fullmatch(timeout):
+            await self._refuse("400", f"the grpc-timeout is {timeout!r}")
+        encoding = headers.get("grpc-encoding", "identity")
+        if encoding != "identity":
+            message = f"messages in {encoding!r}: only identity is understood"
+            accepted = (("grpc-accept-encoding", "identity"),)
+            await self.abort(grpc.StatusCode.UNIMPLEMENTED, message, accepted)
+
+    async def _refuse(self, status: str, why: str) -> None:
+        self._status = status
+        await self.abort(grpc.StatusCode.INTERNAL, why)
 
     async def write(self, message: Any) -> None:
         """Send a response; waits while the client reads slowly."""
@@ -251,7 +274,8 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         if self._over:
             return
         self._over = True
-        trailers = [] if self._begun else [*_ANSWER]
+        answer = [(":status", self._status), *_ANSWER[1:]]
+        trailers = [] if self._begun else answer
         trailers.append(("grpc-status", str(self._code.value[0])))
         if self._details:
             message = quote(self._details, safe=_PRINTABLE)
