@@ -184,7 +184,8 @@ def config_from_json(text: str) -> dict[str, object]:
         InvalidSpec: If it is not a JSON object.
     """
     try:
-        config = json.loads(text or "{}")
+        config = json.loads(text or "{}", parse_constant=_no_number)
+        json.dumps(config, ensure_ascii=False).encode()  # refuses lone surrogates
     except (ValueError, RecursionError) as error:
         msg = f"config_json is not JSON: {error}"
         raise InvalidSpec(msg) from None
@@ -192,6 +193,11 @@ def config_from_json(text: str) -> dict[str, object]:
         msg = f"config_json must be a JSON object, got {type(config).__name__}"
         raise InvalidSpec(msg)
     return config
+
+
+def _no_number(name: str) -> None:
+    msg = f"{name} is no number of JSON's"
+    raise ValueError(msg)
 
 
 def model_to_proto(model: reports.ModelInfo) -> session_pb.Model:

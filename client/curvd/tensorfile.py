@@ -18,6 +18,12 @@ from curvd.errors import InvalidTensors
 MAX_HEADER_BYTES = 4 << 20
 """Largest JSON header that is accepted: about 40,000 tensors."""
 
+LONGEST_NAME = 1024
+"""Characters in the name of a tensor."""
+
+MOST_AXES = 32
+"""Axes that NumPy of every supported version has."""
+
 _SMALL_HEADER = 1 << 12
 """Headers up to here are not parsed twice."""
 
@@ -165,7 +171,8 @@ def _load_small_header(text: bytes) -> Header:
 
 def _load_header(text: bytes) -> dict[str, TensorHeader]:
     try:
-        entries = json.loads(text, object_pairs_hook=_unique)
+        # As text: of bytes json takes other encodings and lone surrogates, too.
+        entries = json.loads(text.decode(), object_pairs_hook=_unique)
         if not isinstance(entries, dict):
             raise TypeError
         entries.pop("__metadata__", None)
@@ -213,6 +220,12 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _entry(name: str, entry: object) -> TensorHeader:
+    if len(name) > LONGEST_NAME or not _is_text(name):
+        msg = (
+            f"the name of a tensor is Unicode text of at most {LONGEST_NAME} characters, "
+            f"got {name[:80]!a} of {len(name)}"
+        )
+        raise InvalidTensors(msg)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         msg = f"tensor {name!r} needs dtype, shape and data_offsets, and nothing else"
         raise InvalidTensors(msg, tensor=name)
@@ -223,6 +236,13 @@ def _entry(name: str, entry: object) -> TensorHeader:
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         msg = f"tensor {name!r}: shape and data_offsets must be natural numbers"
         raise InvalidTensors(msg, tensor=name)
+    # As NumPy counts: an axis of no elements does not make the others harmless.
+    if len(shape) > MOST_AXES or _addresses(shape, dtype) >= 1 << 63:
+        msg = (
+            f"tensor {name!r} has shape {str(shape)[:200]}: no array can have it; at most "
+            f"{MOST_AXES} axes, and less than 2**63 bytes without those of length 0"
+        )
+        raise InvalidTensors(msg, tensor=name)
     tensor = TensorHeader(dtype, tuple(shape), offsets[0])
     if tensor.stop != offsets[1]:
         msg = (
@@ -231,6 +251,19 @@ def _entry(name: str, entry: object) -> TensorHeader:
         )
         raise InvalidTensors(msg, tensor=name)
     return tensor
+
+
+def _addresses(shape: list[int], dtype: str) -> int:
+    return math.prod(n or 1 for n in shape) * ITEM_BYTES[dtype]
+
+
+def _is_text(value: str) -> bool:
+    """Tell whether a string has no lone surrogates, which JSON can write."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _naturals(value: object) -> bool:

@@ -25,11 +25,10 @@ from curvd.types import SerializedGraph
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.database import Database, Row, Schema, Statement, Table
 from curvd_server.logs import logger
+from curvd_server.ranges import LONGEST_LEASE_S
 
 T = TypeVar("T")
 
-LONGEST_LEASE_S = 10 * 365 * 24 * 3600
-"""Ten years; what lives longer needs no lease."""
 _KEPT_VERSIONS = 1000
 _CREATE = """
 CREATE TABLE models (

@@ -314,8 +314,15 @@ class SessionStore:
         model = self._with.catalogue.model(new.model_id)
         dataset = self._with.catalogue.dataset(new.dataset_id)
         budget_bytes = new.budget_bytes
+        total_bytes = self._with.device.describe().total_bytes
         if budget_bytes is None:
-            budget_bytes = self._with.limits.default_budget_bytes
+            budget_bytes = min(self._with.limits.default_budget_bytes, total_bytes)
+        elif budget_bytes > total_bytes:
+            msg = (
+                f"budget_bytes is {budget_bytes}, but device {self._with.device.name} "
+                f"has {total_bytes} bytes in all; ask for less, or leave it out"
+            )
+            raise LimitExceeded(msg, budget_bytes=budget_bytes, limit=total_bytes)
         info = SessionInfo(
             id="",
             name=new.name,

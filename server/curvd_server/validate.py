@@ -21,8 +21,6 @@ from curvd.narrow import NARROW
 from curvd.tensorfile import Header
 from curvd_server.config import LimitsConfig
 
-LONGEST_TEXT = 128
-"""Characters of a name or a request id."""
 _STATISTICS = ("running_mean", "running_var")
 """Last part of the names of BatchNorm's buffers."""
 _INFINITE_FROM = {
@@ -44,43 +42,6 @@ def vector_dtype(dtype: Dtype) -> np.dtype[Any]:
         float64 for float64 sessions, else float32.
     """
     return np.dtype(np.float64 if dtype is Dtype.FLOAT64 else np.float32)
-
-
-def check_text(value: str, what: str) -> str:
-    """Refuse a label that is too long.
-
-    Args:
-        value: From a stranger.
-        what: Its name.
-
-    Returns:
-        The value.
-
-    Raises:
-        InvalidSpec: If it has more than `LONGEST_TEXT` characters.
-    """
-    if len(value) > LONGEST_TEXT:
-        msg = f"{what} has {len(value)} characters; the limit is {LONGEST_TEXT}"
-        raise InvalidSpec(msg, length=len(value), limit=LONGEST_TEXT)
-    return value
-
-
-def check_lease(lease_s: float | None) -> float | None:
-    """Refuse a lease that has no length.
-
-    Args:
-        lease_s: Seconds, or None for ever.
-
-    Returns:
-        The lease.
-
-    Raises:
-        InvalidSpec: Unless it is positive.
-    """
-    if lease_s is not None and not lease_s > 0:
-        msg = f"a lease must be positive, got {lease_s} s; leave it out for no end"
-        raise InvalidSpec(msg, lease_s=lease_s)
-    return lease_s
 
 
 def check_upload(total_bytes: int, offset: int, limits: LimitsConfig) -> None:

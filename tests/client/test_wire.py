@@ -140,6 +140,26 @@ HOSTILE = {
     "too long": (framed({"a": entry(0, 4)}, b"abcde"), "more than the 4 bytes"),
     "header only begun": (b"\x10\0\0\0\0\0\0\0{}", "within the header"),
     "nothing": (b"", "after 0 bytes"),
+    "UTF-16": (framed("{}".encode("utf-16")), "not a JSON object"),
+    "a surrogate in bytes": (framed(b'{"\xed\xa0\x80":{}}'), "not a JSON object"),
+    "a surrogate escaped": (framed(b'{"\\ud800":{}}'), "is Unicode text"),
+    "a name without end": (
+        framed({"a" * 1025: entry(0, 0)}),
+        "at most 1024 characters",
+    ),
+    "empty and endless": (
+        framed({"a": entry(0, 0, shape=[0, 2**63])}),
+        "no array can have it",
+    ),
+    "empty and larger than memory": (
+        framed({"a": entry(0, 0, "F64", [2**31, 0, 2**30])}),
+        "no array can have it",
+    ),
+    "beyond 64 bits": (framed({"a": entry(0, 0, shape=[0, 2**70])}), "no array"),
+    "more axes than arrays have": (
+        framed({"a": entry(0, 1, shape=[1] * 33)}),
+        "at most 32 axes",
+    ),
 }
 
 

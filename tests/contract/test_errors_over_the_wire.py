@@ -200,7 +200,7 @@ def test_a_state_with_very_many_wrong_names_still_arrives_as_itself(channel):
         ({"digest": "../../etc/passwd"}, "64 lower-case hexadecimal digits"),
         ({"offset": 1}, "beyond the 0 bytes"),
         ({"total_bytes": 20}, "more than the 20 bytes"),
-        ({"total_bytes": -1}, "total_bytes must be at least 8"),
+        ({"total_bytes": -1}, "total_bytes must not be negative"),
     ],
 )
 def test_an_upload_that_lies_about_itself(channel, change, match):
@@ -240,7 +240,7 @@ def test_a_dataset_that_is_none(channel, arrays, fields, match):
         ({"dtype": 0}, "InvalidSpec", "dtype must be one of"),
         ({"loss": {}}, "InvalidSpec", "loss_name must be one of"),
         ({"budget_bytes": -1}, "InvalidSpec", "budget_bytes must not be negative"),
-        ({"lease": {"seconds": -1}}, "InvalidSpec", "a lease must be positive"),
+        ({"lease": {"seconds": -1}}, "InvalidSpec", "lease must be positive"),
         ({"name": "x" * 129}, "InvalidSpec", "the limit is 128"),
         ({"request_id": "x" * 129}, "InvalidSpec", "the limit is 128"),
         ({"operators": [{"block_sizes": [9]}]}, "InvalidSpec", "block_sizes sum to 9"),

@@ -107,7 +107,9 @@ class FakeDevice:
         self.held_up_by.set()
 
     def describe(self):
-        return DeviceInfo(name="fake", description="", total_bytes=2, free_bytes=1)
+        return DeviceInfo(
+            name="fake", description="", total_bytes=1 << 40, free_bytes=1
+        )
 
     def architecture(self, spec):
         if spec.builder != "two":

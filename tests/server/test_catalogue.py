@@ -13,12 +13,12 @@ from curvd.layout import ParameterLayout
 from curvd.reports import ModelInfo, SessionInfo, SessionState
 from curvd.types import ModelSpec
 from curvd_server.catalogue import (
-    LONGEST_LEASE_S,
     Catalogue,
     StoredModel,
     StoredSession,
     StoredVersion,
 )
+from curvd_server.ranges import LONGEST_LEASE_S
 
 FIRST, SECOND = "catalogue.sqlite", "catalogue.mirror.sqlite"
 

@@ -160,7 +160,19 @@ def test_what_was_damaged_is_welcome_again(server, tmp_path):
     assert server.registry.dataset(SPEC, data) == dataset
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", "nan", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "{",
+        "nan",
+        "[" * 100_000,
+        '{"x": "\\ud800"}',
+        '{"\\udfff": 1}',
+        '{"x": NaN}',
+        '{"x": -Infinity}',
+    ],
+)
 def test_a_config_is_a_json_object(text):
     with pytest.raises(InvalidSpec, match="config_json"):
         model_spec("two", text)

@@ -169,6 +169,13 @@ async def test_operators_share_the_budget_of_their_session(server):
     assert [budget for _, budget in server.device.built] == [15, 5]
 
 
+async def test_a_budget_is_within_the_device(server):
+    total = server.device.describe().total_bytes
+    await server.sessions.create(server.new(budget_bytes=total))
+    with pytest.raises(LimitExceeded, match=f"fake has {total} bytes in all"):
+        await server.sessions.create(server.new(budget_bytes=total + 1))
+
+
 async def test_the_longest_unused_operator_makes_room(tmp_path):
     with middle(tmp_path, operators=2) as server:
         info = await server.sessions.create(server.new(operators=(HESSIAN, GGN)))

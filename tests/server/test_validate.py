@@ -99,12 +99,3 @@ def test_what_an_upload_announces_is_judged_first():
     for total, offset in ((0, 0), (-1, 0), (50, 51), (50, -1)):
         with pytest.raises(InvalidSpec, match="offset within it"):
             validate.check_upload(total, offset, limits)
-
-
-def test_labels_and_leases_have_bounds():
-    assert validate.check_text("x" * 128, "name") == "x" * 128
-    with pytest.raises(InvalidSpec, match="name has 129 characters; the limit is 128"):
-        validate.check_text("x" * 129, "name")
-    assert validate.check_lease(None) is None
-    with pytest.raises(InvalidSpec, match="must be positive"):
-        validate.check_lease(0.0)

@@ -206,8 +206,6 @@ class CurvatureService:
         self, header: curvature_pb.ProductHeader, spec: OperatorSpec
     ) -> contextlib.AbstractAsyncContextManager[Lease]:
         """Find what a product is asked from."""
-        if header.store_as:
-            validate.check_text(header.store_as, "store_as")
         return self._sessions.lease(
             header.session_id, operator=spec, expected_version=_expected(header)
         )
@@ -245,7 +243,6 @@ def _expected(request: Any) -> int | None:
 
 
 def _bind(request: Any) -> None:
-    validate.check_text(request.request_id, "request_id")
     structlog.contextvars.bind_contextvars(
         session=request.session_id, request_id=request.request_id
     )

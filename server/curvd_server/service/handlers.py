@@ -15,6 +15,7 @@ import grpc.aio
 from curvd.errors import InvalidSpec, Overloaded
 from curvd.http2.messages import InPlace, Room
 from curvd.rpcs import RPCS, Part, Rpc
+from curvd_server import ranges
 from curvd_server.front.stalls import Stalled, StallGuard
 from curvd_server.interceptors import Gate
 
@@ -109,6 +110,7 @@ async def opened(requests: AsyncIterator[Part]) -> tuple[Any, Chunks]:
     if first is None or isinstance(first, memoryview) or not first.HasField("header"):
         msg = "the first message of the stream must be a header"
         raise InvalidSpec(msg)
+    ranges.check(first)
     return first.header, Chunks(aiter(requests))
 
 
@@ -214,6 +216,8 @@ def _handler(
             request = _Requests(request, stalls, peer)
         responses = _Responses(context, stalls)
         async with gate.call(rpc, context):
+            if not rpc.client_streams:
+                ranges.check(request.message if rpc.request.framed else request)
             try:
                 if rpc.server_streams:
                     # Written, not yielded: all of a call happens in one task, so that

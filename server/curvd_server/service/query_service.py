@@ -28,7 +28,6 @@ from curvd_server.service.handlers import Send, opened
 from curvd_server.service.query_call import QueryCall, to_numpy
 from curvd_server.service.warm_starts import WarmStarts
 from curvd_server.sessions import SessionStore
-from curvd_server.validate import check_text
 
 R = TypeVar("R")
 
@@ -68,7 +67,6 @@ class QueryService:
                 k, size, call.run.products.vector_bytes
             )
             key = (request.query.session_id, call.spec, which)
-            check_text(request.store_as, "store_as")
             if request.store_as:
                 call.lease.vectors.check_room(
                     request.store_as, vectors_bytes(call.run, k)
@@ -268,7 +266,6 @@ class QueryService:
         self, name: str, query: query_pb.Query, send: Send
     ) -> AsyncIterator[QueryCall]:
         """Lease the session and send the header."""
-        check_text(query.request_id, "request_id")
         structlog.contextvars.bind_contextvars(
             session=query.session_id, request_id=query.request_id
         )

@@ -25,7 +25,6 @@ from curvd_server.service.handlers import opened
 from curvd_server.session import Update
 from curvd_server.sessions import NewSession, SessionStore
 from curvd_server.storage import BlobStore, check_digest
-from curvd_server.validate import check_lease, check_text
 
 T = TypeVar("T")
 
@@ -126,9 +125,6 @@ class SessionService:
     ) -> session_pb.CreateSessionResponse:
         """Bring a model, a dataset and a loss together."""
         budget = request.budget_bytes if request.HasField("budget_bytes") else None
-        if budget is not None and budget < 0:
-            msg = f"budget_bytes must not be negative, got {budget}"
-            raise InvalidSpec(msg, budget_bytes=budget)
         new = NewSession(
             model_id=request.model_id,
             dataset_id=request.dataset_id,
@@ -139,8 +135,8 @@ class SessionService:
             params=check_patterns(request.params),
             budget_bytes=budget,
             lease_s=_lease_s(request),
-            name=check_text(request.name, "name"),
-            request_id=check_text(request.request_id, "request_id"),
+            name=request.name,
+            request_id=request.request_id,
             fingerprint=_fingerprint(request),
         )
         info = await self._sessions.create(new, validate_only=request.validate_only)
@@ -158,9 +154,6 @@ class SessionService:
         self, request: session_pb.ListSessionsRequest
     ) -> session_pb.ListSessionsResponse:
         """List the sessions, oldest first."""
-        if request.page_size < 0:
-            msg = f"page_size must not be negative, got {request.page_size}"
-            raise InvalidSpec(msg, page_size=request.page_size)
         limit = min(request.page_size or _PAGE, _LARGEST_PAGE)
         infos, after = self._sessions.page(after=request.page_token, limit=limit)
         return session_pb.ListSessionsResponse(
@@ -194,7 +187,7 @@ class SessionService:
         update = Update(
             digest=check_digest(header.values.digest),
             expected_version=expected,
-            request_id=check_text(header.request_id, "request_id"),
+            request_id=header.request_id,
         )
         # Before the bytes: they may have been replaced since.
         made = await self._sessions.made_by(header.session_id, update)
@@ -251,7 +244,7 @@ def _lease_s(request: Any) -> float | None:
     if not request.HasField("lease"):
         return None
     lease: Duration = request.lease
-    return check_lease(lease.ToNanoseconds() / 1e9)
+    return lease.ToNanoseconds() / 1e9
 
 
 def _fingerprint(request: session_pb.CreateSessionRequest) -> str:

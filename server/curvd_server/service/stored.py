@@ -38,7 +38,7 @@ async def receive(
     Raises:
         InvalidSpec: If it has no name.
     """
-    name, layout = validate.check_text(request.name, "name"), lease.info.layout
+    name, layout = request.name, lease.info.layout
     if not name:
         msg = "a stored vector needs a name, at least one character"
         raise InvalidSpec(msg, field="name")
