@@ -18,6 +18,7 @@ from curvd_server.graph.dryrun import dry_run
 from curvd_server.graph.interpret import Interpreter
 from curvd_server.graph.module import GraphModule
 from curvd_server.registration import Architecture
+from curvd_server.trial import check_batch_axis
 
 _ARCHITECTURES = 32
 """Whose traced programs are remembered; a program holds no parameters and no data."""
@@ -78,6 +79,7 @@ class Models:
             The tensors of its state.
         """
         if spec.graph:
+            self.build(spec, rows=3)  # the outputs must follow
             module = self.build(spec, rows=2)
         else:
             try:
@@ -118,7 +120,8 @@ class Models:
         if not spec.graph:
             return self._built(spec)
         interpreter = Interpreter(decode(spec.graph))
-        dry_run(interpreter, batch=rows, limit_bytes=self._memory_bytes())
+        outputs = dry_run(interpreter, batch=rows, limit_bytes=self._memory_bytes())
+        check_batch_axis(outputs[0].shape, rows)
         return GraphModule(interpreter)
 
     def programs(self, spec: ModelSpec) -> dict[Any, Any]:

@@ -157,6 +157,8 @@ def _unverified(found: dict[str, Evidence]) -> CurvatureUnverified:
         + "; ".join(details)
         + "). A layer that owns these parameters has no right second derivative in "
         "torch: write it with elementary operations, freeze them (requires_grad=False), "
-        "or leave them out of params"
+        "or leave them out of params. Where parameters also act through detach() or "
+        "no_grad() (a straight-through estimator does), the gradient is that of no "
+        "function, and there is no Hessian"
     )
     return CurvatureUnverified(msg, parameters=", ".join(wrong))

@@ -24,7 +24,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from curvd.errors import OutOfMemory
+from curvd.errors import InvalidSpec, OutOfMemory
 from curvd.types import OperatorSpec
 from curvd_server.cooperative import yield_point
 from curvd_server.curvature import MODES, Linearisation, block_ranges
@@ -109,7 +109,10 @@ class Truth:
 
     def is_sum_over_data(self) -> bool:
         """Tell whether the gradient is the sum of the data points' own gradients."""
-        return max(_relative(*self._excerpt().beyond_the_sum())) <= TOLERANCE
+        try:
+            return max(_relative(*self._excerpt().beyond_the_sum())) <= TOLERANCE
+        except (ValueError, InvalidSpec):  # of statistics that one data point has not
+            return False
 
     def _excerpt(self) -> Excerpt:
         return Excerpt(self._problem, self._away, self._directions[0])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from curvd import vocabulary
-from curvd.errors import InvalidGraph
+from curvd.errors import InvalidGraph, InvalidSpec
 from curvd_server.graph.form import (
     Argument,
     ElementType,
@@ -183,15 +183,37 @@ def batch_norm(
 
     Returns:
         The shape of `input`.
+
+    Raises:
+        InvalidSpec: If a channel of a mini-batch has one value only.
     """
     own = batch_statistics or running_mean is None
     if own:
         running_mean = running_var = None
+        if input.dim() > 1 and input.numel() == input.shape[1]:
+            raise single_value(input.shape)
     result: Tensor = torch.ops.aten.batch_norm.default(
         *(input, weight, bias, running_mean, running_var),
         *(own, 0.0, eps, cudnn_enabled),
     )
     return result
+
+
+def single_value(shape: Sequence[int]) -> InvalidSpec:
+    """Refuse statistics of one value: its variance is zero, whatever it is.
+
+    Args:
+        shape: Of BatchNorm's input.
+
+    Returns:
+        The error.
+    """
+    msg = (
+        f"BatchNorm has one value per channel in an input of shape {list(shape)}, and "
+        "one value has no variance: with the statistics of mini-batches each needs at "
+        "least two data points"
+    )
+    return InvalidSpec(msg, shape=list(shape))
 
 
 def instance_norm(

@@ -1,0 +1,162 @@
+"""Random modules through a real server: equal to torch, or refused; no third outcome.
+
+    python tests/fuzz_modules.py [--modules 2000] [--seed 0]
+
+Each module of `contract.grammar` is given to `session_for` as a user would. What is
+accepted must have torch's own loss and gradient, by ``.backward()`` over the
+mini-batches, and the products of central differences of that gradient, to 1e-6. What is
+refused must be refused with an error of ours that is no defect (`Internal`); and a module
+whose gradient is that of its forward pass must not be refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+
+import numpy as np
+import torch
+from contract.grammar import Case, derive
+from torch import nn
+
+import curvd
+
+TOLERANCE = 1e-6
+STEPS = (1e-5, 1e-6, 1e-4, 1e-7)
+"""Of central differences; kinks and rounding want different ones, the best counts."""
+
+
+class Truth:
+    """What torch computes: the objective over all mini-batches, by ``.backward()``."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.parameters = [p for p in case.module.parameters() if p.requires_grad]
+
+    def gradient(self) -> tuple[float, torch.Tensor]:
+        """Loss and gradient of the whole objective."""
+        case, total, value = self.case, len(self.case.targets), 0.0
+        size = sum(p.numel() for p in self.parameters)
+        gradient = torch.zeros(size, dtype=torch.float64)
+        counted = 0.0
+        for x, y in zip(
+            case.inputs.split(case.batch_size),
+            case.targets.split(case.batch_size),
+            strict=True,
+        ):
+            for p in self.parameters:
+                p.grad = None
+            loss = case.loss(case.module(x), y)
+            if case.kind == "counted":
+                loss, weight = loss
+                counted += float(weight)
+            loss.backward()
+            share = len(y) / total if case.kind == "mean" else 1.0
+            value += share * loss.item()
+            gradient += share * nn.utils.parameters_to_vector([
+                torch.zeros_like(p) if p.grad is None else p.grad
+                for p in self.parameters
+            ])
+        norm = counted if case.kind == "counted" else 1.0
+        return value / norm, gradient / norm
+
+    def product(self, v: torch.Tensor, step: float) -> torch.Tensor:
+        """Central difference of the gradient along v."""
+        start = nn.utils.parameters_to_vector(self.parameters).detach()
+        ends = []
+        for sign in (1, -1):
+            nn.utils.vector_to_parameters(start + sign * step * v, self.parameters)
+            ends.append(self.gradient()[1])
+        nn.utils.vector_to_parameters(start, self.parameters)
+        return (ends[0] - ends[1]) / (2 * step)
+
+
+def off(got: np.ndarray, want: torch.Tensor) -> float:
+    """Relative error."""
+    return float(np.linalg.norm(got - want.numpy()) / (want.norm() + 1e-3))
+
+
+def attempt(client: curvd.Client, seed: int) -> str:
+    """Try a module.
+
+    Returns:
+        ``equal``, or the error that refuses it; anything in capitals is a failure.
+    """
+    case = derive(seed)
+    warnings.simplefilter("ignore")
+    options = {"batch_size": case.batch_size, "mode": case.mode}
+    try:
+        session = client.session_for(
+            case.module, case.loss, (case.inputs, case.targets), **options
+        )
+    except curvd.CurvdError as error:
+        if isinstance(error, curvd.Internal) or case.honest:
+            return f"REFUSED {type(error).__name__}: {error}"
+        return type(error).__name__
+    value, gradient = session.gradient()
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(len(gradient), generator=generator, dtype=torch.float64)
+    for layer in case.module.modules():
+        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+            # A row that never trains is a constant: it is the first, of the first.
+            v[: layer.embedding_dim] *= not layer.weight.requires_grad
+    product = session.hessian() @ v.numpy()
+    session.delete()
+    if case.mode is not None:
+        case.module.train(case.mode == "batch_statistics")
+    truth = Truth(case)
+    want, slope = truth.gradient()
+    errors = {
+        "loss": abs(value - want) / (abs(want) + 1e-3),
+        "gradient": off(gradient, slope),
+        "product": min(off(product, truth.product(v, step)) for step in STEPS),
+    }
+    wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
+    return f"WRONG {wrong}" if wrong else "equal"
+
+
+def run(target: str, seeds: range) -> collections.Counter[str]:
+    """Try the modules of some seeds; print those that fail."""
+    counts: collections.Counter[str] = collections.Counter()
+    with curvd.connect(target, deadline_s=600) as client:
+        for seed in seeds:
+            try:
+                outcome = attempt(client, seed)
+            except Exception:
+                outcome = f"RAISED {traceback.format_exc()}"
+            counts[outcome.partition(" ")[0]] += 1
+            if outcome.partition(" ")[0].isupper():
+                sys.stderr.write(f"seed {seed} {derive(seed).said}: {outcome}\n")
+                sys.stderr.flush()
+    return counts
+
+
+def main() -> int:
+    """Serve, try, count."""
+    from curvd_server.app import serve_in_thread
+    from curvd_server.config import ServerConfig
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--modules", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    start = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        config = ServerConfig(listen="127.0.0.1:0", data_dir=folder)
+        with serve_in_thread(config) as target:
+            seeds = range(options.seed, options.seed + options.modules)
+            counts = run(target, seeds)
+    for outcome, count in counts.most_common():
+        print(f"{count:6}  {outcome}")
+    print(f"{time.process_time() - start:.0f} s of CPU")
+    return int(any(outcome.isupper() for outcome in counts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
