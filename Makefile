@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CONTAINERS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test lint types proto proto-check image-test bench big-test fuzz clean
+.PHONY: help demo test gpu-test lint types proto proto-check image-test bench big-test storm-net fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
@@ -75,6 +75,9 @@ bench: $(VENV)/dev.stamp ## every ratio against its peers, with targets
 
 fuzz: $(VENV)/dev.stamp ## a hundred thousand hostile graphs, in about ten minutes
 	PYTHONPATH=tests $(BIN)/python tests/fuzz_graphs.py
+
+storm-net: $(VENV)/dev.stamp ## floods and hoards beside a client that multiplies, in about forty minutes
+	PYTHONPATH=tests $(BIN)/python tests/storm_net.py
 
 big-test: $(VENV)/dev.stamp ## a model of more than 2 GiB, verified and multiplied; needs 16 GiB of free memory
 	$(BIN)/python bench/big.py

@@ -157,7 +157,7 @@ class Stranger:
         return True
 
 
-def attack(address, pieces, count, until, *, hoards=False):
+def attack(address, pieces, count, until, hoards=False):
     """Keep so many connections open, and send on all of them.
 
     Args:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from curvd.config import DEFAULT_PORT, Transport
 
@@ -80,6 +81,33 @@ def option(name: str, help_text: str, **settings: Any) -> Callable[[F], F]:
     )
 
 
+def token_options(command: F) -> F:
+    """Add the ways to give a token to a command: a file, or the environment.
+
+    Args:
+        command: Takes ``token`` and ``token_file``.
+
+    Returns:
+        The command.
+    """
+    help_text = "Refused: others can see a command line. Use $CURVD_TOKEN or a file."
+    command = option("--token", help_text, callback=_not_on_the_command_line)(command)
+    return option("--token-file", "A file with the token.", type=FILE)(command)
+
+
+def _not_on_the_command_line(
+    ctx: click.Context, param: click.Parameter, token: str | None
+) -> str | None:
+    source = ctx.get_parameter_source(param.name or "")
+    if source is ParameterSource.COMMANDLINE:
+        msg = (
+            "every user of this machine can see a command line (ps): put the token into "
+            "a file (--token-file) or the environment (CURVD_TOKEN)"
+        )
+        raise click.BadParameter(msg, ctx, param)
+    return token
+
+
 def connection_options(command: F) -> F:
     """Add the target and what it takes to reach it to a command.
 
@@ -100,8 +128,7 @@ def connection_options(command: F) -> F:
         option("--tls-client-cert", "This client's own (mutual TLS).", type=FILE),
         option("--tls-ca", "Certificates that may sign the server's.", type=FILE),
         option("--tls", "Encrypt; implied by --tls-ca.", is_flag=True),
-        option("--token-file", "A file with the token.", type=FILE),
-        option("--token", "The server's token; others can see a command line."),
+        token_options,
         click.argument("target", envvar="CURVD_TARGET", default=DEFAULT_TARGET),
     ):
         command = decorate(command)

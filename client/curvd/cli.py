@@ -24,6 +24,7 @@ from curvd._options import (
     limit_options,
     option,
     read_config,
+    token_options,
 )
 from curvd._version import VERSION
 from curvd.allocator import tune_allocator
@@ -73,8 +74,7 @@ def main() -> None:
 @option("--tls-cert", "PEM file with the server's certificate chain.", type=FILE)
 @option("--tls-key", "PEM file with its key.", type=FILE)
 @option("--tls-client-ca", "Ask clients for a certificate of this CA.", type=FILE)
-@option("--token", "What clients must present; rather use --token-file.")
-@option("--token-file", "A file with the token.", type=FILE)
+@token_options
 @option("--insecure", "Allow plain text on any address.", is_flag=True, default=None)
 @option("--builder", "NAME=module:callable; may be repeated.", multiple=True)
 @option(

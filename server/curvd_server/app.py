@@ -98,6 +98,7 @@ def serve_in_thread(
     stop: Future[None] = Future()
 
     async def main() -> None:
+        logs.report_unhandled(asyncio.get_running_loop())
         try:
             async with running(config, device=device) as server:
                 started.set_result(server.target)
@@ -201,6 +202,7 @@ async def running(
 async def _serve(config: ServerConfig) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    logs.report_unhandled(loop)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with running(config) as server:

@@ -33,7 +33,8 @@ from curvd_server.logs import logger
 # there twice.
 _LONGEST_MESSAGE = 2000
 _LONGEST_VALUE = 200
-_HEALTH = "/grpc.health.v1.Health/"
+_OPEN = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
+"""What needs no token: whether the server serves, for probes that have none."""
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
@@ -114,7 +115,7 @@ class Gate:
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Lets in whoever brings the token; health checks need none.
+    """Lets in whoever brings the token; `Check` and `Watch` of its health need none.
 
     Args:
         token: What must follow ``authorization: Bearer``.
@@ -141,9 +142,8 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         metadata = dict(handler_call_details.invocation_metadata or ())
         given = metadata.get("authorization", "")
         given = given.encode() if isinstance(given, str) else given
-        if str(handler_call_details.method).startswith(_HEALTH) or hmac.compare_digest(
-            given, self._expected
-        ):
+        public = str(handler_call_details.method) in _OPEN
+        if public or hmac.compare_digest(given, self._expected):
             return await continuation(handler_call_details)
         return self._refusal
 

@@ -6,10 +6,26 @@ what becomes of the lines; `curvd serve` calls `set_up`.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
+from typing import Any
 
 import structlog
+
+_LONGEST = 200
+"""Characters of a value in a line; names and ids of clients have any length."""
+
+
+def _clipped(
+    log: object, method: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    for name, value in event.items():
+        if isinstance(value, str) and len(value) > _LONGEST and name != "exception":
+            more = len(value) - _LONGEST
+            event[name] = f"{value[:_LONGEST]} … ({more} more characters)"
+    return event
+
 
 _SHARED: list[structlog.typing.Processor] = [
     structlog.contextvars.merge_contextvars,
@@ -17,7 +33,17 @@ _SHARED: list[structlog.typing.Processor] = [
     structlog.stdlib.add_log_level,
     structlog.processors.TimeStamper(fmt="iso", utc=True),
     structlog.processors.format_exc_info,
+    _clipped,
 ]
+
+
+class _Logger(structlog.stdlib.BoundLogger):
+    """Writes a traceback once: `logging` would add it to the line that has it already."""
+
+    def exception(self, event: str | None = None, *args: Any, **values: Any) -> Any:
+        """Log an error with the exception that is being handled."""
+        values.setdefault("exc_info", True)
+        return self.error(event, *args, **values)
 
 
 def logger() -> structlog.stdlib.BoundLogger:
@@ -29,7 +55,7 @@ def logger() -> structlog.stdlib.BoundLogger:
     bound: structlog.stdlib.BoundLogger = structlog.wrap_logger(
         logging.getLogger("curvd_server"),
         processors=[*_SHARED, structlog.processors.JSONRenderer()],
-        wrapper_class=structlog.stdlib.BoundLogger,
+        wrapper_class=_Logger,
     )
     return bound
 
@@ -45,3 +71,17 @@ def set_up(level: str) -> None:
     log = logging.getLogger("curvd_server")
     log.setLevel(level.upper())
     log.handlers, log.propagate = [handler], False
+
+
+def report_unhandled(loop: asyncio.AbstractEventLoop) -> None:
+    """Log as a line of ours what nobody waited for and what failed.
+
+    Args:
+        loop: Where that may happen.
+    """
+
+    def report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        logger().error("defect", task=context["message"], exc_info=error)
+
+    loop.set_exception_handler(report)

@@ -191,7 +191,7 @@ def test_the_token_of_a_file_is_sent(target, service, file):
 
 
 def test_a_token_for_another_machine_needs_tls():
-    result = run("health", "gpu-7:1", "--token", "secret")
+    result = run("health", "gpu-7:1", env={"CURVD_TOKEN": "secret"})
     assert result.exit_code == 1
     assert "plain text" in result.output
 
@@ -201,3 +201,11 @@ def test_the_demo_is_the_servers(monkeypatch):
     demo.main = lambda picture: 3 if picture == Path("p.png") else 4
     monkeypatch.setitem(sys.modules, "curvd_server.demo", demo)
     assert run("demo", "--picture", "p.png").exit_code == 3
+
+
+@pytest.mark.parametrize("command", [["serve"], ["info"], ["health", "gpu-7:1"]])
+def test_a_token_on_the_command_line_is_refused_and_not_repeated(served, command):
+    result = run(*command, "--token", "secret")
+    assert result.exit_code == 2
+    assert "--token-file" in result.output and "CURVD_TOKEN" in result.output
+    assert "secret" not in result.output and served == []

@@ -24,6 +24,7 @@ from curvd.errors import (
     Unavailable,
 )
 from curvd.rpcs import RPCS
+from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.app import running
 from curvd_server.config import LimitsConfig, ServerConfig
@@ -263,6 +264,28 @@ def test_a_defect_does_not_show_its_insides(tmp_path, monkeypatch):
         ) as got:
             raw.call(channel, "GetServerInfo", ask)
     assert "division by zero" not in str(got.value)
+
+
+def test_the_traceback_of_a_defect_is_logged_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(FakeDevice, "describe", lambda self: 1 / 0)
+    with server(tmp_path) as channel:
+        with pytest.raises(Exception, match="ZeroDivisionError"):
+            raw.call(channel, "GetServerInfo", session_pb.GetServerInfoRequest())
+    assert caplog.text.count("division by zero") == 1
+
+
+def test_what_clients_send_is_cut_in_the_log(tmp_path, caplog):
+    caplog.set_level("INFO")
+    long = "x" * 100_000
+    with server(tmp_path) as channel:
+        ask = curvature_pb.ListVectorsRequest(session_id=long)
+        with pytest.raises(NotFound):
+            raw.call(channel, "ListVectors", ask)
+        gradient = curvature_pb.GradientRequest(session_id=long, request_id="r")
+        with pytest.raises(NotFound):
+            raw.call(channel, "Gradient", gradient)
+    assert "99800 more characters" in caplog.text
+    assert max(len(r.getMessage()) for r in caplog.records) < 2000
 
 
 async def test_a_draining_server_refuses_new_calls_and_finishes_old_ones(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import ssl
 import time
@@ -43,8 +44,10 @@ async def recognised(sock: socket.socket, *, tls: bool) -> bool:
             ours = is_ours(beginning, tls=tls)
             if ours is not None:
                 return ours
-            if len(beginning) == came:
-                # The end of it, or a Unix socket, which wakes us for what we saw.
+            if _has_ended(sock):
+                msg = "the connection was closed within its greeting"
+                raise ConnectionError(msg)
+            if len(beginning) == came:  # Unix sockets wake us for what we saw
                 await asyncio.sleep(pause_s)
                 pause_s *= 2
             came = len(beginning)
@@ -53,6 +56,13 @@ async def recognised(sock: socket.socket, *, tls: bool) -> bool:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, needed)
     finally:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+
+
+def _has_ended(sock: socket.socket) -> bool:
+    """Tell whether nothing more will come, although not all was read."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 async def encrypted(
