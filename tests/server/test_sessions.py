@@ -151,7 +151,7 @@ async def test_who_uses_what_is_there_does_not_wait_for_what_is_built(server, sa
             return (await multiply(server, lease, 1.0))[0, 0]
 
     first, second = asyncio.create_task(use()), asyncio.create_task(use())
-    while len(server.device.built) < 3 and not first.done():
+    while len(server.device.built) < 3 and not first.done():  # noqa: ASYNC110
         await asyncio.sleep(0)
     session = made if same else other
     assert await factor(server, session.id) == 5.0
