@@ -34,6 +34,7 @@ from curvd.config import ClientConfig, RetryConfig, TlsConfig
 from curvd.errors import (
     BuilderNotFound,
     Cancelled,
+    CannotConnect,
     CurvatureUnverified,
     CurvdError,
     DatasetNotFound,
@@ -156,6 +157,7 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "errors",
     "BuilderNotFound",
     "Cancelled",
+    "CannotConnect",
     "CurvatureUnverified",
     "CurvdError",
     "DatasetNotFound",

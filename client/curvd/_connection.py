@@ -16,13 +16,14 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from curvd._calls import Call
+from curvd._diagnosis import advised, diagnosis
 from curvd._direct import AsyncDirectChannel, DirectChannel
 from curvd._grpcio import AsyncGrpcioChannel, GrpcioChannel, lost_in_fork
 from curvd._process import PerProcess, check_loop
 from curvd._retry import Patience
 from curvd.buffers import Pool
 from curvd.config import ClientConfig, Transport, check_target
-from curvd.errors import Cancelled, CurvdError
+from curvd.errors import Cancelled, CurvdError, Unauthenticated, Unavailable
 from curvd.status import Ended, translated
 
 C = TypeVar("C")
@@ -49,11 +50,12 @@ class ConnectionBase(Generic[C]):
         kinds: _Kinds[C],
     ) -> None:
         self.target, self._config = check_target(target), config
+        # Files are read now: children may have changed their directory or user.
+        self._loaded = config.with_files_read()
         self._channels = PerProcess(
-            # Files are read now: children may have changed their directory or user.
-            functools.partial(_opened, target, config.with_files_read(), kinds)
+            functools.partial(_opened, target, self._loaded, kinds)
         )
-        self._closed = False
+        self._answered = self._closed = False
         self._pool = Pool(_IDLE_BYTES)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -78,6 +80,22 @@ class ConnectionBase(Generic[C]):
         patience = Patience(self._config)
         call.progressed, call.allocate = patience.progressed, self._pool.take
         return patience
+
+    def _cause(self, error: CurvdError, patience: Patience) -> CurvdError:
+        """Find what stands behind an error, if it can be told from here.
+
+        Args:
+            error: How a call failed.
+            patience: What time it has.
+
+        Returns:
+            The error to raise: what to change, or the same.
+        """
+        if isinstance(error, Unauthenticated):
+            return advised(error, self._config.token)
+        if self._answered or not isinstance(error, Unavailable):
+            return error
+        return diagnosis(self.target, self._loaded, patience.timeout()) or error
 
     def _finish(self) -> C | None:
         """Make no further call.
@@ -137,7 +155,8 @@ class Connection(ConnectionBase[DirectChannel | GrpcioChannel]):
                     call.restart()
                     while not call.done:
                         yield from self._exchange(call, patience)
-            except CurvdError as error:
+            except CurvdError as failure:
+                error = self._cause(failure, patience)
                 recovers = call.recovers(error)
                 time.sleep(patience.pause_after(error, recovers=recovers))
 
@@ -153,6 +172,7 @@ class Connection(ConnectionBase[DirectChannel | GrpcioChannel]):
         try:
             with contextlib.closing(response) as parts:
                 for part in parts:
+                    self._answered = True
                     yield from call.feed(part)
         except (grpc.RpcError, Ended):
             if call.failure is None:
@@ -213,7 +233,8 @@ class AsyncConnection(ConnectionBase[AsyncDirectChannel | AsyncGrpcioChannel]):
                         async with contextlib.aclosing(exchange) as blocks:
                             async for block in blocks:
                                 yield block
-            except CurvdError as error:
+            except CurvdError as failure:
+                error = await asyncio.to_thread(self._cause, failure, patience)
                 recovers = call.recovers(error)
                 await asyncio.sleep(patience.pause_after(error, recovers=recovers))
 
@@ -231,6 +252,7 @@ class AsyncConnection(ConnectionBase[AsyncDirectChannel | AsyncGrpcioChannel]):
         try:
             async with contextlib.aclosing(response) as parts:
                 async for part in parts:
+                    self._answered = True
                     for block in call.feed(part):
                         yield block
         except (grpc.RpcError, Ended):

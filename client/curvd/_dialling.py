@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from curvd.config import Pem, TlsConfig, pem
+from curvd.config import TlsConfig, pem
+from curvd.errors import InvalidSpec
 from curvd.http2.frames import RECOGNISED
 
 
@@ -69,7 +70,10 @@ def dial(address: Address, timeout: float | None) -> socket.socket:
         OSError: If nobody is there.
     """
     if not address.path:
-        sock = socket.create_connection((address.host, address.port), timeout)
+        try:
+            sock = socket.create_connection((address.host, address.port), timeout)
+        except UnicodeError as error:  # not even the form of a name
+            raise socket.gaierror(socket.EAI_NONAME, str(error)) from error
     else:
         sock = socket.socket(socket.AF_UNIX)
         try:
@@ -91,21 +95,45 @@ def client_context(config: TlsConfig) -> ssl.SSLContext:
         The settings.
 
     Raises:
-        ssl.SSLError: If a file is malformed.
+        InvalidSpec: If a file cannot be read, or is not what it should be.
     """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     ca = pem(config.ca, "ca")
-    context = ssl.create_default_context(cadata=None if ca is None else ca.decode())
+    if ca is None:
+        context.load_default_certs()
+    else:
+        with _usable("ca", "certificates in PEM"):
+            # Not `cadata`: what is no certificate would be skipped without a word.
+            with _file(ca) as path:
+                context.load_verify_locations(path)
     context.set_alpn_protocols([RECOGNISED, "h2"])
-    if config.cert is not None and config.key is not None:
-        with _file(config.cert, "cert") as cert, _file(config.key, "key") as key:
-            context.load_cert_chain(cert, key)
+    cert, key = pem(config.cert, "cert"), pem(config.key, "key")
+    if cert is not None and key is not None:
+        wanted = "a chain of certificates and its own key without a password, in PEM"
+        with _usable("cert/key", wanted), _file(cert) as chain, _file(key) as own:
+            context.load_cert_chain(chain, own, password=_no_password)
     return context
 
 
+def _no_password() -> str:
+    msg = "the key is encrypted"
+    raise ValueError(msg)  # asking on the terminal would wait for ever
+
+
 @contextlib.contextmanager
-def _file(source: Pem, name: str) -> Iterator[str]:
+def _usable(name: str, wanted: str) -> Iterator[None]:
+    """Say of which setting TLS complains."""
+    try:
+        yield
+    except (ssl.SSLError, ValueError) as error:
+        said = getattr(error, "reason", None) or str(error)
+        msg = f"TlsConfig({name}=…) is not {wanted}: {said}"
+        raise InvalidSpec(msg, setting=name) from error
+
+
+@contextlib.contextmanager
+def _file(text: bytes) -> Iterator[str]:
     """Have PEM text in a file, which is all that `ssl` reads keys from."""
-    text = pem(source, name) or b""
     with tempfile.NamedTemporaryFile() as file:  # readable by this user only
         file.write(text)
         file.flush()

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
+from curvd._dialling import client_context
 from curvd._process import Process, current_process
 from curvd.config import ClientConfig, proxy_of
 from curvd.errors import FailedPrecondition
@@ -51,6 +52,12 @@ def lost_in_fork(target: str) -> bool:
     return True
 
 
+def _check_files(config: ClientConfig) -> None:
+    """Refuse TLS files that grpcio would take, and fail with later."""
+    if config.tls is not None:
+        client_context(config.tls)
+
+
 def _check_process(home: Process) -> None:
     if home != current_process():
         msg = "the process was forked while the call was under way"
@@ -68,6 +75,7 @@ class GrpcioChannel:
     def __init__(self, target: str, config: ClientConfig) -> None:
         self._metadata = config.metadata(target)
         self._home = current_process()
+        _check_files(config)
         credentials, options = config.credentials(), config.channel_options()
         self._channel = (
             grpc.insecure_channel(target, options)
@@ -126,6 +134,7 @@ class AsyncGrpcioChannel:
     def __init__(self, target: str, config: ClientConfig) -> None:
         self._target, self._config = target, config
         self._home = current_process()
+        _check_files(config)
         self._metadata = config.metadata(target)
         self._channel: grpc.aio.Channel | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +18,8 @@ DEFAULT_PORT = 50551
 """Where a server listens unless it is told otherwise."""
 
 _SCHEMES = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:")
+
+_TOKEN = re.compile(r"[!-~]([ -~]*[!-~])?")
 
 Pem = bytes | str | os.PathLike[str]
 """PEM text, or the path of a file with it."""
@@ -48,6 +51,9 @@ class TlsConfig:
         if (self.cert is None) != (self.key is None):
             msg = "a client certificate needs both cert and key"
             raise InvalidSpec(msg)
+        if self.server_name is not None and not self.server_name.strip("."):
+            msg = f"server_name must be a name or None, got {self.server_name!r}"
+            raise InvalidSpec(msg, server_name=self.server_name)
 
     def with_files_read(self) -> TlsConfig:
         """Read the files.
@@ -137,6 +143,12 @@ class ClientConfig:
             if value is not None and not value > 0:
                 msg = f"{name} must be positive, got {value}"
                 raise InvalidSpec(msg, **{name: value})
+        if self.token is not None and not _TOKEN.fullmatch(self.token):
+            msg = (
+                "token must be visible ASCII characters without a space at either end; "
+                "was it read from a file with its line break?"
+            )
+            raise InvalidSpec(msg)
 
     def channel_options(self) -> list[tuple[str, int | str]]:
         """Spell the options of the channel, the only place that does.
@@ -222,16 +234,22 @@ def check_target(target: str) -> str:
         The target.
 
     Raises:
-        InvalidSpec: If it has no port.
+        InvalidSpec: If it has no port, or one that cannot be.
     """
-    if target.startswith(_SCHEMES):
+    if target.startswith(("unix:", "unix-abstract:")):
         return target
     host, _, port = target.rpartition(":")
-    if not host or not port.isdecimal() or (":" in host and not host.endswith("]")):
+    is_named = target.startswith(_SCHEMES)
+    if not is_named and (
+        not host or not port.isdecimal() or (":" in host and not host.endswith("]"))
+    ):
         msg = (
             f"target {target!r} is neither host:port nor unix:/path; "
             f"the usual port is {DEFAULT_PORT}"
         )
+        raise InvalidSpec(msg, target=target)
+    if port.isdecimal() and not 0 < int(port) < 1 << 16:
+        msg = f"the port of target {target!r} must be from 1 to 65535"
         raise InvalidSpec(msg, target=target)
     return target
 

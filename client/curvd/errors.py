@@ -13,6 +13,7 @@
     │   ├── VectorNotFound          a session stores no vector of this name
     │   └── ResultNotKept           a result to go on with is not kept any more
     ├── FailedPrecondition      the call is right, the state of things is not
+    │   ├── CannotConnect           target, TLS or certificates are not as configured
     │   ├── VersionMismatch         the session holds another parameter version
     │   ├── CurvatureUnverified     no AD mode reproduces finite differences
     │   ├── NotDeterministic        two evaluations of the same objective disagree
@@ -135,6 +136,10 @@ class ResultNotKept(NotFound):
 
 class FailedPrecondition(CurvdError, code="FAILED_PRECONDITION"):
     """The call is right, the state of things is not."""
+
+
+class CannotConnect(FailedPrecondition):
+    """Target, TLS or the server's certificate are not as this client was told."""
 
 
 class VersionMismatch(FailedPrecondition):

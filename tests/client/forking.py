@@ -22,7 +22,7 @@ import numpy as np
 import curvd
 from curvd import _requests
 
-PATIENCE_S = 120
+PATIENCE_S = 900
 """Who waits longer is taken for stuck; nobody waits so long otherwise."""
 
 
@@ -249,7 +249,7 @@ def proxied(session, client):
 def opened(client):
     """A session that has the layout of the fakes, on any server."""
     rng = np.random.default_rng(0)
-    state = {"0.weight": rng.normal(size=(3, 8)), "0.bias": np.zeros(3)}
+    state = {"1.weight": rng.normal(size=(3, 8)), "1.bias": np.zeros(3)}
     data = {"x": rng.normal(size=(96, 8)), "y": rng.integers(0, 3, 96)}
     return client.create_session(
         client.register_model("mlp", {"widths": [8, 3]}, state),

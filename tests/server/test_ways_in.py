@@ -8,6 +8,7 @@ import trustme
 from server.fakes import FakeDevice
 from server.served import SERVING, healthy, server
 
+import curvd
 from curvd.errors import (
     Unauthenticated,
 )
@@ -75,6 +76,32 @@ def test_mutual_tls_asks_for_a_certificate(certificates, tmp_path):
         assert connect(target, certificates, client=True) == SERVING
         with pytest.raises(grpc.RpcError):
             connect(target, certificates)
+
+
+@pytest.mark.parametrize("transport", ["direct", "grpcio"])
+def test_our_clients_name_what_keeps_them_out(certificates, tmp_path, transport):
+    patient = curvd.ClientConfig(
+        transport=transport, retry=curvd.RetryConfig(give_up_s=3600)
+    )
+    files = {"cert": certificates / "server.pem", "key": certificates / "server.key"}
+    ca = certificates / "ca.pem"
+    plain = ServerConfig(listen="localhost:0", data_dir=tmp_path / "a", token="new")
+    tls = TlsConfig(**files, client_ca=ca)
+    mutual = ServerConfig(listen="localhost:0", tls=tls, data_dir=tmp_path / "b")
+    with (
+        serve_in_thread(plain, device=FakeDevice()) as open_target,
+        serve_in_thread(mutual, device=FakeDevice()) as closed_target,
+    ):
+        closed = closed_target.replace("127.0.0.1", "localhost")
+        for target, options, kind, match in (
+            (open_target, {"tls": ca}, curvd.CannotConnect, "speaks plain text"),
+            (open_target, {"token": "old"}, Unauthenticated, "not the server's"),
+            (closed, {}, curvd.CannotConnect, "the server speaks TLS"),
+            (closed, {"tls": ca}, curvd.CannotConnect, "wants a certificate"),
+        ):
+            with curvd.connect(target, config=patient, **options) as client:
+                with pytest.raises(kind, match=match):
+                    client.server_info()
 
 
 def test_a_unix_socket_is_for_its_owner(tmp_path):
