@@ -82,7 +82,7 @@ def advised(error: Unauthenticated, token: str | None) -> Unauthenticated:
         else "the token of this client (token=) is not the server's: it may be an old one"
     )
     better = Unauthenticated(f"{error}; {what}")
-    better.metadata = error.metadata
+    better.metadata, better.__cause__ = error.metadata, error.__cause__
     return better
 
 
