@@ -30,6 +30,8 @@ LIMITS = {
     "kept_bytes": "Memory of results kept for callers whose stream broke.",
     "kept_s": "Seconds that they are kept.",
     "stored_bytes": "Memory of the vectors that one session stores.",
+    "partial_bytes": "Disk of all uploads that are not complete.",
+    "partial_s": "Seconds that an upload is kept which nobody goes on with.",
     "run_columns": "Columns that are computed together.",
     "sessions": "Sessions at once.",
     "operators": "Operators that one session keeps built.",

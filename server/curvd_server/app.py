@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import gc
+import itertools
 import signal
 import threading
 import time
@@ -13,18 +13,17 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 import psutil
 
 from curvd.allocator import tune_allocator
-from curvd.errors import FailedPrecondition
 from curvd.reports import ServerInfo
 from curvd_server import compute, logs
 from curvd_server.batching import Batcher
 from curvd_server.catalogue import Catalogue
 from curvd_server.compilation import Compiler
 from curvd_server.config import ServerConfig
+from curvd_server.data_directory import owned
 from curvd_server.device import Device
 from curvd_server.endpoint import serving
 from curvd_server.front.admission import raise_descriptor_limit
@@ -54,6 +53,8 @@ CAPABILITIES = (
 )
 
 _SWEEP_S = 1.0
+_SWEEP_BLOBS = 300
+"""Sweeps after which uploads are looked at, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ async def running(
     """
     limits = config.limits
     async with contextlib.AsyncExitStack() as stack:
-        stack.enter_context(_owned(config.data_dir))
+        stack.enter_context(owned(config.data_dir))
         catalogue = Catalogue(config.data_dir / "catalogue.sqlite")
         stack.callback(catalogue.close)
         if device is None:
@@ -156,8 +157,13 @@ async def running(
                 idle_bytes=limits.idle_bytes,
             )
         mounts = Mounts(config.datasets_root, config.data_dir / "mounts")
-        blobs = BlobStore(config.data_dir / "blobs", mounts, catalogue.needed_by)
-        blobs.sweep(catalogue.referenced())
+        blobs = BlobStore(
+            config.data_dir / "blobs",
+            mounts,
+            catalogue.needed_by,
+            partial_bytes=limits.partial_bytes,
+            partial_s=limits.partial_s,
+        )
         batcher = Batcher(
             run_columns=limits.run_columns,
             run_bytes=limits.block_bytes,
@@ -194,7 +200,7 @@ async def running(
             queries,
         ]
         target = await stack.enter_async_context(serving(config, services))
-        sweeper = asyncio.create_task(_expire(sessions, curvature))
+        sweeper = asyncio.create_task(_expire(sessions, curvature, blobs, catalogue))
         stack.callback(sweeper.cancel)
         yield Running(target, batcher, sessions)
 
@@ -210,13 +216,25 @@ async def _serve(config: ServerConfig) -> None:
         await stop.wait()
 
 
-async def _expire(sessions: SessionStore, curvature: CurvatureService) -> None:
-    while True:
+async def _expire(
+    sessions: SessionStore,
+    curvature: CurvatureService,
+    blobs: BlobStore,
+    catalogue: Catalogue,
+) -> None:
+    for second in itertools.count():
         await asyncio.sleep(_SWEEP_S)
         try:
             for session_id in await sessions.expire():
                 logs.logger().info("expired", session=session_id)
             curvature.expire()
+            if second % _SWEEP_BLOBS == 0:
+                await asyncio.to_thread(
+                    blobs.sweep,
+                    catalogue.referenced,
+                    now_s=time.time(),
+                    monotonic_s=time.monotonic(),
+                )
         except Exception:
             logs.logger().exception("defect", task="expire")
 
@@ -238,16 +256,3 @@ def _version() -> str:
         return metadata.version("curvd")
     except metadata.PackageNotFoundError:  # a source tree on the path
         return "unknown"
-
-
-@contextlib.contextmanager
-def _owned(data_dir: Path) -> Iterator[None]:
-    """Keep other servers off a data directory; the kernel forgets if we crash."""
-    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (data_dir / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            msg = f"another server uses the data directory {data_dir}; choose another"
-            raise FailedPrecondition(msg, data_dir=data_dir) from None
-        yield

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from curvd_server.faults import told
 from curvd_server.logs import logger
 
 WORTH = 0.97
@@ -83,7 +84,11 @@ class Compiler:
     """
 
     def __init__(self, folder: Path, after_s: float) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with told():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for left in folder.iterdir():  # by a server that was killed
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
         self.after_s = after_s
         self._folder = folder
         self._thread = ThreadPoolExecutor(1, "curvd-compiler")
@@ -127,7 +132,7 @@ class Compiler:
     def _work(self, job: Job, text: str, package: Path) -> None:
         log = logger()
         try:
-            if not package.exists():
+            if not _is_sound(package):
                 start = time.monotonic()
                 self._make(text, package)
                 seconds = round(time.monotonic() - start, 1)
@@ -155,16 +160,18 @@ class Compiler:
                     stdout=sink,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
-                    env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": name},
+                    env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": name, "TMPDIR": name},
                 )
                 self._wait(child)
             if child.returncode or not target.exists():
                 msg = f"the compiler ended with {child.returncode}: "
                 raise RuntimeError(msg + output.read_text(errors="replace")[-1000:])
+            _seal(package).write_text(_digest(target))
             shutil.move(target, package)
         made = sorted(self._folder.glob("*.pt2"), key=lambda p: p.stat().st_mtime)
         for old in made[:-_KEPT]:
             old.unlink()
+            _seal(old).unlink(missing_ok=True)
 
     def _wait(self, child: subprocess.Popen[bytes]) -> None:
         deadline_s = time.monotonic() + _PATIENCE_S
@@ -229,6 +236,24 @@ def rebuild(text: str) -> tuple[fx.GraphModule, list[Tensor]]:
     ]
     torch.set_num_threads(content["threads"])  # native code fixes their number
     return fx.GraphModule(nn.Module(), graph), examples
+
+
+def _seal(package: Path) -> Path:
+    """Find the file that says what the bytes of a package were."""
+    return package.with_suffix(".sha256")
+
+
+def _digest(package: Path) -> str:
+    with package.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_sound(package: Path) -> bool:
+    """Tell whether a package is there as it was made: it is code, and would be run."""
+    try:
+        return _seal(package).read_text() == _digest(package)
+    except (OSError, ValueError):
+        return False
 
 
 def _key(text: str) -> str:

@@ -99,6 +99,10 @@ class LimitsConfig:
     """Seconds that they are kept."""
     stored_bytes: int = 4 << 30
     """Memory of the vectors that one session stores."""
+    partial_bytes: int = 128 << 30
+    """Disk of all uploads that are not complete."""
+    partial_s: int = 24 * 3600
+    """Seconds that an upload is kept which nobody goes on with."""
     run_columns: int = 32
     """Columns that are computed together at most."""
     sessions: int = 100

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import tempfile
 from collections.abc import AsyncIterator
 
 import grpc.aio
@@ -16,6 +15,7 @@ from curvd.errors import InvalidSpec
 from curvd.rpcs import RPCS
 from curvd_server import logs
 from curvd_server.config import MESSAGE_BYTES, ServerConfig
+from curvd_server.data_directory import private_folder
 from curvd_server.front.addresses import cleared, target_of
 from curvd_server.front.calls import Calls
 from curvd_server.front.drops import Drops
@@ -90,7 +90,7 @@ async def _direct(
 ) -> AsyncIterator[str]:
     """Have the port ourselves, and grpcio behind it on a Unix socket."""
     context = config.tls_context()
-    with tempfile.TemporaryDirectory(prefix="curvd-") as folder:
+    with private_folder(config.data_dir) as folder:
         backend = f"{folder}/grpc"
         _add_port(config, server, f"unix:{backend}")
         front = Front(calls.begin, backend, context, config.connections, drops)

@@ -27,6 +27,7 @@ from curvd.errors import (
     Unavailable,
 )
 from curvd.rpcs import Rpc
+from curvd_server import faults
 from curvd_server.logs import logger
 
 # Errors travel in HTTP/2 headers, of which clients accept 8 KiB; the message is in
@@ -92,6 +93,11 @@ class Gate:
             if context.done():  # the client left, and a read or write noticed first
                 code = "CANCELLED"
                 raise asyncio.CancelledError from error
+            shortage = faults.typed(error)
+            if shortage is not None:
+                code = shortage.code
+                self._log.error("shortage", rpc=rpc.name, error=repr(error)[:500])
+                await abort(context, shortage)
             code = Internal.code
             self._log.exception("defect", rpc=rpc.name)
             msg = (

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from curvd.errors import DatasetNotFound, FailedPrecondition, InvalidSpec
+from curvd_server.faults import told
 
 SUFFIX = ".safetensors"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
@@ -151,6 +152,10 @@ class Mounts:
         return path if path.is_file() and path.is_relative_to(self._root) else None
 
     def _remember(self, digest: str, known: _Known) -> None:
+        with told():
+            self._write(digest, known)
+
+    def _write(self, digest: str, known: _Known) -> None:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = self._directory / f".{digest}"
         with new.open("w") as file:

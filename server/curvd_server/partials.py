@@ -8,7 +8,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from curvd.errors import InvalidTensors, ResourceExhausted, Unavailable
+from curvd.errors import InvalidTensors, Unavailable
+from curvd_server.faults import told
 
 _READ_BYTES = 8 << 20
 
@@ -22,8 +23,11 @@ class Partial:
 
     def __init__(self, path: Path) -> None:
         self.path, self.users = path, 0
+        self.announced = 0
+        """Bytes that the largest of its uploads wants to bring it to."""
         self.lock = threading.Lock()
-        self.file = path.open("ab", buffering=0)
+        with told():
+            self.file = path.open("ab", buffering=0)
         self.size = path.stat().st_size
         self.sha = hashlib.sha256()
         self.hashed = 0
@@ -35,17 +39,17 @@ class Partial:
             data: What to write.
 
         Raises:
-            ResourceExhausted: If the disk does not take it; then nothing is added.
+            DiskFull: If the disk does not take it; then nothing is added.
         """
         self.catch_up()
-        try:
-            written = 0
-            while written < data.nbytes:
-                written += self.file.write(data[written:])
-        except OSError as error:
-            self.file.truncate(self.size)
-            msg = f"the server cannot store the upload: {error.strerror}"
-            raise ResourceExhausted(msg) from error
+        with told():
+            try:
+                written = 0
+                while written < data.nbytes:
+                    written += self.file.write(data[written:])
+            except OSError:
+                self.file.truncate(self.size)
+                raise
         self.sha.update(data)
         self.size += data.nbytes
         self.hashed = self.size
@@ -146,9 +150,10 @@ class Upload:
                     f"{self._path.name}; nothing of them was kept"
                 )
                 raise InvalidTensors(msg, digest=digest, announced=self._path.name)
-            os.fsync(partial.file.fileno())
-            partial.path.rename(self._path)
-            fsync_directory(self._path.parent)
+            with told():
+                os.fsync(partial.file.fileno())
+                partial.path.rename(self._path)
+                fsync_directory(self._path.parent)
             self._arrived(self._path)
         return True
 

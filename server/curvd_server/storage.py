@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
+import shutil
 import threading
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -30,18 +31,23 @@ from curvd.buffers import Buffer
 from curvd.errors import (
     CurvdError,
     DataLoss,
+    DiskFull,
     InvalidSpec,
     InvalidTensors,
     LimitExceeded,
     NotFound,
 )
+from curvd_server.faults import FREE_SOME, told
 from curvd_server.logs import logger
 from curvd_server.mounts import Mounts
 from curvd_server.partials import Partial, Upload
 from curvd_server.snapshots import Snapshot, Stamp, digest_of
 
-ABANDONED_S = 24 * 3600.0
-"""An upload that nobody went on with, or referred to, for so long is removed."""
+_MOST_PARTIALS = 1000
+"""Uploads that are not complete."""
+_WATCHED_S = 3600.0
+"""How long this process must have seen that nobody uses a file before it is removed: the
+clock may have been set meanwhile."""
 
 _DAMAGED = ".damaged"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -84,6 +90,8 @@ class BlobStore:
         directory: Where they lie; made if it is not there.
         mounts: Finds further ones, which lie where their owner put them.
         needed_by: Names what needs a blob, for whoever has to be told that it is lost.
+        partial_bytes: Disk of all uploads that are not complete.
+        partial_s: How long one is kept that nobody goes on with, or refers to.
     """
 
     def __init__(
@@ -91,11 +99,18 @@ class BlobStore:
         directory: Path,
         mounts: Mounts | None = None,
         needed_by: Callable[[str], list[str]] = lambda digest: [],
+        *,
+        partial_bytes: int = 128 << 30,
+        partial_s: float = 24 * 3600.0,
     ) -> None:
+        self._partial_bytes, self._partial_s = partial_bytes, partial_s
+        # When this process began to see that nobody uses a file.
+        self._watched: dict[str, float] = {}
         self._directory = directory
         self._mounts = mounts
         self._needed_by = needed_by
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with told():
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = threading.Lock()
         # What the file of a blob looked like when its bytes had the digest.
         self._sound: dict[str, Stamp] = {}
@@ -179,12 +194,16 @@ class BlobStore:
 
         Raises:
             InvalidSpec: If the offset would leave a gap.
+            LimitExceeded: If other uploads take the room.
+            DiskFull: If the disk has none.
         """
         with self._lock:
             partial = self._partials.get(digest)
             if partial is None:
-                partial = Partial(self._path(digest, ".part"))
-                self._partials[digest] = partial
+                path = self._path(digest, ".part")
+                self._check_room(path, total_bytes)
+                partial = self._partials[digest] = Partial(path)
+            partial.announced = max(partial.announced, total_bytes)
             partial.users += 1
         try:
             if offset > partial.size:
@@ -245,19 +264,64 @@ class BlobStore:
             if not self._held[digest] and digest not in needed():
                 self._path(digest).unlink(missing_ok=True)
 
-    def sweep(self, referenced: set[str], *, now_s: float | None = None) -> None:
-        """Remove what nothing refers to and nobody goes on with; for start-up.
+    def sweep(
+        self, needed: Callable[[], set[str]], *, now_s: float, monotonic_s: float
+    ) -> None:
+        """Remove what nothing refers to and nobody goes on with; now and then.
 
         Args:
-            referenced: Digests to keep.
+            needed: Finds the digests to keep, as for `release`.
             now_s: Seconds since the epoch.
+            monotonic_s: Seconds that nobody can set.
         """
-        now_s = time.time() if now_s is None else now_s
-        for path in self._directory.iterdir():
-            idle_s = now_s - path.stat().st_mtime
-            kept = path.name in referenced or path.suffix == _DAMAGED
-            if not kept and idle_s > ABANDONED_S:
-                path.unlink()
+        with self._lock:
+            used = needed() | self._partials.keys() | set(+self._held)
+            watched = self._watched
+            self._watched = {}
+            for path in self._directory.iterdir():
+                if path.stem in used or path.suffix == _DAMAGED:
+                    continue
+                idle_s = now_s - path.stat().st_mtime
+                if idle_s < 0:  # the clock was set back
+                    os.utime(path, (now_s, now_s))
+                since_s = watched.get(path.name, monotonic_s)
+                patience_s = min(self._partial_s, _WATCHED_S)
+                if idle_s > self._partial_s and monotonic_s - since_s >= patience_s:
+                    path.unlink()
+                else:
+                    self._watched[path.name] = since_s
+
+    def _check_room(self, path: Path, total_bytes: int) -> None:
+        """Refuse an upload that does not fit, after the oldest idle ones made room."""
+        sizes = {p: p.stat().st_size for p in self._directory.glob("*.part")}
+        committed = sizes.pop(path, 0)
+        for partial in self._partials.values():
+            sizes[partial.path] = max(partial.announced, partial.size)
+        busy = {partial.path for partial in self._partials.values()}
+        idle = sorted(sizes.keys() - busy, key=lambda p: p.stat().st_mtime)
+
+        def is_full() -> bool:
+            too_many = len(sizes) >= _MOST_PARTIALS
+            return too_many or sum(sizes.values()) + total_bytes > self._partial_bytes
+
+        while idle and is_full():
+            sizes.pop(idle[0])
+            idle.pop(0).unlink()
+        if is_full():
+            msg = (
+                f"{len(sizes)} uploads of {sum(sizes.values())} bytes are under way; "
+                f"{total_bytes} more would exceed the limit of {self._partial_bytes} "
+                f"(partial_bytes) or of {_MOST_PARTIALS} uploads. Wait until some are "
+                "complete"
+            )
+            raise LimitExceeded(msg, limit=self._partial_bytes)
+        free = shutil.disk_usage(self._directory).free
+        if total_bytes - committed > free:
+            msg = (
+                f"the upload needs {total_bytes - committed} bytes more, and the disk "
+                f"has {free} free: {FREE_SOME}"
+            )
+            raise DiskFull(msg, free_bytes=free)
 
     def _find(self, digest: str) -> Path:
         path = self._path(digest)

@@ -1,8 +1,10 @@
 """Blobs: whole or not there, verified, resumable, and gone when nothing needs them."""
 
+import errno
 import hashlib
 import json
 import os
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from server.fakes import file_of, put
 
 from curvd.errors import (
     DataLoss,
+    DiskFull,
+    FailedPrecondition,
     InvalidSpec,
     InvalidTensors,
     LimitExceeded,
@@ -17,7 +21,7 @@ from curvd.errors import (
     Unavailable,
 )
 from curvd_server import storage
-from curvd_server.storage import ABANDONED_S, BlobStore
+from curvd_server.storage import BlobStore
 
 ARRAYS = {"x": np.arange(6.0).reshape(2, 3), "n": np.arange(3)}
 
@@ -157,7 +161,8 @@ def test_a_blob_that_was_damaged_is_moved_aside_and_can_come_again(
         blobs.open(digest)
     assert caught.value.metadata["digest"] == digest
     assert (folder / f"{digest}.damaged").exists()
-    blobs.sweep({other}, now_s=1e12)
+    for monotonic_s in (0, 1e6):
+        blobs.sweep(lambda: {other}, now_s=1e12, monotonic_s=monotonic_s)
     assert (folder / f"{digest}.damaged").exists()
     assert not blobs.has(digest)
     assert blobs.open(other).arrays["x"] == 0  # nothing else is lost
@@ -296,13 +301,137 @@ def test_a_blob_goes_when_nothing_needs_it_and_stays_when_held(blobs):
     np.testing.assert_array_equal(mapped, ARRAYS["x"])
 
 
+HOUR_S, DAY_S = 3600.0, 24 * 3600.0
+
+
+def names(blobs):
+    return sorted(path.name for path in blobs._directory.iterdir())
+
+
 def test_a_sweep_removes_what_is_old_and_not_needed(blobs, tmp_path):
     kept, dropped = put(blobs, ARRAYS), put(blobs, {"x": np.zeros(1)})
     part = tmp_path / "blobs" / ("1" * 64 + ".part")
     part.touch()
-    now_s = part.stat().st_mtime + ABANDONED_S / 2
-    blobs.sweep({kept}, now_s=now_s)
-    assert len(os.listdir(tmp_path / "blobs")) == 3
-    blobs.sweep({kept}, now_s=now_s + ABANDONED_S)
-    assert os.listdir(tmp_path / "blobs") == [kept]
+    now_s = part.stat().st_mtime
+    for hours in (0, 1, 12):
+        blobs.sweep(
+            lambda: {kept}, now_s=now_s + hours * HOUR_S, monotonic_s=hours * HOUR_S
+        )
+        assert len(names(blobs)) == 3
+    blobs.sweep(lambda: {kept}, now_s=now_s + DAY_S + 9, monotonic_s=DAY_S)
+    assert names(blobs) == [kept]
     assert not blobs.has(dropped)
+
+
+@pytest.mark.parametrize("step_s", [2 * HOUR_S, DAY_S + 9])
+def test_a_step_of_the_clock_removes_no_upload(blobs, tmp_path, step_s):
+    data, digest = file_of(ARRAYS)
+    with blobs.upload(digest, offset=0, total_bytes=len(data)) as upload:
+        upload.write(memoryview(data)[:100])
+    now_s = (tmp_path / "blobs" / f"{digest}.part").stat().st_mtime
+    blobs.sweep(set, now_s=now_s + step_s, monotonic_s=0)
+    blobs.sweep(set, now_s=now_s + step_s + 60, monotonic_s=60)
+    assert blobs.committed_bytes(digest) == 100
+    blobs.sweep(set, now_s=now_s - step_s, monotonic_s=61)  # and back
+    blobs.sweep(set, now_s=now_s - step_s + DAY_S + 9, monotonic_s=DAY_S + 61)
+    assert blobs.committed_bytes(digest) == 0
+
+
+def test_a_sweep_leaves_what_is_held_or_under_way(blobs):
+    held = put(blobs, ARRAYS)
+    with blobs.held(held), blobs.upload("1" * 64, offset=0, total_bytes=10) as upload:
+        upload.write(memoryview(b"x"))
+        for monotonic_s in (0, DAY_S):
+            blobs.sweep(set, now_s=1e12, monotonic_s=monotonic_s)
+        assert len(names(blobs)) == 2
+
+
+def begun(blobs, digit, nbytes, announced=None):
+    digest = str(digit) * 64
+    with blobs.upload(digest, offset=0, total_bytes=announced or nbytes) as upload:
+        upload.write(memoryview(bytes(nbytes)))
+    return digest
+
+
+def test_uploads_that_nobody_goes_on_with_make_room_the_oldest_first(tmp_path):
+    blobs = BlobStore(tmp_path / "blobs", partial_bytes=100)
+    oldest, newer = begun(blobs, 1, 40), begun(blobs, 2, 40)
+    os.utime(tmp_path / "blobs" / f"{oldest}.part", (0, 0))
+    latest = begun(blobs, 3, 50)
+    assert [blobs.committed_bytes(d) for d in (oldest, newer, latest)] == [0, 40, 50]
+
+
+def test_uploads_under_way_are_reserved_as_large_as_they_were_announced(tmp_path):
+    blobs = BlobStore(tmp_path / "blobs", partial_bytes=100)
+    with blobs.upload("1" * 64, offset=0, total_bytes=80):
+        with pytest.raises(
+            LimitExceeded, match=r"1 uploads of 80 bytes.*partial_bytes"
+        ):
+            begun(blobs, 2, 21)
+        begun(blobs, 2, 20)
+    with pytest.raises(LimitExceeded, match="101 more would exceed the limit of 100"):
+        begun(blobs, 3, 101)
+
+
+def test_there_is_a_largest_number_of_uploads(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_MOST_PARTIALS", 2)
+    blobs = BlobStore(tmp_path / "blobs")
+    for digit in range(4):
+        begun(blobs, digit, 8)
+    assert len(names(blobs)) == 2
+
+
+def test_an_upload_that_the_disk_cannot_hold_is_refused_at_once(blobs, monkeypatch):
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: Usage(free=99))
+    with pytest.raises(
+        DiskFull, match="needs 100 bytes more, and the disk has 99 free"
+    ):
+        begun(blobs, 1, 10, announced=100)
+    digest = begun(blobs, 2, 10, announced=99)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: Usage(free=89))
+    begun(blobs, 2, 10, announced=99)  # what is there needs no more room
+    assert blobs.committed_bytes(digest) == 10
+
+
+class Usage(NamedTuple):
+    free: int
+
+
+class Full:
+    """A file on a disk that takes no more."""
+
+    def __init__(self, file, number):
+        self._file, self._number = file, number
+
+    def write(self, data):
+        self._file.write(data[: len(data) // 2])
+        raise OSError(self._number, os.strerror(self._number))
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "match"),
+    [
+        (errno.ENOSPC, DiskFull, "disk is full: have the server's operator free some"),
+        (errno.EDQUOT, DiskFull, "disk is full"),
+        (errno.EROFS, FailedPrecondition, "cannot write its data directory: Read-only"),
+    ],
+)
+def test_a_disk_that_takes_no_more_is_said_and_the_upload_goes_on_later(
+    blobs, number, error, match
+):
+    data, digest = file_of(ARRAYS)
+    view = memoryview(data)
+    with blobs.upload(digest, offset=0, total_bytes=len(data)) as upload:
+        upload.write(view[:100])
+        partial = upload._partial
+        file, partial.file = partial.file, Full(partial.file, number)
+        with pytest.raises(error, match=match):
+            upload.write(view[100:])
+        partial.file = file
+    assert blobs.committed_bytes(digest) == 100
+    with blobs.upload(digest, offset=100, total_bytes=len(data)) as upload:
+        upload.write(view[100:])
+        assert upload.finish()

@@ -1,0 +1,66 @@
+"""What the operating system refuses, in our words: disks that are full, memory that is."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+
+from curvd.errors import CurvdError, DiskFull, FailedPrecondition, OutOfMemory
+
+FREE_SOME = (
+    "have the server's operator free some space in its data directory, then try again; "
+    "nothing that was acknowledged is lost"
+)
+"""What to do about a full disk."""
+
+
+def typed(error: BaseException) -> CurvdError | None:
+    """Find the error that a caller is told.
+
+    Args:
+        error: Whatever was raised.
+
+    Returns:
+        Ours; None if it is no shortage, and so perhaps a defect.
+    """
+    if isinstance(error, CurvdError):
+        return error
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(f"the server's disk is full: {FREE_SOME}")
+    if isinstance(error, MemoryError) or number == errno.ENOMEM:
+        msg = (
+            "the server's host has no memory left for this call"
+            f"{f' ({error})' if str(error) else ''}: send less at once, delete stored "
+            "vectors or sessions, or have its operator lower memory_bytes"
+        )
+        return OutOfMemory(msg)
+    if number in (errno.EMFILE, errno.ENFILE):
+        msg = "the server has no file descriptors left: close connections, or try again"
+        return OutOfMemory(msg)
+    return None
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Raise our errors in place of the system's, while something is written.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        DiskFull: If the disk takes no more.
+        FailedPrecondition: If it cannot be written for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        known = typed(error)
+        if known is None:
+            msg = (
+                f"the server cannot write its data directory: {error.strerror}; its "
+                "operator has to look at the disk and the rights of the folder"
+            )
+            known = FailedPrecondition(msg)
+        raise known from error
