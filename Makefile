@@ -7,10 +7,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CONTAINERS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test lint types proto proto-check image-test bench big-test storm-net fuzz clean
+.PHONY: help demo test gpu-test lint types proto proto-check image-test bench big-test storm-net fuzz fuzz-http2 clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -78,6 +78,9 @@ fuzz: $(VENV)/dev.stamp ## a hundred thousand hostile graphs, in about ten minut
 
 storm-net: $(VENV)/dev.stamp ## floods and hoards beside a client that multiplies, in about forty minutes
 	PYTHONPATH=tests $(BIN)/python tests/storm_net.py
+
+fuzz-http2: $(VENV)/dev.stamp ## strangers' bytes for HTTP/2, guided by coverage, for ten minutes
+	PYTHONPATH=tests $(BIN)/python tests/fuzz_http2.py
 
 big-test: $(VENV)/dev.stamp ## a model of more than 2 GiB, verified and multiplied; needs 16 GiB of free memory
 	$(BIN)/python bench/big.py

@@ -591,6 +591,237 @@ CASES = [
     ),
 ]
 
+
+def answered(fields=(), *, stream=1, flags=END_HEADERS, more=b""):
+    """The headers of a response."""
+    pairs = {b":status": b"200", b"content-type": b"application/grpc"} | dict(fields)
+    kept = b"".join(literal(n, v) for n, v in pairs.items() if v is not None)
+    return frame(HEADERS, flags, stream, kept + more)
+
+
+def trailers(*more, flags=5):
+    """The end of a call that succeeded."""
+    fields = b"".join(literal(*pair) for pair in more)
+    return frame(HEADERS, flags, 1, literal(b"grpc-status", b"0") + fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerCase:
+    """One thing that a server may or may not do in answer to a call on stream 1."""
+
+    name: str
+    data: bytes
+    code: str
+    """The status with which the call ends for its caller."""
+    match: str = ""
+    reaction: str = NOTHING
+
+
+EMPTY = frame(DATA, 0, 1, bytes(5))
+GOOD = answered() + EMPTY + trailers()
+HTML = frame(DATA, 1, 1, b"<html>no</html>")
+LOST, BAD = "UNAVAILABLE", "INTERNAL"
+SERVER_CASES = [
+    ServerCase("an answer", GOOD, "OK"),
+    ServerCase(
+        "informational headers first", answered({b":status": b"103"}) + GOOD, "OK"
+    ),
+    ServerCase("unknown frames between", frame(77, 0, 1, b"x") + GOOD, "OK"),
+    ServerCase(
+        "padded data",
+        answered() + frame(DATA, 8, 1, b"\2" + bytes(7)) + trailers(),
+        "OK",
+    ),
+    ServerCase(
+        "goaway that covers the call",
+        frame(GOAWAY, 0, 0, number(1) + number(0)) + GOOD,
+        "OK",
+    ),
+    ServerCase(
+        "goaway that does not",
+        frame(GOAWAY, 0, 0, number(0) + number(0)),
+        LOST,
+        "REFUSED_STREAM",
+    ),
+    ServerCase(
+        "goaway with a reason, then the end",
+        frame(GOAWAY, 0, 0, number(1) + number(11) + b"too_many_pings"),
+        LOST,
+        "ENHANCE_YOUR_CALM 'too_many_pings'",
+    ),
+    ServerCase("refused", frame(RST_STREAM, 0, 1, number(7)), LOST, "REFUSED_STREAM"),
+    ServerCase("cancelled", frame(RST_STREAM, 0, 1, number(8)), "CANCELLED", "CANCEL"),
+    ServerCase("calmed", frame(RST_STREAM, 0, 1, number(11)), "RESOURCE_EXHAUSTED"),
+    ServerCase(
+        "reset for a defect", frame(RST_STREAM, 0, 1, number(2)), BAD, "INTERNAL_ERROR"
+    ),
+    ServerCase(
+        "reset with a code that nobody knows",
+        frame(RST_STREAM, 0, 1, number(999)),
+        BAD,
+        "999",
+    ),
+    ServerCase(
+        "a push",
+        frame(PUSH_PROMISE, 4, 1, number(2) + block()),
+        LOST,
+        "PUSH_PROMISE",
+        PROTOCOL,
+    ),
+    ServerCase("push enabled", setting(2, 1), LOST, "ENABLE_PUSH", PROTOCOL),
+    ServerCase(
+        "data before headers",
+        EMPTY + trailers(),
+        BAD,
+        "data before the headers",
+        MALFORMED,
+    ),
+    ServerCase(
+        "headers on a stream that nobody opened",
+        answered(stream=3),
+        LOST,
+        "not open",
+        PROTOCOL,
+    ),
+    ServerCase(
+        "headers on a stream of its own", answered(stream=2), LOST, "not open", PROTOCOL
+    ),
+    ServerCase(
+        "data on a stream of its own",
+        frame(DATA, 0, 2, b"x"),
+        LOST,
+        "not open",
+        PROTOCOL,
+    ),
+    ServerCase("no status", answered({b":status": None}), BAD, "no :status", MALFORMED),
+    ServerCase(
+        "a status that is none", answered({b":status": b"2x0"}), BAD, "2x0", MALFORMED
+    ),
+    ServerCase("status 101", answered({b":status": b"101"}), BAD, "101", MALFORMED),
+    ServerCase(
+        "an informational answer that ends",
+        answered({b":status": b"103"}, flags=5),
+        BAD,
+        "103",
+        MALFORMED,
+    ),
+    ServerCase(
+        "a pseudo-header of requests",
+        answered(more=literal(b":path", b"/")),
+        BAD,
+        ":path",
+        MALFORMED,
+    ),
+    ServerCase("a name in capitals", answered({b"X-Y": b"z"}), BAD, "X-Y", MALFORMED),
+    ServerCase(
+        "a field of connections",
+        answered({b"connection": b"close"}),
+        BAD,
+        "connection",
+        MALFORMED,
+    ),
+    ServerCase(
+        "a value with a line feed", answered({b"x": b"a\nb"}), BAD, "value", MALFORMED
+    ),
+    ServerCase(
+        "blanks around a message",
+        answered() + EMPTY + trailers((b"grpc-message", b"fine ")),
+        "OK",
+    ),
+    ServerCase(
+        "a pseudo-header in trailers",
+        answered() + EMPTY + trailers((b":status", b"200")),
+        BAD,
+        ":status",
+        MALFORMED,
+    ),
+    ServerCase(
+        "trailers that do not end",
+        answered() + EMPTY + trailers(flags=4),
+        BAD,
+        "do not end",
+        MALFORMED,
+    ),
+    ServerCase(
+        "content-length too large",
+        answered({b"content-length": b"7"}) + EMPTY + trailers(),
+        BAD,
+        "7 were announced",
+        MALFORMED,
+    ),
+    ServerCase(
+        "data that ends within a message",
+        answered() + frame(DATA, 1, 1, b"\0\0"),
+        BAD,
+        "ends within a message",
+    ),
+    ServerCase(
+        "an answer without the status of gRPC",
+        answered() + frame(DATA, 1, 1, bytes(5)),
+        BAD,
+        "without a status",
+    ),
+    ServerCase(
+        "a page",
+        answered({b"content-type": b"text/html"}) + HTML,
+        "UNKNOWN",
+        "HTTP status 200",
+    ),
+    ServerCase(
+        "a page of a proxy",
+        answered({b":status": b"503", b"content-type": b"text/html"}) + HTML,
+        LOST,
+        "HTTP status 503",
+    ),
+    ServerCase("index 0", answered(more=b"\x80"), LOST, "cannot be read", COMPRESSION),
+    ServerCase(
+        "a ping of 7 bytes", frame(PING, 0, 0, bytes(7)), LOST, "PING frame of 7", SIZE
+    ),
+    ServerCase(
+        "settings of 5 bytes",
+        frame(SETTINGS, 0, 0, bytes(5)),
+        LOST,
+        "SETTINGS frame of 5",
+        SIZE,
+    ),
+    ServerCase(
+        "the connection widened by 0",
+        frame(WINDOW_UPDATE, 0, 0, number(0)),
+        LOST,
+        "by 0",
+        PROTOCOL,
+    ),
+    ServerCase(
+        "the stream widened by 0",
+        frame(WINDOW_UPDATE, 0, 1, number(0)),
+        BAD,
+        "by 0",
+        MALFORMED,
+    ),
+    ServerCase(
+        "the stream widened too far",
+        frame(WINDOW_UPDATE, 0, 1, number((1 << 31) - 1)),
+        BAD,
+        "widened by",
+        "reset FLOW_CONTROL_ERROR",
+    ),
+    ServerCase(
+        "headers that are not continued",
+        answered(flags=0) + EMPTY,
+        LOST,
+        "not continued",
+        PROTOCOL,
+    ),
+    ServerCase(
+        "a flood of pings",
+        frame(PING, 0, 0, bytes(8)) * 1500,
+        LOST,
+        "bring nothing",
+        "goaway ENHANCE_YOUR_CALM",
+    ),
+    ServerCase("the end without an answer", b"", LOST, "closed"),
+]
+
 BEGINNINGS = {
     "a preface that is wrong": (PREFACE[:-1] + b"x" + frame(SETTINGS), PROTOCOL),
     "no settings": (PREFACE + frame(PING, 0, 0, bytes(8)), PROTOCOL),

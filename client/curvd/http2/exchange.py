@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from grpc import StatusCode
 
 from curvd.errors import CurvdError
-from curvd.http2.frames import Code
+from curvd.http2.frames import Code, named
 from curvd.http2.line import Line
 from curvd.http2.messages import Room, framed
 from curvd.http2.stream import Broken, Headers, Stream
@@ -95,7 +95,8 @@ def exchange(
                 line.used(stream, nbytes)
                 yield part
             if stream.failure is not None:
-                raise _not_read(stream.failure)
+                line.push()  # what the server is told about it
+                raise _not_grpc(stream) or _not_read(stream.failure)
             if stream.ended:
                 break
             if sending and not stream.outbox:
@@ -110,6 +111,12 @@ def exchange(
                 silence.check()
         line.push()
         _conclude(stream)
+    except Broken as error:
+        line.leaving = True
+        stream.give_up(error.code)
+        if error.code is not Code.NO_ERROR:
+            line.leave(error.code)
+        raise
     finally:
         stream.reader = None  # it refers to the caller's memory
         if not stream.over:
@@ -174,19 +181,32 @@ def _conclude(stream: Stream) -> None:
         if stream.reset is None:
             msg = "the answer ended without a status"
             raise Ended(StatusCode.INTERNAL, msg)
-        msg = f"the server gave the call up (HTTP/2 error {stream.reset})"
+        msg = f"the server gave the call up (HTTP/2 error {named(stream.reset)})"
         raise Ended(_RESET.get(stream.reset, StatusCode.INTERNAL), msg)
     found = stream.trailers
     number = found.get("grpc-status")
     if number is None:
-        status = (stream.headers or {}).get(":status", "?")
-        msg = f"HTTP status {status} instead of a gRPC answer"
-        raise Ended(_HTTP.get(status, StatusCode.UNKNOWN), msg)
+        msg = "the answer ended without a status"
+        raise _not_grpc(stream) or Ended(StatusCode.INTERNAL, msg)
     if number == "0":
         return
     code = CODES.get(number, StatusCode.UNKNOWN)
     message = unquote(found.get("grpc-message", ""))
     raise Ended(code, message, _decoded(found.get(DETAILS_KEY)))
+
+
+def _not_grpc(stream: Stream) -> Ended | None:
+    """Say what an answer means that is none of gRPC, for example a proxy's."""
+    headers = stream.headers
+    if headers is None:
+        return None
+    kind, status = headers.get("content-type", ""), headers[":status"]
+    if status == "200" and kind.startswith("application/grpc"):
+        return None
+    msg = (
+        f"HTTP status {status} ({kind or 'no content-type'}) in place of a gRPC answer"
+    )
+    return Ended(_HTTP.get(status, StatusCode.UNKNOWN), msg)
 
 
 def _decoded(value: str | None) -> bytes | None:

@@ -15,6 +15,9 @@ DEFAULT_LONGEST = 1 << 14
 DEFAULT_WINDOW = (1 << 16) - 1
 LARGEST_WINDOW = (1 << 31) - 1
 
+HTTP_1 = b"HTTP/1.1"[3]
+"""Type of the frame as which an answer of HTTP/1 is misread."""
+
 RECOGNISED = "curvd"
 """Offered by our clients beside ``h2`` when TLS begins (ALPN, RFC 7301), so that a
 server that reads no further knows who calls."""

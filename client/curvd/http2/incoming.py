@@ -220,6 +220,8 @@ class Incoming:
     def _introduce(self, kind: int, flags: int) -> None:
         if kind != Kind.SETTINGS or flags & frames.ACK:
             msg = "the first frame is no SETTINGS: this is not HTTP/2"
+            if kind == frames.HTTP_1:
+                msg = "the peer speaks HTTP/1, not HTTP/2"
             raise Broken(msg)
         self._introduced = True
 

@@ -14,7 +14,7 @@ from curvd.http2 import frames
 from curvd.http2.frames import Code, Kind, Setting
 from curvd.http2.glitches import Glitches
 from curvd.http2.incoming import Incoming
-from curvd.http2.stream import Headers, Stream
+from curvd.http2.stream import Broken, Headers, Stream
 
 
 class Line(Incoming):
@@ -150,7 +150,14 @@ class Line(Incoming):
             Broken: If the peer is gone, or breaks the protocol.
             OSError: If the connection is gone.
         """
-        self._intake.pull()
+        try:
+            self._intake.pull()
+        except Broken as error:
+            stream = self.stream
+            answered = self._client and stream is not None and stream.ended
+            if error.code is not Code.NO_ERROR or not answered:
+                raise
+            self.leaving = True  # the server closed behind its answer
 
     @property
     def more(self) -> bool:

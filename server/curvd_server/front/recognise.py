@@ -66,7 +66,11 @@ def _greeting_is_ours(beginning: bytes) -> bool | None:
 def _hello_is_ours(beginning: bytes) -> bool | None:
     if beginning[:1] != bytes([_HANDSHAKE])[: len(beginning)]:
         return False
-    length = int.from_bytes(beginning[3:_RECORD_HEAD_BYTES], "big")
-    if len(beginning) < _RECORD_HEAD_BYTES + length or not length:
+    if len(beginning) < _RECORD_HEAD_BYTES:
+        return None
+    end = _RECORD_HEAD_BYTES + int.from_bytes(beginning[3:_RECORD_HEAD_BYTES], "big")
+    if end == _RECORD_HEAD_BYTES:  # which TLS forbids
+        return False
+    if len(beginning) < end:
         return None if len(beginning) < ENOUGH_BYTES else False
-    return _PROTOCOL in beginning
+    return _PROTOCOL in beginning[:end]
