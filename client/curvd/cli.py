@@ -101,6 +101,7 @@ def serve(**options: Any) -> None:
     """Run a server until SIGTERM or Ctrl-C."""
     tune_allocator()
     config = _server("curvd_server.config")
+    _server("curvd_server.trials").start()  # it imports torch while the server does
     app = _server("curvd_server.app")
     app.serve(config.ServerConfig(**_server_settings(config, options)))
 

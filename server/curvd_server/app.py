@@ -195,6 +195,7 @@ async def running(
                 mounts=mounts,
                 limits=limits,
                 describe=lambda: _describe(config, device, mounts),
+                try_graphs=device.try_graphs,
             ),
             curvature,
             queries,

@@ -22,7 +22,13 @@ from curvd.choices import Dtype, Mode
 from curvd.errors import InvalidSpec, OutOfMemory
 from curvd.layout import ParameterLayout
 from curvd.reports import DeviceInfo, PlanReport
-from curvd.types import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
+from curvd.types import (
+    DatasetSpec,
+    LossSpec,
+    ModelSpec,
+    OperatorSpec,
+    SerializedGraph,
+)
 from curvd_server import engine
 from curvd_server.compilation import Compiler
 from curvd_server.models import Models
@@ -30,6 +36,7 @@ from curvd_server.objective import Problem
 from curvd_server.plans import Memory
 from curvd_server.registration import Architecture
 from curvd_server.rewrites import use_differentiable_attention
+from curvd_server.trials import Trials
 
 _CANNOT_RUN = (
     TypeError,
@@ -90,6 +97,7 @@ class TorchDevice:
         use_differentiable_attention()
         self._tools = Tools({} if plans is None else plans, compiler, Pool(idle_bytes))
         self._name = device
+        self._trials = Trials()
         self._models = Models(
             entries,
             allowed,
@@ -145,6 +153,13 @@ class TorchDevice:
             The tensors of its state.
         """
         return self._models.architecture(spec)
+
+    async def try_graphs(
+        self, model: SerializedGraph, loss: SerializedGraph, *, rows: int
+    ) -> Architecture | None:
+        """Check what clients drew, in a process of its own; see `Device.try_graphs`."""
+        limit_bytes = self.describe().total_bytes
+        return await self._trials.of(model, loss, rows=rows, limit_bytes=limit_bytes)
 
     def load(
         self,

@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 from curvd.choices import Dtype, Mode
 from curvd.layout import ParameterLayout
 from curvd.reports import DeviceInfo, PlanReport
-from curvd.types import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
+from curvd.types import (
+    DatasetSpec,
+    LossSpec,
+    ModelSpec,
+    OperatorSpec,
+    SerializedGraph,
+)
 from curvd_server.registration import Architecture
 
 Array = NDArray[Any]
@@ -86,6 +92,25 @@ class Device(Protocol):
 
     def architecture(self, spec: ModelSpec) -> Architecture:
         """Find out what a builder makes of a configuration; on any thread."""
+
+    async def try_graphs(
+        self, model: SerializedGraph, loss: SerializedGraph, *, rows: int
+    ) -> Architecture | None:
+        """Check what clients drew, without memory, before anything else is done with it.
+
+        Args:
+            model: A model; empty if a builder makes it.
+            loss: A loss; empty if it is one of ours.
+            rows: Data points of a mini-batch.
+
+        Returns:
+            The tensors of the model's state, if there is a model.
+
+        Raises:
+            InvalidGraph: If a graph is not sound.
+            LimitExceeded: If it needs too much memory or time.
+            Overloaded: If too many of the same peer wait to be tried.
+        """
 
     def load(
         self,

@@ -7,33 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from curvd.errors import BuilderNotFound, CurvdError, InvalidSpec
-from curvd.reports import TensorInfo
 from curvd.types import ModelSpec
 from curvd_server import builders, libraries
 from curvd_server.graph.decode import decode
 from curvd_server.graph.dryrun import dry_run
 from curvd_server.graph.interpret import Interpreter
 from curvd_server.graph.module import GraphModule
+from curvd_server.modules import architecture_of
 from curvd_server.registration import Architecture
 from curvd_server.trial import check_batch_axis
 
 _ARCHITECTURES = 32
 """Whose traced programs are remembered; a program holds no parameters and no data."""
-_NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-}
 
 
 class Models:
@@ -89,18 +77,7 @@ class Models:
                 raise
             except Exception:  # it looks at values while it builds
                 module = self._built(spec)
-        names: dict[int, str] = {}
-        tensors, ties, buffers = {}, {}, set()
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if isinstance(tensor, Tensor):
-                dtype, shape = _NAMES[tensor.dtype], tuple(tensor.shape)
-                tensors[name] = TensorInfo(name, dtype, shape)
-                home = names.setdefault(id(tensor), name)
-                if home != name:
-                    ties[name] = home
-                if not isinstance(tensor, nn.Parameter):
-                    buffers.add(name)
-        return Architecture(tensors, ties, frozenset(buffers))
+        return architecture_of(module)
 
     def build(self, spec: ModelSpec, rows: int) -> nn.Module:
         """Make a module.

@@ -71,12 +71,23 @@ class Registry:
         self._catalogue, self._blobs = catalogue, blobs
         self._architecture = architecture
 
-    def model(self, spec: ModelSpec, digest: str) -> ModelInfo | None:
+    def knows(self, spec: ModelSpec, digest: str) -> bool:
+        """Tell whether a model was registered before; see `model`."""
+        try:
+            self._catalogue.model(_model_id(spec, digest))
+        except (ModelNotFound, DataLoss):
+            return False
+        return True
+
+    def model(
+        self, spec: ModelSpec, digest: str, architecture: Architecture | None = None
+    ) -> ModelInfo | None:
         """Find a model, or make it if its bytes are there.
 
         Args:
             spec: Builder and configuration, or graph.
             digest: Of the state's safetensors file.
+            architecture: The tensors of its state, if that was found out before.
 
         Returns:
             The model; None if the bytes are missing and would be welcome.
@@ -88,13 +99,11 @@ class Registry:
             InvalidTensors: If the bytes are no safetensors file.
             StateMismatch: If they are not the state of that architecture.
         """
-        graph_digest = spec.graph.digest
-        content = {"graph": graph_digest} if spec.graph else {"builder": spec.builder}
-        model_id = _hash(**content, config=spec.config, state=digest)
+        model_id = _model_id(spec, digest)
         try:
             known = self._catalogue.model(model_id).info
         except (ModelNotFound, DataLoss):
-            architecture = self._architecture(spec)
+            architecture = architecture or self._architecture(spec)
         else:
             # What was damaged since is welcome once more.
             return known if self._blobs.is_sound(digest) else None
@@ -107,7 +116,7 @@ class Registry:
             spec=spec,
             tensors=_tensors(blob.header),
             state_bytes=blob.total_bytes,
-            graph_digest=graph_digest,
+            graph_digest=spec.graph.digest,
         )
         model = StoredModel(
             info=info,
@@ -288,6 +297,11 @@ def _same(blob: Blob, a: str, b: str) -> bool:
     # As bits, so that NaN equals itself.
     bits = [np.ascontiguousarray(v).reshape(-1).view(np.uint8) for v in views]
     return bool(np.array_equal(bits[0], bits[1]))
+
+
+def _model_id(spec: ModelSpec, digest: str) -> str:
+    by = {"graph": spec.graph.digest} if spec.graph else {"builder": spec.builder}
+    return _hash(**by, config=spec.config, state=digest)
 
 
 def _hash(**content: object) -> str:

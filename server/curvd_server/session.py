@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from curvd.errors import Cancelled, CurvdError, VersionMismatch
 from curvd.reports import SessionInfo, SessionState
-from curvd.types import OperatorSpec
+from curvd.types import OperatorSpec, SerializedGraph
 from curvd_server.batching import Batcher
 from curvd_server.catalogue import Catalogue, StoredSession, StoredVersion
 from curvd_server.config import LimitsConfig
@@ -159,8 +159,9 @@ class Session:
             return self.live.problem
         stored, using = self.stored, self._with
 
-        def prepare() -> Callable[[], Problem]:
-            info = stored.info
+        info = stored.info
+
+        def prepare() -> tuple[SerializedGraph, int, Callable[[], Problem]]:
             model = using.catalogue.model(info.model_id)
             dataset = using.catalogue.dataset(info.dataset_id)
             state = state_of(using.blobs, model, stored.sources).arrays
@@ -168,7 +169,7 @@ class Session:
             parameters = {n: a for n, a in state.items() if n not in model.buffers}
             check_representable(parameters, info.dtype, what="parameter")
             check_representable(data, info.dtype, what="tensor")
-            return functools.partial(
+            load = functools.partial(
                 using.device.load,
                 model.info.spec,
                 state,
@@ -179,8 +180,12 @@ class Session:
                 info.dtype,
                 info.params,
             )
+            rows = min(dataset.info.spec.batch_size, dataset.info.data_points)
+            return model.info.spec.graph, rows, load
 
-        return await self.live.load(await asyncio.to_thread(prepare))
+        graph, rows, load = await asyncio.to_thread(prepare)
+        await using.device.try_graphs(graph, info.loss.graph, rows=rows)
+        return await self.live.load(load)
 
     @contextlib.asynccontextmanager
     async def lease(

@@ -24,7 +24,9 @@ def served(monkeypatch):
     config.TlsConfig = config.LimitsConfig = config.ServerConfig
     app = types.ModuleType("curvd_server.app")
     app.serve = seen.append
-    for module in (types.ModuleType("curvd_server"), config, app):
+    trials = types.ModuleType("curvd_server.trials")
+    trials.start = lambda: None
+    for module in (types.ModuleType("curvd_server"), config, trials, app):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr("curvd.cli.tune_allocator", lambda: True)
     return seen

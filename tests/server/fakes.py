@@ -80,6 +80,7 @@ class FakeProblem:
 
     def build(self, spec, *, budget_bytes, cancelled):
         self.device.built.append((spec, budget_bytes))
+        self.device.building.set()
         while not self.device.held_up_by.wait(0.001):
             if cancelled():
                 raise Cancelled("stopped between two steps")
@@ -102,8 +103,8 @@ class FakeDevice:
     kept_bytes = 10
 
     def __init__(self):
-        self.loads, self.built, self.operators = 0, [], []
-        self.held_up_by = threading.Event()
+        self.loads, self.built, self.operators, self.tried = 0, [], [], []
+        self.building, self.held_up_by = threading.Event(), threading.Event()
         self.held_up_by.set()
 
     def describe(self):
@@ -115,6 +116,9 @@ class FakeDevice:
         if spec.builder != "two":
             raise BuilderNotFound(f"no builder {spec.builder!r}", builder=spec.builder)
         return two_tensors(spec)
+
+    async def try_graphs(self, model, loss, *, rows):
+        self.tried.append((model, loss, rows))
 
     def load(self, model, state, arrays, data, loss, mode, dtype, params):
         self.loads += 1

@@ -145,14 +145,14 @@ async def test_who_uses_what_is_there_does_not_wait_for_what_is_built(server, sa
     other = await server.sessions.create(server.new(name="other"))
     gate = threading.Event()
     server.device.held_up_by = gate
+    server.device.building.clear()
 
     async def use():
         async with server.sessions.lease(made.id, operator=GGN) as lease:
             return (await multiply(server, lease, 1.0))[0, 0]
 
     first, second = asyncio.create_task(use()), asyncio.create_task(use())
-    while len(server.device.built) < 3 and not first.done():  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    assert await asyncio.to_thread(server.device.building.wait, 10)
     session = made if same else other
     assert await factor(server, session.id) == 5.0
     assert not first.done() and not second.done()

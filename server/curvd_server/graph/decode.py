@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from curvd import vocabulary
 from curvd.errors import InvalidGraph, LimitExceeded
 from curvd.v1 import graph_pb2 as graph_pb
+from curvd_server.cooperative import yield_point
 from curvd_server.graph.form import (
     Argument,
     ElementType,
@@ -143,6 +144,7 @@ def _tensor(message: graph_pb.GraphTensor) -> GraphTensor:
 
 
 def _node(message: graph_pb.GraphNode, index: int, sources: Sequence[str]) -> Node:
+    yield_point()
     operator = message.operator
     if len(operator) > vocabulary.MAX_NAME or not vocabulary.is_allowed(operator):
         where = _source(message, sources)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvd.errors import CurvdError, InvalidGraph, LimitExceeded
+from curvd_server.cooperative import yield_point
 from curvd_server.graph.interpret import Interpreter, Step, filled
 from curvd_server.graph.operators import DTYPES, given_to
 from curvd_server.graph.work import check_work
@@ -50,15 +51,19 @@ def dry_run(
     for index, value in enumerate(values):
         live.add(index, value, "the data and tensors of the graph")
     values += [None] * len(graph.nodes)
-    end_s = time.monotonic() + LIMIT_S
+    end_s = time.thread_time() + LIMIT_S
     with torch.no_grad():
         for step in steps:
+            yield_point()
             _compute(step, values)
             live.add(step.index, values[step.index], f"operator {step.node}")
             for index in step.done:
                 live.drop(index)
-            if time.monotonic() > end_s:
-                msg = f"trying the graph without memory took longer than {LIMIT_S} s"
+            if time.thread_time() > end_s:
+                msg = (
+                    f"trying the graph without memory took longer than {LIMIT_S} s of a "
+                    "processor; use a graph of fewer operators"
+                )
                 raise LimitExceeded(msg, seconds=LIMIT_S)
     outputs = tuple(values[index] for index in graph.outputs)
     for output in outputs:
@@ -74,9 +79,11 @@ def _compute(step: Step, values: list[Any]) -> None:
         options = {name: filled(o, values) for name, o in step.options.items()}
         check_work(step.node, given_to(step.node, arguments, options))
         step.run(values)
-    except CurvdError:
+    except (CurvdError, MemoryError):
         raise
     except Exception as error:  # whatever torch says about arguments that do not fit
+        if "can't allocate memory" in str(error):
+            raise MemoryError from error
         first_line = str(error).partition("\n")[0][:300]
         msg = (
             f"operator {step.node} refuses its arguments: {type(error).__name__}: "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from curvd.errors import InvalidSpec
+from curvd_server.cooperative import yield_point
 from curvd_server.graph.form import (
     Argument,
     ElementType,
@@ -72,7 +73,7 @@ class Interpreter:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._functions = [resolve(node) for node in graph.nodes]
+        self._functions = [_resolved(node) for node in graph.nodes]
         self._bound: dict[Any, tuple[Step, ...]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Interpreter:
@@ -127,6 +128,7 @@ class Interpreter:
                 done.setdefault(last, []).append(index)
             steps = []
             for at, node in enumerate(graph.nodes):
+                yield_point()
                 if graph.last_use[first + at] < 0:
                     continue  # nobody needs it
                 function = self._functions[at]
@@ -172,6 +174,11 @@ class Interpreter:
                 msg = f"the graph returns {type(result).__name__}, not a tensor"
                 raise InvalidSpec(msg)
         return results
+
+
+def _resolved(node: Node) -> Any:
+    yield_point()
+    return resolve(node)
 
 
 def bind(

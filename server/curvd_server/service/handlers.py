@@ -18,6 +18,7 @@ from curvd.rpcs import RPCS, Part, Rpc
 from curvd_server import ranges
 from curvd_server.front.stalls import Stalled, StallGuard
 from curvd_server.interceptors import Gate
+from curvd_server.trials import PEER
 
 CALLER: ContextVar[str] = ContextVar("caller", default="")
 """Name of the connection of the call under way, if it carries one after the other."""
@@ -212,6 +213,7 @@ def _handler(
         peer, stalled = context.peer(), False
         # All of grpcio's clients on our Unix socket have one name, and so none.
         CALLER.set("" if peer == "unix:" else peer)
+        PEER.set("" if peer == "unix:" else peer.rpartition(":")[0])
         if rpc.client_streams:
             request = _Requests(request, stalls, peer)
         responses = _Responses(context, stalls)

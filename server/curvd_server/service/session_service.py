@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import structlog
@@ -12,14 +13,14 @@ from google.protobuf.duration_pb2 import Duration
 
 from curvd import convert, convert_enums
 from curvd.errors import CurvdError, DatasetNotFound, InvalidSpec
-from curvd.reports import ServerInfo, SessionInfo
+from curvd.reports import ModelInfo, ServerInfo, SessionInfo
 from curvd.rpcs import Part
 from curvd.selection import check_patterns
-from curvd.types import DatasetSpec
+from curvd.types import DatasetSpec, ModelSpec, SerializedGraph
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.mounts import Mounts
-from curvd_server.registration import Registry, model_spec
+from curvd_server.registration import Architecture, Registry, model_spec
 from curvd_server.service import uploads
 from curvd_server.service.handlers import opened
 from curvd_server.session import Update
@@ -41,6 +42,7 @@ class SessionService:
         mounts: Datasets that lie on the server.
         limits: Of the server.
         describe: Describes the server.
+        try_graphs: Checks what clients drew; see `Device.try_graphs`.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class SessionService:
         mounts: Mounts,
         limits: LimitsConfig,
         describe: Callable[[], ServerInfo],
+        try_graphs: Callable[..., Awaitable[Architecture | None]],
     ) -> None:
+        self._try_graphs = try_graphs
         self._registry, self._sessions, self._mounts = registry, sessions, mounts
         self._blobs, self._limits, self._describe = blobs, limits, describe
 
@@ -68,12 +72,28 @@ class SessionService:
         found = await self._registered(
             header.state,
             chunks,
-            lambda: self._registry.model(spec, header.state.digest),
+            self._registering(spec, header.state.digest),
         )
         if found is None:
             missing = uploads.needed(header.state, self._blobs)
             return session_pb.RegisterModelResponse(upload_needed=missing)
         return session_pb.RegisterModelResponse(model=convert.model_to_proto(found))
+
+    def _registering(
+        self, spec: ModelSpec, digest: str
+    ) -> Callable[[], Awaitable[ModelInfo | None]]:
+        """Say how a model is registered; what a graph needs is found out once."""
+        tried: Architecture | None = None
+
+        async def register() -> ModelInfo | None:
+            nonlocal tried
+            registry = self._registry
+            unknown = spec.graph and tried is None
+            if unknown and not await asyncio.to_thread(registry.knows, spec, digest):
+                tried = await self._try_graphs(spec.graph, SerializedGraph(), rows=2)
+            return await asyncio.to_thread(registry.model, spec, digest, tried)
+
+        return register
 
     async def register_dataset(
         self, requests: AsyncIterator[Part]
@@ -86,7 +106,9 @@ class SessionService:
         found = await self._registered(
             header.tensors,
             chunks,
-            lambda: self._registry.dataset(spec, header.tensors.digest),
+            functools.partial(
+                asyncio.to_thread, self._registry.dataset, spec, header.tensors.digest
+            ),
         )
         if found is None:
             missing = uploads.needed(header.tensors, self._blobs)
@@ -215,18 +237,18 @@ class SessionService:
         self,
         upload: session_pb.Upload,
         chunks: AsyncIterator[memoryview],
-        register: Callable[[], T | None],
+        register: Callable[[], Awaitable[T | None]],
     ) -> T | None:
         """Find a resource, or make it once its bytes are there."""
         digest = check_digest(upload.digest)
         try:
             with self._blobs.held(digest):
                 # Before the bytes: it may be there, or never be welcome.
-                found = await asyncio.to_thread(register)
+                found = await register()
                 if found is None and await uploads.receive(
                     upload, chunks, self._blobs, self._limits
                 ):
-                    found = await asyncio.to_thread(register)
+                    found = await register()
                 return found
         except CurvdError:
             await asyncio.to_thread(self._registry.release, digest)

@@ -1,0 +1,41 @@
+"""What happens to the graphs of a client before the server itself touches them."""
+
+from __future__ import annotations
+
+import torch
+
+from curvd.types import SerializedGraph
+from curvd_server.graph.decode import decode
+from curvd_server.graph.dryrun import dry_run
+from curvd_server.graph.interpret import Interpreter
+from curvd_server.graph.loss import CustomLoss
+from curvd_server.graph.module import GraphModule
+from curvd_server.modules import architecture_of
+from curvd_server.registration import Architecture
+
+
+def try_graphs(
+    model: SerializedGraph, loss: SerializedGraph, *, rows: int, limit_bytes: int
+) -> Architecture | None:
+    """Check graphs and run them without memory.
+
+    Args:
+        model: A model; empty if a builder makes it.
+        loss: A loss; empty if it is one of ours, or none yet.
+        rows: Data points of a mini-batch.
+        limit_bytes: Memory that values which are needed at the same time may have.
+
+    Returns:
+        The tensors of the model's state, if there is a model.
+
+    Raises:
+        InvalidGraph: If a graph is not sound.
+        LimitExceeded: If it needs too much memory or time.
+    """
+    if loss:
+        CustomLoss.of(loss, torch.float32, torch.device("cpu"))
+    if not model:
+        return None
+    interpreter = Interpreter(decode(model))
+    dry_run(interpreter, batch=rows, limit_bytes=limit_bytes)
+    return architecture_of(GraphModule(interpreter))
