@@ -15,6 +15,8 @@ from typing import Any
 
 from curvd.graph.tape import Tape, Value
 
+_AXES = {"select": (0,), "slice": (0,), "diagonal": (1, 2)}
+"""Which arguments of a view, after what is viewed, are axes."""
 Replay = Callable[[Value], Value]
 """Emits a view of a value."""
 Inverse = Callable[[Value, Value], Value]
@@ -130,6 +132,7 @@ def view_of(
     options: dict[str, Any],
     *,
     certain: bool,
+    turning: bool = False,
 ) -> View:
     """Describe a view operator.
 
@@ -139,6 +142,7 @@ def view_of(
         arguments: All but the first, which is what is viewed.
         options: Likewise by name.
         certain: Whether it never copies.
+        turning: Whether the values are complex.
 
     Returns:
         The view.
@@ -159,7 +163,17 @@ def view_of(
         def scatter(base: Value, new: Value) -> Value:
             return tape.emit(like[name], base, new, *arguments, **options)
 
-        inverse = scatter
+        def scatter_pairs(base: Value, new: Value) -> Value:
+            # torch cannot differentiate these operators on complex numbers.
+            pairs = (tape.emit("aten.view_as_real.default", v) for v in (base, new))
+            axes = [
+                a - 1 if k in _AXES[name] and a < 0 else a
+                for k, a in enumerate(arguments)
+            ]
+            whole = tape.emit(like[name], *pairs, *axes, **options)
+            return tape.emit("aten.view_as_complex.default", whole)
+
+        inverse = scatter_pairs if turning else scatter
     elif name in ("transpose", "swapaxes", "swapdims", "t", "numpy_T"):
 
         def again(base: Value, new: Value) -> Value:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,13 +16,19 @@ from curvd.choices import Mode
 from curvd.errors import CurvdError, InvalidGraph, InvalidSpec
 from curvd.graph.aliases import Alias
 from curvd.graph.checkpoints import plain_checkpoints
+from curvd.graph.derived import Program, derived, uses_transforms
 from curvd.graph.manifest import CONSTANTS, Inputs, exported_dtype, inputs_of, manifest
+from curvd.graph.quiet import quiet
 from curvd.graph.sources import source_of_error
 from curvd.graph.statistics import in_mode, needed_mode
 from curvd.graph.tape import Tape, write
 from curvd.graph.translate import Translator
+from curvd.graph.unchecked import unchecked
 from curvd.v1 import graph_pb2 as graph_pb
 
+_TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+# What torch.export says about a forward that differentiates.
+_TRANSFORMS = ("found a fake tensor in the exported", "'constant'", "functorch", "symbolic")
 EXAMPLE_ROWS = 3
 """Data points that a module is traced with; neither 0 nor 1, which torch takes for
 special cases."""
@@ -58,7 +62,7 @@ def capture(
     return graph, tensors, needed_mode(graph, mode)
 
 
-def _check_batch_axis(program: ExportedProgram) -> None:
+def _check_batch_axis(program: ExportedProgram | Program) -> None:
     """Refuse an output whose first axis is not that of the data points."""
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     given = {n.name: n.meta.get("val") for n in placeholders}
@@ -175,7 +179,7 @@ def _kind(result: Any) -> str:
 
 
 def translated(
-    module: nn.Module, program: ExportedProgram, rows: Inputs
+    module: nn.Module, program: ExportedProgram | Program, rows: Inputs
 ) -> tuple[graph_pb.Graph, Mapping[str, Tensor]]:
     """Write what was traced as a graph.
 
@@ -210,16 +214,18 @@ def translated(
             values[node] = spec.arg.value
         elif spec.kind is InputKind.USER_INPUT:
             values[node] = Alias.of(next(given), own=False)
-        elif spec.kind is InputKind.CONSTANT_TENSOR:
-            constant = listed.by_name[f"{CONSTANTS}.{target}"]
-            values[node] = Alias.of(constant, own=False)
-        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            tensor = listed.by_name[target.removeprefix("module.")]
-            values[node] = Alias.of(tensor, own=False)
+        elif spec.kind in _TENSORS:
+            constant = spec.kind is InputKind.CONSTANT_TENSOR
+            name = f"{CONSTANTS}.{target}" if constant else target.removeprefix("module.")
+            value = listed.by_name[name]
+            if name in listed.turning:
+                value = tape.emit("aten.view_as_complex.default", value)
+            values[node] = Alias.of(value, own=False)
         else:
             msg = f"the module uses {target}, a {spec.kind}, which is no tensor"
             raise InvalidGraph(msg)
-    results = Translator(tape, program.graph_module, values).run(program.graph)
+    with quiet():
+        results = Translator(tape, program.graph_module, values).run(program.graph)
     kept = [
         result
         for result, spec in zip(
@@ -236,7 +242,7 @@ def translated(
     return graph, listed.tensors
 
 
-def traced(wrapper: nn.Module, rows: Inputs) -> ExportedProgram:
+def traced(wrapper: nn.Module, rows: Inputs) -> ExportedProgram | Program:
     """Trace a wrapper's ``forward(args, kwargs)`` with an open batch size.
 
     Args:
@@ -244,46 +250,52 @@ def traced(wrapper: nn.Module, rows: Inputs) -> ExportedProgram:
         rows: What with.
 
     Returns:
-        What torch.export found.
+        What torch.export found, or what runs below autograd where it finds nothing.
 
     Raises:
         InvalidGraph: If it cannot be traced.
     """
+    try:
+        with torch.enable_grad(), unchecked(), plain_checkpoints(), quiet():
+            try:
+                found = _exported(wrapper, rows)
+                if not uses_transforms(found.graph):
+                    return found
+            except CurvdError:
+                raise  # said by the wrapper
+            except Exception as error:  # torch says so in whatever way it likes
+                return _derived(wrapper, rows, error)
+            return derived(wrapper, rows)
+    except CurvdError:
+        raise
+    except Exception as error:
+        raise _refusal(error) from error
+
+
+def _derived(wrapper: nn.Module, rows: Inputs, error: Exception) -> Program:
+    """Trace below autograd; if that is no better, say what torch.export said."""
+    try:
+        return derived(wrapper, rows)
+    except CurvdError as better:
+        raise better from error
+    except Exception as other:
+        inside = any(said in str(error) for said in _TRANSFORMS)
+        raise other if inside else error from None
+
+
+def _exported(wrapper: nn.Module, rows: Inputs) -> ExportedProgram:
     batch = Dim("batch", min=1)
 
     def dynamic(leaf: Any) -> Any:
         return {0: batch} if isinstance(leaf, Tensor) else None
 
     shapes = pytree.tree_map(dynamic, (rows.args, dict(rows.kwargs)))
-    try:
-        with (
-            torch.enable_grad(),
-            _plain_layers(),
-            plain_checkpoints(),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            return torch.export.export(
-                wrapper,
-                (rows.args, dict(rows.kwargs)),
-                dynamic_shapes=shapes,
-                strict=False,
-            )
-    except CurvdError:
-        raise  # said by the wrapper
-    except Exception as error:  # torch says so in whatever way it likes
-        raise _refusal(error) from error
-
-
-@contextlib.contextmanager
-def _plain_layers() -> Iterator[None]:
-    """Keep transformer layers from their fused path, which has no derivative."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    return torch.export.export(
+        wrapper,
+        (rows.args, dict(rows.kwargs)),
+        dynamic_shapes=shapes,
+        strict=False,
+    )
 
 
 def _refusal(error: Exception) -> InvalidGraph:

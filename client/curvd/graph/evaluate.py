@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvd.graph.tape import DTYPE_NAMES, MEMORY_FORMATS
+from curvd.graph.tape import COMPLEX_NAMES, DTYPE_NAMES, MEMORY_FORMATS
 from curvd.v1 import graph_pb2 as graph_pb
+from curvd.vocabulary import COMPLEX
 
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_DTYPES = {name: dtype for dtype, name in (DTYPE_NAMES | COMPLEX_NAMES).items()}
 _FORMATS = {name: form for form, name in MEMORY_FORMATS.items()}
 _SIZES: Mapping[str, Callable[..., Any]] = {
     "size": lambda tensor, axis: tensor.shape[axis],
@@ -65,7 +66,10 @@ def evaluate(
         if kind != "dtype":
             return item
         dtype = _DTYPES[item]
-        stands = item == graph.dtype or session is torch.float64
+        own = (graph.dtype, COMPLEX[graph.dtype])
+        stands = item in own or session is torch.float64
+        if dtype.is_complex:
+            return session.to_complex() if stands else dtype
         return session if dtype.is_floating_point and stands else dtype
 
     for node in graph.nodes:

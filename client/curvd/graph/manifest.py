@@ -27,6 +27,8 @@ class Manifest:
     by_name: Mapping[str, Value]
     tensors: Mapping[str, Tensor]
     """By the name that each goes by."""
+    turning: frozenset[str]
+    """Names of complex constants, which travel as pairs of real numbers [..., 2]."""
 
 
 def manifest(module: nn.Module, constants: Mapping[str, Tensor]) -> Manifest:
@@ -57,8 +59,12 @@ def manifest(module: nn.Module, constants: Mapping[str, Tensor]) -> Manifest:
         roles.setdefault(id(buffer), graph_pb.GRAPH_TENSOR_ROLE_BUFFER)
         tensors[id(buffer)] = buffer
         names.setdefault(id(buffer), []).append(name)
+    turning = frozenset(n for key, t in tensors.items() if t.is_complex() for n in names[key])
     entries = []
     for key, tensor in tensors.items():
+        if tensor.is_complex():
+            _refuse_parameter(names[key][0], roles[key], tensor)
+            tensors[key] = tensor = torch.view_as_real(tensor.detach().resolve_conj())
         described = graph_pb.GraphTensor(
             names=names[key],
             role=roles[key],
@@ -68,7 +74,18 @@ def manifest(module: nn.Module, constants: Mapping[str, Tensor]) -> Manifest:
         entries.append((Value(), described))
     by_name = {name: value for value, t in entries for name in t.names}
     held = {names[key][0]: tensor.detach() for key, tensor in tensors.items()}
-    return Manifest(entries, by_name, held)
+    return Manifest(entries, by_name, held, turning)
+
+
+def _refuse_parameter(name: str, role: Any, tensor: Tensor) -> None:
+    """Refuse a complex parameter; a constant may be complex."""
+    if role == graph_pb.GRAPH_TENSOR_ROLE_PARAMETER:
+        msg = (
+            f"parameter {name!r} is {tensor.dtype}: curvature is of real parameters. "
+            "Store torch.view_as_real(...) of it, [..., 2], and use "
+            "torch.view_as_complex in forward"
+        )
+        raise InvalidGraph(msg, tensor=name, dtype=tensor.dtype)
 
 
 @dataclass(frozen=True)
@@ -145,7 +162,12 @@ def _dtype(tensor: Tensor, name: str) -> str:
     try:
         return DTYPE_NAMES[tensor.dtype]
     except KeyError:
-        msg = f"tensor {name!r} is {tensor.dtype}, which graphs do not have"
+        advice = (
+            ": pass torch.view_as_real(...) of it, and use torch.view_as_complex in forward"
+            if tensor.is_complex()
+            else ""
+        )
+        msg = f"tensor {name!r} is {tensor.dtype}, which graphs do not have{advice}"
         raise InvalidGraph(msg, tensor=name, dtype=tensor.dtype) from None
 
 

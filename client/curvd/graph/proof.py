@@ -209,6 +209,8 @@ class _Proof:
         for described in self.graph.tensors:
             name = described.names[0]
             value = values.get(f"module.{name}", self.tensors[name]).detach().clone()
+            if value.is_complex():
+                value = torch.view_as_real(value.resolve_conj())
             if value.is_floating_point():
                 value = value.to(self.run.dtype)
             if described.role == graph_pb.GRAPH_TENSOR_ROLE_PARAMETER:

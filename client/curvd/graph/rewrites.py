@@ -6,8 +6,11 @@ that do nothing in evaluation mode.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 from curvd.errors import InvalidGraph
 from curvd.graph.tape import Tape, Value
@@ -22,7 +25,6 @@ _RANDOM = frozenset(
     rrelu_with_noise uniform
     """.split()
 )
-_UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty"})
 _DROPOUT = frozenset(
     """
     dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout
@@ -47,14 +49,14 @@ def refuse(tape: Tape, operator: str, arguments: Arguments) -> None:
     name = operator.split(".")[1].rstrip("_")
     why = ""
     chance = arguments.get("train") is True and arguments.get("dropout")
+    if name.startswith("rrelu") and arguments.get("training") is False:
+        return
     if name in _RANDOM or (
         name in _DROPOUT and arguments.get("train", True) and arguments.get("p")
     ):
         why = f"draws random numbers: {_EVAL}"
     elif (name in _RECURRENT and chance) or arguments.get("dropout_p"):
         why = f"draws random numbers with dropout: {_EVAL}"
-    elif name in _UNINITIALISED:
-        why = "returns uninitialised memory: use torch.zeros or new_zeros"
     elif arguments.get("scale_grad_by_freq") is True:
         why = "with scale_grad_by_freq=True has no second derivative: leave it out"
     elif name in ("as_strided", "set", "resize"):
@@ -84,6 +86,18 @@ def is_nothing(operator: str, arguments: Arguments) -> bool:
     if name == "to":
         return arguments.get("dtype") is None and "other" not in arguments
     return name in ("lift_fresh", "requires_grad")
+
+
+def is_rewritten(operator: str) -> bool:
+    """Tell whether an operator is always emitted in another way.
+
+    Args:
+        operator: As the contract names it.
+
+    Returns:
+        Whether `rewritten` knows it.
+    """
+    return operator in _REWRITES
 
 
 def rewritten(tape: Tape, operator: str, a: Arguments) -> Value | None:
@@ -153,7 +167,26 @@ def _instance_norm(tape: Tape, a: Arguments) -> Value:
     )
 
 
-_REWRITES: Mapping[str, Callable[[Tape, Arguments], Value]] = {
+def _scalar_tensor(tape: Tape, a: Arguments) -> Value | None:
+    """Make NaN, which no message holds, the logarithm of -1."""
+    if not isinstance(a["s"], float) or not math.isnan(a["s"]):
+        return None
+    dtype = a["dtype"] or torch.get_default_dtype()
+    return tape.emit(
+        "aten.log.default", tape.emit("aten.scalar_tensor.default", -1.0, dtype=dtype)
+    )
+
+
+def _rrelu(tape: Tape, a: Arguments) -> Value:
+    """In evaluation the slope is the mean of its bounds."""
+    slope = (a["lower"] + a["upper"]) / 2
+    return tape.emit("aten.leaky_relu.default", a["self"], slope)
+
+
+_REWRITES: Mapping[str, Callable[[Tape, Arguments], Value | None]] = {
+    "aten.scalar_tensor.default": _scalar_tensor,
+    "aten.rrelu.default": _rrelu,
+    "aten.rrelu_.default": _rrelu,
     "aten._weight_norm.default": _weight_norm,
     "aten._weight_norm_interface.default": _weight_norm,
     "aten.mse_loss.default": _mse_loss,

@@ -14,6 +14,12 @@ DROPPED = frozenset({"device", "layout", "pin_memory", "generator"})
 """Arguments that are the server's to choose."""
 UNDECLARED = frozenset({"type_as", "broadcast_tensors", "meshgrid"})
 """Operators that may return their first argument, which their schema does not say."""
+EXACT = {"view": "aten.reshape.default", "_unsafe_view": "aten.reshape.default"}
+"""Views that are emitted in a form which takes any layout of memory."""
+RENAMED = {"__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor"}
+RENAMED |= {f"__i{n.strip('_')}__": pure for n, pure in RENAMED.items()}
+RENAMED |= {f"unsafe_{n}": n for n in ("split", "chunk", "split_with_sizes")}
+"""Operators of Python, in place or not, and pieces that share no memory."""
 
 
 def positions(graph: fx.Graph) -> dict[fx.Node, int]:

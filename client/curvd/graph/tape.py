@@ -25,6 +25,7 @@ DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
+COMPLEX_NAMES = {torch.complex64: "C64", torch.complex128: "C128"}
 MEMORY_FORMATS = {
     torch.contiguous_format: "contiguous",
     torch.preserve_format: "preserve",
@@ -182,13 +183,13 @@ def _literal(item: Any, value: Value) -> graph_pb.GraphLiteral:
         return graph_pb.GraphLiteral(number=item)
     if isinstance(item, str):
         return graph_pb.GraphLiteral(text=item)
-    if isinstance(item, torch.dtype) and item in DTYPE_NAMES:
-        return graph_pb.GraphLiteral(dtype=DTYPE_NAMES[item])
+    if isinstance(item, torch.dtype) and item in DTYPE_NAMES | COMPLEX_NAMES:
+        return graph_pb.GraphLiteral(dtype=(DTYPE_NAMES | COMPLEX_NAMES)[item])
     if isinstance(item, torch.memory_format):
         return graph_pb.GraphLiteral(memory_format=MEMORY_FORMATS[item])
     where = f" ({value.source})" if value.source else ""
     msg = (
         f"operator {value.operator}{where} has the argument {item!r}, which a graph "
-        "cannot hold: complex numbers, NaN and nested lists are not supported"
+        "cannot hold: NaN and nested lists are not supported"
     )
     raise InvalidGraph(msg, operator=value.operator, source=value.source)

@@ -12,9 +12,12 @@ from torch import fx
 
 from curvd.errors import InvalidGraph
 from curvd.graph.aliases import Alias, View, item_of, view_of
+from curvd.graph.decompose import decomposed, is_known
 from curvd.graph.rewrites import is_nothing, refuse, rewritten
 from curvd.graph.schemas import (
     DROPPED,
+    EXACT,
+    RENAMED,
     UNDECLARED,
     aliases,
     is_view,
@@ -55,12 +58,13 @@ _SIZES: Mapping[Any, str] = {
     torch.sym_not: "not",
 }
 # Only their side effect is wanted: to stop at run time.
-_CHECKS = ("_assert", "sym_constrain", "_guards")
+_CHECKS = (
+    *("_assert", "sym_constrain", "_guards", "_linalg_check_errors"),
+    "_has_same_storage_numel",
+)
 # Views by their schema which copy if memory is not laid out right.
 _MAYBE = frozenset({"reshape", "contiguous", "to", "flatten", "reshape_as"})
-_EXACT = {"view": "aten.reshape.default", "_unsafe_view": "aten.reshape.default"}
-_LOGIC = {"__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor"}
-_LOGIC |= {f"__i{n.strip('_')}__": pure for n, pure in _LOGIC.items()}
+_TURNED = frozenset({"squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_"})
 _CREATING = frozenset(
     """
     arange eye full full_like new_full new_ones new_zeros ones ones_like scalar_tensor
@@ -150,9 +154,12 @@ class Translator:
         placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
         inner = dict(zip(placeholders, arguments, strict=True))
         where = self._tape.source
-        seen = {id(a.cell) for v in self._values.values() for a in aliases(v)}
+        known = [a for v in self._values.values() for a in aliases(v)]
+        seen, uses = {id(a.cell) for a in known}, {a: a.last_use for a in known}
         results = Translator(self._tape, body, inner, seen).run(body.graph)
         self._tape.source = where
+        for alias in (a for v in inner.values() for a in aliases(v)):
+            alias.last_use = uses.get(alias, -1)  # positions in there mean nothing here
 
         def detached(result: Any) -> Any:
             if isinstance(result, list | tuple):
@@ -167,6 +174,10 @@ class Translator:
         name = target.overloadpacket.__name__
         if name.startswith(_CHECKS):
             return None
+        if name in _TURNED:  # whoever uses it later uses what it returns
+            form = "int" if name == "transpose_" else target._overloadname
+            target = getattr(getattr(torch.ops.aten, name[:-1]), form)
+            name = name[:-1]
         arguments = self._arguments(node, target)
         operator = f"aten.{name}.{target._overloadname}"
         if name == "sym_size":
@@ -190,9 +201,21 @@ class Translator:
         written = [a for a in target._schema.arguments if is_written(a)]
         if written or name in ("__iand__", "__ior__", "__ixor__"):
             return self._write(node, name, target, arguments)
+        if not is_known(target):
+            parts = self._taken_apart(node, target)
+            if parts is not None:
+                return parts
         if isinstance(first, Alias) and is_view(target, name):
-            return self._view(node, name, operator, arguments, first)
+            return self._view(node, name, operator, target, arguments, first)
         return self._pure(node, name, operator, target, arguments)
+
+    def _taken_apart(self, node: fx.Node, target: Any) -> Any:
+        """Translate what an operator consists of; None if that is unknown."""
+        found = decomposed(node, target)
+        if found is None:
+            return None
+        body, leaves = found
+        return self._inlined(body, [self._look_up(n) for n in leaves], detach=False)
 
     def _pure(
         self, node: fx.Node, name: str, operator: str, target: Any, arguments: Any
@@ -216,8 +239,8 @@ class Translator:
         better = rewritten(self._tape, operator, plain)
         if better is not None:
             return better
-        if name in _LOGIC:
-            operator = f"aten.{_LOGIC[name]}.{target._overloadname}"
+        if name in RENAMED:
+            operator = f"aten.{RENAMED[name]}.{target._overloadname}"
         positional, options = trimmed(target, plain)
         if name in _CREATING and options.get("dtype") is None:
             meta = node.meta.get("val")
@@ -226,15 +249,25 @@ class Translator:
         return self._tape.emit(operator, *positional, **options)
 
     def _view(
-        self, node: fx.Node, name: str, operator: str, arguments: Any, base: Alias
+        self,
+        node: fx.Node,
+        name: str,
+        operator: str,
+        target: Any,
+        arguments: Any,
+        base: Alias,
     ) -> Any:
         rest = {k: self._plain(a) for k, a in list(arguments.items())[1:]}
-        positional, options = trimmed(node.target, {"": None, **rest})
-        operator, tail = _EXACT.get(name, operator), tuple(positional[1:])
+        positional, options = trimmed(target, {"": None, **rest})
+        operator, tail = EXACT.get(name, operator), tuple(positional[1:])
         if operator in ("aten.to.device", "aten.to.dtype_layout"):
             operator, tail, options = "aten.to.dtype", (rest["dtype"],), {}
         certain = name not in _MAYBE | UNDECLARED
-        view = view_of(self._tape, operator, tail, options, certain=certain)
+        base_meta = meta_of(node.args[0])
+        turning = base_meta is not None and base_meta.is_complex()
+        view = view_of(
+            self._tape, operator, tail, options, certain=certain, turning=turning
+        )
         if operator == "aten.reshape.default" and not certain:
             view = View(view.replay, None, certain=False)
         meta = node.meta.get("val")
@@ -252,7 +285,7 @@ class Translator:
     def _write(self, node: fx.Node, name: str, target: Any, arguments: Any) -> Any:
         """Make an in-place operator pure, and let others see what it wrote."""
         written: Alias = next(iter(arguments.values()))
-        pure = _LOGIC.get(name, name.rstrip("_"))
+        pure = RENAMED.get(name, name.rstrip("_"))
         if not isinstance(written, Alias) or not name.endswith("_"):
             msg = f"operator aten.{name}{self._tape.where} writes to an argument"
             raise InvalidGraph(msg, operator=name, source=self._tape.source)
@@ -272,8 +305,12 @@ class Translator:
             overload = target._overloadname
             if packet is None or overload not in packet.overloads():
                 raise self._unwritable(name, "has no form that is not in-place")
-            twin = getattr(packet, overload)
-            better = self._emitted(node, pure, f"aten.{pure}.{overload}", twin, plain)
+            twin, operator = getattr(packet, overload), f"aten.{pure}.{overload}"
+            if not is_known(twin):
+                parts = self._taken_apart(node, twin)
+                better = None if parts is None else self._plain(parts)
+            if better is None:
+                better = self._emitted(node, pure, operator, twin, plain)
         own = meta_of(node.args[0]).dtype
         others = [
             a for a in (*node.args, *node.kwargs.values()) if meta_of(a) is not None
@@ -323,4 +360,10 @@ class Translator:
     def _plain(self, item: Any) -> Any:
         if isinstance(item, list | tuple):
             return [self._plain(i) for i in item]
+        if isinstance(item, complex):
+            parts = [
+                self._tape.emit("aten.scalar_tensor.default", part, dtype=torch.float64)
+                for part in (item.real, item.imag)
+            ]
+            return self._tape.emit("aten.complex.default", *parts)
         return item.value if isinstance(item, Alias) else item

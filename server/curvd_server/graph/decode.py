@@ -195,7 +195,9 @@ def _literal(message: graph_pb.GraphLiteral, index: int, operator: str) -> Liter
         _check_defined(value, index, f"an argument of {operator}")
         return Ref(value)
     if kind == "dtype":
-        return ElementType(_dtype(value, operator))
+        complex_types = tuple(vocabulary.COMPLEX.values())
+        known = (*vocabulary.ELEMENT_TYPES, *complex_types)
+        return ElementType(_dtype(value, operator, known))
     if kind == "memory_format":
         if value not in vocabulary.MEMORY_FORMATS:
             msg = f"{operator}: unknown memory format {_shown(value)}"
@@ -251,10 +253,11 @@ def _name(name: str, what: str) -> str:
     return name
 
 
-def _dtype(dtype: str, where: str) -> str:
-    if dtype not in vocabulary.ELEMENT_TYPES:
-        known = ", ".join(vocabulary.ELEMENT_TYPES)
-        msg = f"{where}: unknown element type {_shown(dtype)}; known: {known}"
+def _dtype(
+    dtype: str, where: str, known: Sequence[str] = vocabulary.ELEMENT_TYPES
+) -> str:
+    if dtype not in known:
+        msg = f"{where}: unknown element type {_shown(dtype)}; known: {', '.join(known)}"
         raise InvalidGraph(msg, dtype=_shown(dtype))
     return dtype
 

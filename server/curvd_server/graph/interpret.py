@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from curvd.errors import InvalidSpec
+from curvd.vocabulary import COMPLEX
 from curvd_server.cooperative import yield_point
 from curvd_server.graph.form import (
     Argument,
@@ -242,6 +243,9 @@ def _placed(exported: str, session: torch.dtype, wanted: str) -> torch.dtype:
     there for a reason and stay, but a session in float64 is in float64 throughout.
     """
     kind = DTYPES[wanted]
+    if kind.is_complex:
+        own, wide = COMPLEX[exported], session is torch.float64
+        return session.to_complex() if wanted == own or wide else kind
     if not kind.is_floating_point:
         return kind
     return session if wanted == exported or session is torch.float64 else kind

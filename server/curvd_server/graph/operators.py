@@ -37,6 +37,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType({
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
+    "C64": torch.complex64,
+    "C128": torch.complex128,
 })
 MEMORY_FORMATS: Mapping[str, torch.memory_format] = MappingProxyType({
     "contiguous": torch.contiguous_format,

@@ -1,0 +1,218 @@
+"""Operators in elementary terms, where torch's own have no right second derivative.
+
+Each function takes what the operator of that name takes. Differences to torch's own
+ways: they exist for sizes that are not known yet, and can be differentiated twice in
+both modes (``cholesky_inverse`` and ``triangular_solve`` are wrong in forward mode,
+``_cdist_backward`` and ``_embedding_bag_backward`` have no derivative).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._decomp import decomposition_table
+
+aten = torch.ops.aten
+
+
+def cdist(
+    x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: int | None = None
+) -> Tensor:
+    """Compute distances between rows; where one is zero it has no derivative."""
+    difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
+    if p != 2:
+        return torch.linalg.vector_norm(difference, p, dim=-1)
+    square = difference.square().sum(-1)
+    same = square == 0
+    return torch.where(same, 0.0, torch.where(same, 1.0, square).sqrt())
+
+
+def cholesky(a: Tensor, upper: bool = False) -> Tensor:
+    """Factor a positive definite matrix."""
+    return torch.linalg.cholesky_ex(a, upper=upper)[0]
+
+
+def cholesky_inverse(factor: Tensor, upper: bool = False) -> Tensor:
+    """Invert the matrix of a Cholesky factor."""
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    half = torch.linalg.solve_triangular(factor, eye, upper=upper)
+    return half @ half.mH if upper else half.mH @ half
+
+
+def triangular_solve(
+    b: Tensor,
+    a: Tensor,
+    upper: bool = True,
+    transpose: bool = False,
+    unitriangular: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Solve ``a x = b`` by substitution."""
+    matrix = a.mT if transpose else a
+    x = torch.linalg.solve_triangular(
+        matrix, b, upper=upper is not transpose, unitriangular=unitriangular
+    )
+    return x, a
+
+
+def matrix_power(a: Tensor, n: int) -> Tensor:
+    """Multiply a matrix with itself."""
+    if n < 0:
+        return matrix_power(torch.linalg.inv_ex(a)[0], -n)
+    if n == 0:
+        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        return eye.expand_as(a).clone()
+    half = matrix_power(a, n // 2) if n > 1 else None
+    if half is None:
+        return a.clone()
+    return half @ half @ a if n % 2 else half @ half
+
+
+def tensordot(
+    a: Tensor, b: Tensor, dims_self: Sequence[int], dims_other: Sequence[int]
+) -> Tensor:
+    """Contract some axes."""
+    ours = [d % a.dim() for d in dims_self]
+    theirs = [d % b.dim() for d in dims_other]
+    left = [d for d in range(a.dim()) if d not in ours]
+    right = [d for d in range(b.dim()) if d not in theirs]
+    whole, size = [a.shape[d] for d in left], 1
+    for d in ours:
+        size = size * a.shape[d]
+    rows = a.permute(left + ours).reshape(-1, size)
+    columns = b.permute(theirs + right).reshape(size, -1)
+    return (rows @ columns).reshape(whole + [b.shape[d] for d in right])
+
+
+def hardsigmoid(x: Tensor) -> Tensor:
+    """Clamp ``x / 6 + 1 / 2`` to [0, 1]."""
+    return (x + 3).clamp(0, 6) / 6
+
+
+def floor_divide(a: Tensor, b: Any) -> Tensor:
+    """Divide and round down, which has the derivative zero."""
+    return torch.div(a, b, rounding_mode="floor")
+
+
+def embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum, average or maximise rows of a table over bags of indices."""
+    if include_last_offset:
+        offsets = offsets[:-1]
+    padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
+    rows = F.embedding(indices, weight)
+    position = torch.arange(indices.shape[0], device=indices.device)
+    bag = torch.searchsorted(offsets, position, right=True) - 1
+    counts = (indices != padding).to(rows.dtype)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    empty = rows.new_zeros((offsets.shape[0], weight.shape[1]))
+    if mode == 2:
+        kept = torch.where((indices == padding).unsqueeze(-1), -torch.inf, rows)
+        where = bag.unsqueeze(-1).expand_as(rows)
+        found = empty.fill_(-torch.inf).scatter_reduce(0, where, kept, "amax")
+        found = torch.where(found == -torch.inf, 0.0, found)
+    else:
+        found = empty.index_add(0, bag, rows * counts.unsqueeze(-1))
+        if mode == 1:
+            number = counts.new_zeros(offsets.shape[0]).index_add(0, bag, counts)
+            found = found / number.clamp(min=1).unsqueeze(-1)
+    return found, bag, bag, bag
+
+
+def zeros(size: Sequence[int], *order: Any, **options: Any) -> Tensor:
+    """Make zeros, for memory that is uninitialised, or a zero that has none."""
+    kept = {name: options[name] for name in ("dtype", "device") if name in options}
+    return torch.zeros(size, **kept)
+
+
+def new_zeros(like: Tensor, size: Sequence[int], *order: Any, **options: Any) -> Tensor:
+    """Make zeros like a tensor."""
+    kept = {name: options[name] for name in ("dtype", "device") if name in options}
+    return like.new_zeros(size, **kept)
+
+
+def zeros_like(like: Tensor, **options: Any) -> Tensor:
+    """Make zeros of a tensor's shape."""
+    return torch.zeros_like(like, dtype=options.get("dtype"))
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    c: int,
+    hxw: int,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise groups of channels; mean and 1/deviation depend on the input."""
+    rows = x.reshape(n, groups, -1)
+    variance, mean = torch.var_mean(rows, -1, correction=0)
+    rstd = torch.rsqrt(variance + eps)
+    out = ((rows - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)).reshape(x.shape)
+    shape = [1, c] + [1] * (x.dim() - 2)
+    if weight is not None:
+        out = out * weight.reshape(shape)
+    if bias is not None:
+        out = out + bias.reshape(shape)
+    return out, mean, rstd
+
+
+PLAIN: Mapping[Any, Callable[..., Any]] = {
+    aten._efficientzerotensor.default: zeros,
+    aten.empty.memory_format: zeros,
+    aten.empty_strided.default: zeros,
+    aten.empty_permuted.default: zeros,
+    aten.empty_like.default: zeros_like,
+    aten.new_empty.default: new_zeros,
+    aten.new_empty_strided.default: new_zeros,
+    aten.cdist.default: cdist,
+    aten._cdist_forward.default: cdist,
+    aten.cholesky.default: cholesky,
+    aten.cholesky_inverse.default: cholesky_inverse,
+    aten.triangular_solve.default: triangular_solve,
+    aten.linalg_matrix_power.default: matrix_power,
+    aten.matrix_power.default: matrix_power,
+    aten.tensordot.default: tensordot,
+    aten.hardsigmoid.default: hardsigmoid,
+    aten.floor_divide.default: floor_divide,
+    aten.floor_divide.Scalar: floor_divide,
+    aten.embedding_bag.default: embedding_bag,
+    aten.embedding_bag.padding_idx: embedding_bag,
+    aten._embedding_bag.default: embedding_bag,
+    aten._embedding_bag_forward_only.default: embedding_bag,
+}
+"""Taken whether or not servers have the operator."""
+
+NORMS: Mapping[Any, Callable[..., Any]] = {
+    aten.native_group_norm.default: group_norm,
+    **{
+        target: decomposition_table[target]
+        for target in (
+            aten.native_layer_norm.default,
+            aten.native_batch_norm.default,
+            aten._native_batch_norm_legit.default,
+            aten._native_batch_norm_legit_no_training.default,
+            aten._batch_norm_with_update.default,
+            aten._fused_rms_norm.default,
+        )
+        if target in decomposition_table
+    },
+}
+"""Taken where code is recorded below autograd: the backward pass uses statistics which
+the operators return, and which have no derivative as such, so that what is recorded
+would lose a part of the second derivative."""
