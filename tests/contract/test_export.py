@@ -84,10 +84,10 @@ CASES = {
     "memory": (lambda m, y, x: y.as_strided((2, 2), (1, 1)).sum() + y, "slices"),
     "uninitialised": (lambda m, y, x: y + torch.empty_like(y), "uninitialised"),
     "eigenvalues": (
-        lambda m, y, x: y @ torch.linalg.eigh(m.layer.weight)[1],
-        r"eigh.*not one that servers run",
+        lambda m, y, x: y @ torch.linalg.eig(m.layer.weight)[0].real.diag(),
+        r"linalg_eig.*not one that servers run",
     ),
-    "complex": (lambda m, y, x: torch.fft.fft(y).abs(), "not one that servers run"),
+    "complex": (lambda m, y, x: torch.fft.fft(y), "complex.*view_as_real"),
     "outer memory": (nested, "writes to"),
     "perhaps a copy": (overlapping, "seen in another way"),
     "no tensor": (lambda m, y, x: None, "no tensor at output"),

@@ -104,11 +104,19 @@ LINEAR_ALGEBRA = (
     between("T", lambda a: (a.flatten(1).T * 2).T, (3, 2)),
     between("adjoint", lambda a: a.adjoint() @ a, (3, 2)),
     between("norm", lambda a: torch.linalg.norm(a, dim=-1), (3, 2)),
-    between("norm_fro", lambda a: torch.linalg.norm(a, dim=(1, 2), keepdim=True), (3, 2)),
+    between(
+        "norm_fro", lambda a: torch.linalg.norm(a, dim=(1, 2), keepdim=True), (3, 2)
+    ),
     between("vector_norm", lambda a: torch.linalg.vector_norm(a, 3, dim=-1), (3, 2)),
     between("matrix_norm", lambda a: torch.linalg.matrix_norm(a).unsqueeze(1), (3, 2)),
-    between("matrix_norm_nuc", lambda a: torch.linalg.matrix_norm(a, "nuc").unsqueeze(1), (3, 2)),
-    between("matrix_norm_2", lambda a: torch.linalg.matrix_norm(a, 2).unsqueeze(1), (3, 2)),
+    between(
+        "matrix_norm_nuc",
+        lambda a: torch.linalg.matrix_norm(a, "nuc").unsqueeze(1),
+        (3, 2),
+    ),
+    between(
+        "matrix_norm_2", lambda a: torch.linalg.matrix_norm(a, 2).unsqueeze(1), (3, 2)
+    ),
     between("tensor_norm", lambda a: a.norm(dim=-1), (3, 2)),
     between("tensor_norm_p", lambda a: a.norm(p=3, dim=-1), (3, 2)),
     between("inv", lambda a: torch.linalg.inv(_regular(a)), (3, 3)),
@@ -119,7 +127,9 @@ LINEAR_ALGEBRA = (
         lambda a: torch.linalg.solve(_regular(a), a[:, 0].sin().unsqueeze(-1)),
         (3, 3),
     ),
-    between("slogdet", lambda a: torch.linalg.slogdet(_regular(a))[1].unsqueeze(1), (3, 3)),
+    between(
+        "slogdet", lambda a: torch.linalg.slogdet(_regular(a))[1].unsqueeze(1), (3, 3)
+    ),
     between("logdet", lambda a: torch.logdet(_spd(a)).unsqueeze(1), (3, 3)),
     between("det", lambda a: torch.linalg.det(_regular(a)).unsqueeze(1), (3, 3)),
     between("torch_det", lambda a: torch.det(_regular(a)).unsqueeze(1), (3, 3)),
@@ -130,7 +140,11 @@ LINEAR_ALGEBRA = (
         lambda a: torch.cholesky_solve(a.sin(), torch.linalg.cholesky(_spd(a))),
         (3, 3),
     ),
-    between("cholesky_inverse", lambda a: torch.cholesky_inverse(torch.linalg.cholesky(_spd(a))), (3, 3)),
+    between(
+        "cholesky_inverse",
+        lambda a: torch.cholesky_inverse(torch.linalg.cholesky(_spd(a))),
+        (3, 3),
+    ),
     between("qr", lambda a: torch.cat(torch.linalg.qr(_regular(a)), -1), (3, 3)),
     between("eigh", lambda a: torch.linalg.eigh(_spd(a))[0], (3, 3)),
     between(
@@ -141,25 +155,45 @@ LINEAR_ALGEBRA = (
     between("eigvalsh", lambda a: torch.linalg.eigvalsh(_spd(a)), (3, 3)),
     between("svdvals", lambda a: torch.linalg.svdvals(_regular(a)), (3, 3)),
     between("svd", lambda a: torch.linalg.svd(_regular(a))[0].square(), (3, 3)),
-    between("lstsq", lambda a: torch.linalg.lstsq(_regular(a), a.sin()).solution, (3, 3)),
+    between(
+        "lstsq", lambda a: torch.linalg.lstsq(_regular(a), a.sin()).solution, (3, 3)
+    ),
     between("pinv", lambda a: torch.linalg.pinv(_regular(a)), (3, 3)),
     between(
         "solve_triangular",
         lambda a: torch.linalg.solve_triangular(_regular(a).triu(), a, upper=True),
         (3, 3),
     ),
-    between("triangular_solve", lambda a: torch.triangular_solve(a, _regular(a).triu())[0], (3, 3)),
+    between(
+        "triangular_solve",
+        lambda a: torch.triangular_solve(a, _regular(a).triu())[0],
+        (3, 3),
+    ),
     between("matrix_exp", lambda a: torch.linalg.matrix_exp(a), (3, 3)),
     between("matrix_power", lambda a: torch.linalg.matrix_power(a, 3), (3, 3)),
     between("vecdot", lambda a: torch.linalg.vecdot(a, a.cos()), (3, 3)),
     between("lu", lambda a: torch.cat(torch.linalg.lu(_regular(a))[1:], -1), (3, 3)),
-    between("householder", lambda a: torch.linalg.householder_product(a.tril(-1) + torch.eye(3, dtype=a.dtype), a[:, 0]), (3, 3)),
+    between(
+        "householder",
+        lambda a: torch.linalg.householder_product(
+            a.tril(-1) + torch.eye(3, dtype=a.dtype), a[:, 0]
+        ),
+        (3, 3),
+    ),
     between("cross", lambda a: torch.linalg.cross(a, a.sin()), (3,)),
     between("vander", lambda a: torch.linalg.vander(a, N=3), (3,)),
-    between("trace_by_einsum", lambda a: torch.einsum("bii->b", a).unsqueeze(1), (3, 3)),
+    between(
+        "trace_by_einsum", lambda a: torch.einsum("bii->b", a).unsqueeze(1), (3, 3)
+    ),
     between("diagonal", lambda a: torch.linalg.diagonal(a @ a), (3, 3)),
     between("baddbmm", lambda a: torch.baddbmm(a, a, a), (3, 3)),
-    between("tensordot", lambda a: torch.tensordot(a, torch.arange(6, dtype=a.dtype).reshape(3, 2), dims=1), (3, 3)),
+    between(
+        "tensordot",
+        lambda a: torch.tensordot(
+            a, torch.arange(6, dtype=a.dtype).reshape(3, 2), dims=1
+        ),
+        (3, 3),
+    ),
 )
 
 
@@ -227,21 +261,66 @@ COMPLEX = (
     between("rotary_buffer", lambda x, layer: layer(x), (3, 4), ComplexBuffer),
     between("rfft", lambda x: torch.view_as_real(torch.fft.rfft(x)), (6,)),
     between("rfft_abs", lambda x: torch.fft.rfft(x).abs(), (6,)),
-    between("rfft_power", lambda x: torch.fft.rfft(x, norm="ortho").abs().square(), (6,)),
-    between("rfft_real_imag", lambda x: torch.fft.rfft(x).real + torch.fft.rfft(x).imag, (6,)),
+    between(
+        "rfft_power", lambda x: torch.fft.rfft(x, norm="ortho").abs().square(), (6,)
+    ),
+    between(
+        "rfft_real_imag",
+        lambda x: torch.fft.rfft(x).real + torch.fft.rfft(x).imag,
+        (6,),
+    ),
     between("irfft", lambda x: torch.fft.irfft(torch.fft.rfft(x) * 2, n=6), (6,)),
-    between("fft_mixing", lambda x: torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real, (3, 4)),
-    between("fft2_shift", lambda x: torch.fft.fftshift(torch.fft.fft2(x), dim=(1, 2)).abs(), (3, 4)),
-    between("fftn", lambda x: torch.fft.ifftn(torch.fft.fftn(x, dim=(1, 2)) * (1 + 1j), dim=(1, 2)).real, (3, 4)),
-    between("fftfreq", lambda x: torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfftfreq(6, dtype=x.dtype), n=6), (6,)),
-    between("convolution_by_fft", lambda x: torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(x.sin()).conj(), n=6), (6,)),
+    between(
+        "fft_mixing",
+        lambda x: torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real,
+        (3, 4),
+    ),
+    between(
+        "fft2_shift",
+        lambda x: torch.fft.fftshift(torch.fft.fft2(x), dim=(1, 2)).abs(),
+        (3, 4),
+    ),
+    between(
+        "fftn",
+        lambda x: (
+            torch.fft.ifftn(torch.fft.fftn(x, dim=(1, 2)) * (1 + 1j), dim=(1, 2)).real
+        ),
+        (3, 4),
+    ),
+    between(
+        "fftfreq",
+        lambda x: torch.fft.irfft(
+            torch.fft.rfft(x) * torch.fft.rfftfreq(6, dtype=x.dtype), n=6
+        ),
+        (6,),
+    ),
+    between(
+        "convolution_by_fft",
+        lambda x: torch.fft.irfft(
+            torch.fft.rfft(x) * torch.fft.rfft(x.sin()).conj(), n=6
+        ),
+        (6,),
+    ),
     between("fourier_layer", lambda x, layer: layer(x), (2, 6), Spectral),
     between("fourier_layer_2d", lambda x, layer: layer(x), (2, 4, 4), Spectral2d),
     between("torch_complex", lambda x: torch.complex(x, x.sin()).exp().abs(), (4,)),
     between("angle", lambda x: torch.complex(x + 2, x).angle(), (4,)),
-    between("complex_matmul", lambda x: torch.view_as_real(_heads(x) @ _heads(x).mH), (2, 4)),
+    between(
+        "complex_matmul", lambda x: torch.view_as_real(_heads(x) @ _heads(x).mH), (2, 4)
+    ),
     between("complex_literal", lambda x: torch.exp(1j * x).real, (4,)),
-    between("stft", lambda x: torch.stft(x, 4, 2, window=torch.ones(4, dtype=x.dtype), return_complex=True, center=False).abs(), (8,)),
+    between(
+        "stft",
+        lambda x: torch.stft(
+            x,
+            4,
+            2,
+            window=torch.ones(4, dtype=x.dtype),
+            return_complex=True,
+            center=False,
+        ).abs(),
+        (8,),
+    ),
     between("hfft", lambda x: torch.fft.ihfft(x).real, (6,)),
 )
 
@@ -267,26 +346,67 @@ def _scaled_where(x: Tensor) -> Tensor:
 
 INDEXING = (
     between("mask_assignment", lambda x: _masked(x, 0.0)),
-    between("mask_assignment_inf", lambda x: torch.softmax(_masked(x, float("-inf")), -1)),
+    between(
+        "mask_assignment_inf", lambda x: torch.softmax(_masked(x, float("-inf")), -1)
+    ),
     between("mask_assignment_tensor", lambda x: _masked(x, x.sum() * 0 + 1.5)),
     between("mask_from_another", _masked_from),
     between("mask_scaled", _scaled_where),
-    between("mask_rows", lambda x: (lambda y: (y.__setitem__(x[:, 0] > 0, 0.5), y)[1])(x.clone())),
+    between(
+        "mask_rows",
+        lambda x: (lambda y: (y.__setitem__(x[:, 0] > 0, 0.5), y)[1])(x.clone()),
+    ),
     between("len_of_batch", lambda x: x.view(len(x), -1) * 2),
     between("len_divided", lambda x: x.reshape(len(x), 2, -1).sum(1) / 2),
     between("gather", lambda x: x.gather(1, x.argsort(1))),
-    between("scatter_add", lambda x: torch.zeros_like(x).scatter_add(1, x.argsort(1) // 2, x)),
-    between("scatter_add_inplace", lambda x: torch.zeros_like(x).scatter_add_(1, x.argsort(1) // 2, x)),
-    between("scatter_reduce_sum", lambda x: torch.zeros_like(x).scatter_reduce(1, x.argsort(1) // 2, x, "sum")),
-    between("scatter_reduce_mean", lambda x: torch.zeros_like(x).scatter_reduce(1, x.argsort(1) // 2, x, "mean", include_self=False)),
-    between("scatter_reduce_amax", lambda x: torch.zeros_like(x).scatter_reduce(1, x.argsort(1) // 2, x, "amax")),
-    between("index_add", lambda x: torch.zeros_like(x).index_add(1, torch.tensor([0, 0, 1, 3]), x)),
-    between("index_add_inplace", lambda x: torch.zeros_like(x).index_add_(1, torch.tensor([0, 0, 1, 3]), x)),
-    between("index_reduce", lambda x: torch.ones_like(x).index_reduce(1, torch.tensor([0, 0, 1, 3]), x, "mean")),
-    between("index_copy", lambda x: torch.zeros_like(x).index_copy(1, torch.tensor([2, 0, 1, 3]), x)),
+    between(
+        "scatter_add",
+        lambda x: torch.zeros_like(x).scatter_add(1, x.argsort(1) // 2, x),
+    ),
+    between(
+        "scatter_add_inplace",
+        lambda x: torch.zeros_like(x).scatter_add_(1, x.argsort(1) // 2, x),
+    ),
+    between(
+        "scatter_reduce_sum",
+        lambda x: torch.zeros_like(x).scatter_reduce(1, x.argsort(1) // 2, x, "sum"),
+    ),
+    between(
+        "scatter_reduce_mean",
+        lambda x: torch.zeros_like(x).scatter_reduce(
+            1, x.argsort(1) // 2, x, "mean", include_self=False
+        ),
+    ),
+    between(
+        "scatter_reduce_amax",
+        lambda x: torch.zeros_like(x).scatter_reduce(1, x.argsort(1) // 2, x, "amax"),
+    ),
+    between(
+        "index_add",
+        lambda x: torch.zeros_like(x).index_add(1, torch.tensor([0, 0, 1, 3]), x),
+    ),
+    between(
+        "index_add_inplace",
+        lambda x: torch.zeros_like(x).index_add_(1, torch.tensor([0, 0, 1, 3]), x),
+    ),
+    between(
+        "index_reduce",
+        lambda x: torch.ones_like(x).index_reduce(
+            1, torch.tensor([0, 0, 1, 3]), x, "mean"
+        ),
+    ),
+    between(
+        "index_copy",
+        lambda x: torch.zeros_like(x).index_copy(1, torch.tensor([2, 0, 1, 3]), x),
+    ),
     between("index_select", lambda x: x.index_select(1, torch.tensor([2, 0, 1, 3]))),
     between("topk", lambda x: x.topk(2, 1).values),
-    between("topk_gating", lambda x: torch.zeros_like(x).scatter(1, x.topk(2, 1).indices, x.topk(2, 1).values.softmax(1))),
+    between(
+        "topk_gating",
+        lambda x: torch.zeros_like(x).scatter(
+            1, x.topk(2, 1).indices, x.topk(2, 1).values.softmax(1)
+        ),
+    ),
     between("sort", lambda x: x.sort(1, descending=True).values),
     between("msort", lambda x: torch.msort(x.T).T),
     between("kthvalue", lambda x: x.kthvalue(2, 1).values.unsqueeze(1)),
@@ -295,8 +415,22 @@ INDEXING = (
     between("quantile", lambda x: torch.quantile(x, 0.3, dim=1).unsqueeze(1)),
     between("mode", lambda x: x.mode(1).values.unsqueeze(1)),
     between("aminmax", lambda x: torch.stack(torch.aminmax(x, dim=1), 1)),
-    between("searchsorted", lambda x: x * torch.searchsorted(torch.tensor([-0.5, 0.0, 0.5], dtype=x.dtype), x.detach())),
-    between("bucketize", lambda x: x * torch.bucketize(x.detach(), torch.tensor([-0.5, 0.0, 0.5], dtype=x.dtype))),
+    between(
+        "searchsorted",
+        lambda x: (
+            x
+            * torch.searchsorted(
+                torch.tensor([-0.5, 0.0, 0.5], dtype=x.dtype), x.detach()
+            )
+        ),
+    ),
+    between(
+        "bucketize",
+        lambda x: (
+            x
+            * torch.bucketize(x.detach(), torch.tensor([-0.5, 0.0, 0.5], dtype=x.dtype))
+        ),
+    ),
     between("cumsum", lambda x: x.cumsum(1)),
     between("cumprod", lambda x: x.cumprod(1)),
     between("logcumsumexp", lambda x: x.logcumsumexp(1)),
@@ -306,26 +440,62 @@ INDEXING = (
     between("diff", lambda x: x.diff(dim=1)),
     between("roll_flip", lambda x: x.roll(1, 1) * x.flip(1)),
     between("rot90", lambda x: x.rot90(1, (1, 2)), (2, 3)),
-    between("tril_indices", lambda x: x[:, torch.tril_indices(2, 2)[0], torch.tril_indices(2, 2)[1]], (2, 2)),
+    between(
+        "tril_indices",
+        lambda x: x[:, torch.tril_indices(2, 2)[0], torch.tril_indices(2, 2)[1]],
+        (2, 2),
+    ),
     between("unfold", lambda x: x.unfold(1, 2, 1).prod(-1)),
     between("select_scatter", lambda x: x.select_scatter(x[:, 1] * 2, 1, 0)),
-    between("slice_assignment", lambda x: (lambda y: (y.__setitem__((slice(None), slice(None, 2)), x[:, 2:]), y)[1])(x.clone())),
+    between(
+        "slice_assignment",
+        lambda x: (
+            lambda y: (y.__setitem__((slice(None), slice(None, 2)), x[:, 2:]), y)[1]
+        )(x.clone()),
+    ),
     between("one_hot", lambda x: x @ F.one_hot(torch.arange(4) % 3, 3).to(x.dtype)),
     between("einsum", lambda x: torch.einsum("bij,bkj->bik", x, x), (3, 2)),
     between("cdist", lambda x: torch.cdist(x, x.sin() + 1), (3, 2)),
     between("cdist_1", lambda x: torch.cdist(x, x.sin() + 1, p=1.0), (3, 2)),
     between("pairwise_distance", lambda x: F.pairwise_distance(x, x.sin() + 1), (3, 2)),
-    between("cosine_similarity", lambda x: F.cosine_similarity(x.unsqueeze(1), x.unsqueeze(2), -1), (3, 2)),
+    between(
+        "cosine_similarity",
+        lambda x: F.cosine_similarity(x.unsqueeze(1), x.unsqueeze(2), -1),
+        (3, 2),
+    ),
     between("repeat_interleave", lambda x: x.repeat_interleave(2, 1)),
-    between("repeat_interleave_tensor", lambda x: x.repeat_interleave(torch.tensor([1, 2, 0, 1]), 1)),
+    between(
+        "repeat_interleave_tensor",
+        lambda x: x.repeat_interleave(torch.tensor([1, 2, 0, 1]), 1),
+    ),
     between("tile", lambda x: x.tile(1, 2)),
-    between("combinations", lambda x: x[:, torch.combinations(torch.arange(4))].prod(-1)),
-    between("cartesian_prod", lambda x: x[:, torch.cartesian_prod(torch.arange(2), torch.arange(2, 4))].prod(-1)),
+    between(
+        "combinations", lambda x: x[:, torch.combinations(torch.arange(4))].prod(-1)
+    ),
+    between(
+        "cartesian_prod",
+        lambda x: x[:, torch.cartesian_prod(torch.arange(2), torch.arange(2, 4))].prod(
+            -1
+        ),
+    ),
     between("triu_mask", lambda x: x.triu(1).softmax(-1), (3, 3)),
-    between("histc_free_bincount", lambda x: x * torch.bincount(torch.tensor([0, 1, 1, 2]), minlength=4)),
-    between("segment_reduce", lambda x: torch.segment_reduce(x.T, "sum", lengths=torch.tensor([1, 3]), axis=0).T),
-    between("is_in", lambda x: x * torch.isin(torch.arange(4), torch.tensor([1, 3])).to(x.dtype)),
-    between("bool_index_constant", lambda x: x[:, torch.tensor([True, False, True, True])]),
+    between(
+        "histc_free_bincount",
+        lambda x: x * torch.bincount(torch.tensor([0, 1, 1, 2]), minlength=4),
+    ),
+    between(
+        "segment_reduce",
+        lambda x: (
+            torch.segment_reduce(x.T, "sum", lengths=torch.tensor([1, 3]), axis=0).T
+        ),
+    ),
+    between(
+        "is_in",
+        lambda x: x * torch.isin(torch.arange(4), torch.tensor([1, 3])).to(x.dtype),
+    ),
+    between(
+        "bool_index_constant", lambda x: x[:, torch.tensor([True, False, True, True])]
+    ),
     between("list_index", lambda x: x[:, [0, 2]]),
     between("negative_step_free", lambda x: x[..., ::2]),
 )
@@ -395,15 +565,21 @@ SPECIAL = tuple(
         "tensor_split": lambda x: torch.cat(x.tensor_split((1, 3), 1)[::-1], 1),
         "moveaxis": lambda x: x.unsqueeze(1).moveaxis(1, 2),
         "atleast_3d": torch.atleast_3d,
-        "broadcast_to": lambda x: torch.broadcast_to(x.unsqueeze(1), (x.shape[0], 2, 4)),
+        "broadcast_to": lambda x: torch.broadcast_to(
+            x.unsqueeze(1), (x.shape[0], 2, 4)
+        ),
         "new_tensor": lambda x: x * x.new_tensor([1.0, 2.0, 3.0, 4.0]),
         "linspace": lambda x: x * torch.linspace(0, 1, 4, dtype=x.dtype),
         "logspace": lambda x: x * torch.logspace(0, 1, 4, dtype=x.dtype),
         "hann_window": lambda x: x * torch.hann_window(4, dtype=x.dtype),
         "empty_filled": lambda x: torch.empty_like(x).fill_(2.0) * x,
-        "empty_assigned": lambda x: (lambda y: (y.__setitem__(slice(None), x.sin()), y)[1])(torch.empty_like(x)),
+        "empty_assigned": lambda x: (
+            lambda y: (y.__setitem__(slice(None), x.sin()), y)[1]
+        )(torch.empty_like(x)),
         "new_empty_copied": lambda x: x.new_empty(x.shape).copy_(x.sin()),
-        "out_variant_free_iadd": lambda x: x.clone().add_(x.sin()).mul_(2).sub_(1).div_(3),
+        "out_variant_free_iadd": lambda x: (
+            x.clone().add_(x.sin()).mul_(2).sub_(1).div_(3)
+        ),
         "complex_free_conj": lambda x: x.conj() * x,
         "float_item_free": lambda x: x / x.abs().amax(1, keepdim=True),
     }.items()
@@ -553,7 +729,11 @@ def normed_by(make: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]
 def spatial(*layers: Any, width: int) -> Callable[[], nn.Module]:
     """A convolutional net around some layers."""
     return lambda: nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), *layers, nn.Flatten(), nn.Linear(width, 3)
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.Tanh(),
+        *layers,
+        nn.Flatten(),
+        nn.Linear(width, 3),
     )
 
 
@@ -624,8 +804,16 @@ LAYERS = (
     Case("gru_cell", lambda: Cells(nn.GRUCell), "sequences"),
     Case("rnn_cell", lambda: Cells(nn.RNNCell), "sequences"),
     Case("lstm", lambda: Recurrent(nn.LSTM(4, 3, 2, batch_first=True)), "sequences"),
-    Case("lstm_projected", lambda: Recurrent(nn.LSTM(4, 3, proj_size=2, batch_first=True)), "sequences"),
-    Case("gru", lambda: Recurrent(nn.GRU(4, 3, 2, batch_first=True, bidirectional=True)), "sequences"),
+    Case(
+        "lstm_projected",
+        lambda: Recurrent(nn.LSTM(4, 3, proj_size=2, batch_first=True)),
+        "sequences",
+    ),
+    Case(
+        "gru",
+        lambda: Recurrent(nn.GRU(4, 3, 2, batch_first=True, bidirectional=True)),
+        "sequences",
+    ),
     Case("packed_fixed", lambda: Packed("fixed"), "sequences"),
     Case("attention", lambda: Attention("plain"), "sequences"),
     Case("attention_weights", lambda: Attention("weights"), "sequences"),
@@ -635,7 +823,9 @@ LAYERS = (
     Case("attention_separate", lambda: Attention("separate"), "sequences"),
     Case("attention_bias_kv", lambda: Attention("bias_kv"), "sequences"),
     Case("transformer", WholeTransformer, "sequences"),
-    Case("transformer_norm_first", lambda: WholeTransformer(norm_first=True), "sequences"),
+    Case(
+        "transformer_norm_first", lambda: WholeTransformer(norm_first=True), "sequences"
+    ),
     Case("encoder_padding", Encoder, "sequences"),
     Case("experts", Experts),
     Case("spectral_norm", normed_by(parametrizations.spectral_norm)),
@@ -643,9 +833,14 @@ LAYERS = (
     Case("weight_norm", normed_by(parametrizations.weight_norm)),
     Case("weight_norm_old", normed_by(nn.utils.weight_norm)),
     Case("orthogonal", normed_by(parametrizations.orthogonal)),
-    Case("orthogonal_cayley", normed_by(lambda l: parametrizations.orthogonal(l, orthogonal_map="cayley"))),
-    Case("rrelu", normed_by(lambda l: nn.Sequential(l, nn.RReLU()))),
-    Case("prelu", normed_by(lambda l: nn.Sequential(l, nn.PReLU(4)))),
+    Case(
+        "orthogonal_cayley",
+        normed_by(
+            lambda inner: parametrizations.orthogonal(inner, orthogonal_map="cayley")
+        ),
+    ),
+    Case("rrelu", normed_by(lambda inner: nn.Sequential(inner, nn.RReLU()))),
+    Case("prelu", normed_by(lambda inner: nn.Sequential(inner, nn.PReLU(4)))),
     Case("glu", lambda: nn.Sequential(nn.Linear(4, 8), nn.GLU(), nn.Linear(4, 3))),
     Case("bag_mean", Bag, "tokens"),
     Case("bag_sum", lambda: Bag(mode="sum"), "tokens"),
@@ -657,36 +852,89 @@ LAYERS = (
     Case("grid_sample_border", lambda: Warped(padding_mode="border"), "images"),
     Case("grid_sample_nearest", lambda: Warped(mode="nearest"), "images"),
     Case("grid_sample_bicubic", lambda: Warped(mode="bicubic"), "images"),
-    Case("interpolate_bilinear", lambda: Resized(scale_factor=2, mode="bilinear"), "images"),
+    Case(
+        "interpolate_bilinear",
+        lambda: Resized(scale_factor=2, mode="bilinear"),
+        "images",
+    ),
     Case("interpolate_bicubic", lambda: Resized(size=(3, 5), mode="bicubic"), "images"),
     Case("interpolate_nearest", lambda: Resized(scale_factor=2), "images"),
-    Case("interpolate_nearest_exact", lambda: Resized(size=3, mode="nearest-exact"), "images"),
+    Case(
+        "interpolate_nearest_exact",
+        lambda: Resized(size=3, mode="nearest-exact"),
+        "images",
+    ),
     Case("interpolate_area", lambda: Resized(size=1, mode="area"), "images"),
-    Case("interpolate_antialias", lambda: Resized(size=1, mode="bilinear", antialias=True), "images"),
+    Case(
+        "interpolate_antialias",
+        lambda: Resized(size=1, mode="bilinear", antialias=True),
+        "images",
+    ),
     Case("fold", Patches, "images"),
     Case("adaptive_avg", spatial(nn.AdaptiveAvgPool2d((2, 3)), width=24), "images"),
     Case("adaptive_max", spatial(nn.AdaptiveMaxPool2d(2), width=16), "images"),
     Case("lp_pool", spatial(nn.LPPool2d(2, 2), width=16), "images"),
-    Case("fractional_pool", spatial(nn.FractionalMaxPool2d(2, output_size=2), width=16), "images"),
+    Case(
+        "fractional_pool",
+        spatial(nn.FractionalMaxPool2d(2, output_size=2), width=16),
+        "images",
+    ),
     Case("max_unpool", lambda: Unpooled(), "images"),
     Case("pixel_shuffle", spatial(nn.PixelShuffle(2), width=64), "images"),
     Case("pixel_unshuffle", spatial(nn.PixelUnshuffle(2), width=64), "images"),
     Case("channel_shuffle", spatial(nn.ChannelShuffle(2), width=64), "images"),
     Case("local_response_norm", spatial(nn.LocalResponseNorm(2), width=64), "images"),
     Case("transposed", spatial(nn.ConvTranspose2d(4, 2, 2, 2), width=128), "images"),
-    Case("circular", spatial(nn.Conv2d(4, 2, 3, padding=1, padding_mode="circular"), width=32), "images"),
+    Case(
+        "circular",
+        spatial(nn.Conv2d(4, 2, 3, padding=1, padding_mode="circular"), width=32),
+        "images",
+    ),
     Case("reflect", spatial(nn.ReflectionPad2d(1), width=144), "images"),
     Case("replicate", spatial(nn.ReplicationPad2d(1), width=144), "images"),
     Case("softmax2d", spatial(nn.Softmax2d(), width=64), "images"),
     Case("batch_norm", spatial(nn.BatchNorm2d(4), width=64), "images"),
     Case("group_norm", spatial(nn.GroupNorm(2, 4), width=64), "images"),
-    Case("instance_norm_running", spatial(nn.InstanceNorm2d(4, track_running_stats=True), width=64), "images"),
+    Case(
+        "instance_norm_running",
+        spatial(nn.InstanceNorm2d(4, track_running_stats=True), width=64),
+        "images",
+    ),
     Case("dropout2d", spatial(nn.Dropout2d(), width=64), "images"),
-    Case("alpha_dropout", normed_by(lambda l: nn.Sequential(l, nn.AlphaDropout()))),
-    Case("bilinear", lambda: between("", lambda x, layer: layer(x, x.sin()), (4,), lambda: nn.Bilinear(4, 4, 2)).make()),
+    Case(
+        "alpha_dropout",
+        normed_by(lambda inner: nn.Sequential(inner, nn.AlphaDropout())),
+    ),
+    Case(
+        "bilinear",
+        lambda: between(
+            "", lambda x, layer: layer(x, x.sin()), (4,), lambda: nn.Bilinear(4, 4, 2)
+        ).make(),
+    ),
     *(
-        Case(kind.__name__.lower(), normed_by(lambda l, kind=kind: nn.Sequential(l, kind())))
-        for kind in (nn.CELU, nn.SELU, nn.ELU, nn.Mish, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink, nn.ReLU6, nn.Softmin)
+        Case(
+            kind.__name__.lower(),
+            normed_by(lambda inner, kind=kind: nn.Sequential(inner, kind())),
+        )
+        for kind in (
+            nn.CELU,
+            nn.SELU,
+            nn.ELU,
+            nn.Mish,
+            nn.SiLU,
+            nn.GELU,
+            nn.Hardswish,
+            nn.Hardtanh,
+            nn.Hardsigmoid,
+            nn.LogSigmoid,
+            nn.Softplus,
+            nn.Softsign,
+            nn.Softshrink,
+            nn.Hardshrink,
+            nn.Tanhshrink,
+            nn.ReLU6,
+            nn.Softmin,
+        )
     ),
 )
 
@@ -710,7 +958,11 @@ class Field(nn.Module):
         super().__init__()
         self.way = way
         self.net = nn.Sequential(
-            nn.Linear(4, 6), activation or nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)
+            nn.Linear(4, 6),
+            activation or nn.Tanh(),
+            nn.Linear(6, 6),
+            nn.Tanh(),
+            nn.Linear(6, 1),
         )
 
     def value(self, point: Tensor) -> Tensor:
@@ -782,6 +1034,7 @@ class Field(nn.Module):
 
     def energy(self, x: Tensor) -> Tensor:
         """The acceleration of a Lagrangian system."""
+
         def force(q: Tensor) -> Tensor:
             hessian = torch.func.hessian(self.value)(q)[2:, 2:]
             gradient = torch.func.grad(self.value)(q)[:2]
@@ -839,23 +1092,45 @@ WAYS = (
 DERIVATIVES = (
     *(Case(f"field_{way}", lambda way=way: Field(way)) for way in WAYS),
     *(
-        Case(f"field_of_{kind.__name__.lower()}", lambda kind=kind: Field("heat", kind()))
-        for kind in (nn.GELU, nn.SiLU, nn.Softplus, nn.Sigmoid, nn.ELU, nn.Mish, nn.Softmax, nn.LogSigmoid, nn.CELU, nn.SELU, nn.Tanhshrink, nn.Softsign)
+        Case(
+            f"field_of_{kind.__name__.lower()}", lambda kind=kind: Field("heat", kind())
+        )
+        for kind in (
+            nn.GELU,
+            nn.SiLU,
+            nn.Softplus,
+            nn.Sigmoid,
+            nn.ELU,
+            nn.Mish,
+            nn.Softmax,
+            nn.LogSigmoid,
+            nn.CELU,
+            nn.SELU,
+            nn.Tanhshrink,
+            nn.Softsign,
+        )
         if kind is not nn.Softmax
     ),
     Case("field_of_layernorm", lambda: Field("gradient", nn.LayerNorm(6))),
     Case("spatial_field", SpatialField, "images"),
-    Case("spatial_field_norm", lambda: SpatialField(nn.BatchNorm2d(4), nn.GroupNorm(2, 4)), "images"),
+    Case(
+        "spatial_field_norm",
+        lambda: SpatialField(nn.BatchNorm2d(4), nn.GroupNorm(2, 4)),
+        "images",
+    ),
     Case("sequence_field", SequenceField, "sequences"),
 )
 
 
-def _log_prob(make: Callable[[Tensor], torch.distributions.Distribution], value: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _log_prob(
+    make: Callable[[Tensor], torch.distributions.Distribution],
+    value: Callable[[Tensor], Tensor],
+) -> Callable[[Tensor], Tensor]:
     return lambda x: make(x).log_prob(value(x)).reshape(x.shape[0], -1)
 
 
 D = torch.distributions
-DISTRIBUTIONS = tuple(
+_DENSITIES = tuple(
     between(name, _log_prob(make, value), shape)
     for name, make, value, shape in (
         ("normal", lambda x: D.Normal(x, x.exp()), torch.sin, (4,)),
@@ -865,22 +1140,63 @@ DISTRIBUTIONS = tuple(
         ("cauchy", lambda x: D.Cauchy(x, x.exp()), torch.sin, (4,)),
         ("gamma", lambda x: D.Gamma(x + 2, x + 3), torch.exp, (4,)),
         ("beta", lambda x: D.Beta(x + 2, x + 3), torch.sigmoid, (4,)),
-        ("poisson", lambda x: D.Poisson(x.exp()), lambda x: torch.ones_like(x) * 2, (4,)),
-        ("bernoulli", lambda x: D.Bernoulli(logits=x), lambda x: (x > 0).to(x.dtype), (4,)),
+        (
+            "poisson",
+            lambda x: D.Poisson(x.exp()),
+            lambda x: torch.ones_like(x) * 2,
+            (4,),
+        ),
+        (
+            "bernoulli",
+            lambda x: D.Bernoulli(logits=x),
+            lambda x: (x > 0).to(x.dtype),
+            (4,),
+        ),
         ("categorical", lambda x: D.Categorical(logits=x), lambda x: x.argmax(1), (4,)),
         ("dirichlet", lambda x: D.Dirichlet(x + 2), lambda x: x.softmax(1), (4,)),
         ("independent", lambda x: D.Independent(D.Normal(x, 1.0), 1), torch.sin, (4,)),
-        ("mvn", lambda x: D.MultivariateNormal(x[:, 0], covariance_matrix=_spd(x)), lambda x: x[:, 1], (3, 3)),
-        ("mvn_tril", lambda x: D.MultivariateNormal(x[:, 0], scale_tril=torch.linalg.cholesky(_spd(x))), lambda x: x[:, 1], (3, 3)),
-        ("mixture", lambda x: D.MixtureSameFamily(D.Categorical(logits=x), D.Normal(x, x.exp())), lambda x: x.sum(1), (4,)),
-        ("transformed", lambda x: D.TransformedDistribution(D.Normal(x, 1.0), [D.TanhTransform()]), lambda x: x.tanh() * 0.9, (4,)),
+        (
+            "mvn",
+            lambda x: D.MultivariateNormal(x[:, 0], covariance_matrix=_spd(x)),
+            lambda x: x[:, 1],
+            (3, 3),
+        ),
+        (
+            "mvn_tril",
+            lambda x: D.MultivariateNormal(
+                x[:, 0], scale_tril=torch.linalg.cholesky(_spd(x))
+            ),
+            lambda x: x[:, 1],
+            (3, 3),
+        ),
+        (
+            "mixture",
+            lambda x: D.MixtureSameFamily(
+                D.Categorical(logits=x), D.Normal(x, x.exp())
+            ),
+            lambda x: x.sum(1),
+            (4,),
+        ),
+        (
+            "transformed",
+            lambda x: D.TransformedDistribution(D.Normal(x, 1.0), [D.TanhTransform()]),
+            lambda x: x.tanh() * 0.9,
+            (4,),
+        ),
         ("von_mises", lambda x: D.VonMises(x, x.exp()), torch.sin, (4,)),
-        ("negative_binomial", lambda x: D.NegativeBinomial(x + 3, logits=x), lambda x: torch.ones_like(x) * 2, (4,)),
+        (
+            "negative_binomial",
+            lambda x: D.NegativeBinomial(x + 3, logits=x),
+            lambda x: torch.ones_like(x) * 2,
+            (4,),
+        ),
         ("half_normal", lambda x: D.HalfNormal(x.exp()), torch.exp, (4,)),
         ("gumbel", lambda x: D.Gumbel(x, x.exp()), torch.sin, (4,)),
         ("weibull", lambda x: D.Weibull(x + 2, x + 3), torch.exp, (4,)),
     )
-) + (
+)
+DISTRIBUTIONS = (
+    *_DENSITIES,
     between("kl", lambda x: D.kl_divergence(D.Normal(x, x.exp()), D.Normal(0.0, 1.0))),
     between("entropy", lambda x: D.Categorical(logits=x).entropy().unsqueeze(1)),
     between("normal_cdf", lambda x: D.Normal(x, 1.0).cdf(x.sin())),
@@ -895,3 +1211,18 @@ FAMILIES = {
     "derivatives": DERIVATIVES,
     "distributions": DISTRIBUTIONS,
 }
+
+REFUSED = {
+    "index_reduce": "not one that servers run",
+    "repeat_interleave_tensor": "repeat_interleave",
+    "combinations": "torch.where",
+    "histc_free_bincount": "not one that servers run",
+    "segment_reduce": "not one that servers run",
+    "bool_index_constant": "a mask",
+    "mask_from_another": "a mask",
+    "mask_scaled": "a mask",
+    "lstsq": "torch.where|solve",
+    "packed_fixed": "pad",
+    "fractional_pool": "random",
+}
+"""What has no derivative, or shapes that depend on values: name -> what is said."""

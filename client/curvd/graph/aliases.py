@@ -158,7 +158,9 @@ def view_of(
         "diagonal": "aten.diagonal_scatter.default",
     }
     inverse: Inverse | None = None
-    if name in like:
+    if name == "slice" and _is_whole(*arguments):
+        inverse = _identity
+    elif name in like:
 
         def scatter(base: Value, new: Value) -> Value:
             return tape.emit(like[name], base, new, *arguments, **options)
@@ -217,6 +219,11 @@ def item_of(tape: Tape, whole: View, index: int) -> View:
     return View(
         replay, None, whole.certain
     )  # torch lets nobody write to one of several
+
+
+def _is_whole(axis: int = 0, start: Any = None, end: Any = None, step: Any = 1) -> bool:
+    """Tell whether a slice takes everything."""
+    return start in (None, 0) and end in (None, 2**63 - 1) and step == 1
 
 
 def _identity(base: Value, new: Value) -> Value:

@@ -28,7 +28,14 @@ from curvd.v1 import graph_pb2 as graph_pb
 
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 # What torch.export says about a forward that differentiates.
-_TRANSFORMS = ("found a fake tensor in the exported", "'constant'", "functorch", "symbolic")
+_TRANSFORMS = (
+    "found a fake tensor in the exported",
+    "'constant'",
+    "functorch",
+    "symbolic",
+)
+# What it says about one that looks at values.
+_VALUES = ("data-dependent", "datadependent", "dynamicoutputshape", "unbacked")
 EXAMPLE_ROWS = 3
 """Data points that a module is traced with; neither 0 nor 1, which torch takes for
 special cases."""
@@ -57,13 +64,13 @@ def capture(
     rows = inputs_of(module.forward, few(inputs))
     with in_mode(module, mode):
         program = traced(Chosen(module, output), rows)
-    _check_batch_axis(program)
+    _check_outputs(program)
     graph, tensors = translated(module, program, rows)
     return graph, tensors, needed_mode(graph, mode)
 
 
-def _check_batch_axis(program: ExportedProgram | Program) -> None:
-    """Refuse an output whose first axis is not that of the data points."""
+def _check_outputs(program: ExportedProgram | Program) -> None:
+    """Refuse an output that is complex, or whose first axis is not the data points'."""
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     given = {n.name: n.meta.get("val") for n in placeholders}
     named = (given.get(name) for name in program.graph_signature.user_inputs)
@@ -74,6 +81,12 @@ def _check_batch_axis(program: ExportedProgram | Program) -> None:
         value = node.meta.get("val") if getattr(node, "name", "") in returned else None
         if not isinstance(value, Tensor):
             continue
+        if value.is_complex():
+            msg = (
+                "the module's output is complex, and losses are of real numbers: return "
+                "torch.view_as_real(...) of it, or its abs()"
+            )
+            raise InvalidSpec(msg, dtype=value.dtype)
         shape = [str(size) for size in value.shape]
         batch = str(first.shape[0])
         if shape[:1] != [batch]:
@@ -216,7 +229,9 @@ def translated(
             values[node] = Alias.of(next(given), own=False)
         elif spec.kind in _TENSORS:
             constant = spec.kind is InputKind.CONSTANT_TENSOR
-            name = f"{CONSTANTS}.{target}" if constant else target.removeprefix("module.")
+            name = (
+                f"{CONSTANTS}.{target}" if constant else target.removeprefix("module.")
+            )
             value = listed.by_name[name]
             if name in listed.turning:
                 value = tape.emit("aten.view_as_complex.default", value)
@@ -307,7 +322,12 @@ def _refusal(error: Exception) -> InvalidGraph:
             "fixes its batch size: sizes must come from the input as x.shape[0]; "
             "len(x) and int(x.shape[0]) are numbers of the example"
         )
-    elif "data-dependent" in text.lower() or "DataDependent" in type(error).__name__:
+    elif "lstsq" in text:
+        why = (
+            "calls torch.linalg.lstsq, whose rank depends on values: use "
+            "torch.linalg.pinv, or torch.linalg.solve of the normal equations"
+        )
+    elif any(said in f"{type(error).__name__} {text}".lower() for said in _VALUES):
         why = (
             "decides by the values of tensors, or makes shapes from them: use "
             "torch.where, and masks instead of selections"

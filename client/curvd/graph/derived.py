@@ -38,7 +38,8 @@ from curvd.graph.plain import NORMS
 SIZES = (5, 7, 11)
 """Batch sizes that are traced: two make an affine function, the third checks it."""
 aten = torch.ops.aten
-_DETACHING = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__})
+_DATA: Any = Tensor.data
+_DETACHING = frozenset({Tensor.detach, torch.detach, _DATA.__get__})
 
 
 @dataclass(frozen=True)
@@ -261,11 +262,11 @@ class _Batch:
             return self._emit(python.add, scaled, start) if start else scaled
         if not all(type(v) is float for v in values):
             raise _depends()
-        scaled = [v * size for v, size in zip(values, SIZES, strict=True)]
-        if max(scaled) - min(scaled) > 1e-12 * abs(scaled[0]):
+        products = [v * size for v, size in zip(values, SIZES, strict=True)]
+        if max(products) - min(products) > 1e-12 * abs(products[0]):
             raise _depends()
         batch = self._emit(aten.sym_size.int, self._data, 0)
-        return self._emit(python.truediv, scaled[0], batch)
+        return self._emit(python.truediv, products[0], batch)
 
     def _emit(self, target: Any, *args: Any) -> fx.Node:
         key = (target, *args)
@@ -279,7 +280,10 @@ class _Batch:
 def _program(wrapper: nn.Module, traced: fx.GraphModule) -> Program:
     """Say what the inputs of traced code are, constants included."""
     graph, constants = traced.graph, dict[str, Tensor]()
-    names, buffers = [name for name, _ in _state(wrapper)], dict(wrapper.named_buffers())
+    names, buffers = (
+        [name for name, _ in _state(wrapper)],
+        dict(wrapper.named_buffers()),
+    )
     specs = []
     for k, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
         argument = TensorArgument(name=node.name)
@@ -300,7 +304,8 @@ def _program(wrapper: nn.Module, traced: fx.GraphModule) -> Program:
         specs.append(InputSpec(InputKind.CONSTANT_TENSOR, argument, name))
     made = next(iter(graph.find_nodes(op="output"))).args[0]
     outputs = [
-        OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=n.name), None) for n in made
+        OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=n.name), None)
+        for n in made
     ]
     return Program(traced, ExportGraphSignature(specs, outputs), constants)
 

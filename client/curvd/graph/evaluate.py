@@ -69,7 +69,7 @@ def evaluate(
         own = (graph.dtype, COMPLEX[graph.dtype])
         stands = item in own or session is torch.float64
         if dtype.is_complex:
-            return session.to_complex() if stands else dtype
+            return _DTYPES[COMPLEX[DTYPE_NAMES[session]]] if stands else dtype
         return session if dtype.is_floating_point and stands else dtype
 
     for node in graph.nodes:

@@ -59,7 +59,9 @@ def manifest(module: nn.Module, constants: Mapping[str, Tensor]) -> Manifest:
         roles.setdefault(id(buffer), graph_pb.GRAPH_TENSOR_ROLE_BUFFER)
         tensors[id(buffer)] = buffer
         names.setdefault(id(buffer), []).append(name)
-    turning = frozenset(n for key, t in tensors.items() if t.is_complex() for n in names[key])
+    turning = frozenset(
+        n for key, t in tensors.items() if t.is_complex() for n in names[key]
+    )
     entries = []
     for key, tensor in tensors.items():
         if tensor.is_complex():

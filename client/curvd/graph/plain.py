@@ -25,7 +25,8 @@ def cdist(
     """Compute distances between rows; where one is zero it has no derivative."""
     difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
     if p != 2:
-        return torch.linalg.vector_norm(difference, p, dim=-1)
+        norm: Tensor = torch.linalg.vector_norm(difference, p, dim=-1)
+        return norm
     square = difference.square().sum(-1)
     same = square == 0
     return torch.where(same, 0.0, torch.where(same, 1.0, square).sqrt())
@@ -33,13 +34,14 @@ def cdist(
 
 def cholesky(a: Tensor, upper: bool = False) -> Tensor:
     """Factor a positive definite matrix."""
-    return torch.linalg.cholesky_ex(a, upper=upper)[0]
+    factor: Tensor = torch.linalg.cholesky_ex(a, upper=upper)[0]
+    return factor
 
 
 def cholesky_inverse(factor: Tensor, upper: bool = False) -> Tensor:
     """Invert the matrix of a Cholesky factor."""
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    half = torch.linalg.solve_triangular(factor, eye, upper=upper)
+    half: Tensor = torch.linalg.solve_triangular(factor, eye, upper=upper)
     return half @ half.mH if upper else half.mH @ half
 
 
@@ -132,21 +134,9 @@ def embedding_bag(
     return found, bag, bag, bag
 
 
-def zeros(size: Sequence[int], *order: Any, **options: Any) -> Tensor:
-    """Make zeros, for memory that is uninitialised, or a zero that has none."""
-    kept = {name: options[name] for name in ("dtype", "device") if name in options}
-    return torch.zeros(size, **kept)
-
-
-def new_zeros(like: Tensor, size: Sequence[int], *order: Any, **options: Any) -> Tensor:
-    """Make zeros like a tensor."""
-    kept = {name: options[name] for name in ("dtype", "device") if name in options}
-    return like.new_zeros(size, **kept)
-
-
-def zeros_like(like: Tensor, **options: Any) -> Tensor:
-    """Make zeros of a tensor's shape."""
-    return torch.zeros_like(like, dtype=options.get("dtype"))
+def efficientzerotensor(size: Sequence[int], **options: Any) -> Tensor:
+    """Make zeros, which forward mode stands for without memory."""
+    return torch.zeros(size, dtype=options.get("dtype"), device=options.get("device"))
 
 
 def group_norm(
@@ -173,13 +163,7 @@ def group_norm(
 
 
 PLAIN: Mapping[Any, Callable[..., Any]] = {
-    aten._efficientzerotensor.default: zeros,
-    aten.empty.memory_format: zeros,
-    aten.empty_strided.default: zeros,
-    aten.empty_permuted.default: zeros,
-    aten.empty_like.default: zeros_like,
-    aten.new_empty.default: new_zeros,
-    aten.new_empty_strided.default: new_zeros,
+    aten._efficientzerotensor.default: efficientzerotensor,
     aten.cdist.default: cdist,
     aten._cdist_forward.default: cdist,
     aten.cholesky.default: cholesky,

@@ -37,10 +37,11 @@ def example_outputs(
     rows = inputs_of(module.forward, few(inputs))
     chosen = Chosen(module, output)
     state = {name: buffer.clone() for name, buffer in chosen.named_buffers()}
-    with torch.no_grad(), plain_checkpoints(), in_mode(module, mode):
+    # note: a forward that differentiates needs gradients to be on.
+    with torch.enable_grad(), plain_checkpoints(), in_mode(module, mode):
         arguments = (rows.args, dict(rows.kwargs))
         result: Tensor = torch.func.functional_call(chosen, state, arguments)
-    return result
+    return result.detach()
 
 
 def prove_module(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from curvd.errors import InvalidGraph
+from curvd.graph.aliases import Alias
 from curvd.graph.tape import Tape, Value
 
 Arguments = Mapping[str, Any]
@@ -63,6 +64,12 @@ def refuse(tape: Tape, operator: str, arguments: Arguments) -> None:
         why = "reaches behind a tensor's memory: use slices and reshape"
     elif name in ("nonzero", "masked_select", "unique", "_unique2", "item"):
         why = "makes shapes or numbers from values: use torch.where with masks"
+    elif (
+        name == "repeat_interleave"
+        and arguments.get("output_size") is None
+        and (isinstance(arguments.get("repeats"), Alias))
+    ):
+        why = "makes a shape from repeats: pass output_size=, or index with a list"
     elif name == "_local_scalar_dense":
         why = "makes a number from a tensor (.item()): keep it a tensor"
     if why:
@@ -167,6 +174,19 @@ def _instance_norm(tape: Tape, a: Arguments) -> Value:
     )
 
 
+def _uninitialised(tape: Tape, a: Arguments) -> Value:
+    """Make zeros; whoever reads them before they are written is refused."""
+    options = {} if a.get("dtype") is None else {"dtype": a["dtype"]}
+    if "self" not in a:
+        value = tape.emit("aten.zeros.default", a["size"], **options)
+    elif "size" in a:
+        value = tape.emit("aten.new_zeros.default", a["self"], a["size"], **options)
+    else:
+        value = tape.emit("aten.zeros_like.default", a["self"], **options)
+    value.uninitialised = True
+    return value
+
+
 def _scalar_tensor(tape: Tape, a: Arguments) -> Value | None:
     """Make NaN, which no message holds, the logarithm of -1."""
     if not isinstance(a["s"], float) or not math.isnan(a["s"]):
@@ -186,6 +206,12 @@ def _rrelu(tape: Tape, a: Arguments) -> Value:
 _REWRITES: Mapping[str, Callable[[Tape, Arguments], Value | None]] = {
     "aten.scalar_tensor.default": _scalar_tensor,
     "aten.rrelu.default": _rrelu,
+    "aten.empty.memory_format": _uninitialised,
+    "aten.empty_like.default": _uninitialised,
+    "aten.empty_permuted.default": _uninitialised,
+    "aten.empty_strided.default": _uninitialised,
+    "aten.new_empty.default": _uninitialised,
+    "aten.new_empty_strided.default": _uninitialised,
     "aten.rrelu_.default": _rrelu,
     "aten._weight_norm.default": _weight_norm,
     "aten._weight_norm_interface.default": _weight_norm,

@@ -46,5 +46,16 @@ def source_of_error(error: BaseException) -> str:
     return found
 
 
+def source_here() -> str:
+    """Find the line of the user's module that is being traced.
+
+    Returns:
+        As `source_of`.
+    """
+    foreign = (_TORCH, _OURS, "<")
+    users = [f for f in traceback.extract_stack() if not f.filename.startswith(foreign)]
+    return _shown(users[-1].filename, str(users[-1].lineno), users[-1].name)
+
+
 def _shown(file: str, line: str, function: str) -> str:
     return f"{os.path.basename(file)}:{line} in {function}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,22 @@ MEMORY_FORMATS = {
     torch.channels_last: "channels_last",
     torch.channels_last_3d: "channels_last_3d",
 }
+# Operators that ask for the shape of an argument, and its place.
+_SHAPES: Mapping[str, int] = {
+    "aten.expand_as.default": 1,
+    "aten.full_like.default": 0,
+    "aten.new_zeros.default": 0,
+    "aten.zeros_like.default": 0,
+    "sym.size": 0,
+}
+_VIEWS = frozenset({
+    "aten.slice.Tensor",
+    "aten.select.int",
+    "aten.transpose.int",
+    "aten.permute.default",
+    "aten.reshape.default",
+    "aten.unsqueeze.default",
+})
 
 
 @dataclass(eq=False, slots=True)
@@ -43,6 +59,8 @@ class Value:
     arguments: tuple[Any, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    uninitialised: bool = False
+    """Whether it stands for memory that nobody has written to."""
 
     def references(self) -> Iterator[Value]:
         """Walk through the values that its operator uses."""
@@ -113,6 +131,7 @@ def write(
         LimitExceeded: If it is too large.
     """
     kept = _needed(tape.values, outputs)
+    _check_initialised(kept, outputs)
     numbered = [*(v for v, _ in inputs), *(v for v, _ in tensors), *kept]
     numbers = {id(value): index for index, value in enumerate(numbered)}
     sources = {s: k for k, s in enumerate(dict.fromkeys(v.source for v in kept), 1)}
@@ -144,6 +163,28 @@ def _needed(values: Sequence[Value], outputs: Iterable[Value]) -> list[Value]:
             kept.append(value)
             needed.update(id(v) for v in value.references())
     return kept[::-1]
+
+
+def _check_initialised(values: Sequence[Value], outputs: Sequence[Value]) -> None:
+    """Refuse whoever reads memory that is not written; its shape may be asked for."""
+    bare = {id(value): value for value in values if value.uninitialised}
+    read: list[Any] = list(outputs)
+    for value in values:
+        arguments = list(value.arguments)
+        if value.operator in _VIEWS and id(arguments[0]) in bare:
+            bare[id(value)] = bare[id(arguments.pop(0))]
+        elif value.operator in _SHAPES:
+            del arguments[_SHAPES[value.operator]]
+        for item in (*arguments, *value.options.values()):
+            read += item if isinstance(item, list | tuple) else [item]
+    for item in read:
+        if id(item) in bare:
+            source = bare[id(item)].source
+            msg = (
+                f"memory from torch.empty{f' ({source})' if source else ''} is read "
+                "uninitialised, or only a part of it was written: use torch.zeros"
+            )
+            raise InvalidGraph(msg, source=source)
 
 
 def _node(

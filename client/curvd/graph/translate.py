@@ -64,7 +64,14 @@ _CHECKS = (
 )
 # Views by their schema which copy if memory is not laid out right.
 _MAYBE = frozenset({"reshape", "contiguous", "to", "flatten", "reshape_as"})
-_TURNED = frozenset({"squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_"})
+_TURNED = frozenset({
+    "squeeze_",
+    "swapaxes_",
+    "swapdims_",
+    "t_",
+    "transpose_",
+    "unsqueeze_",
+})
 _CREATING = frozenset(
     """
     arange eye full full_like new_full new_ones new_zeros ones ones_like scalar_tensor

@@ -18,6 +18,9 @@ from torch.distributions import Distribution
 from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
 
+from curvd.errors import InvalidGraph
+from curvd.graph.sources import source_here
+
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
@@ -51,6 +54,13 @@ class _Unchecked(TorchFunctionMode):
         """Call a function of torch, or what it computes without its checks."""
         if func is F.gaussian_nll_loss:
             func = _gaussian_nll_loss
+        elif getattr(func, "__name__", "") == "_pack_padded_sequence":
+            source = source_here()
+            msg = (
+                f"pack_padded_sequence ({source}) makes shapes from lengths: run the "
+                "layer over padded sequences, and pick each last valid step by gather"
+            )
+            raise InvalidGraph(msg, source=source)
         return func(*args, **(kwargs or {}))
 
 

@@ -257,7 +257,9 @@ def _dtype(
     dtype: str, where: str, known: Sequence[str] = vocabulary.ELEMENT_TYPES
 ) -> str:
     if dtype not in known:
-        msg = f"{where}: unknown element type {_shown(dtype)}; known: {', '.join(known)}"
+        msg = (
+            f"{where}: unknown element type {_shown(dtype)}; known: {', '.join(known)}"
+        )
         raise InvalidGraph(msg, dtype=_shown(dtype))
     return dtype
 

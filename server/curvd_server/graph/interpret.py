@@ -23,6 +23,7 @@ from curvd_server.graph.form import (
     Ref,
 )
 from curvd_server.graph.operators import (
+    COMPLEX_OF,
     DTYPES,
     MEMORY_FORMATS,
     batch_norm,
@@ -245,7 +246,7 @@ def _placed(exported: str, session: torch.dtype, wanted: str) -> torch.dtype:
     kind = DTYPES[wanted]
     if kind.is_complex:
         own, wide = COMPLEX[exported], session is torch.float64
-        return session.to_complex() if wanted == own or wide else kind
+        return COMPLEX_OF[session] if wanted == own or wide else kind
     if not kind.is_floating_point:
         return kind
     return session if wanted == exported or session is torch.float64 else kind

@@ -40,6 +40,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType({
     "C64": torch.complex64,
     "C128": torch.complex128,
 })
+COMPLEX_OF = {DTYPES[real]: DTYPES[wide] for real, wide in vocabulary.COMPLEX.items()}
+"""What numbers of a type become when they turn complex."""
 MEMORY_FORMATS: Mapping[str, torch.memory_format] = MappingProxyType({
     "contiguous": torch.contiguous_format,
     "preserve": torch.preserve_format,
