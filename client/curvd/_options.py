@@ -32,6 +32,7 @@ LIMITS = {
     "stored_bytes": "Memory of the vectors that one session stores.",
     "partial_bytes": "Disk of all uploads that are not complete.",
     "partial_s": "Seconds that an upload is kept which nobody goes on with.",
+    "memory_bytes": "Memory of the host for all that is held; 0: four fifths of it.",
     "run_columns": "Columns that are computed together.",
     "sessions": "Sessions at once.",
     "operators": "Operators that one session keeps built.",

@@ -27,6 +27,7 @@ from curvd_server.data_directory import owned
 from curvd_server.device import Device
 from curvd_server.endpoint import serving
 from curvd_server.front.admission import raise_descriptor_limit
+from curvd_server.host_memory import HostMemory, default_bytes
 from curvd_server.mounts import Mounts
 from curvd_server.registration import Registry
 from curvd_server.service.curvature_service import CurvatureService
@@ -156,6 +157,7 @@ async def running(
                 model_bytes=limits.upload_bytes,
                 idle_bytes=limits.idle_bytes,
             )
+        memory = HostMemory(limits.memory_bytes or default_bytes())
         mounts = Mounts(config.datasets_root, config.data_dir / "mounts")
         blobs = BlobStore(
             config.data_dir / "blobs",
@@ -163,12 +165,14 @@ async def running(
             catalogue.needed_by,
             partial_bytes=limits.partial_bytes,
             partial_s=limits.partial_s,
+            memory=memory,
         )
         batcher = Batcher(
             run_columns=limits.run_columns,
             run_bytes=limits.block_bytes,
             pending_columns=limits.pending_columns,
             pending_bytes=limits.pending_bytes,
+            memory=memory,
             long_bytes=psutil.virtual_memory().total // 4,
             name=f"curvd-{config.device}",
         )
@@ -179,6 +183,7 @@ async def running(
             device=device,
             batcher=batcher,
             limits=limits,
+            memory=memory,
             clock=time.time,
             monotonic=time.monotonic,
         )
@@ -186,7 +191,9 @@ async def running(
         stack.push_async_callback(sessions.close)
         queries = QueryService(sessions=sessions, batcher=batcher, limits=limits)
         stack.callback(queries.close)
-        curvature = CurvatureService(sessions=sessions, batcher=batcher, limits=limits)
+        curvature = CurvatureService(
+            sessions=sessions, batcher=batcher, limits=limits, memory=memory
+        )
         services = [
             SessionService(
                 registry=Registry(catalogue, blobs, device.architecture),

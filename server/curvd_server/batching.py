@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from curvd.buffers import Pool
 from curvd.errors import OutOfMemory, Overloaded, Unavailable
 from curvd_server.cooperative import LongWork
+from curvd_server.host_memory import CALLS, HostMemory
 
 T = TypeVar("T")
 Columns = NDArray[Any]
@@ -178,6 +179,7 @@ class Batcher:
         pending_columns: Columns that may be under way before callers are turned away.
         pending_bytes: Memory that may be under way, likewise.
         long_bytes: Memory of long work that goes on at once, unless one needs more.
+        memory: Of the host, which calls share with what is stored; None: no limit.
         clock: Seconds; for tests.
         name: Of the thread.
     """
@@ -190,12 +192,13 @@ class Batcher:
         pending_columns: int,
         pending_bytes: int,
         long_bytes: float = math.inf,
+        memory: HostMemory | None = None,
         clock: Callable[[], float] = time.monotonic,
         name: str = "device",
     ) -> None:
         self._run_columns, self._run_bytes = run_columns, run_bytes
         self._pending = (pending_columns, pending_bytes)
-        self._reserved = [0, 0]
+        self._reserved, self._memory = [0, 0], memory or HostMemory()
         self._long_bytes, self._clock = long_bytes, clock
         self._long: list[Ticket[Any]] = []
         self._latest_s = self._turn_end_s = 0.0
@@ -225,6 +228,7 @@ class Batcher:
 
         Raises:
             Overloaded: If others take the room. A request alone always gets it.
+            LimitExceeded: If what is stored leaves the host no memory for it.
         """
         wanted = (columns, nbytes)
         with self._lock:
@@ -236,6 +240,7 @@ class Batcher:
             )
             if full and any(self._reserved):
                 raise self._overloaded(columns, nbytes)
+            self._memory.take(CALLS, nbytes)
             self._reserved = [
                 a + b for a, b in zip(self._reserved, wanted, strict=True)
             ]
@@ -248,6 +253,7 @@ class Batcher:
     def _hold(self, columns: int, nbytes: int) -> None:
         with self._lock:
             self._reserved = [self._reserved[0] + columns, self._reserved[1] + nbytes]
+        self._memory.give(CALLS, -nbytes)
 
     def multiply(self, operator: Multiplies, columns: Columns) -> Ticket[Columns]:
         """Queue a product.

@@ -19,7 +19,13 @@ DEFAULT_LISTEN = "127.0.0.1:50551"
 MESSAGE_BYTES = 4 << 20
 """Longest message that is accepted. Chunks stay 64 KiB below it."""
 _UNIX = ("unix:", "unix-abstract:")
-_MAY_BE_ZERO = ("default_budget_bytes", "idle_bytes", "kept_bytes", "stored_bytes")
+_MAY_BE_ZERO = (
+    "default_budget_bytes",
+    "idle_bytes",
+    "kept_bytes",
+    "memory_bytes",
+    "stored_bytes",
+)
 _TRANSPORTS = ("direct", "grpcio")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -99,6 +105,9 @@ class LimitsConfig:
     """Seconds that they are kept."""
     stored_bytes: int = 4 << 30
     """Memory of the vectors that one session stores."""
+    memory_bytes: int = 0
+    """Memory of the host for datasets, stored vectors, kept results and calls under way
+    together; 0: four fifths of what the machine has or the container may use."""
     partial_bytes: int = 128 << 30
     """Disk of all uploads that are not complete."""
     partial_s: int = 24 * 3600

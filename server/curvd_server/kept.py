@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from curvd_server.host_memory import RESULTS, HostMemory
 from curvd_server.vectors import check_same
 
 T = TypeVar("T")
@@ -53,6 +54,7 @@ class KeptResults(Generic[T]):
         budget_bytes: Memory of all together; a larger one is not kept.
         keep_s: How long.
         entries: How many.
+        memory: Of the host, whose other users come first; None: no limit.
         clock: Seconds, monotonic.
     """
 
@@ -62,8 +64,11 @@ class KeptResults(Generic[T]):
         budget_bytes: int,
         keep_s: float,
         entries: int = 1024,
+        memory: HostMemory | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._memory = memory or HostMemory()
+        self._memory.cached(RESULTS, lambda: self._bytes)
         self._budget, self._keep_s = budget_bytes, keep_s
         self._capacity, self._clock = entries, clock
         # The oldest first, because all are kept equally long.
@@ -97,6 +102,8 @@ class KeptResults(Generic[T]):
         """
         self.drop(key)
         if not key[1] or not self.fits(nbytes):
+            return
+        if nbytes > self._memory.free():
             return
         until_s = self._clock() + self._keep_s
         self._entries[key] = _Entry(content, value, nbytes, until_s)
@@ -153,6 +160,8 @@ class KeptResults(Generic[T]):
             if entry.until_s > now_s:
                 break
             self.drop(key)
+        while self._entries and self._memory.free() < 0:
+            self.drop(next(iter(self._entries)))
         if len(self._last) > self._capacity:  # connections that never called again
             self._last = {c: k for c, k in self._last.items() if k in self._entries}
 

@@ -20,6 +20,7 @@ from curvd_server.batching import Batcher
 from curvd_server.catalogue import Catalogue, StoredSession, StoredVersion
 from curvd_server.config import LimitsConfig
 from curvd_server.device import Device, Operator, Problem
+from curvd_server.host_memory import HostMemory
 from curvd_server.leases import Remaining
 from curvd_server.live import Live
 from curvd_server.registration import check_state
@@ -47,6 +48,8 @@ class Facilities:
     batcher: Batcher
     """The queue of that device."""
     limits: LimitsConfig
+    memory: HostMemory
+    """Of the host, for what is stored."""
     clock: Callable[[], float]
     """Seconds since the epoch, for people: someone may set it."""
     monotonic: Callable[[], float]
@@ -97,7 +100,9 @@ class Session:
             budget_bytes=stored.info.budget_bytes,
             operators=facilities.limits.operators,
         )
-        self.vectors = Vectors(stored.info.id, facilities.limits.stored_bytes)
+        self.vectors = Vectors(
+            stored.info.id, facilities.limits.stored_bytes, facilities.memory
+        )
         self._with = facilities
         self._remaining = Remaining(
             stored.lease_s, stored.remaining_s, facilities.monotonic

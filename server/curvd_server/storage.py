@@ -38,6 +38,7 @@ from curvd.errors import (
     NotFound,
 )
 from curvd_server.faults import FREE_SOME, told
+from curvd_server.host_memory import SNAPSHOTS, HostMemory
 from curvd_server.logs import logger
 from curvd_server.mounts import Mounts
 from curvd_server.partials import Partial, Upload
@@ -92,6 +93,7 @@ class BlobStore:
         needed_by: Names what needs a blob, for whoever has to be told that it is lost.
         partial_bytes: Disk of all uploads that are not complete.
         partial_s: How long one is kept that nobody goes on with, or refers to.
+        memory: Of the host, which open blobs share with others; None: no limit.
     """
 
     def __init__(
@@ -102,7 +104,9 @@ class BlobStore:
         *,
         partial_bytes: int = 128 << 30,
         partial_s: float = 24 * 3600.0,
+        memory: HostMemory | None = None,
     ) -> None:
+        self._memory = memory or HostMemory()
         self._partial_bytes, self._partial_s = partial_bytes, partial_s
         # When this process began to see that nobody uses a file.
         self._watched: dict[str, float] = {}
@@ -335,7 +339,7 @@ class BlobStore:
     def _read(self, digest: str, path: Path) -> Snapshot:
         try:
             known = self._is_known(digest, Stamp.of(path.stat()))
-            snapshot = Snapshot(path, digest=not known)
+            snapshot = self._snapshot(path, digest=not known)
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
@@ -344,6 +348,18 @@ class BlobStore:
             self._judge(digest, path, snapshot.digest, snapshot.stamp)
         elif not self._is_known(digest, snapshot.stamp):
             return self._read(digest, path)  # it was touched since we looked
+        return snapshot
+
+    def _snapshot(self, path: Path, *, digest: bool) -> Snapshot:
+        """Copy a file, as long as the host has memory for it."""
+        size, give = path.stat().st_size, self._memory.give
+        self._memory.take(SNAPSHOTS, size)
+        try:
+            snapshot = Snapshot(path, digest=digest)
+        except BaseException:
+            give(SNAPSHOTS, size)
+            raise
+        weakref.finalize(snapshot, give, SNAPSHOTS, size).atexit = False
         return snapshot
 
     def _arrived(self, path: Path) -> None:

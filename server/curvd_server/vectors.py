@@ -8,6 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from curvd.errors import LimitExceeded, RequestIdReused, VectorNotFound
+from curvd_server.host_memory import VECTORS, HostMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +31,14 @@ class Vectors:
     Args:
         session_id: Whose, for messages.
         budget_bytes: Memory of all together.
+        memory: Of the host, which all sessions share; None: no limit.
     """
 
-    def __init__(self, session_id: str, budget_bytes: int) -> None:
+    def __init__(
+        self, session_id: str, budget_bytes: int, memory: HostMemory | None = None
+    ) -> None:
         self._session_id, self._budget = session_id, budget_bytes
+        self._memory = memory or HostMemory()
         self._vectors: dict[str, Vector] = {}
 
     @property
@@ -51,8 +56,7 @@ class Vectors:
         Raises:
             LimitExceeded: If the session would store too much.
         """
-        old = self._vectors.get(name)
-        rest = self.nbytes - (0 if old is None else old.array.nbytes)
+        rest = self.nbytes + self._more(name, 0)
         if rest + nbytes > self._budget:
             msg = (
                 f"session {self._session_id} stores {rest} bytes of vectors; {nbytes} "
@@ -60,6 +64,9 @@ class Vectors:
                 "some"
             )
             raise LimitExceeded(msg, stored_bytes=rest, limit=self._budget)
+        more = self._more(name, nbytes)
+        self._memory.take(VECTORS, more)
+        self._memory.give(VECTORS, more)
 
     def put(self, name: str, vector: Vector) -> None:
         """Store a vector in place of what had its name.
@@ -72,6 +79,7 @@ class Vectors:
             LimitExceeded: If the session would store too much.
         """
         self.check_room(name, vector.array.nbytes)
+        self._memory.take(VECTORS, self._more(name, vector.array.nbytes))
         self._vectors[name] = vector
 
     def get(self, name: str) -> Vector:
@@ -123,7 +131,7 @@ class Vectors:
         Raises:
             VectorNotFound: If there is none.
         """
-        self.get(name)
+        self._memory.give(VECTORS, self.get(name).array.nbytes)
         del self._vectors[name]
 
     def items(self) -> list[tuple[str, Vector]]:
@@ -132,7 +140,13 @@ class Vectors:
 
     def clear(self) -> None:
         """Forget everything."""
+        self._memory.give(VECTORS, self.nbytes)
         self._vectors.clear()
+
+    def _more(self, name: str, nbytes: int) -> int:
+        """Say how much more is held with a vector in place of what has its name."""
+        old = self._vectors.get(name)
+        return nbytes - (0 if old is None else old.array.nbytes)
 
 
 def check_same(known: str, given: str, request_id: str) -> None:

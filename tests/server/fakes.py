@@ -16,6 +16,7 @@ from curvd.types import DatasetSpec, LossSpec, ModelSpec
 from curvd_server.batching import Batcher
 from curvd_server.catalogue import Catalogue
 from curvd_server.config import LimitsConfig
+from curvd_server.host_memory import HostMemory
 from curvd_server.registration import Architecture, Registry
 from curvd_server.session import Facilities
 from curvd_server.sessions import NewSession, SessionStore
@@ -165,7 +166,9 @@ class Middle:
     def __init__(self, directory: Path, clock=lambda: 1000.0, monotonic=None, **limits):
         self.limits = LimitsConfig(**limits)
         self.catalogue = Catalogue(directory / "catalogue.sqlite")
-        self.blobs = BlobStore(directory / "blobs")
+        total = self.limits.memory_bytes or 1 << 40
+        self.memory = HostMemory(total)
+        self.blobs = BlobStore(directory / "blobs", memory=self.memory)
         self.device = FakeDevice()
         self.registry = Registry(self.catalogue, self.blobs, two_tensors)
         self.batcher = Batcher(
@@ -178,6 +181,7 @@ class Middle:
                 device=self.device,
                 batcher=self.batcher,
                 limits=self.limits,
+                memory=self.memory,
                 clock=clock,
                 monotonic=monotonic or clock,
             )

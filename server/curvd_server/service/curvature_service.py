@@ -18,6 +18,7 @@ from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd_server import validate
 from curvd_server.batching import Batcher
 from curvd_server.config import LimitsConfig
+from curvd_server.host_memory import HostMemory
 from curvd_server.kept import KeptResults
 from curvd_server.service import small, stored
 from curvd_server.service.handlers import CALLER, Chunks, Send, opened
@@ -41,14 +42,20 @@ class CurvatureService:
         sessions: Of the server.
         batcher: The queue of their device.
         limits: Of the server.
+        memory: Of the host, for results that are kept.
     """
 
     def __init__(
-        self, *, sessions: SessionStore, batcher: Batcher, limits: LimitsConfig
+        self,
+        *,
+        sessions: SessionStore,
+        batcher: Batcher,
+        limits: LimitsConfig,
+        memory: HostMemory,
     ) -> None:
         self._sessions, self._batcher, self._limits = sessions, batcher, limits
         self._kept: KeptResults[Kept] = KeptResults(
-            budget_bytes=limits.kept_bytes, keep_s=limits.kept_s
+            budget_bytes=limits.kept_bytes, keep_s=limits.kept_s, memory=memory
         )
         self._tools = Tools(batcher, limits, Pool(limits.idle_bytes), self._kept)
 
