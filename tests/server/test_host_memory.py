@@ -115,7 +115,9 @@ def test_a_dataset_that_does_not_fit_is_refused_and_the_server_is_up(tmp_path):
     limits = LimitsConfig(memory_bytes=100_000)
     large = raw.file_of({"x": np.zeros((4, 4000)), "y": np.zeros(4)})
     with server(tmp_path, limits=limits) as channel:
-        with pytest.raises(LimitExceeded, match=r"datasets and states exceed .* 100000"):
+        with pytest.raises(
+            LimitExceeded, match=r"datasets and states exceed .* 100000"
+        ):
             raw.register_dataset(channel, large)
         made = raw.fake_session(channel)
         name = curvature_pb.PutVectorHeader(session_id=made.id, name="v")
