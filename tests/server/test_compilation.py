@@ -222,3 +222,22 @@ def test_a_real_compiler_makes_code_that_agrees(compiler, monkeypatch):
         for got, want in zip(native(*arguments), forward(*arguments), strict=True):
             assert error(got, want) < 1e-12
     assert linear is not None
+
+
+def test_code_that_rotted_is_not_run_but_made_again(tmp_path):
+    package = tmp_path / "code.pt2"
+    assert not compilation._is_sound(package)
+    package.write_bytes(b"code")
+    assert not compilation._is_sound(package)  # of an older server, without a seal
+    compilation._seal(package).write_text(compilation._digest(package))
+    assert compilation._is_sound(package)
+    package.write_bytes(b"cod\x64")
+    assert not compilation._is_sound(package)
+
+
+def test_what_a_killed_server_left_half_compiled_is_removed(tmp_path):
+    (tmp_path / "tmpabc").mkdir()
+    (tmp_path / "tmpabc" / "made.pt2").touch()
+    (tmp_path / "kept.pt2").touch()
+    Compiler(tmp_path, 60.0).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.pt2"]
