@@ -7,6 +7,7 @@ import contextlib
 import gc
 import itertools
 import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -54,6 +55,7 @@ CAPABILITIES = (
 )
 
 _SWEEP_S = 1.0
+_SWITCH_S = 1e-3
 _SWEEP_BLOBS = 300
 """Sweeps after which uploads are looked at, too."""
 
@@ -78,6 +80,8 @@ def serve(config: ServerConfig) -> None:
     # What was imported stays: looking through it for garbage takes 0.2 s each time, in
     # which nobody is served.
     gc.freeze()
+    # Who computes waits for the event loop's thread no longer than this, and vice versa.
+    sys.setswitchinterval(_SWITCH_S)
     logs.set_up(config.log_level)
     raise_descriptor_limit()
     asyncio.run(_serve(config))
@@ -202,7 +206,7 @@ async def running(
                 mounts=mounts,
                 limits=limits,
                 describe=lambda: _describe(config, device, mounts),
-                try_graphs=device.try_graphs,
+                try_model=device.try_model,
             ),
             curvature,
             queries,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from curvd.errors import LimitExceeded
+from curvd_server.cooperative import yield_point
 
 MOST_MODULES = 10_000
 """Layers of one model, containers included."""
@@ -41,7 +42,7 @@ def bounded(limit_bytes: int) -> Iterator[None]:
     Raises:
         LimitExceeded: If they need more, or there are too many layers.
     """
-    _watch()
+    watch()
     token = _room.set(_Room(limit_bytes))
     try:
         yield
@@ -50,7 +51,11 @@ def bounded(limit_bytes: int) -> Iterator[None]:
 
 
 @functools.cache
-def _watch() -> None:
+def watch() -> None:
+    """See to it that modules that are put together are counted, and give way to others.
+
+    Each layer and tensor that is added to a module is a yield point of long work.
+    """
     # note: these hooks see every module of the process; only bounded builds count.
     hooks = nn.modules.module
     hooks.register_module_parameter_registration_hook(_count_tensor)
@@ -59,6 +64,7 @@ def _watch() -> None:
 
 
 def _count_tensor(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+    yield_point()
     room = _room.get()
     if room is None or tensor is None:
         return
@@ -72,6 +78,7 @@ def _count_tensor(module: nn.Module, name: str, tensor: Tensor | None) -> None:
 
 
 def _count_module(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    yield_point()
     room = _room.get()
     if room is None:
         return

@@ -5,6 +5,7 @@ Everything but `TorchDevice.architecture` belongs to whoever has the device's tu
 
 from __future__ import annotations
 
+import asyncio
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from curvd.types import (
     SerializedGraph,
 )
 from curvd_server import engine
+from curvd_server.builders import BUILDERS
 from curvd_server.compilation import Compiler
 from curvd_server.models import Models
 from curvd_server.objective import Problem
@@ -97,7 +99,7 @@ class TorchDevice:
         use_differentiable_attention()
         self._tools = Tools({} if plans is None else plans, compiler, Pool(idle_bytes))
         self._name = device
-        self._trials = Trials()
+        self._trials, self._one_builder = Trials(), asyncio.Lock()
         self._models = Models(
             entries,
             allowed,
@@ -153,6 +155,19 @@ class TorchDevice:
             The tensors of its state.
         """
         return self._models.architecture(spec)
+
+    async def try_model(self, spec: ModelSpec) -> Architecture | None:
+        """Find out what a builder or a graph makes; see `Device.try_model`.
+
+        Builders of libraries and of the server's operator are imported here, once, and
+        work here, one at a time.
+        """
+        if spec.graph:
+            return await self.try_graphs(spec.graph, SerializedGraph(), rows=2)
+        if spec.builder in BUILDERS:
+            return await self._trials.of_builder(spec.builder, spec.config)
+        async with self._one_builder:
+            return await asyncio.to_thread(self.architecture, spec)
 
     async def try_graphs(
         self, model: SerializedGraph, loss: SerializedGraph, *, rows: int

@@ -93,6 +93,16 @@ class Device(Protocol):
     def architecture(self, spec: ModelSpec) -> Architecture:
         """Find out what a builder makes of a configuration; on any thread."""
 
+    async def try_model(self, spec: ModelSpec) -> Architecture | None:
+        """Find out what a builder or a graph makes, where that holds nobody up.
+
+        Args:
+            spec: Builder and configuration, or graph.
+
+        Returns:
+            The tensors of its state; None if only `architecture` can tell.
+        """
+
     async def try_graphs(
         self, model: SerializedGraph, loss: SerializedGraph, *, rows: int
     ) -> Architecture | None:

@@ -12,6 +12,7 @@ from torch import nn
 from curvd.errors import BuilderNotFound, CurvdError, InvalidSpec
 from curvd.types import ModelSpec
 from curvd_server import builders, libraries
+from curvd_server.bounded import watch
 from curvd_server.graph.decode import decode
 from curvd_server.graph.dryrun import dry_run
 from curvd_server.graph.interpret import Interpreter
@@ -45,6 +46,7 @@ class Models:
         model_bytes: int,
         memory_bytes: Callable[[], int],
     ) -> None:
+        watch()
         self._builders = builders.resolve(entries)
         self._allowed = libraries.check_allowed(allowed)
         self._model_bytes, self._memory_bytes = model_bytes, memory_bytes

@@ -1,8 +1,8 @@
-"""A process that forks one child for each graph of a stranger: ``python -m`` this.
+"""A process that forks one child for each model of a stranger: ``python -m`` this.
 
 It is started afresh, so that it has no socket and no secret of the server; it imports
 torch once, and sees nothing of a stranger itself. For each trial it is sent one end of
-a socket, and forks. The child names itself, is sent the graphs, gives up most of its
+a socket, and forks. The child names itself, is sent the model, gives up most of its
 rights to time and memory, answers with JSON, and ends.
 """
 
@@ -39,7 +39,7 @@ def main(number: int) -> None:
     """
     import torch
 
-    from curvd_server.graph.trial import try_graphs
+    from curvd_server.graph.trial import try_builder, try_graphs
     from curvd_server.rewrites import use_differentiable_attention
 
     torch.set_num_threads(1)
@@ -59,26 +59,29 @@ def main(number: int) -> None:
                 continue
             control.close()
             with contextlib.suppress(BaseException):
-                _serve(connection, try_graphs)
+                _serve(connection, try_builder, try_graphs)
             os._exit(0)
 
 
-def _serve(connection: socket.socket, try_graphs: Any) -> None:
+def _serve(connection: socket.socket, try_builder: Any, try_graphs: Any) -> None:
     connection.sendall(LENGTH.pack(os.getpid()))
     task = json.loads(_received(connection))
     model, loss = (SerializedGraph(_received(connection)) for _ in range(2))
     _limit(task["seconds"], task["bytes"])
     try:
-        found = try_graphs(
-            model, loss, rows=task["rows"], limit_bytes=task["limit_bytes"]
-        )
+        if task["builder"]:
+            found = try_builder(task["builder"], task["config"])
+        else:
+            found = try_graphs(
+                model, loss, rows=task["rows"], limit_bytes=task["limit_bytes"]
+            )
         answer = {"found": None if found is None else _written(found)}
     except CurvdError as error:
         answer = _refusal(error)
     except MemoryError:
         msg = (
-            f"trying the graph takes more than {task['bytes']} bytes; use a graph of "
-            "fewer operators"
+            f"trying the model takes more than {task['bytes']} bytes; use fewer operators "
+            "or layers"
         )
         answer = _refusal(LimitExceeded(msg, limit=task["bytes"]))
     except RecursionError as error:

@@ -129,6 +129,18 @@ def use_batch_statistics(module: nn.Module) -> None:
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
 
 
+class _GentleMemo(dict[int, Any]):
+    """What was copied already; to look something up is a yield point of long work.
+
+    Copying a module of a thousand layers takes a second of Python.
+    """
+
+    def get(self, key: int, default: Any = None) -> Any:
+        """Look up a copy."""
+        yield_point()
+        return super().get(key, default)
+
+
 def take_apart(
     module: nn.Module,
     mode: Mode,
@@ -160,10 +172,10 @@ def take_apart(
         return value.to(device, kind).contiguous()
 
     free = set(chosen)
-    memo: dict[int, Any] = {
+    memo: dict[int, Any] = _GentleMemo({
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=name in free)
         for name, p in module.named_parameters()
-    }
+    })
     skeleton = copy.deepcopy(module, memo).eval().to(dtype)
     rewrite(skeleton)
     if mode is Mode.BATCH_STATISTICS:

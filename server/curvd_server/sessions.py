@@ -108,9 +108,10 @@ class SessionStore:
             One page, and `after` for the next; empty if there is none.
         """
         # Ids sort by time, so a page follows even one whose last session is gone.
-        alive = {i: s for i, s in self._sessions.items() if not s.is_over}
-        later = [alive[i].info() for i in sorted(alive) if i > after]
-        return later[:limit], later[limit - 1].id if len(later) > limit else ""
+        sessions = self._sessions
+        later = sorted(i for i, s in sessions.items() if i > after and not s.is_over)
+        page = [sessions[session_id].info() for session_id in later[:limit]]
+        return page, later[limit - 1] if len(later) > limit else ""
 
     def statistics(self) -> SessionStatistics:
         """Report what is held."""

@@ -1,8 +1,9 @@
-"""Graphs of strangers are tried in processes of their own, bounded in time and memory.
+"""Models of strangers are tried in processes of their own, bounded in time and memory.
 
 A graph that is hostile takes seconds of Python and gigabytes even without a single
-value; in this process that would hold up every answer. A child has one processor's time
-and memory of its own, and is ended when its caller leaves. What comes back is JSON.
+value, and so do a thousand layers; in this process that would hold up every answer. A
+child has one processor's time and memory of its own, and is ended when its caller leaves.
+What comes back is JSON.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ PEER: ContextVar[str] = ContextVar("peer", default="")
 
 
 class Trials:
-    """Tries graphs for one server."""
+    """Tries models for one server."""
 
     def __init__(self) -> None:
         self._free = AT_ONCE
@@ -81,13 +82,33 @@ class Trials:
         """
         if not model and not loss:
             return None
-        task = {
-            "rows": rows,
-            "limit_bytes": limit_bytes,
-            "seconds": SECONDS,
-            "bytes": BYTES,
-        }
-        parts = (json.dumps(task).encode(), model, loss)
+        task = {"rows": rows, "limit_bytes": limit_bytes}
+        return await self._run(task, model, loss)
+
+    async def of_builder(
+        self, builder: str, config: Mapping[str, Any]
+    ) -> Architecture | None:
+        """Find out what a builder of ours makes; see `graph.trial.try_builder`.
+
+        Args:
+            builder: One of `builders.BUILDERS`.
+            config: From a client.
+
+        Returns:
+            The tensors of the model's state.
+
+        Raises:
+            InvalidSpec: If the builder refuses the configuration.
+            LimitExceeded: If it takes too much memory or time.
+            Overloaded: If the same peer has too many trials waiting.
+        """
+        return await self._run({"builder": builder, "config": dict(config)})
+
+    async def _run(
+        self, task: Mapping[str, Any], model: bytes = b"", loss: bytes = b""
+    ) -> Architecture | None:
+        whole = {"builder": "", "seconds": SECONDS, "bytes": BYTES, **task}
+        parts = (json.dumps(whole).encode(), model, loss)
         async with self._slot(PEER.get()):
             data = await _answer(b"".join(LENGTH.pack(len(p)) + p for p in parts))
         return _read(data)
@@ -101,7 +122,7 @@ class Trials:
             queue = self._waiting.setdefault(peer, deque())
             if len(queue) >= WAITING:
                 msg = (
-                    f"{len(queue)} graphs of yours wait to be tried, which is the limit; "
+                    f"{len(queue)} models of yours wait to be tried, which is the limit; "
                     "retry when some are done"
                 )
                 raise Overloaded(msg, retry_after_s=1.0, limit=WAITING)
@@ -162,8 +183,8 @@ async def _answer(request: bytes) -> bytes:
                 return await _exactly(loop, ours, size)
         except (EOFError, OSError, TimeoutError) as error:
             msg = (
-                f"trying the graph took more than {SECONDS} s of a processor, "
-                f"{WALL_S:.0f} s in all, or {BYTES} bytes; use a graph of fewer operators"
+                f"trying the model took more than {SECONDS} s of a processor, "
+                f"{WALL_S:.0f} s in all, or {BYTES} bytes; use fewer operators or layers"
             )
             raise LimitExceeded(msg, seconds=SECONDS, bytes=BYTES) from error
         finally:

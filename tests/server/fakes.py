@@ -118,6 +118,9 @@ class FakeDevice:
             raise BuilderNotFound(f"no builder {spec.builder!r}", builder=spec.builder)
         return two_tensors(spec)
 
+    async def try_model(self, spec):
+        return None
+
     async def try_graphs(self, model, loss, *, rows):
         self.tried.append((model, loss, rows))
 

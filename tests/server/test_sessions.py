@@ -21,6 +21,9 @@ from curvd.errors import (
 )
 from curvd.reports import SessionState
 from curvd.types import OperatorSpec
+from curvd.v1 import session_service_pb2 as session_pb
+from curvd_server.service import session_service
+from curvd_server.service.session_service import SessionService
 from curvd_server.session import Update
 
 HESSIAN = OperatorSpec()
@@ -374,6 +377,31 @@ async def test_who_gives_up_stops_the_device(server):
         await running
     await asyncio.wrap_future(server.batcher.run(lambda cancelled: None))
     assert server.batcher.statistics().cancelled == 1
+
+
+async def test_a_page_that_would_not_fit_into_a_message_ends_sooner(
+    server, monkeypatch
+):
+    service = SessionService(
+        registry=server.registry,
+        sessions=server.sessions,
+        blobs=server.blobs,
+        mounts=None,
+        limits=server.limits,
+        describe=None,
+        try_model=server.device.try_model,
+    )
+    made = [(await server.sessions.create(server.new())).id for _ in range(3)]
+    request = session_pb.ListSessionsRequest()
+    whole = await service.list_sessions(request)
+    assert [s.id for s in whole.sessions] == made
+    monkeypatch.setattr(session_service, "_PAGE_BYTES", whole.sessions[0].ByteSize())
+    seen = []
+    for _ in made:
+        page = await service.list_sessions(request)
+        seen += [s.id for s in page.sessions]
+        request.page_token = page.next_page_token
+    assert seen == made and not request.page_token
 
 
 async def test_sessions_are_listed_in_pages_oldest_first(server):

@@ -14,13 +14,14 @@ from server.graphs import HONEST, Ref, W, X, graph, node  # noqa: E402
 from curvd.errors import (  # noqa: E402
     Internal,
     InvalidGraph,
+    InvalidSpec,
     LimitExceeded,
     Overloaded,
 )
 from curvd.types import SerializedGraph  # noqa: E402
 from curvd_server import trials  # noqa: E402
 from curvd_server.graph.decode import canonical  # noqa: E402
-from curvd_server.graph.trial import try_graphs  # noqa: E402
+from curvd_server.graph.trial import try_builder, try_graphs  # noqa: E402
 from curvd_server.trials import AT_ONCE, PEER, WAITING, Trials, _read  # noqa: E402
 
 NONE = SerializedGraph()
@@ -51,6 +52,15 @@ async def tried(model=NONE, loss=NONE, limit_bytes=1 << 30):
 async def test_what_a_child_finds_out_is_what_this_process_would():
     model = serialized(HONEST[0])
     assert await tried(model) == try_graphs(model, NONE, rows=2, limit_bytes=1 << 30)
+
+
+async def test_a_builder_of_ours_works_in_a_child():
+    config = {"widths": [3, 2]}
+    found = await Trials().of_builder("mlp", config)
+    assert found == try_builder("mlp", config)
+    assert list(found.tensors) == ["1.weight", "1.bias"]
+    with pytest.raises(InvalidSpec, match="widths must be a list"):
+        await Trials().of_builder("mlp", {"widths": [3, -1]})
 
 
 async def test_without_a_graph_there_is_no_child():
@@ -102,7 +112,7 @@ async def test_a_child_that_takes_too_much_is_ended(
     monkeypatch, limit, value, make, match
 ):
     monkeypatch.setattr(trials, limit, value)
-    with pytest.raises(LimitExceeded, match=f"{match}.*fewer operators"):
+    with pytest.raises(LimitExceeded, match=f"{match}.*fewer operators or layers"):
         await tried(make())
     monkeypatch.undo()
     assert await tried(serialized(HONEST[0]))
@@ -167,7 +177,7 @@ async def test_peers_take_turns_and_one_of_them_waits_with_so_many_at_most(monke
     greedy = [gate.call(on, "a") for _ in range(AT_ONCE + WAITING)]
     await settled()
     assert len(gate.begun) == AT_ONCE
-    with pytest.raises(Overloaded, match=f"{WAITING} graphs of yours wait"):
+    with pytest.raises(Overloaded, match=f"{WAITING} models of yours wait"):
         await gate.call(on, "a")
     modest = [gate.call(on, peer) for peer in "bc"]
     await settled()

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-from curvd.types import SerializedGraph
+from curvd.types import ModelSpec, SerializedGraph
 from curvd_server.graph.decode import decode
 from curvd_server.graph.dryrun import dry_run
 from curvd_server.graph.interpret import Interpreter
 from curvd_server.graph.loss import CustomLoss
 from curvd_server.graph.module import GraphModule
+from curvd_server.models import Models
 from curvd_server.modules import architecture_of
 from curvd_server.registration import Architecture
+
+
+def try_builder(builder: str, config: Mapping[str, Any]) -> Architecture:
+    """Find out what a builder of ours makes of a configuration.
+
+    Args:
+        builder: One of `builders.BUILDERS`.
+        config: From a client.
+
+    Returns:
+        The tensors of its state.
+
+    Raises:
+        InvalidSpec: If the builder refuses the configuration.
+    """
+    models = Models({}, (), model_bytes=0, memory_bytes=lambda: 0)
+    return models.architecture(ModelSpec(builder=builder, config=config))
 
 
 def try_graphs(

@@ -16,7 +16,7 @@ from curvd.errors import CurvdError, DatasetNotFound, InvalidSpec
 from curvd.reports import ModelInfo, ServerInfo, SessionInfo
 from curvd.rpcs import Part
 from curvd.selection import check_patterns
-from curvd.types import DatasetSpec, ModelSpec, SerializedGraph
+from curvd.types import DatasetSpec, ModelSpec
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.mounts import Mounts
@@ -30,6 +30,8 @@ from curvd_server.storage import BlobStore, check_digest
 T = TypeVar("T")
 
 _PAGE, _LARGEST_PAGE = 100, 1000
+_PAGE_BYTES = 2 << 20
+"""A page that would be larger ends sooner, so that it fits into a message."""
 
 
 class SessionService:
@@ -42,7 +44,7 @@ class SessionService:
         mounts: Datasets that lie on the server.
         limits: Of the server.
         describe: Describes the server.
-        try_graphs: Checks what clients drew; see `Device.try_graphs`.
+        try_model: Finds out what a model's state is; see `Device.try_model`.
     """
 
     def __init__(
@@ -54,9 +56,9 @@ class SessionService:
         mounts: Mounts,
         limits: LimitsConfig,
         describe: Callable[[], ServerInfo],
-        try_graphs: Callable[..., Awaitable[Architecture | None]],
+        try_model: Callable[[ModelSpec], Awaitable[Architecture | None]],
     ) -> None:
-        self._try_graphs = try_graphs
+        self._try_model = try_model
         self._registry, self._sessions, self._mounts = registry, sessions, mounts
         self._blobs, self._limits, self._describe = blobs, limits, describe
 
@@ -82,15 +84,15 @@ class SessionService:
     def _registering(
         self, spec: ModelSpec, digest: str
     ) -> Callable[[], Awaitable[ModelInfo | None]]:
-        """Say how a model is registered; what a graph needs is found out once."""
+        """Say how a model is registered; what its state is, is found out once."""
         tried: Architecture | None = None
 
         async def register() -> ModelInfo | None:
             nonlocal tried
             registry = self._registry
-            unknown = spec.graph and tried is None
-            if unknown and not await asyncio.to_thread(registry.knows, spec, digest):
-                tried = await self._try_graphs(spec.graph, SerializedGraph(), rows=2)
+            known = await asyncio.to_thread(registry.knows, spec, digest)
+            if tried is None and not known:
+                tried = await self._try_model(spec)
             return await asyncio.to_thread(registry.model, spec, digest, tried)
 
         return register
@@ -178,9 +180,17 @@ class SessionService:
         """List the sessions, oldest first."""
         limit = min(request.page_size or _PAGE, _LARGEST_PAGE)
         infos, after = self._sessions.page(after=request.page_token, limit=limit)
-        return session_pb.ListSessionsResponse(
-            sessions=map(_shown, infos), next_page_token=after
-        )
+        page = session_pb.ListSessionsResponse(next_page_token=after)
+        size = 0
+        for info in infos:
+            session = _shown(info)
+            size += session.ByteSize()
+            if page.sessions and size > _PAGE_BYTES:
+                page.next_page_token = page.sessions[-1].id
+                break
+            page.sessions.append(session)
+            await asyncio.sleep(0)  # a thousand layouts take a second
+        return page
 
     async def renew_session(
         self, request: session_pb.RenewSessionRequest
