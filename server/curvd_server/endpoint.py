@@ -69,7 +69,7 @@ async def serving(config: ServerConfig, services: list[object]) -> AsyncIterator
             log.info("draining", grace_s=config.drain_s)
             await reporter.enter_graceful_shutdown()
             await gate.drain(config.drain_s)
-    log.info("stopped")
+    log.info("stopped", dropped=dict(drops.counts))
 
 
 def interceptors_of(token: str | None) -> list[grpc.aio.ServerInterceptor]:

@@ -21,6 +21,8 @@ from server.fakes import FakeDevice
 import curvd
 from curvd_server.app import serve_in_thread
 from curvd_server.config import ServerConfig
+from curvd_server.front import greeting
+from curvd_server.front.limits import ConnectionLimits
 
 CALLS = 4
 FOREIGN = 40
@@ -137,6 +139,30 @@ def test_few_descriptors_are_kept_for_those_who_are_served(tmp_path):
     assert '"reason": "descriptors"' in log
     assert '"reason": "relayed_connections"' in log
     assert '"level": "error"' not in log
+
+
+def test_watching_the_health_takes_nobodys_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(greeting, "is_ours", lambda beginning, *, tls: True)
+    config = ServerConfig(
+        listen="127.0.0.1:0",
+        drain_s=0.0,
+        data_dir=tmp_path,
+        token="secret",
+        connections=ConnectionLimits(connections=3),
+    )
+    watched = []
+    with (
+        serve_in_thread(config, device=FakeDevice()) as target,
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(3):
+            stub = health_pb2_grpc.HealthStub(stack.enter_context(healthy(target)))
+            watched.append(stub.Watch(health_pb2.HealthCheckRequest(), timeout=60))
+            assert next(watched[-1]).status
+        with curvd.connect(target, token="secret") as client:
+            client.server_info()
+        for call in watched:
+            call.cancel()
 
 
 def test_a_token_is_needed_for_all_but_the_questions_of_probes(tmp_path):

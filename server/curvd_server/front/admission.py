@@ -34,12 +34,12 @@ class Visitor(Protocol):
         """How many it has."""
 
     @property
-    def called(self) -> bool:
-        """Whether it ever made a call."""
+    def known(self) -> bool:
+        """Whether a call of it was ever let through."""
 
     @property
     def busy(self) -> bool:
-        """Whether a call is under way, or nobody knows."""
+        """Whether a call that was let through is under way, or nobody knows."""
 
     def send_away(self, reason: str) -> None:
         """End it."""
@@ -143,7 +143,7 @@ class Admission:
         return None
 
     def _make_room(self, host: str | None, reason: str) -> bool:
-        """Send the oldest away that never called, or else the oldest without a call."""
+        """Send the oldest unknown one away, or else the oldest without a call."""
         free = [
             visitor
             for visitor in self._visitors
@@ -151,7 +151,7 @@ class Admission:
         ]
         if not free:
             return False
-        oldest = next((visitor for visitor in free if not visitor.called), free[0])
+        oldest = next((visitor for visitor in free if not visitor.known), free[0])
         self.leave(oldest)
         oldest.send_away(reason)
         return True

@@ -17,7 +17,8 @@ class ConnectionLimits:
     peer_connections: int = 1024
     """Connections of one address at once, likewise. Unix sockets have no addresses."""
     greeting_s: float = 10.0
-    """Seconds from a connection to its first call, encryption included."""
+    """Seconds without a call that was let through, encryption included, after which a
+    new connection is closed."""
     idle_connection_s: float = 600.0
     """Seconds without a call after which a connection is closed, politely."""
     stall_s: float = 60.0

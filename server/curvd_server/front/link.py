@@ -61,11 +61,10 @@ class Link:
         self._reads = self._writes = self._leaving = self._is_coming_back = False
         self._before = 0  # bytes heard before the request
         self._queued = False  # once for each request
-        self._vouched = self._rests = False
+        self.vouched = self._rests = False
+        """Whether a call of the client was ever let through."""
         self._failures = 0
         self._idle_since = self._loop.time()
-        self.called = False
-        """Whether the client ever made a call."""
         self.failure: Broken | None = None
         """What the client did wrong, if that ended the connection."""
         self.gone = asyncio.Event()
@@ -85,7 +84,7 @@ class Link:
 
     def vouch(self) -> None:
         """Trust the client: its call was let through."""
-        self._vouched = True
+        self.vouched = True
 
     def concluded(self, *, success: bool) -> None:
         """Take note that a call is over."""
@@ -105,7 +104,7 @@ class Link:
         quiet_s = now - self._idle_since
         if self.busy or self.gone.is_set():
             return None
-        if not self.called:
+        if not self.vouched:
             return "greeting" if quiet_s > limits.greeting_s else None
         return "idle" if quiet_s > limits.idle_connection_s else None
 
@@ -208,7 +207,6 @@ class Link:
         self._wake()
 
     def _accept(self, stream: Stream) -> None:
-        self.called = True
         if not self._trusted:
             self._allowance.spend(_CALL_S)
         self._before, self._queued = self._line.heard, False
@@ -228,7 +226,7 @@ class Link:
 
     @property
     def _trusted(self) -> bool:
-        return self._vouched and self._failures <= _MOST_FAILURES
+        return self.vouched and self._failures <= _MOST_FAILURES
 
     def _readable(self) -> None:
         if self._trusted:

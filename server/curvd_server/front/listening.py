@@ -61,14 +61,16 @@ class _Visit:
         """Why it was sent away."""
 
     @property
-    def called(self) -> bool:
-        """Whether it ever made a call."""
-        return self.link is not None and self.link.called
+    def known(self) -> bool:
+        """Whether a call of it was ever let through."""
+        return self.link is not None and self.link.vouched
 
     @property
     def busy(self) -> bool:
-        """Whether a call is under way, or nobody knows."""
-        return self.relayed or (self.link is not None and self.link.busy)
+        """Whether a call that was let through is under way, or nobody knows."""
+        return self.relayed or (
+            self.link is not None and self.link.vouched and self.link.busy
+        )
 
     def send_away(self, reason: str) -> None:
         """End it; politely, if it speaks HTTP/2 already."""
