@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CONTAINERS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test lint types proto proto-check image-test bench big-test storm-net fuzz fuzz-http2 clean
+.PHONY: help demo test gpu-test lint types proto proto-check image-test bench big-test storm-net soak fuzz fuzz-http2 clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
@@ -81,6 +81,9 @@ storm-net: $(VENV)/dev.stamp ## floods and hoards beside a client that multiplie
 
 fuzz-http2: $(VENV)/dev.stamp ## strangers' bytes for HTTP/2, guided by coverage, for ten minutes
 	PYTHONPATH=tests $(BIN)/python tests/fuzz_http2.py
+
+soak: $(VENV)/dev.stamp ## mixed load with faults for half an hour
+	PYTHONPATH=tests $(BIN)/python tests/soak.py
 
 big-test: $(VENV)/dev.stamp ## a model of more than 2 GiB, verified and multiplied; needs 16 GiB of free memory
 	$(BIN)/python bench/big.py

@@ -31,11 +31,11 @@ MOST_MB = 48
 
 
 @contextlib.contextmanager
-def serving(transport, folder, tls):
+def serving(transport, folder, tls, listen="127.0.0.1:0"):
     """A server in a process of its own: its target, and its process."""
     (folder / "token").write_text(TOKEN)
     command = [sys.executable, "-c", "from curvd.cli import main; main()", "serve"]
-    command += ["--listen", "127.0.0.1:0"]
+    command += ["--listen", listen]
     command += ["--data-dir", folder / transport, "--token-file", folder / "token"]
     command += ["--transport", transport, "--log-level", "warning"]
     if tls:
