@@ -48,7 +48,7 @@ def serve(way: str) -> None:
     wire.serve("tcp")
 
 
-async def splice(near: socket.socket, far: socket.socket) -> None:
+async def splice(near: socket.socket, far: socket.socket, allowance) -> None:
     """Pass bytes on in both directions, by the kernel."""
     try:
         async with asyncio.TaskGroup() as group:

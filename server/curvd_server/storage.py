@@ -297,12 +297,16 @@ class BlobStore:
 
     def _check_room(self, path: Path, total_bytes: int) -> None:
         """Refuse an upload that does not fit, after the oldest idle ones made room."""
-        sizes = {p: p.stat().st_size for p in self._directory.glob("*.part")}
+        found = {}
+        for file in self._directory.glob("*.part"):
+            with contextlib.suppress(FileNotFoundError):  # it was completed meanwhile
+                found[file] = file.stat()
+        sizes = {file: status.st_size for file, status in found.items()}
         committed = sizes.pop(path, 0)
         for partial in self._partials.values():
             sizes[partial.path] = max(partial.announced, partial.size)
         busy = {partial.path for partial in self._partials.values()}
-        idle = sorted(sizes.keys() - busy, key=lambda p: p.stat().st_mtime)
+        idle = sorted(sizes.keys() - busy, key=lambda p: found[p].st_mtime)
 
         def is_full() -> bool:
             too_many = len(sizes) >= _MOST_PARTIALS
@@ -310,7 +314,7 @@ class BlobStore:
 
         while idle and is_full():
             sizes.pop(idle[0])
-            idle.pop(0).unlink()
+            idle.pop(0).unlink(missing_ok=True)
         if is_full():
             msg = (
                 f"{len(sizes)} uploads of {sum(sizes.values())} bytes are under way; "

@@ -104,7 +104,7 @@ class Front:
         self._begin, self._backend, self._tls = begin, backend, tls
         self._limits, self._drops = limits, drops
         self._admission = Admission(limits, descriptors_for_connections())
-        self._allowance = Allowance()
+        self._allowance, self._relaying = Allowance(), Allowance()
         self._turns = Turns()
         self._visits: set[_Visit] = set()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="curvd-tls")
@@ -233,7 +233,7 @@ class Front:
         if self._tls is not None:
             self._allowance.spend(_HANDSHAKE_S)
         with await connected(self._backend) as far:
-            await relay(visit.sock, far)
+            await relay(visit.sock, far, self._relaying)
 
     async def _sweep(self) -> None:
         """End connections that do nothing."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 
+from curvd_server.front.allowance import Allowance
 from curvd_server.front.readiness import readable, writable
 
 _BYTES = 1 << 18
@@ -40,23 +42,27 @@ async def connected(path: str) -> socket.socket:
     return sock
 
 
-async def relay(near: socket.socket, far: socket.socket) -> None:
+async def relay(near: socket.socket, far: socket.socket, allowance: Allowance) -> None:
     """Pass bytes on in both directions until both have ended, or one is broken.
 
     Args:
-        near: Non-blocking.
-        far: Non-blocking.
+        near: Where the client is; non-blocking.
+        far: Where grpcio is; non-blocking.
+        allowance: Says when the client's bytes are taken.
     """
     try:
         async with asyncio.TaskGroup() as group:
-            group.create_task(_pass(near, far))
-            group.create_task(_pass(far, near))
+            group.create_task(_pass(near, far, allowance))
+            group.create_task(_pass(far, near, None))
     except* OSError:
         pass  # one of them broke: so does the other
 
 
-async def _pass(source: socket.socket, sink: socket.socket) -> None:
+async def _pass(
+    source: socket.socket, sink: socket.socket, allowance: Allowance | None
+) -> None:
     while True:
+        start_s = time.perf_counter()
         try:
             count = source.recv_into(_scratch)
         except BlockingIOError:
@@ -64,21 +70,18 @@ async def _pass(source: socket.socket, sink: socket.socket) -> None:
             continue
         if not count:
             break
-        await _send(sink, _scratch[:count])
-        await asyncio.sleep(0)  # others may have something to do
+        sent = _sent(sink, _scratch[:count])
+        rest = memoryview(bytes(_scratch[sent:count]))
+        if allowance is None:
+            await asyncio.sleep(0)  # others may have something to do
+        else:
+            allowance.spend(time.perf_counter() - start_s)
+            await allowance.turn()
+        while rest.nbytes:
+            await writable(sink)
+            rest = rest[_sent(sink, rest) :]
     with contextlib.suppress(OSError):
         sink.shutdown(socket.SHUT_WR)
-
-
-async def _send(sink: socket.socket, data: memoryview) -> None:
-    """Send all; what the socket does not take at once is copied off the scratch."""
-    sent = _sent(sink, data)
-    if sent == data.nbytes:
-        return
-    rest = memoryview(bytes(data[sent:]))
-    while rest.nbytes:
-        await writable(sink)
-        rest = rest[_sent(sink, rest) :]
 
 
 def _sent(sink: socket.socket, data: memoryview) -> int:
