@@ -208,9 +208,24 @@ def test_a_child_that_dies_is_reported(compiler, tmp_path):
     assert not list(tmp_path.glob("*.pt2"))
 
 
+def test_a_child_is_limited_by_what_it_computes_not_by_the_wall():
+    """The limit holds for compilers that it starts, too."""
+    code = (
+        "import resource, subprocess, sys; from curvd_server import compilation as c\n"
+        "try: c._main('/no/such/program', '', '0')\n"
+        "except OSError: pass\n"
+        "subprocess.run(['sh', '-c', 'ulimit -t'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(compilation._CPU_S)]
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_a_real_compiler_makes_code_that_agrees(compiler, monkeypatch):
     """The whole way, on a net that is small enough to wait for."""
+    monkeypatch.setattr(compilation, "_NICENESS", 0)  # also on a busy machine
     monkeypatch.setattr(compilation, "WORTH", np.inf)
     linear, jobs = jobs_of(problem_of(ZOO["gelu"]))
     compiler.consider(jobs, spent_s=1.0)
