@@ -14,7 +14,7 @@ from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import session_service_pb2 as session_pb
 
 
-def call(channel, name, request, *, timeout=30.0, metadata=()):
+def call(channel, name, request, *, timeout=300, metadata=()):
     """Make a call; a list stands for a stream, in both directions."""
     rpc = RPCS[name]
     stub = getattr(channel, rpc.shape)(rpc.path, rpc.request.dump, rpc.response.load)

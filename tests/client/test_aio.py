@@ -57,7 +57,7 @@ class Waiting(fakes.FakeService):
         context.add_callback(self.ended.set)
         for count, part in enumerate(super().handle(rpc, request, context)):
             if count == 5:  # the header of both kinds, and one column
-                self.ended.wait(30)
+                self.ended.wait(300)
             yield part
 
 
@@ -94,7 +94,7 @@ def test_leaving_a_blocking_stream_of_blocks_ends_its_work():
         blocks = session.hessian().iter_matmat(V)
         next(blocks)
         blocks.close()
-        assert service.ended.wait(30)
+        assert service.ended.wait(300)
 
 
 @pytest.mark.parametrize(

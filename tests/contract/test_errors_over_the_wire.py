@@ -271,7 +271,7 @@ def test_an_error_speaks_google_too(channel):
     rpc = RPCS["GetSession"]
     stub = channel.unary_unary(rpc.path, rpc.request.dump, rpc.response.load)
     with pytest.raises(grpc.RpcError) as caught:
-        stub(session_pb.GetSessionRequest(session_id="no"), timeout=30)
+        stub(session_pb.GetSessionRequest(session_id="no"), timeout=300)
     details = dict(caught.value.trailing_metadata())[status.DETAILS_KEY]
     info, resource = status_pb2.Status.FromString(details).details
     error = error_details_pb2.ErrorInfo()

@@ -42,7 +42,9 @@ class Channels(contextlib.ExitStack):
 def healthy(channel, service=""):
     """What the health service says."""
     stub = health_pb2_grpc.HealthStub(channel)
-    return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=30).status
+    return stub.Check(
+        health_pb2.HealthCheckRequest(service=service), timeout=300
+    ).status
 
 
 def stub(channel, name):

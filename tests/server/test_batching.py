@@ -40,7 +40,7 @@ class Gated:
         self.gate.release(runs)
 
     def wait_until_running(self):
-        assert self.entered.acquire(timeout=10)
+        assert self.entered.acquire(timeout=300)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def columns(*values):
 
 
 def result(ticket):
-    return ticket.result(timeout=10).value
+    return ticket.result(timeout=300).value
 
 
 def occupied(batcher):
@@ -136,7 +136,7 @@ def test_jobs_of_one_lane_run_in_order_and_alone(batcher):
     jobs = [batcher.run(lambda c, i=i: seen.append(i), lane="a") for i in range(3)]
     operator.let()
     for job in jobs:
-        assert job.result(timeout=10).run_columns == 0
+        assert job.result(timeout=300).run_columns == 0
     assert seen == [0, 1, 2]
 
 
@@ -157,7 +157,7 @@ def test_a_run_stops_when_all_its_members_gave_up(batcher):
     operator, ticket = occupied(batcher)
     ticket.cancel()
     with pytest.raises(Cancelled):
-        ticket.result(timeout=10)
+        ticket.result(timeout=300)
     assert operator.runs == []
 
 
@@ -188,7 +188,7 @@ def test_a_failing_run_reaches_every_member(batcher):
     operator.let()
     for member in members:
         with pytest.raises(ZeroDivisionError):
-            member.result(timeout=10)
+            member.result(timeout=300)
 
 
 def test_one_request_out_of_memory_does_not_take_others_with_it(batcher):
@@ -205,7 +205,7 @@ def test_one_request_out_of_memory_does_not_take_others_with_it(batcher):
     result(first)
     np.testing.assert_array_equal(result(small), columns(2))
     with pytest.raises(OutOfMemory):
-        large.result(timeout=10)
+        large.result(timeout=300)
 
 
 def test_the_queue_is_bounded_in_columns_and_says_when_to_come_back(batcher):
@@ -235,9 +235,9 @@ def test_closing_cancels_what_runs_and_refuses_what_waits():
     waiting = batcher.multiply(operator, columns(1, 2, 3, 4))
     batcher.close()
     with pytest.raises(Cancelled):
-        running.result(timeout=10)
+        running.result(timeout=300)
     with pytest.raises(Unavailable, match="shutting down"):
-        waiting.result(timeout=10)
+        waiting.result(timeout=300)
     with pytest.raises(Unavailable, match="shutting down"):
         batcher.multiply(operator, columns(1))
 
@@ -249,7 +249,7 @@ def test_statistics_count_runs_requests_and_columns(batcher):
     operator.let(2)
     for ticket in (first, *waiting):
         result(ticket)
-    batcher.run(lambda c: None).result(timeout=10)
+    batcher.run(lambda c: None).result(timeout=300)
     found = batcher.statistics()
     assert (found.requests, found.columns, found.waiting) == (4, 5, 0)
 

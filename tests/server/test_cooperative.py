@@ -52,7 +52,7 @@ def batcher(clock):
 
 
 def result(ticket):
-    return ticket.result(timeout=10).value
+    return ticket.result(timeout=300).value
 
 
 def steps(log, clock, count, *, name="step", seconds=1.0, during=lambda step: None):
@@ -73,7 +73,7 @@ def steps(log, clock, count, *, name="step", seconds=1.0, during=lambda step: No
 def held(batcher):
     """Keep the device busy until all is queued; returns what lets it go."""
     gate = threading.Event()
-    batcher.run(lambda cancelled: gate.wait(10))
+    batcher.run(lambda cancelled: gate.wait(300))
     return gate.set
 
 
@@ -245,7 +245,7 @@ def test_closing_ends_long_work_wherever_it_pauses(clock):
     batcher.run(block, lane=2)
     waiting = batcher.run_in_turns(steps(log, clock, 1), lane=3)
     let()
-    assert started.wait(10)
+    assert started.wait(300)
     batcher.close()
     for ticket in (paused, waiting):
         with pytest.raises((Unavailable, Cancelled)):

@@ -45,7 +45,7 @@ def frames_of(sock):
 def reaction(address, data):
     """What follows from bytes: the first thing that is said against them."""
     pings, decoder = itertools.count(), hpack.Decoder()
-    with socket.create_connection(address, timeout=20) as sock:
+    with socket.create_connection(address, timeout=300) as sock:
         sock.sendall(data + h2.frame(h2.PING, 0, 0, next(pings).to_bytes(8, "big")))
         for kind, flags, _, payload in frames_of(sock):
             if kind == h2.GOAWAY:

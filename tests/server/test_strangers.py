@@ -48,7 +48,7 @@ def dial():
     with contextlib.ExitStack() as stack:
 
         def dial(address, data=b""):
-            sock = stack.enter_context(socket.create_connection(address, timeout=30))
+            sock = stack.enter_context(socket.create_connection(address, timeout=300))
             sock.sendall(data)
             return sock
 
@@ -290,7 +290,7 @@ def reader_that_stops(channel, session):
     """A call whose client reads one part and no more."""
     file = raw.file_of({"v": np.ones((400_000, 5))})
     request = raw.product("MatMat", session.id, file)
-    answers = stub(channel, "MatMat")(iter(request), timeout=60)
+    answers = stub(channel, "MatMat")(iter(request), timeout=300)
     next(answers)
     return answers
 

@@ -96,7 +96,7 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path):
         # To the bit: the new process remembers how the old one computed.
         np.testing.assert_array_equal(after[1], before[1])
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(300) == 0
         with pytest.raises((Unavailable, NotFound)):
             raw.call(
                 channel, "GetServerInfo", session_pb.GetServerInfoRequest(), timeout=5
