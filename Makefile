@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CONTAINERS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test lint types proto proto-check image-test bench big-test storm-net soak fuzz fuzz-http2 clean
+.PHONY: help demo test gpu-test lint types proto proto-check image-test bench big-test storm-net soak fuzz fuzz-http2 fuzz-modules clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
@@ -84,6 +84,9 @@ fuzz-http2: $(VENV)/dev.stamp ## strangers' bytes for HTTP/2, guided by coverage
 
 soak: $(VENV)/dev.stamp ## mixed load with faults for half an hour
 	PYTHONPATH=tests $(BIN)/python tests/soak.py
+
+fuzz-modules: $(VENV)/dev.stamp ## two thousand random modules against torch, in about an hour
+	PYTHONPATH=tests $(BIN)/python tests/fuzz_modules.py
 
 big-test: $(VENV)/dev.stamp ## a model of more than 2 GiB, verified and multiplied; needs 16 GiB of free memory
 	$(BIN)/python bench/big.py

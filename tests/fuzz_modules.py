@@ -1,6 +1,6 @@
 """Random modules through a real server: equal to torch, or refused; no third outcome.
 
-    python tests/fuzz_modules.py [--modules 2000] [--seed 0]
+    python tests/fuzz_modules.py [--modules 2000] [--seed 0] [--plan double_backward]
 
 Each module of `contract.grammar` is given to `session_for` as a user would. What is
 accepted must have torch's own loss and gradient, by ``.backward()`` over the
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import sys
 import tempfile
 import time
@@ -25,6 +26,8 @@ from contract.grammar import Case, derive
 from torch import nn
 
 import curvd
+from curvd_server import compute, engine
+from curvd_server.candidates import Plan
 
 TOLERANCE = 1e-6
 STEPS = (1e-5, 1e-6, 1e-4, 1e-7)
@@ -36,6 +39,9 @@ class Truth:
 
     def __init__(self, case: Case) -> None:
         self.case = case
+        case.module.double()
+        if case.mode is not None:
+            case.module.train(case.mode == "batch_statistics")
         self.parameters = [p for p in case.module.parameters() if p.requires_grad]
 
     def gradient(self) -> tuple[float, torch.Tensor]:
@@ -44,11 +50,8 @@ class Truth:
         size = sum(p.numel() for p in self.parameters)
         gradient = torch.zeros(size, dtype=torch.float64)
         counted = 0.0
-        for x, y in zip(
-            case.inputs.split(case.batch_size),
-            case.targets.split(case.batch_size),
-            strict=True,
-        ):
+        tensors = (wide(t).split(case.batch_size) for t in (case.inputs, case.targets))
+        for x, y in zip(*tensors, strict=True):
             for p in self.parameters:
                 p.grad = None
             loss = case.loss(case.module(x), y)
@@ -76,6 +79,11 @@ class Truth:
         return (ends[0] - ends[1]) / (2 * step)
 
 
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Numbers in float64, others as they are."""
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
 def off(got: np.ndarray, want: torch.Tensor) -> float:
     """Relative error."""
     return float(np.linalg.norm(got - want.numpy()) / (want.norm() + 1e-3))
@@ -89,7 +97,7 @@ def attempt(client: curvd.Client, seed: int) -> str:
     """
     case = derive(seed)
     warnings.simplefilter("ignore")
-    options = {"batch_size": case.batch_size, "mode": case.mode}
+    options = {"batch_size": case.batch_size, "mode": case.mode, "dtype": "F64"}
     try:
         session = client.session_for(
             case.module, case.loss, (case.inputs, case.targets), **options
@@ -106,9 +114,6 @@ def attempt(client: curvd.Client, seed: int) -> str:
             # A row that never trains is a constant: it is the first, of the first.
             v[: layer.embedding_dim] *= not layer.weight.requires_grad
     product = session.hessian() @ v.numpy()
-    session.delete()
-    if case.mode is not None:
-        case.module.train(case.mode == "batch_statistics")
     truth = Truth(case)
     want, slope = truth.gradient()
     errors = {
@@ -116,6 +121,12 @@ def attempt(client: curvd.Client, seed: int) -> str:
         "gradient": off(gradient, slope),
         "product": min(off(product, truth.product(v, step)) for step in STEPS),
     }
+    with torch.no_grad():
+        for parameter in truth.parameters:
+            parameter.mul_(1.1)
+    session.update_parameters(case.module.state_dict())
+    errors["updated"] = off(session.gradient()[1], truth.gradient()[1])
+    session.delete()
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
     return f"WRONG {wrong}" if wrong else "equal"
 
@@ -136,6 +147,15 @@ def run(target: str, seeds: range) -> collections.Counter[str]:
     return counts
 
 
+def take_plan(mode: str) -> None:
+    """Let servers of this process verify one plan, and race others only if it is wrong.
+
+    Racing takes most of the time, and finds nothing out about what is exported.
+    """
+    build = functools.partial(engine.build, plan=Plan(mode))
+    compute.engine.build = build  # type: ignore[attr-defined]
+
+
 def main() -> int:
     """Serve, try, count."""
     from curvd_server.app import serve_in_thread
@@ -144,8 +164,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--modules", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plan", help="a mode of AD; by default the server's choice")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.plan:
+        take_plan(options.plan)
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         config = ServerConfig(listen="127.0.0.1:0", data_dir=folder)

@@ -68,9 +68,11 @@ class OperatorKind(enum.StrEnum):
     HESSIAN = "hessian"
     GGN = "ggn"
     FISHER = "fisher"
-    """Type-1 Fisher: targets sampled from the model's own distribution."""
+    """Type-1 Fisher: targets sampled from the model's own distribution, each loss term
+    (position of a sequence) by itself."""
     EMPIRICAL_FISHER = "empirical_fisher"
-    """Uncentred second moment of the per-example gradients."""
+    """Uncentred second moment of the gradients of data points: a sequence is one, and
+    its gradient is that of the sum over its positions."""
 
 
 class Which(enum.StrEnum):

@@ -35,6 +35,34 @@ ACTIVATIONS = {
 }
 
 
+CLASSES = {
+    "cross entropy": nn.CrossEntropyLoss(),
+    "smoothed": nn.CrossEntropyLoss(label_smoothing=0.1),
+    "likelihood": lambda z, y: F.nll_loss(z.log_softmax(1), y),
+    "focal": lambda z, y: (
+        ((1 - z.softmax(1)).square() * -z.log_softmax(1)).gather(1, y[:, None]).mean()
+    ),
+    "weighed": lambda z, y: (
+        (F.cross_entropy(z, y, reduction="none") * (1.0 + y)).sum(),
+        (1.0 + y).sum(),
+    ),
+}
+LOSSES = {
+    "mse": nn.MSELoss(),
+    "smooth l1": F.smooth_l1_loss,
+    "huber": nn.HuberLoss(delta=0.7),
+    "bce": nn.BCEWithLogitsLoss(),
+    "log cosh": lambda z, y: (z - y).cosh().log().mean(),
+    "total": lambda z, y: (z - y).pow(4).sum(),
+    "counted": lambda z, y: (
+        ((y > 0).to(z) * (z - y).square()).sum(),
+        (y > 0).sum(),
+    ),
+    "rows": lambda z, y: (0.1 + (z - y).square().sum(1)).sqrt().mean(),
+    "own, right": lambda z, y: twists.right_square(z - y).mean(),
+}
+
+
 @dataclass
 class Case:
     """A module, its data and its loss."""
@@ -48,6 +76,8 @@ class Case:
     """``mean``, ``sum`` or ``counted``: what the loss returns."""
     batch_size: int
     mode: str | None
+    single: bool
+    """Whether it is given in float32, and computed in float64."""
     said: list[str] = field(default_factory=list)
     """What it is made of."""
     honest: bool = True
@@ -123,9 +153,15 @@ class Grammar:
                 p.add_(0.1 * torch.randn_like(p))
         module.eval()
         mode = self.mode(module)
+        self.honest &= any(p.requires_grad for p in module.parameters())
         self.hooked(module)
         module = self.whole(module)
         batch = self.chance.choice((2, 3, 4, 7))
+        single = self.pick("single", "", "") == "single"
+        if single:
+            module.float()
+            if self.inputs.is_floating_point():
+                self.inputs = self.inputs.float()
         # Statistics of one data point are refused, unless it is an image.
         self.honest &= mode != "batch_statistics" or N % batch != 1
         loss, kind, targets = self.loss(module, width)
@@ -138,6 +174,7 @@ class Grammar:
             kind,
             batch,
             mode,
+            single,
             self.said,
             self.honest,
         )
@@ -271,9 +308,9 @@ class Grammar:
         """Do something to the gradients that go through a layer, or nothing."""
         if not self.some(0.25):
             return layer
-        name = self.pick(*twists.HONEST, *twists.SUSPECT)
-        self.honest &= name in twists.HONEST
-        return {**twists.HONEST, **twists.SUSPECT}[name](layer)
+        table = twists.HONEST if self.some(0.5) else twists.SUSPECT
+        self.honest &= table is twists.HONEST
+        return table[self.pick(*table)](layer)
 
     def tied(self, module):
         """Use one weight twice, or train some parameters only."""
@@ -297,9 +334,9 @@ class Grammar:
         """Hang a hook on a parameter or a layer."""
         if not self.some(0.15):
             return
-        name = self.pick(*twists.HONEST_HOOKS, *twists.SUSPECT_HOOKS)
-        self.honest &= name in twists.HONEST_HOOKS
-        {**twists.HONEST_HOOKS, **twists.SUSPECT_HOOKS}[name](module, self.chance)
+        table = twists.HONEST_HOOKS if self.some(0.5) else twists.SUSPECT_HOOKS
+        self.honest &= table is twists.HONEST_HOOKS
+        table[self.pick(*table)](module, self.chance)
 
     def mode(self, module):
         """Say which statistics are meant, or leave layers in training mode."""
@@ -323,52 +360,26 @@ class Grammar:
 
     def loss(self, module, width):
         """Choose a loss, what it returns, and targets for it."""
-        numbers = torch.randn(N, width, dtype=torch.float64)
-        name = self.pick(
-            "cross entropy",
-            "smoothed",
-            "mse",
-            "mse",
-            "bce",
-            "smooth l1",
-            "huber",
-            "log cosh",
-            "total",
-            "counted",
-            "hooked",
-            "own",
-            "penalty",
-            "not additive",
-            "broadcast",
-            "rows",
-        )
-        self.honest &= name not in (
-            "hooked",
-            "own",
-            "penalty",
-            "not additive",
-            "broadcast",
-        )
-        if name in ("cross entropy", "smoothed"):
-            smoothing = 0.1 if name == "smoothed" else 0.0
-            loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
-            return loss, "mean", torch.randint(0, width, (N,))
+        numbers = torch.randn(N, width)
+        classes = CLASSES if width > 1 else ()  # of one class the loss is zero
+        suspect = ("hooked", "own", "penalty", "not additive", "broadcast", "doubled")
+        name = self.pick(*(suspect if self.some(0.15) else (*LOSSES, *classes)))
+        self.honest &= name not in suspect
+        if name in CLASSES:
+            kind = "counted" if name == "weighed" else "mean"
+            return CLASSES[name], kind, torch.randint(0, width, (N,))
         if name == "bce":
             return nn.BCEWithLogitsLoss(), "mean", numbers.sigmoid()
         if name == "broadcast":
             if width == 1:
                 return nn.MSELoss(), "mean", numbers[:, 0]
-            return nn.MSELoss(), "mean", torch.randn(N, 1, dtype=torch.float64)
+            return nn.MSELoss(), "mean", torch.randn(N, 1)
+        if name == "doubled":
+            loss = nn.MSELoss()
+            loss.register_forward_hook(lambda m, i, o: 2 * o)
+            return loss, "mean", numbers
         losses = {
-            "mse": nn.MSELoss(),
-            "smooth l1": F.smooth_l1_loss,
-            "huber": nn.HuberLoss(delta=0.7),
-            "log cosh": lambda z, y: (z - y).cosh().log().mean(),
-            "total": lambda z, y: (z - y).pow(4).sum(),
-            "counted": lambda z, y: (
-                ((y > 0).to(z) * (z - y).square()).sum(),
-                (y > 0).sum(),
-            ),
+            **LOSSES,
             "hooked": lambda z, y: (twists.scaling_hook(z) - y).square().mean(),
             "own": lambda z, y: (twists.reversed_gradient(z * 1.0) - y).square().mean(),
             "penalty": lambda z, y: (
@@ -376,7 +387,6 @@ class Grammar:
                 + 0.1 * sum(p.square().sum() for p in module.parameters())
             ),
             "not additive": lambda z, y: (z - y).square().mean().sqrt(),
-            "rows": lambda z, y: (z - y).square().sum(1).sqrt().mean(),
         }
         kind = {"total": "sum", "counted": "counted"}.get(name, "mean")
         return losses[name], kind, numbers

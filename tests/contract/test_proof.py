@@ -97,6 +97,15 @@ def halve_grad(parameter):
     parameter.grad *= 0.5
 
 
+class After(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
 class Frozen(Net):
     @torch.no_grad()
     def forward(self, x):
@@ -211,6 +220,10 @@ def holding(net):
 
 ACCEPTED = {
     "right backward": lambda: Net(own(torch.tanh, lambda x, g: g / x.cosh() ** 2)),
+    "right where it saturates": lambda: nn.Sequential(
+        Net(own(torch.tanh, lambda x, g: g / x.cosh() ** 2)),
+        After(own(torch.tanh, lambda x, g: g / x.cosh() ** 2)),
+    ),
     "once differentiable": lambda: Net(Once.apply),
     "hooks that look": lambda: Net(hooked(look)),
     "module hooks that look": lambda: with_module_hook(look),
@@ -219,6 +232,13 @@ ACCEPTED = {
     ),
     "reentrant checkpoint": lambda: Net(
         lambda h: checkpoint(torch.sin, h, use_reentrant=True)
+    ),
+    "nested checkpoints": lambda: Net(
+        lambda h: checkpoint(
+            lambda x: checkpoint(torch.sin, x.tanh(), use_reentrant=False),
+            h,
+            use_reentrant=False,
+        )
     ),
     "checkpointed sequence": lambda: Net(
         lambda h: checkpoint_sequential(

@@ -85,11 +85,52 @@ def look(*_):
 
 scaling_hook = hook(lambda g: g * 0.7)
 reversed_gradient = function(torch.clone, lambda x, g: -g)
+right_square = function(torch.square, lambda x, g: 2 * x * g)
 
 
 def swish_slope(x, g):
     s = torch.sigmoid(x)
     return g * s * (1 + x * (1 - s))
+
+
+class LinearOfOwn(torch.autograd.Function):
+    """A linear map that saves no more than it must; it is its own derivative."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        rows = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        return g @ weight, rows
+
+
+class Mapped(nn.Module):
+    """A square map of the last axis, through functions of weight and input."""
+
+    def __init__(self, inner, function, apply):
+        super().__init__()
+        self.inner, self.function, self.apply_to = inner, function, apply
+        self.weight = nn.Parameter(torch.eye(4) + 0.3 * torch.randn(4, 4))
+
+    def forward(self, x):
+        x = self.inner(x)
+        w = self.function(self.weight)[: x.shape[-1], : x.shape[-1]]
+        return self.apply_to(x, w)
+
+
+def mapped(function, apply=lambda x, w: x @ w.T):
+    return lambda layer: Mapped(layer, function, apply)
+
+
+def nested(layer, x):
+    def inner(y):
+        return checkpoint(layer, y.sin(), use_reentrant=False)
+
+    return checkpoint(inner, x, use_reentrant=False)
 
 
 def without_gradient(layer, x):
@@ -119,7 +160,10 @@ HONEST = {
     "own swish, once": after(
         function(lambda x: x * torch.sigmoid(x), swish_slope, once=True)
     ),
-    "own square": after(function(torch.square, lambda x, g: 2 * x * g)),
+    "own square": after(right_square),
+    "own linear": mapped(torch.tanh, LinearOfOwn.apply),
+    "weights through own": mapped(function(torch.sin, lambda x, g: g * x.cos())),
+    "nested checkpoints": around(nested),
     "looking hook": after(hook(look)),
     "looking node hook": after(node_hook(look)),
     "cloning hook": after(hook(torch.clone)),
@@ -137,6 +181,9 @@ SUSPECT = {
     "reentrant": around(lambda f, x: checkpoint(f, x, use_reentrant=True)),
     "straight-through": after(function(lambda x: (4 * x).round() / 4, lambda x, g: g)),
     "sign": after(function(torch.sign, lambda x, g: g * (x.abs() <= 1))),
+    "rounded weights": mapped(function(lambda w: (8 * w).round() / 8, lambda w, g: g)),
+    "weights without": mapped(lambda w: w.detach() * w),
+    "weights' data": mapped(lambda w: w.data),
     "reversal": after(reversed_gradient),
     "scaled": after(function(torch.clone, lambda x, g: 0.5 * g)),
     "clipped": after(function(torch.clone, lambda x, g: g.clamp(-1e-2, 1e-2))),

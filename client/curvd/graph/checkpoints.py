@@ -1,4 +1,4 @@
-"""Reentrant checkpoints are the plain computation: what they save is memory, not a value."""
+"""Checkpoints are the plain computation: what they save is memory, not a value."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 _local = threading.local()
 _reentrant: Any = torch_checkpoint.CheckpointFunction
+_other: Any = torch_checkpoint._checkpoint_without_reentrant_generator
 
 
 class _Checkpoint:
@@ -36,12 +37,21 @@ class _Checkpoint:
         return _reentrant.apply(run, preserve, *args)
 
 
+def _around(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Stands for what surrounds a function in a checkpoint that is not reentrant."""
+    if getattr(_local, "plain", False):
+        yield
+    else:
+        yield from _other(*args, **kwargs)
+
+
 @contextlib.contextmanager
 def plain_checkpoints() -> Iterator[None]:
-    """Let reentrant checkpoints call their function, and nothing else, in this thread.
+    """Let checkpoints call their function, and nothing else, in this thread.
 
-    Traced as it is, such a checkpoint runs without gradients and takes care of them in
-    a backward of its own, which a graph does not have.
+    Traced as it is, a reentrant one runs without gradients and takes care of them in a
+    backward of its own, which a graph does not have; of others that are nested, torch
+    makes a region without gradients.
     """
     _local.plain = True
     try:
@@ -66,9 +76,11 @@ def watched_checkpoints() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def _in_place() -> Iterator[None]:
-    before = torch_checkpoint.CheckpointFunction
-    torch_checkpoint.CheckpointFunction = _Checkpoint  # type: ignore[misc,assignment]
+    here: Any = torch_checkpoint
+    before = here.CheckpointFunction, here._checkpoint_without_reentrant_generator
+    here.CheckpointFunction = _Checkpoint
+    here._checkpoint_without_reentrant_generator = _around
     try:
         yield
     finally:
-        torch_checkpoint.CheckpointFunction = before  # type: ignore[misc]
+        here.CheckpointFunction, here._checkpoint_without_reentrant_generator = before

@@ -108,6 +108,7 @@ def prove_loss(
     root = float(outputs.double().square().mean().sqrt())
     constants = [tensors[described.names[0]] for described in graph.tensors]
     nearby = outputs + _NEARBY * max(root, 1e-2) * noise
+    usual = 0.0
     for z in (outputs, nearby, *(factor * nearby for factor in _FACTORS)):
         try:
             pairs, narrowest = _of_loss(wrapper, graph, constants, z, targets)
@@ -115,7 +116,9 @@ def prove_loss(
             if z is outputs:
                 raise
             continue  # it is not defined there
-        wrong = differing(pairs, narrowest)
+        wrong = differing(pairs, narrowest, usual)
+        size = size_of(pairs)
+        usual = max(usual, size) if math.isfinite(size) else usual
         if wrong:
             sizes = ", ".join(f"{n} {_size(size)}" for n, size in wrong.items())
             msg = (
@@ -193,6 +196,8 @@ class _Proof:
     ) -> None:
         self.run, self.graph, self.tensors = run, graph, tensors
         self.functions: list[str] = []
+        self.usual = 0.0
+        """Size of the gradients so far."""
 
     def exported(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the graph at the module's parameters.
@@ -295,13 +300,14 @@ class _Proof:
         expected = {n: None if g is None else factor * g for n, g in pulled.items()}
         if factor != 1.0:
             where = f"{where} and a gradient of the outputs of size {factor:g}"
-        self._check_gradients(mine, expected, where)
+        self._check_gradients(mine, expected, where, factor)
 
     def _check_gradients(
         self,
         mine: Mapping[str, Tensor | None],
         expected: Mapping[str, Tensor | None],
         where: str,
+        factor: float = 1.0,
     ) -> None:
         pairs = {}
         for name, want in expected.items():
@@ -314,11 +320,19 @@ class _Proof:
                     zero if got is None else got,
                     zero if want is None else want,
                 )
-        self._check(pairs, where)
+        self._check(pairs, where, self.usual if factor == 1.0 else 0.0)
+        size = size_of(pairs)
+        if factor == 1.0 and math.isfinite(size):
+            self.usual = max(self.usual, size)
 
-    def _check(self, pairs: Mapping[str, tuple[Tensor, Tensor]], where: str) -> None:
+    def _check(
+        self,
+        pairs: Mapping[str, tuple[Tensor, Tensor]],
+        where: str,
+        least: float = 0.0,
+    ) -> None:
         """Compare tensors of one kind: (module's, graph's) by name."""
-        wrong = differing(pairs, self.run.narrowest)
+        wrong = differing(pairs, self.run.narrowest, least)
         if wrong:
             raise self._mismatch(wrong, where)
 
@@ -381,13 +395,17 @@ class _Proof:
 
 
 def differing(
-    pairs: Mapping[str, tuple[Tensor, Tensor]], narrowest: torch.dtype
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    narrowest: torch.dtype,
+    least: float = 0.0,
 ) -> dict[str, float]:
     """Find what differs by more than rounding.
 
     Args:
         pairs: What was got, and what it should be, by name.
         narrowest: The type with the fewest digits that went into it.
+        least: The size that they have elsewhere; where they vanish, because a function
+            saturates, rounding is judged by it.
 
     Returns:
         Relative errors of those that differ; none if something is not finite, which is
@@ -397,14 +415,20 @@ def differing(
     wide = {
         n: (a.detach().double(), b.detach().double()) for n, (a, b) in pairs.items()
     }
-    total = math.hypot(*(float(want.norm()) for _, want in wide.values()))
+    total = size_of(pairs)
+    scale = max(total, least)
     wrong = {}
     for name, (got, want) in wide.items():
         off = math.inf if got.shape != want.shape else float((got - want).norm())
         size = float(want.norm())
-        if not off <= math.sqrt(eps) * size + 100 * eps * total:
+        if not off <= math.sqrt(eps) * size + 100 * eps * scale:
             wrong[name] = off / size if size else math.inf
     return wrong if math.isfinite(total) else {}
+
+
+def size_of(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
+    """Measure what several tensors should be, together."""
+    return math.hypot(*(float(w.detach().double().norm()) for _, w in pairs.values()))
 
 
 def _pulled(
