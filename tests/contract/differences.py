@@ -83,7 +83,7 @@ def eager_gradient(module, inputs, targets, parameters, pick):
     rows = torch.autograd.grad(
         total / targets.numel(), parameters, allow_unused=True, materialize_grads=True
     )
-    return nn.utils.parameters_to_vector(rows)
+    return nn.utils.parameters_to_vector([row.contiguous() for row in rows])
 
 
 def central(gradient, parameters, v, step):

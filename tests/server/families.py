@@ -555,7 +555,6 @@ SPECIAL = tuple(
         "deg2rad": torch.deg2rad,
         "positive": lambda x: +x,
         "true_divide": lambda x: torch.true_divide(x, x + 3),
-        "floor_divide": lambda x: x * torch.floor_divide(x, 0.3),
         "swapaxes": lambda x: x.unsqueeze(1).swapaxes(1, 2),
         "ravel_unflatten": lambda x: x.ravel().unflatten(0, (-1, 4)),
         "hsplit": lambda x: torch.hstack(x.hsplit(2)[::-1]),
@@ -1224,5 +1223,7 @@ REFUSED = {
     "lstsq": "torch.where|solve",
     "packed_fixed": "pad",
     "fractional_pool": "random",
+    "gammainc": "not one that servers run",
+    "bessel_j0": "not one that servers run",
 }
 """What has no derivative, or shapes that depend on values: name -> what is said."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 
 aten = torch.ops.aten
+_SIXTH = float(torch.tensor(1 / 6, dtype=torch.float32))
 
 
 def cdist(
@@ -90,13 +91,15 @@ def tensordot(
 
 
 def hardsigmoid(x: Tensor) -> Tensor:
-    """Clamp ``x / 6 + 1 / 2`` to [0, 1]."""
-    return (x + 3).clamp(0, 6) / 6
+    """Clamp ``x / 6 + 1 / 2`` to [0, 1]; the slope is a sixth in float32, as torch's is."""
+    clamped = (x + 3).clamp(0, 6)
+    sloped = clamped * _SIXTH
+    return sloped + (clamped / 6 - sloped).detach()
 
 
-def floor_divide(a: Tensor, b: Any) -> Tensor:
-    """Divide and round down, which has the derivative zero."""
-    return torch.div(a, b, rounding_mode="floor")
+def ldexp(x: Tensor, exponent: Tensor) -> Tensor:
+    """Multiply by powers of two, also negative ones of integers."""
+    return x * torch.exp2(exponent.to(x.dtype))
 
 
 def embedding_bag(
@@ -173,8 +176,7 @@ PLAIN: Mapping[Any, Callable[..., Any]] = {
     aten.matrix_power.default: matrix_power,
     aten.tensordot.default: tensordot,
     aten.hardsigmoid.default: hardsigmoid,
-    aten.floor_divide.default: floor_divide,
-    aten.floor_divide.Scalar: floor_divide,
+    aten.ldexp.Tensor: ldexp,
     aten.embedding_bag.default: embedding_bag,
     aten.embedding_bag.padding_idx: embedding_bag,
     aten._embedding_bag.default: embedding_bag,

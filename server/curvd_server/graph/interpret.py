@@ -22,6 +22,7 @@ from curvd_server.graph.form import (
     Node,
     Ref,
 )
+from curvd_server.graph.half import is_wide, widened
 from curvd_server.graph.operators import (
     COMPLEX_OF,
     DTYPES,
@@ -139,6 +140,8 @@ class Interpreter:
                     options["device"] = device
                 if node.operator == "aten.batch_norm.default":
                     function = functools.partial(batch_norm, batch_statistics)
+                if is_wide(node.operator, dtype):
+                    function = functools.partial(widened, function, dtype)
                 arguments = tuple(_ready(a, kind) for a in node.arguments)
                 ends = tuple(done.get(at, ()))
                 step = Step(node, first + at, function, arguments, options, ends)
