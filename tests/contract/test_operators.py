@@ -186,3 +186,13 @@ def test_a_complex_parameter_is_refused_with_a_remedy():
 
     with pytest.raises(curvd.InvalidGraph, match=r"'weight'.*view_as_real"):
         curvd.export(Modulus(4, 3, dtype=torch.complex64), torch.randn(5, 4))
+
+
+def test_a_gradient_that_torch_itself_gets_wrong_is_refused():
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            # torch 2.13 says that the derivative of x * 2^-1 is 0.
+            return torch.ldexp(super().forward(x), torch.tensor([1, 0, -1]))
+
+    with pytest.raises(curvd.GradientMismatch, match="weight"):
+        curvd.export(Scaled(4, 3), torch.randn(5, 4))

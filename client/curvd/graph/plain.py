@@ -97,11 +97,6 @@ def hardsigmoid(x: Tensor) -> Tensor:
     return sloped + (clamped / 6 - sloped).detach()
 
 
-def ldexp(x: Tensor, exponent: Tensor) -> Tensor:
-    """Multiply by powers of two, also negative ones of integers."""
-    return x * torch.exp2(exponent.to(x.dtype))
-
-
 def embedding_bag(
     weight: Tensor,
     indices: Tensor,
@@ -176,7 +171,6 @@ PLAIN: Mapping[Any, Callable[..., Any]] = {
     aten.matrix_power.default: matrix_power,
     aten.tensordot.default: tensordot,
     aten.hardsigmoid.default: hardsigmoid,
-    aten.ldexp.Tensor: ldexp,
     aten.embedding_bag.default: embedding_bag,
     aten.embedding_bag.padding_idx: embedding_bag,
     aten._embedding_bag.default: embedding_bag,
