@@ -235,15 +235,13 @@ class Database:
 
     def _made(self) -> sqlite3.Connection:
         """Make the first file; it is whole as soon as it is there."""
-        new = self._path.with_suffix(".new")
-        new.unlink(missing_ok=True)
+        new = _unused(self._path)
         with contextlib.closing(_connect(new)) as db:
             db.executescript(
                 f"BEGIN; {self._schema.create}"
                 f"PRAGMA user_version = {self._schema.version}; COMMIT;"
             )
-        new.rename(self._path)
-        fsync_directory(self._path.parent)
+        _put_in_place(new, self._path)
         return _connect(self._path)
 
     def _migrated(self, db: sqlite3.Connection) -> sqlite3.Connection:
@@ -342,15 +340,32 @@ def _transaction(db: sqlite3.Connection, statements: Iterable[Statement]) -> Non
 
 def _copy(source: sqlite3.Connection, path: Path) -> None:
     """Copy a database into a file that is whole as soon as it is there."""
-    new = path.with_suffix(".new")
-    new.unlink(missing_ok=True)
+    new = _unused(path)
     target = sqlite3.connect(new)
     try:
         source.backup(target)
     finally:
         target.close()
+    _put_in_place(new, path)
+
+
+def _unused(path: Path) -> Path:
+    """Find a place beside a file where nothing is."""
+    new = path.with_suffix(".new")
+    for file in (new, _journal(new)):
+        file.unlink(missing_ok=True)
+    return new
+
+
+def _put_in_place(new: Path, path: Path) -> None:
+    """Give a file that is whole its name."""
+    _journal(new).unlink(missing_ok=True)
     new.rename(path)
     fsync_directory(path.parent)
+
+
+def _journal(path: Path) -> Path:
+    return path.with_name(f"{path.name}-journal")
 
 
 def _move_aside(path: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from curvd.errors import InvalidTensors, Unavailable
-from curvd_server.faults import told
+from curvd.errors import DiskFull, InvalidTensors, LimitExceeded, Unavailable
+from curvd_server.faults import FREE_SOME, told
 
+MOST_PARTIALS = 1000
+"""Uploads that are not complete."""
 _READ_BYTES = 8 << 20
 
 
@@ -156,6 +160,54 @@ class Upload:
                 fsync_directory(self._path.parent)
             self._arrived(self._path)
         return True
+
+
+def make_room(
+    path: Path, total_bytes: int, busy: Mapping[Path, int], *, limit_bytes: int
+) -> None:
+    """Refuse an upload that does not fit, after the oldest idle ones made room.
+
+    Args:
+        path: Where it goes; perhaps a part of it is there.
+        total_bytes: That it will have.
+        busy: Uploads under way, and what they will have.
+        limit_bytes: Of all uploads in that folder together.
+
+    Raises:
+        LimitExceeded: If others under way leave it no room.
+        DiskFull: If the disk has none.
+    """
+    found = {}
+    for file in path.parent.glob("*.part"):
+        with contextlib.suppress(FileNotFoundError):  # it was completed meanwhile
+            found[file] = file.stat()
+    sizes = {file: status.st_size for file, status in found.items()}
+    committed = sizes.pop(path, 0)
+    idle = sorted(sizes.keys() - busy.keys(), key=lambda p: found[p].st_mtime)
+    sizes.update(busy)
+
+    def is_full() -> bool:
+        too_many = len(sizes) >= MOST_PARTIALS
+        return too_many or sum(sizes.values()) + total_bytes > limit_bytes
+
+    while idle and is_full():
+        sizes.pop(idle[0])
+        idle.pop(0).unlink(missing_ok=True)
+    if is_full():
+        msg = (
+            f"{len(sizes)} uploads of {sum(sizes.values())} bytes are under way; "
+            f"{total_bytes} more would exceed the limit of {limit_bytes} "
+            f"(partial_bytes) or of {MOST_PARTIALS} uploads. Wait until some are "
+            "complete"
+        )
+        raise LimitExceeded(msg, limit=limit_bytes)
+    free = shutil.disk_usage(path.parent).free
+    if total_bytes - committed > free:
+        msg = (
+            f"the upload needs {total_bytes - committed} bytes more, and the disk "
+            f"has {free} free: {FREE_SOME}"
+        )
+        raise DiskFull(msg, free_bytes=free)
 
 
 def fsync_directory(directory: Path) -> None:

@@ -30,9 +30,10 @@ from curvd.reports import DatasetInfo, ModelInfo, TensorInfo
 from curvd.tensorfile import Header
 from curvd.types import DatasetSpec, ModelSpec, SerializedGraph
 from curvd.v1 import graph_pb2 as graph_pb
+from curvd_server.blobs import Blob
 from curvd_server.catalogue import Catalogue, StoredDataset, StoredModel
 from curvd_server.graph.decode import canonical
-from curvd_server.storage import Blob, BlobStore
+from curvd_server.storage import BlobStore
 from curvd_server.validate import check_finite_data, check_finite_state
 
 MAX_CONFIG_BYTES = 1 << 20

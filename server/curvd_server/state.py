@@ -10,9 +10,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from curvd import tensorfile, wire
+from curvd_server.blobs import Blob
 from curvd_server.catalogue import StoredModel
 from curvd_server.registration import Architecture
-from curvd_server.storage import Blob, BlobStore
+from curvd_server.storage import BlobStore
 
 
 @dataclass(frozen=True)

@@ -14,74 +14,32 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
-import shutil
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from numpy.typing import NDArray
-
-from curvd import tensorfile
-from curvd.buffers import Buffer
 from curvd.errors import (
     CurvdError,
     DataLoss,
-    DiskFull,
     InvalidSpec,
-    InvalidTensors,
-    LimitExceeded,
     NotFound,
 )
-from curvd_server.faults import FREE_SOME, told
+from curvd_server.blobs import Blob, check_digest, read_header
+from curvd_server.faults import told
 from curvd_server.host_memory import SNAPSHOTS, HostMemory
 from curvd_server.logs import logger
 from curvd_server.mounts import Mounts
-from curvd_server.partials import Partial, Upload
+from curvd_server.partials import Partial, Upload, make_room
 from curvd_server.snapshots import Snapshot, Stamp, digest_of
 
-_MOST_PARTIALS = 1000
-"""Uploads that are not complete."""
 _WATCHED_S = 3600.0
 """How long this process must have seen that nobody uses a file before it is removed: the
 clock may have been set meanwhile."""
 
 _DAMAGED = ".damaged"
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-def check_digest(digest: str) -> str:
-    """Refuse what is no SHA-256, and so could be a path.
-
-    Args:
-        digest: From a stranger.
-
-    Returns:
-        The digest.
-
-    Raises:
-        InvalidSpec: Unless it is 64 lower-case hexadecimal digits.
-    """
-    if _DIGEST.fullmatch(digest) is None:
-        msg = f"digest must be 64 lower-case hexadecimal digits, got {digest[:80]!r}"
-        raise InvalidSpec(msg, digest=digest[:80])
-    return digest
-
-
-@dataclass(frozen=True)
-class Blob:
-    """A complete safetensors file, in memory."""
-
-    digest: str
-    header: tensorfile.Header
-    arrays: Mapping[str, NDArray[Any]]
-    """Tensor name to a view of a snapshot of the file, which all who have the blob open
-    share; BF16 as uint16 bits. Writes stay private."""
-    total_bytes: int
 
 
 class BlobStore:
@@ -205,7 +163,8 @@ class BlobStore:
             partial = self._partials.get(digest)
             if partial is None:
                 path = self._path(digest, ".part")
-                self._check_room(path, total_bytes)
+                busy = {p.path: p.announced for p in self._partials.values()}
+                make_room(path, total_bytes, busy, limit_bytes=self._partial_bytes)
                 partial = self._partials[digest] = Partial(path)
             partial.announced = max(partial.announced, total_bytes)
             partial.users += 1
@@ -294,42 +253,6 @@ class BlobStore:
                     path.unlink()
                 else:
                     self._watched[path.name] = since_s
-
-    def _check_room(self, path: Path, total_bytes: int) -> None:
-        """Refuse an upload that does not fit, after the oldest idle ones made room."""
-        found = {}
-        for file in self._directory.glob("*.part"):
-            with contextlib.suppress(FileNotFoundError):  # it was completed meanwhile
-                found[file] = file.stat()
-        sizes = {file: status.st_size for file, status in found.items()}
-        committed = sizes.pop(path, 0)
-        for partial in self._partials.values():
-            sizes[partial.path] = max(partial.announced, partial.size)
-        busy = {partial.path for partial in self._partials.values()}
-        idle = sorted(sizes.keys() - busy, key=lambda p: found[p].st_mtime)
-
-        def is_full() -> bool:
-            too_many = len(sizes) >= _MOST_PARTIALS
-            return too_many or sum(sizes.values()) + total_bytes > self._partial_bytes
-
-        while idle and is_full():
-            sizes.pop(idle[0])
-            idle.pop(0).unlink(missing_ok=True)
-        if is_full():
-            msg = (
-                f"{len(sizes)} uploads of {sum(sizes.values())} bytes are under way; "
-                f"{total_bytes} more would exceed the limit of {self._partial_bytes} "
-                f"(partial_bytes) or of {_MOST_PARTIALS} uploads. Wait until some are "
-                "complete"
-            )
-            raise LimitExceeded(msg, limit=self._partial_bytes)
-        free = shutil.disk_usage(self._directory).free
-        if total_bytes - committed > free:
-            msg = (
-                f"the upload needs {total_bytes - committed} bytes more, and the disk "
-                f"has {free} free: {FREE_SOME}"
-            )
-            raise DiskFull(msg, free_bytes=free)
 
     def _find(self, digest: str) -> Path:
         path = self._path(digest)
@@ -422,37 +345,3 @@ class _Turn:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-
-
-def read_header(data: Buffer) -> tuple[tensorfile.Header, int]:
-    """Read and check the header of a safetensors file.
-
-    Args:
-        data: [bytes] The file.
-
-    Returns:
-        The header, and the offset of the payload.
-
-    Raises:
-        InvalidTensors: If it is malformed, or the payload has another size.
-        LimitExceeded: If it is too large.
-    """
-    length, size = int.from_bytes(data[:8].tobytes(), "little"), data.nbytes
-    start = 8 + length
-    if length > tensorfile.MAX_HEADER_BYTES:
-        msg = (
-            f"the safetensors header announces {length} bytes; the limit is "
-            f"{tensorfile.MAX_HEADER_BYTES}. Send fewer tensors, or flatten them into one"
-        )
-        raise LimitExceeded(msg, header_bytes=length, limit=tensorfile.MAX_HEADER_BYTES)
-    if size < start:
-        msg = f"the file has {size} bytes and ends within its header of {start}"
-        raise InvalidTensors(msg, total_bytes=size)
-    header = tensorfile.load_header(data[8:start].tobytes())
-    if size - start != tensorfile.payload_bytes(header):
-        msg = (
-            f"the file has {size - start} bytes of payload, but its header describes "
-            f"{tensorfile.payload_bytes(header)}"
-        )
-        raise InvalidTensors(msg, payload_bytes=size - start)
-    return header, start

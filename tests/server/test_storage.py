@@ -20,7 +20,7 @@ from curvd.errors import (
     NotFound,
     Unavailable,
 )
-from curvd_server import storage
+from curvd_server import partials, storage
 from curvd_server.storage import BlobStore
 
 ARRAYS = {"x": np.arange(6.0).reshape(2, 3), "n": np.arange(3)}
@@ -374,7 +374,7 @@ def test_uploads_under_way_are_reserved_as_large_as_they_were_announced(tmp_path
 
 
 def test_there_is_a_largest_number_of_uploads(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_MOST_PARTIALS", 2)
+    monkeypatch.setattr(partials, "MOST_PARTIALS", 2)
     blobs = BlobStore(tmp_path / "blobs")
     for digit in range(4):
         begun(blobs, digit, 8)
@@ -382,13 +382,13 @@ def test_there_is_a_largest_number_of_uploads(tmp_path, monkeypatch):
 
 
 def test_an_upload_that_the_disk_cannot_hold_is_refused_at_once(blobs, monkeypatch):
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: Usage(free=99))
+    monkeypatch.setattr(partials.shutil, "disk_usage", lambda path: Usage(free=99))
     with pytest.raises(
         DiskFull, match="needs 100 bytes more, and the disk has 99 free"
     ):
         begun(blobs, 1, 10, announced=100)
     digest = begun(blobs, 2, 10, announced=99)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: Usage(free=89))
+    monkeypatch.setattr(partials.shutil, "disk_usage", lambda path: Usage(free=89))
     begun(blobs, 2, 10, announced=99)  # what is there needs no more room
     assert blobs.committed_bytes(digest) == 10
 

@@ -18,6 +18,7 @@ from curvd.rpcs import Part
 from curvd.selection import check_patterns
 from curvd.types import DatasetSpec, ModelSpec
 from curvd.v1 import session_service_pb2 as session_pb
+from curvd_server.blobs import check_digest
 from curvd_server.config import LimitsConfig
 from curvd_server.mounts import Mounts
 from curvd_server.registration import Architecture, Registry, model_spec
@@ -25,7 +26,7 @@ from curvd_server.service import uploads
 from curvd_server.service.handlers import opened
 from curvd_server.session import Update
 from curvd_server.sessions import NewSession, SessionStore
-from curvd_server.storage import BlobStore, check_digest
+from curvd_server.storage import BlobStore
 
 T = TypeVar("T")
 
