@@ -97,10 +97,10 @@ class Database:
         self._schema, self._path = schema, path
         self._second_path = path.with_suffix(f".mirror{path.suffix}")
         self._lock = threading.Lock()
+        self._second: sqlite3.Connection | None = None
         with _typed():
             self._first = self._opened(is_new)
-            self._second: sqlite3.Connection | None = None
-            self._mirror()
+        self._copy_to_second()
 
     def rows(self, table: str, **where: object) -> Iterator[tuple[Row, bool]]:
         """Read rows in the order in which they were made.
@@ -141,15 +141,7 @@ class Database:
         with self._lock:
             with _typed():
                 _transaction(self._first, statements)
-            try:
-                if self._second is None:
-                    self._mirror()
-                else:
-                    _transaction(self._second, statements)
-            except (sqlite3.Error, OSError) as error:
-                # It is in the first file, and so it counts; the second is made anew.
-                logger().error("no second copy of the catalogue", error=str(error))
-                self._forget_second()
+            self._copy_to_second(statements)
 
     def close(self) -> None:
         """Close both files."""
@@ -274,10 +266,26 @@ class Database:
                 ]
                 _transaction(db, there)
 
+    def _copy_to_second(self, statements: Iterable[Statement] = ()) -> None:
+        """Make a change in the second file, too, or make it anew, if that is possible.
+
+        It is in the first file already, and so it counts.
+        """
+        try:
+            if self._second is None:
+                self._mirror()
+            else:
+                _transaction(self._second, statements)
+        except (sqlite3.Error, OSError) as error:
+            logger().error("no second copy of the catalogue", error=str(error))
+            self._forget_second()
+
     def _mirror(self) -> None:
         """Make the second file like the first, unless it is."""
-        self._forget_second()
-        if self._examined(self._second_path).state >= _State.HURT:
+        finding = self._examined(self._second_path)
+        if finding.state is not _State.MISSING and finding.what:
+            logger().error("damaged", file=str(self._second_path), what=finding.what)
+        if finding.state >= _State.HURT:
             second = self._migrated(_connect(self._second_path))
             if all(
                 list(self._rows(second, table, {}))
@@ -291,8 +299,7 @@ class Database:
         self._second = _connect(self._second_path)
 
     def _forget_second(self) -> None:
-        if getattr(self, "_second", None) is not None:
-            assert self._second is not None
+        if self._second is not None:
             self._second.close()
         self._second = None
 

@@ -106,8 +106,10 @@ class BlobStore:
             path = self._find(digest)
             with self._turn(digest):
                 if not self._is_known(digest, Stamp.of(path.stat())):
-                    self._judge(digest, path, *digest_of(path))
-        except (CurvdError, OSError) as error:
+                    with self._readable(digest, path):
+                        found, stamp = digest_of(path)
+                    self._judge(digest, path, found, stamp)
+        except (CurvdError, FileNotFoundError) as error:
             if not isinstance(error, NotFound):
                 logger().warning("unsound", blob=digest, error=str(error))
             return False
@@ -264,18 +266,24 @@ class BlobStore:
         return path
 
     def _read(self, digest: str, path: Path) -> Snapshot:
-        try:
+        with self._readable(digest, path):
             known = self._is_known(digest, Stamp.of(path.stat()))
             snapshot = self._snapshot(path, digest=not known)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            self._refuse(digest, path, "cannot be read")
         if snapshot.digest is not None:
             self._judge(digest, path, snapshot.digest, snapshot.stamp)
         elif not self._is_known(digest, snapshot.stamp):
             return self._read(digest, path)  # it was touched since we looked
         return snapshot
+
+    @contextlib.contextmanager
+    def _readable(self, digest: str, path: Path) -> Iterator[None]:
+        """Take what the disk cannot read for damaged."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            self._refuse(digest, path, "cannot be read")
 
     def _snapshot(self, path: Path, *, digest: bool) -> Snapshot:
         """Copy a file, as long as the host has memory for it."""
@@ -309,7 +317,8 @@ class BlobStore:
             assert self._mounts is not None
             raise self._mounts.changed(digest)
         aside = path.with_suffix(_DAMAGED)
-        path.replace(aside)
+        with told():
+            path.replace(aside)
         error = self._lost(digest, f"{why}; the file was moved aside to {aside.name}")
         logger().error("damaged", blob=digest, error=str(error))
         raise error

@@ -12,6 +12,7 @@ from curvd.errors import DataLoss, DiskFull, FailedPrecondition
 from curvd.layout import ParameterLayout
 from curvd.reports import ModelInfo, SessionInfo, SessionState
 from curvd.types import ModelSpec
+from curvd_server import database
 from curvd_server.catalogue import (
     Catalogue,
     StoredModel,
@@ -256,6 +257,23 @@ def test_what_only_the_second_file_cannot_take_is_kept_and_copied_later(folder):
     catalogue.close()
     (folder / FIRST).unlink()
     assert [s.info.id[0] for s in contents(folder)[1]] == ["s", "t", "u", "v"]
+
+
+def test_a_second_file_that_cannot_be_made_keeps_no_server_from_starting(
+    folder, monkeypatch
+):
+    before = contents(folder)
+    (folder / SECOND).write_bytes(b"rotten")
+
+    def refuse(*args):
+        raise OSError(28, "no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "_copy", refuse)
+        assert contents(folder) == before
+    assert contents(folder) == before
+    (folder / FIRST).unlink()
+    assert contents(folder) == before
 
 
 def test_a_catalogue_that_cannot_be_written_is_one_error(folder):

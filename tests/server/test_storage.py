@@ -190,6 +190,25 @@ def test_a_blob_is_hashed_at_its_first_use_after_a_start_only(
     assert asked == [False, True, False]  # as it came, its bytes were hashed
 
 
+def test_a_blob_that_the_disk_cannot_read_is_damaged(blobs, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for name, use in (("Snapshot", blobs.open), ("digest_of", blobs.is_sound)):
+        digest = put(blobs, ARRAYS)
+        os.utime(tmp_path / "blobs" / digest, (1, 1))
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, name, refuse)
+            if name == "Snapshot":
+                with pytest.raises(
+                    DataLoss, match="cannot be read; the file was moved"
+                ):
+                    use(digest)
+            else:
+                assert not use(digest)
+        assert not blobs.has(digest)
+
+
 def test_those_who_have_a_blob_open_share_its_memory(blobs, monkeypatch):
     digest = put(blobs, ARRAYS)
     first = blobs.open(digest)
