@@ -53,17 +53,13 @@ class Blocks:
         Raises:
             Broken: If padding or priority are wrong, or there is too much of it.
         """
-        start, end = 0, len(payload)
-        if flags & frames.PADDED:
-            start, end = 1, end - payload[0]
-        if flags & frames.PRIORITISED:
-            check_dependency(number, payload[start : start + 5])
-            start += 5
-        if start > end:
-            msg = "more padding than headers"
-            raise Broken(msg)
-        self.open_on, self._ends = number, bool(flags & frames.END_STREAM)
-        return self.go_on(flags, payload[start:end])
+        if flags & (frames.PADDED | frames.PRIORITISED):
+            payload = _bare(flags, number, payload)
+        ends = bool(flags & frames.END_STREAM)
+        if flags & frames.END_HEADERS and len(payload) <= self._longest:
+            return payload, ends
+        self.open_on, self._ends = number, ends
+        return self.go_on(flags, payload)
 
     def go_on(self, flags: int, piece: bytes) -> tuple[bytes, bool] | None:
         """Take a CONTINUATION frame.
@@ -138,6 +134,20 @@ class Blocks:
         if not stateful and len(block) <= _REMEMBERED_BYTES:
             self._known[reading, block] = found
         return found
+
+
+def _bare(flags: int, number: int, payload: bytes) -> bytes:
+    """Take padding and priority off."""
+    start, end = 0, len(payload)
+    if flags & frames.PADDED:
+        start, end = 1, end - payload[0]
+    if flags & frames.PRIORITISED:
+        check_dependency(number, payload[start : start + 5])
+        start += 5
+    if start > end:
+        msg = "more padding than headers"
+        raise Broken(msg)
+    return payload[start:end]
 
 
 def _resizes(block: bytes) -> bool:

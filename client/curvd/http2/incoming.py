@@ -27,6 +27,8 @@ CLIENT_HEADER_BYTES = 256 << 10
 """Longest block of headers of a response: an error may name very many tensors."""
 _TINY_BYTES = 64
 """Data that is a glitch if there is more of it to come."""
+_SMALL_BLOCK = 256
+"""Bytes of headers that count as one frame."""
 _BYTES_PER_STEP = 4
 """Decoding so many bytes of headers takes as long as handling a frame."""
 
@@ -151,7 +153,8 @@ class Incoming:
         if whole is None:
             return
         block, ends = whole
-        self._intake.spend(len(block) // _BYTES_PER_STEP)
+        if len(block) > _SMALL_BLOCK:
+            self._intake.spend(len(block) // _BYTES_PER_STEP)
         stream = self.stream
         if stream is not None and stream.number == number:
             self._more_headers(stream, block, ends=ends)
@@ -173,7 +176,9 @@ class Incoming:
             return
         self._settle()
         self.stream = stream = Stream(number, self._first_window, self._share)
-        stream.headers, stream.announced = found, fields.content_length(found)
+        stream.headers = found
+        if "content-length" in found:
+            stream.announced = fields.content_length(found)
         if ends:
             self.ended(stream)
         if stream.reset is None:
@@ -210,7 +215,9 @@ class Incoming:
                     stream, f"an answer that ends with status {found[':status']}"
                 )
             return
-        stream.headers, stream.announced = found, fields.content_length(found)
+        stream.headers = found
+        if "content-length" in found:
+            stream.announced = fields.content_length(found)
         if ends:
             stream.trailers = found
             stream.end()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from curvd.errors import CurvdError
 from curvd.http2 import frames
 from curvd.http2.frames import Code, Kind
-from curvd.http2.rules import check_head
+from curvd.http2.rules import KNOWN, check_head
 from curvd.http2.stream import Broken, Stream
 
 _SCRATCH_BYTES = 1 << 16
@@ -20,7 +20,6 @@ _DIRECT_BYTES = 1 << 12
 _BUFFERED_BYTES = 1 << 19
 """Longest frame without data that is received as a whole: more than all headers that
 any end accepts, so `Blocks` says that they are too many."""
-_KNOWN = frozenset(Kind)
 _MOST_STEPS = 64
 """Frames, pieces of data and reads of the socket in one `pull`."""
 _MOST_BYTES = 4 << 20
@@ -196,14 +195,14 @@ class Intake:
         if here.nbytes < frames.HEAD_BYTES:
             return False
         length, kind, flags, number = frames.read_head(here[: frames.HEAD_BYTES])
-        check_head(kind, flags, number, length)
-        if kind == Kind.DATA:
-            return self._begin_data(here, length, flags, number)
-        if kind not in _KNOWN:  # it is skipped, however long
+        if kind >= KNOWN:  # it is skipped, however long
             self._start += frames.HEAD_BYTES
             self._stream, self._data_ends, self._pad_left = None, False, length
             self._receiver.frame(kind, flags, number, b"")
             return True
+        check_head(kind, flags, number, length)
+        if kind == Kind.DATA:
+            return self._begin_data(here, length, flags, number)
         if length > _BUFFERED_BYTES:
             msg = f"a {Kind(kind).name} frame of {length} bytes"
             raise Broken(msg, Code.ENHANCE_YOUR_CALM)

@@ -12,38 +12,40 @@ from curvd.http2.stream import Broken
 class Shape(NamedTuple):
     """Where a kind of frame belongs, and how long it is."""
 
-    on_stream: bool | None
-    """On a stream, on the connection (stream 0), or either (None)."""
+    on_stream: tuple[bool, ...]
+    """Whether it may be on a stream, on the connection (stream 0), or both."""
     least: int
     most: int
+    needed: int
+    """More than that and nobody needs it: it is a flood."""
+    flags: int = 0
+    """Which of its flags change how long it may be."""
 
 
-_ANY = frames.LONGEST
-_SHAPES = {
-    Kind.DATA: Shape(True, 0, _ANY),
-    Kind.HEADERS: Shape(True, 0, _ANY),
-    Kind.PRIORITY: Shape(True, 5, 5),
-    Kind.RST_STREAM: Shape(True, 4, 4),
-    Kind.SETTINGS: Shape(False, 0, _ANY),
-    Kind.PUSH_PROMISE: Shape(True, 4, _ANY),
-    Kind.PING: Shape(False, 8, 8),
-    Kind.GOAWAY: Shape(False, 8, _ANY),
-    Kind.WINDOW_UPDATE: Shape(None, 4, 4),
-    Kind.CONTINUATION: Shape(True, 0, _ANY),
-}
-_MOST_BYTES = {
-    Kind.SETTINGS: 64 * 6,
-    Kind.GOAWAY: 1 << 14,
-    Kind.PUSH_PROMISE: 1 << 14,
-}
-"""What the protocol allows and nobody needs; more is a flood."""
+_STREAM, _CONNECTION, _EITHER = (True,), (False,), (False, True)
+_ANY, _MUCH = frames.LONGEST, 1 << 14
+_SETTINGS_BYTES = 64 * 6
+_SHAPES = (  # by type, 0 to 9
+    Shape(_STREAM, 0, _ANY, _ANY, frames.PADDED),
+    Shape(_STREAM, 0, _ANY, _ANY, frames.PADDED | frames.PRIORITISED),
+    Shape(_STREAM, 5, 5, 5),
+    Shape(_STREAM, 4, 4, 4),
+    Shape(_CONNECTION, 0, _ANY, _SETTINGS_BYTES, frames.ACK),
+    Shape(_STREAM, 4, _ANY, _MUCH),
+    Shape(_CONNECTION, 8, 8, 8),
+    Shape(_CONNECTION, 8, _ANY, _MUCH),
+    Shape(_EITHER, 4, 4, 4),
+    Shape(_STREAM, 0, _ANY, _ANY),
+)
+KNOWN = len(_SHAPES)
+"""Types of frames from here on are not known, and ignored (section 5.5)."""
 
 
 def check_head(kind: int, flags: int, number: int, length: int) -> None:
     """Check the head of a frame.
 
     Args:
-        kind: Type of the frame; unknown ones may look as they like (section 5.5).
+        kind: Type of the frame, one that is known.
         flags: Its flags.
         number: Its stream.
         length: Bytes of its payload.
@@ -51,26 +53,26 @@ def check_head(kind: int, flags: int, number: int, length: int) -> None:
     Raises:
         Broken: If no such frame may be sent.
     """
-    shape = _SHAPES.get(kind)  # type: ignore[call-overload]
-    if shape is None:
-        return
-    if shape.on_stream is not None and shape.on_stream is not (number > 0):
+    on_stream, least, most, needed, relevant = _SHAPES[kind]
+    if (number > 0) not in on_stream:
         msg = f"a {Kind(kind).name} frame on stream {number}"
         raise Broken(msg)
-    least, most = shape.least, shape.most
-    if kind == Kind.SETTINGS and flags & frames.ACK:
-        most = 0
-    elif kind == Kind.HEADERS and flags & frames.PRIORITISED:
-        least = 5
-    if kind in (Kind.DATA, Kind.HEADERS) and flags & frames.PADDED:
-        least += 1
-    wrong = not least <= length <= most
-    if wrong or (kind == Kind.SETTINGS and length % 6):
+    if flags & relevant:
+        least, most = _with_flags(kind, flags, most)
+    if not least <= length <= most or (kind == Kind.SETTINGS and length % 6):
         msg = f"a {Kind(kind).name} frame of {length} bytes"
         raise Broken(msg, Code.FRAME_SIZE_ERROR)
-    if length > _MOST_BYTES.get(kind, length):  # type: ignore[call-overload]
+    if length > needed:
         msg = f"a {Kind(kind).name} frame of {length} bytes, of which nobody needs so many"
         raise Broken(msg, Code.ENHANCE_YOUR_CALM)
+
+
+def _with_flags(kind: int, flags: int, most: int) -> tuple[int, int]:
+    """Tell how long a frame is whose flags make a difference."""
+    if kind == Kind.SETTINGS:  # an acknowledgement says nothing more
+        return 0, 0
+    prioritised = kind == Kind.HEADERS and flags & frames.PRIORITISED
+    return bool(flags & frames.PADDED) + (5 if prioritised else 0), most
 
 
 def check_setting(name: int, value: int, *, client: bool) -> None:
