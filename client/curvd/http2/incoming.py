@@ -252,16 +252,16 @@ class Incoming:
         self._glitches.add()
         increment = int.from_bytes(payload, "big") & frames.LARGEST_WINDOW
         stream = self.stream
+        if stream is not None and (stream.number != number or stream.over):
+            stream = None
+        if not increment and stream is None:
+            msg = "a window widened by 0 bytes"
+            raise Broken(msg)
         if not number:
-            if not increment:
-                msg = "the connection's window widened by 0 bytes"
-                raise Broken(msg)
             self._outlet.window += increment
             check_window(self._outlet.window, increment)
-        elif stream is None or stream.number != number:
+        elif stream is None:  # it was sent before the peer could know
             self._check_idle(number, "a WINDOW_UPDATE frame")
-        elif stream.over:
-            pass  # it was sent before the peer could know
         elif not increment:
             self._fail(stream, "its window widened by 0 bytes")
         elif stream.window + increment > frames.LARGEST_WINDOW:
