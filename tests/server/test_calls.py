@@ -99,3 +99,20 @@ async def test_the_next_call_waits_for_the_end_of_one_that_was_reset():
         handler.may_end.set()
         await asyncio.wait_for(handler.begun.get(), 30)
     assert handler.begun.empty() and handler.most == 1
+
+
+class Complaining(grpc.GenericRpcHandler):
+    """A method whose error message begins and ends with blanks."""
+
+    def service(self, details):
+        return grpc.unary_unary_rpc_method_handler(self.run)
+
+    async def run(self, request, context):
+        await context.abort(grpc.StatusCode.ABORTED, "  a b ")
+
+
+async def test_blanks_around_a_message_are_encoded():
+    async with linked(Complaining()) as (bare, _):
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(bare, GREETING + call(1))
+        await heard(bare, b"%20%20a b%20")

@@ -26,6 +26,7 @@ _GRPC = "application/grpc"
 _ANSWER = ((":status", "200"), ("content-type", _GRPC))
 _UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
+_BLANKS = re.compile("^ +| +$")
 _PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 """What gRPC leaves as it is in a status message."""
 
@@ -279,6 +280,8 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         trailers.append(("grpc-status", str(self._code.value[0])))
         if self._details:
             message = quote(self._details, safe=_PRINTABLE)
+            # HTTP/2 has no values that begin or end with a blank.
+            message = _BLANKS.sub(lambda found: "%20" * len(found[0]), message)
             trailers.append(("grpc-message", message))
         trailers += self._trailing_text()
         self._link.finish(self._stream, trailers)
