@@ -17,6 +17,7 @@
     │   ├── VersionMismatch         the session holds another parameter version
     │   ├── CurvatureUnverified     no AD mode reproduces finite differences
     │   ├── NotDeterministic        two evaluations of the same objective disagree
+    │   ├── NotFinite               a product of a query is NaN or infinite
     │   └── StillInUse              a session still needs what was to be deleted
     ├── RequestIdReused         the same request id came with other content
     ├── ResourceExhausted       a limit was reached; the message names it
@@ -152,6 +153,10 @@ class CurvatureUnverified(FailedPrecondition):
 
 class NotDeterministic(FailedPrecondition):
     """Two evaluations of the same objective disagree, so no operator is defined."""
+
+
+class NotFinite(FailedPrecondition):
+    """A product of a query is NaN or infinite, so nothing follows from it."""
 
 
 class StillInUse(FailedPrecondition):

@@ -10,7 +10,8 @@ from curvd.choices import Stop, Which
 from curvd_server.queries.band import Band
 from curvd_server.queries.base import Products, drain
 from curvd_server.queries.drift import Drift
-from curvd_server.queries.eigsh import default_basis, eigsh, keep_of
+from curvd_server.queries.eigsh import default_basis, eigsh
+from curvd_server.queries.ritz import keep_of, select
 from curvd_server.queries.vectors import coefficients, dots, norms, orthogonalise
 
 SIZE = 200
@@ -197,6 +198,7 @@ def test_no_more_products_than_scipy_with_its_basis(spectrum, which, tolerance):
                 tolerance=tolerance,
                 basis=21,
                 start=torch.from_numpy(v0)[None],
+                copies=False,  # as SciPy, which does not look for them
             )
         ).products
     assert ours <= 1.02 * theirs
@@ -229,7 +231,7 @@ def test_reported_residuals_are_true_after_many_restarts():
 def test_every_start_vector_is_used_before_any_other_direction():
     A = matrix(SPECTRA["indefinite"])
     exact = torch.linalg.eigh(A)[1][:, -6:].T.contiguous()
-    found = drain(eigsh(products_of(A), 6, start=exact, tolerance=1e-9))
+    found = drain(eigsh(products_of(A), 6, start=exact, tolerance=1e-9, copies=False))
     assert found.products == 6
     dependent = torch.cat((exact[:3], exact[:3], torch.zeros_like(exact[:1])))
     found = drain(eigsh(products_of(A), 3, start=dependent, tolerance=1e-2))
@@ -270,3 +272,98 @@ def test_long_vectors_are_summed_in_double_precision(monkeypatch):
     assert float((basis @ rest).abs().max()) < 1e-6
     np.testing.assert_allclose(weights.float() @ basis + rest, before, atol=1e-5)
     assert math.isclose(float(norms(torch.zeros(3))), 0.0)
+
+
+N = 120
+MULTIPLE = {
+    "triples": np.repeat(1 / np.arange(1, 41.0), 3),
+    "copies of the last but one": np.r_[
+        np.linspace(-1, 1, N - 7), 2, 1.9, 1.8, 1.15, 1.15, 1.15, 1.12
+    ],
+    "both ends": np.r_[
+        np.linspace(-0.5, 0.5, N - 8), [1, 1, -1, -1, 0.8, 0.8, -0.8, -0.8]
+    ],
+    "null space": np.r_[np.repeat(np.logspace(0, -3, 10), 3), np.zeros(N - 30)],
+    "clusters": np.r_[
+        np.linspace(-1, 1, N - 6), 1.5 + 1e-8 * np.arange(3), 1.2 + 1e-4 * np.arange(3)
+    ],
+    "identity": np.ones(N),
+    "zero": np.zeros(N),
+}
+
+
+def assert_right(found, values, k, which, tolerance):
+    exact = np.sort(values)
+    exact = exact[np.sort(select(exact, k, which))][::-1]
+    got = np.array(found.values)
+    if which is Which.LARGEST_MAGNITUDE:  # of equal ones, signs are free
+        exact, got = -np.sort(-np.abs(exact)), -np.sort(-np.abs(got))
+    np.testing.assert_allclose(got, exact, rtol=2 * tolerance, atol=1e-9)
+
+
+@pytest.mark.parametrize(("basis", "tolerance"), [(None, 1e-6), (20, 1e-3)])
+@pytest.mark.parametrize("which", Which)
+@pytest.mark.parametrize("spectrum", MULTIPLE)
+def test_copies_are_found_or_the_query_has_not_converged(
+    spectrum, which, basis, tolerance
+):
+    A = matrix(MULTIPLE[spectrum])
+    for k in (2, 6):
+        found = drain(
+            eigsh(
+                products_of(A, limit=400),
+                k,
+                which=which,
+                basis=basis,
+                tolerance=tolerance,
+            )
+        )
+        gram = found.vectors @ found.vectors.T
+        np.testing.assert_allclose(gram, np.eye(k), atol=1e-12)
+        values = torch.tensor(found.values, dtype=A.dtype)[:, None]
+        rest = found.vectors @ A - values * found.vectors
+        true = torch.linalg.vector_norm(rest, dim=1)
+        np.testing.assert_allclose(found.residuals, true, rtol=1e-3, atol=1e-12)
+        if found.stopped is Stop.CONVERGED:
+            assert_right(found, MULTIPLE[spectrum], k, which, tolerance)
+        else:  # lower ends that 20 vectors hardly resolve
+            assert (spectrum in {"triples", "null space"}) and basis == 20
+
+
+def test_a_query_that_runs_out_while_it_looks_for_copies_has_not_converged():
+    A = matrix(MULTIPLE["copies of the last but one"])
+    free = drain(eigsh(products_of(A), 4, copies=False)).products
+    whole = drain(eigsh(products_of(A), 4)).products
+    assert free < whole
+    for limit in (free, whole - 1):
+        found = drain(eigsh(products_of(A, limit=limit), 4))
+        assert found.stopped is Stop.PRODUCTS
+        assert found.products == limit
+    assert drain(eigsh(products_of(A, limit=whole), 4)).stopped is Stop.CONVERGED
+
+
+def test_a_start_that_is_the_wrong_eigenvector_misleads_nobody():
+    A = matrix(SPECTRA["outliers"])
+    wrong = torch.linalg.eigh(A)[1][:, -4:-2].T.contiguous()
+    for k, start in ((1, wrong[:1]), (1, wrong), (2, wrong)):
+        found = drain(eigsh(products_of(A), k, start=start))
+        assert found.stopped is Stop.CONVERGED
+        np.testing.assert_allclose(found.values, [20, 10][:k], rtol=1e-6)
+
+
+def test_copies_of_a_float32_map_are_found():
+    for seed in range(5):
+        A = matrix(MULTIPLE["triples"], seed).float()
+        for which in (Which.LARGEST, Which.BOTH):
+            found = drain(
+                eigsh(products_of(A, limit=600), 4, which=which, tolerance=1e-3)
+            )
+            assert found.stopped is Stop.CONVERGED
+            assert_right(found, MULTIPLE["triples"], 4, which, 1e-3)
+
+
+def test_one_pair_needs_no_search():
+    A = matrix(SPECTRA["indefinite"])
+    for which in (Which.LARGEST, Which.SMALLEST, Which.LARGEST_MAGNITUDE):
+        plain = drain(eigsh(products_of(A), 1, which=which, copies=False))
+        assert drain(eigsh(products_of(A), 1, which=which)).products == plain.products

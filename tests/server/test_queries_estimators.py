@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from curvd.choices import Estimator, Stop
+from curvd.choices import Estimator, Solver, Stop
+from curvd.errors import NotFinite
 from curvd_server.queries.base import Products, drain
 from curvd_server.queries.density import spectral_density
 from curvd_server.queries.diagonal import diagonal
+from curvd_server.queries.eigsh import eigsh
 from curvd_server.queries.logdet import logdet
 from curvd_server.queries.norm import frobenius_norm
 from curvd_server.queries.sampling import Target
+from curvd_server.queries.solve import solve
 from curvd_server.queries.trace import trace
 
 SIZE = 80
@@ -84,11 +87,11 @@ def test_traces_of_low_rank_maps_are_exact_once_the_sketch_spans_them(estimator)
         assert found.standard_error < 1e-6 * found.value
 
 
-def test_xdiag_is_exact_when_the_sketch_spans_everything():
+def test_diagonals_of_small_maps_are_read_off_all_columns():
     A = matrix(size=12)
     found = drain(diagonal(products_of(A), target=Target(samples=100)))
     np.testing.assert_allclose(found.values, A.diagonal(), atol=1e-12)
-    assert found.products == 24
+    assert found.products == 12
 
 
 def test_xdiag_equals_its_definition():
@@ -260,3 +263,85 @@ def test_the_jackknife_of_xtrace_equals_its_definition():
         without.append(np.mean(values))
     expected = math.sqrt(5 / 6 * np.sum((np.array(without) - mean) ** 2))
     assert sketch.jackknife_error(mean) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "query",
+    [
+        lambda p: trace(p, estimator=Estimator.HUTCHINSON, target=Target(samples=40)),
+        lambda p: trace(p, estimator=Estimator.HUTCHPP, target=Target(samples=40)),
+        lambda p: trace(p, target=Target(samples=40)),
+        lambda p: diagonal(p, target=Target(samples=40)),
+        lambda p: diagonal(
+            p, estimator=Estimator.HUTCHINSON, target=Target(samples=40)
+        ),
+        lambda p: frobenius_norm(p, target=Target(samples=40)),
+        lambda p: spectral_density(p, samples=9, steps=9),
+        lambda p: logdet(p, damping=10.0, target=Target(samples=9), steps=9),
+        lambda p: eigsh(p, 3),
+        lambda p: solve(p, torch.ones(1, p.size, dtype=p.dtype), damping=1.0),
+        lambda p: solve(p, torch.ones(1, p.size, dtype=p.dtype), solver=Solver.MINRES),
+    ],
+)
+def test_products_that_are_not_finite_end_a_query_with_a_typed_error(query, value):
+    A = matrix()
+    for last in (0, 1):  # from the first product on, or later
+        left = [last]
+
+        def multiply(V, left=left):
+            left[0] -= len(V)
+            return V @ A if left[0] >= 0 else torch.full_like(V, value)
+
+        products = Products(multiply, size=SIZE, dtype=A.dtype)
+        with pytest.raises(NotFinite, match="of the query is"):
+            drain(query(products))
+
+
+@pytest.mark.parametrize("rank", [1, 3, 9])
+@pytest.mark.parametrize("touched", [12, SIZE])
+@pytest.mark.parametrize("estimator", [Estimator.EXCHANGEABLE, Estimator.HUTCHPP])
+def test_a_sketch_that_spans_the_range_is_exact_to_rounding(estimator, touched, rank):
+    generator = torch.Generator().manual_seed(rank)
+    vectors = torch.zeros(rank, SIZE, dtype=torch.float64)
+    vectors[:, :touched] = torch.randn(
+        rank, touched, generator=generator, dtype=torch.float64
+    )
+    A = vectors.T @ vectors
+    for seed in range(20):
+        target = Target(samples=60)
+        found = drain(
+            trace(products_of(A), estimator=estimator, target=target, seed=seed)
+        )
+        assert abs(found.value - float(A.trace())) <= found.half_width
+        assert found.half_width < 1e-12 * found.value
+        read = drain(diagonal(products_of(A), target=target, seed=seed))
+        reach = read.quantile * read.standard_errors
+        assert ((read.values - A.diagonal()).abs() <= reach).all()
+        assert float(reach.max()) < 1e-12 * float(A.diagonal().max())
+
+
+@pytest.mark.parametrize("size", [1, 2, 15, 81])
+def test_estimates_of_zero_are_zero_without_an_error(size):
+    A = torch.zeros(size, size, dtype=torch.float64)
+    for estimator in Estimator:
+        found = drain(
+            trace(products_of(A), estimator=estimator, target=Target(samples=40))
+        )
+        assert (found.value, found.half_width) == (0.0, 0.0)
+    norm = drain(frobenius_norm(products_of(A), target=Target(samples=40)))
+    assert (norm.value, norm.half_width) == (0.0, 0.0)
+    for estimator in (Estimator.HUTCHINSON, Estimator.EXCHANGEABLE):
+        read = drain(
+            diagonal(products_of(A), estimator=estimator, target=Target(samples=40))
+        )
+        assert not read.values.any()
+        assert not read.standard_errors.any()
+
+
+def test_signs_that_coincide_on_few_coordinates_do_not_pass_for_an_exhausted_range():
+    A = torch.zeros(SIZE, SIZE, dtype=torch.float64)
+    A[:2, :2] = torch.tensor([[3.0, 1.0], [1.0, -2.0]])
+    for seed in range(40):
+        found = drain(trace(products_of(A), target=Target(samples=60), seed=seed))
+        assert found.value == pytest.approx(1.0, abs=1e-9)

@@ -92,7 +92,7 @@ def test_warm_start_follows_a_changing_matrix_in_fewer_products():
     again = drain(eigsh(products_of(A + drift), 3, tolerance=1e-3))
     warm = drain(eigsh(products_of(A + drift), 3, tolerance=1e-3, start=cold.vectors))
     np.testing.assert_allclose(warm.values, again.values, rtol=1e-5)
-    assert warm.products <= 4 < again.products
+    assert warm.products <= 15 < again.products
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,8 @@ Floats = NDArray[np.float64]
 
 _WINDOW = 16
 """Rows that are orthogonalised together, at most."""
+_WIDER = 2
+"""Room for pending directions grows by so many."""
 _DRIFT = 1e-2
 """Up to here the drift is forecast safely; one half would still be put right."""
 
@@ -60,6 +62,8 @@ class Band:
         start: [s, P] First directions, any scale; None: one random direction.
         seed: Of random directions.
         window: Rows that are orthogonalised together, at most; 1: each by itself.
+        beside: [m, P] Orthonormal: the map is that of their complement, which all rows
+            are kept in.
     """
 
     def __init__(
@@ -69,9 +73,11 @@ class Band:
         start: Tensor | None,
         seed: int,
         window: int = _WINDOW,
+        beside: Tensor | None = None,
     ) -> None:
         self._products, self._seed, self._drawn = products, seed, 0
         width = 1 if start is None else len(start)
+        self._beside = products.empty(0) if beside is None else beside
         self._rows = products.empty(size + width)
         """Q above N."""
         self._h, self._c = np.zeros((size, size)), np.zeros((width, size))
@@ -85,6 +91,11 @@ class Band:
         self._drift = Drift(self.eps)
         for vector in start if start is not None else ():
             self._put(vector)
+
+    @property
+    def rows(self) -> Tensor:
+        """Q above N: [c + b, P]."""
+        return self._rows[: self.count + self.pending]
 
     @property
     def h(self) -> Floats:
@@ -114,6 +125,17 @@ class Band:
             self._ends = float(values[0]), float(values[-1])
         return values, turn
 
+    def adopt(self, vector: Tensor) -> None:
+        """Make what a vector adds to the basis the first pending direction.
+
+        Args:
+            vector: [P].
+        """
+        self.settle()
+        self._put(vector)
+        pending = self._rows[self.count : self.count + self.pending]
+        self.aim(coefficients(pending, vector).cpu().numpy())
+
     def grow(self) -> None:
         """Move the first pending direction, or a random one, into the basis."""
         if not self.pending:
@@ -121,6 +143,7 @@ class Band:
         n, b = self.count, self.pending
         product = self._rows[n + b]
         product.copy_(self._products(self._rows[n : n + 1])[0])
+        orthogonalise(self._beside, product)
         # The latest rows hold nearly all of a Lanczos product: without them one pass
         # over the whole basis is enough, and often none.
         near = self._rows[max(0, n - 1) : n + b + 1]
@@ -230,6 +253,8 @@ class Band:
         self._c[self.pending - 1, n] = rest * unit
         if rest > 4 * self.eps * self.scale:
             row /= after.to(row.dtype)
+            # What rounding left in the row would grow with every step.
+            orthogonalise(self._beside, row)
         else:
             self.pending -= 1  # the space is invariant in this direction
         self._settled = self.count + self.pending
@@ -301,18 +326,26 @@ class Band:
     def _put(self, vector: Tensor) -> None:
         """Make a direction pending, unless it is known."""
         n = self.count + self.pending
+        if self.pending == len(self._c):
+            self._widen()
         place = self._rows[n]
         place.copy_(vector)
         length = norms(place)
         if not length > 0:
             return
         place /= length.to(place.dtype)
+        orthogonalise(self._beside, place)
         _, left = orthogonalise(self._rows[:n], place)
         if left > 100 * self.eps:
             place /= left.to(place.dtype)
             self._c[self.pending] = 0.0
             self.pending += 1
             self._settled = self.count + self.pending
+
+    def _widen(self) -> None:
+        """Make room for more pending directions."""
+        self._rows = torch.cat((self._rows, self._products.empty(_WIDER)))
+        self._c = np.r_[self._c, np.zeros((_WIDER, self.size))]
 
     def _random(self) -> Tensor:
         self._drawn += 1

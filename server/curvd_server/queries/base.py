@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from curvd.choices import Stop
+from curvd.errors import NotFinite
 
 R = TypeVar("R")
 
@@ -71,10 +73,26 @@ class Products:
 
         Returns:
             AV: [K, P].
+
+        Raises:
+            NotFinite: If an element is NaN or infinite.
         """
         result = self._multiply(V)
         self.done += len(V)
+        if not torch.isfinite(result).all():
+            kind = "NaN" if torch.isnan(result).any() else "infinite"
+            msg = (
+                f"product {self.done} of the query is {kind}: at these parameters the "
+                "operator is not defined, or overflows its type; check the parameters "
+                "(did training diverge?), or make the session with dtype='F64'"
+            )
+            raise NotFinite(msg, product=self.done)
         return result
+
+    @property
+    def rounding(self) -> float:
+        """Relative rounding of inner products of vectors, products among them."""
+        return 4 * torch.finfo(self.dtype).eps * (2 + math.sqrt(self.size))
 
     @property
     def vector_bytes(self) -> int:

@@ -15,6 +15,7 @@ from curvd_server.queries.probes import probes
 from curvd_server.queries.sampling import LEAST_SAMPLES, Target
 from curvd_server.queries.sketch import Sketch
 from curvd_server.queries.vectors import norms
+from curvd_server.queries.whole import is_small, matrix, rounding_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,9 @@ class DiagonalResult:
     @property
     def quantile(self) -> float:
         """The 95 % interval of an element in standard errors to either side."""
-        return student_975(self.samples - 1) if self.samples > 1 else math.inf
+        if not self.standard_errors.isfinite().all():
+            return math.inf
+        return student_975(max(1, self.samples - 1))
 
     @property
     def relative_error(self) -> float:
@@ -68,8 +71,21 @@ def diagonal(
     Returns:
         The diagonal.
     """
+    if is_small(products, target):
+        return _whole(products, block)
     method = xdiag if estimator is Estimator.EXCHANGEABLE else hutchinson_diagonal
     return method(products, target=target, seed=seed, block=block)
+
+
+def _whole(products: Products, block: int) -> Query[DiagonalResult]:
+    """Read the diagonal off all columns."""
+    A = yield from matrix(products, block)
+    moments = _Moments(products)
+    if A is None:
+        return moments.result(products.refusal() or Stop.TIME)
+    moments.count = products.size
+    moments.exact(A.diagonal().clone(), rounding_of(products, A).to(A))
+    return moments.result(Stop.CONVERGED)
 
 
 def hutchinson_diagonal(
@@ -165,8 +181,15 @@ def _exchanged(products: Products, sketch: Sketch) -> _Moments:
         rest = sketch.y[i] - inner[:, i] @ sketch.q
         moments.add(whole - lost + sketch.w[i] * rest)
     if sketch.complete:
-        moments.exact(whole)
+        moments.exact(whole, _rounding(products, sketch))
     return moments
+
+
+def _rounding(products: Products, sketch: Sketch) -> Tensor:
+    """Bound what rounding may do to the elements of ``diag(QQ'A)``: [P]."""
+    return products.rounding * (
+        sketch.q.abs() * norms(sketch.z).to(sketch.q)[:, None]
+    ).sum(0)
 
 
 class _Moments:
@@ -176,6 +199,7 @@ class _Moments:
         self._products = products
         self._mean = products.empty().zero_()
         self._square = products.empty().zero_()
+        self._exact_error: Tensor | None = None
         self.count = 0
         self.inflation = 1.0
         """What standard errors are multiplied by, for samples that are correlated."""
@@ -186,10 +210,12 @@ class _Moments:
         self._mean += difference / self.count
         self._square += difference * (sample - self._mean)
 
-    def exact(self, values: Tensor) -> None:
-        self._mean, self._square = values, torch.zeros_like(values)
+    def exact(self, values: Tensor, error: Tensor) -> None:
+        self._mean, self._exact_error = values, error
 
     def errors(self) -> Tensor:
+        if self._exact_error is not None:
+            return self._exact_error
         if self.count < 2:
             return torch.full_like(self._mean, math.inf)
         variance = self._square / (self.count * (self.count - 1))

@@ -18,9 +18,17 @@ from torch import Tensor
 from curvd.choices import Stop, Which
 from curvd_server.queries.band import Band, Floats
 from curvd_server.queries.base import Products, Progress, Query
+from curvd_server.queries.copies import Converged, Edge, missing
+from curvd_server.queries.ritz import keep_of, select
 
 _SMALL_BYTES = 64 << 20
 _SMALL_BASIS = 256
+_SEARCH = 32
+_NOISE = 1e3
+"""What rounding brings in of missing eigenvectors is less than so many roundings
+relative to the residual of the best pair."""
+_INVARIANT = 1e-2
+"""Largest part of a missing eigenvector in what a search leaves out."""
 _OFTEN = 64
 """Above this many columns not every step looks at the Ritz pairs: that costs c^3."""
 
@@ -62,6 +70,18 @@ def default_basis(k: int, size: int, vector_bytes: int) -> int:
     return min(size, max(2 * k + 20, fitting))
 
 
+def search_basis(vector_bytes: int) -> int:
+    """Choose how many vectors a search for missing eigenvectors holds.
+
+    Args:
+        vector_bytes: Memory of a vector.
+
+    Returns:
+        32, or as many as fit 64 MiB, but no more than 256.
+    """
+    return max(_SEARCH, min(_SMALL_BASIS, _SMALL_BYTES // max(1, vector_bytes)))
+
+
 def eigsh(
     products: Products,
     k: int,
@@ -71,6 +91,7 @@ def eigsh(
     basis: int | None = None,
     start: Tensor | None = None,
     seed: int = 0,
+    copies: bool = True,
 ) -> Query[EigshResult]:
     """Compute k extremal eigenpairs of a symmetric map.
 
@@ -84,7 +105,8 @@ def eigsh(
             `default_basis`.
         start: [s, P] Vectors that are near the wanted ones, any scale; the memory is
             that of ``basis + s`` vectors.
-        seed: Of the random start vector.
+        seed: Of random vectors.
+        copies: Whether to search for what the start vectors cannot see.
 
     Yields:
         Ritz values, and their residuals.
@@ -97,25 +119,54 @@ def eigsh(
     band = Band(products, size, None if start is None else start[: size - 1], seed)
     pairs = _Pairs.of(band, k, which, tolerance)
     given = band.pending
-    iterations = restarts = 0
-    while True:
-        stopped = products.refusal() if band.count else None
-        if stopped is not None or band.count == size:
-            band.settle()
-        complete = band.count == products.size
-        if stopped is not None or complete or _due(band):
-            pairs = _Pairs.of(band, k, which, tolerance)
-            if pairs.done(k) and not band.settled:
-                band.settle()
-                pairs = _Pairs.of(band, k, which, tolerance)
-            if complete or pairs.done(k):
-                stopped = Stop.CONVERGED
-        yield Progress(
+    found: list[Tensor] = []
+    iterations = restarts = searches = cost = 0
+
+    def progress() -> Progress:
+        return Progress(
             iteration=iterations,
             products=products.done,
             estimates=tuple(pairs.values.tolist()),
             residuals=tuple(pairs.residuals.tolist()),
         )
+
+    while True:
+        stopped = products.refusal() if band.count else None
+        if stopped is not None or band.count == size:
+            band.settle()
+        complete = band.count == products.size
+        looked = stopped is not None or complete or _due(band)
+        if looked:
+            pairs = _Pairs.of(band, k, which, tolerance)
+            if pairs.converged(k) and not band.settled:
+                band.settle()
+                pairs = _Pairs.of(band, k, which, tolerance)
+        yield progress()
+        if complete:
+            stopped = Stop.CONVERGED
+        elif looked and not found and (good := pairs.converged(k)):
+            edges = good.edges(which, generic=start is None) if copies else []
+            if not edges:
+                stopped = Stop.CONVERGED
+            elif size < products.size or products.size - band.count > cost:
+                cost = -products.done
+                more = yield from missing(
+                    products,
+                    pairs.known(band, edges, first=not searches),
+                    edges,
+                    tolerance=tolerance,
+                    size=search_basis(products.vector_bytes),
+                    seed=seed,
+                    turn=searches,
+                    progress=progress,
+                )
+                searches, cost = searches + 1, cost + products.done
+                if more is None:
+                    stopped = products.refusal()
+                elif len(more):
+                    found = list(more)
+                else:
+                    stopped = Stop.CONVERGED
         if stopped is not None:
             break
         if band.pending > 1 and iterations >= given and pairs.open.any():
@@ -123,6 +174,8 @@ def eigsh(
         if band.count == size:
             band.shrink(pairs.kept(k, which))
             restarts += 1
+        if found:
+            band.adopt(found.pop())
         band.grow()
         iterations += 1
     return EigshResult(
@@ -160,6 +213,8 @@ class _Pairs:
     hardest: int
     """The open pair that converges last."""
     asymmetry: float
+    ranked: NDArray[np.intp]
+    """[k] Which of all Ritz values they are."""
     all: tuple[Floats, Floats]
     """[c] All Ritz values, ascending, and [c, c] their coefficients."""
 
@@ -184,73 +239,35 @@ class _Pairs:
             open=open_,
             hardest=int(np.flatnonzero(order == late[-1])[0]) if late else 0,
             asymmetry=asymmetry,
+            ranked=ranked,
             all=(ritz, turns),
         )
 
-    def done(self, k: int) -> bool:
-        """Say whether all that were wanted have converged."""
-        return len(self.values) == k and not self.open.any()
+    def converged(self, k: int) -> Converged | None:
+        """Return the wanted pairs, once all have converged."""
+        if len(self.values) < k or self.open.any():
+            return None
+        return Converged(self.values, self.residuals, self.wanted)
+
+    def known(self, band: Band, edges: list[Edge], *, first: bool) -> Tensor:
+        """Choose what a search need not see again: [m, P].
+
+        All rows, as long as missing eigenvectors are orthogonal to them. Rounding
+        brings them in, by as much as it keeps wanted pairs from being better. Then only
+        what is nearly invariant is certain to be orthogonal.
+        """
+        brought = _NOISE * band.eps * band.scale / max(self.residuals.min(), 1e-300)
+        if first and brought <= _INVARIANT / 10:
+            return band.rows
+        ritz, turns = self.all
+        far = np.min([np.abs(ritz - edge.value) for edge in edges], axis=0)
+        enough = _INVARIANT / (min(1.0, brought) if first else 1.0)
+        sure = band.residuals(turns, ritz) <= enough * far
+        sure[self.ranked] = True
+        return band.combine(turns[:, sure])
 
     def kept(self, k: int, which: Which) -> Floats:
         """Choose the Ritz vectors that survive a restart: [c, l]."""
         ritz, turns = self.all
-        return turns[:, keep_of(ritz, k, which, self.values[self.open])]
-
-
-def select(values: Floats, k: int, which: Which) -> NDArray[np.intp]:
-    """Choose k of ascending values, the one that converges first first.
-
-    Args:
-        values: [m], ascending.
-        k: How many; all if there are fewer.
-        which: Which end.
-
-    Returns:
-        Indices.
-    """
-    order = np.arange(len(values))
-    if which is Which.SMALLEST:
-        ranked = order
-    elif which is Which.LARGEST:
-        ranked = order[::-1]
-    elif which is Which.LARGEST_MAGNITUDE:
-        ranked = np.argsort(-np.abs(values), kind="stable")
-    else:
-        # Alternately from the top and the bottom; an odd k takes one more at the top.
-        ends = np.empty(len(values), dtype=np.intp)
-        ends[0::2] = order[::-1][: (len(values) + 1) // 2]
-        ends[1::2] = order[: len(values) // 2]
-        ranked = ends
-    return ranked[:k]
-
-
-def keep_of(values: Floats, k: int, which: Which, goals: Floats) -> NDArray[np.intp]:
-    """Choose the Ritz vectors that survive a restart.
-
-    To keep more widens the gap between a goal and what is left to be told apart from
-    it, to keep fewer leaves more steps until the next restart. A cycle damps by a
-    Chebyshev polynomial over the interval of what is left, which grows by
-    ``exp(degree * arccosh(1 + 2 gap / width))`` at a goal; the largest exponent wins
-    (Yamazaki, Bai, Simon, Wang & Wu, ACM Trans. Math. Softw. 37, 2010). Outliers at
-    the far end are better met by a root each than by a wider interval.
-
-    Args:
-        values: [m], ascending.
-        k: Wanted pairs.
-        which: Which end.
-        goals: Values of the wanted pairs that have not converged.
-
-    Returns:
-        Indices of at least k, fewer than m - 1.
-    """
-    m = len(values)
-    ranked = select(values, m, which)
-
-    def exponent(kept: int) -> float:
-        far = np.sort(np.abs(values[ranked[kept:]] - goals[:, None]))[:, ::-1]
-        gap, degree = far[:, -1:], np.arange(m - kept, 1, -1)
-        width = np.maximum(far[:, :-1] - gap, np.finfo(np.float64).tiny)
-        growth = degree * np.arccosh(1 + 2 * gap / width)
-        return float(growth.max(axis=1).min())
-
-    return ranked[: max(range(k, max(k + 1, m - 1)), key=exponent)]
+        goals = self.values[self.open] if self.open.any() else self.values
+        return turns[:, keep_of(ritz, k, which, goals)]

@@ -23,18 +23,35 @@ class Mean:
     """Half the width of a 95 % interval; skewness and few samples widen it."""
 
 
-def mean_of(samples: list[float]) -> Mean:
+def mean_of(samples: list[float], rounding: float = 0.0) -> Mean:
     """Average independent samples.
 
     Args:
         samples: At least one; errors are infinite below two.
+        rounding: Of a sample, relative to the largest: errors are no smaller.
 
     Returns:
         Mean, standard error, and 95 % half width.
     """
     value = math.fsum(samples) / len(samples)
     error, width = uncertainty(samples)
-    return Mean(value, float(error), float(width))
+    mean = Mean(value, float(error), float(width))
+    return widened(mean, rounding * max(map(abs, samples)))
+
+
+def widened(mean: Mean, least: float) -> Mean:
+    """Let no error be smaller than rounding.
+
+    Args:
+        mean: Of samples.
+        least: Absolute rounding.
+
+    Returns:
+        The same value, with no smaller errors.
+    """
+    return Mean(
+        mean.value, max(mean.standard_error, least), max(mean.half_width, least)
+    )
 
 
 def uncertainty(samples: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:

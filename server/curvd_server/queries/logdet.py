@@ -9,7 +9,7 @@ import numpy as np
 
 from curvd.choices import Distribution, Stop
 from curvd_server.queries.base import Products, Progress, Query
-from curvd_server.queries.intervals import Mean, mean_of
+from curvd_server.queries.intervals import Mean, mean_of, widened
 from curvd_server.queries.lanczos import quadratures
 from curvd_server.queries.probes import probes
 from curvd_server.queries.sampling import LEAST_SAMPLES, Estimate, Target
@@ -54,7 +54,7 @@ def logdet(
         the damped map is not positive definite.
     """
     values: list[float] = []
-    smallest = math.inf
+    smallest, rounding = math.inf, 0.0
     stopped = Stop.CONVERGED
     while len(values) < target.samples:
         indices = range(len(values), min(target.samples, len(values) + block))
@@ -74,10 +74,17 @@ def logdet(
         if smallest <= 0:
             stopped, values = Stop.NEGATIVE_CURVATURE, []
             break
+        # Relative to the largest logarithm, which others may cancel.
+        rounding = max(
+            rounding,
+            products.rounding
+            * products.size
+            * max(float(np.abs(np.log(q.nodes + damping)).max()) for q in found),
+        )
         values += [
             products.size * float(q.weights @ np.log(q.nodes + damping)) for q in found
         ]
-        mean = mean_of(values)
+        mean = widened(mean_of(values), rounding)
         yield Progress(
             iteration=len(values),
             products=products.done,
@@ -86,7 +93,11 @@ def logdet(
         )
         if len(values) >= LEAST_SAMPLES and target.reached(mean):
             break
-    mean = mean_of(values) if values else Mean(math.nan, math.inf, math.inf)
+    mean = (
+        widened(mean_of(values), rounding)
+        if values
+        else Mean(math.nan, math.inf, math.inf)
+    )
     return LogDetResult(
         value=mean.value,
         standard_error=mean.standard_error,

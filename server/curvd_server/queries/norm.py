@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
+
 from curvd_server.queries.base import Products, Query
 from curvd_server.queries.sampling import Estimate, Target, sample_mean
 from curvd_server.queries.vectors import norms
+from curvd_server.queries.whole import is_small, number_of
 
 
 def frobenius_norm(
@@ -25,12 +28,18 @@ def frobenius_norm(
         seed: Of the probes.
         block: Probes multiplied together.
 
-    Yields:
-        The norm and its standard error.
-
     Returns:
         The norm.
     """
+    if is_small(products, target):
+        return number_of(products, block, torch.linalg.matrix_norm)
+    return _sampled(products, target, seed, block)
+
+
+def _sampled(
+    products: Products, target: Target, seed: int, block: int
+) -> Query[Estimate]:
+    """Estimate it from random probes."""
     query = sample_mean(
         products,
         lambda _, AW: (norms(AW) ** 2).tolist(),

@@ -98,7 +98,7 @@ def sample_mean(
         )
         W = project(W)
         values += sample(W, products(W))
-        mean = mean_of(values)
+        mean = mean_of(values, products.rounding)
         yield Progress(
             iteration=len(values),
             products=products.done,
@@ -108,7 +108,11 @@ def sample_mean(
         shifted = Mean(mean.value + shift, mean.standard_error, mean.half_width)
         if len(values) >= LEAST_SAMPLES and target.reached(shifted):
             break
-    mean = mean_of(values) if values else Mean(math.nan, math.inf, math.inf)
+    mean = (
+        mean_of(values, products.rounding)
+        if values
+        else Mean(math.nan, math.inf, math.inf)
+    )
     return Estimate(
         value=mean.value + shift,
         standard_error=mean.standard_error,

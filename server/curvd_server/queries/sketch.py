@@ -10,7 +10,12 @@ from torch import Tensor
 from curvd.choices import Distribution
 from curvd_server.queries.base import Products
 from curvd_server.queries.probes import probes
-from curvd_server.queries.vectors import dots
+from curvd_server.queries.vectors import dots, norms, orthogonalise
+
+_CHECKS = 1 << 32
+"""Index of the first probe that checks whether a range is exhausted."""
+_SPANNED = 1e-8
+"""Leverage below one by more: other probes span a probe's product as well."""
 
 
 class Sketch:
@@ -29,7 +34,10 @@ class Sketch:
         self.w, self.y, self.q, self.z = (products.empty(0) for _ in range(4))
         """[k, P] each, columns first."""
         self.r = torch.empty(0, 0, dtype=torch.float64)
-        """[k, k], upper triangular."""
+        """[k, k], upper triangular. A row of Q, of Z and of R is zero where a probe's
+        product adds nothing to Q."""
+        self.complete = False
+        """Whether Q spans the range of the map, so that ``tr(Q'AQ)`` is the trace."""
 
     @property
     def count(self) -> int:
@@ -37,30 +45,31 @@ class Sketch:
         return len(self.w)
 
     @property
-    def complete(self) -> bool:
-        """Whether Q spans everything, so that ``tr(Q'AQ)`` is the trace."""
-        return self.count >= self._products.size
+    def rounding(self) -> float:
+        """What rounding may do to ``tr(Q'AQ)``."""
+        return self._products.rounding * float(norms(self.z).sum())
 
     def grow(self, columns: int) -> None:
-        """Add probes, at two products each.
+        """Add probes, at two products each, or one that adds nothing to Q.
 
         Args:
-            columns: How many; cut to what is left of the space.
+            columns: How many.
         """
         products, old = self._products, self.count
-        columns = min(columns, products.size - old)
-        indices = range(old, old + columns)
         W = probes(
             Distribution.RADEMACHER,
             self._seed,
-            indices,
+            range(old, old + columns),
             products.size,
             dtype=products.dtype,
             device=products.device,
         )
         Y = products(W)
         Q, r = self._orthonormal(Y)
-        Z = products(Q)
+        Z = torch.zeros_like(Q)
+        new = r[old:].diagonal() > 0
+        if new.any():
+            Z[new] = products(Q[new])
         total = old + columns
         grown = torch.zeros(total, total, dtype=torch.float64)
         grown[:old, :old] = self.r
@@ -70,6 +79,33 @@ class Sketch:
         self.y = torch.cat((self.y, Y))
         self.q = torch.cat((self.q, Q))
         self.z = torch.cat((self.z, Z))
+        self._settle(all_new=bool(new.all()))
+
+    def _settle(self, *, all_new: bool) -> None:
+        """Find out whether Q spans the range.
+
+        A product that adds nothing to Q suggests it. Signs may coincide on the few
+        coordinates that a map touches, so one normal probe, which does not, decides.
+
+        Args:
+            all_new: Whether all products have added something.
+        """
+        products = self._products
+        if int((self.r.diagonal() > 0).sum()) >= products.size:
+            self.complete = True
+        elif not all_new and products.refusal() is None:
+            g = probes(
+                Distribution.NORMAL,
+                self._seed,
+                [_CHECKS + self.count],
+                products.size,
+                dtype=products.dtype,
+                device=products.device,
+            )
+            image = products(g)[0]
+            length = norms(image)
+            _, left = orthogonalise(self.q, image)
+            self.complete = bool(left <= self._tiny * length)
 
     def without(self, V: Tensor) -> Tensor:
         """Project onto the complement of Q.
@@ -100,15 +136,15 @@ class Sketch:
         Returns:
             S: [k, k], float64, one s per column.
         """
-        r = self.r.clone()
-        diagonal = r.diagonal()
-        # A probe that adds nothing has a zero here; any tiny number will do.
-        tiny = torch.finfo(torch.float64).eps * diagonal.abs().max().clamp_min(1e-300)
-        diagonal[diagonal.abs() < tiny] = tiny
-        identity = torch.eye(len(r), dtype=torch.float64)
-        s: Tensor = torch.linalg.solve_triangular(r.T, identity, upper=False)
-        lengths: Tensor = torch.linalg.vector_norm(s, dim=0)
-        return s / lengths
+        # R' = UT; of R's pseudoinverse, row i is orthogonal to all columns of R but i.
+        new = self.r.diagonal() > 0
+        u, t = torch.linalg.qr(self.r[new].T)
+        found = torch.zeros_like(self.r)
+        found[new] = torch.linalg.solve_triangular(t, u.T, upper=True)
+        # A probe whose product the others span, too, contributes nothing.
+        alone = (u**2).sum(dim=1) > 1 - _SPANNED
+        lengths = torch.linalg.vector_norm(found, dim=0)
+        return torch.where(alone, found / lengths.clamp_min(1e-300), 0.0)
 
     def exchanged_traces(self) -> list[float]:
         """Compute the k estimates whose mean is XTrace.
@@ -188,18 +224,22 @@ class Sketch:
         Returns:
             New columns [n, P], and the new columns of R: [k + n, n], float64.
         """
-        old, new = self.count, len(Y)
-        r = torch.zeros(old + new, new, dtype=torch.float64)
-        rest = Y
-        for _ in range(2):  # twice, because once is not orthogonal to rounding
-            part = rest @ self.q.T
-            rest = rest - part @ self.q
-            r[:old] += part.T.double().cpu()
-        basis, corner = torch.linalg.qr(rest.T)
-        # A rank-deficient block has arbitrary columns here; keep them out of Q's span.
-        columns = basis.T - (basis.T @ self.q.T) @ self.q
-        columns = torch.linalg.qr(columns.T)[0].T.contiguous()
-        signs = torch.sign(dots(columns, basis.T.contiguous()).cpu())
-        signs[signs == 0] = 1.0
-        r[old:] = signs[:, None] * corner.double().cpu()
-        return columns, r
+        old = self.count
+        r = torch.zeros(old + len(Y), len(Y), dtype=torch.float64)
+        basis = torch.cat((self.q, torch.zeros_like(Y)))
+        for i, y in enumerate(Y):
+            known, row = basis[: old + i], basis[old + i].copy_(y)
+            length = norms(row)
+            found, left = orthogonalise(known, row)
+            r[: old + i, i] = found.cpu()
+            if left > self._tiny * length:
+                row /= left.to(row.dtype)
+                r[old + i, i] = float(left)
+            else:
+                row.zero_()
+        return basis[old:], r
+
+    @property
+    def _tiny(self) -> float:
+        """What rounding leaves of a product, relative to it."""
+        return 1e3 * torch.finfo(self.q.dtype).eps

@@ -10,6 +10,7 @@ from curvd_server.queries.intervals import Mean, mean_of, student_975
 from curvd_server.queries.sampling import LEAST_SAMPLES, Estimate, Target, sample_mean
 from curvd_server.queries.sketch import Sketch
 from curvd_server.queries.vectors import dots
+from curvd_server.queries.whole import is_small, number_of
 
 
 def trace(
@@ -34,6 +35,8 @@ def trace(
     Returns:
         The estimate.
     """
+    if is_small(products, target):
+        return number_of(products, block, lambda A: A.trace())
     method = {
         Estimator.HUTCHINSON: hutchinson,
         Estimator.HUTCHPP: hutchpp,
@@ -90,7 +93,7 @@ def hutchpp(
     sketch = Sketch(products, seed)
     budget = target.samples if products.limit is None else products.limit
     columns = min(min(budget, target.samples) // 3, products.size)
-    while sketch.count < columns:
+    while sketch.count < columns and not sketch.complete:
         wanted = min(block, columns - sketch.count)
         if products.refusal(2 * wanted):
             break
@@ -102,8 +105,7 @@ def hutchpp(
         )
     used = products.done
     if sketch.complete:
-        exact = Mean(sketch.exact_trace(), 0.0, 0.0)
-        return _estimate(products, exact, sketch.count, Stop.CONVERGED)
+        return _estimate(products, _exact(sketch), sketch.count, Stop.CONVERGED)
     rest = Target(
         relative=target.relative,
         absolute=target.absolute,
@@ -167,7 +169,7 @@ def xtrace(
         width = error * student_975(max(1, len(values) - 1))
         mean = Mean(spread.value, error, width)
         if sketch.complete:
-            mean = Mean(sketch.exact_trace(), 0.0, 0.0)
+            mean = _exact(sketch)
         yield Progress(
             iteration=sketch.count,
             products=products.done,
@@ -177,6 +179,11 @@ def xtrace(
         if sketch.complete or (len(values) >= LEAST_SAMPLES and target.reached(mean)):
             break
     return _estimate(products, mean, sketch.count, stopped)
+
+
+def _exact(sketch: Sketch) -> Mean:
+    """Return the trace of a map whose range a sketch spans."""
+    return Mean(sketch.exact_trace(), sketch.rounding, sketch.rounding)
 
 
 def _estimate(products: Products, mean: Mean, samples: int, stopped: Stop) -> Estimate:

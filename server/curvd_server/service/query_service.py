@@ -18,7 +18,12 @@ from curvd_server.compute import TorchOperator
 from curvd_server.config import LimitsConfig
 from curvd_server.queries.density import spectral_density
 from curvd_server.queries.diagonal import diagonal
-from curvd_server.queries.eigsh import EigshResult, default_basis, eigsh
+from curvd_server.queries.eigsh import (
+    EigshResult,
+    default_basis,
+    eigsh,
+    search_basis,
+)
 from curvd_server.queries.logdet import logdet
 from curvd_server.queries.norm import frobenius_norm
 from curvd_server.queries.solve import SolveResult, solve
@@ -75,7 +80,10 @@ class QueryService:
             if request.warm_start:
                 check.one_start(request)
                 start = self._warm.get(key)
-            call.reserve(basis + k + (1 if start is None else len(start)))
+            searching = search_basis(call.run.products.vector_bytes)
+            call.reserve(
+                basis + searching + 2 * k + (1 if start is None else len(start))
+            )
             result: EigshResult = await call.drive(
                 eigsh(
                     call.run.products,
