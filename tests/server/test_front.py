@@ -136,7 +136,7 @@ def test_both_transports_reach_the_server_over_tls(
         trustme.CA().cert_pem.write_to_path(stranger)
         for wrong in (stranger, ca if mutual else None, None):
             with pytest.raises(
-                curvd.CurvdError, match="cannot connect to|no curvd ser"
+                curvd.CurvdError, match=r"cannot connect to|no curvd ser"
             ):
                 product(target, transport, tls=wrong)
 
