@@ -4,7 +4,9 @@
 
 Products: the same float64 operator for every contestant, and the same accuracy: the
 residual of each eigenpair, the relative residual of a system, or, for estimators, the
-root mean square error over seeds at equal products (see query_estimates.py). A peer that
+root mean square error over seeds at equal products (see query_estimates.py). What the
+search for copies of eigenvalues adds, and what options gain (see query_options.py), is
+compared with our own products without them. A peer that
 lets its user guess the number of Lanczos steps is granted the best guess. `--wall` adds
 the wall time of Eigsh(k=10) on a gpt (see query_wall.py). With --check the exit status is
 1 if a target is missed.
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from hessian_eigenthings import algorithms as eigenthings
 from query_estimates import densities, estimators
+from query_options import options
 from query_rows import Counted, Row
 from query_wall import race
 from scipy.sparse.linalg import eigsh
@@ -80,6 +83,38 @@ def eigenpairs(name: str, A: Tensor) -> list[Row]:
     return rows
 
 
+def searches(name: str, A: Tensor) -> list[Row]:
+    """What the search for copies adds to products, on a simple spectrum: 15 % at most."""
+    rows = []
+    for k, which in (
+        (1, Which.LARGEST),
+        (10, Which.LARGEST),
+        (10, Which.LARGEST_MAGNITUDE),
+        (5, Which.SMALLEST),
+    ):
+        for tolerance in (1e-3, 1e-6):
+            counts = [
+                sum(
+                    drain(
+                        our_eigsh(
+                            Counted(A).products(),
+                            k,
+                            which=which,
+                            tolerance=tolerance,
+                            seed=seed,
+                            copies=copies,
+                        )
+                    ).products
+                    for seed in range(3)
+                )
+                / 3
+                for copies in (True, False)
+            ]
+            case = f"{name}, eigsh k={k} {which} {tolerance:.0e}"
+            rows.append(Row(f"{case} / 1.15 x no search", counts[0], 1.15 * counts[1]))
+    return rows
+
+
 PEERS = ("SciPy, its basis", "SciPy, our basis", "eigenthings")
 
 
@@ -100,6 +135,7 @@ def eigenpair_products(
             tolerance=tolerance,
             basis=basis,
             start=v0[None],
+            copies=False,  # no peer looks for them
         )
         return operator.count(lambda: drain(query))
 
@@ -172,13 +208,16 @@ def main() -> int:
     parser.add_argument(
         "--native-s", type=float, default=300.0, help="wait so long for native code"
     )
-    options = parser.parse_args()
+    given = parser.parse_args()
     missed = []
     curvature = hessian()
     print(f"{'':58} {'ours':>9} {'peer':>9}")
     for stage in (
         lambda: eigenpairs("Hessian", curvature),
         lambda: eigenpairs("flat", flat()),
+        lambda: searches("Hessian", curvature),
+        lambda: searches("flat", flat()),
+        lambda: options(curvature, flat()),
         lambda: systems(curvature),
         lambda: estimators(curvature),
         lambda: densities(curvature),
@@ -186,10 +225,10 @@ def main() -> int:
         for row in stage():
             print(row, flush=True)
             missed += [] if row.good else [row.what]
-    if options.wall:
-        missed += race(options.layers, options.sequences, options.native_s)
+    if given.wall:
+        missed += race(given.layers, given.sequences, given.native_s)
     print(f"{len(missed)} missed" + "".join(f"\n  {what}" for what in missed))
-    return 1 if options.check and missed else 0
+    return 1 if given.check and missed else 0
 
 
 if __name__ == "__main__":

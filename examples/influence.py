@@ -47,7 +47,7 @@ def main(target: str = "127.0.0.1:50551") -> np.ndarray:
         ) as session:
             # The same point with its true label.
             test = gradient(x[7], (y[7] + 2) % 3)
-            found = session.ggn().solve(test, damping=1e-2, preconditioner=20)
+            found = session.ggn().solve(test, damping=1e-2)
     influence = np.array([-found.x @ gradient(a, b) for a, b in zip(x, y, strict=True)])
     worst = int(np.argmax(influence))
     print(f"training point {worst} harms this prediction most: {influence[worst]:.3f}")

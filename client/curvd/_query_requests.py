@@ -202,12 +202,16 @@ class Queries:
         tolerance: float,
         x0: Any,
         preconditioner: Any,
-        seed: int,
         max_products: int | None,
         time_limit_s: float | None,
     ) -> QueryCall[Solution]:
         """Ask for solutions of linear systems."""
-        samples = preconditioner if isinstance(preconditioner, int) else 0
+        if isinstance(preconditioner, int):
+            msg = (
+                f"preconditioner must be a diagonal, [P], got {preconditioner}: one that "
+                "is estimated from products made CG slower; leave it out"
+            )
+            raise InvalidSpec(msg, preconditioner=preconditioner)
         request = query_pb.SolveHeader(
             query=self._query(max_products, time_limit_s),
             solver=convert_enums.solver_to_proto(
@@ -215,8 +219,6 @@ class Queries:
             ),
             damping=damping,
             tolerance=tolerance,
-            diagonal_samples=samples,
-            seed=seed,
         )
         given = {"b": self._operand(b)}
         if x0 is not None:
@@ -232,7 +234,7 @@ class Queries:
         shapes: dict[str, tuple[Operand, tuple[int, ...]]] = {
             name: (value, (columns, size)) for name, value in given.items()
         }
-        if preconditioner is not None and not samples:
+        if preconditioner is not None:
             shapes["preconditioner"] = (self._operand(preconditioner), (size,))
 
         def read(header: Any, summary: Any, arrays: Arrays) -> Solution:

@@ -52,7 +52,11 @@ class QueryMethods:
         time_limit_s: float | None = None,
         progress: Observe | bool = False,
     ) -> Eigenpairs:
-        """Compute extremal eigenpairs.
+        """Compute extremal eigenpairs, each eigenvalue as often as it is repeated.
+
+        A result has `converged` if the residuals have, and if a search in the complement
+        of the pairs has shown that no copy of a wanted eigenvalue is missing; it
+        overlooks one with a probability below 1e-4.
 
         Args:
             k: How many.
@@ -62,10 +66,13 @@ class QueryMethods:
                 or as many small ones (256 at most) as fit 64 MiB.
             seed: Of the start vector.
             warm_start: Begin with what the last call of this kind found, at whatever
-                version: it tracks the eigenpairs of changing parameters.
+                version: it tracks the eigenpairs of changing parameters. What the start
+                lacks is searched for, so this pays for several pairs at tolerances of
+                about 1e-3, and not for one pair or at 1e-6.
             vectors: Whether to fetch the eigenvectors; for values alone, False spares
                 k vectors on the wire.
-            start: Begin with vectors that the session stores, [P] or [s, P], instead.
+            start: Begin with vectors that the session stores, [P] or [s, P], instead;
+                it pays where `warm_start` does.
             store: Keep the eigenvectors in the session under this name, and fetch none:
                 for `start`, for products, or for ``session.get``.
             max_products: Stop after so many columns; None: the server's limit.
@@ -256,7 +263,6 @@ class QueryMethods:
         tolerance: float = 1e-6,
         x0: Any = None,
         preconditioner: Any = None,
-        seed: int = 0,
         max_products: int | None = None,
         time_limit_s: float | None = None,
         progress: Observe | bool = False,
@@ -269,9 +275,10 @@ class QueryMethods:
             damping: Added to every eigenvalue, beside the operator's own.
             tolerance: Residual relative to ``|b|``.
             x0: First guess, like b.
-            preconditioner: CG: an approximate diagonal, positive [P]; or the number of
-                products from which the server estimates one.
-            seed: Of that estimate.
+            preconditioner: CG: the diagonal of the damped operator, positive [P]. It
+                pays where parameters have scales of their own, as with features in
+                different units, and only if it is accurate; elsewhere it costs
+                iterations.
             max_products: Stop after so many columns; None: the server's limit.
             time_limit_s: Start no product after so long; the result is the best so far.
             progress: Called with a `QueryProgress`; True draws a line on a terminal.
@@ -287,7 +294,6 @@ class QueryMethods:
             tolerance,
             x0,
             preconditioner,
-            seed,
             max_products,
             time_limit_s,
         )

@@ -223,14 +223,16 @@ def solve(
         InvalidSpec: If options do not fit each other.
         InvalidVector: If the preconditioner is not positive.
     """
-    between("diagonal_samples", header.diagonal_samples, 0, 1000)
-    preconditioned = preconditioner is not None or header.diagonal_samples
-    if preconditioned and solver is not Solver.CG:
+    if header.diagonal_samples:
+        msg = (
+            f"diagonal_samples must be 0, got {header.diagonal_samples}: a diagonal "
+            "estimated from products made CG slower, and is not offered any more; leave "
+            "it out, or send a diagonal that you know as 'preconditioner'"
+        )
+        raise InvalidSpec(msg, diagonal_samples=header.diagonal_samples)
+    if preconditioner is not None and solver is not Solver.CG:
         msg = f"preconditioners are for cg, not {solver}; leave them out"
         raise InvalidSpec(msg, solver=solver)
-    if preconditioner is not None and header.diagonal_samples:
-        msg = "give a preconditioner or diagonal_samples, not both"
-        raise InvalidSpec(msg, diagonal_samples=header.diagonal_samples)
     if preconditioner is not None and not preconditioner.min() > 0:
         msg = f"the preconditioner must be positive; its smallest is {preconditioner.min()}"
         raise InvalidVector(msg, smallest=preconditioner.min())

@@ -12,6 +12,8 @@ from torch import nn
 
 import curvd
 from curvd import probes
+from curvd.v1 import query_service_pb2 as query_pb
+from curvd_server import query_validate
 
 
 @pytest.fixture(scope="module")
@@ -149,13 +151,12 @@ def test_solutions_come_in_the_layout_of_b_with_true_residuals(session, layout):
     assert again.products == len(found.residuals)
 
 
-def test_preconditioners_come_from_the_client_or_are_estimated(session, dense):
+def test_preconditioners_come_from_the_client(session, dense):
     H, b = session.hessian(damping=2.0), np.ones(len(dense))
     exact = np.linalg.solve(dense + 2 * np.eye(len(dense)), b)
     diagonal = np.diag(dense) + 2
-    for preconditioner in (diagonal, 10):
-        found = H.solve(b, preconditioner=preconditioner, tolerance=1e-9)
-        np.testing.assert_allclose(found.x, exact, rtol=1e-6)
+    found = H.solve(b, preconditioner=diagonal, tolerance=1e-9)
+    np.testing.assert_allclose(found.x, exact, rtol=1e-6)
 
 
 def test_indefinite_systems_are_reported(session, dense):
@@ -190,8 +191,12 @@ def test_indefinite_systems_are_reported(session, dense):
             "hutch\\+\\+ estimates traces only",
         ),
         (
-            lambda H: H.solve(np.ones(57), solver="minres", preconditioner=5),
+            lambda H: H.solve(np.ones(57), solver="minres", preconditioner=np.ones(57)),
             "for cg, not minres",
+        ),
+        (
+            lambda H: H.solve(np.ones(57), preconditioner=20),
+            r"must be a diagonal, \[P\], got 20: .* leave it out",
         ),
         (
             lambda H: H.solve(np.ones(57), preconditioner=np.zeros(57)),
@@ -398,3 +403,31 @@ def test_every_result_can_be_drawn(session):
     ]
     for result in results:
         assert result.plot().get_ylabel()
+
+
+def test_a_diagonal_from_samples_is_refused_whoever_asks():
+    header = query_pb.SolveHeader(diagonal_samples=20)
+    with pytest.raises(curvd.InvalidSpec, match="diagonal_samples must be 0, got 20"):
+        query_validate.solve(header, curvd.Solver.CG, None)
+
+
+def test_repeated_eigenvalues_of_a_session_are_all_found(live_target):
+    rng = np.random.default_rng(0)
+    state = {"1.weight": rng.normal(size=(3, 5)), "1.bias": np.zeros(3)}
+    data = {"x": rng.normal(size=(40, 5)), "y": rng.normal(size=(40, 3))}
+    with curvd.connect(live_target) as client:
+        model = client.register_model("mlp", {"widths": [5, 3]}, state)
+        dataset = client.register_dataset(data, inputs=["x"], target="y", batch_size=20)
+        with client.create_session(
+            model, dataset, loss="mse", dtype="F64", operators=["ggn", "hessian"]
+        ) as session:
+            for H in (session.hessian(), session.ggn(damping=0.5, scale=2.0)):
+                exact = np.linalg.eigvalsh(np.asarray(H @ np.eye(18)))
+                for k in (2, 4, 8):
+                    for which, wanted in (
+                        ("largest", exact[::-1][:k]),
+                        ("smallest", exact[:k][::-1]),
+                    ):
+                        found = H.eigsh(k, which=which)
+                        assert found.converged
+                        np.testing.assert_allclose(found.values, wanted, rtol=1e-6)

@@ -93,7 +93,11 @@ class QueryServiceServicer(object):
     """
 
     def Eigsh(self, request, context):
-        """Extremal eigenpairs. Tensor: "vectors" [k, P].
+        """Extremal eigenpairs, each eigenvalue as often as it is repeated. Tensor: "vectors"
+        [k, P]. The query has converged if the residuals have, and if a search in the
+        complement of the pairs has shown that no copy of a wanted eigenvalue is missing: a
+        copy is overlooked with a probability below 1e-4. The search costs products, none
+        for one pair from a random start.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

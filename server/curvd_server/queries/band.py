@@ -93,11 +93,6 @@ class Band:
             self._put(vector)
 
     @property
-    def rows(self) -> Tensor:
-        """Q above N: [c + b, P]."""
-        return self._rows[: self.count + self.pending]
-
-    @property
     def h(self) -> Floats:
         """H: [c, c], symmetric but for the operator's rounding."""
         return self._h[: self.count, : self.count]

@@ -32,10 +32,13 @@ from curvd_server.queries.base import Products, Progress, Query
 from curvd_server.queries.probes import probes
 from curvd_server.queries.ritz import keep_of
 
-MISSED = 1e-3
-"""Probability that an eigenvalue beyond an edge, if there is one, is overlooked."""
-_INSIDE = 0.9
-"""An edge is so far from the last wanted value to the next; the rest is for rounding."""
+MISSED = 1e-4
+"""Probability that a copy, if there is one, is overlooked."""
+_OVERLOOKED = 0.05
+"""The same of an eigenvalue that the start vector, by bad luck, has missed before."""
+_COPY, _OTHER = 0.9, 0.25
+"""So far from the last wanted value to the next are edges: nearly at the next one, but
+for rounding, for copies of it; nearer, for others."""
 _HUGE = 1e100
 _FIRST = 1 << 32
 """Index of the first probe of a search; start vectors have small ones."""
@@ -55,14 +58,15 @@ class Converged:
         """Find beyond which values an eigenvalue that was not found would be wanted.
 
         A generic start vector has a component in every eigenspace. What it leads to
-        lacks nothing but copies of what it found, and only of those beyond the last.
+        lacks nothing but copies of what it found, and only of those beyond the last; or
+        what had a very small component.
 
         Args:
             which: Which end of the spectrum is wanted.
             generic: Whether the start was random. Otherwise anything may be missing.
 
         Returns:
-            The edges; none if nothing can be missing.
+            The edges; none if nothing is likely to be missing.
         """
         k, top = len(self.values), np.ones(len(self.values), dtype=bool)
         bottom = top.copy()
@@ -86,9 +90,14 @@ class Converged:
             if copied.any():
                 lowest = float((values - self.residuals)[copied].min())
                 room = max(0.0, lowest - float(limit))
-                found.append(Edge(sign, float(limit) + _INSIDE * room))
+                margin, copy = (1 - _COPY) * room, float(limit) + _COPY * room
+                found.append(Edge(sign, copy, margin))
+                if generic:
+                    other = float(limit) + _OTHER * room
+                    found.append(Edge(sign, other, margin, missed=_OVERLOOKED))
             if not generic:
-                found.append(Edge(sign, float(limit), copies_only=False))
+                margin = float(self.wanted[last])
+                found.append(Edge(sign, float(limit), margin, copies_only=False))
         return found
 
 
@@ -100,6 +109,10 @@ class Edge:
     """1: above it, -1: below it."""
     distance: float
     """The value times the sign."""
+    margin: float
+    """How much nearer than a missing eigenvalue it is, at least."""
+    missed: float = MISSED
+    """Probability with which what is there may be overlooked."""
     copies_only: bool = True
     """Whether copies of what is known are all that could be."""
 
@@ -177,7 +190,7 @@ class _Run:
         self, band: Band, edges: list[Edge], free: int, tolerance: float
     ) -> None:
         self._band, self._edges, self._tolerance = band, edges, tolerance
-        self._enough = 2 * free / math.pi / MISSED**2
+        self._free = free
         self._parts = np.ones((len(edges), 1))
         """[e, c + 1] p_i(s) for all rows and the pending one."""
         self._values, self._turns = band.ritz()
@@ -203,7 +216,9 @@ class _Run:
         next_ = edges * self._parts[:, n] - self._parts @ band.h[:, n]
         self._parts = np.c_[self._parts, next_ / band.c[0, n]]
         if not (self._beyond() > 0).any():
-            shown = (self._parts**2).sum(axis=1) >= self._enough
+            missed = np.array([edge.missed for edge in self._edges])
+            enough = 2 * self._free / math.pi / missed**2
+            shown = (self._parts**2).sum(axis=1) >= enough
             self._close(shown | self._closed())
         # Past a Ritz value beyond an edge they mean nothing, and grow without bound.
         np.clip(self._parts, -_HUGE, _HUGE, out=self._parts)

@@ -169,6 +169,9 @@ def smooth(
         for p, w in zip(places, weights, strict=True)
     ])
     error, half_width = uncertainty(curves)
+    # Rounding of the quadratures: all that is left where every probe sees the same.
+    least = 1e-12 * float(curves.max())
+    error, half_width = np.maximum(error, least), np.maximum(half_width, least)
     return DensityResult(
         grid=10.0**axis if logarithmic else axis,
         density=curves.mean(axis=0),

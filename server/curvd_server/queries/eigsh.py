@@ -24,11 +24,8 @@ from curvd_server.queries.ritz import keep_of, select
 _SMALL_BYTES = 64 << 20
 _SMALL_BASIS = 256
 _SEARCH = 32
-_NOISE = 1e3
-"""What rounding brings in of missing eigenvectors is less than so many roundings
-relative to the residual of the best pair."""
-_INVARIANT = 1e-2
-"""Largest part of a missing eigenvector in what a search leaves out."""
+_INVARIANT = 0.25
+"""Largest residual of what is nearly invariant, relative to its distance from an edge."""
 _OFTEN = 64
 """Above this many columns not every step looks at the Ritz pairs: that costs c^3."""
 
@@ -152,7 +149,7 @@ def eigsh(
                 cost = -products.done
                 more = yield from missing(
                     products,
-                    pairs.known(band, edges, first=not searches),
+                    pairs.known(band, edges),
                     edges,
                     tolerance=tolerance,
                     size=search_basis(products.vector_bytes),
@@ -249,20 +246,17 @@ class _Pairs:
             return None
         return Converged(self.values, self.residuals, self.wanted)
 
-    def known(self, band: Band, edges: list[Edge], *, first: bool) -> Tensor:
+    def known(self, band: Band, edges: list[Edge]) -> Tensor:
         """Choose what a search need not see again: [m, P].
 
-        All rows, as long as missing eigenvectors are orthogonal to them. Rounding
-        brings them in, by as much as it keeps wanted pairs from being better. Then only
-        what is nearly invariant is certain to be orthogonal.
+        That is what is nearly invariant: missing eigenvectors are orthogonal to it. To
+        other rows they may not be, because rounding brings them in.
         """
-        brought = _NOISE * band.eps * band.scale / max(self.residuals.min(), 1e-300)
-        if first and brought <= _INVARIANT / 10:
-            return band.rows
         ritz, turns = self.all
-        far = np.min([np.abs(ritz - edge.value) for edge in edges], axis=0)
-        enough = _INVARIANT / (min(1.0, brought) if first else 1.0)
-        sure = band.residuals(turns, ritz) <= enough * far
+        residuals, sure = band.residuals(turns, ritz), np.ones(len(ritz), dtype=bool)
+        for edge in edges:
+            far = np.abs(ritz - edge.value)
+            sure &= residuals**2 <= _INVARIANT * edge.margin * far
         sure[self.ranked] = True
         return band.combine(turns[:, sure])
 

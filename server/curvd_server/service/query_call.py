@@ -21,8 +21,7 @@ from curvd_server import query_validate as check
 from curvd_server.batching import Batcher
 from curvd_server.config import LimitsConfig
 from curvd_server.queries.base import Progress, Query
-from curvd_server.queries.diagonal import hutchinson_diagonal
-from curvd_server.queries.sampling import Estimate, Target
+from curvd_server.queries.sampling import Estimate
 from curvd_server.query_runs import Cost, QueryRun, vectors_bytes
 from curvd_server.service.handlers import Send
 from curvd_server.session import Lease
@@ -107,22 +106,6 @@ class QueryCall:
         for tensor in tensors.values():
             check_finite(tensor.reshape(-1, layout.size), layout=layout)
         return tensors
-
-    async def preconditioner(
-        self, header: query_pb.SolveHeader, damping: float
-    ) -> Tensor:
-        """Estimate the diagonal of the damped operator's magnitude: [P]."""
-        query = hutchinson_diagonal(
-            self.run.products,
-            target=Target(samples=header.diagonal_samples),
-            seed=check.seed(header.seed),
-            block=self.block,
-        )
-        found = await self.drive(query)
-        values: Tensor = (found.values + damping).abs()
-        # An element that is nearly zero by chance must not rule the iteration.
-        floor = 1e-3 * float(values.mean()) or 1.0
-        return values.clamp_min(floor)
 
     async def drive(self, query: Query[R]) -> R:
         """Run an algorithm and send its progress."""

@@ -217,9 +217,6 @@ class QueryService:
             given = tensors.get("preconditioner")
             options = check.solve(header, solver, given)
             b = call.tensor(tensors["b"])
-            diagonal_ = None if given is None else call.tensor(given)
-            if header.diagonal_samples:
-                diagonal_ = await call.preconditioner(header, options.damping)
             result: SolveResult = await call.drive(
                 solve(
                     call.run.products,
@@ -228,7 +225,7 @@ class QueryService:
                     damping=options.damping,
                     tolerance=options.tolerance,
                     start=call.tensor(tensors["x0"]) if "x0" in tensors else None,
-                    preconditioner=diagonal_,
+                    preconditioner=None if given is None else call.tensor(given),
                 )
             )
             cost = call.summary(result.stopped)
