@@ -4,11 +4,13 @@ From one start vector this is the thick-restart Lanczos method (Wu & Simon, SIAM
 Matrix Anal. Appl. 22, 2000). From the eigenvectors of a similar operator it is the
 generalised Davidson method (Morgan & Scott, SIAM J. Sci. Stat. Comput. 7, 1986)
 without preconditioner, which keeps what the start vectors know: each step adds the
-residual of a pair that has not converged.
+residual of a pair that has not converged. When the wanted pairs have converged, what
+their start vectors could not see is searched for: see `copies`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,7 +119,8 @@ def eigsh(
     pairs = _Pairs.of(band, k, which, tolerance)
     given = band.pending
     found: list[Tensor] = []
-    iterations = restarts = searches = cost = 0
+    searches = _Searches(products, tolerance, seed)
+    iterations = restarts = 0
 
     def progress() -> Progress:
         return Progress(
@@ -145,25 +148,12 @@ def eigsh(
             edges = good.edges(which, generic=start is None) if copies else []
             if not edges:
                 stopped = Stop.CONVERGED
-            elif size < products.size or products.size - band.count > cost:
-                cost = -products.done
-                more = yield from missing(
-                    products,
-                    pairs.known(band, edges),
-                    edges,
-                    tolerance=tolerance,
-                    size=search_basis(products.vector_bytes),
-                    seed=seed,
-                    turn=searches,
-                    progress=progress,
-                )
-                searches, cost = searches + 1, cost + products.done
-                if more is None:
-                    stopped = products.refusal()
-                elif len(more):
-                    found = list(more)
-                else:
-                    stopped = Stop.CONVERGED
+            elif searches.pay(band):
+                known = pairs.known(band, edges)
+                more = yield from searches.search(known, edges, progress)
+                found = [] if more is None else list(more)
+                if not found:
+                    stopped = products.refusal() if more is None else Stop.CONVERGED
         if stopped is not None:
             break
         if band.pending > 1 and iterations >= given and pairs.open.any():
@@ -186,6 +176,44 @@ def eigsh(
         products=products.done,
         stopped=stopped,
     )
+
+
+class _Searches:
+    """Searches for what is missing, and what they cost.
+
+    Args:
+        products: The map.
+        tolerance: On residuals.
+        seed: Of random vectors.
+    """
+
+    def __init__(self, products: Products, tolerance: float, seed: int) -> None:
+        self._products, self._tolerance, self._seed = products, tolerance, seed
+        self._count = self._cost = 0
+
+    def pay(self, band: Band) -> bool:
+        """Say whether another search is cheaper than to complete the basis."""
+        left = self._products.size - band.count
+        return band.size < self._products.size or left > self._cost
+
+    def search(
+        self, known: Tensor, edges: list[Edge], progress: Callable[[], Progress]
+    ) -> Query[Tensor | None]:
+        """Search once; arguments, progress and result as of `missing`."""
+        before = self._products.done
+        found = yield from missing(
+            self._products,
+            known,
+            edges,
+            tolerance=self._tolerance,
+            size=search_basis(self._products.vector_bytes),
+            seed=self._seed,
+            turn=self._count,
+            progress=progress,
+        )
+        self._count += 1
+        self._cost = self._products.done - before
+        return found
 
 
 def _due(band: Band) -> bool:
