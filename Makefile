@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CONTAINERS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test lint types proto proto-check image-test bench big-test storm-net soak fuzz fuzz-http2 fuzz-modules clean
+.PHONY: help demo test gpu-test lint types proto proto-check image-test bench big-test storm-net soak fuzz fuzz-http2 fuzz-modules cases clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
@@ -87,6 +87,9 @@ soak: $(VENV)/dev.stamp ## mixed load with faults for half an hour
 
 fuzz-modules: $(VENV)/dev.stamp ## two thousand random modules against torch, in about an hour
 	PYTHONPATH=tests $(BIN)/python tests/fuzz_modules.py
+
+cases: $(VENV)/dev.stamp ## every setting of other libraries' suites through a server, in a few minutes
+	CURVD_CASES=all $(BIN)/pytest tests/contract/test_peers_cases.py
 
 big-test: $(VENV)/dev.stamp ## a model of more than 2 GiB, verified and multiplied; needs 16 GiB of free memory
 	$(BIN)/python bench/big.py
