@@ -24,7 +24,7 @@ from curvd._session import SessionBase, name_of
 from curvd._tensors import TensorStream
 from curvd._uploads import Progress, Tensors
 from curvd.arrays import Layout, operand
-from curvd.choices import Dtype, InputStyle, Mode
+from curvd.choices import Dtype, InputStyle, Mode, Output
 from curvd.client import configured
 from curvd.config import ClientConfig, Pem, TlsConfig
 from curvd.errors import SessionNotFound, VectorNotFound
@@ -141,10 +141,10 @@ class AsyncClient:
         self,
         module: Any,
         loss: Any,
-        data: tuple[Any, Any],
+        data: Any,
         *,
         batch_size: int,
-        output: str | int | None = None,
+        output: Output = None,
         dtype: Any = None,
         mode: Mode | str | None = None,
         check: bool = True,

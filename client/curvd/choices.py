@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
+from types import EllipsisType
 from typing import TypeVar
 
 from curvd.errors import InvalidSpec
 
 E = TypeVar("E", bound=enum.StrEnum)
+
+Output = str | int | Sequence[str | int] | EllipsisType | None
+"""Which of a module's results a loss takes, by name or index: one, several in a tuple,
+all as they are returned (``...``), or the usual one (None)."""
 
 
 class Dtype(enum.StrEnum):

@@ -10,7 +10,7 @@ from typing import Any
 from curvd import _requests, _uploads
 from curvd._connection import Connection
 from curvd._uploads import Progress, Tensors
-from curvd.choices import Dtype, InputStyle, Mode
+from curvd.choices import Dtype, InputStyle, Mode, Output
 from curvd.config import ClientConfig, Pem, TlsConfig
 from curvd.exported import ExportedModel, prepare
 from curvd.progress import shown
@@ -221,10 +221,10 @@ class Client:
         self,
         module: Any,
         loss: Any,
-        data: tuple[Any, Any],
+        data: Any,
         *,
         batch_size: int,
-        output: str | int | None = None,
+        output: Output = None,
         dtype: Any = None,
         mode: Mode | str | None = None,
         check: bool = True,
@@ -240,11 +240,16 @@ class Client:
             module: Any ``nn.Module`` that `curvd.export` takes.
             loss: A loss module or function of torch, a `functools.partial` of one, a
                 function of outputs and targets that is a mean or sum over data points
-                (or returns a sum and its weight), or what `create_session` takes.
+                (or returns a sum and its weight), or what `create_session` takes. None:
+                the loss that the module itself returns as ``loss`` when it is called
+                with ``labels=``, as those of transformers do.
             data: Inputs (a tensor, a tuple, or a dict of keyword arguments) and targets,
-                each with the leading axis N.
+                each with the leading axis N; for a module's own loss also one dict with
+                ``labels``.
             batch_size: ``B``; the last mini-batch may be smaller.
-            output: Which of the module's results the loss takes; see `curvd.export`.
+            output: Which of the module's results the loss takes, by name or index. A
+                list of them: the loss takes a tuple; ``...``: all that the module
+                returns, as it returns it. None: see `curvd.export`.
             dtype: What to compute in; None: the module's type.
             mode: Whose statistics BatchNorm uses; see `curvd.export`.
             check: Whether to prove that what is exported has the module's and the

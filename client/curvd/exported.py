@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from curvd.choices import Dtype, Mode, member
+from curvd.choices import Dtype, Mode, Output, member
 from curvd.errors import InvalidSpec
 from curvd.types import LossSpec, Normaliser
 from curvd.v1 import graph_pb2 as graph_pb
@@ -55,7 +55,7 @@ def export(
     module: nn.Module,
     inputs: Any,
     *,
-    output: str | int | None = None,
+    output: Output = None,
     mode: Mode | str | None = None,
     check: bool = True,
 ) -> ExportedModel:
@@ -71,7 +71,8 @@ def export(
             keyword arguments; each tensor has the leading axis N. The server binds a
             dataset's tensors by order, or by these names.
         output: Which of its results, by name or index, [B, ...]. None: ``logits`` if
-            there is such a field, else the first tensor.
+            there is such a field, else the first tensor. Several, in a list, or all of
+            them, ``...``, are laid side by side, [B, S]; see `Client.session_for`.
         mode: ``eval``: BatchNorm uses the running statistics; ``batch_statistics``: the
             mini-batch's. None: the running ones, and a layer in training mode is
             refused.
@@ -100,7 +101,7 @@ def export(
 
 
 def _captured(
-    module: nn.Module, inputs: Any, output: str | int | None, mode: Mode | str | None
+    module: nn.Module, inputs: Any, output: Output, mode: Mode | str | None
 ) -> ExportedModel:
     from curvd.graph.capture import capture
 
@@ -164,8 +165,8 @@ def export_loss(
 def prepare(
     module: nn.Module,
     loss: Any,
-    data: tuple[Any, Tensor],
-    output: str | int | None,
+    data: Any,
+    output: Output,
     mode: Mode | str | None,
     *,
     check: bool,
@@ -174,8 +175,9 @@ def prepare(
 
     Args:
         module: The model.
-        loss: A specification, a loss of torch, or a function.
-        data: Inputs as for `export`, and targets.
+        loss: A specification, a loss of torch, or a function; None: the module's own.
+        data: Inputs as for `export`, and targets; for the module's own loss a dict
+            with ``labels`` will do.
         output: Which of the module's results the loss takes.
         mode: As for `export`.
         check: Whether to prove that the graphs are module and loss.
@@ -189,19 +191,22 @@ def prepare(
     """
     _need_torch()
     from curvd.graph.losses import recognised
+    from curvd.graph.own_loss import own_loss
+    from curvd.graph.packing import OfSeveral, is_several, packed
     from curvd.graph.prepare import example_outputs, leaves_of, prove_module
 
-    if not isinstance(data, tuple | list) or len(data) != 2:
-        msg = f"data must be (inputs, targets), got {type(data).__name__}"
-        raise InvalidSpec(msg)
-    inputs, targets = data
+    inputs, targets = _pair(data, by_itself=loss is None)
     model = _captured(module, inputs, output, mode)
     if model.graph.dtype not in (d.value for d in Dtype):
         msg = f"no session computes in {model.graph.dtype}: export module.float()"
         raise InvalidSpec(msg, dtype=model.graph.dtype)
     spec, known = loss, None
-    if not isinstance(loss, str | Mapping | LossSpec):
+    if loss is None:
+        spec, targets = own_loss(module, inputs, targets, output, model.mode)
+    elif not isinstance(loss, str | Mapping | LossSpec):
         outputs = example_outputs(module, inputs, output, model.mode)
+        if is_several(output):
+            loss, outputs = OfSeveral(loss, outputs), packed(outputs)
         spec = recognised(loss, outputs, targets, model=module, check=check)
         known = loss, spec, targets
     if check:
@@ -211,6 +216,18 @@ def prepare(
     named = dict(zip(model.inputs, leaves_of(inputs), strict=True))
     dtype = Dtype(model.graph.dtype)
     return Prepared(model, {**named, target: targets}, target, spec, dtype)
+
+
+def _pair(data: Any, *, by_itself: bool) -> tuple[Any, Any]:
+    """Take inputs and targets apart."""
+    if by_itself and isinstance(data, Mapping) and "labels" in data:
+        return {k: v for k, v in data.items() if k != "labels"}, data["labels"]
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        msg = f"data must be (inputs, targets), got {type(data).__name__}"
+        if by_itself:
+            msg += "; without a loss= also a dict with labels"
+        raise InvalidSpec(msg)
+    return data[0], data[1]
 
 
 def _need_torch() -> None:

@@ -4,6 +4,7 @@ The truth never sees a graph: central differences of the gradient of the eager m
 float64, without any second derivative.
 """
 
+import importlib
 import operator
 
 import numpy as np
@@ -39,6 +40,17 @@ def draw(*shape, seed=1):
 
 def labels(classes, *shape):
     return torch.randint(0, classes, shape, generator=torch.Generator().manual_seed(2))
+
+
+def library(name):
+    """Import a library of models, or skip the test."""
+    from curvd_server import libraries
+
+    libraries._declare_operators()  # torchvision may be compiled for another torch
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError, AttributeError) as error:
+        pytest.skip(f"{name} cannot be imported: {error}")
 
 
 def open_session(client, module, inputs, targets, **options):

@@ -1,7 +1,6 @@
 """Models of torchvision, timm and transformers, and real weights, through the real service."""
 
 import functools
-import importlib
 import pathlib
 
 import numpy as np
@@ -16,6 +15,7 @@ from contract.differences import (  # noqa: E402
     difference,
     draw,
     labels,
+    library,
     pass_on,
     relative,
     seeded,
@@ -29,17 +29,6 @@ import curvd  # noqa: E402
 def client(live_target):
     with curvd.connect(live_target) as client:
         yield client
-
-
-def library(name):
-    """Import a library of models, or skip the test."""
-    from curvd_server import libraries
-
-    libraries._declare_operators()  # torchvision may be compiled for another torch
-    try:
-        return importlib.import_module(name)
-    except (ImportError, RuntimeError, AttributeError) as error:
-        pytest.skip(f"{name} cannot be imported: {error}")
 
 
 def test_a_residual_net_of_torchvision(client):

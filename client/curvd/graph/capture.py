@@ -12,12 +12,13 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from curvd.choices import Mode
+from curvd.choices import Mode, Output
 from curvd.errors import CurvdError, InvalidGraph, InvalidSpec
 from curvd.graph.aliases import Alias
 from curvd.graph.checkpoints import plain_checkpoints
 from curvd.graph.derived import Program, derived, uses_transforms
 from curvd.graph.manifest import CONSTANTS, Inputs, exported_dtype, inputs_of, manifest
+from curvd.graph.packing import is_several, packed
 from curvd.graph.quiet import quiet
 from curvd.graph.sources import source_of_error
 from curvd.graph.statistics import in_mode, needed_mode
@@ -44,14 +45,15 @@ PROOF_ROWS = (0, 1, 2, -1)
 
 
 def capture(
-    module: nn.Module, inputs: Any, output: str | int | None, mode: Mode | None
+    module: nn.Module, inputs: Any, output: Output, mode: Mode | None
 ) -> tuple[graph_pb.Graph, Mapping[str, Tensor], Mode]:
     """Export a module.
 
     Args:
         module: In the mode that its curvature is wanted in.
         inputs: Example inputs: a tensor, a tuple of arguments, or a dict of keywords.
-        output: Which of its results; None: ``logits``, or the only or first tensor.
+        output: Which of its results; None: ``logits``, or the only or first tensor;
+            several are laid side by side.
         mode: Whose statistics BatchNorm uses; None: the running ones.
 
     Returns:
@@ -137,14 +139,14 @@ def sampled(inputs: Any) -> Any:
 
 
 class Chosen(nn.Module):
-    """Calls a module and returns the one output that is wanted.
+    """Calls a module and returns the output that is wanted.
 
     Args:
         module: What is called.
-        output: Name or index of its output; None: see `capture`.
+        output: Names or indices of its outputs; None: see `capture`.
     """
 
-    def __init__(self, module: nn.Module, output: str | int | None) -> None:
+    def __init__(self, module: nn.Module, output: Output) -> None:
         super().__init__()
         self.module, self.output = module, output
 
@@ -161,30 +163,54 @@ class Chosen(nn.Module):
         Raises:
             InvalidSpec: If there is no such output, or it is no tensor.
         """
-        result = self.module(*args, **kwargs)
-        found = result
-        if self.output is not None:
-            try:
-                by_item = isinstance(result, Mapping | list | tuple)
-                get: Any = operator.getitem if by_item else getattr
-                found = get(result, self.output)
-            except (KeyError, IndexError, AttributeError, TypeError):
-                msg = f"the module's {_kind(result)} has no output {self.output!r}"
-                raise InvalidSpec(msg, output=self.output) from None
-        elif not isinstance(result, Tensor):
-            found = result.get("logits") if isinstance(result, Mapping) else None
-            found = getattr(result, "logits", found)
-            if not isinstance(found, Tensor):
-                items = result.values() if isinstance(result, Mapping) else result
-                several = items if isinstance(items, Iterable) else ()
-                found = next((i for i in several if isinstance(i, Tensor)), None)
+        found = self.picked(args, kwargs)
+        return packed(found) if is_several(self.output) else found
+
+    def picked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do the same with several outputs as they are, or in a tuple."""
+        result, output = self.module(*args, **kwargs), self.output
+        if output is ...:
+            return result
+        if isinstance(output, list | tuple):
+            return tuple(_pick(result, name) for name in output)
+        return _pick(result, output) if output is not None else _usual(result)
+
+
+def _pick(result: Any, output: Any) -> Tensor:
+    """Find an output by name or index."""
+    by_name = isinstance(output, str) and not isinstance(result, Mapping)
+    get: Any = getattr if by_name else operator.getitem
+    try:
+        found = get(result, output)
+    except (KeyError, IndexError, AttributeError, TypeError):
+        found = getattr(result, str(output), None)
+        if found is None:
+            msg = f"the module's {_kind(result)} has no output {output!r}"
+            raise InvalidSpec(msg, output=output) from None
+    return _tensor(result, found, output)
+
+
+def _usual(result: Any) -> Tensor:
+    """Find the output that is usual: the only one, the logits, or the first."""
+    found = result
+    if not isinstance(result, Tensor):
+        found = result.get("logits") if isinstance(result, Mapping) else None
+        found = getattr(result, "logits", found)
         if not isinstance(found, Tensor):
-            msg = (
-                f"the module's {_kind(result)} has no tensor at output={self.output!r}; "
-                "name one that it has"
-            )
-            raise InvalidSpec(msg, output=self.output)
-        return found
+            items = result.values() if isinstance(result, Mapping) else result
+            several = items if isinstance(items, Iterable) else ()
+            found = next((i for i in several if isinstance(i, Tensor)), None)
+    return _tensor(result, found, None)
+
+
+def _tensor(result: Any, found: Any, output: Any) -> Tensor:
+    if not isinstance(found, Tensor):
+        msg = (
+            f"the module's {_kind(result)} has no tensor at output={output!r}; "
+            "name one that it has"
+        )
+        raise InvalidSpec(msg, output=output)
+    return found
 
 
 def _kind(result: Any) -> str:

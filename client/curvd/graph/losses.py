@@ -232,6 +232,10 @@ def evaluated(spec: LossSpec, outputs: Tensor, targets: Tensor) -> Tensor:
         options["label_smoothing"] = spec.label_smoothing
     if kind is nn.SmoothL1Loss:
         options["beta"] = spec.beta
+    if spec.shift:
+        outputs, targets = outputs[:, :-1], targets[:, 1:]
+    if spec.name.has_classes and outputs.shape[:-1] == targets.shape:
+        outputs = outputs.movedim(-1, 1)  # where torch wants the classes
     result: Tensor = kind(**options)(outputs, targets)
     return result
 

@@ -9,20 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from curvd.choices import Mode
+from curvd.choices import Mode, Output
 from curvd.graph.capture import Chosen, few, sampled
 from curvd.graph.checkpoints import plain_checkpoints
 from curvd.graph.losses import evaluated
 from curvd.graph.manifest import inputs_of
+from curvd.graph.packing import detached
 from curvd.graph.proof import Objective, prove
 from curvd.graph.statistics import in_mode
 from curvd.types import LossSpec
 from curvd.v1 import graph_pb2 as graph_pb
 
 
-def example_outputs(
-    module: nn.Module, inputs: Any, output: str | int | None, mode: Mode
-) -> Tensor:
+def example_outputs(module: nn.Module, inputs: Any, output: Output, mode: Mode) -> Any:
     """Run a module on a few data points and leave its buffers alone.
 
     Args:
@@ -32,22 +31,34 @@ def example_outputs(
         mode: Whose statistics BatchNorm uses.
 
     Returns:
-        Its outputs, [B, ...].
+        Its outputs, [B, ...]; several as they are, or in a tuple.
     """
     rows = inputs_of(module.forward, few(inputs))
-    chosen = Chosen(module, output)
-    state = {name: buffer.clone() for name, buffer in chosen.named_buffers()}
+    picked = _Picked(Chosen(module, output))
+    state = {name: buffer.clone() for name, buffer in picked.named_buffers()}
     # note: a forward that differentiates needs gradients to be on.
     with torch.enable_grad(), plain_checkpoints(), in_mode(module, mode):
         arguments = (rows.args, dict(rows.kwargs))
-        result: Tensor = torch.func.functional_call(chosen, state, arguments)
-    return result.detach()
+        result = torch.func.functional_call(picked, state, arguments)
+    return detached(result)
+
+
+class _Picked(nn.Module):
+    """Calls a module, and leaves several outputs apart."""
+
+    def __init__(self, chosen: Chosen) -> None:
+        super().__init__()
+        self.chosen = chosen
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module and pick from what it returns."""
+        return self.chosen.picked(args, kwargs)
 
 
 def prove_module(
     module: nn.Module,
     inputs: Any,
-    output: str | int | None,
+    output: Output,
     mode: Mode,
     graph: graph_pb.Graph,
     tensors: Mapping[str, Tensor],
