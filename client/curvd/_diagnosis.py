@@ -57,6 +57,8 @@ def diagnosis(
         said = error.strerror
         why = f"the host {address.host!r} is unknown ({said}): check the target"
     except PermissionError as error:
+        if not address.path:
+            return None  # of a firewall, which may open
         why = f"{error.strerror}: a Unix socket is for its owner only"
     except OSError:
         return None
