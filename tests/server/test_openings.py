@@ -96,6 +96,7 @@ def test_a_trace_gives_way_between_operations_and_is_the_same():
 
 
 def test_a_step_is_one_mini_batch_at_most(monkeypatch):
+    problem = problem_of(ZOO["gelu"], batch_size=2)
     seen, busiest = Counter(), Counter()
 
     def counted(cls, name, what):
@@ -118,7 +119,6 @@ def test_a_step_is_one_mini_batch_at_most(monkeypatch):
             busiest[what] = max(busiest[what], count)
         seen.clear()
 
-    problem = problem_of(ZOO["gelu"], batch_size=2)
     for kind in KINDS:
         spec = OperatorSpec(kind=kind, block_sizes=(1,) * len(problem.parameters))
         in_turns(

@@ -118,7 +118,7 @@ def test_a_graph_whose_output_lacks_the_batch_axis_is_not_registered(
 ):
     from curvd.graph import capture
 
-    monkeypatch.setattr(capture, "_check_batch_axis", lambda program: None)
+    monkeypatch.setattr(capture, "_check_outputs", lambda program: None)
     exported = curvd.export(Tail(function), torch.randn(5, 4), check=False)
     data = exported.graph.SerializeToString(deterministic=True)
     spec = ModelSpec(builder="", graph=SerializedGraph(data))
