@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CONTAINERS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test lint types proto proto-check image-test bench big-test storm-net soak fuzz fuzz-http2 fuzz-modules cases clean
+.PHONY: help demo test gpu-test lint types proto proto-check hooks release-check image-test bench big-test storm-net soak fuzz fuzz-http2 fuzz-modules cases clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
@@ -66,6 +66,12 @@ proto-check: $(VENV)/proto/.stamp ## prove that the generated code is fresh
 	@cd $(VENV)/proto/out/curvd/v1 && rm -f $(STUBLESS)
 	@touch $(VENV)/proto/out/curvd/v1/__init__.py
 	diff -r --exclude=__pycache__ $(VENV)/proto/out/curvd/v1 client/curvd/v1
+
+hooks: $(VENV)/dev.stamp ## check style, types and contract at each commit
+	$(BIN)/pre-commit install
+
+release-check: $(BIN)/python ## build sdist and wheel, install them afresh, ask the server
+	PYTHON='$(BIN)/python' tests/release.sh
 
 image-test: $(VENV)/dev.stamp ## build both images, compose the server, ask it from the host
 	CONTAINERS='$(CONTAINERS)' PYTHON='$(BIN)/python' tests/images.sh

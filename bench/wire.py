@@ -1,6 +1,5 @@
 """Echo through the real service, beside raw TCP, Arrow Flight and a bare unary call.
 
-    pip install pyarrow
     python bench/wire.py [--check] [--rounds 7] [--ways]
 
 The server is the real one, queues, checks and framing included, on a device whose only
