@@ -1,6 +1,6 @@
 """Which training points does one prediction owe its loss to?
 
-    python examples/influence.py [TARGET]
+    python examples/influence.py [TARGET [PICTURE]]
 
 The influence of training point n on a test loss is ``-g_test' (G + λ I)^-1 g_n`` (Koh &
 Liang, ICML 2017): one remote solve, then one inner product per training point.
@@ -19,7 +19,7 @@ import curvd
 CONFIG = {"widths": [4, 12, 3], "activation": "tanh"}
 
 
-def main(target: str = "127.0.0.1:50551") -> np.ndarray:
+def main(target: str = "127.0.0.1:50551", picture: str | None = None) -> np.ndarray:
     torch.manual_seed(0)
     centres = 2 * torch.randn(3, 4)
     y = torch.randint(3, (120,))
@@ -51,8 +51,25 @@ def main(target: str = "127.0.0.1:50551") -> np.ndarray:
     influence = np.array([-found.x @ gradient(a, b) for a, b in zip(x, y, strict=True)])
     worst = int(np.argmax(influence))
     print(f"training point {worst} harms this prediction most: {influence[worst]:.3f}")
+    if picture is not None:
+        draw(influence, worst, picture)
     return influence
 
 
+def draw(influence: np.ndarray, worst: int, picture: str) -> None:
+    from matplotlib.figure import Figure  # needs curvd[plot]
+
+    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+    axes.bar(range(len(influence)), influence, width=1.0)
+    axes.annotate(
+        "the wrong label",
+        (worst, influence[worst]),
+        xytext=(8, -8),
+        textcoords="offset points",
+    )
+    axes.set(xlabel="training point", ylabel="harm to the prediction")
+    axes.figure.savefig(picture, dpi=150)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(*sys.argv[1:3])

@@ -1,6 +1,6 @@
 """Laplace posterior: predictive variance of a regression net, without any matrix.
 
-    python examples/laplace.py [TARGET]
+    python examples/laplace.py [TARGET [PICTURE]]
 
 With the Gaussian posterior ``N(θ, (N G / (2 σ²) + λ I)^-1)``, the variance of a
 linearised prediction is ``j' (…)^-1 j``, j its gradient: one solve for all test points.
@@ -20,7 +20,7 @@ CONFIG = {"widths": [1, 16, 1], "activation": "tanh"}
 NOISE, PRIOR = 0.1, 1.0
 
 
-def main(target: str = "127.0.0.1:50551") -> np.ndarray:
+def main(target: str = "127.0.0.1:50551", picture: str | None = None) -> np.ndarray:
     torch.manual_seed(0)
     x = torch.linspace(-1, 1, 100)[:, None]
     y = torch.sin(3 * x) + NOISE * torch.randn_like(x)
@@ -30,9 +30,9 @@ def main(target: str = "127.0.0.1:50551") -> np.ndarray:
         optimiser.zero_grad()
         nn.functional.mse_loss(net(x), y).backward()
         optimiser.step()
-    inside_and_far = torch.tensor([[-0.5], [0.0], [0.5], [2.0], [4.0]])
+    points = torch.linspace(-4, 4, 33)[:, None]  # from far outside the data to inside
     rows = []
-    for point in inside_and_far:
+    for point in points:
         grads = torch.autograd.grad(net(point[None]).sum(), list(net.parameters()))
         rows.append(torch.cat([g.reshape(-1) for g in grads]))
     jacobian = torch.stack(rows, dim=1).numpy()  # [P, K]
@@ -48,10 +48,28 @@ def main(target: str = "127.0.0.1:50551") -> np.ndarray:
             precision = session.ggn(scale=len(x) / (2 * NOISE**2), damping=PRIOR)
             found = precision.solve(jacobian, tolerance=1e-4)
     variance = np.einsum("pk,pk->k", jacobian, found.x)
-    for point, v in zip(inside_and_far[:, 0], variance, strict=True):
-        print(f"x = {point:5.2f}: standard deviation {v**0.5:.3f}")
+    for index in (16, 18, 20, 24, 32):
+        deviation = variance[index] ** 0.5
+        print(f"x = {points[index, 0]:5.2f}: standard deviation {deviation:.3f}")
+    if picture is not None:
+        with torch.no_grad():
+            mean = net(points)[:, 0].numpy()
+        draw(x, y, points[:, 0].numpy(), mean, variance**0.5, picture)
     return variance
 
 
+def draw(x, y, points, mean, deviation, picture: str) -> None:
+    from matplotlib.figure import Figure  # needs curvd[plot]
+
+    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+    low, high = mean - 2 * deviation, mean + 2 * deviation
+    axes.fill_between(points, low, high, alpha=0.2, linewidth=0)
+    axes.plot(points, mean, label="prediction, two standard deviations")
+    axes.plot(x, y, ".", color="black", markersize=3, label="data")
+    axes.set(xlabel="x", ylabel="y")
+    axes.legend(frameon=False, loc="upper left")
+    axes.figure.savefig(picture, dpi=150)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(*sys.argv[1:3])

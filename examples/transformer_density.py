@@ -37,13 +37,13 @@ def main(
             model, dataset, loss="cross_entropy", operators=["hessian", "ggn"]
         ) as session:
             found = [
-                operator.spectral_density(probes=4, steps=30)
+                operator.spectral_density(probes=8, steps=30)
                 for operator in (session.hessian(), session.ggn())
             ]
     axes = Figure(figsize=(7, 4), layout="constrained").subplots()
     for density in found:
         density.plot(axes)
-    axes.legend(axes.lines, ["Hessian", "Gauss-Newton"])
+    axes.legend(axes.lines, ["Hessian", "Gauss-Newton"], frameon=False)
     Path(picture).parent.mkdir(parents=True, exist_ok=True)
     axes.figure.savefig(picture, dpi=150)
     print(f"{sum(d.products for d in found)} products; picture: {picture}")

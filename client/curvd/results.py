@@ -220,12 +220,13 @@ class Density(Result):
             The axes.
         """
         axes = axes or _axes()
-        # What four Gaussians of one percent leave is noise: hide it on the log axis.
+        # What the tails of the smoothing leave is noise: hide it on the log axis.
         floor = 1e-6 * float(np.max(self.density, initial=1e-300))
-        axes.plot(self.grid, np.maximum(self.density, floor), linewidth=1.2)
+        seen = np.where(self.density > floor, self.density, np.nan)
+        axes.plot(self.grid, seen, linewidth=1.2)
         if np.isfinite(self.half_width).all():
             low = np.maximum(self.density - self.half_width, floor)
-            high = np.maximum(self.density + self.half_width, floor)
+            high = np.where(seen > floor, self.density + self.half_width, np.nan)
             axes.fill_between(self.grid, low, high, alpha=0.25, linewidth=0)
         axes.set(yscale="log", ylabel="density")
         if self.logarithmic:

@@ -27,7 +27,7 @@ def test_newton_steps_bring_the_loss_down(live_target):
 def test_the_posterior_variance_grows_away_from_the_data(live_target):
     variance = main_of("laplace")(live_target)
     assert (variance > 0).all()
-    assert variance[-1] > 5 * variance[:3].max()
+    assert variance[[0, -1]].min() > 5 * variance[12:21].max()
 
 
 def test_the_wrong_label_is_the_most_harmful_training_point(live_target):
