@@ -44,7 +44,7 @@ Array = NDArray[np.float64]
 class Twice(wire.Identity):
     """An operator that doubles, in the memory of the operand."""
 
-    def apply(self, columns, *, cancelled):
+    def apply(self, columns, *, counts=(), cancelled):
         columns *= 2
         return columns
 

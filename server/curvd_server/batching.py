@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -64,8 +64,17 @@ class Multiplies(Protocol):
     def shares(self) -> bool:
         """Whether columns together cost less than one after the other."""
 
-    def apply(self, columns: Columns, *, cancelled: Poll) -> Columns:
-        """Multiply columns, and leave them as they are: [K, P] -> [K, P]."""
+    def apply(
+        self, columns: Columns, *, counts: Sequence[int] = (), cancelled: Poll
+    ) -> Columns:
+        """Multiply columns, and leave them as they are: [K, P] -> [K, P].
+
+        Args:
+            columns: [K, P].
+            counts: Columns of each request that is in them, whose result does not
+                depend, to the bit, on the others; none: it is one.
+            cancelled: Polled between mini-batches.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -530,8 +539,9 @@ class Batcher:
         parts = [t.columns for t in tickets if t.columns is not None]
         if len(parts) == 1:
             return [operator.apply(parts[0], cancelled=cancelled)]
-        rows = operator.apply(self._joined(parts), cancelled=cancelled)
-        ends = np.cumsum([len(part) for part in parts])
+        counts = [len(part) for part in parts]
+        rows = operator.apply(self._joined(parts), counts=counts, cancelled=cancelled)
+        ends = np.cumsum(counts)
         return [
             rows[end - len(part) : end] for part, end in zip(parts, ends, strict=True)
         ]

@@ -340,12 +340,16 @@ class TorchOperator:
     def shares(self) -> bool:
         """Whether columns go together, or share what is linearised for them."""
         report = self._report
-        return report.columns_at_once > 1 or report.kept_batches < report.batches
+        together = report.columns_at_once > 1 and self.inner.mixes
+        return together or report.kept_batches < report.batches
 
-    def apply(self, columns: NDArray[Any], *, cancelled: Poll) -> NDArray[Any]:
-        """Multiply columns: [K, P] -> [K, P]."""
+    def apply(
+        self, columns: NDArray[Any], *, counts: Sequence[int] = (), cancelled: Poll
+    ) -> NDArray[Any]:
+        """Multiply columns: [K, P] -> [K, P]; see `Device`'s `Operator`."""
         with _translated():
-            return self.inner.apply(columns, cancelled=cancelled).cpu().numpy()
+            rows = self.inner.apply(columns, counts=counts, cancelled=cancelled)
+            return rows.cpu().numpy()
 
     def multiply(self, columns: Tensor, *, cancelled: Poll) -> Tensor:
         """Multiply columns that are on the device: [K, P] -> [K, P]."""

@@ -6,7 +6,7 @@ at a time, nearly always the device's own. Arrays are NumPy's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -39,8 +39,17 @@ class Operator(Protocol):
     def shares(self) -> bool:
         """Whether columns together cost less than one after the other."""
 
-    def apply(self, columns: Array, *, cancelled: Poll) -> Array:
-        """Multiply columns, and leave them as they are: [K, P] -> [K, P]."""
+    def apply(
+        self, columns: Array, *, counts: Sequence[int] = (), cancelled: Poll
+    ) -> Array:
+        """Multiply columns, and leave them as they are: [K, P] -> [K, P].
+
+        Args:
+            columns: [K, P].
+            counts: Columns of each request that is in them, whose result does not
+                depend, to the bit, on the others; none: it is one.
+            cancelled: Polled between mini-batches.
+        """
 
     def close(self) -> None:
         """Return its memory."""

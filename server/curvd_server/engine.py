@@ -10,10 +10,13 @@ Everything here is synchronous and belongs to whoever has the turn of its device
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,10 +27,12 @@ from curvd.buffers import Pool
 from curvd.errors import InvalidVector, OutOfMemory
 from curvd.reports import PlanReport
 from curvd.types import OperatorSpec
+from curvd_server.company import is_alike, steps
 from curvd_server.compilation import Compiler, Job
 from curvd_server.cooperative import yield_point
 from curvd_server.curvature import MODES, Linearisation, block_ranges, kept_bytes
 from curvd_server.data import Array
+from curvd_server.interruptible import Interruptible
 from curvd_server.objective import Problem, check_cancelled, never, tangents_of
 from curvd_server.plans import Choice, Memory, Plan, choose
 from curvd_server.program import Compilable, Emits
@@ -102,6 +107,7 @@ def build(
     operator = Operator(problem, spec, choice, budget_bytes, compiler, results)
     operator.warm(cancelled=cancelled)
     operator.check_repeatable()
+    operator.examine_company(cancelled=cancelled)
     return operator
 
 
@@ -139,6 +145,8 @@ class Operator:
         self._compiler, self._jobs = compiler, list[Job]()
         self._results = results
         self._decay = problem.decay.of_operator(spec.kind)
+        self.mixes = not choice.plan.batched
+        """Whether columns of several requests go through together."""
 
     @property
     def plan(self) -> Plan:
@@ -192,6 +200,7 @@ class Operator:
         )
         moved._width, moved._bytes = self._width, self._bytes
         moved._seconds, moved._spent_s = self._seconds, self._spent_s
+        moved.mixes = self.mixes
         return moved
 
     def close(self) -> None:
@@ -208,7 +217,7 @@ class Operator:
             1, self.problem.layout.size, dtype=self.problem.result_dtype
         ).to(self.problem.device)
         start = time.perf_counter()
-        self._batch_product(0, column, torch.empty_like(column), never)
+        self._batch_product(0, column, torch.empty_like(column), [1], never)
         if self.problem.device.type == "cuda":
             torch.cuda.synchronize(self.problem.device)
         self._seconds = (time.perf_counter() - start) * self._work.batches
@@ -223,14 +232,44 @@ class Operator:
         first, second = torch.empty_like(column), torch.empty_like(column)
         for out in (first, second):
             yield_point()
-            self._batch_product(0, column, out, never)
+            self._batch_product(0, column, out, [1], never)
         check_repeatable("product", first[0], second[0])
 
-    def apply(self, columns: Array, *, cancelled: Callable[[], bool] = never) -> Tensor:
+    def examine_company(self, *, cancelled: Callable[[], bool] = never) -> None:
+        """Find out whether columns of several requests may go through together."""
+        if not self.plan.batched:
+            return
+        p = self.problem
+        generator = torch.Generator().manual_seed(2)
+        shape = (self._width, p.layout.size)
+        V = torch.randn(shape, generator=generator, dtype=p.result_dtype).to(p.device)
+        on_cpu = p.device.type == "cpu"
+
+        def product(columns: Tensor, index: int) -> Tensor:
+            rows = torch.zeros_like(columns)
+            with Interruptible() if on_cpu else contextlib.nullcontext():
+                self._batch_product(index, columns, rows, [len(columns)], cancelled)
+            return rows
+
+        # The last mini-batch may be smaller than the others.
+        self.mixes = all(
+            is_alike(functools.partial(product, index=index), V)
+            for index in sorted({0, self._work.batches - 1})
+        )
+
+    def apply(
+        self,
+        columns: Array,
+        *,
+        counts: Sequence[int] = (),
+        cancelled: Callable[[], bool] = never,
+    ) -> Tensor:
         """Multiply columns.
 
         Args:
             columns: ``V: [K, P]``, any K.
+            counts: Columns of each request in ``V``, which has the same bits as if it
+                were alone; none: it is one.
             cancelled: Polled between mini-batches.
 
         Returns:
@@ -244,8 +283,12 @@ class Operator:
         """
         V = self._checked(columns)
         out = self._empty(len(V))
-        for start, stop in self._chunks(len(V), None):
-            self._multiply(V[start:stop], out[start:stop], cancelled)
+        requests = counts if counts and not self.mixes else (len(V),)
+        start = 0
+        for sizes in self._steps(requests):
+            stop = start + sum(sizes)
+            self._multiply(V[start:stop], out[start:stop], sizes, cancelled)
+            start = stop
         return out
 
     def stream(
@@ -266,17 +309,21 @@ class Operator:
             The index of the first column, and the rows ``[k, P]``.
         """
         V = self._checked(columns)
-        for start, stop in self._chunks(len(V), at_once):
+        start = 0
+        for sizes in self._steps((len(V),), at_once):
+            stop = start + sum(sizes)
             out = self._empty(stop - start)
-            self._multiply(V[start:stop], out, cancelled)
+            self._multiply(V[start:stop], out, sizes, cancelled)
             yield start, out
+            start = stop
 
-    def _chunks(self, columns: int, at_once: int | None) -> Iterator[tuple[int, int]]:
-        """Cut columns into what is multiplied before the next linearisation."""
+    def _steps(
+        self, counts: Sequence[int], at_once: int | None = None
+    ) -> Iterator[list[int]]:
+        """Cut requests into what is multiplied before the next linearisation."""
         all_kept = len(self._kept_indices()) == self._work.batches
-        step = at_once or max(self._width, 1 if all_kept else SHARED)
-        for start in range(0, columns, step):
-            yield start, min(start + step, columns)
+        most = at_once or max(self._width, 1 if all_kept else SHARED)
+        return steps(counts, at_once or self._width, most)
 
     def _empty(self, columns: int) -> Tensor:
         """Find memory for a result.
@@ -301,12 +348,18 @@ class Operator:
             raise InvalidVector(msg, shape=tuple(V.shape), P=size)
         return V
 
-    def _multiply(self, V: Tensor, out: Tensor, cancelled: Callable[[], bool]) -> None:
+    def _multiply(
+        self,
+        V: Tensor,
+        out: Tensor,
+        sizes: Sequence[int],
+        cancelled: Callable[[], bool],
+    ) -> None:
         """Write the product of columns to `out`: joining results would copy them."""
         V = V.to(out.device, out.dtype).contiguous()
         start = time.perf_counter()
         for index in range(self._work.batches):
-            self._batch_product(index, V, out, cancelled)
+            self._batch_product(index, V, out, sizes, cancelled)
         self._decay.add_product(out, V, self.problem.layout)
         if self.spec.scale != 1.0:
             out *= self.spec.scale
@@ -331,18 +384,25 @@ class Operator:
             self._compiler.consider(self._jobs, self._spent_s)
 
     def _batch_product(
-        self, index: int, V: Tensor, out: Tensor, cancelled: Callable[[], bool]
+        self,
+        index: int,
+        V: Tensor,
+        out: Tensor,
+        sizes: Sequence[int],
+        cancelled: Callable[[], bool],
     ) -> None:
-        """Add one mini-batch's product, in chunks of columns that fit.
+        """Add one mini-batch's product, in pieces of these sizes or what of them fits.
 
         The first mini-batch overwrites `out`, which saves clearing it.
         """
         check_cancelled(cancelled)
         linear = self._linearisation(index)
+        ends = list(itertools.accumulate(sizes))
         start, added = 0, set[int]()
         while start < len(V):
             check_cancelled(cancelled)
-            stop = min(start + self._width, len(V))
+            end = next(end for end in ends if end > start)
+            stop = min(start + self._width, end)
             try:
                 for at, row in self._rows(linear, V[start:stop]):
                     if at not in added:
@@ -428,6 +488,7 @@ class Operator:
             torch.cuda.empty_cache()
         if self._width > 1:
             self._width //= 2
+            self.mixes = False  # it was found out for other shapes
             return linear
         if not any(self._kept):
             need = self.report.peak_bytes

@@ -23,13 +23,13 @@ class Watched(engine.Operator):
     reached = threading.Event()
     done = 0
 
-    def _batch_product(self, index, V, out, cancelled):
+    def _batch_product(self, index, V, out, sizes, cancelled):
         if Watched.armed and index == REACHED:
             Watched.reached.set()
             gone = threading.Event()
             while not cancelled():
                 gone.wait(0.001)
-        super()._batch_product(index, V, out, cancelled)
+        super()._batch_product(index, V, out, sizes, cancelled)
         Watched.done += Watched.armed
 
 

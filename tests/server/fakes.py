@@ -47,7 +47,7 @@ class FakeOperator:
 
     shares = True
 
-    def apply(self, columns, *, cancelled):
+    def apply(self, columns, *, counts=(), cancelled):
         self.seen.append(len(columns))
         self.started.set()
         while not self.gate.wait(0.001):

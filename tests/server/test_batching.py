@@ -18,18 +18,19 @@ class Gated:
     shares = True
 
     def __init__(self, order=None):
-        self.runs, self.order = [], order
+        self.runs, self.requests, self.order = [], [], order
         self.entered, self.gate = threading.Semaphore(0), threading.Semaphore(0)
         self.polls = 0
         self.fails = None
 
-    def apply(self, columns, *, cancelled):
+    def apply(self, columns, *, counts=(), cancelled):
         self.entered.release()
         while not self.gate.acquire(timeout=0.001):
             self.polls += 1
             if cancelled():
                 raise Cancelled("stopped between two mini-batches")
         self.runs.append(len(columns))
+        self.requests.append(list(counts))
         if self.order is not None:
             self.order.append(self)
         if self.fails is not None:
@@ -76,6 +77,15 @@ def test_what_queued_while_the_device_was_busy_runs_as_one_product(batcher):
         np.testing.assert_array_equal(result(ticket), columns(2 * value))
     assert operator.runs == [1, 3]
     assert [t.result().run_columns for t in (first, *waiting)] == [1, 3, 3, 3]
+
+
+def test_an_operator_is_told_whose_columns_run_together(batcher):
+    operator, first = occupied(batcher)
+    waiting = [batcher.multiply(operator, columns(*v)) for v in ((1, 2), (3,))]
+    operator.let(2)
+    for ticket in (first, *waiting):
+        result(ticket)
+    assert operator.requests == [[], [2, 1]]
 
 
 def test_large_operands_that_share_nothing_run_one_after_the_other(
@@ -262,7 +272,7 @@ class Quick:
     def __init__(self):
         self.threads, self.pause_s, self.inside = [], 0.0, lambda: None
 
-    def apply(self, columns, *, cancelled):
+    def apply(self, columns, *, counts=(), cancelled):
         self.threads.append(threading.current_thread())
         self.inside()
         time.sleep(self.pause_s)

@@ -51,14 +51,14 @@ def watched_batches(monkeypatch):
         armed, begun, done = False, 0, 0
         reached = threading.Event()
 
-        def _batch_product(self, index, V, out, cancelled):
+        def _batch_product(self, index, V, out, sizes, cancelled):
             Watched.begun += Watched.armed and index == 0
             if Watched.begun == 2 and index == 1:
                 Watched.reached.set()
                 gone = threading.Event()
                 while not cancelled():
                     gone.wait(0.001)
-            super()._batch_product(index, V, out, cancelled)
+            super()._batch_product(index, V, out, sizes, cancelled)
             Watched.done += Watched.armed
 
     monkeypatch.setattr(engine, "Operator", Watched)
