@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CONTAINERS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test lint types proto proto-check hooks release-check image-test bench big-test storm-net soak fuzz fuzz-http2 fuzz-modules cases clean
+.PHONY: help demo test gpu-test lint types proto proto-check docs hooks release-check image-test bench big-test storm-net soak fuzz fuzz-http2 fuzz-modules cases clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
@@ -29,7 +29,7 @@ $(VENV)/dev.stamp: $(BIN)/python pyproject.toml constraints.txt
 demo: $(VENV)/demo.stamp ## the main job on real data, in about a minute
 	$(BIN)/curvd demo
 
-test: $(VENV)/dev.stamp lint types proto-check ## everything that must pass
+test: $(VENV)/dev.stamp lint types proto-check docs ## everything that must pass
 	$(BIN)/pytest -m 'not gpu' -n 2 --dist loadfile
 
 gpu-test: $(VENV)/dev.stamp ## what needs a CUDA device
@@ -67,6 +67,9 @@ proto-check: $(VENV)/proto/.stamp ## prove that the generated code is fresh
 	@touch $(VENV)/proto/out/curvd/v1/__init__.py
 	diff -r --exclude=__pycache__ $(VENV)/proto/out/curvd/v1 client/curvd/v1
 
+docs: $(VENV)/dev.stamp ## the site, strictly, into site/; runs the examples for the gallery
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 hooks: $(VENV)/dev.stamp ## check style, types and contract at each commit
 	$(BIN)/pre-commit install
 
@@ -101,4 +104,4 @@ big-test: $(VENV)/dev.stamp ## a model of more than 2 GiB, verified and multipli
 	$(BIN)/python bench/big.py
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .cache demo-output .pytest_cache .mypy_cache .ruff_cache

@@ -67,7 +67,7 @@ def draw(x, y, points, mean, deviation, picture: str) -> None:
     axes.plot(points, mean, label="prediction, two standard deviations")
     axes.plot(x, y, ".", color="black", markersize=3, label="data")
     axes.set(xlabel="x", ylabel="y")
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="lower left")
     axes.figure.savefig(picture, dpi=150)
 
 
