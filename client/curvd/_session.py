@@ -53,7 +53,16 @@ class SessionBase(ABC, Generic[O]):
 
     @property
     def layout(self) -> ParameterLayout:
-        """Names, shapes and order of the parameters."""
+        """Names, shapes and order of the parameters.
+
+        Examples:
+            >>> for p in session.layout.parameters:
+            ...     print(p.name, p.shape, p.offset)
+            1.weight (5, 4) 0
+            1.bias (5,) 20
+            3.weight (3, 5) 25
+            3.bias (3,) 40
+        """
         return self._info.layout
 
     @abstractmethod
@@ -92,6 +101,20 @@ class SessionBase(ABC, Generic[O]):
 
         Returns:
             ``scale * H + damping * I``.
+
+        Examples:
+            >>> H = session.hessian()
+            >>> H.shape, H.dtype
+            ((43, 43), dtype('float64'))
+            >>> dense = H @ np.eye(43)
+            >>> np.allclose(dense, dense.T)
+            True
+            >>> damped = session.hessian(damping=0.5) @ np.eye(43)
+            >>> np.allclose(damped, dense + 0.5 * np.eye(43))
+            True
+            >>> blocks = session.hessian(block_sizes=[2, 2]) @ np.eye(43)  # one for each layer
+            >>> bool(np.all(blocks[:25, 25:] == 0))
+            True
         """
         spec = OperatorSpec(
             kind=OperatorKind.HESSIAN,
@@ -127,6 +150,16 @@ class SessionBase(ABC, Generic[O]):
 
         Returns:
             ``scale * G + damping * I``.
+
+        Examples:
+            >>> G = session.ggn() @ np.eye(43)
+            >>> bool(np.linalg.eigvalsh(G).min() > -1e-12)
+            True
+            >>> last = session.ggn(params="3.*")
+            >>> last.layout.names
+            ('3.weight', '3.bias')
+            >>> np.allclose(last @ np.eye(18), G[25:, 25:])
+            True
         """
         spec = OperatorSpec(
             kind=OperatorKind.GGN,
@@ -164,6 +197,12 @@ class SessionBase(ABC, Generic[O]):
 
         Returns:
             ``scale * F + damping * I``.
+
+        Examples:
+            >>> F = session.fisher(mc_samples=1000) @ np.eye(43)
+            >>> G = session.ggn() @ np.eye(43)
+            >>> bool(np.linalg.norm(F - G) < 0.1 * np.linalg.norm(G))  # equal in expectation
+            True
         """
         spec = OperatorSpec(
             kind=OperatorKind.FISHER,
@@ -197,6 +236,12 @@ class SessionBase(ABC, Generic[O]):
 
         Returns:
             ``scale * F + damping * I``.
+
+        Examples:
+            >>> E = session.empirical_fisher()
+            >>> loss, gradient = session.gradient()
+            >>> float(gradient @ (E @ gradient)) >= float(gradient @ gradient) ** 2
+            True
         """
         spec = OperatorSpec(
             kind=OperatorKind.EMPIRICAL_FISHER,
@@ -227,6 +272,15 @@ class SessionBase(ABC, Generic[O]):
 
         Returns:
             What stands for them.
+
+        Examples:
+            >>> probe = session.probe(seed=7, columns=3)
+            >>> H = session.hessian()
+            >>> H.multiply(probe).shape  # only the products travelled
+            (43, 3)
+            >>> v = curvd.probes.probes("rademacher", 7, range(3), 43, np.float64).T
+            >>> np.allclose(H.multiply(probe), H @ v)
+            True
         """
         return Probe(
             distribution=distribution,  # type: ignore[arg-type]

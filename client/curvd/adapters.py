@@ -27,6 +27,15 @@ def to_curvlinops(operator: RemoteOperator, device: str = "cpu") -> Any:
 
     Raises:
         ModuleNotFoundError: If torch or curvlinops is not installed.
+
+    Examples:
+        >>> import torch
+        >>> from curvd.adapters import to_curvlinops
+        >>> H = to_curvlinops(session.hessian())
+        >>> H.shape
+        (43, 43)
+        >>> (H @ torch.ones(43, dtype=torch.float64)).shape
+        torch.Size([43])
     """
     try:
         import torch

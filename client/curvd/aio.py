@@ -46,7 +46,19 @@ def connect(
     tls: TlsConfig | Pem | bool | None = None,
     deadline_s: float | None = None,
 ) -> AsyncClient:
-    """Make a client; see `curvd.connect`."""
+    """Make a client; see `curvd.connect`.
+
+    Examples:
+        >>> import asyncio
+        >>> async def sharpness():
+        ...     async with curvd.aio.connect(target) as client:
+        ...         session = await client.create_session(model, dataset, loss="cross_entropy")
+        ...         async with session:
+        ...             found = await session.hessian().eigsh(k=1, vectors=False)
+        ...             return float(found.values[0])
+        >>> round(asyncio.run(sharpness()), 4)
+        1.3995
+    """
     return AsyncClient(target, configured(config, token, tls, deadline_s))
 
 

@@ -17,7 +17,12 @@ all as they are returned (``...``), or the usual one (None)."""
 
 
 class Dtype(enum.StrEnum):
-    """Element type in which a session computes; values are safetensors' names."""
+    """Element type in which a session computes; values are safetensors' names.
+
+    Examples:
+        >>> curvd.Dtype("F64") is curvd.Dtype.FLOAT64
+        True
+    """
 
     FLOAT32 = "F32"
     FLOAT64 = "F64"

@@ -39,6 +39,11 @@ def connect(
 
     Returns:
         The client; close it, or use it in a ``with``.
+
+    Examples:
+        >>> with curvd.connect(target) as client:
+        ...     client.healthy()
+        True
     """
     return Client(target, configured(config, token, tls, deadline_s))
 
@@ -83,6 +88,10 @@ class Client:
     Args:
         target: ``host:port``, or ``unix:/path``.
         config: How to reach it.
+
+    Examples:
+        >>> "mlp" in client.server_info().builders
+        True
     """
 
     def __init__(self, target: str, config: ClientConfig) -> None:
@@ -113,6 +122,14 @@ class Client:
 
         Returns:
             The model.
+
+        Examples:
+            >>> state = {"1.weight": np.eye(3, 8), "1.bias": np.zeros(3)}
+            >>> model = client.register_model("mlp", {"widths": [8, 3]}, state)
+            >>> [(tensor.name, tensor.shape) for tensor in model.tensors]
+            [('1.weight', (3, 8)), ('1.bias', (3,))]
+            >>> client.register_model("mlp", {"widths": [8, 3]}, state).id == model.id
+            True
         """
         with shown(progress, "model") as callback:
             call = _uploads.register_model(model, config, state, callback)
@@ -147,6 +164,12 @@ class Client:
 
         Returns:
             The dataset.
+
+        Examples:
+            >>> data = {"x": np.ones((10, 8)), "y": np.zeros(10, dtype=int)}
+            >>> dataset = client.register_dataset(data, inputs=["x"], target="y", batch_size=4)
+            >>> dataset.data_points, dataset.total_bytes
+            (10, 848)
         """
         with shown(progress, "dataset") as callback:
             call = _uploads.register_dataset(
@@ -200,6 +223,15 @@ class Client:
 
         Returns:
             The session.
+
+        Examples:
+            >>> session = client.create_session(
+            ...     model, dataset, loss="cross_entropy", dtype="F64", params=["3.*"]
+            ... )
+            >>> session.layout.names, session.layout.size
+            (('3.weight', '3.bias'), 18)
+            >>> (session.hessian() @ np.ones(18)).shape
+            (18,)
         """
         call = _requests.create_session(
             model,
@@ -258,6 +290,16 @@ class Client:
 
         Returns:
             The session.
+
+        Examples:
+            >>> import torch
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LogSoftmax(1))
+            >>> data = torch.randn(20, 4), torch.randint(3, (20,))
+            >>> session = client.session_for(net, torch.nn.NLLLoss(), data, batch_size=10)
+            >>> session.info.loss.name, session.layout.names
+            (<LossName.NLL: 'nll'>, ('0.weight', '0.bias'))
+            >>> (session.fisher() @ torch.ones(15)).shape
+            torch.Size([15])
         """
         ready = prepare(module, loss, data, output, mode, check=check)
         dataset = self.register_dataset(
@@ -283,12 +325,22 @@ class Client:
 
         Returns:
             The session.
+
+        Examples:
+            >>> same = client.session(session.id)
+            >>> same.info.version == session.info.version
+            True
         """
         call = _requests.get_session(session_id)
         return Session(self._connection, self._connection.run(call))
 
     def sessions(self) -> list[SessionInfo]:
-        """List the sessions, oldest first."""
+        """List the sessions, oldest first.
+
+        Examples:
+            >>> session.id in [info.id for info in client.sessions()]
+            True
+        """
         found, token = self._connection.run(_requests.list_sessions(""))
         while token:
             page, token = self._connection.run(_requests.list_sessions(token))
@@ -296,7 +348,12 @@ class Client:
         return found
 
     def server_info(self) -> ServerInfo:
-        """Describe the server: versions, limits, devices, builders, capabilities."""
+        """Describe the server: versions, limits, devices, builders, capabilities.
+
+        Examples:
+            >>> client.server_info().limits.columns
+            1048576
+        """
         return self._connection.run(_requests.server_info())
 
     def healthy(self) -> bool:

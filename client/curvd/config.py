@@ -36,7 +36,14 @@ class Transport(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TlsConfig:
-    """Encryption, and whom to trust."""
+    """Encryption, and whom to trust.
+
+    Examples:
+        >>> curvd.TlsConfig(cert="client.pem")
+        Traceback (most recent call last):
+            ...
+        curvd.errors.InvalidSpec: a client certificate needs both cert and key
+    """
 
     ca: Pem | None = None
     """Certificates that may sign the server's; None: the system's."""
@@ -113,7 +120,14 @@ class RetryConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientConfig:
-    """Everything about a client but its target."""
+    """Everything about a client but its target.
+
+    Examples:
+        >>> config = curvd.ClientConfig(retry=curvd.RetryConfig(give_up_s=120.0))
+        >>> with curvd.connect(target, config=config, deadline_s=600.0) as client:
+        ...     client.healthy()
+        True
+    """
 
     tls: TlsConfig | None = None
     """None: plain text."""

@@ -59,6 +59,15 @@ class CurvdError(Exception):
         code: Name of the gRPC status this error travels as.
         reason: Machine readable reason, UPPER_SNAKE_CASE, unique to the class.
         metadata: The values as strings.
+
+    Examples:
+        >>> try:
+        ...     session.hessian() @ np.ones(44)
+        ... except curvd.InvalidVector as error:
+        ...     print(error)
+        ...     print(error.code, error.reason)
+        the vector has shape [44]; expected [43] or [43, K]
+        INVALID_ARGUMENT INVALID_VECTOR
     """
 
     code: ClassVar[str] = "UNKNOWN"

@@ -90,6 +90,16 @@ def export(
         GradientMismatch: If ``.backward()`` computes something else than the derivative
             of what was exported.
         ModuleNotFoundError: If torch is not installed.
+
+    Examples:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU()).eval()
+        >>> exported = curvd.export(net, torch.randn(10, 4))
+        >>> exported.inputs, exported.parameters
+        (('input',), ('0.weight', '0.bias'))
+        >>> model = client.register_model(exported)
+        >>> [tensor.name for tensor in model.tensors]
+        ['0.weight', '0.bias']
     """
     _need_torch()
     from curvd.graph.prepare import prove_module
@@ -152,6 +162,14 @@ def export_loss(
         GradientMismatch: If ``.backward()`` computes something else than the derivative
             of what was exported.
         ModuleNotFoundError: If torch is not installed.
+
+    Examples:
+        >>> import torch
+        >>> def huber(outputs, targets):
+        ...     return torch.nn.functional.huber_loss(outputs, targets, delta=0.5)
+        >>> loss = curvd.export_loss(huber, torch.randn(10, 3), torch.randn(10, 3))
+        >>> loss.name
+        <LossName.CUSTOM: 'custom'>
     """
     if normaliser not in ("points", "sum", "counted"):
         msg = f"unknown normaliser {normaliser!r}; known: points, sum, counted"

@@ -28,7 +28,15 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """The ordered parameters of a session: what a vector of length ``P`` means."""
+    """The ordered parameters of a session: what a vector of length ``P`` means.
+
+    Examples:
+        >>> layout = curvd.ParameterLayout.of({"weight": (3, 8), "bias": (3,)})
+        >>> layout.size, layout.names
+        (27, ('weight', 'bias'))
+        >>> [parameter.offset for parameter in layout.parameters]
+        [0, 24]
+    """
 
     parameters: tuple[ParameterSpec, ...]
 

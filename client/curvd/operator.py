@@ -147,6 +147,17 @@ class RemoteOperator(QueryMethods, OperatorBase):
         session: The session whose parameters it acts on.
         spec: Which operator.
         expected_version: Refuse to compute at another parameter version.
+
+    Examples:
+        >>> H = session.hessian()
+        >>> (H @ np.ones(43)).shape, (H @ np.ones((43, 2))).shape
+        ((43,), (43, 2))
+        >>> v = {name: np.ones(shape) for name, shape in zip(H.layout.names, H.layout.shapes)}
+        >>> product = H @ v
+        >>> product["1.weight"].shape
+        (5, 4)
+        >>> H.last.version, H.last.plan.symmetry_gap < 1e-9
+        (1, True)
     """
 
     def __init__(
@@ -187,6 +198,12 @@ class RemoteOperator(QueryMethods, OperatorBase):
         Returns:
             The product, laid out like `x`; [P] or [P, K] for what does not travel; a
             `StoredVector` if it stays in the session.
+
+        Examples:
+            >>> H = session.hessian()
+            >>> stored = H.multiply(np.ones(43), store="H1")  # nothing comes back
+            >>> np.allclose(H.multiply(stored), H @ (H @ np.ones(43)))
+            True
         """
         return self._run(self._product(x, wire=wire, store=store, verify=verify))
 
@@ -198,6 +215,14 @@ class RemoteOperator(QueryMethods, OperatorBase):
 
         Returns:
             The product, laid out like `v`.
+
+        Examples:
+            >>> session.hessian().matvec(np.ones(43)).shape
+            (43,)
+            >>> session.hessian().matvec(np.ones((43, 2)))
+            Traceback (most recent call last):
+                ...
+            curvd.errors.InvalidVector: matvec takes one vector, not 2 columns; ...
         """
         return self._run(self._product(v, columns=False))
 
@@ -209,6 +234,10 @@ class RemoteOperator(QueryMethods, OperatorBase):
 
         Returns:
             The products, laid out like `V`.
+
+        Examples:
+            >>> session.hessian().matmat(np.ones((43, 2))).shape
+            (43, 2)
         """
         return self._run(self._product(V, columns=True))
 
@@ -223,6 +252,11 @@ class RemoteOperator(QueryMethods, OperatorBase):
 
         Yields:
             Blocks of products in order, each laid out like `V`.
+
+        Examples:
+            >>> blocks = session.hessian().iter_matmat(np.eye(43), columns=20)
+            >>> [block.shape for block in blocks]
+            [(43, 20), (43, 20), (43, 3)]
         """
         call = self._blocks(V, columns)
         for block in self._connection.blocks(call):
@@ -238,6 +272,12 @@ class RemoteOperator(QueryMethods, OperatorBase):
 
         Returns:
             A symmetric [P, P] linear operator.
+
+        Examples:
+            >>> from scipy.sparse.linalg import eigsh
+            >>> values = eigsh(session.hessian().to_scipy(), k=2, return_eigenvectors=False)
+            >>> values.round(4)
+            array([0.6971, 1.3995])
         """
         from curvd.linop import linear_operator  # needs curvd[scipy]
 

@@ -37,6 +37,13 @@ def probes(
 
     Returns:
         [K, P].
+
+    Examples:
+        >>> from curvd.probes import probes
+        >>> probes("rademacher", seed=0, indices=[0], size=6)
+        array([[-1., -1., -1., -1.,  1., -1.]], dtype=float32)
+        >>> probes("normal", seed=0, indices=[0, 1], size=43).shape
+        (2, 43)
     """
     kind = member(Distribution, distribution, "distribution")
     make = _signs if kind is Distribution.RADEMACHER else _normals

@@ -81,6 +81,15 @@ class QueryMethods:
 
         Returns:
             The pairs, largest eigenvalue first; the best so far if it was stopped.
+
+        Examples:
+            >>> found = session.hessian().eigsh(k=3, tolerance=1e-6)
+            >>> found.values.round(4)
+            array([1.3995, 0.6971, 0.4593])
+            >>> found.converged, found.vectors.shape
+            (True, (43, 3))
+            >>> bool(np.all(found.residuals <= found.tolerances))
+            True
         """
         call = self._queries.eigsh(
             k,
@@ -123,6 +132,13 @@ class QueryMethods:
 
         Returns:
             The trace with its error.
+
+        Examples:
+            >>> found = session.ggn().trace(samples=43)
+            >>> exact = np.trace(session.ggn() @ np.eye(43))
+            >>> low, high = found.interval
+            >>> bool(low - 1e-9 <= exact <= high + 1e-9)
+            True
         """
         call = self._queries.trace(
             estimator,
@@ -162,6 +178,11 @@ class QueryMethods:
 
         Returns:
             The diagonal [P] with its errors.
+
+        Examples:
+            >>> found = session.ggn().diagonal(samples=20)
+            >>> found.values.shape, found.half_widths.shape, found.products
+            ((43,), (43,), 20)
         """
         call = self._queries.diagonal(
             estimator,
@@ -198,6 +219,11 @@ class QueryMethods:
 
         Returns:
             The norm with its error.
+
+        Examples:
+            >>> found = session.hessian().frobenius_norm(relative_error=0.05, samples=400)
+            >>> found.standard_error <= 0.05 * found.value, found.converged
+            (True, True)
         """
         call = self._queries.frobenius_norm(
             relative_error,
@@ -239,6 +265,14 @@ class QueryMethods:
 
         Returns:
             The density with its error.
+
+        Examples:
+            >>> found = session.hessian().spectral_density(probes=4, steps=20, points=200)
+            >>> found.grid.shape, found.density.shape
+            ((200,), (200,))
+            >>> step = found.grid[1] - found.grid[0]
+            >>> round(float(found.density.sum() * step), 2)
+            1.0
         """
         call = self._queries.spectral_density(
             probes,
@@ -286,6 +320,15 @@ class QueryMethods:
         Returns:
             The solutions, and how true they are. Check `Solution.converged`: CG stops,
             and says so, where the operator has negative curvature.
+
+        Examples:
+            >>> loss, gradient = session.gradient()
+            >>> G = session.ggn()
+            >>> found = G.solve(gradient, damping=0.1, tolerance=1e-8)
+            >>> found.converged
+            True
+            >>> np.allclose(G @ found.x + 0.1 * found.x, gradient, atol=1e-7)
+            True
         """
         call = self._queries.solve(
             b,
@@ -328,6 +371,14 @@ class QueryMethods:
         Returns:
             The number with its error; NaN, with the Ritz value that proves it, if the
             operator is not positive definite.
+
+        Examples:
+            >>> found = session.ggn().logdet(damping=1.0, probes=20, steps=20)
+            >>> exact = np.linalg.slogdet(session.ggn(damping=1.0) @ np.eye(43)).logabsdet
+            >>> bool(abs(found.value - exact) <= found.half_width)
+            True
+            >>> session.hessian().logdet().value, session.hessian().logdet().smallest < 0
+            (nan, True)
         """
         call = self._queries.logdet(
             damping,

@@ -19,7 +19,13 @@ Floats = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueryInfo:
-    """Where a result comes from, why the query ended, and what it cost."""
+    """Where a result comes from, why the query ended, and what it cost.
+
+    Examples:
+        >>> found = session.hessian().trace(samples=10)
+        >>> found.products, found.version, found.info.stopped
+        (10, 1, <Stop.CONVERGED: 'converged'>)
+    """
 
     version: int
     """Parameter version that the result belongs to."""
@@ -38,7 +44,16 @@ class QueryInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueryProgress:
-    """Where a running query is."""
+    """Where a running query is.
+
+    Examples:
+        >>> print(
+        ...     curvd.QueryProgress(
+        ...         iteration=3, products=4, estimates=(1.4,), residuals=(0.01,), elapsed_s=0.2
+        ...     )
+        ... )
+        4 products, estimates 1.4, errors 1.0e-02
+    """
 
     iteration: int
     products: int
@@ -107,6 +122,11 @@ class Eigenpairs(Result):
 
         Returns:
             The axes.
+
+        Examples:
+            >>> axes = session.hessian().eigsh(k=3).plot()
+            >>> axes.get_ylabel()
+            'eigenvalue'
         """
         axes = axes or _axes()
         rank = np.arange(1, len(self.values) + 1)
@@ -119,7 +139,16 @@ class Eigenpairs(Result):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate(Result):
-    """A number with its uncertainty."""
+    """A number with its uncertainty.
+
+    Examples:
+        >>> found = session.ggn().trace(samples=12, seed=1)
+        >>> float(found) == found.value
+        True
+        >>> low, high = found.interval
+        >>> bool(np.isclose(high - low, 2 * found.half_width))
+        True
+    """
 
     value: float
     standard_error: float

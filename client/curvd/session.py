@@ -27,6 +27,13 @@ class Session(SessionBase[RemoteOperator]):
     Args:
         connection: To the server.
         info: What the server said about it.
+
+    Examples:
+        >>> with client.create_session(model, dataset, loss="cross_entropy") as session:
+        ...     session.info.state
+        <SessionState.READY: 'ready'>
+        >>> session.id in [info.id for info in client.sessions()]
+        False
     """
 
     def __init__(self, connection: Connection, info: SessionInfo) -> None:
@@ -58,6 +65,14 @@ class Session(SessionBase[RemoteOperator]):
 
         Returns:
             The loss, and the gradient in NumPy.
+
+        Examples:
+            >>> loss, gradient = session.gradient()
+            >>> round(loss, 4), gradient.shape
+            (1.9866, (43,))
+            >>> loss, gradient = session.gradient(layout="dict")
+            >>> gradient["3.weight"].shape
+            (3, 5)
         """
         call = _requests.gradient(
             self._info, layout=layout, expected_version=expected_version
@@ -83,6 +98,15 @@ class Session(SessionBase[RemoteOperator]):
 
         Returns:
             The new version.
+
+        Examples:
+            >>> session = client.create_session(model, dataset, loss="cross_entropy", dtype="F64")
+            >>> session.update_parameters({"3.bias": np.ones(3)})
+            2
+            >>> session.hessian(expected_version=1) @ np.ones(43)
+            Traceback (most recent call last):
+                ...
+            curvd.errors.VersionMismatch: session ... is at version 2, not 1
         """
         with shown(progress, "parameters") as callback:
             call = _uploads.update_parameters(
@@ -106,6 +130,14 @@ class Session(SessionBase[RemoteOperator]):
 
         Returns:
             What stands for it.
+
+        Examples:
+            >>> stored = session.put("ones", np.ones(43))
+            >>> stored.shape, stored.dtype
+            ((43,), 'F64')
+            >>> H = session.hessian()
+            >>> np.array_equal(H.multiply(stored), H @ np.ones(43))
+            True
         """
         call = _requests.put_vector(
             self._info,
@@ -124,6 +156,11 @@ class Session(SessionBase[RemoteOperator]):
 
         Returns:
             [P], or [P, K].
+
+        Examples:
+            >>> stored = session.put("columns", np.eye(43, 2))
+            >>> session.get("columns").shape
+            (43, 2)
         """
         wire_type = _requests.check_wire(wire, self._info.dtype)
         found = vector
@@ -141,6 +178,12 @@ class Session(SessionBase[RemoteOperator]):
 
         Args:
             vector: Which, or its name.
+
+        Examples:
+            >>> stored = session.put("for a while", np.ones(43))
+            >>> session.discard(stored)
+            >>> "for a while" in [vector.name for vector in session.vectors()]
+            False
         """
         call = _requests.delete_vector(self.id, name_of(vector))
         try:
@@ -163,6 +206,12 @@ class Session(SessionBase[RemoteOperator]):
 
         Returns:
             The session as it is now.
+
+        Examples:
+            >>> session = client.create_session(model, dataset, loss="nll", lease_s=60)
+            >>> before = session.info.expire_time_s
+            >>> session.renew(3600).expire_time_s > before + 3000
+            True
         """
         self._info = self._connection.run(_requests.renew_session(self.id, lease_s))
         return self._info

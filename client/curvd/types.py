@@ -61,6 +61,14 @@ class LossSpec:
     counted targets (ignored ones excluded, class weights included), ``mse``,
     ``smooth_l1`` and ``bce_with_logits`` by the number of elements, as torch does for
     one big batch.
+
+    Examples:
+        >>> curvd.LossSpec(name="cross_entropy", ignore_index=-100).reduction
+        <Reduction.MEAN: 'mean'>
+        >>> curvd.LossSpec(name="mse", ignore_index=-100)
+        Traceback (most recent call last):
+            ...
+        curvd.errors.InvalidSpec: ignore_index belongs to cross_entropy and nll, not mse
     """
 
     name: LossName
@@ -141,7 +149,17 @@ def weight_decay(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorSpec:
-    """A linear map ``scale * A + damping * I`` on the parameter space of a session."""
+    """A linear map ``scale * A + damping * I`` on the parameter space of a session.
+
+    Examples:
+        >>> spec = curvd.OperatorSpec(kind="ggn", damping=0.1)
+        >>> session.operator(spec).shape
+        (43, 43)
+        >>> curvd.OperatorSpec(kind="hessian", mc_samples=3)
+        Traceback (most recent call last):
+            ...
+        curvd.errors.InvalidSpec: mc_samples=3 does not fit operator hessian
+    """
 
     kind: OperatorKind = OperatorKind.HESSIAN
     block_sizes: tuple[int, ...] | None = None
@@ -203,7 +221,12 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSpec:
-    """How named tensors become mini-batches."""
+    """How named tensors become mini-batches.
+
+    Examples:
+        >>> curvd.DatasetSpec(inputs=("x",), target="y", batch_size=32).names
+        ('x', 'y')
+    """
 
     inputs: tuple[str, ...]
     target: str
@@ -233,7 +256,12 @@ class DatasetSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """Random columns that the server makes: an operand that does not travel."""
+    """Random columns that the server makes: an operand that does not travel.
+
+    Examples:
+        >>> curvd.Probe(seed=7, columns=3).shape(43)
+        (3, 43)
+    """
 
     distribution: Distribution = Distribution.RADEMACHER
     seed: int = 0
