@@ -85,7 +85,7 @@ bench: $(VENV)/dev.stamp ## every ratio against its peers, with targets
 fuzz: $(VENV)/dev.stamp ## a hundred thousand hostile graphs, in about ten minutes
 	PYTHONPATH=tests $(BIN)/python tests/fuzz_graphs.py
 
-storm-net: $(VENV)/dev.stamp ## floods and hoards beside a client that multiplies, in about forty minutes
+storm-net: $(VENV)/dev.stamp ## floods and hoards beside a client that multiplies, in about an hour and a half
 	PYTHONPATH=tests $(BIN)/python tests/storm_net.py
 
 fuzz-http2: $(VENV)/dev.stamp ## strangers' bytes for HTTP/2, guided by coverage, for ten minutes

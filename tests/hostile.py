@@ -121,6 +121,8 @@ HOARDS: dict[str, bytes] = {
 }
 """What a stranger sends before saying nothing more, on very many connections."""
 
+CONTROLS = ("nobody", "a busy core")
+"""What attacks no server: what does the machine do by itself?"""
 TLS_FLOODS = ("handshakes", "foreign handshakes", "half handshakes")
 HOARDED = 1000
 """Connections of all hoarders together."""
@@ -228,7 +230,12 @@ def main(name, target, strangers, seconds):
     host, _, port = target.rpartition(":")
     address, end_s = (host, int(port)), time.monotonic() + float(seconds)
     until = lambda: time.monotonic() < end_s  # noqa: E731
-    if name in FLOODS:
+    if name == "nobody":
+        time.sleep(float(seconds))
+    elif name == "a busy core":
+        while until():
+            pass
+    elif name in FLOODS:
         attack(address, FLOODS[name], int(strangers), until)
     elif name in HOARDS:
         bytes_ = HOARDS[name]
