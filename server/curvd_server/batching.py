@@ -5,8 +5,9 @@ one product, if that is cheaper. There is no timer, so a lone caller never waits
 Operators take turns, so that a caller with many requests delays another by one run at
 most.
 
-Work that takes long, such as the opening of a session, is done in turns (`cooperative`):
-a product waits for one step of it, not for all.
+Work that takes long, such as the opening of a session or a product over many
+mini-batches, is done in turns (`cooperative`): whoever comes waits for one step of it, not
+for all, however much of it goes on.
 
 Waking the thread and being woken takes a tenth of a millisecond or two. A lone caller
 whose product is as short has it computed by his own thread, if the device is idle.
@@ -30,8 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curvd.buffers import Pool
-from curvd.errors import OutOfMemory, Overloaded, Unavailable
-from curvd_server.cooperative import LongWork
+from curvd.errors import Cancelled, OutOfMemory, Overloaded, Unavailable
+from curvd_server.cooperative import LongWork, Threads
 from curvd_server.host_memory import CALLS, HostMemory
 
 T = TypeVar("T")
@@ -49,12 +50,14 @@ _SHORT_S = 0.3e-3
 _FORGET = 0.8
 """How much of an operator's slowest product lately still counts after one more."""
 _LONGEST_RETRY_S = 30.0
+LONG_S = 0.05
+"""Products that take longer, or are not known yet, give way to others."""
 _TURN_S = (5e-3, 0.25)
 """Long work keeps the device for one step, or for several short ones: as long as the
-latest run of somebody else took, within these bounds. So who multiplies all the time and
+latest turn of a product took, within these bounds. So who multiplies all the time and
 who opens a session get half of the device each."""
 _MOST_LONG = 4
-"""Long work that has begun and not ended; more waits."""
+"""Openings that have begun and not ended; more wait."""
 
 
 class Multiplies(Protocol):
@@ -118,19 +121,10 @@ class Ticket(Future[Done[T]]):
     ) -> None:
         super().__init__()
         self.job, self.columns = job, columns
-        self.abandoned = False
+        self.abandoned = self.alone = self.in_turns = False
         self.submitted_s = time.monotonic()
-        self.long_bytes: int | None = None
-        """Memory of long work; None: it is none."""
-        self.work: LongWork[T] | None = None
-        """Long work that has begun."""
-        self.spent_s = self.queue_s = 0.0
-
-    @property
-    def waits_for_room(self) -> bool:
-        """Whether it is long work that has not begun, and is still wanted."""
-        begun = self.long_bytes is None or self.work is not None
-        return not begun and not self.abandoned
+        self.room_bytes: int | None = None
+        """Memory that there must be room for before it begins; None: it needs none."""
 
     def cancel(self) -> bool:
         """Give up. A run stops at the next mini-batch if all its members have."""
@@ -171,12 +165,45 @@ class Reservation:
         self._hold(columns - before[0], nbytes - before[1])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
+class _Run:
+    """Requests that are worked off together."""
+
+    operator: Multiplies | None
+    tickets: list[Ticket[Any]]
+    work: LongWork[list[Any]]
+    in_turns: bool
+    """Whether it gives way to others."""
+    began_s: float
+    spent_s: float = 0.0
+
+    @property
+    def columns(self) -> int:
+        """Of all of them."""
+        return sum(map(_columns_of, self.tickets))
+
+
+@dataclass(eq=False, slots=True)
 class _Lane:
     """Requests that run in order: products with one operator, or jobs."""
 
     operator: Multiplies | None
     tickets: deque[Ticket[Any]]
+    run: _Run | None = None
+    """The one that has begun; it may have given way."""
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it is the turn of work that gives way to others."""
+        return self.tickets[0].in_turns if self.run is None else self.run.in_turns
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether there must be room before it goes on."""
+        if self.run is not None:
+            return False
+        head = self.tickets[0]
+        return head.room_bytes is not None and not head.abandoned
 
 
 class Batcher:
@@ -187,7 +214,7 @@ class Batcher:
         run_bytes: Operand bytes that run together at most, likewise.
         pending_columns: Columns that may be under way before callers are turned away.
         pending_bytes: Memory that may be under way, likewise.
-        long_bytes: Memory of long work that goes on at once, unless one needs more.
+        long_bytes: Memory of openings that go on at once, unless one needs more.
         memory: Of the host, which calls share with what is stored; None: no limit.
         clock: Seconds; for tests.
         name: Of the thread.
@@ -209,7 +236,8 @@ class Batcher:
         self._pending = (pending_columns, pending_bytes)
         self._reserved, self._memory = [0, 0], memory or HostMemory()
         self._long_bytes, self._clock = long_bytes, clock
-        self._long: list[Ticket[Any]] = []
+        self._in_room: list[Ticket[Any]] = []
+        self._threads = Threads()
         self._latest_s = self._turn_end_s = 0.0
         self._pool = Pool(run_bytes)
         self._lanes: OrderedDict[Hashable, _Lane] = OrderedDict()
@@ -322,7 +350,11 @@ class Batcher:
         return self._submit(("job", lane), None, Ticket(job, None))
 
     def run_in_turns(
-        self, job: Callable[[Poll], T], *, lane: Hashable = None, nbytes: int = 0
+        self,
+        job: Callable[[Poll], T],
+        *,
+        lane: Hashable = None,
+        room_bytes: int | None = None,
     ) -> Ticket[T]:
         """Queue long work, which gives way to others between its steps.
 
@@ -330,13 +362,14 @@ class Batcher:
             job: Called on a thread of its own; each poll is a yield point, and so is
                 `cooperative.yield_point`.
             lane: As for `run`.
-            nbytes: Memory that it needs; not too much goes on at once.
+            room_bytes: Memory that it holds while it gives way; not too much such work
+                goes on at once. None: none worth counting.
 
         Returns:
             Its result, to come.
         """
         ticket = Ticket(job, None)
-        ticket.long_bytes = nbytes
+        ticket.in_turns, ticket.room_bytes = True, room_bytes
         return self._submit(("job", lane), None, ticket)
 
     def statistics(self) -> BatcherStatistics:
@@ -358,14 +391,14 @@ class Batcher:
             self._closed = True
         self._bell.put(None)
         self._thread.join()
+        self._threads.close()
 
     def _submit(
         self, key: Hashable, operator: Multiplies | None, ticket: Ticket[T]
     ) -> Ticket[T]:
         with self._lock:
             if self._closed:
-                msg = "the server is shutting down"
-                raise Unavailable(msg)
+                raise _shutting_down()
             lane = self._lanes.setdefault(key, _Lane(operator, deque()))
             lane.tickets.append(ticket)
             self._requests += 1
@@ -386,89 +419,68 @@ class Batcher:
                 return False
             key, lane = self._next()
             self._asleep = lane is None
-            long = lane is not None and lane.tickets[0].long_bytes is not None
-            tickets = [] if lane is None else self._take(lane)
+            if lane is not None and lane.run is None:
+                lane.run = self._begun(lane)
+            run = None if lane is None else lane.run
         if lane is None:
             self._bell.get()
             return True
-        if long:
-            self._advance(lane)
-        elif tickets:
-            self._execute(lane.operator, tickets)
+        if run is not None and self._advance(run):
+            self._end(run, lane)
         with self._lock:
-            # Behind all others, also those that came during the run: a caller who
-            # comes now waits for the run under way at most, however many queue.
-            self._lanes.move_to_end(key)
-            if not lane.tickets:
-                del self._lanes[key]
+            self._rotate(key, lane, after_long=run is not None and run.in_turns)
         return True
 
     def _next(self) -> tuple[Hashable, _Lane | None]:
-        """Choose whose turn it is: the first, but long work may have to wait for room.
+        """Choose whose turn it is: the first, but some may have to wait for room.
 
         What waits for room begins in the order in which it came.
         """
         full = False
         for key, lane in self._lanes.items():
-            head = lane.tickets[0]
-            if not head.waits_for_room:
+            if not lane.waits_for_room:
                 return key, lane
-            full = full or not self._has_room(head)
+            full = full or not self._has_room(lane.tickets[0])
             if not full:
                 return key, lane
         return None, None
 
+    def _rotate(self, key: Hashable, lane: _Lane, *, after_long: bool) -> None:
+        """Put a lane that had its turn behind all others.
+
+        That is also behind those that came during the turn: a caller who comes now
+        waits for the turn under way at most, however many queue. After a turn of long
+        work all others come before more of it.
+        """
+        del self._lanes[key]
+        if after_long:
+            for other in [k for k, one in self._lanes.items() if one.is_long]:
+                self._lanes.move_to_end(other)
+        if lane.run is not None or lane.tickets:
+            self._lanes[key] = lane
+
     def _has_room(self, ticket: Ticket[Any]) -> bool:
-        nbytes = sum(t.long_bytes or 0 for t in (*self._long, ticket))
-        fits = len(self._long) < _MOST_LONG and nbytes <= self._long_bytes
-        return fits or not self._long
+        nbytes = sum(t.room_bytes or 0 for t in (*self._in_room, ticket))
+        fits = len(self._in_room) < _MOST_LONG and nbytes <= self._long_bytes
+        return fits or not self._in_room
 
-    def _advance(self, lane: _Lane) -> None:
-        """Let the long work at the front of a lane take its turn."""
-        ticket = lane.tickets[0]
-        if ticket.work is None:
-            if not ticket.set_running_or_notify_cancel():
-                self._end(lane)
-                return
-            assert ticket.job is not None
-            ticket.work = LongWork(
-                ticket.job,
-                stopped=lambda: self._closed or ticket.abandoned,
-                gives_way=self._gives_way,
-            )
-            ticket.queue_s = time.monotonic() - ticket.submitted_s
-            with self._lock:
-                self._long.append(ticket)
-        least_s, most_s = _TURN_S
-        start_s = self._clock()
-        self._turn_end_s = start_s + min(max(least_s, self._latest_s), most_s)
-        ended = ticket.work.resume()
-        ticket.spent_s += self._clock() - start_s
-        if ended:
-            self._end(lane)
-
-    def _gives_way(self) -> bool:
-        """Tell long work whether its turn is over: if others wait, and it took a while."""
-        if self._closed:
-            return True
-        return len(self._lanes) > 1 and self._clock() >= self._turn_end_s
-
-    def _end(self, lane: _Lane) -> None:
-        """Take long work off its lane, and tell its caller how it ended."""
-        with self._lock:
-            ticket = lane.tickets.popleft()
-            if ticket in self._long:
-                self._long.remove(ticket)
-        work, ticket.work, ticket.job = ticket.work, None, None
-        if work is not None:
-            try:
-                value = work.result()
-            except Exception as error:
-                ticket.set_exception(error)
-            else:
-                done = Done(value, ticket.queue_s, ticket.spent_s, 0)
-                ticket.set_result(done)
-        self._count(None, 0, ticket.spent_s, int(ticket.abandoned))
+    def _begun(self, lane: _Lane) -> _Run | None:
+        """Take what runs together off a lane; None if nobody wants it any more."""
+        tickets, operator = self._take(lane), lane.operator
+        if not tickets:
+            return None
+        self._in_room += [t for t in tickets if t.room_bytes is not None]
+        in_turns = tickets[0].in_turns
+        if operator is not None:
+            pace_s = self._paces.get(operator, math.inf)
+            in_turns = pace_s * sum(map(_columns_of, tickets)) > LONG_S
+        work = LongWork(
+            lambda poll: self._compute(operator, tickets, poll),
+            stopped=lambda: self._closed or all(t.abandoned for t in tickets),
+            gives_way=self._gives_way,
+            threads=self._threads,
+        )
+        return _Run(operator, tickets, work, in_turns, time.monotonic())
 
     def _take(self, lane: _Lane) -> list[Ticket[Any]]:
         """Take what runs together from the front of a lane; skip the cancelled."""
@@ -476,48 +488,75 @@ class Batcher:
         columns = nbytes = 0
         share = lane.operator is not None and lane.operator.shares
         most_bytes = self._run_bytes if share else min(self._run_bytes, _LITTLE_BYTES)
-        while lane.tickets and lane.tickets[0].long_bytes is None:
-            head = lane.tickets[0].columns
+        while lane.tickets:
+            ticket = lane.tickets[0]
+            head = ticket.columns
             if taken and (
                 head is None
+                or ticket.alone
                 or columns + len(head) > self._run_columns
                 or nbytes + head.nbytes > most_bytes
             ):
                 break
-            ticket = lane.tickets.popleft()
-            if not ticket.set_running_or_notify_cancel():
+            lane.tickets.popleft()
+            if not (ticket.running() or ticket.set_running_or_notify_cancel()):
                 self._cancelled += 1
                 continue
             taken.append(ticket)
-            if head is None:
+            if head is None or ticket.alone:
                 break
             columns, nbytes = columns + len(head), nbytes + head.nbytes
         return taken
 
-    def _execute(self, operator: Multiplies | None, tickets: list[Ticket[Any]]) -> None:
-        start_s, began_s = time.monotonic(), self._clock()
-        counts = [0 if t.columns is None else len(t.columns) for t in tickets]
+    def _advance(self, run: _Run) -> bool:
+        """Let a run take its turn; return whether it has ended."""
+        least_s, most_s = _TURN_S
+        start_s = self._clock()
+        self._turn_end_s = start_s + min(max(least_s, self._latest_s), most_s)
+        if run.in_turns:
+            ended = run.work.resume()
+        else:
+            run.work.complete()
+            ended = True
+        seconds = self._clock() - start_s
+        run.spent_s += seconds
+        if run.tickets[0].room_bytes is None:
+            self._latest_s = seconds
+        return ended
+
+    def _gives_way(self) -> bool:
+        """Tell long work whether its turn is over: if others wait, and it took a while."""
+        if self._closed:
+            return True
+        return len(self._lanes) > 1 and self._clock() >= self._turn_end_s
+
+    def _end(self, run: _Run, lane: _Lane) -> None:
+        """Tell the callers how their run ended."""
+        with self._lock:
+            lane.run = None
+            self._in_room = [t for t in self._in_room if t not in run.tickets]
         try:
-            values = self._compute(operator, tickets)
+            values = run.work.result()
         except OutOfMemory as error:
-            if len(tickets) > 1:
+            if len(run.tickets) > 1:
                 # Together they may not fit; then each has only itself to blame.
-                for ticket in tickets:
-                    self._execute(operator, [ticket])
+                with self._lock:
+                    for ticket in reversed(run.tickets):
+                        ticket.alone = True
+                        lane.tickets.appendleft(ticket)
                 return
-            tickets[0].set_exception(error)
+            run.tickets[0].set_exception(error)
         except Exception as error:
-            for ticket in tickets:
+            if self._closed and isinstance(error, Cancelled):
+                error = _shutting_down()
+            for ticket in run.tickets:
                 ticket.set_exception(error)
         else:
-            compute_s = time.monotonic() - start_s
-            for ticket, value in zip(tickets, values, strict=True):
-                queue_s = start_s - ticket.submitted_s
-                ticket.set_result(Done(value, queue_s, compute_s, sum(counts)))
-        given_up = sum(ticket.abandoned for ticket in tickets)
-        seconds = time.monotonic() - start_s
-        self._latest_s = self._clock() - began_s
-        self._count(operator, sum(counts), seconds, given_up)
+            for ticket, value in zip(run.tickets, values, strict=True):
+                queue_s = run.began_s - ticket.submitted_s
+                ticket.set_result(Done(value, queue_s, run.spent_s, run.columns))
+        given_up = sum(ticket.abandoned for ticket in run.tickets)
+        self._count(run.operator, run.columns, run.spent_s, given_up)
 
     def _joined(self, parts: list[Columns]) -> Columns:
         """Put columns into one array; its memory is that of an earlier run."""
@@ -527,20 +566,17 @@ class Batcher:
         return np.concatenate(parts, out=memory.view(dtype).reshape(shape))
 
     def _compute(
-        self, operator: Multiplies | None, tickets: list[Ticket[Any]]
+        self, operator: Multiplies | None, tickets: list[Ticket[Any]], poll: Poll
     ) -> list[Any]:
-        def cancelled() -> bool:
-            return self._closed or all(ticket.abandoned for ticket in tickets)
-
         if operator is None:
             (ticket,) = tickets
             assert ticket.job is not None
-            return [ticket.job(cancelled)]
+            return [ticket.job(poll)]
         parts = [t.columns for t in tickets if t.columns is not None]
         if len(parts) == 1:
-            return [operator.apply(parts[0], cancelled=cancelled)]
+            return [operator.apply(parts[0], cancelled=poll)]
         counts = [len(part) for part in parts]
-        rows = operator.apply(self._joined(parts), counts=counts, cancelled=cancelled)
+        rows = operator.apply(self._joined(parts), counts=counts, cancelled=poll)
         ends = np.cumsum(counts)
         return [
             rows[end - len(part) : end] for part, end in zip(parts, ends, strict=True)
@@ -566,15 +602,14 @@ class Batcher:
             self._paces[operator] = max(pace_s, _FORGET * slowest_s)
 
     def _refuse_all(self) -> None:
-        msg = "the server is shutting down"
         for lane in self._lanes.values():
+            if lane.run is not None:
+                while not lane.run.work.resume():  # it stops at its next poll
+                    pass
+                lane.tickets.extend(lane.run.tickets)
             for ticket in lane.tickets:
-                if ticket.work is not None:
-                    while not ticket.work.resume():  # it stops at its next poll
-                        pass
-                    ticket.set_exception(Unavailable(msg))
-                elif ticket.set_running_or_notify_cancel():
-                    ticket.set_exception(Unavailable(msg))
+                if ticket.running() or ticket.set_running_or_notify_cancel():
+                    ticket.set_exception(_shutting_down())
         self._lanes.clear()
 
     def _overloaded(self, columns: int, nbytes: int) -> Overloaded:
@@ -592,3 +627,11 @@ class Batcher:
             pending_columns=self._reserved[0],
             pending_bytes=self._reserved[1],
         )
+
+
+def _shutting_down() -> Unavailable:
+    return Unavailable("the server is shutting down")
+
+
+def _columns_of(ticket: Ticket[Any]) -> int:
+    return 0 if ticket.columns is None else len(ticket.columns)

@@ -6,6 +6,7 @@ Everything but `TorchDevice.architecture` belongs to whoever has the device's tu
 from __future__ import annotations
 
 import asyncio
+import importlib
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -97,6 +98,8 @@ class TorchDevice:
         idle_bytes: int = 1 << 30,
     ) -> None:
         use_differentiable_attention()
+        # The first trace would import it: a second of Python in which nobody is served.
+        importlib.import_module("torch._dynamo")
         self._tools = Tools({} if plans is None else plans, compiler, Pool(idle_bytes))
         self._name = device
         self._trials, self._one_builder = Trials(), asyncio.Lock()

@@ -1,10 +1,11 @@
-"""Long work that takes turns with products: it gives way between two of its steps.
+"""Long work that takes turns with others: it gives way between two of its steps.
 
-Opening a session keeps a device busy for up to a minute. It has a thread of its own,
-which runs only while the device's thread waits for it, and hands control back at yield
-points. One of the two runs at any time, so that a product shares neither the GIL nor
-the cores with half a step of somebody's opening, the clock of plans counts no product,
-and what torch keeps per thread (grad mode, tracing, `torch.func`) is each one's own.
+Opening a session keeps a device busy for up to a minute, a product over much data as
+well. Such work has a thread of its own, which runs only while the device's thread waits
+for it, and hands control back at yield points. One of them runs at any time, so that a
+product shares neither the GIL nor the cores with half a step of somebody's opening, the
+clock of plans counts no product, and what torch keeps per thread (grad mode, tracing,
+`torch.func`) is each one's own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,47 @@ Poll = Callable[[], bool]
 _here = threading.local()
 
 
+class Threads:
+    """Threads for long work, one after the other: a new one has to warm torch's pool."""
+
+    def __init__(self) -> None:
+        # The latest one first, so that work that comes singly has always the same.
+        self._idle: list[queue.SimpleQueue[Callable[[], None] | None]] = []
+
+    def run(self, job: Callable[[], None], done: Callable[[], None]) -> None:
+        """Start a job on a thread of its own.
+
+        Args:
+            job: Must not raise.
+            done: Called there when the thread is free again.
+        """
+        try:
+            inbox = self._idle.pop()
+        except IndexError:
+            inbox = queue.SimpleQueue()
+            threading.Thread(
+                target=self._work, args=(inbox,), name="long-work", daemon=True
+            ).start()
+
+        def whole() -> None:
+            job()
+            self._idle.append(inbox)
+            done()
+
+        inbox.put(whole)
+
+    def close(self) -> None:
+        """End those that are free."""
+        while self._idle:
+            self._idle.pop().put(None)
+
+    @staticmethod
+    def _work(inbox: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+        while (job := inbox.get()) is not None:
+            job()
+            del job  # it holds what it worked with
+
+
 class LongWork(Generic[T]):
     """Work on a thread of its own that runs when it is resumed, until it gives way.
 
@@ -30,17 +72,24 @@ class LongWork(Generic[T]):
         work: Called with a poll that says whether to stop; polling is a yield point.
         stopped: Says whether nobody wants the work any more.
         gives_way: Says whether somebody waits long enough; asked at each yield point.
+        threads: Where it runs.
     """
 
     def __init__(
-        self, work: Callable[[Poll], T], *, stopped: Poll, gives_way: Poll
+        self,
+        work: Callable[[Poll], T],
+        *,
+        stopped: Poll,
+        gives_way: Poll,
+        threads: Threads,
     ) -> None:
         self._work, self._stopped, self._gives_way = work, stopped, gives_way
+        self._threads = threads
         self._value: list[T] = []
         self._error: BaseException | None = None
         self._go: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._back: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._begun = False
 
     def resume(self) -> bool:
         """Run the work until its next pause.
@@ -48,14 +97,16 @@ class LongWork(Generic[T]):
         Returns:
             Whether it has ended; then `result` has its outcome.
         """
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._run, name="long-work", daemon=True
-            )
-            self._thread.start()
-        else:
+        if self._begun:
             self._go.put(None)
+        else:
+            self._begun = True
+            self._threads.run(self._run, lambda: self._back.put(True))
         return self._back.get()
+
+    def complete(self) -> None:
+        """Run all of the work here, without a pause."""
+        self._finish(self._stopped)
 
     def result(self) -> T:
         """Return what the work returned, or raise what it raised."""
@@ -86,11 +137,14 @@ class LongWork(Generic[T]):
 
     def _run(self) -> None:
         _here.work = self
+        self._finish(self._poll)
+        _here.work = None
+
+    def _finish(self, poll: Poll) -> None:
         try:
-            self._value.append(self._work(self._poll))
+            self._value.append(self._work(poll))
         except BaseException as error:
             self._error = error
-        self._back.put(True)
 
 
 def yield_point() -> None:

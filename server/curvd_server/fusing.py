@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from curvd_server.cooperative import yield_point
-from curvd_server.peephole import shape_of
+from curvd_server.peephole import drop_unused, shape_of
 
 aten = torch.ops.aten
 
@@ -42,7 +42,7 @@ def fuse(graph: fx.Graph) -> fx.Graph:
                 or _join_weight_gradients(graph, node)
                 or _accumulate_elements(graph, node)
             )
-    graph.eliminate_dead_code()
+    drop_unused(graph)
     graph.lint()
     return graph
 

@@ -162,7 +162,7 @@ class Live:
 
     async def _run(self, job: Callable[[Poll], T], nbytes: int = 0) -> T:
         """Do long work on the device, in turns with others."""
-        ticket = self._batcher.run_in_turns(job, lane=id(self), nbytes=nbytes)
+        ticket = self._batcher.run_in_turns(job, lane=id(self), room_bytes=nbytes)
         return (await asyncio.wrap_future(ticket)).value
 
 

@@ -48,10 +48,8 @@ def simplify(graph: fx.Graph, zeros: Set[str]) -> tuple[fx.Graph, Recipe]:
     Returns:
         The simplified graph and how to make the constants that it has in addition.
     """
-    new = fx.Graph()
-    new.output(new.graph_copy(graph, {}))
-    graph, recipe = new, Recipe()
-    graph.eliminate_dead_code()
+    graph, recipe = _copied(graph), Recipe()
+    drop_unused(graph)
     for node in list(graph.nodes):
         yield_point()
         if node.target is _ADD:
@@ -68,9 +66,31 @@ def simplify(graph: fx.Graph, zeros: Set[str]) -> tuple[fx.Graph, Recipe]:
         yield_point()
         if node.target is _MUL:
             _gather_factors(graph, node, recipe)
-    graph.eliminate_dead_code()
+    drop_unused(graph)
     graph.lint()
     return graph, recipe
+
+
+def drop_unused(graph: fx.Graph) -> None:
+    """Remove what no output depends on; between two nodes is a yield point.
+
+    Args:
+        graph: A linear program, all of whose operations have no effect but a result.
+    """
+    # Users come behind what they use, so that they are gone before it is looked at.
+    for node in reversed(graph.nodes):
+        yield_point()
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    new = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        yield_point()
+        copies[node] = new.node_copy(node, copies.__getitem__)
+    return new
 
 
 def addends(graph: fx.Graph) -> frozenset[str]:

@@ -1,9 +1,9 @@
 """A query under way: its algorithm in a thread, its products in the device's queue.
 
-Each product is cut into chunks of the columns that the operator computes at once. The
-chunks of all queries share one lane of the queue, one at a time per query: queries take
+Each product is cut into chunks of the columns that the operator computes at once, one at
+a time per query. Short chunks of all queries share one lane of the queue: queries take
 turns with each other, and together with whoever else multiplies, so that a product of
-another caller waits for one chunk at most.
+another caller waits for one chunk at most. Long ones give way between mini-batches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from curvd.errors import Cancelled
 from curvd.types import OperatorSpec
-from curvd_server.batching import Batcher, Poll, Ticket
+from curvd_server.batching import LONG_S, Batcher, Poll, Ticket
 from curvd_server.compute import TorchOperator
 from curvd_server.queries.base import Products, Progress, Query
 
@@ -69,6 +69,7 @@ class QueryRun(Generic[R]):
         self._start_s = time.monotonic()
         self._limit_s = time_limit_s
         self._queue_s = self._compute_s = 0.0
+        self._chunk_s = operator.report.seconds_per_product
         self._given_up = False
         self._ticket: Ticket[Tensor] | None = None
         self.products = Products(
@@ -144,7 +145,11 @@ class QueryRun(Generic[R]):
         def job(cancelled: Poll) -> Tensor:
             return self._operator.multiply(V, cancelled=cancelled)
 
-        self._ticket = ticket = self._batcher.run(job, lane=_LANE)
+        if self._chunk_s > LONG_S:
+            ticket = self._batcher.run_in_turns(job, lane=(_LANE, id(self)))
+        else:
+            ticket = self._batcher.run(job, lane=_LANE)
+        self._ticket = ticket
         if self._given_up:
             ticket.cancel()
         try:
@@ -154,6 +159,7 @@ class QueryRun(Generic[R]):
             raise Cancelled(msg) from None
         self._queue_s += done.queue_s
         self._compute_s += done.compute_s
+        self._chunk_s = done.compute_s
         return done.value
 
     def _give_up(self) -> None:

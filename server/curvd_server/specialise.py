@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from curvd_server.cooperative import yield_point
-from curvd_server.peephole import shape_of
+from curvd_server.peephole import drop_unused, shape_of
 
 aten = torch.ops.aten
 
@@ -61,7 +61,7 @@ def without_zeros(graph: fx.Graph, inputs: range, outputs: range) -> fx.Graph:
             renamed[node] = _expanded(special, only, node)
         else:
             renamed[node] = special.node_copy(node, copied)
-    special.eliminate_dead_code()
+    drop_unused(special)
     return special
 
 

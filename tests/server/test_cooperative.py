@@ -1,4 +1,4 @@
-"""Long work takes turns with products: they wait for one step of it, not for all."""
+"""Long work takes turns with others: who comes waits for one step of it, not for all."""
 
 import threading
 from concurrent.futures import CancelledError
@@ -6,7 +6,7 @@ from concurrent.futures import CancelledError
 import numpy as np
 import pytest
 
-from curvd.errors import Cancelled, Unavailable
+from curvd.errors import Cancelled, OutOfMemory, Unavailable
 from curvd_server.batching import _MOST_LONG, Batcher
 from curvd_server.cooperative import alone, yield_point
 
@@ -53,6 +53,24 @@ def batcher(clock):
 
 def result(ticket):
     return ticket.result(timeout=300).value
+
+
+class Passes:
+    """An operator that walks over so many mini-batches."""
+
+    shares = True
+
+    def __init__(self, log, clock, count, during=lambda step: None):
+        self.log, self.clock, self.count, self.during = log, clock, count, during
+
+    def apply(self, columns, *, counts=(), cancelled):
+        for step in range(self.count):
+            if cancelled():
+                raise Cancelled("stopped between two mini-batches")
+            self.log.append("batch")
+            self.during(step)
+            self.clock.now_s += 1.0
+        return 3 * columns
 
 
 def steps(log, clock, count, *, name="step", seconds=1.0, during=lambda step: None):
@@ -103,6 +121,102 @@ def test_long_work_that_nobody_waits_for_is_not_interrupted(batcher, clock):
     result(batcher.run_in_turns(job))
     assert len(set(threads)) == 1
     assert batcher.statistics().runs == 1
+
+
+def test_a_product_waits_for_one_turn_however_many_openings_go_on(batcher, clock):
+    log, tickets = [], []
+    operator = Doubles(log, clock)
+
+    def ask(step):
+        if step == 0:
+            tickets.append(batcher.multiply(operator, np.ones((1, 2))))
+
+    let = held(batcher)
+    tickets += [
+        batcher.run_in_turns(steps(log, clock, 2, name=n, during=d), lane=n)
+        for n, d in (("a", ask), ("b", lambda step: None), ("c", lambda step: None))
+    ]
+    let()
+    for ticket in tickets:
+        result(ticket)
+    assert log == ["a", "product", "b", "c", "a", "b", "c"]
+
+
+def test_a_product_over_much_data_gives_way_between_mini_batches(batcher, clock):
+    log, tickets = [], []
+    short = Doubles(log, clock, seconds=0.0)
+
+    def ask(step):
+        if step == 1:
+            tickets.append(batcher.multiply(short, np.ones((1, 2))))
+
+    long = batcher.multiply(Passes(log, clock, 4, ask), np.ones((1, 2)))
+    np.testing.assert_array_equal(result(long), np.full((1, 2), 3.0))
+    np.testing.assert_array_equal(result(tickets[0]), np.full((1, 2), 2.0))
+    assert log == ["batch", "batch", "product", "batch", "batch"]
+    assert long.result().compute_s == 4.0  # of its own
+
+
+def test_a_product_that_is_known_to_be_short_keeps_its_thread(batcher, clock):
+    threads = []
+    operator = Doubles([], clock, seconds=0.01)
+
+    def ask():
+        apply = operator.apply
+        here = threading.current_thread
+        batcher.run(lambda c: threads.append(here()))
+        operator.apply = lambda *a, **k: (threads.append(here()), apply(*a, **k))[1]
+        result(batcher.multiply(operator, np.ones((1, 2))))
+        operator.apply = apply
+
+    ask()  # it is not known yet
+    ask()
+    assert threads[0] is not threads[1]
+    assert threads[2] is threads[3] is threads[0]
+
+
+def test_products_that_give_way_have_one_thread_as_long_as_they_come_singly(
+    batcher, clock
+):
+    threads = set()
+    note = lambda step: threads.add(threading.current_thread())  # noqa: E731
+    for _ in range(5):
+        result(batcher.multiply(Passes([], clock, 2, note), np.ones((1, 2))))
+    assert len(threads) == 1
+
+
+def test_a_product_that_everybody_left_stops_while_it_gives_way(batcher, clock):
+    log, tickets = [], []
+
+    def leave(step):
+        if step == 1:
+            tickets[0].cancel()
+
+    let = held(batcher)
+    tickets.append(batcher.multiply(Passes(log, clock, 9, leave), np.ones((1, 2))))
+    tickets.append(batcher.run_in_turns(steps(log, clock, 2), lane=1))
+    let()
+    assert result(tickets[1]) == 2
+    with pytest.raises(Cancelled, match="between two mini-batches"):
+        result(tickets[0])
+    assert log.count("batch") == 2
+
+
+def test_long_products_that_do_not_fit_together_run_one_by_one(batcher, clock):
+    class Narrow(Passes):
+        def apply(self, columns, *, counts=(), cancelled):
+            if len(columns) > 1:
+                raise OutOfMemory("does not fit")
+            return super().apply(columns, cancelled=cancelled)
+
+    log = []
+    operator = Narrow(log, clock, 2)
+    let = held(batcher)
+    tickets = [batcher.multiply(operator, np.full((1, 2), v)) for v in (1.0, 2.0)]
+    let()
+    for value, ticket in zip((3.0, 6.0), tickets, strict=True):
+        np.testing.assert_array_equal(result(ticket), np.full((1, 2), value))
+    assert log == ["batch"] * 4
 
 
 def test_short_steps_share_a_turn_as_long_as_the_latest_product_took(batcher, clock):
@@ -182,7 +296,7 @@ def test_large_openings_do_not_go_on_at_once_and_begin_as_they_came(clock):
     sizes = {"a": 8, "b": 8, "c": 2, "d": 100}
     tickets = [
         batcher.run_in_turns(
-            steps(log, clock, 2, name=name), lane=name, nbytes=sizes[name]
+            steps(log, clock, 2, name=name), lane=name, room_bytes=sizes[name]
         )
         for name in sizes
     ]
@@ -206,7 +320,7 @@ def test_only_so_many_openings_go_on_at_once(batcher, clock):
 
     let = held(batcher)
     tickets = [
-        batcher.run_in_turns(lambda c, name=name: job(c, name), lane=name)
+        batcher.run_in_turns(lambda c, name=name: job(c, name), lane=name, room_bytes=0)
         for name in range(3 * _MOST_LONG)
     ]
     let()

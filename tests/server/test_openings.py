@@ -12,7 +12,7 @@ from torch import nn
 from curvd.errors import Cancelled
 from curvd.types import OperatorSpec
 from curvd_server import curvature, program, tracing
-from curvd_server.cooperative import LongWork
+from curvd_server.cooperative import LongWork, Threads
 from curvd_server.engine import build
 from curvd_server.live import _VERIFIED_BYTES
 from curvd_server.objective import Model
@@ -21,11 +21,12 @@ from curvd_server.verify import HELD
 
 ZOO = {animal.name: animal for animal in ANIMALS}
 KINDS = ["hessian", "ggn"]
+THREADS = Threads()
 
 
 def long(work, stopped=lambda: False):
     """Work that gives way at each yield point."""
-    return LongWork(work, stopped=stopped, gives_way=lambda: True)
+    return LongWork(work, stopped=stopped, gives_way=lambda: True, threads=THREADS)
 
 
 def opened(problem, kind, mode="program", cancelled=lambda: False):

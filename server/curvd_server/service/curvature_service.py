@@ -104,7 +104,7 @@ class CurvatureService:
             message = RPCS["Gradient"].response.message
             sender = Sender(send, Format.of(request, message, dtype))
             with self._batcher.reserve(1, lease.info.layout.size * dtype.itemsize):
-                ticket = self._batcher.run(
+                ticket = self._batcher.run_in_turns(
                     lambda cancelled: lease.problem.gradient(cancelled=cancelled),
                     lane=lease.info.id,
                 )
