@@ -103,8 +103,12 @@ def _reason(address: Address, tls: TlsConfig | None, patience_s: float) -> str |
         return "a server of HTTP/1 answers there, which is not curvd's: check the port"
     if _is_http2(answer):
         return None
+    if tls is None and _speaks_tls(address, patience_s):
+        return _TLS_THERE
+    if answer is not None and len(answer) == frames.HEAD_BYTES:
+        return f"what answers there ({answer!r}…) is no server of curvd: check the port"
     if tls is None:
-        return _TLS_THERE if _speaks_tls(address, patience_s) else None
+        return None
     if _is_http2(_answer(address, None, patience_s)):
         return _PLAIN_THERE
     # A server that is being stopped does not accept the second one.

@@ -126,17 +126,26 @@ def test_an_unknown_host_is_named(connect, host):
     refused(connect, f"{host}:50551", None, f"host '{host}' is unknown")
 
 
-def test_a_server_of_http_1_is_told(connect):
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "a server of HTTP/1 answers there"),
+        (b"<!DOCTYPE HTML>", r"what answers there \(b'<!DOCTYPE'…\) is no server of"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "what answers there .* is no server of curvd"),
+    ],
+    ids=["HTTP/1", "HTTP/0.9", "SSH"],
+)
+def test_a_server_of_something_else_is_told(connect, words, match):
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        accept = threading.Thread(target=answer_in_http_1, args=(listener,))
+        accept = threading.Thread(target=answer_with, args=(listener, words))
         accept.start()
         port = listener.getsockname()[1]
-        refused(connect, f"127.0.0.1:{port}", None, "a server of HTTP/1 answers there")
+        refused(connect, f"127.0.0.1:{port}", None, f"{match}.*check the port")
         listener.shutdown(socket.SHUT_RDWR)
         accept.join()
 
 
-def answer_in_http_1(listener):
+def answer_with(listener, words):
     while True:
         try:
             connection, _ = listener.accept()
@@ -144,7 +153,7 @@ def answer_in_http_1(listener):
             return
         with connection, contextlib.suppress(OSError):
             connection.recv(1)
-            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            connection.sendall(words)
             connection.shutdown(socket.SHUT_WR)
             while connection.recv(1 << 16):
                 pass
