@@ -84,6 +84,16 @@ def option(name: str, help_text: str, **settings: Any) -> Callable[[F], F]:
     )
 
 
+def named_folder(
+    ctx: click.Context, param: click.Parameter, name: str | None
+) -> Path | None:
+    """Read the name of a folder; an empty one comes of a variable that is not set."""
+    if name == "":
+        msg = "is empty: name a folder, or leave the option out"
+        raise click.BadParameter(msg, ctx, param)
+    return None if name is None else Path(name)
+
+
 def token_options(command: F) -> F:
     """Add the ways to give a token to a command: a file, or the environment.
 

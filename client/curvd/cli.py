@@ -22,6 +22,7 @@ from curvd._options import (
     LIMITS,
     connection_options,
     limit_options,
+    named_folder,
     option,
     read_config,
     token_options,
@@ -62,9 +63,7 @@ def main() -> None:
     help="TOML file with any of these options; a [builders] table for --builder.",
 )
 @option("--listen", "HOST:PORT or unix:/path; loopback unless told otherwise.")
-@option(
-    "--data-dir", "Where what was registered survives.", type=click.Path(path_type=Path)
-)
+@option("--data-dir", "Where what was registered survives.", callback=named_folder)
 @option(
     "--datasets-root",
     "A folder of NAME.safetensors that clients may use by name.",

@@ -24,7 +24,7 @@ from curvd_server.batching import Batcher
 from curvd_server.catalogue import Catalogue
 from curvd_server.compilation import Compiler
 from curvd_server.config import ServerConfig
-from curvd_server.data_directory import owned
+from curvd_server.data_directory import owned, torchs_folder
 from curvd_server.device import Device
 from curvd_server.endpoint import serving
 from curvd_server.front.admission import raise_descriptor_limit
@@ -223,9 +223,10 @@ async def _serve(config: ServerConfig) -> None:
     logs.report_unhandled(loop)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with running(config) as server:
-        print(f"curvd serves at {server.target}", flush=True)  # noqa: T201
-        await stop.wait()
+    with torchs_folder(config.data_dir):
+        async with running(config) as server:
+            print(f"curvd serves at {server.target}", flush=True)  # noqa: T201
+            await stop.wait()
 
 
 async def _expire(

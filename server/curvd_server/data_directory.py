@@ -14,6 +14,9 @@ from curvd.errors import CurvdError, FailedPrecondition, InvalidSpec
 from curvd_server import faults
 from curvd_server.logs import logger
 
+_PRIVATE = "run"
+"""Folder in the data directory for what lives as long as the process."""
+_TORCHS_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 _LITTLE_BYTES = 256 << 20
 """Free space below which a server says so at its start."""
 
@@ -67,7 +70,7 @@ def private_folder(data_dir: Path) -> Iterator[Path]:
     Yields:
         The folder, under a name that is good in this process.
     """
-    folder = data_dir / "run"
+    folder = data_dir / _PRIVATE
     shutil.rmtree(folder, ignore_errors=True)
     with faults.told():
         folder.mkdir(mode=0o700)
@@ -77,6 +80,29 @@ def private_folder(data_dir: Path) -> Iterator[Path]:
     finally:
         os.close(descriptor)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def torchs_folder(data_dir: Path) -> Iterator[None]:
+    """Have torch make the folder of its settings in the data directory.
+
+    By itself it does so in the system's temporary folder, under a name that anybody on
+    the machine can guess.
+
+    Args:
+        data_dir: Of this server.
+
+    Yields:
+        Nothing.
+    """
+    if _TORCHS_FOLDER in os.environ:  # the operator's wish
+        yield
+        return
+    os.environ[_TORCHS_FOLDER] = str(data_dir.absolute() / _PRIVATE / "torch")
+    try:
+        yield
+    finally:
+        del os.environ[_TORCHS_FOLDER]
 
 
 def _refused(data_dir: Path, error: OSError) -> CurvdError:

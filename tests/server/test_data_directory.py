@@ -7,6 +7,7 @@ import signal
 import subprocess
 import tempfile
 
+import numpy as np
 import pytest
 import raw
 from click.testing import CliRunner
@@ -62,6 +63,12 @@ def test_a_folder_that_is_none_is_one_line(tmp_path, where):
     assert len(result.output.splitlines()) == 1
     assert "Error: cannot use data_dir" in result.output
     assert "--data-dir" in result.output
+
+
+def test_an_empty_name_is_not_the_current_folder():
+    result = CliRunner().invoke(cli.main, ["serve", "--data-dir", ""])
+    assert result.exit_code == 2
+    assert "--data-dir" in result.output and "is empty: name a folder" in result.output
 
 
 @pytest.mark.parametrize(
@@ -156,7 +163,16 @@ def test_a_killed_server_leaves_nothing_behind(tmp_path, monkeypatch):
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    with child(data_dir) as (process, _):
+    with child(data_dir) as (process, channel):
+        points = {"x": np.ones((4, 2)), "y": np.ones((4, 1))}
+        state = {"1.weight": np.ones((1, 2)), "1.bias": np.zeros(1)}
+        model = raw.register_model(
+            channel, "mlp", '{"widths": [2, 1]}', raw.file_of(state)
+        ).model
+        dataset = raw.register_dataset(channel, raw.file_of(points)).dataset
+        session = raw.create(channel, model.id, dataset.id)
+        v = raw.file_of({"v": np.ones(3)})
+        raw.call(channel, "MatVec", raw.product("MatVec", session.id, v))
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not list(temporary.iterdir())
