@@ -39,6 +39,7 @@ lint: $(VENV)/dev.stamp ## style of the code, the contract and the imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/buf lint proto
+	$(BIN)/lint-imports --no-logo
 
 types: $(VENV)/dev.stamp ## static types
 	$(BIN)/mypy
@@ -98,7 +99,7 @@ fuzz-modules: $(VENV)/dev.stamp ## two thousand random modules against torch, in
 	PYTHONPATH=tests $(BIN)/python tests/fuzz_modules.py
 
 cases: $(VENV)/dev.stamp ## every setting of other libraries' suites through a server, in a few minutes
-	CURVD_CASES=all $(BIN)/pytest tests/contract/test_peers_cases.py
+	CURVD_CASES=all $(BIN)/pytest tests/end_to_end/test_peers_cases.py
 
 big-test: $(VENV)/dev.stamp ## a model of more than 2 GiB, verified and multiplied; needs 16 GiB of free memory
 	$(BIN)/python bench/big.py

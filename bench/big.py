@@ -26,7 +26,7 @@ import wire
 from numpy.typing import NDArray
 
 import curvd
-from curvd_server import compute
+from curvd_server.device import torch_device
 
 WANT_VECTORS = 3.0
 WANT_ERROR = 1e-4
@@ -262,7 +262,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.serve:
         model = arguments.serve == "model"
-        wire.serve("tcp", compute.TorchDevice({}, "cpu") if model else Doubling())
+        wire.serve("tcp", torch_device.TorchDevice({}, "cpu") if model else Doubling())
         return 0
     curvd.tune_allocator()
     missed: list[str] = []

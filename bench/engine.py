@@ -42,11 +42,9 @@ from engine_table import (
 from engine_truth import AGREEMENT, Truth, error
 from torch import Tensor
 
-from curvd.allocator import tune_allocator
-from curvd.buffers import Pool
-from curvd_server.compilation import Compiler
-from curvd_server.engine import Operator
-from curvd_server.rewrites import use_differentiable_attention
+from curvd.tensors import Pool, tune_allocator
+from curvd_server.engine import Compiler, use_differentiable_attention
+from curvd_server.engine.operator import Operator
 
 EXACT = 1e-4
 """Largest relative error of a float32 product against float64."""

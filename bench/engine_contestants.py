@@ -11,12 +11,12 @@ import torch
 from engine_models import Contest, TokenLoss
 from torch import Tensor
 
-from curvd.buffers import Pool
-from curvd.types import OperatorSpec
-from curvd_server.compilation import Compiler
-from curvd_server.engine import Operator, build
-from curvd_server.plans import Choice
-from curvd_server.verify import Evidence
+from curvd.contract import OperatorSpec
+from curvd.tensors import Pool
+from curvd_server.engine import Compiler
+from curvd_server.engine.operator import Operator, build
+from curvd_server.engine.tuning.plan import Choice
+from curvd_server.engine.verification.verify import Evidence
 
 GIB = 2**30
 

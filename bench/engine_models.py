@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvd.types import DatasetSpec, LossSpec
-from curvd_server.builders import BUILDERS
-from curvd_server.objective import Problem
+from curvd.contract import DatasetSpec, LossSpec
+from curvd_server.engine import Problem
+from curvd_server.models import BUILDERS
 
 
 @dataclass(frozen=True)

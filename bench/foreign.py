@@ -26,9 +26,9 @@ import wire
 
 import curvd
 from curvd.http2 import frames
-from curvd_server import endpoint
-from curvd_server.front import greeting, listening
-from curvd_server.front.readiness import readable, writable
+from curvd_server.service import endpoint
+from curvd_server.transport import greeting, listener
+from curvd_server.transport.readiness import readable, writable
 
 WAYS = ("port", "copied", "spliced", "ours")
 PIPE_BYTES = 1 << 20
@@ -42,7 +42,7 @@ def serve(way: str) -> None:
     if way == "port":
         endpoint._direct = endpoint._grpcio_alone
     elif way == "spliced":
-        listening.relay = splice
+        listener.relay = splice
     elif way == "ours":
         greeting.is_ours = lambda beginning, *, tls: True
     wire.serve("tcp")

@@ -22,14 +22,12 @@ import torch
 from torch import Tensor, nn
 
 import curvd
-from curvd.types import DatasetSpec, LossSpec, OperatorSpec
-from curvd_server.builders import BUILDERS
-from curvd_server.curvature import MODES
-from curvd_server.graph.decode import canonical, decode
-from curvd_server.graph.interpret import Interpreter
-from curvd_server.graph.module import GraphModule
-from curvd_server.objective import Problem
-from curvd_server.rewrites import use_differentiable_attention
+from curvd.contract import DatasetSpec, LossSpec, OperatorSpec
+from curvd_server.engine import Problem, use_differentiable_attention
+from curvd_server.engine.operators.linearize import MODES
+from curvd_server.graph import canonical, decode
+from curvd_server.graph.execution import GraphModule, Interpreter
+from curvd_server.models import BUILDERS
 
 LIMIT = 1.05
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {

@@ -165,7 +165,7 @@ def _write(writer, array: np.ndarray, rows: int = 1 << 18) -> None:
 
 
 if __name__ == "__main__":
-    from curvd.allocator import tune_allocator
+    from curvd.tensors import tune_allocator
 
     if sys.argv[1] == "unary":
         tune_allocator()

@@ -28,11 +28,11 @@ from query_wall import race
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from curvd.choices import Which
-from curvd_server import builders
-from curvd_server.queries.base import drain
-from curvd_server.queries.eigsh import eigsh as our_eigsh
-from curvd_server.queries.solve import solve
+from curvd.contract import Which
+from curvd_server.linalg import eigsh as our_eigsh
+from curvd_server.linalg import solve
+from curvd_server.linalg.base import drain
+from curvd_server.models import builders
 
 
 def hessian() -> Tensor:

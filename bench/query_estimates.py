@@ -15,13 +15,15 @@ from hessian_eigenthings import algorithms as eigenthings
 from query_rows import Counted, Row
 from torch import Tensor
 
-from curvd.choices import Estimator
-from curvd_server.queries.base import drain
-from curvd_server.queries.density import spectral_density
-from curvd_server.queries.diagonal import diagonal
-from curvd_server.queries.norm import frobenius_norm
-from curvd_server.queries.sampling import Target
-from curvd_server.queries.trace import trace
+from curvd.contract import Estimator
+from curvd_server.linalg import (
+    Target,
+    diagonal,
+    frobenius_norm,
+    spectral_density,
+    trace,
+)
+from curvd_server.linalg.base import drain
 
 PROBES, SEEDS = 60, 300
 

@@ -20,14 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvd.choices import Estimator
-from curvd_server.queries.base import Products, drain
-from curvd_server.queries.density import spectral_density
-from curvd_server.queries.diagonal import diagonal
-from curvd_server.queries.logdet import logdet
-from curvd_server.queries.norm import frobenius_norm
-from curvd_server.queries.sampling import Target
-from curvd_server.queries.trace import trace
+from curvd.contract import Estimator
+from curvd_server.linalg import (
+    Products,
+    Target,
+    diagonal,
+    frobenius_norm,
+    logdet,
+    spectral_density,
+    trace,
+)
+from curvd_server.linalg.base import drain
 
 LEAST = 0.92
 TWO_SIDED = (Estimator.HUTCHINSON, Estimator.EXCHANGEABLE)

@@ -11,12 +11,9 @@ import torch
 from query_rows import Row
 from torch import Tensor
 
-from curvd.choices import Estimator, Which
-from curvd_server.queries.base import Products, drain
-from curvd_server.queries.eigsh import eigsh
-from curvd_server.queries.sampling import Target
-from curvd_server.queries.solve import solve
-from curvd_server.queries.trace import trace
+from curvd.contract import Estimator, Which
+from curvd_server.linalg import Products, Target, eigsh, solve, trace
+from curvd_server.linalg.base import drain
 
 SEEDS = 3
 

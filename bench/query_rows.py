@@ -12,7 +12,7 @@ from hessian_eigenthings.operators.base import LambdaOperator
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvd_server.queries.base import Products
+from curvd_server.linalg import Products
 
 
 @dataclass(frozen=True)

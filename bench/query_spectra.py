@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from curvd.choices import Stop, Which
-from curvd_server.queries.base import Products, drain
-from curvd_server.queries.eigsh import EigshResult, eigsh
-from curvd_server.queries.ritz import select
+from curvd.contract import Stop, Which
+from curvd_server.linalg import EigshResult, Products, eigsh
+from curvd_server.linalg.base import drain
+from curvd_server.linalg.ritz import select
 
 P, LIMIT = 120, 600
 WAYS = ((None, 1e-6), (20, 1e-3), (40, 1e-6))

@@ -21,9 +21,9 @@ from relay import Relay
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 import curvd
-from curvd_server import builders
 from curvd_server.app import serve_in_thread
 from curvd_server.config import ServerConfig
+from curvd_server.models import builders
 
 GPT = {"vocabulary": 1024, "context": 64, "width": 320, "heads": 5}
 K, TOLERANCE = 10, 1e-3

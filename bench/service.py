@@ -33,9 +33,17 @@ import torch
 import wire
 
 import curvd
-from curvd.choices import Dtype, LossName, Mode
-from curvd.types import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
-from curvd_server import builders, compute
+from curvd.contract import (
+    DatasetSpec,
+    Dtype,
+    LossName,
+    LossSpec,
+    Mode,
+    ModelSpec,
+    OperatorSpec,
+)
+from curvd_server.device import torch_device
+from curvd_server.models import builders
 
 CLIENTS = 16
 VECTORS = {"mlp": 8, "gpt": 2}
@@ -87,12 +95,12 @@ class Plans:
 def serve(plans: str) -> None:
     """Run the real service until killed."""
     torch.set_num_threads(1)
-    wire.serve("tcp", device=compute.TorchDevice({}, "cpu", Plans(plans)))
+    wire.serve("tcp", device=torch_device.TorchDevice({}, "cpu", Plans(plans)))
 
 
 def local_operator(name: str, state: dict[str, np.ndarray], plans: str):
     """The same operator, built in this process."""
-    device = compute.TorchDevice({}, "cpu", Plans(plans))
+    device = torch_device.TorchDevice({}, "cpu", Plans(plans))
     problem = device.load(
         ModelSpec(builder=name, config=MODELS[name]),
         state,

@@ -23,9 +23,9 @@ import torch
 from torch import nn
 
 import curvd
-from curvd_server import builders
 from curvd_server.app import serve_in_thread
 from curvd_server.config import ServerConfig
+from curvd_server.models import builders
 
 CLIENTS, PRODUCTS = 16, 8
 CONFIG = {"widths": [64, 256, 256, 10], "activation": "tanh"}

@@ -25,9 +25,8 @@ import numpy as np
 import peers
 
 import curvd
-from curvd.layout import ParameterLayout
-from curvd.reports import DeviceInfo, PlanReport, TensorInfo
-from curvd_server.registration import Architecture
+from curvd.contract import DeviceInfo, ParameterLayout, PlanReport, TensorInfo
+from curvd_server.storage import Architecture
 
 SIZES = {0.4: 100_000, 4.0: 1_000_000, 40.0: 10_000_000, 400.0: 100_000_000}
 TUNED = {

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 import curvd
-from curvd_server.builders import BUILDERS
+from curvd_server.models import BUILDERS
 
 CONFIG = {"vocabulary": 32, "context": 16, "layers": 2, "width": 16, "heads": 2}
 

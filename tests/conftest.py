@@ -9,6 +9,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 
+pytest_plugins = ["support.client_fixtures", "support.server_fixtures"]
+
 
 @pytest.fixture(scope="session")
 def live_target(tmp_path_factory):
@@ -20,7 +22,7 @@ def live_target(tmp_path_factory):
     config = ServerConfig(
         listen="127.0.0.1:0",
         data_dir=tmp_path_factory.mktemp("data"),
-        builders={"zoo": "server.zoo:build"},
+        builders={"zoo": "support.zoo:build"},
     )
     with serve_in_thread(config) as target:
         yield target

@@ -16,12 +16,12 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["curvd_server.graph"]):
-    from curvd_server.graph.decode import canonical, decode
-    from curvd_server.graph.dryrun import dry_run
-    from curvd_server.graph.interpret import Interpreter
-    from curvd_server.graph.module import GraphModule
+    from curvd_server.graph.decoder import canonical, decode
+    from curvd_server.graph.execution.dryrun import dry_run
+    from curvd_server.graph.execution.interpret import Interpreter
+    from curvd_server.graph.execution.module import GraphModule
 
-from server.graphs import HONEST
+from support.graphs import HONEST
 
 from curvd.errors import CurvdError
 

@@ -48,17 +48,17 @@ def child(first: int, last: int) -> None:
     import warnings
 
     import torch
-    from server.graphs import HONEST, filled
-    from server.mutations import mutated
-    from server.zoo import ANIMALS
+    from support.graphs import HONEST, filled
+    from support.mutations import mutated
+    from support.zoo import ANIMALS
 
     import curvd
     from curvd.errors import CurvdError
-    from curvd_server.compute import TorchDevice
-    from curvd_server.graph.decode import canonical, decode
-    from curvd_server.graph.dryrun import dry_run
-    from curvd_server.graph.interpret import Interpreter
-    from curvd_server.graph.module import GraphModule
+    from curvd_server.device.torch_device import TorchDevice
+    from curvd_server.graph.decoder import canonical, decode
+    from curvd_server.graph.execution.dryrun import dry_run
+    from curvd_server.graph.execution.interpret import Interpreter
+    from curvd_server.graph.execution.module import GraphModule
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

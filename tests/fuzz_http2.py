@@ -29,16 +29,16 @@ def watched():
     import atheris
 
     return atheris.instrument_imports(
-        include=["curvd.http2", "curvd_server.front.recognise", "hpack"]
+        include=["curvd.http2", "curvd_server.transport.detect", "hpack"]
     )
 
 
 with watched():
+    from curvd.contract.rpcs import RPCS
+    from curvd.http2.connection import Line
     from curvd.http2.glitches import Glitches
-    from curvd.http2.line import Line
     from curvd.http2.stream import Broken
-    from curvd.rpcs import RPCS
-    from curvd_server.front.recognise import bytes_needed, is_ours
+    from curvd_server.transport.detect import bytes_needed, is_ours
 
 CORPUS = Path(__file__).parent / "corpora" / "http2.txt"
 MOST_BYTES = 2048

@@ -2,7 +2,7 @@
 
     python tests/fuzz_modules.py [--modules 2000] [--seed 0] [--plan double_backward]
 
-Each module of `contract.grammar` is given to `session_for` as a user would. What is
+Each module of `support.grammar` is given to `session_for` as a user would. What is
 accepted must have torch's own loss and gradient, by ``.backward()`` over the
 mini-batches, and the products of central differences of that gradient, to 1e-6. What is
 refused must be refused with an error of ours that is no defect (`Internal`); and a module
@@ -22,12 +22,13 @@ import warnings
 
 import numpy as np
 import torch
-from contract.grammar import Case, derive
+from support.grammar import Case, derive
 from torch import nn
 
 import curvd
-from curvd_server import compute, engine
-from curvd_server.candidates import Plan
+from curvd_server.device import torch_device
+from curvd_server.engine import operator
+from curvd_server.engine.tuning.autotune import Plan
 
 TOLERANCE = 1e-6
 STEPS = (1e-5, 1e-6, 1e-4, 1e-7)
@@ -152,8 +153,8 @@ def take_plan(mode: str) -> None:
 
     Racing takes most of the time, and finds nothing out about what is exported.
     """
-    build = functools.partial(engine.build, plan=Plan(mode))
-    compute.engine.build = build  # type: ignore[attr-defined]
+    build = functools.partial(operator.build, plan=Plan(mode))
+    torch_device.engine.build = build  # type: ignore[attr-defined]
 
 
 def main() -> int:

@@ -8,8 +8,9 @@ import threading
 import grpc
 import numpy as np
 
-from curvd import choices, convert, status, types, wire
-from curvd.rpcs import RPCS
+from curvd.contract import convert, enums, specs, statuses
+from curvd.contract.rpcs import RPCS
+from curvd.tensors import chunks as wire
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import session_service_pb2 as session_pb
 
@@ -23,8 +24,8 @@ def call(channel, name, request, *, timeout=300, metadata=()):
         response = stub(sent, timeout=timeout, metadata=metadata)
         return list(response) if rpc.server_streams else response
     except grpc.RpcError as error:
-        details = dict(error.trailing_metadata() or ()).get(status.DETAILS_KEY)
-        raise status.load(error.code().name, error.details(), details) from error
+        details = dict(error.trailing_metadata() or ()).get(statuses.DETAILS_KEY)
+        raise statuses.load(error.code().name, error.details(), details) from error
 
 
 def file_of(arrays):
@@ -76,7 +77,7 @@ def joined(parts):
 
 def create(channel, model_id, dataset_id, **fields):
     """Make a session of a mean squared error."""
-    loss = convert.loss_to_proto(types.LossSpec(name=choices.LossName.MSE))
+    loss = convert.loss_to_proto(specs.LossSpec(name=enums.LossName.MSE))
     fields = {"loss": loss, "dtype": "DTYPE_FLOAT64"} | fields
     request = session_pb.CreateSessionRequest(
         model_id=model_id, dataset_id=dataset_id, **fields

@@ -29,7 +29,7 @@ import numpy as np
 import trustme
 
 import curvd
-from curvd.operator import RemoteOperator
+from curvd.remote.operator import RemoteOperator
 
 TOKEN = "storm"
 WIDTHS = [16, 64, 64, 4]
@@ -47,7 +47,12 @@ BEGIN_S = 1.0
 def serving(transport, folder, tls, listen="127.0.0.1:0"):
     """A server in a process of its own: its target, and its process."""
     (folder / "token").write_text(TOKEN)
-    command = [sys.executable, "-c", "from curvd.cli import main; main()", "serve"]
+    command = [
+        sys.executable,
+        "-c",
+        "from curvd.cli.commands import main; main()",
+        "serve",
+    ]
     command += ["--listen", listen]
     command += ["--data-dir", folder / transport, "--token-file", folder / "token"]
     command += ["--transport", transport, "--log-level", "warning"]
@@ -64,7 +69,7 @@ def serving(transport, folder, tls, listen="127.0.0.1:0"):
 
 def session_of(client):
     """A session of a small classifier."""
-    from curvd_server import builders
+    from curvd_server.models import builders
 
     rng = np.random.default_rng(0)
     config = {"activation": "tanh", "widths": WIDTHS}

@@ -15,22 +15,38 @@ from __future__ import annotations
 from curvd import aio, errors
 from curvd._version import VERSION as __version__
 from curvd.aio import AsyncClient, AsyncOperator, AsyncSession
-from curvd.allocator import tune_allocator
-from curvd.choices import (
+from curvd.config import ClientConfig, RetryConfig, TlsConfig
+from curvd.contract import (
+    DatasetInfo,
+    DatasetSpec,
+    DeviceInfo,
     Distribution,
     Dtype,
     Estimator,
     InputStyle,
+    Limits,
     LossName,
+    LossSpec,
     Mode,
+    ModelInfo,
+    ModelSpec,
     OperatorKind,
+    OperatorSpec,
+    ParameterLayout,
+    ParameterSpec,
+    PlanReport,
+    Probe,
     Reduction,
+    ResultInfo,
+    ServerInfo,
+    SessionInfo,
+    SessionState,
     Solver,
     Stop,
+    StoredVector,
+    TensorInfo,
     Which,
 )
-from curvd.client import Client, connect
-from curvd.config import ClientConfig, RetryConfig, TlsConfig
 from curvd.errors import (
     BuilderNotFound,
     Cancelled,
@@ -70,21 +86,7 @@ from curvd.errors import (
     VersionMismatch,
 )
 from curvd.exported import ExportedModel, export, export_loss
-from curvd.layout import ParameterLayout, ParameterSpec
-from curvd.operator import RemoteOperator
-from curvd.reports import (
-    DatasetInfo,
-    DeviceInfo,
-    Limits,
-    ModelInfo,
-    PlanReport,
-    ResultInfo,
-    ServerInfo,
-    SessionInfo,
-    SessionState,
-    StoredVector,
-    TensorInfo,
-)
+from curvd.remote import Client, RemoteOperator, Session, connect
 from curvd.results import (
     Density,
     DiagonalEstimate,
@@ -95,8 +97,7 @@ from curvd.results import (
     QueryProgress,
     Solution,
 )
-from curvd.session import Session
-from curvd.types import DatasetSpec, LossSpec, ModelSpec, OperatorSpec, Probe
+from curvd.tensors import tune_allocator
 
 __all__ = [  # noqa: RUF022 - grouped, not sorted
     # the client

@@ -1,4 +1,4 @@
-"""The asyncio client: the names and signatures of `curvd.client`, with ``await``.
+"""The asyncio client: the names and signatures of `curvd.remote.client`, with ``await``.
 
     async with curvd.aio.connect("127.0.0.1:50551") as client:
         session = await client.session("…")
@@ -18,22 +18,33 @@ from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
-from curvd import _requests, _uploads
-from curvd._connection import AsyncConnection
-from curvd._session import SessionBase, name_of
-from curvd._tensors import TensorStream
-from curvd._uploads import Progress, Tensors
-from curvd.arrays import Layout, operand
-from curvd.choices import Dtype, InputStyle, Mode, Output
-from curvd.client import configured
+from curvd._calls import Progress, Tensors, TensorStream, requests, upload
+from curvd._transport import AsyncConnection
 from curvd.config import ClientConfig, Pem, TlsConfig
+from curvd.contract import (
+    DatasetInfo,
+    Dtype,
+    InputStyle,
+    LossSpec,
+    Mode,
+    ModelInfo,
+    OperatorSpec,
+    Output,
+    ServerInfo,
+    SessionInfo,
+    StoredVector,
+)
 from curvd.errors import SessionNotFound, VectorNotFound
 from curvd.exported import ExportedModel, prepare
-from curvd.operator import OperatorBase
-from curvd.progress import shown
-from curvd.queries import AsyncQueryMethods
-from curvd.reports import DatasetInfo, ModelInfo, ServerInfo, SessionInfo, StoredVector
-from curvd.types import LossSpec, OperatorSpec
+from curvd.remote import (
+    AsyncQueryMethods,
+    OperatorBase,
+    SessionBase,
+    configured,
+    name_of,
+    shown,
+)
+from curvd.tensors import Layout, operand
 
 T = TypeVar("T")
 
@@ -85,7 +96,7 @@ class AsyncClient:
         with shown(progress, "model") as callback:
             # Hashing gigabytes would hold up the event loop.
             call = await asyncio.to_thread(
-                _uploads.register_model, model, config, state, callback
+                upload.register_model, model, config, state, callback
             )
             return await self._connection.run(call)
 
@@ -104,7 +115,7 @@ class AsyncClient:
         """Register named tensors as fixed mini-batches; see `curvd.Client`."""
         with shown(progress, "dataset") as callback:
             call = await asyncio.to_thread(
-                _uploads.register_dataset,
+                upload.register_dataset,
                 tensors,
                 name=name,
                 digest=digest,
@@ -133,7 +144,7 @@ class AsyncClient:
         validate_only: bool = False,
     ) -> AsyncSession:
         """Bring a model, a dataset and a loss together; see `curvd.Client`."""
-        call = _requests.create_session(
+        call = requests.create_session(
             model,
             dataset,
             loss=loss,
@@ -183,24 +194,24 @@ class AsyncClient:
 
     async def session(self, session_id: str) -> AsyncSession:
         """Find a session that exists; see `curvd.Client`."""
-        call = _requests.get_session(session_id)
+        call = requests.get_session(session_id)
         return AsyncSession(self._connection, await self._connection.run(call))
 
     async def sessions(self) -> list[SessionInfo]:
         """List the sessions, oldest first."""
-        found, token = await self._connection.run(_requests.list_sessions(""))
+        found, token = await self._connection.run(requests.list_sessions(""))
         while token:
-            page, token = await self._connection.run(_requests.list_sessions(token))
+            page, token = await self._connection.run(requests.list_sessions(token))
             found += page
         return found
 
     async def server_info(self) -> ServerInfo:
         """Describe the server: versions, limits, devices, builders, capabilities."""
-        return await self._connection.run(_requests.server_info())
+        return await self._connection.run(requests.server_info())
 
     async def healthy(self) -> bool:
         """Tell whether the server is serving; False while it drains."""
-        return await self._connection.run(_requests.healthy())
+        return await self._connection.run(requests.healthy())
 
     async def close(self) -> None:
         """Close the connection; sessions stay on the server."""
@@ -243,12 +254,12 @@ class AsyncSession(SessionBase["AsyncOperator"]):
         self, *, layout: Layout = "flat", expected_version: int | None = None
     ) -> tuple[float, Any]:
         """Compute the objective and its gradient; see `curvd.Session`."""
-        call = _requests.gradient(
+        call = requests.gradient(
             self._info, layout=layout, expected_version=expected_version
         )
         gradient = await self._connection.run(call)
         self.last = call.info
-        return _requests.loss_of(call.info), gradient
+        return requests.loss_of(call.info), gradient
 
     async def update_parameters(
         self,
@@ -260,7 +271,7 @@ class AsyncSession(SessionBase["AsyncOperator"]):
         """Replace some or all values; see `curvd.Session`."""
         with shown(progress, "parameters") as callback:
             call = await asyncio.to_thread(
-                _uploads.update_parameters,
+                upload.update_parameters,
                 self.id,
                 values,
                 expected_version=expected_version,
@@ -273,30 +284,30 @@ class AsyncSession(SessionBase["AsyncOperator"]):
         self, name: str, value: Any, *, wire: str | None = None
     ) -> StoredVector:
         """Store a vector or columns in the session; see `curvd.Session`."""
-        call = _requests.put_vector(
+        call = requests.put_vector(
             self._info,
             name,
             operand(value, self.layout, self._info.dtype),
-            wire_type=_requests.check_wire(wire, self._info.dtype),
+            wire_type=requests.check_wire(wire, self._info.dtype),
         )
         return await self._connection.run(call)
 
     async def get(self, vector: StoredVector | str, *, wire: str | None = None) -> Any:
         """Fetch a stored vector; see `curvd.Session`."""
-        wire_type = _requests.check_wire(wire, self._info.dtype)
+        wire_type = requests.check_wire(wire, self._info.dtype)
         found = vector
         if isinstance(found, str):
             found = self._named(found, await self.vectors())
-        call = _requests.get_vector(self._info, found, wire_type=wire_type)
+        call = requests.get_vector(self._info, found, wire_type=wire_type)
         return await self._connection.run(call)
 
     async def vectors(self) -> list[StoredVector]:
         """List what the session stores, the oldest name first."""
-        return await self._connection.run(_requests.list_vectors(self.id))
+        return await self._connection.run(requests.list_vectors(self.id))
 
     async def discard(self, vector: StoredVector | str) -> None:
         """Forget a stored vector; see `curvd.Session`."""
-        call = _requests.delete_vector(self.id, name_of(vector))
+        call = requests.delete_vector(self.id, name_of(vector))
         try:
             await self._connection.run(call)
         except VectorNotFound:
@@ -305,18 +316,18 @@ class AsyncSession(SessionBase["AsyncOperator"]):
 
     async def refresh(self) -> SessionInfo:
         """Ask for the session as it is now: version, plans, lease."""
-        self._info = await self._connection.run(_requests.get_session(self.id))
+        self._info = await self._connection.run(requests.get_session(self.id))
         return self._info
 
     async def renew(self, lease_s: float | None = None) -> SessionInfo:
         """Put off the end of the lease; see `curvd.Session`."""
-        call = _requests.renew_session(self.id, lease_s)
+        call = requests.renew_session(self.id, lease_s)
         self._info = await self._connection.run(call)
         return self._info
 
     async def delete(self) -> None:
         """End the session, cancel its work and free its memory."""
-        call = _requests.delete_session(self.id)
+        call = requests.delete_session(self.id)
         try:
             await self._connection.run(call)
         except SessionNotFound:

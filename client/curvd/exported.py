@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from curvd.choices import Dtype, Mode, Output, member
+from curvd.contract import Dtype, LossSpec, Mode, Normaliser, Output, member
 from curvd.errors import InvalidSpec
-from curvd.types import LossSpec, Normaliser
 from curvd.v1 import graph_pb2 as graph_pb
 
 if TYPE_CHECKING:

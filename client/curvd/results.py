@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curvd.choices import Stop
-from curvd.reports import PlanReport, StoredVector
+from curvd.contract import PlanReport, Stop, StoredVector
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

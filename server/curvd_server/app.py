@@ -17,26 +17,23 @@ from importlib import metadata
 
 import psutil
 
-from curvd.allocator import tune_allocator
-from curvd.reports import ServerInfo
-from curvd_server import compute, logs
-from curvd_server.batching import Batcher
-from curvd_server.catalogue import Catalogue
-from curvd_server.compilation import Compiler
+from curvd.contract import ServerInfo
+from curvd.tensors import tune_allocator
 from curvd_server.config import ServerConfig
-from curvd_server.data_directory import owned, torchs_folder
-from curvd_server.device import Device
-from curvd_server.endpoint import serving
-from curvd_server.front.admission import raise_descriptor_limit
-from curvd_server.host_memory import HostMemory, default_bytes
-from curvd_server.mounts import Mounts
-from curvd_server.registration import Registry
-from curvd_server.service.curvature_service import CurvatureService
-from curvd_server.service.query_service import QueryService
-from curvd_server.service.session_service import SessionService
-from curvd_server.session import Facilities
-from curvd_server.sessions import SessionStore
-from curvd_server.storage import BlobStore
+from curvd_server.device import Batcher, Device, torch_device
+from curvd_server.engine import Compiler
+from curvd_server.service import CurvatureService, QueryService, SessionService, serving
+from curvd_server.sessions import Facilities, SessionStore
+from curvd_server.storage import (
+    BlobStore,
+    Catalogue,
+    Mounts,
+    Registry,
+    owned,
+    torchs_folder,
+)
+from curvd_server.system import HostMemory, default_bytes, logs
+from curvd_server.transport import raise_descriptor_limit
 
 CAPABILITIES = (
     "block_diagonal",
@@ -152,7 +149,7 @@ async def running(
                     config.data_dir / "compiled", config.compile_after_s
                 )
                 stack.callback(compiler.close)
-            device = compute.TorchDevice(
+            device = torch_device.TorchDevice(
                 config.builders,
                 config.device,
                 catalogue.plans,

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import grpc
 
+from curvd.contract import Limits
 from curvd.errors import InvalidSpec
-from curvd.reports import Limits
-from curvd.tensorfile import MAX_HEADER_BYTES
-from curvd_server.front.limits import ConnectionLimits
+from curvd.tensors import MAX_HEADER_BYTES
+from curvd_server.transport import ConnectionLimits
 
 DEFAULT_LISTEN = "127.0.0.1:50551"
 MESSAGE_BYTES = 4 << 20

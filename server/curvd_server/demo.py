@@ -27,7 +27,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import curvd
-from curvd_server import builders
+from curvd_server.models import builders
 
 CONFIG = {"channels": 1, "classes": 10, "widths": [8, 16]}
 EIGENVALUES = 8

@@ -12,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from curvd.choices import Mode, Output
+from curvd.contract import Mode, Output
 from curvd.errors import CurvdError, InvalidGraph, InvalidSpec
 from curvd.graph.aliases import Alias
 from curvd.graph.checkpoints import plain_checkpoints

@@ -20,7 +20,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from curvd import vocabulary
+from curvd.contract import graph_ops
 from curvd.graph.plain import PLAIN
 from curvd.graph.rewrites import is_rewritten
 from curvd.graph.schemas import EXACT, RENAMED
@@ -55,7 +55,7 @@ def is_known(target: Any) -> bool:
     if target in PLAIN:
         return False
     renamed = name in EXACT or name in RENAMED or name == "to" or name.endswith("_")
-    return renamed or is_rewritten(operator) or vocabulary.is_allowed(operator)
+    return renamed or is_rewritten(operator) or graph_ops.is_allowed(operator)
 
 
 def decomposed(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvd.contract import COMPLEX
 from curvd.graph.tape import COMPLEX_NAMES, DTYPE_NAMES, MEMORY_FORMATS
 from curvd.v1 import graph_pb2 as graph_pb
-from curvd.vocabulary import COMPLEX
 
 _DTYPES = {name: dtype for dtype, name in (DTYPE_NAMES | COMPLEX_NAMES).items()}
 _FORMATS = {name: form for form, name in MEMORY_FORMATS.items()}

@@ -12,16 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvd.choices import LossName, Reduction
+from curvd.contract import (
+    MAX_INLINE_BYTES,
+    LossName,
+    LossSpec,
+    Normaliser,
+    Reduction,
+    SerializedGraph,
+)
 from curvd.errors import CurvdError, InvalidGraph, InvalidSpec
 from curvd.graph.capture import few, traced, translated
 from curvd.graph.eager import leaves
 from curvd.graph.evaluate import constant, evaluate
 from curvd.graph.manifest import inputs_of
 from curvd.graph.proof import prove_loss
-from curvd.types import LossSpec, Normaliser, SerializedGraph
 from curvd.v1 import graph_pb2 as graph_pb
-from curvd.vocabulary import MAX_INLINE_BYTES
 
 Loss = Callable[[Tensor, Tensor], Any]
 

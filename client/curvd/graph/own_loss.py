@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvd.choices import LossName, Mode, Output
+from curvd.contract import LossName, LossSpec, Mode, Output
 from curvd.errors import InvalidSpec
 from curvd.graph.capture import Chosen, sampled
 from curvd.graph.losses import evaluated
 from curvd.graph.manifest import inputs_of
 from curvd.graph.proof import differing
 from curvd.graph.statistics import in_mode
-from curvd.types import LossSpec
 
 _IGNORED = -100
 """The class that transformers count for nothing."""

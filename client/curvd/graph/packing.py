@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvd.choices import Output
+from curvd.contract import Output
 from curvd.errors import InvalidSpec
 
 

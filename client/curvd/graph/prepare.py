@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from curvd.choices import Mode, Output
+from curvd.contract import LossSpec, Mode, Output
 from curvd.graph.capture import Chosen, few, sampled
 from curvd.graph.checkpoints import plain_checkpoints
 from curvd.graph.losses import evaluated
@@ -17,7 +17,6 @@ from curvd.graph.manifest import inputs_of
 from curvd.graph.packing import detached
 from curvd.graph.proof import Objective, prove
 from curvd.graph.statistics import in_mode
-from curvd.types import LossSpec
 from curvd.v1 import graph_pb2 as graph_pb
 
 

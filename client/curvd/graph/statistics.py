@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from curvd.choices import Mode
+from curvd.contract import Mode
 from curvd.errors import InvalidSpec
 from curvd.v1 import graph_pb2 as graph_pb
 

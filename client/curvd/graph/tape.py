@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from curvd import vocabulary
+from curvd.contract import graph_ops
 from curvd.errors import InvalidGraph, LimitExceeded
 from curvd.v1 import graph_pb2 as graph_pb
 
@@ -91,7 +91,7 @@ class Tape:
         Raises:
             InvalidGraph: If no server knows it.
         """
-        if not vocabulary.is_allowed(operator):
+        if not graph_ops.is_allowed(operator):
             msg = (
                 f"operator {operator}{self.where} is not one that servers run: write "
                 "it with other operators, or let the server's operator offer the model "
@@ -136,7 +136,7 @@ def write(
     numbers = {id(value): index for index, value in enumerate(numbered)}
     sources = {s: k for k, s in enumerate(dict.fromkeys(v.source for v in kept), 1)}
     graph = graph_pb.Graph(
-        version=vocabulary.VERSION,
+        version=graph_ops.VERSION,
         inputs=[i for _, i in inputs],
         tensors=[t for _, t in tensors],
         nodes=[_node(value, numbers, sources) for value in kept],
@@ -145,10 +145,10 @@ def write(
         dtype=DTYPE_NAMES[dtype],
     )
     size = graph.ByteSize()
-    if size > vocabulary.MAX_GRAPH_BYTES or len(kept) > vocabulary.MAX_NODES:
+    if size > graph_ops.MAX_GRAPH_BYTES or len(kept) > graph_ops.MAX_NODES:
         msg = (
             f"the graph has {len(kept)} operators and {size} bytes; the limits are "
-            f"{vocabulary.MAX_NODES} and {vocabulary.MAX_GRAPH_BYTES}: replace loops by "
+            f"{graph_ops.MAX_NODES} and {graph_ops.MAX_GRAPH_BYTES}: replace loops by "
             "operators on whole tensors, or let the server offer the model as a builder"
         )
         raise LimitExceeded(msg, nodes=len(kept), bytes=size)

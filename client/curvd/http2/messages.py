@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from curvd.contract import BYTES_TAG, read_varint
 from curvd.errors import Internal, ResourceExhausted
-from curvd.rpcs import BYTES_TAG, read_varint
 
 Room = Callable[[int], "memoryview | None"]
 """Finds the place for a chunk of so many bytes, or None if any place will do."""
@@ -44,7 +44,7 @@ class _Step(Enum):
 
 
 class Format(Protocol):
-    """How the messages of one direction are written; `curvd.rpcs.Codec` is one."""
+    """How the messages of one direction are written; `curvd.contract.rpcs.Codec` is one."""
 
     @property
     def bulk(self) -> bool:

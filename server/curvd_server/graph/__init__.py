@@ -1,7 +1,14 @@
-"""Models and losses as graphs: decoded, checked, tried without memory, interpreted.
+"""Models and losses as graphs, a list of operators: decoded and checked here.
 
-A graph comes from a stranger. Nothing of it is ever evaluated, compiled, imported or
-opened: `decode` checks its structure without torch, `operators` finds each operator on
-the allow-list and fits the arguments to its schema, `dryrun` runs it on the device
-``meta`` within limits, and `interpret` is the loop that runs it.
+Knows no torch: a graph is judged before it costs anything. `curvd_server.graph.execution`
+runs them.
 """
+
+from __future__ import annotations
+
+from curvd_server.graph.decoder import canonical, decode
+
+__all__ = [
+    "canonical",
+    "decode",
+]

@@ -9,18 +9,13 @@ from typing import Any
 
 import structlog
 
-from curvd import convert
-from curvd.buffers import Pool
+from curvd.contract import RPCS, Framed, OperatorSpec, Part, convert
 from curvd.errors import InvalidSpec, ResultNotKept
-from curvd.rpcs import RPCS, Framed, Part
-from curvd.types import OperatorSpec
+from curvd.tensors import Pool
 from curvd.v1 import curvature_service_pb2 as curvature_pb
-from curvd_server import validate
-from curvd_server.batching import Batcher
 from curvd_server.config import LimitsConfig
-from curvd_server.host_memory import HostMemory
-from curvd_server.kept import KeptResults
-from curvd_server.service import small, stored
+from curvd_server.device import Batcher
+from curvd_server.service import product_unary, stored, validation
 from curvd_server.service.handlers import CALLER, Chunks, Send, opened
 from curvd_server.service.outcomes import (
     Kept,
@@ -29,10 +24,11 @@ from curvd_server.service.outcomes import (
     send_kept,
     summary_of,
 )
-from curvd_server.service.products import Product, Tools
-from curvd_server.service.results import Format, Sender
-from curvd_server.session import Lease
-from curvd_server.sessions import SessionStore
+from curvd_server.service.product_stream import Product, Tools
+from curvd_server.service.result_cache import KeptResults
+from curvd_server.service.result_encoding import Format, Sender
+from curvd_server.sessions import Lease, SessionStore
+from curvd_server.system import HostMemory
 
 
 class CurvatureService:
@@ -87,9 +83,9 @@ class CurvatureService:
         spec = convert.operator_from_proto(header.operator)
         async with self._leased(header, spec) as lease:
             format_ = _format(header, "Multiply", lease)
-            columns = small.operand(header, file, lease, self._tools)
+            columns = product_unary.operand(header, file, lease, self._tools)
             if columns is not None:
-                return await small.multiply(
+                return await product_unary.multiply(
                     header, columns, lease, spec, self._tools, format_
                 )
             return await self._collected(header, file, lease, spec, format_)
@@ -100,7 +96,7 @@ class CurvatureService:
         async with self._sessions.lease(
             request.session_id, expected_version=_expected(request)
         ) as lease:
-            dtype = validate.vector_dtype(lease.info.dtype)
+            dtype = validation.vector_dtype(lease.info.dtype)
             message = RPCS["Gradient"].response.message
             sender = Sender(send, Format.of(request, message, dtype))
             with self._batcher.reserve(1, lease.info.layout.size * dtype.itemsize):
@@ -241,7 +237,7 @@ async def _nothing() -> AsyncIterator[Part]:
 
 
 def _format(header: curvature_pb.ProductHeader, name: str, lease: Lease) -> Format:
-    own = validate.vector_dtype(lease.info.dtype)
+    own = validation.vector_dtype(lease.info.dtype)
     return Format.of(header, RPCS[name].response.message, own)
 
 

@@ -12,12 +12,11 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from curvd.contract import RPCS, Part, Rpc
 from curvd.errors import InvalidSpec, Overloaded
-from curvd.http2.messages import InPlace, Room
-from curvd.rpcs import RPCS, Part, Rpc
-from curvd_server import ranges
-from curvd_server.front.stalls import Stalled, StallGuard
-from curvd_server.interceptors import Gate
+from curvd.http2 import InPlace, Room
+from curvd_server.storage import ranges
+from curvd_server.transport import Gate, Stalled, StallGuard
 from curvd_server.trials import PEER
 
 CALLER: ContextVar[str] = ContextVar("caller", default="")

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curvd import convert
+from curvd.contract import OperatorSpec, convert
 from curvd.errors import Internal
-from curvd.types import OperatorSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
-from curvd_server.batching import Done
-from curvd_server.kept import Content
-from curvd_server.service.results import Format, Sender
-from curvd_server.session import Lease
+from curvd_server.device import Done
+from curvd_server.service.result_cache import Content
+from curvd_server.service.result_encoding import Format, Sender
+from curvd_server.sessions import Lease
 
 Columns = NDArray[Any]
 

@@ -12,21 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvd import convert, convert_enums, tensorfile, wire
-from curvd.rpcs import RPCS
-from curvd.types import OperatorSpec
+from curvd.contract import RPCS, OperatorSpec, convert, convert_enums
+from curvd.tensors import chunks as wire
+from curvd.tensors import safetensors_header
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import query_service_pb2 as query_pb
-from curvd_server import query_validate as check
-from curvd_server.batching import Batcher
 from curvd_server.config import LimitsConfig
-from curvd_server.queries.base import Progress, Query
-from curvd_server.queries.sampling import Estimate
-from curvd_server.query_runs import Cost, QueryRun, vectors_bytes
+from curvd_server.device import Batcher
+from curvd_server.linalg import Estimate, Progress, Query
+from curvd_server.service import query_validation as check
 from curvd_server.service.handlers import Send
-from curvd_server.session import Lease
-from curvd_server.validate import check_finite
-from curvd_server.vectors import Vector
+from curvd_server.service.query_run import Cost, QueryRun, vectors_bytes
+from curvd_server.service.validation import check_finite
+from curvd_server.sessions import Lease, Vector
 
 R = TypeVar("R")
 
@@ -89,7 +87,7 @@ class QueryCall:
         """Receive the tensors of Solve."""
         layout, dtype = self.lease.info.layout, self.lease.info.dtype
 
-        def accept(header: tensorfile.Header) -> int:
+        def accept(header: safetensors_header.Header) -> int:
             columns = check.systems(
                 header, layout=layout, dtype=dtype, limits=self.limits
             )

@@ -9,28 +9,28 @@ from typing import Any, TypeVar
 
 import structlog
 
-from curvd import convert, convert_enums
-from curvd.rpcs import Part
+from curvd.contract import Part, convert, convert_enums
 from curvd.v1 import query_service_pb2 as query_pb
-from curvd_server import query_validate as check
-from curvd_server.batching import Batcher
-from curvd_server.compute import TorchOperator
 from curvd_server.config import LimitsConfig
-from curvd_server.queries.density import spectral_density
-from curvd_server.queries.diagonal import diagonal
-from curvd_server.queries.eigsh import (
+from curvd_server.device import Batcher
+from curvd_server.device.torch_device import TorchOperator
+from curvd_server.linalg import (
     EigshResult,
+    SolveResult,
     default_basis,
+    diagonal,
     eigsh,
+    frobenius_norm,
+    logdet,
     search_basis,
+    solve,
+    spectral_density,
+    trace,
 )
-from curvd_server.queries.logdet import logdet
-from curvd_server.queries.norm import frobenius_norm
-from curvd_server.queries.solve import SolveResult, solve
-from curvd_server.queries.trace import trace
-from curvd_server.query_runs import QueryRun, vectors_bytes
+from curvd_server.service import query_validation as check
 from curvd_server.service.handlers import Send, opened
 from curvd_server.service.query_call import QueryCall, to_numpy
+from curvd_server.service.query_run import QueryRun, vectors_bytes
 from curvd_server.service.warm_starts import WarmStarts
 from curvd_server.sessions import SessionStore
 

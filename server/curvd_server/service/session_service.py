@@ -11,22 +11,31 @@ from typing import Any, TypeVar
 import structlog
 from google.protobuf.duration_pb2 import Duration
 
-from curvd import convert, convert_enums
+from curvd.contract import (
+    DatasetSpec,
+    ModelInfo,
+    ModelSpec,
+    Part,
+    ServerInfo,
+    SessionInfo,
+    check_patterns,
+    convert,
+    convert_enums,
+)
 from curvd.errors import CurvdError, DatasetNotFound, InvalidSpec
-from curvd.reports import ModelInfo, ServerInfo, SessionInfo
-from curvd.rpcs import Part
-from curvd.selection import check_patterns
-from curvd.types import DatasetSpec, ModelSpec
 from curvd.v1 import session_service_pb2 as session_pb
-from curvd_server.blobs import check_digest
 from curvd_server.config import LimitsConfig
-from curvd_server.mounts import Mounts
-from curvd_server.registration import Architecture, Registry, model_spec
 from curvd_server.service import uploads
 from curvd_server.service.handlers import opened
-from curvd_server.session import Update
-from curvd_server.sessions import NewSession, SessionStore
-from curvd_server.storage import BlobStore
+from curvd_server.sessions import NewSession, SessionStore, Update
+from curvd_server.storage import (
+    Architecture,
+    BlobStore,
+    Mounts,
+    Registry,
+    check_digest,
+    model_spec,
+)
 
 T = TypeVar("T")
 

@@ -6,16 +6,15 @@ import asyncio
 
 import numpy as np
 
-from curvd import narrow, tensorfile, wire
-from curvd.buffers import Buffer
 from curvd.errors import InvalidSpec
+from curvd.tensors import Buffer, half_precision, safetensors_header
+from curvd.tensors import chunks as wire
 from curvd.v1 import curvature_service_pb2 as curvature_pb
-from curvd_server import validate
+from curvd_server.service import validation
 from curvd_server.service.handlers import Chunks
-from curvd_server.service.products import Columns, Tools
-from curvd_server.service.results import OWN_TYPE
-from curvd_server.session import Lease
-from curvd_server.vectors import Vector
+from curvd_server.service.product_stream import Columns, Tools
+from curvd_server.service.result_encoding import OWN_TYPE
+from curvd_server.sessions import Lease, Vector
 
 
 async def receive(
@@ -42,10 +41,10 @@ async def receive(
     if not name:
         msg = "a stored vector needs a name, at least one character"
         raise InvalidSpec(msg, field="name")
-    dtype = validate.vector_dtype(lease.info.dtype)
+    dtype = validation.vector_dtype(lease.info.dtype)
 
-    def accept(header: tensorfile.Header) -> int:
-        validate.check_operand(
+    def accept(header: safetensors_header.Header) -> int:
+        validation.check_operand(
             header,
             matrix=None,
             layout=layout,
@@ -56,13 +55,13 @@ async def receive(
         lease.vectors.check_room(name, count * dtype.itemsize)
         return 0
 
-    def checked(raw: Buffer, tensor: tensorfile.TensorHeader) -> Columns:
-        if tensor.dtype in narrow.NARROW:
+    def checked(raw: Buffer, tensor: safetensors_header.TensorHeader) -> Columns:
+        if tensor.dtype in half_precision.NARROW:
             array = np.empty(tensor.shape, dtype)
-            narrow.widen(raw, tensor.dtype, array.reshape(-1))
+            half_precision.widen(raw, tensor.dtype, array.reshape(-1))
         else:
             array = raw.view(dtype).reshape(tensor.shape)
-        validate.check_finite(array, layout=layout)
+        validation.check_finite(array, layout=layout)
         return array
 
     assembler = wire.Assembler(accept, max_bytes=tools.limits.operand_bytes)

@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from curvd.v1 import session_service_pb2 as session_pb
-from curvd_server.blobs import check_digest
 from curvd_server.config import LimitsConfig
-from curvd_server.storage import BlobStore
-from curvd_server.validate import check_upload
+from curvd_server.service.validation import check_upload
+from curvd_server.storage import BlobStore, check_digest
 
 
 async def receive(

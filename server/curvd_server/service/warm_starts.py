@@ -6,9 +6,8 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from curvd.choices import Which
+from curvd.contract import OperatorSpec, Which
 from curvd.errors import SessionNotFound
-from curvd.types import OperatorSpec
 from curvd_server.sessions import SessionStore
 
 Kind: TypeAlias = tuple[str, OperatorSpec, Which]

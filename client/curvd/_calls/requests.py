@@ -1,0 +1,363 @@
+"""What a caller asks for, in the words of the contract: one function per call."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from google.protobuf import wrappers_pb2
+
+from curvd._calls.base import Unary
+from curvd._calls.column_stream import ColumnStream
+from curvd._calls.tensor_stream import (
+    OWN_TYPE,
+    PutVector,
+    SmallProduct,
+    TensorStream,
+    Wanted,
+)
+from curvd.contract import (
+    RPCS,
+    Codec,
+    DatasetInfo,
+    LossSpec,
+    ModelInfo,
+    OperatorSpec,
+    Probe,
+    ResultInfo,
+    Rpc,
+    SessionInfo,
+    StoredVector,
+    convert,
+    convert_enums,
+    enums,
+    infos,
+)
+from curvd.errors import Internal, InvalidSpec
+from curvd.tensors import NARROW, Array, Layout, Operand, arrange, vector_dtype
+from curvd.v1 import curvature_service_pb2 as curvature_pb
+from curvd.v1 import session_service_pb2 as session_pb
+
+Page = tuple[list[SessionInfo], str]
+"""Sessions, and the token of the next page; empty on the last."""
+
+# grpc.health.v1 in terms of messages that protobuf ships: on the wire its request is
+# a string in field 1 and its response a small number in field 1.
+_HEALTH = Rpc(
+    service="grpc.health.v1.Health",
+    name="Check",
+    client_streams=False,
+    server_streams=False,
+    request=Codec(wrappers_pb2.StringValue, bulk=False),
+    response=Codec(wrappers_pb2.UInt32Value, bulk=False),
+)
+_SERVING = 1
+
+SMALL_BYTES = 1 << 20
+"""Up to here one message each way is two to three times quicker than a stream."""
+
+
+def product(
+    session: SessionInfo,
+    spec: OperatorSpec,
+    operand: Operand | Probe | StoredVector,
+    *,
+    expected_version: int | None,
+    wire_type: str = "",
+    store: str = "",
+    verify: bool = False,
+    block: int = 0,
+) -> TensorStream[Any]:
+    """Multiply an operator onto vectors.
+
+    Args:
+        session: Where.
+        spec: Which operator.
+        operand: What to multiply.
+        expected_version: Refuse to compute at another parameter version.
+        wire_type: safetensors element type on the wire; empty: the session's own.
+        store: Keep the result in the session under this name.
+        verify: Check the result's checksum.
+        block: Columns to hand out together; 0: all at the end.
+
+    Returns:
+        The call; its result is in the operand's layout, or a stored vector.
+    """
+    header = curvature_pb.ProductHeader(
+        session_id=session.id,
+        operator=convert.operator_to_proto(spec),
+        expected_version=expected_version,
+        request_id=_new_id(),
+        result_type=wire_type,
+        store_as=store,
+    )
+    sent: Operand | None = None
+    finish: Callable[[Array], Any] = _columns_last
+    if isinstance(operand, Operand):
+        sent, finish, shape = operand, operand.restore, operand.shape
+    elif isinstance(operand, Probe):
+        header.operand.probe.CopyFrom(convert.probe_to_proto(operand))
+        shape = operand.shape(session.layout.size)
+    else:
+        header.operand.stored = operand.name
+        shape = operand.shape
+    dtype = vector_dtype(session.dtype)
+    if store:
+        finish = _stored_as(store, shape, dtype)
+    wanted: Wanted[Any] = Wanted(
+        shape=None if store else shape,
+        dtype=dtype,
+        finish=finish,
+        wire_type=wire_type,
+        verify=verify,
+    )
+    travelling = wanted.bytes_of(shape)
+    if block:
+        return ColumnStream(RPCS["MatMat"], header, sent, wanted, block=block)
+    if travelling <= SMALL_BYTES or (store and sent is None):
+        return SmallProduct(RPCS["Multiply"], header, sent, wanted)
+    if len(shape) == 1 or store:
+        rpc = RPCS["MatVec" if len(shape) == 1 else "MatMat"]
+        return TensorStream(rpc, header, sent, wanted)
+    return ColumnStream(RPCS["MatMat"], header, sent, wanted)
+
+
+def gradient(
+    session: SessionInfo, *, layout: Layout, expected_version: int | None
+) -> TensorStream[Any]:
+    """Compute the objective's gradient, laid out as the caller wants it."""
+    arrange(np.empty(session.layout.size), session.layout, layout)  # refuse it early
+    request = curvature_pb.GradientRequest(
+        session_id=session.id,
+        expected_version=expected_version,
+        request_id=_new_id(),
+    )
+    wanted = Wanted(
+        shape=(session.layout.size,),
+        dtype=vector_dtype(session.dtype),
+        finish=lambda vector: arrange(vector, session.layout, layout),
+    )
+    return TensorStream(RPCS["Gradient"], request, None, wanted)
+
+
+def put_vector(
+    session: SessionInfo, name: str, operand: Operand, *, wire_type: str
+) -> PutVector[StoredVector]:
+    """Store a vector in a session."""
+    header = curvature_pb.PutVectorHeader(
+        session_id=session.id, name=name, request_id=_new_id()
+    )
+    own = wire_type or OWN_TYPE[vector_dtype(session.dtype)]
+    return PutVector(
+        RPCS["PutVector"],
+        header,
+        operand,
+        own,
+        lambda response: convert.vector_from_proto(response.vector),
+    )
+
+
+def get_vector(
+    session: SessionInfo, vector: StoredVector, *, wire_type: str
+) -> TensorStream[Any]:
+    """Fetch a stored vector, columns last."""
+    request = curvature_pb.GetVectorRequest(
+        session_id=session.id,
+        name=vector.name,
+        request_id=_new_id(),
+        result_type=wire_type,
+    )
+    wanted = Wanted(
+        shape=vector.shape,
+        dtype=vector_dtype(session.dtype),
+        finish=_columns_last,
+        wire_type=wire_type,
+    )
+    return TensorStream(RPCS["GetVector"], request, None, wanted)
+
+
+def list_vectors(session_id: str) -> Unary[list[StoredVector]]:
+    """Name what is stored in a session."""
+    request = curvature_pb.ListVectorsRequest(session_id=session_id)
+    return Unary(
+        RPCS["ListVectors"],
+        request,
+        lambda response: [convert.vector_from_proto(v) for v in response.vectors],
+    )
+
+
+def delete_vector(session_id: str, name: str) -> Unary[None]:
+    """Forget a stored vector."""
+    request = curvature_pb.DeleteVectorRequest(session_id=session_id, name=name)
+    return Unary(RPCS["DeleteVector"], request, lambda response: None)
+
+
+def check_wire(wire: str | None, dtype: enums.Dtype) -> str:
+    """Check the element type for the wire.
+
+    Args:
+        wire: ``BF16``, ``F16``, the session's own, or None.
+        dtype: Of the session.
+
+    Returns:
+        Its name in the contract; empty for the session's own.
+
+    Raises:
+        InvalidSpec: If it is another.
+    """
+    own = OWN_TYPE[vector_dtype(dtype)]
+    if wire is not None and wire not in (own, *NARROW):
+        msg = f"wire={wire!r} is not offered; known: {', '.join((own, *NARROW))}"
+        raise InvalidSpec(msg, wire=wire)
+    return "" if wire in (None, own) else wire
+
+
+def _columns_last(rows: Array) -> Array:
+    return rows.T
+
+
+def _stored_as(
+    name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> Callable[[Array], StoredVector]:
+    return lambda nothing: StoredVector(
+        name=name, shape=shape, dtype=OWN_TYPE[dtype], version=0
+    )
+
+
+def loss_of(info: ResultInfo | None) -> float:
+    """Read the objective off a gradient's result.
+
+    Raises:
+        Internal: If the server did not say it.
+    """
+    if info is None or info.loss is None:
+        msg = "the server's answer to Gradient breaks the contract: it has no loss"
+        raise Internal(msg)
+    return info.loss
+
+
+def create_session(
+    model: ModelInfo | str,
+    dataset: DatasetInfo | str,
+    *,
+    loss: LossSpec | Mapping[str, Any] | str,
+    weight_decay: float | Mapping[str, float] | None,
+    dtype: Any,
+    mode: enums.Mode | str,
+    operators: Sequence[OperatorSpec | str],
+    params: Sequence[str] | str,
+    budget_bytes: int | None,
+    lease_s: float | None,
+    name: str,
+    validate_only: bool,
+) -> Unary[SessionInfo]:
+    """Bring model, dataset and loss together."""
+    if isinstance(operators, str):
+        operators = [operators]
+    chosen = _loss(loss)
+    if weight_decay is not None:
+        chosen = dataclasses.replace(chosen, weight_decay=weight_decay)  # type: ignore[arg-type]
+    request = session_pb.CreateSessionRequest(
+        model_id=model if isinstance(model, str) else model.id,
+        dataset_id=dataset if isinstance(dataset, str) else dataset.id,
+        loss=convert.loss_to_proto(chosen),
+        dtype=convert_enums.dtype_to_proto(_dtype(dtype)),
+        mode=convert_enums.mode_to_proto(enums.member(enums.Mode, mode, "mode")),
+        operators=[convert.operator_to_proto(_operator(o)) for o in operators],
+        params=[params] if isinstance(params, str) else params,
+        budget_bytes=budget_bytes,
+        name=name,
+        request_id=_new_id(),
+        validate_only=validate_only,
+    )
+    _set_lease(request, lease_s)
+    return Unary(RPCS["CreateSession"], request, _session)
+
+
+def get_session(session_id: str) -> Unary[SessionInfo]:
+    """Describe a session."""
+    request = session_pb.GetSessionRequest(session_id=session_id)
+    return Unary(RPCS["GetSession"], request, _session)
+
+
+def list_sessions(page_token: str) -> Unary[Page]:
+    """List one page of sessions."""
+    request = session_pb.ListSessionsRequest(page_token=page_token, page_size=1000)
+
+    def read(response: session_pb.ListSessionsResponse) -> Page:
+        found = [convert.session_from_proto(m) for m in response.sessions]
+        return found, response.next_page_token
+
+    return Unary(RPCS["ListSessions"], request, read)
+
+
+def renew_session(session_id: str, lease_s: float | None) -> Unary[SessionInfo]:
+    """Put off the end of a lease."""
+    request = session_pb.RenewSessionRequest(session_id=session_id)
+    _set_lease(request, lease_s)
+    return Unary(RPCS["RenewSession"], request, _session)
+
+
+def delete_session(session_id: str) -> Unary[None]:
+    """End a session."""
+    request = session_pb.DeleteSessionRequest(session_id=session_id)
+    return Unary(RPCS["DeleteSession"], request, lambda response: None)
+
+
+def server_info() -> Unary[infos.ServerInfo]:
+    """Describe the server."""
+    request = session_pb.GetServerInfoRequest()
+    return Unary(RPCS["GetServerInfo"], request, convert.server_info_from_proto)
+
+
+def healthy() -> Unary[bool]:
+    """Ask the server's health service."""
+    return Unary(_HEALTH, wrappers_pb2.StringValue(), lambda r: r.value == _SERVING)
+
+
+def _session(response: Any) -> SessionInfo:
+    return convert.session_from_proto(response.session)
+
+
+def _set_lease(request: Any, lease_s: float | None) -> None:
+    if lease_s is not None:
+        if not lease_s > 0:
+            msg = f"lease_s must be positive, got {lease_s}"
+            raise InvalidSpec(msg, lease_s=lease_s)
+        request.lease.FromNanoseconds(round(lease_s * 1e9))
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex
+
+
+def _loss(loss: LossSpec | Mapping[str, Any] | str) -> LossSpec:
+    if isinstance(loss, Mapping):
+        return _from_keywords(LossSpec, loss)
+    return loss if isinstance(loss, LossSpec) else LossSpec(name=loss)  # type: ignore[arg-type]
+
+
+def _operator(operator: OperatorSpec | str) -> OperatorSpec:
+    if isinstance(operator, OperatorSpec):
+        return operator
+    return OperatorSpec(kind=operator)  # type: ignore[arg-type]
+
+
+def _from_keywords(
+    kind: Callable[..., LossSpec], keywords: Mapping[str, Any]
+) -> LossSpec:
+    try:
+        return kind(**keywords)
+    except TypeError as error:
+        msg = f"loss {dict(keywords)!r}: {error}"
+        raise InvalidSpec(msg) from None
+
+
+def _dtype(value: Any) -> enums.Dtype:
+    # "F32", "float32", np.float32, np.dtype("float32") and torch.float32 are one thing.
+    name = str(getattr(value, "__name__", value)).removeprefix("torch.")
+    named = enums.Dtype.__members__.get(name.upper(), name)
+    return enums.member(enums.Dtype, named, "dtype")

@@ -1,0 +1,307 @@
+"""Uploads that are addressed by content: ask first, send what is missing, go on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from curvd._calls.base import Call, Unary
+from curvd.contract import (
+    RPCS,
+    DatasetInfo,
+    DatasetSpec,
+    ModelInfo,
+    Part,
+    Rpc,
+    convert,
+    convert_enums,
+    enums,
+)
+from curvd.errors import InvalidSpec, InvalidTensors, Unavailable
+from curvd.exported import ExportedModel
+from curvd.tensors import chunks as wire
+from curvd.tensors import safetensors_header, to_numpy
+from curvd.v1 import session_service_pb2 as session_pb
+
+T = TypeVar("T")
+
+Tensors = Mapping[str, Any] | str | os.PathLike[str]
+"""NumPy arrays or torch tensors by name, or the path of a safetensors file."""
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in total, perhaps from another thread."""
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One safetensors file, in memory or mapped, without a copy of its tensors."""
+
+    header: safetensors_header.Header
+    segments: tuple[memoryview, ...]
+
+    @cached_property
+    def total_bytes(self) -> int:
+        """Its size."""
+        return sum(segment.nbytes for segment in self.segments)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of it, as lower-case hexadecimal digits."""
+        sha = hashlib.sha256()
+        for segment in self.segments:
+            sha.update(segment)
+        return sha.hexdigest()
+
+    def chunks(self, offset: int) -> Iterator[memoryview]:
+        """Cut what follows an offset into chunks.
+
+        Args:
+            offset: Bytes to leave out.
+
+        Returns:
+            The chunks.
+        """
+        return wire.packed(_after(self.segments, offset))
+
+
+class Upload(Call[T]):
+    """A header with everything about a resource, and its tensors if they are missing.
+
+    Args:
+        rpc: Which method.
+        header: Its header message.
+        slot: Name of the header's field for the upload.
+        blob: The tensors.
+        read: Makes the result from the response.
+        progress: Told how far the upload is.
+    """
+
+    def __init__(
+        self,
+        rpc: Rpc,
+        header: Any,
+        slot: str,
+        blob: Blob,
+        read: Callable[[Any], T],
+        progress: Progress | None,
+    ) -> None:
+        super().__init__(rpc)
+        self._header, self._blob, self._read = header, blob, read
+        self._upload: session_pb.Upload = getattr(header, slot)
+        self._upload.digest = blob.digest
+        self._upload.total_bytes = blob.total_bytes
+        self._progress = progress or (lambda done, total: None)
+        self._furthest = 0
+        self._response: Any = None
+
+    def restart(self) -> None:
+        """Ask again how much the server has."""
+        super().restart()
+        self._asking = True
+        self._upload.offset = 0
+
+    def feed(self, part: Part) -> Iterator[Any]:
+        """Keep the response."""
+        self._response = part
+        yield from ()
+
+    def conclude(self) -> None:
+        """Finish, or go on from the offset that the server named.
+
+        Raises:
+            Unavailable: If all bytes were sent and the server still lacks some.
+        """
+        if self._response.WhichOneof("outcome") != "upload_needed":
+            self._progress(self._blob.total_bytes, self._blob.total_bytes)
+            self.done = True
+            return
+        committed = self._response.upload_needed.committed_bytes
+        if not self._asking and committed <= self._upload.offset:
+            msg = (
+                f"the server holds {committed} of {self._blob.total_bytes} bytes after "
+                f"an upload from offset {self._upload.offset}"
+            )
+            raise Unavailable(msg)
+        if committed > self._furthest:
+            self._furthest = committed
+            self.progressed()
+        self._asking, self._upload.offset = False, committed
+
+    def result(self) -> T:
+        """Read the response."""
+        return self._read(self._response)
+
+    def _request(self) -> Iterator[Part]:
+        yield self.rpc.request.message(header=self._header)
+        if self._asking:
+            return
+        done, total = self._upload.offset, self._blob.total_bytes
+        self._progress(done, total)
+        for chunk in self._blob.chunks(done):
+            yield chunk
+            done += chunk.nbytes
+            self._progress(done, total)
+
+
+def register_model(
+    model: str | ExportedModel,
+    config: Mapping[str, Any] | None,
+    state: Tensors | None,
+    progress: Progress | None,
+) -> Upload[ModelInfo]:
+    """Register an architecture with its state."""
+    if isinstance(model, ExportedModel):
+        if config:
+            msg = f"an exported model takes no config; got {sorted(config)}"
+            raise InvalidSpec(msg)
+        header = session_pb.RegisterModelHeader(graph=model.graph)
+        state = model.state if state is None else state
+    elif state is None:
+        msg = f"builder {model!r} needs a state: module.state_dict(), or arrays by name"
+        raise InvalidSpec(msg, builder=model)
+    else:
+        header = session_pb.RegisterModelHeader(
+            builder=model, config_json=convert.config_to_json(config or {})
+        )
+    return Upload(
+        RPCS["RegisterModel"],
+        header,
+        "state",
+        _blob(state),
+        lambda response: convert.model_from_proto(response.model),
+        progress,
+    )
+
+
+def register_dataset(
+    tensors: Tensors | None,
+    *,
+    name: str | None,
+    digest: str | None,
+    inputs: Sequence[str] | str,
+    target: str,
+    batch_size: int,
+    input_style: enums.InputStyle | str,
+    progress: Progress | None,
+) -> Call[DatasetInfo]:
+    """Register tensors, or a dataset of the server, as fixed mini-batches."""
+    if [tensors, name, digest].count(None) != 2:
+        msg = "give tensors, or the name or digest of what lies on the server"
+        raise InvalidSpec(msg)
+    spec = DatasetSpec(
+        inputs=(inputs,) if isinstance(inputs, str) else tuple(inputs),
+        target=target,
+        batch_size=batch_size,
+        input_style=input_style,  # type: ignore[arg-type]
+    )
+    header = session_pb.RegisterDatasetHeader(
+        inputs=spec.inputs,
+        target=spec.target,
+        batch_size=spec.batch_size,
+        input_style=convert_enums.input_style_to_proto(spec.input_style),
+        name=name,
+    )
+    rpc = RPCS["RegisterDataset"]
+    if tensors is None:
+        if digest is not None:
+            header.tensors.digest = digest
+        return Unary(rpc, rpc.request.message(header=header), _dataset)
+    blob = _blob(tensors)
+    _check_dataset(blob.header, spec)
+    return Upload(rpc, header, "tensors", blob, _dataset, progress)
+
+
+def _dataset(response: session_pb.RegisterDatasetResponse) -> DatasetInfo:
+    return convert.dataset_from_proto(response.dataset)
+
+
+def update_parameters(
+    session_id: str,
+    values: Tensors,
+    *,
+    expected_version: int | None,
+    request_id: str,
+    progress: Progress | None,
+) -> Upload[tuple[int, str]]:
+    """Replace parameter values; the result is the new version and its digest."""
+    header = session_pb.UpdateParametersHeader(
+        session_id=session_id, expected_version=expected_version, request_id=request_id
+    )
+    return Upload(
+        RPCS["UpdateParameters"],
+        header,
+        "values",
+        _blob(values),
+        lambda r: (r.version.version, r.version.parameters_digest),
+        progress,
+    )
+
+
+def _blob(tensors: Tensors) -> Blob:
+    if isinstance(tensors, str | os.PathLike):
+        return _mapped(Path(tensors))
+    arrays = {}
+    for name, value in tensors.items():
+        array = to_numpy(value)
+        if array is None:
+            msg = (
+                f"tensor {name!r} is a {type(value).__name__}, "
+                "not a NumPy array or torch tensor"
+            )
+            raise InvalidTensors(msg, tensor=name, type=type(value).__name__)
+        arrays[name] = array
+    header = safetensors_header.header_of(arrays)
+    first = memoryview(safetensors_header.dump_header(header))
+    return Blob(header, (first, *map(wire.bytes_of, arrays.values())))
+
+
+def _mapped(path: Path) -> Blob:
+    try:
+        file = np.memmap(path, np.uint8, mode="r")
+    except OSError as error:
+        msg = f"cannot read {path}: {error.strerror}"
+        raise InvalidTensors(msg, path=path) from error
+    except ValueError:
+        msg = f"{path} is empty"
+        raise InvalidTensors(msg, path=path) from None
+    stop = 8 + int.from_bytes(file[:8].tobytes(), "little")
+    if file.size < stop or stop > 8 + safetensors_header.MAX_HEADER_BYTES:
+        msg = f"{path} is no safetensors file: its header does not end"
+        raise InvalidTensors(msg, path=path)
+    header = safetensors_header.load_header(file[8:stop].tobytes())
+    if file.size != stop + safetensors_header.payload_bytes(header):
+        msg = (
+            f"{path} has {file.size - stop} bytes of payload, but its header "
+            f"describes {safetensors_header.payload_bytes(header)}"
+        )
+        raise InvalidTensors(msg, path=path)
+    return Blob(header, (file.data,))
+
+
+def _check_dataset(header: safetensors_header.Header, spec: DatasetSpec) -> None:
+    names = spec.names
+    if set(names) != set(header):
+        msg = (
+            f"the tensors are {', '.join(header) or 'none'}, but inputs and target "
+            f"name {', '.join(names)}"
+        )
+        raise InvalidSpec(msg, given=tuple(header), expected=names)
+    lengths = {name: t.shape[:1] for name, t in header.items()}
+    if len(set(lengths.values())) != 1 or lengths[spec.target] in ((), (0,)):
+        shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in header.items())
+        msg = f"all tensors must have the same leading axis N > 0; got {shapes}"
+        raise InvalidSpec(msg)
+
+
+def _after(segments: Sequence[memoryview], offset: int) -> Iterator[memoryview]:
+    for segment in segments:
+        if offset < segment.nbytes:
+            yield segment[offset:]
+        offset = max(0, offset - segment.nbytes)

@@ -1,0 +1,182 @@
+"""What the server says about what it has and did: values, never changed."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from curvd.contract.enums import Dtype, Mode
+from curvd.contract.layout import ParameterLayout
+from curvd.contract.specs import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReport:
+    """How an operator is computed, and the evidence that it is right."""
+
+    mode: str
+    """AD mode, e.g. ``kept_double_backward``."""
+    columns_at_once: int
+    """Columns that go through the linear part together."""
+    batches: int
+    """Mini-batches per product."""
+    kept_batches: int
+    """Mini-batches whose linearisation stays in memory; the rest are recomputed."""
+    kept_bytes: int
+    """Memory held by the kept linearisations."""
+    compiled: bool
+    symmetry_gap: float
+    """``|u.Av - v.Au|`` relative to its magnitude, float64, on a slice of the data."""
+    difference_gap: float
+    """Largest relative error of a parameter's rows against central differences."""
+    seconds_per_product: float
+    """Measured for one column when the operator was built."""
+    peak_bytes: int
+    """Predicted peak device memory of one product, parameters and data included."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A named tensor of a dataset or a model state."""
+
+    name: str
+    dtype: str
+    """safetensors element type, for example ``F32``."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """A registered model."""
+
+    id: str
+    spec: ModelSpec
+    tensors: tuple[TensorInfo, ...]
+    state_bytes: int
+    graph_digest: str = ""
+    """SHA-256 of the graph; empty: a builder made it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetInfo:
+    """A registered dataset."""
+
+    id: str
+    spec: DatasetSpec
+    tensors: tuple[TensorInfo, ...]
+    data_points: int
+    """``N``."""
+    total_bytes: int
+    name: str = ""
+    """Its name on the server; empty if it was uploaded."""
+
+
+class SessionState(enum.StrEnum):
+    """Where a session is in its life."""
+
+    READY = "ready"
+    COLD = "cold"
+    """Restored from disk after a restart; warms up at its first use."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionInfo:
+    """A model, a dataset and a loss on a device, as of one moment."""
+
+    id: str
+    """Empty if it was only validated."""
+    name: str
+    model_id: str
+    dataset_id: str
+    loss: LossSpec
+    dtype: Dtype
+    mode: Mode
+    version: int
+    """Current parameter version; starts at 1."""
+    parameters_digest: str
+    """SHA-256 over the parameters of this version."""
+    layout: ParameterLayout
+    data_points: int
+    batches: int
+    device: str
+    budget_bytes: int
+    operators: tuple[tuple[OperatorSpec, PlanReport], ...]
+    """Operators built so far at this version."""
+    state: SessionState
+    create_time_s: float
+    """Seconds since the epoch."""
+    expire_time_s: float | None
+    """When the lease ends unless a call renews it; None: never."""
+    params: tuple[str, ...] = ()
+    """The globs that chose the parameters; empty: all of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a server refuses to exceed."""
+
+    upload_bytes: int
+    operand_bytes: int
+    header_bytes: int
+    columns: int
+    pending_columns: int
+    sessions: int
+    default_budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceInfo:
+    """A device that computes."""
+
+    name: str
+    description: str
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerInfo:
+    """What a server is and offers."""
+
+    version: str
+    torch_version: str
+    limits: Limits
+    devices: tuple[DeviceInfo, ...]
+    builders: tuple[str, ...]
+    capabilities: tuple[str, ...]
+    datasets: tuple[str, ...] = ()
+    """Names of the datasets that lie on the server."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredVector:
+    """A vector that a session keeps: an operand that does not travel."""
+
+    name: str
+    shape: tuple[int, ...]
+    """[P] or [K, P]: columns lead inside."""
+    dtype: str
+    """safetensors element type."""
+    version: int
+    """Parameter version that was current when it was stored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultInfo:
+    """Where a result comes from, and what it cost."""
+
+    version: int
+    """Parameter version that the result belongs to."""
+    parameters_digest: str
+    model_id: str
+    dataset_id: str
+    plan: PlanReport | None
+    """None for gradients."""
+    loss: float | None = None
+    """The objective's value; gradients only."""
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    runs: int = 0
+    """Device runs that the request took part in."""
+    run_columns: int = 0
+    """Columns in those runs, other callers' included."""

@@ -1,0 +1,50 @@
+"""A remote operator as a SciPy linear operator; needs the extra ``curvd[scipy]``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from curvd.errors import InvalidVector
+from curvd.tensors import Array
+
+try:
+    from scipy.sparse.linalg import LinearOperator
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] != "scipy":
+        raise
+    msg = "to_scipy needs SciPy: pip install 'curvd[scipy]'"
+    raise ModuleNotFoundError(msg, name="scipy") from error
+
+if TYPE_CHECKING:
+    from curvd.remote import RemoteOperator
+
+
+def linear_operator(operator: RemoteOperator, dtype: Any) -> LinearOperator:
+    """Wrap an operator for SciPy.
+
+    Args:
+        operator: Symmetric, [P, P].
+        dtype: What SciPy computes in.
+
+    Returns:
+        An operator that casts to what the session takes, and back.
+    """
+
+    def multiply(x: Array) -> Array:
+        # SciPy hands over [P], [P, 1] or [P, K]; the seed answers in the operand's type.
+        if not np.can_cast(x.dtype, operator.dtype, "same_kind"):
+            msg = f"a product of {x.dtype} is not defined; this operator is {operator.dtype}"
+            raise InvalidVector(msg, given=x.dtype, expected=operator.dtype)
+        product: Array = operator @ x.astype(operator.dtype, copy=False)
+        return product.astype(x.dtype, copy=False)
+
+    return LinearOperator(
+        operator.shape,
+        matvec=multiply,
+        rmatvec=multiply,
+        matmat=multiply,
+        rmatmat=multiply,
+        dtype=np.dtype(dtype),
+    )

@@ -1,0 +1,387 @@
+"""The blocking client: models, datasets and sessions on a server."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from curvd._calls import Progress, Tensors, requests, upload
+from curvd._transport import Connection
+from curvd.config import ClientConfig, Pem, TlsConfig
+from curvd.contract import (
+    DatasetInfo,
+    Dtype,
+    InputStyle,
+    LossSpec,
+    Mode,
+    ModelInfo,
+    OperatorSpec,
+    Output,
+    ServerInfo,
+    SessionInfo,
+)
+from curvd.exported import ExportedModel, prepare
+from curvd.remote.progress import shown
+from curvd.remote.session import Session
+
+
+def connect(
+    target: str,
+    *,
+    config: ClientConfig | None = None,
+    token: str | None = None,
+    tls: TlsConfig | Pem | bool | None = None,
+    deadline_s: float | None = None,
+) -> Client:
+    """Make a client. Nothing is sent before its first call.
+
+    Args:
+        target: ``host:port``, or ``unix:/path``.
+        config: Everything; the other arguments override it.
+        token: Sent with every call; needs TLS or a target on this machine.
+        tls: True for the system's certificates, a file (or PEM) with the server's CA,
+            or a `TlsConfig` for mutual TLS. False or None: plain text.
+        deadline_s: Longest a call may take, its repetitions included.
+
+    Returns:
+        The client; close it, or use it in a ``with``.
+
+    Examples:
+        >>> with curvd.connect(target) as client:
+        ...     client.healthy()
+        True
+    """
+    return Client(target, configured(config, token, tls, deadline_s))
+
+
+def configured(
+    config: ClientConfig | None,
+    token: str | None,
+    tls: TlsConfig | Pem | bool | None,
+    deadline_s: float | None,
+) -> ClientConfig:
+    """Read the arguments of `connect`.
+
+    Args:
+        config: Where to start from; None: the defaults.
+        token: Overrides `config` unless it is None.
+        tls: Likewise.
+        deadline_s: Likewise.
+
+    Returns:
+        The configuration that they add up to.
+    """
+    changes: dict[str, Any] = {}
+    if token is not None:
+        changes["token"] = token
+    if deadline_s is not None:
+        changes["deadline_s"] = deadline_s
+    if isinstance(tls, TlsConfig):
+        changes["tls"] = tls
+    elif isinstance(tls, bool):
+        changes["tls"] = TlsConfig() if tls else None
+    elif tls is not None:
+        changes["tls"] = TlsConfig(ca=tls)
+    return dataclasses.replace(config or ClientConfig(), **changes)
+
+
+class Client:
+    """A server's models, datasets and sessions. Threads may share it.
+
+    Every call is repeated when the server is away for a moment, within the limits of
+    `ClientConfig.retry`; every error is a `curvd.CurvdError`.
+
+    Args:
+        target: ``host:port``, or ``unix:/path``.
+        config: How to reach it.
+
+    Examples:
+        >>> "mlp" in client.server_info().builders
+        True
+    """
+
+    def __init__(self, target: str, config: ClientConfig) -> None:
+        self._connection = Connection(target, config)
+
+    def register_model(
+        self,
+        model: str | ExportedModel,
+        config: Mapping[str, Any] | None = None,
+        state: Tensors | None = None,
+        *,
+        progress: Progress | bool = False,
+    ) -> ModelInfo:
+        """Register an architecture with its state. Same content, same model.
+
+        What the server has already is not sent again, and an upload that breaks goes
+        on where it was.
+
+        Args:
+            model: Any module as `curvd.export` writes it, or the name of one of
+                `ServerInfo.builders`.
+            config: The builder's options, JSON values only.
+            state: Every entry of the module's state: ``module.state_dict()``, NumPy
+                arrays by name, or the path of a safetensors file; None: what was
+                exported. bfloat16 tensors travel as float32, unless they come in a
+                file.
+            progress: Called with bytes done and in total; True draws a bar on stderr.
+
+        Returns:
+            The model.
+
+        Examples:
+            >>> state = {"1.weight": np.eye(3, 8), "1.bias": np.zeros(3)}
+            >>> model = client.register_model("mlp", {"widths": [8, 3]}, state)
+            >>> [(tensor.name, tensor.shape) for tensor in model.tensors]
+            [('1.weight', (3, 8)), ('1.bias', (3,))]
+            >>> client.register_model("mlp", {"widths": [8, 3]}, state).id == model.id
+            True
+        """
+        with shown(progress, "model") as callback:
+            call = upload.register_model(model, config, state, callback)
+            return self._connection.run(call)
+
+    def register_dataset(
+        self,
+        tensors: Tensors | None = None,
+        *,
+        name: str | None = None,
+        digest: str | None = None,
+        inputs: Sequence[str] | str,
+        target: str,
+        batch_size: int,
+        input_style: InputStyle | str = InputStyle.POSITIONAL,
+        progress: Progress | bool = False,
+    ) -> DatasetInfo:
+        """Register named tensors as fixed mini-batches. Same content, same dataset.
+
+        Args:
+            tensors: Inputs and target by name, [N, ...] each, or the path of a
+                safetensors file.
+            name: One of `ServerInfo.datasets`, in place of tensors: a file that lies on
+                the server, and may have more tensors than are used here.
+            digest: SHA-256 of a safetensors file that the server has, because it was
+                uploaded or used by name before, in place of tensors.
+            inputs: Names of the model's inputs, in order.
+            target: Name of the target.
+            batch_size: ``B``; the last mini-batch may be smaller.
+            input_style: How the model wants its inputs.
+            progress: Called with bytes done and in total; True draws a bar on stderr.
+
+        Returns:
+            The dataset.
+
+        Examples:
+            >>> data = {"x": np.ones((10, 8)), "y": np.zeros(10, dtype=int)}
+            >>> dataset = client.register_dataset(data, inputs=["x"], target="y", batch_size=4)
+            >>> dataset.data_points, dataset.total_bytes
+            (10, 848)
+        """
+        with shown(progress, "dataset") as callback:
+            call = upload.register_dataset(
+                tensors,
+                name=name,
+                digest=digest,
+                inputs=inputs,
+                target=target,
+                batch_size=batch_size,
+                input_style=input_style,
+                progress=callback,
+            )
+            return self._connection.run(call)
+
+    def create_session(
+        self,
+        model: ModelInfo | str,
+        dataset: DatasetInfo | str,
+        *,
+        loss: LossSpec | Mapping[str, Any] | str,
+        weight_decay: float | Mapping[str, float] | None = None,
+        dtype: Any = Dtype.FLOAT32,
+        mode: Mode | str = Mode.EVAL,
+        operators: Sequence[OperatorSpec | str] = (),
+        params: Sequence[str] | str = (),
+        budget_bytes: int | None = None,
+        lease_s: float | None = None,
+        name: str = "",
+        validate_only: bool = False,
+    ) -> Session:
+        """Bring a model, a dataset and a loss together, verified and warm.
+
+        Args:
+            model: From `register_model`, or its id.
+            dataset: From `register_dataset`, or its id.
+            loss: A name, a `LossSpec`, or its keywords as a dict.
+            weight_decay: Adds ``weight_decay / 2 * |p|^2`` over all parameters to the
+                objective; a dict has one for each glob over names, and the first that
+                matches a parameter counts. None: the loss's own.
+            dtype: What to compute in: ``"F32"``, ``np.float64``, ``torch.bfloat16``, …
+            mode: Whether layers evaluate or use the statistics of the mini-batches.
+            operators: What to build before the answer; empty: the Hessian.
+            params: Globs over parameter names, such as ``["blocks.*.attn.*", "head.*"]``:
+                operators act on those that match, in this order; the others are
+                constants. Empty: all.
+            budget_bytes: Memory for kept linearisations; None: the server's default.
+            lease_s: Delete the session after so long without a call; None: never.
+            name: A label for people.
+            validate_only: Check and predict only: `Session.info` has the plans, and
+                its id is empty.
+
+        Returns:
+            The session.
+
+        Examples:
+            >>> session = client.create_session(
+            ...     model, dataset, loss="cross_entropy", dtype="F64", params=["3.*"]
+            ... )
+            >>> session.layout.names, session.layout.size
+            (('3.weight', '3.bias'), 18)
+            >>> (session.hessian() @ np.ones(18)).shape
+            (18,)
+        """
+        call = requests.create_session(
+            model,
+            dataset,
+            loss=loss,
+            weight_decay=weight_decay,
+            dtype=dtype,
+            mode=mode,
+            operators=operators,
+            params=params,
+            budget_bytes=budget_bytes,
+            lease_s=lease_s,
+            name=name,
+            validate_only=validate_only,
+        )
+        return Session(self._connection, self._connection.run(call))
+
+    def session_for(
+        self,
+        module: Any,
+        loss: Any,
+        data: Any,
+        *,
+        batch_size: int,
+        output: Output = None,
+        dtype: Any = None,
+        mode: Mode | str | None = None,
+        check: bool = True,
+        **options: Any,
+    ) -> Session:
+        """Bring a module, a loss and data into a session, in one call.
+
+        The module and, unless it is one of torch's common ones, the loss are exported
+        as graphs; what the server has already is not sent again. The session computes
+        in the module's own type unless `dtype` names another.
+
+        Args:
+            module: Any ``nn.Module`` that `curvd.export` takes.
+            loss: A loss module or function of torch, a `functools.partial` of one, a
+                function of outputs and targets that is a mean or sum over data points
+                (or returns a sum and its weight), or what `create_session` takes. None:
+                the loss that the module itself returns as ``loss`` when it is called
+                with ``labels=``, as those of transformers do.
+            data: Inputs (a tensor, a tuple, or a dict of keyword arguments) and targets,
+                each with the leading axis N; for a module's own loss also one dict with
+                ``labels``.
+            batch_size: ``B``; the last mini-batch may be smaller.
+            output: Which of the module's results the loss takes, by name or index. A
+                list of them: the loss takes a tuple; ``...``: all that the module
+                returns, as it returns it. None: see `curvd.export`.
+            dtype: What to compute in; None: the module's type.
+            mode: Whose statistics BatchNorm uses; see `curvd.export`.
+            check: Whether to prove that what is exported has the module's and the
+                loss's values and gradients; see `curvd.export`.
+            **options: As for `create_session`.
+
+        Returns:
+            The session.
+
+        Examples:
+            >>> import torch
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LogSoftmax(1))
+            >>> data = torch.randn(20, 4), torch.randint(3, (20,))
+            >>> session = client.session_for(net, torch.nn.NLLLoss(), data, batch_size=10)
+            >>> session.info.loss.name, session.layout.names
+            (<LossName.NLL: 'nll'>, ('0.weight', '0.bias'))
+            >>> (session.fisher() @ torch.ones(15)).shape
+            torch.Size([15])
+        """
+        ready = prepare(module, loss, data, output, mode, check=check)
+        dataset = self.register_dataset(
+            ready.data,
+            inputs=ready.model.inputs,
+            target=ready.target,
+            batch_size=batch_size,
+        )
+        return self.create_session(
+            self.register_model(ready.model),
+            dataset,
+            loss=ready.loss,
+            dtype=ready.dtype if dtype is None else dtype,
+            mode=ready.model.mode,
+            **options,
+        )
+
+    def session(self, session_id: str) -> Session:
+        """Find a session that exists.
+
+        Args:
+            session_id: Its id.
+
+        Returns:
+            The session.
+
+        Examples:
+            >>> same = client.session(session.id)
+            >>> same.info.version == session.info.version
+            True
+        """
+        call = requests.get_session(session_id)
+        return Session(self._connection, self._connection.run(call))
+
+    def sessions(self) -> list[SessionInfo]:
+        """List the sessions, oldest first.
+
+        Examples:
+            >>> session.id in [info.id for info in client.sessions()]
+            True
+        """
+        found, token = self._connection.run(requests.list_sessions(""))
+        while token:
+            page, token = self._connection.run(requests.list_sessions(token))
+            found += page
+        return found
+
+    def server_info(self) -> ServerInfo:
+        """Describe the server: versions, limits, devices, builders, capabilities.
+
+        Examples:
+            >>> client.server_info().limits.columns
+            1048576
+        """
+        return self._connection.run(requests.server_info())
+
+    def healthy(self) -> bool:
+        """Tell whether the server is serving; False while it drains."""
+        return self._connection.run(requests.healthy())
+
+    def close(self) -> None:
+        """Close the connection; sessions stay on the server."""
+        self._connection.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._connection.target}>"

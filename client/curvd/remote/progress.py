@@ -1,0 +1,98 @@
+"""Progress of uploads and queries; needs the extra ``curvd[progress]``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+from curvd._calls import Progress
+from curvd.results import QueryProgress
+
+
+@contextlib.contextmanager
+def shown(progress: Progress | bool, what: str) -> Iterator[Progress | None]:
+    """Show how far an upload is.
+
+    Args:
+        progress: A callback to pass on, or whether to draw a bar on stderr; none is
+            drawn where stderr is no terminal.
+        what: Name of what is uploaded.
+
+    Yields:
+        The callback; None if nobody looks.
+
+    Raises:
+        ModuleNotFoundError: If a bar is to be drawn and rich is not installed.
+    """
+    if not isinstance(progress, bool):
+        yield progress
+        return
+    if not progress or not sys.stderr.isatty():
+        yield None
+        return
+    try:
+        from rich import console
+        from rich import progress as bars
+    except ModuleNotFoundError as error:
+        msg = "progress=True needs rich: pip install 'curvd[progress]'"
+        raise ModuleNotFoundError(msg, name="rich") from error
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.DownloadColumn(binary_units=True),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=console.Console(stderr=True)) as bar:
+        task = bar.add_task(f"uploading {what}", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def watched(
+    progress: Callable[[QueryProgress], None] | bool, what: str
+) -> Iterator[Callable[[QueryProgress], None]]:
+    """Show how far a query is.
+
+    Args:
+        progress: A callback to pass on, or whether to draw a line on stderr; none is
+            drawn where stderr is no terminal.
+        what: Name of the query.
+
+    Yields:
+        The callback.
+
+    Raises:
+        ModuleNotFoundError: If a line is to be drawn and rich is not installed.
+    """
+    if not isinstance(progress, bool):
+        yield progress
+        return
+    if not progress or not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+        yield lambda progress: None
+        return
+    try:
+        from rich import console
+        from rich import progress as bars
+    except ModuleNotFoundError as error:
+        msg = "progress=True needs rich: pip install 'curvd[progress]'"
+        raise ModuleNotFoundError(msg, name="rich") from error
+    columns = (
+        bars.SpinnerColumn(),
+        bars.TextColumn("{task.description}"),
+        bars.TimeElapsedColumn(),
+    )
+    with bars.Progress(*columns, console=console.Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda p: bar.update(task, description=_line(what, p))
+
+
+def _line(what: str, progress: QueryProgress) -> str:
+    # One line: the first estimate and the worst error, not all of them.
+    parts = [what, f"{progress.products} products"]
+    if progress.estimates:
+        parts.append(f"estimate {progress.estimates[0]:.6g}")
+    if progress.residuals:
+        parts.append(f"error {max(progress.residuals):.1e}")
+    return ", ".join(parts)

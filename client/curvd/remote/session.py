@@ -1,0 +1,239 @@
+"""A session of the blocking client: gradients, operators, and new parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from types import TracebackType
+from typing import Any
+
+from curvd._calls import Progress, Tensors, requests, upload
+from curvd._transport import Connection
+from curvd.contract import OperatorSpec, SessionInfo, StoredVector
+from curvd.errors import SessionNotFound, VectorNotFound
+from curvd.remote.operator import RemoteOperator
+from curvd.remote.progress import shown
+from curvd.remote.session_base import SessionBase, name_of
+from curvd.tensors import Layout, operand
+
+
+class Session(SessionBase[RemoteOperator]):
+    """A model, a dataset and a loss on a device of the server.
+
+    It outlives this object and the client. In a ``with`` it is deleted at the end.
+
+    Args:
+        connection: To the server.
+        info: What the server said about it.
+
+    Examples:
+        >>> with client.create_session(model, dataset, loss="cross_entropy") as session:
+        ...     session.info.state
+        <SessionState.READY: 'ready'>
+        >>> session.id in [info.id for info in client.sessions()]
+        False
+    """
+
+    def __init__(self, connection: Connection, info: SessionInfo) -> None:
+        super().__init__(info)
+        self._connection = connection
+
+    def operator(
+        self, spec: OperatorSpec, *, expected_version: int | None = None
+    ) -> RemoteOperator:
+        """Make any operator; see `hessian`, `ggn`, `fisher`, `empirical_fisher`.
+
+        Args:
+            spec: Which.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            The operator.
+        """
+        return RemoteOperator(self._connection, self._info, spec, expected_version)
+
+    def gradient(
+        self, *, layout: Layout = "flat", expected_version: int | None = None
+    ) -> tuple[float, Any]:
+        """Compute the objective and its gradient.
+
+        Args:
+            layout: ``flat`` [P], or per parameter: ``list`` or ``dict``.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            The loss, and the gradient in NumPy.
+
+        Examples:
+            >>> loss, gradient = session.gradient()
+            >>> round(loss, 4), gradient.shape
+            (1.9866, (43,))
+            >>> loss, gradient = session.gradient(layout="dict")
+            >>> gradient["3.weight"].shape
+            (3, 5)
+        """
+        call = requests.gradient(
+            self._info, layout=layout, expected_version=expected_version
+        )
+        gradient = self._connection.run(call)
+        self.last = call.info
+        return requests.loss_of(call.info), gradient
+
+    def update_parameters(
+        self,
+        values: Tensors,
+        *,
+        expected_version: int | None = None,
+        progress: Progress | bool = False,
+    ) -> int:
+        """Replace some or all values of parameters and buffers.
+
+        Args:
+            values: By name, shapes unchanged, or the path of a safetensors file.
+            expected_version: The version that this update is based on; another
+                current version is refused.
+            progress: Called with bytes done and in total; True draws a bar on stderr.
+
+        Returns:
+            The new version.
+
+        Examples:
+            >>> session = client.create_session(model, dataset, loss="cross_entropy", dtype="F64")
+            >>> session.update_parameters({"3.bias": np.ones(3)})
+            2
+            >>> session.hessian(expected_version=1) @ np.ones(43)
+            Traceback (most recent call last):
+                ...
+            curvd.errors.VersionMismatch: session ... is at version 2, not 1
+        """
+        with shown(progress, "parameters") as callback:
+            call = upload.update_parameters(
+                self.id,
+                values,
+                expected_version=expected_version,
+                request_id=uuid.uuid4().hex,
+                progress=callback,
+            )
+            return self._advance(*self._connection.run(call))
+
+    def put(self, name: str, value: Any, *, wire: str | None = None) -> StoredVector:
+        """Store a vector or columns in the session, as operand of later products.
+
+        What is stored is lost when the server restarts.
+
+        Args:
+            name: What to call it; one that exists is replaced.
+            value: As for ``H @ value``.
+            wire: ``BF16`` or ``F16`` send half the bytes, rounded to nearest.
+
+        Returns:
+            What stands for it.
+
+        Examples:
+            >>> stored = session.put("ones", np.ones(43))
+            >>> stored.shape, stored.dtype
+            ((43,), 'F64')
+            >>> H = session.hessian()
+            >>> np.array_equal(H.multiply(stored), H @ np.ones(43))
+            True
+        """
+        call = requests.put_vector(
+            self._info,
+            name,
+            operand(value, self.layout, self._info.dtype),
+            wire_type=requests.check_wire(wire, self._info.dtype),
+        )
+        return self._connection.run(call)
+
+    def get(self, vector: StoredVector | str, *, wire: str | None = None) -> Any:
+        """Fetch a stored vector.
+
+        Args:
+            vector: Which, or its name.
+            wire: ``BF16`` or ``F16`` fetch half the bytes, rounded to nearest.
+
+        Returns:
+            [P], or [P, K].
+
+        Examples:
+            >>> stored = session.put("columns", np.eye(43, 2))
+            >>> session.get("columns").shape
+            (43, 2)
+        """
+        wire_type = requests.check_wire(wire, self._info.dtype)
+        found = vector
+        if isinstance(found, str):
+            found = self._named(found, self.vectors())
+        call = requests.get_vector(self._info, found, wire_type=wire_type)
+        return self._connection.run(call)
+
+    def vectors(self) -> list[StoredVector]:
+        """List what the session stores, the oldest name first."""
+        return self._connection.run(requests.list_vectors(self.id))
+
+    def discard(self, vector: StoredVector | str) -> None:
+        """Forget a stored vector and free its memory.
+
+        Args:
+            vector: Which, or its name.
+
+        Examples:
+            >>> stored = session.put("for a while", np.ones(43))
+            >>> session.discard(stored)
+            >>> "for a while" in [vector.name for vector in session.vectors()]
+            False
+        """
+        call = requests.delete_vector(self.id, name_of(vector))
+        try:
+            self._connection.run(call)
+        except VectorNotFound:
+            if call.attempts == 1:
+                raise
+            # An earlier attempt discarded it, and its answer was lost.
+
+    def refresh(self) -> SessionInfo:
+        """Ask for the session as it is now: version, plans, lease."""
+        self._info = self._connection.run(requests.get_session(self.id))
+        return self._info
+
+    def renew(self, lease_s: float | None = None) -> SessionInfo:
+        """Put off the end of the lease; any call on the session does so too.
+
+        Args:
+            lease_s: A new lease; None: as long as before.
+
+        Returns:
+            The session as it is now.
+
+        Examples:
+            >>> session = client.create_session(model, dataset, loss="nll", lease_s=60)
+            >>> before = session.info.expire_time_s
+            >>> session.renew(3600).expire_time_s > before + 3000
+            True
+        """
+        self._info = self._connection.run(requests.renew_session(self.id, lease_s))
+        return self._info
+
+    def delete(self) -> None:
+        """End the session, cancel its work and free its memory."""
+        call = requests.delete_session(self.id)
+        try:
+            self._connection.run(call)
+        except SessionNotFound:
+            if call.attempts == 1:
+                raise
+            # An earlier attempt deleted it, and its answer was lost.
+
+    def __enter__(self) -> Session:
+        self._enter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._entered_here():
+            with contextlib.suppress(SessionNotFound):  # its end is what was wanted
+                self.delete()

@@ -1,0 +1,341 @@
+"""What a session offers without a call, the same for both clients."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+from curvd._transport import Process, current_process
+from curvd.contract import (
+    Distribution,
+    OperatorKind,
+    OperatorSpec,
+    ParameterLayout,
+    Probe,
+    ResultInfo,
+    SessionInfo,
+    StoredVector,
+    check_patterns,
+    select,
+)
+from curvd.errors import VectorNotFound
+
+O = TypeVar("O")  # noqa: E741 - the operator type of the client
+
+
+class SessionBase(ABC, Generic[O]):
+    """A model, a dataset and a loss on a device of the server.
+
+    The four operator methods make no call: the server builds and verifies an operator
+    when it is first used, or when the session is created with ``operators=``.
+
+    Args:
+        info: What the server said about it.
+    """
+
+    def __init__(self, info: SessionInfo) -> None:
+        self._info = info
+        self._entered_in: Process | None = None
+        self.last: ResultInfo | None = None
+        """Where the latest gradient came from and what it cost."""
+
+    def _enter(self) -> None:
+        self._entered_in = current_process()
+
+    def _entered_here(self) -> bool:
+        """Tell whether leaving a ``with`` ends the session: not in a forked child."""
+        return self._entered_in == current_process()
+
+    @property
+    def info(self) -> SessionInfo:
+        """What this client knows: as of the last `refresh`, update or creation."""
+        return self._info
+
+    @property
+    def id(self) -> str:
+        """What `Client.session` finds it by."""
+        return self._info.id
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """Names, shapes and order of the parameters.
+
+        Examples:
+            >>> for p in session.layout.parameters:
+            ...     print(p.name, p.shape, p.offset)
+            1.weight (5, 4) 0
+            1.bias (5,) 20
+            3.weight (3, 5) 25
+            3.bias (3,) 40
+        """
+        return self._info.layout
+
+    @abstractmethod
+    def operator(self, spec: OperatorSpec, *, expected_version: int | None = None) -> O:
+        """Make any operator.
+
+        Args:
+            spec: Which.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            The operator.
+
+        Raises:
+            InvalidSpec: If its blocks do not cover the parameters.
+        """
+
+    def hessian(
+        self,
+        *,
+        params: Sequence[str] | str | None = None,
+        block_sizes: Sequence[int] | None = None,
+        damping: float = 0.0,
+        scale: float = 1.0,
+        expected_version: int | None = None,
+    ) -> O:
+        """Second derivative of the objective.
+
+        Args:
+            params: Globs over names that choose the parameters it acts on, in this
+                order, the others fixed; None: all.
+            block_sizes: Parameters (tensors) per diagonal block; None: one block.
+            damping: Added to the diagonal.
+            scale: Multiplies the Hessian, not the damping.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            ``scale * H + damping * I``.
+
+        Examples:
+            >>> H = session.hessian()
+            >>> H.shape, H.dtype
+            ((43, 43), dtype('float64'))
+            >>> dense = H @ np.eye(43)
+            >>> np.allclose(dense, dense.T)
+            True
+            >>> damped = session.hessian(damping=0.5) @ np.eye(43)
+            >>> np.allclose(damped, dense + 0.5 * np.eye(43))
+            True
+            >>> blocks = session.hessian(block_sizes=[2, 2]) @ np.eye(43)  # one for each layer
+            >>> bool(np.all(blocks[:25, 25:] == 0))
+            True
+        """
+        spec = OperatorSpec(
+            kind=OperatorKind.HESSIAN,
+            parameters=self._chosen(params),
+            block_sizes=_blocks(block_sizes),
+            damping=damping,
+            scale=scale,
+        )
+        return self.operator(spec, expected_version=expected_version)
+
+    def ggn(
+        self,
+        *,
+        params: Sequence[str] | str | None = None,
+        block_sizes: Sequence[int] | None = None,
+        damping: float = 0.0,
+        scale: float = 1.0,
+        mc_samples: int = 0,
+        seed: int = 0,
+        expected_version: int | None = None,
+    ) -> O:
+        """Generalised Gauss-Newton: the loss's Hessian between two Jacobians.
+
+        Args:
+            params: Globs over names that choose the parameters it acts on, in this
+                order, the others fixed; None: all.
+            block_sizes: Parameters (tensors) per diagonal block; None: one block.
+            damping: Added to the diagonal.
+            scale: Multiplies the GGN, not the damping.
+            mc_samples: Sampled targets per data point; 0: exact.
+            seed: Fixes the sampled targets.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            ``scale * G + damping * I``.
+
+        Examples:
+            >>> G = session.ggn() @ np.eye(43)
+            >>> bool(np.linalg.eigvalsh(G).min() > -1e-12)
+            True
+            >>> last = session.ggn(params="3.*")
+            >>> last.layout.names
+            ('3.weight', '3.bias')
+            >>> np.allclose(last @ np.eye(18), G[25:, 25:])
+            True
+        """
+        spec = OperatorSpec(
+            kind=OperatorKind.GGN,
+            parameters=self._chosen(params),
+            block_sizes=_blocks(block_sizes),
+            damping=damping,
+            scale=scale,
+            mc_samples=mc_samples,
+            seed=seed,
+        )
+        return self.operator(spec, expected_version=expected_version)
+
+    def fisher(
+        self,
+        *,
+        params: Sequence[str] | str | None = None,
+        block_sizes: Sequence[int] | None = None,
+        damping: float = 0.0,
+        scale: float = 1.0,
+        mc_samples: int = 1,
+        seed: int = 0,
+        expected_version: int | None = None,
+    ) -> O:
+        """Type-1 Fisher: targets sampled from the model's own distribution.
+
+        Args:
+            params: Globs over names that choose the parameters it acts on, in this
+                order, the others fixed; None: all.
+            block_sizes: Parameters (tensors) per diagonal block; None: one block.
+            damping: Added to the diagonal.
+            scale: Multiplies the Fisher, not the damping.
+            mc_samples: Sampled targets per data point, at least 1.
+            seed: Fixes the sampled targets.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            ``scale * F + damping * I``.
+
+        Examples:
+            >>> F = session.fisher(mc_samples=1000) @ np.eye(43)
+            >>> G = session.ggn() @ np.eye(43)
+            >>> bool(np.linalg.norm(F - G) < 0.1 * np.linalg.norm(G))  # equal in expectation
+            True
+        """
+        spec = OperatorSpec(
+            kind=OperatorKind.FISHER,
+            parameters=self._chosen(params),
+            block_sizes=_blocks(block_sizes),
+            damping=damping,
+            scale=scale,
+            mc_samples=mc_samples,
+            seed=seed,
+        )
+        return self.operator(spec, expected_version=expected_version)
+
+    def empirical_fisher(
+        self,
+        *,
+        params: Sequence[str] | str | None = None,
+        block_sizes: Sequence[int] | None = None,
+        damping: float = 0.0,
+        scale: float = 1.0,
+        expected_version: int | None = None,
+    ) -> O:
+        """Uncentred second moment of the per-example gradients.
+
+        Args:
+            params: Globs over names that choose the parameters it acts on, in this
+                order, the others fixed; None: all.
+            block_sizes: Parameters (tensors) per diagonal block; None: one block.
+            damping: Added to the diagonal.
+            scale: Multiplies the Fisher, not the damping.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            ``scale * F + damping * I``.
+
+        Examples:
+            >>> E = session.empirical_fisher()
+            >>> loss, gradient = session.gradient()
+            >>> float(gradient @ (E @ gradient)) >= float(gradient @ gradient) ** 2
+            True
+        """
+        spec = OperatorSpec(
+            kind=OperatorKind.EMPIRICAL_FISHER,
+            parameters=self._chosen(params),
+            block_sizes=_blocks(block_sizes),
+            damping=damping,
+            scale=scale,
+        )
+        return self.operator(spec, expected_version=expected_version)
+
+    def probe(
+        self,
+        distribution: Distribution | str = Distribution.RADEMACHER,
+        *,
+        seed: int = 0,
+        columns: int | None = None,
+        first: int = 0,
+    ) -> Probe:
+        """Name random columns that the server makes: an operand that does not travel.
+
+        The values are those of `curvd.tensors.random_probes.probes` (docs/probes.md).
+
+        Args:
+            distribution: ``rademacher`` or ``normal``.
+            seed: In [0, 2^63).
+            columns: K; None for one vector.
+            first: Index of the first column in the seed's sequence.
+
+        Returns:
+            What stands for them.
+
+        Examples:
+            >>> probe = session.probe(seed=7, columns=3)
+            >>> H = session.hessian()
+            >>> H.multiply(probe).shape  # only the products travelled
+            (43, 3)
+            >>> v = curvd.tensors.random_probes.probes("rademacher", 7, range(3), 43, np.float64).T
+            >>> np.allclose(H.multiply(probe), H @ v)
+            True
+        """
+        return Probe(
+            distribution=distribution,  # type: ignore[arg-type]
+            seed=seed,
+            columns=columns,
+            first=first,
+        )
+
+    def _named(self, name: str, vectors: Sequence[StoredVector]) -> StoredVector:
+        found = [vector for vector in vectors if vector.name == name]
+        if not found:
+            known = ", ".join(repr(vector.name) for vector in vectors) or "none"
+            msg = f"session {self.id} stores no vector {name!r}; known: {known}"
+            raise VectorNotFound(msg, vector=name)
+        return found[0]
+
+    def __repr__(self) -> str:
+        i = self._info
+        return (
+            f"<{type(self).__name__} {i.id!r} {i.name!r} P={i.layout.size} "
+            f"N={i.data_points} {i.dtype} on {i.device}, version {i.version}>"
+        )
+
+    def _chosen(self, params: Sequence[str] | str | None) -> tuple[str, ...] | None:
+        if params is None:
+            return None
+        patterns = [params] if isinstance(params, str) else params
+        return select(self.layout.names, check_patterns(patterns), aliases={})
+
+    def _advance(self, version: int, digest: str) -> int:
+        # Operators of the old version are gone on the server.
+        self._info = dataclasses.replace(
+            self._info, version=version, parameters_digest=digest, operators=()
+        )
+        return version
+
+
+def name_of(vector: StoredVector | str) -> str:
+    """Tell the name of a stored vector.
+
+    Args:
+        vector: The vector, or its name.
+
+    Returns:
+        Its name.
+    """
+    return vector if isinstance(vector, str) else vector.name
+
+
+def _blocks(sizes: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if sizes is None else tuple(sizes)

@@ -1,0 +1,46 @@
+"""Vectors in memory and on the wire: safetensors in chunks, layouts, half precision.
+
+Both sides use it. Imports `curvd.contract` and `curvd.errors`, and NumPy; knows no call and
+no connection.
+"""
+
+from __future__ import annotations
+
+from curvd.tensors.allocator import tune_allocator
+from curvd.tensors.buffer_pool import Buffer, Pool
+from curvd.tensors.finite import first_beyond, first_nan, first_not_finite
+from curvd.tensors.half_precision import ITEM_BYTES, NARROW, narrow, widen
+from curvd.tensors.random_probes import probes
+from curvd.tensors.safetensors_header import MAX_HEADER_BYTES, Header
+from curvd.tensors.vectors import (
+    Array,
+    Layout,
+    Operand,
+    arrange,
+    operand,
+    to_numpy,
+    vector_dtype,
+)
+
+__all__ = [
+    "ITEM_BYTES",
+    "MAX_HEADER_BYTES",
+    "NARROW",
+    "Array",
+    "Buffer",
+    "Header",
+    "Layout",
+    "Operand",
+    "Pool",
+    "arrange",
+    "first_beyond",
+    "first_nan",
+    "first_not_finite",
+    "narrow",
+    "operand",
+    "probes",
+    "to_numpy",
+    "tune_allocator",
+    "vector_dtype",
+    "widen",
+]

@@ -1,0 +1,22 @@
+"""Who computes: what the server needs of a device, and the queue of products before it.
+
+The protocols and the batcher know no torch; `curvd_server.device.torch_device` is the one
+device there is, and is imported where it is made.
+"""
+
+from __future__ import annotations
+
+from curvd_server.device.batcher import LONG_S, Batcher, Done, Reservation, Ticket
+from curvd_server.device.protocols import Array, Device, Operator, Problem
+
+__all__ = [
+    "LONG_S",
+    "Array",
+    "Batcher",
+    "Device",
+    "Done",
+    "Operator",
+    "Problem",
+    "Reservation",
+    "Ticket",
+]

@@ -1,0 +1,634 @@
+"""Who computes next: one thread per device, and a queue that joins products.
+
+Natural batching: what queued for the same operator while the device was busy runs as
+one product, if that is cheaper. There is no timer, so a lone caller never waits.
+Operators take turns, so that a caller with many requests delays another by one run at
+most.
+
+Work that takes long, such as the opening of a session or a product over many
+mini-batches, is done in turns (`cooperative`): whoever comes waits for one step of it, not
+for all, however much of it goes on.
+
+Waking the thread and being woken takes a tenth of a millisecond or two. A lone caller
+whose product is as short has it computed by his own thread, if the device is idle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import threading
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curvd.errors import Cancelled, OutOfMemory, Overloaded, Unavailable
+from curvd.tensors import Pool
+from curvd_server.system import CALLS, HostMemory, LongWork, Poll, Threads
+
+T = TypeVar("T")
+Columns = NDArray[Any]
+
+_LITTLE_BYTES = 1 << 20
+"""Operands up to here are joined even if their columns share nothing: each run has a cost
+of its own. Larger ones run alone, for joining copies them, and the first result would
+wait for the last."""
+_FIRST_GUESS_S = 0.1
+_SHORT_S = 0.3e-3
+"""Products up to here may hold up an event loop."""
+_FORGET = 0.8
+"""How much of an operator's slowest product lately still counts after one more."""
+_LONGEST_RETRY_S = 30.0
+LONG_S = 0.05
+"""Products that take longer, or are not known yet, give way to others."""
+_TURN_S = (5e-3, 0.25)
+"""Long work keeps the device for one step, or for several short ones: as long as the
+latest turn of a product took, within these bounds. So who multiplies all the time and
+who opens a session get half of the device each."""
+_MOST_LONG = 4
+"""Openings that have begun and not ended; more wait."""
+
+
+class Multiplies(Protocol):
+    """What products are asked from."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether columns together cost less than one after the other."""
+
+    def apply(
+        self, columns: Columns, *, counts: Sequence[int] = (), cancelled: Poll
+    ) -> Columns:
+        """Multiply columns, and leave them as they are: [K, P] -> [K, P].
+
+        Args:
+            columns: [K, P].
+            counts: Columns of each request that is in them, whose result does not
+                depend, to the bit, on the others; none: it is one.
+            cancelled: Polled between mini-batches.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[T]):
+    """A result, and what it took."""
+
+    value: T
+    queue_s: float
+    """Between submission and start."""
+    compute_s: float
+    """Of the run, shared with whoever was in it."""
+    run_columns: int
+    """Columns in the run, those of others included; 0 if it was no product."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatcherStatistics:
+    """What a batcher has done, and holds."""
+
+    runs: int
+    """Times that the device was started."""
+    requests: int
+    """Products and jobs submitted."""
+    columns: int
+    """Columns computed."""
+    cancelled: int
+    """Requests that were given up, before or during their run."""
+    waiting: int
+    """Requests in the queue."""
+    reserved_columns: int
+    """Columns of the requests under way."""
+    reserved_bytes: int
+    """Memory of the requests under way."""
+
+
+class Ticket(Future[Done[T]]):
+    """A request in the queue. Cancelling it also stops a run that nobody else needs."""
+
+    def __init__(
+        self, job: Callable[[Poll], T] | None, columns: Columns | None
+    ) -> None:
+        super().__init__()
+        self.job, self.columns = job, columns
+        self.abandoned = self.alone = self.in_turns = False
+        self.submitted_s = time.monotonic()
+        self.room_bytes: int | None = None
+        """Memory that there must be room for before it begins; None: it needs none."""
+
+    def cancel(self) -> bool:
+        """Give up. A run stops at the next mini-batch if all its members have."""
+        self.abandoned = True
+        return super().cancel()
+
+
+class Reservation:
+    """Room that a request has: columns in the queue, and memory.
+
+    Args:
+        hold: Is told of columns and bytes that are taken again, or given back if
+            negative.
+        columns: That the request has in the queue at once.
+        nbytes: Memory that it needs at once.
+    """
+
+    def __init__(
+        self, hold: Callable[[int, int], None], columns: int, nbytes: int
+    ) -> None:
+        self._hold, self._columns, self._nbytes = hold, columns, nbytes
+        self._held = (columns, nbytes)
+
+    def resume(self) -> None:
+        """Hold everything."""
+        self._change(self._columns, self._nbytes)
+
+    def suspend(self) -> None:
+        """Hold memory only: no column waits for the device at present."""
+        self._change(0, self._nbytes)
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._change(0, 0)
+
+    def _change(self, columns: int, nbytes: int) -> None:
+        before, self._held = self._held, (columns, nbytes)
+        self._hold(columns - before[0], nbytes - before[1])
+
+
+@dataclass(eq=False, slots=True)
+class _Run:
+    """Requests that are worked off together."""
+
+    operator: Multiplies | None
+    tickets: list[Ticket[Any]]
+    work: LongWork[list[Any]]
+    in_turns: bool
+    """Whether it gives way to others."""
+    began_s: float
+    spent_s: float = 0.0
+
+    @property
+    def columns(self) -> int:
+        """Of all of them."""
+        return sum(map(_columns_of, self.tickets))
+
+
+@dataclass(eq=False, slots=True)
+class _Lane:
+    """Requests that run in order: products with one operator, or jobs."""
+
+    operator: Multiplies | None
+    tickets: deque[Ticket[Any]]
+    run: _Run | None = None
+    """The one that has begun; it may have given way."""
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it is the turn of work that gives way to others."""
+        return self.tickets[0].in_turns if self.run is None else self.run.in_turns
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether there must be room before it goes on."""
+        if self.run is not None:
+            return False
+        head = self.tickets[0]
+        return head.room_bytes is not None and not head.abandoned
+
+
+class Batcher:
+    """The queue in front of a device, and the thread that works it off.
+
+    Args:
+        run_columns: Columns that run together at most, unless one request has more.
+        run_bytes: Operand bytes that run together at most, likewise.
+        pending_columns: Columns that may be under way before callers are turned away.
+        pending_bytes: Memory that may be under way, likewise.
+        long_bytes: Memory of openings that go on at once, unless one needs more.
+        memory: Of the host, which calls share with what is stored; None: no limit.
+        clock: Seconds; for tests.
+        name: Of the thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_columns: int,
+        run_bytes: int,
+        pending_columns: int,
+        pending_bytes: int,
+        long_bytes: float = math.inf,
+        memory: HostMemory | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        name: str = "device",
+    ) -> None:
+        self._run_columns, self._run_bytes = run_columns, run_bytes
+        self._pending = (pending_columns, pending_bytes)
+        self._reserved, self._memory = [0, 0], memory or HostMemory()
+        self._long_bytes, self._clock = long_bytes, clock
+        self._in_room: list[Ticket[Any]] = []
+        self._threads = Threads()
+        self._latest_s = self._turn_end_s = 0.0
+        self._pool = Pool(run_bytes)
+        self._lanes: OrderedDict[Hashable, _Lane] = OrderedDict()
+        self._lock = threading.Lock()
+        # Not a condition: its waiter would wake up only to wait for the lock.
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._asleep = self._closed = False
+        self._runs = self._requests = self._columns = self._cancelled = 0
+        self._seconds_per_column = _FIRST_GUESS_S
+        # Of the slowest product lately. Operators come and go.
+        self._paces = weakref.WeakKeyDictionary[Multiplies, float]()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def reserve(self, columns: int, nbytes: int) -> Iterator[Reservation]:
+        """Make room for a request before anything is allocated for it.
+
+        Args:
+            columns: That it will have in the queue at once.
+            nbytes: Memory that it will need at once.
+
+        Yields:
+            The room.
+
+        Raises:
+            Overloaded: If others take the room. A request alone always gets it.
+            LimitExceeded: If what is stored leaves the host no memory for it.
+        """
+        wanted = (columns, nbytes)
+        with self._lock:
+            full = any(
+                have + want > limit
+                for have, want, limit in zip(
+                    self._reserved, wanted, self._pending, strict=True
+                )
+            )
+            if full and any(self._reserved):
+                raise self._overloaded(columns, nbytes)
+            self._memory.take(CALLS, nbytes)
+            self._reserved = [
+                a + b for a, b in zip(self._reserved, wanted, strict=True)
+            ]
+        reservation = Reservation(self._hold, columns, nbytes)
+        try:
+            yield reservation
+        finally:
+            reservation.close()
+
+    def _hold(self, columns: int, nbytes: int) -> None:
+        with self._lock:
+            self._reserved = [self._reserved[0] + columns, self._reserved[1] + nbytes]
+        self._memory.give(CALLS, -nbytes)
+
+    def multiply(self, operator: Multiplies, columns: Columns) -> Ticket[Columns]:
+        """Queue a product.
+
+        Args:
+            operator: With whose other products it may run.
+            columns: V: [K, P].
+
+        Returns:
+            Its result [K, P], to come.
+        """
+        return self._submit(("operator", id(operator)), operator, Ticket(None, columns))
+
+    def multiply_now(
+        self, operator: Multiplies, columns: Columns
+    ) -> Done[Columns] | None:
+        """Multiply on the caller's thread, if that takes hardly any time.
+
+        Args:
+            operator: What to multiply.
+            columns: V: [K, P].
+
+        Returns:
+            The result [K, P]; None if the device is busy, or the product not known to
+            be short: then it belongs in the queue.
+        """
+        with self._lock:
+            pace_s = self._paces.get(operator, math.inf)
+            idle = self._asleep and not self._closed
+            if not idle or pace_s * len(columns) > _SHORT_S:
+                return None
+            # As if the thread were awake: whoever comes now is waited for below.
+            self._asleep = False
+            self._requests += 1
+        start_s = time.monotonic()
+        try:
+            value = operator.apply(columns, cancelled=lambda: self._closed)
+        finally:
+            seconds = time.monotonic() - start_s
+            self._count(operator, len(columns), seconds)
+            with self._lock:
+                self._asleep = not self._lanes and not self._closed
+                if not self._asleep:
+                    self._bell.put(None)
+        return Done(value, 0.0, seconds, len(columns))
+
+    def run(self, job: Callable[[Poll], T], *, lane: Hashable = None) -> Ticket[T]:
+        """Queue a job that has the device for itself.
+
+        Args:
+            job: Called on the device's thread with what it should poll.
+            lane: Jobs of one lane run in order; lanes take turns.
+
+        Returns:
+            Its result, to come.
+        """
+        return self._submit(("job", lane), None, Ticket(job, None))
+
+    def run_in_turns(
+        self,
+        job: Callable[[Poll], T],
+        *,
+        lane: Hashable = None,
+        room_bytes: int | None = None,
+    ) -> Ticket[T]:
+        """Queue long work, which gives way to others between its steps.
+
+        Args:
+            job: Called on a thread of its own; each poll is a yield point, and so is
+                `cooperative.yield_point`.
+            lane: As for `run`.
+            room_bytes: Memory that it holds while it gives way; not too much such work
+                goes on at once. None: none worth counting.
+
+        Returns:
+            Its result, to come.
+        """
+        ticket = Ticket(job, None)
+        ticket.in_turns, ticket.room_bytes = True, room_bytes
+        return self._submit(("job", lane), None, ticket)
+
+    def statistics(self) -> BatcherStatistics:
+        """Report what was done, and what waits."""
+        with self._lock:
+            return BatcherStatistics(
+                runs=self._runs,
+                requests=self._requests,
+                columns=self._columns,
+                cancelled=self._cancelled,
+                waiting=sum(len(lane.tickets) for lane in self._lanes.values()),
+                reserved_columns=self._reserved[0],
+                reserved_bytes=self._reserved[1],
+            )
+
+    def close(self) -> None:
+        """Cancel what waits or runs, and end the thread."""
+        with self._lock:
+            self._closed = True
+        self._bell.put(None)
+        self._thread.join()
+        self._threads.close()
+
+    def _submit(
+        self, key: Hashable, operator: Multiplies | None, ticket: Ticket[T]
+    ) -> Ticket[T]:
+        with self._lock:
+            if self._closed:
+                raise _shutting_down()
+            lane = self._lanes.setdefault(key, _Lane(operator, deque()))
+            lane.tickets.append(ticket)
+            self._requests += 1
+            asleep, self._asleep = self._asleep, False
+        if asleep:
+            self._bell.put(None)
+        return ticket
+
+    def _work(self) -> None:
+        # A call per run: nothing of a run outlives it while the device is idle.
+        while self._step():
+            pass
+
+    def _step(self) -> bool:
+        with self._lock:
+            if self._closed:
+                self._refuse_all()
+                return False
+            key, lane = self._next()
+            self._asleep = lane is None
+            if lane is not None and lane.run is None:
+                lane.run = self._begun(lane)
+            run = None if lane is None else lane.run
+        if lane is None:
+            self._bell.get()
+            return True
+        if run is not None and self._advance(run):
+            self._end(run, lane)
+        with self._lock:
+            self._rotate(key, lane, after_long=run is not None and run.in_turns)
+        return True
+
+    def _next(self) -> tuple[Hashable, _Lane | None]:
+        """Choose whose turn it is: the first, but some may have to wait for room.
+
+        What waits for room begins in the order in which it came.
+        """
+        full = False
+        for key, lane in self._lanes.items():
+            if not lane.waits_for_room:
+                return key, lane
+            full = full or not self._has_room(lane.tickets[0])
+            if not full:
+                return key, lane
+        return None, None
+
+    def _rotate(self, key: Hashable, lane: _Lane, *, after_long: bool) -> None:
+        """Put a lane that had its turn behind all others.
+
+        That is also behind those that came during the turn: a caller who comes now
+        waits for the turn under way at most, however many queue. After a turn of long
+        work all others come before more of it.
+        """
+        del self._lanes[key]
+        if after_long:
+            for other in [k for k, one in self._lanes.items() if one.is_long]:
+                self._lanes.move_to_end(other)
+        if lane.run is not None or lane.tickets:
+            self._lanes[key] = lane
+
+    def _has_room(self, ticket: Ticket[Any]) -> bool:
+        nbytes = sum(t.room_bytes or 0 for t in (*self._in_room, ticket))
+        fits = len(self._in_room) < _MOST_LONG and nbytes <= self._long_bytes
+        return fits or not self._in_room
+
+    def _begun(self, lane: _Lane) -> _Run | None:
+        """Take what runs together off a lane; None if nobody wants it any more."""
+        tickets, operator = self._take(lane), lane.operator
+        if not tickets:
+            return None
+        self._in_room += [t for t in tickets if t.room_bytes is not None]
+        in_turns = tickets[0].in_turns
+        if operator is not None:
+            pace_s = self._paces.get(operator, math.inf)
+            in_turns = pace_s * sum(map(_columns_of, tickets)) > LONG_S
+        work = LongWork(
+            lambda poll: self._compute(operator, tickets, poll),
+            stopped=lambda: self._closed or all(t.abandoned for t in tickets),
+            gives_way=self._gives_way,
+            threads=self._threads,
+        )
+        return _Run(operator, tickets, work, in_turns, time.monotonic())
+
+    def _take(self, lane: _Lane) -> list[Ticket[Any]]:
+        """Take what runs together from the front of a lane; skip the cancelled."""
+        taken: list[Ticket[Any]] = []
+        columns = nbytes = 0
+        share = lane.operator is not None and lane.operator.shares
+        most_bytes = self._run_bytes if share else min(self._run_bytes, _LITTLE_BYTES)
+        while lane.tickets:
+            ticket = lane.tickets[0]
+            head = ticket.columns
+            if taken and (
+                head is None
+                or ticket.alone
+                or columns + len(head) > self._run_columns
+                or nbytes + head.nbytes > most_bytes
+            ):
+                break
+            lane.tickets.popleft()
+            if not (ticket.running() or ticket.set_running_or_notify_cancel()):
+                self._cancelled += 1
+                continue
+            taken.append(ticket)
+            if head is None or ticket.alone:
+                break
+            columns, nbytes = columns + len(head), nbytes + head.nbytes
+        return taken
+
+    def _advance(self, run: _Run) -> bool:
+        """Let a run take its turn; return whether it has ended."""
+        least_s, most_s = _TURN_S
+        start_s = self._clock()
+        self._turn_end_s = start_s + min(max(least_s, self._latest_s), most_s)
+        if run.in_turns:
+            ended = run.work.resume()
+        else:
+            run.work.complete()
+            ended = True
+        seconds = self._clock() - start_s
+        run.spent_s += seconds
+        if run.tickets[0].room_bytes is None:
+            self._latest_s = seconds
+        return ended
+
+    def _gives_way(self) -> bool:
+        """Tell long work whether its turn is over: if others wait, and it took a while."""
+        if self._closed:
+            return True
+        return len(self._lanes) > 1 and self._clock() >= self._turn_end_s
+
+    def _end(self, run: _Run, lane: _Lane) -> None:
+        """Tell the callers how their run ended."""
+        with self._lock:
+            lane.run = None
+            self._in_room = [t for t in self._in_room if t not in run.tickets]
+        try:
+            values = run.work.result()
+        except OutOfMemory as error:
+            if len(run.tickets) > 1:
+                # Together they may not fit; then each has only itself to blame.
+                with self._lock:
+                    for ticket in reversed(run.tickets):
+                        ticket.alone = True
+                        lane.tickets.appendleft(ticket)
+                return
+            run.tickets[0].set_exception(error)
+        except Exception as error:
+            if self._closed and isinstance(error, Cancelled):
+                error = _shutting_down()
+            for ticket in run.tickets:
+                ticket.set_exception(error)
+        else:
+            for ticket, value in zip(run.tickets, values, strict=True):
+                queue_s = run.began_s - ticket.submitted_s
+                ticket.set_result(Done(value, queue_s, run.spent_s, run.columns))
+        given_up = sum(ticket.abandoned for ticket in run.tickets)
+        self._count(run.operator, run.columns, run.spent_s, given_up)
+
+    def _joined(self, parts: list[Columns]) -> Columns:
+        """Put columns into one array; its memory is that of an earlier run."""
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
+        dtype = np.result_type(*parts)
+        memory = self._pool.take(math.prod(shape) * dtype.itemsize)
+        return np.concatenate(parts, out=memory.view(dtype).reshape(shape))
+
+    def _compute(
+        self, operator: Multiplies | None, tickets: list[Ticket[Any]], poll: Poll
+    ) -> list[Any]:
+        if operator is None:
+            (ticket,) = tickets
+            assert ticket.job is not None
+            return [ticket.job(poll)]
+        parts = [t.columns for t in tickets if t.columns is not None]
+        if len(parts) == 1:
+            return [operator.apply(parts[0], cancelled=poll)]
+        counts = [len(part) for part in parts]
+        rows = operator.apply(self._joined(parts), counts=counts, cancelled=poll)
+        ends = np.cumsum(counts)
+        return [
+            rows[end - len(part) : end] for part, end in zip(parts, ends, strict=True)
+        ]
+
+    def _count(
+        self,
+        operator: Multiplies | None,
+        columns: int,
+        seconds: float,
+        given_up: int = 0,
+    ) -> None:
+        with self._lock:
+            self._runs += 1
+            self._columns += columns
+            self._cancelled += given_up
+            if operator is None or not columns:
+                return
+            pace_s = seconds / columns
+            # A moving average: what a column costs changes with who asks.
+            self._seconds_per_column += 0.2 * (pace_s - self._seconds_per_column)
+            slowest_s = self._paces.get(operator, 0.0)
+            self._paces[operator] = max(pace_s, _FORGET * slowest_s)
+
+    def _refuse_all(self) -> None:
+        for lane in self._lanes.values():
+            if lane.run is not None:
+                while not lane.run.work.resume():  # it stops at its next poll
+                    pass
+                lane.tickets.extend(lane.run.tickets)
+            for ticket in lane.tickets:
+                if ticket.running() or ticket.set_running_or_notify_cancel():
+                    ticket.set_exception(_shutting_down())
+        self._lanes.clear()
+
+    def _overloaded(self, columns: int, nbytes: int) -> Overloaded:
+        retry_after_s = min(
+            _LONGEST_RETRY_S, 0.05 + self._seconds_per_column * self._reserved[0]
+        )
+        msg = (
+            f"the queue is full: {self._reserved[0]} columns and {self._reserved[1]} bytes "
+            f"are under way, {columns} and {nbytes} more would exceed the limits of "
+            f"{self._pending[0]} and {self._pending[1]}; retry in {retry_after_s:.1f} s"
+        )
+        return Overloaded(
+            msg,
+            retry_after_s=retry_after_s,
+            pending_columns=self._reserved[0],
+            pending_bytes=self._reserved[1],
+        )
+
+
+def _shutting_down() -> Unavailable:
+    return Unavailable("the server is shutting down")
+
+
+def _columns_of(ticket: Ticket[Any]) -> int:
+    return 0 if ticket.columns is None else len(ticket.columns)

@@ -1,0 +1,146 @@
+"""What the server needs from whatever computes.
+
+Problems and operators belong to whoever has the device's turn (`batching`): one thread
+at a time, nearly always the device's own. Arrays are NumPy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from curvd.contract import (
+    DatasetSpec,
+    DeviceInfo,
+    Dtype,
+    LossSpec,
+    Mode,
+    ModelSpec,
+    OperatorSpec,
+    ParameterLayout,
+    PlanReport,
+    SerializedGraph,
+)
+from curvd_server.storage import Architecture
+from curvd_server.system import Poll
+
+Array = NDArray[Any]
+
+
+class Operator(Protocol):
+    """An operator that is built: verified and warm."""
+
+    @property
+    def report(self) -> PlanReport:
+        """How it is computed; costs nothing."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether columns together cost less than one after the other."""
+
+    def apply(
+        self, columns: Array, *, counts: Sequence[int] = (), cancelled: Poll
+    ) -> Array:
+        """Multiply columns, and leave them as they are: [K, P] -> [K, P].
+
+        Args:
+            columns: [K, P].
+            counts: Columns of each request that is in them, whose result does not
+                depend, to the bit, on the others; none: it is one.
+            cancelled: Polled between mini-batches.
+        """
+
+    def close(self) -> None:
+        """Return its memory."""
+
+
+class Problem(Protocol):
+    """An objective at one version of its parameters."""
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """What a vector of length P means."""
+
+    @property
+    def batches(self) -> int:
+        """Mini-batches per pass over the data."""
+
+    def with_parameters(self, values: Mapping[str, Array]) -> Problem:
+        """Make a new version; this one stays valid."""
+
+    def gradient(self, *, cancelled: Poll) -> tuple[float, Array]:
+        """Compute the loss and its gradient [P]."""
+
+    def build(
+        self, spec: OperatorSpec, *, budget_bytes: int, cancelled: Poll
+    ) -> Operator:
+        """Verify and warm an operator."""
+
+    def move(self, operator: Any) -> Operator:
+        """Make another version's operator for this one; nothing is computed yet."""
+
+
+class Device(Protocol):
+    """Where objectives are loaded."""
+
+    @property
+    def name(self) -> str:
+        """For example ``cpu`` or ``cuda:0``."""
+
+    @property
+    def builders(self) -> tuple[str, ...]:
+        """Names of the builders that are allowed, and globs over those of libraries."""
+
+    @property
+    def torch_version(self) -> str:
+        """Of torch."""
+
+    def describe(self) -> DeviceInfo:
+        """Describe the device and its memory."""
+
+    def architecture(self, spec: ModelSpec) -> Architecture:
+        """Find out what a builder makes of a configuration; on any thread."""
+
+    async def try_model(self, spec: ModelSpec) -> Architecture | None:
+        """Find out what a builder or a graph makes, where that holds nobody up.
+
+        Args:
+            spec: Builder and configuration, or graph.
+
+        Returns:
+            The tensors of its state; None if only `architecture` can tell.
+        """
+
+    async def try_graphs(
+        self, model: SerializedGraph, loss: SerializedGraph, *, rows: int
+    ) -> Architecture | None:
+        """Check what clients drew, without memory, before anything else is done with it.
+
+        Args:
+            model: A model; empty if a builder makes it.
+            loss: A loss; empty if it is one of ours.
+            rows: Data points of a mini-batch.
+
+        Returns:
+            The tensors of the model's state, if there is a model.
+
+        Raises:
+            InvalidGraph: If a graph is not sound.
+            LimitExceeded: If it needs too much memory or time.
+            Overloaded: If too many of the same peer wait to be tried.
+        """
+
+    def load(
+        self,
+        model: ModelSpec,
+        state: Mapping[str, Array],
+        arrays: Mapping[str, Array],
+        data: DatasetSpec,
+        loss: LossSpec,
+        mode: Mode,
+        dtype: Dtype,
+        params: tuple[str, ...],
+    ) -> Problem:
+        """Bring a model, a dataset and a loss together."""

@@ -1,0 +1,389 @@
+"""The engine behind plain arrays: the door between the server's middle and torch.
+
+Everything but `TorchDevice.architecture` belongs to whoever has the device's turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from curvd.contract import (
+    DatasetSpec,
+    DeviceInfo,
+    Dtype,
+    LossSpec,
+    Mode,
+    ModelSpec,
+    OperatorSpec,
+    ParameterLayout,
+    PlanReport,
+    SerializedGraph,
+)
+from curvd.errors import InvalidSpec, OutOfMemory
+from curvd.tensors import Pool
+from curvd_server.engine import Compiler, Memory, Problem, use_differentiable_attention
+from curvd_server.engine import operator as engine
+from curvd_server.models import BUILDERS, Models
+from curvd_server.storage import Architecture
+from curvd_server.system import Poll
+from curvd_server.trials import Trials
+
+_CANNOT_RUN = (
+    TypeError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    AttributeError,
+    AssertionError,
+)
+"""What modules raise when they see data that they were not made for."""
+
+Arrays = Mapping[str, NDArray[Any]]
+
+_RESIDENT_SHARE = 0.25
+"""Of a CUDA device's free memory; larger datasets stay on the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What operators are built with."""
+
+    plans: Memory
+    """Plans of earlier operators."""
+    compiler: Compiler | None
+    """Makes native code of what is used long enough."""
+    results: Pool
+    """Memory of results on the host."""
+
+
+class TorchDevice:
+    """Builds models and loads objectives onto one device.
+
+    Args:
+        entries: The operator's own builders: name to ``module:callable``.
+        device: For example ``cuda:0``.
+        plans: Plans of earlier operators; None: those of this object's life.
+        compiler: Makes native code of what is used long enough; None: nothing does.
+        allowed: Globs over models of libraries, for example ``timm:*``.
+        model_bytes: Largest state of a model of a library.
+        idle_bytes: Memory of results that is kept for the next ones.
+
+    Raises:
+        InvalidSpec: If a builder cannot be loaded or the device is not there.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, str],
+        device: str,
+        plans: Memory | None = None,
+        compiler: Compiler | None = None,
+        *,
+        allowed: Sequence[str] = (),
+        model_bytes: int = 64 << 30,
+        idle_bytes: int = 1 << 30,
+    ) -> None:
+        use_differentiable_attention()
+        # The first trace would import it: a second of Python in which nobody is served.
+        importlib.import_module("torch._dynamo")
+        self._tools = Tools({} if plans is None else plans, compiler, Pool(idle_bytes))
+        self._name = device
+        self._trials, self._one_builder = Trials(), asyncio.Lock()
+        self._models = Models(
+            entries,
+            allowed,
+            model_bytes=model_bytes,
+            memory_bytes=lambda: self.describe().total_bytes,
+        )
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            msg = f"torch cannot use device {device!r}: {str(error).splitlines()[0]}"
+            raise InvalidSpec(msg, device=device) from error
+
+    @property
+    def name(self) -> str:
+        """For example ``cpu`` or ``cuda:0``."""
+        return self._name
+
+    @property
+    def torch_version(self) -> str:
+        """Of torch."""
+        return torch.__version__
+
+    @property
+    def builders(self) -> tuple[str, ...]:
+        """Names of the builders that are allowed, and globs over those of libraries."""
+        return self._models.names
+
+    def describe(self) -> DeviceInfo:
+        """Describe the device and its memory."""
+        if self.name.startswith("cuda"):
+            free, total = torch.cuda.mem_get_info(self.name)
+            return DeviceInfo(
+                name=self.name,
+                description=torch.cuda.get_device_name(self.name),
+                total_bytes=total,
+                free_bytes=free,
+            )
+        memory = psutil.virtual_memory()
+        return DeviceInfo(
+            name=self.name,
+            description=platform.processor() or platform.machine(),
+            total_bytes=memory.total,
+            free_bytes=memory.available,
+        )
+
+    def architecture(self, spec: ModelSpec) -> Architecture:
+        """Find out what a builder or a graph makes; on any thread.
+
+        Args:
+            spec: Builder and configuration, or graph.
+
+        Returns:
+            The tensors of its state.
+        """
+        return self._models.architecture(spec)
+
+    async def try_model(self, spec: ModelSpec) -> Architecture | None:
+        """Find out what a builder or a graph makes; see `Device.try_model`.
+
+        Builders of libraries and of the server's operator are imported here, once, and
+        work here, one at a time.
+        """
+        if spec.graph:
+            return await self.try_graphs(spec.graph, SerializedGraph(), rows=2)
+        if spec.builder in BUILDERS:
+            return await self._trials.of_builder(spec.builder, spec.config)
+        async with self._one_builder:
+            return await asyncio.to_thread(self.architecture, spec)
+
+    async def try_graphs(
+        self, model: SerializedGraph, loss: SerializedGraph, *, rows: int
+    ) -> Architecture | None:
+        """Check what clients drew, in a process of its own; see `Device.try_graphs`."""
+        limit_bytes = self.describe().total_bytes
+        return await self._trials.of(model, loss, rows=rows, limit_bytes=limit_bytes)
+
+    def load(
+        self,
+        model: ModelSpec,
+        state: Arrays,
+        arrays: Arrays,
+        data: DatasetSpec,
+        loss: LossSpec,
+        mode: Mode,
+        dtype: Dtype,
+        params: tuple[str, ...] = (),
+    ) -> TorchProblem:
+        """Bring a model, a dataset and a loss together on the device.
+
+        Args:
+            model: Builder and configuration, or graph.
+            state: Parameters and buffers by name.
+            arrays: The dataset.
+            data: How it becomes mini-batches.
+            loss: The loss.
+            mode: How BatchNorm behaves.
+            dtype: Of the computation.
+            params: Globs that choose the parameters; none choose all.
+
+        Returns:
+            The objective.
+
+        Raises:
+            InvalidSpec: If they do not fit each other.
+        """
+        rows = min(data.batch_size, len(arrays[data.target]))
+        module = self._models.build(model, rows)
+        with _translated():
+            try:
+                problem = Problem.load(
+                    module,
+                    _tensors(state),
+                    _tensors(arrays),
+                    data,
+                    loss,
+                    mode,
+                    dtype,
+                    self.name,
+                    params=params,
+                    resident_bytes=self._resident_bytes(),
+                    programs=self._models.programs(model),
+                )
+            except _CANNOT_RUN as error:
+                if engine.is_out_of_memory(error):
+                    raise
+                # Not our defect: what the model said when it saw the data.
+                first_line = str(error).partition("\n")[0]
+                msg = (
+                    f"model {model.builder or 'graph'!r} cannot run on this dataset: "
+                    f"{type(error).__name__}: {first_line}"
+                )
+                raise InvalidSpec(msg, builder=model.builder) from error
+        return TorchProblem(problem, self._tools)
+
+    def _resident_bytes(self) -> float:
+        """Say how large a dataset may be that lies on the device."""
+        if not self.name.startswith("cuda"):
+            return math.inf
+        return self.describe().free_bytes * _RESIDENT_SHARE
+
+
+class TorchProblem:
+    """An objective at one version of its parameters.
+
+    Args:
+        problem: The engine's.
+        tools: What its operators are built with.
+    """
+
+    def __init__(self, problem: Problem, tools: Tools) -> None:
+        self._problem, self._tools = problem, tools
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """What a vector of length P means."""
+        return self._problem.layout
+
+    @property
+    def batches(self) -> int:
+        """Mini-batches per pass over the data."""
+        return self._problem.batches
+
+    def with_parameters(self, values: Arrays) -> TorchProblem:
+        """Make a new version; this one stays valid.
+
+        Args:
+            values: Parameters and buffers by name; what this objective does not use
+                (running statistics in batch mode, for example) is passed over.
+
+        Returns:
+            The new version.
+        """
+        used = {*self._problem.layout.names, *self._problem.model.constants}
+        with _translated():
+            tensors = _tensors({n: v for n, v in values.items() if n in used})
+            moved = self._problem.with_parameters(tensors)
+            return TorchProblem(moved, self._tools)
+
+    def gradient(self, *, cancelled: Poll) -> tuple[float, NDArray[Any]]:
+        """Compute the loss and its gradient [P]."""
+        with _translated():
+            loss, gradient = self._problem.gradient(cancelled=cancelled)
+            return loss, gradient.cpu().numpy()
+
+    def build(
+        self, spec: OperatorSpec, *, budget_bytes: int, cancelled: Poll
+    ) -> TorchOperator:
+        """Verify and warm an operator.
+
+        Args:
+            spec: Which.
+            budget_bytes: Memory for kept linearisations.
+            cancelled: Polled between mini-batches.
+
+        Returns:
+            The operator.
+        """
+        with _translated():
+            inner = engine.build(
+                self._problem,
+                spec,
+                budget_bytes=budget_bytes,
+                memory=self._tools.plans,
+                compiler=self._tools.compiler,
+                results=self._tools.results,
+                cancelled=cancelled,
+            )
+            return TorchOperator(inner)
+
+    def move(self, operator: TorchOperator) -> TorchOperator:
+        """Make the same operator for this version; nothing is computed yet."""
+        return TorchOperator(operator.inner.at(self._problem), operator.report)
+
+
+class TorchOperator:
+    """An operator that is built.
+
+    Args:
+        inner: The engine's.
+        report: How it is computed; by default as it says now.
+    """
+
+    def __init__(
+        self, inner: engine.Operator, report: PlanReport | None = None
+    ) -> None:
+        self.inner = inner
+        # Asked here, on the device's thread, because it may measure.
+        self._report = report or inner.report
+
+    @property
+    def report(self) -> PlanReport:
+        """How it is computed; whether in native code, as of now."""
+        if self._report.compiled != self.inner.is_compiled:
+            self._report = replace(self._report, compiled=self.inner.is_compiled)
+        return self._report
+
+    @property
+    def shares(self) -> bool:
+        """Whether columns go together, or share what is linearised for them."""
+        report = self._report
+        together = report.columns_at_once > 1 and self.inner.mixes
+        return together or report.kept_batches < report.batches
+
+    def apply(
+        self, columns: NDArray[Any], *, counts: Sequence[int] = (), cancelled: Poll
+    ) -> NDArray[Any]:
+        """Multiply columns: [K, P] -> [K, P]; see `Device`'s `Operator`."""
+        with _translated():
+            rows = self.inner.apply(columns, counts=counts, cancelled=cancelled)
+            return rows.cpu().numpy()
+
+    def multiply(self, columns: Tensor, *, cancelled: Poll) -> Tensor:
+        """Multiply columns that are on the device: [K, P] -> [K, P]."""
+        with _translated():
+            return self.inner.apply(columns, cancelled=cancelled)
+
+    def close(self) -> None:
+        """Return its memory."""
+        self.inner.close()
+
+
+class _translated:
+    """Turns torch's out-of-memory into ours; everything else passes."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: object, error: BaseException | None, trace: object
+    ) -> None:
+        if engine.is_out_of_memory(error):
+            msg = (
+                "the device has not enough memory: use a smaller batch_size, a smaller "
+                "budget_bytes, or delete sessions"
+            )
+            raise OutOfMemory(msg) from error
+
+
+def _tensors(arrays: Arrays) -> dict[str, Any]:
+    # NumPy has no bfloat16; its bits come as uint16, which is no type of the wire.
+    return {
+        name: torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+        if a.dtype == np.uint16
+        else a
+        for name, a in arrays.items()
+    }

@@ -1,0 +1,24 @@
+"""Curvature operators: built once with evidence and a plan, applied any number of times.
+
+`objective` is the function that is differentiated, `operators` its linearisations, `program`
+their linear part, `tuning` finds the fastest way, `verification` proves it. Imports torch and
+graphs; knows no network, no storage and no session.
+"""
+
+from __future__ import annotations
+
+from curvd_server.engine.objective import (
+    Problem,
+    check_batch_axis,
+    use_differentiable_attention,
+)
+from curvd_server.engine.program import Compiler
+from curvd_server.engine.tuning import Memory
+
+__all__ = [
+    "Compiler",
+    "Memory",
+    "Problem",
+    "check_batch_axis",
+    "use_differentiable_attention",
+]

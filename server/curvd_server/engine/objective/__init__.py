@@ -1,0 +1,40 @@
+"""The function that is differentiated: a model, mini-batches and a loss as one sum.
+
+Imports graphs and torch; knows no operator on it.
+"""
+
+from __future__ import annotations
+
+from curvd_server.engine.objective.chunked import distance, dot, norm, pieces
+from curvd_server.engine.objective.data import Array, Batch, rows_of
+from curvd_server.engine.objective.layer_patches import use_differentiable_attention
+from curvd_server.engine.objective.objective import (
+    Problem,
+    add_rows,
+    check_cancelled,
+    never,
+    tangents_of,
+)
+from curvd_server.engine.objective.output_metrics import Metric, metric
+from curvd_server.engine.objective.prefetch import on_host
+from curvd_server.engine.objective.trial import check_batch_axis
+
+__all__ = [
+    "Array",
+    "Batch",
+    "Metric",
+    "Problem",
+    "add_rows",
+    "check_batch_axis",
+    "check_cancelled",
+    "distance",
+    "dot",
+    "metric",
+    "never",
+    "norm",
+    "on_host",
+    "pieces",
+    "rows_of",
+    "tangents_of",
+    "use_differentiable_attention",
+]

@@ -1,0 +1,92 @@
+"""A model is tried on a few data points before anything is built on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curvd.errors import InvalidSpec
+from curvd_server.engine.objective.data import rows_of
+from curvd_server.engine.objective.prefetch import on_host
+
+if TYPE_CHECKING:
+    from curvd_server.engine.objective.objective import Problem
+
+_SIZES = (3, 2)
+"""Data points that a model is tried on; several sizes, because the first axis of its
+outputs must follow them, and more than one, because of layers that need a variance."""
+
+
+def tried(problem: Problem) -> Tensor:
+    """Run a model on a few data points, and on a last mini-batch of one.
+
+    Args:
+        problem: The model and its data.
+
+    Returns:
+        Its outputs for the first two data points.
+
+    Raises:
+        InvalidSpec: If they lack the batch axis, no parameter has a derivative, or the
+            last mini-batch is too small for the statistics of the model.
+    """
+    _check_last(problem)
+    first = problem.data[0]
+    leaves = [p.detach().requires_grad_() for p in problem.parameters]
+    for size in _SIZES:
+        few = rows_of(first, slice(0, size))
+        with torch.enable_grad():
+            outputs = problem.outputs(leaves, few)
+        check_batch_axis(outputs.shape, len(few.targets))
+    if not outputs.requires_grad:
+        msg = (
+            "the model's outputs have no derivative in any of the parameters: these are "
+            "not used, or behind detach() or no_grad()"
+        )
+        raise InvalidSpec(msg, parameters=", ".join(problem.layout.names))
+    return outputs.detach()
+
+
+def check_batch_axis(shape: Sequence[int], rows: int) -> None:
+    """Refuse outputs that are not one row per data point.
+
+    Args:
+        shape: Of the outputs.
+        rows: Data points that they belong to.
+
+    Raises:
+        InvalidSpec: If the first axis is another one.
+    """
+    if not shape or shape[0] != rows:
+        msg = (
+            f"the model's outputs have shape {list(shape)} for {rows} data points; the "
+            "first axis must be that of the data points, [B, ...]: return one row per "
+            "data point, and leave means and sums over them to the loss"
+        )
+        raise InvalidSpec(msg, shape=list(shape), rows=rows)
+
+
+def _check_last(problem: Problem) -> None:
+    """Refuse statistics of one value, of which BatchNorm has no variance."""
+    batches = on_host(problem.data)
+    last, size = batches[len(batches) - 1], len(batches[0].targets)
+    if len(last.targets) > 1:
+        return
+    try:
+        with torch.no_grad():
+            problem.outputs(problem.parameters, problem.data[len(batches) - 1])
+    except (ValueError, InvalidSpec) as error:
+        if "value per channel" not in str(error):
+            raise
+        points = last.start + 1
+        fits = [b for b in range(max(size, 2), points + 1) if points % b != 1]
+        advice = f"take batch_size={fits[0]}" if fits else "add data points"
+        msg = (
+            f"{points} data points in mini-batches of {size} leave one with a single "
+            "data point, and BatchNorm has no statistics of one value per channel: "
+            f"{advice}, or leave a data point out"
+        )
+        raise InvalidSpec(msg, data_points=points, batch_size=size) from error

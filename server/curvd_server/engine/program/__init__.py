@@ -1,0 +1,27 @@
+"""The linear program of an operator: traced, simplified, cut to a block, fused, compiled.
+
+Imports `curvd_server.engine.objective`; knows nothing of plans and of truth.
+"""
+
+from __future__ import annotations
+
+from curvd_server.engine.program.compile import Compiler, Job
+from curvd_server.engine.program.interruptible import Interruptible
+from curvd_server.engine.program.linear_program import (
+    Compilable,
+    Emits,
+    Rows,
+    held_bytes,
+    program,
+)
+
+__all__ = [
+    "Compilable",
+    "Compiler",
+    "Emits",
+    "Interruptible",
+    "Job",
+    "Rows",
+    "held_bytes",
+    "program",
+]

@@ -1,0 +1,319 @@
+"""The linear program: what remains of ``jvp(grad)`` once its parameters are known.
+
+The operator is traced once per shape into a graph of aten operations over parameters,
+data and tangents. Linearising runs the part that needs no tangent and keeps only the
+values that the rest asks for; the rest is a short straight program, linear in the
+tangents, that is simplified (`peephole`), specialised to blocks (`specialise`) and
+applied to any number of vectors. This is partial evaluation as in `jax.linearize`
+(Frostig et al., 2021), with one graph for all mini-batches, parameter versions and
+diagonal blocks:
+
+* a new parameter version runs the known part again and traces nothing;
+* a diagonal block is the same program with the other tangents set to zero and the
+  other rows dropped, so that dead branches fall away and all constants are shared.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, fx, nn
+
+from curvd.contract import OperatorKind, OperatorSpec
+from curvd_server.engine.objective import Batch, Metric, Problem, metric
+from curvd_server.engine.program.compile import Job, Routine
+from curvd_server.engine.program.fuse import fuse
+from curvd_server.engine.program.interpreter import emitted
+from curvd_server.engine.program.restrict import without_zeros
+from curvd_server.engine.program.simplify import Recipe, addends, simplify
+from curvd_server.engine.program.trace import Traced, evaluate, split, trace
+from curvd_server.system import yield_point
+
+Rows = list[Tensor | None]
+_VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
+Call = Callable[..., Sequence[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCode:
+    """A simplified linear program and its specialisations."""
+
+    graph: fx.Graph
+    recipe: Recipe
+    routines: dict[tuple[range, range], Routine] = field(default_factory=dict)
+
+    def constants(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Make the additional constants and drop those that are no longer named."""
+        for name, compute in self.recipe.items():
+            values[name] = compute(values)
+        named = {node.target for node in self.graph.nodes if node.op == "get_attr"}
+        return {name: value for name, value in values.items() if name in named}
+
+    def routine(self, inputs: range, outputs: range) -> Routine:
+        """Specialise to some inputs and outputs, or find it done.
+
+        Graph and module are a reference cycle, so they never hold constants: these
+        are arguments, bound outside, and freed with the linearisation.
+        """
+        key = (inputs, outputs)
+        if key not in self.routines:
+            self.routines[key] = _routine(fuse(without_zeros(self.graph, *key)))
+        return self.routines[key]
+
+    def bind(
+        self,
+        inputs: range,
+        outputs: range,
+        constants: Mapping[str, Any],
+        *,
+        batched: bool,
+    ) -> Call:
+        """Fix the constants of a routine.
+
+        Args:
+            inputs: Indices of the tangents that are not zero.
+            outputs: Indices of the rows that are wanted.
+            constants: By name.
+            batched: Whether the tangents have a leading column axis.
+
+        Returns:
+            Tangents to rows.
+        """
+        routine = self.routine(inputs, outputs)
+        known = [constants[name] for name in routine.names]
+        if not batched:
+            return functools.partial(routine.native or routine.module.forward, *known)
+        return torch.vmap(functools.partial(routine.module.forward, *known))
+
+    def emitted(
+        self,
+        inputs: range,
+        outputs: range,
+        constants: Mapping[str, Any],
+        tangents: Sequence[Tensor],
+    ) -> Iterator[tuple[int, Tensor | None]]:
+        """Run a routine; yield index and value of each output as it is computed."""
+        routine = self.routine(inputs, outputs)
+        known = [constants[name] for name in routine.names]
+        return emitted(routine.module.graph, (*known, *tangents), outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A traced operator and its linear part's simplified forms."""
+
+    traced: Traced
+    codes: dict[frozenset[str], LinearCode] = field(default_factory=dict)
+    """By the constants that are zero: the only values that shape the code."""
+
+    def code(self, constants: Mapping[str, Any]) -> LinearCode:
+        """Simplify the linear part for these constants, or find it done."""
+        linear = self.traced.linear
+        zeros = frozenset(n for n in addends(linear) if not constants[n].any())
+        if zeros not in self.codes:
+            self.codes[zeros] = LinearCode(*simplify(linear, zeros))
+        return self.codes[zeros]
+
+
+@runtime_checkable
+class Compilable(Protocol):
+    """A linearisation whose code can be compiled."""
+
+    def jobs(self, block: range) -> list[Job]:
+        """List what can be compiled of one block's product."""
+        ...
+
+
+@runtime_checkable
+class Emits(Protocol):
+    """A linearisation that hands its rows out one by one."""
+
+    def rows(
+        self, tangents: Sequence[Tensor], block: range
+    ) -> Iterator[tuple[int, Tensor | None]]:
+        """Multiply one diagonal block; yield index of the parameter, and its row."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class _HessianProgram:
+    """Tangents in, rows out."""
+
+    code: LinearCode
+    constants: dict[str, Any]
+
+    def product(
+        self, tangents: Sequence[Tensor], block: range, *, batched: bool
+    ) -> Rows:
+        """Multiply one diagonal block; see `curvature.Linearisation`."""
+        with torch.no_grad():
+            run = self.code.bind(block, block, self.constants, batched=batched)
+            return list(run(*tangents))
+
+    def rows(
+        self, tangents: Sequence[Tensor], block: range
+    ) -> Iterator[tuple[int, Tensor | None]]:
+        """Multiply one diagonal block; see `Emits`."""
+        return self.code.emitted(block, block, self.constants, tangents)
+
+    def jobs(self, block: range) -> list[Job]:
+        """List what can be compiled of one block's product."""
+        return [_job(self, self.code.routine(block, block))]
+
+    def held(self) -> list[Any]:
+        """List what is kept in memory."""
+        return list(self.constants.values())
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class _JacobianProgram:
+    """Tangents to outputs, the metric, and cotangents back to rows."""
+
+    code: LinearCode
+    constants: dict[str, Any]
+    metric: Metric
+    parameters: int
+
+    def product(
+        self, tangents: Sequence[Tensor], block: range, *, batched: bool
+    ) -> Rows:
+        """Multiply one diagonal block; see `curvature.Linearisation`."""
+        outputs = range(self.parameters, self.parameters + 1)
+        with torch.no_grad():
+            push = self.code.bind(block, outputs, self.constants, batched=batched)
+            (pushed,) = push(*tangents)
+            if pushed is None:
+                return [None] * len(block)
+            # The program's views were traced for a contiguous cotangent.
+            cotangent = self.metric(pushed).contiguous()
+            pull = self.code.bind(outputs, block, self.constants, batched=batched)
+            return list(pull(cotangent))
+
+    def rows(
+        self, tangents: Sequence[Tensor], block: range
+    ) -> Iterator[tuple[int, Tensor | None]]:
+        """Multiply one diagonal block; see `Emits`."""
+        outputs = range(self.parameters, self.parameters + 1)
+        with torch.no_grad():
+            push = self.code.bind(block, outputs, self.constants, batched=False)
+            (pushed,) = push(*tangents)
+            if pushed is None:
+                return ((index, None) for index in block)
+            cotangent = self.metric(pushed).contiguous()
+        return self.code.emitted(outputs, block, self.constants, (cotangent,))
+
+    def jobs(self, block: range) -> list[Job]:
+        """List what can be compiled of one block's product."""
+        outputs = range(self.parameters, self.parameters + 1)
+        pairs = ((block, outputs), (outputs, block))
+        return [_job(self, self.code.routine(*pair)) for pair in pairs]
+
+    def held(self) -> list[Any]:
+        """List what is kept in memory."""
+        return [*self.constants.values(), *_tensors(self.metric)]
+
+
+def program(
+    problem: Problem, spec: OperatorSpec, batch: Batch
+) -> _HessianProgram | _JacobianProgram:
+    """Linearise by partial evaluation; see `curvature.Linearisation`."""
+    hessian = spec.kind is OperatorKind.HESSIAN
+    whole = _program(problem, batch, hessian=hessian)
+    yield_point()
+    frozen = problem.model.constants.values()
+    known = [*problem.parameters, *frozen, *batch.inputs, batch.targets]
+    with torch.no_grad():
+        values, outputs = evaluate(whole.traced, known)
+        yield_point()
+        code = whole.code(values)
+        constants = code.constants(values)
+    if hessian:
+        return _HessianProgram(code, constants)
+    middle = metric(problem, spec, outputs, batch)
+    return _JacobianProgram(code, constants, middle, len(problem.parameters))
+
+
+def _program(problem: Problem, batch: Batch, *, hessian: bool) -> Program:
+    """Trace the operator for the shapes of a mini-batch, or find it done."""
+    tensors = (*batch.inputs, batch.targets)
+    shapes = tuple((tuple(t.shape), t.dtype) for t in tensors)
+    model = problem.model
+    own = (model.names, *model.constants, model.data, problem.loss.spec, problem.mode)
+    place = (problem.dtype, problem.device, problem.normaliser)
+    key = (hessian, shapes, *own, *place)
+    cache = model.programs
+    if key not in cache:
+        known = len(problem.parameters) + len(problem.model.constants) + len(tensors)
+        cache[key] = Program(split(trace(problem, batch, hessian=hessian), known))
+    found: Program = cache[key]
+    return found
+
+
+def held_bytes(linear: _HessianProgram | _JacobianProgram, known: set[int]) -> int:
+    """Count the memory of a program's constants.
+
+    Args:
+        linear: The program.
+        known: Addresses of storages that exist anyway.
+
+    Returns:
+        Bytes of the distinct other storages.
+    """
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in linear.held()
+        if isinstance(t, Tensor)
+    }
+    return sum(size for at, size in storages.items() if at not in known)
+
+
+def _job(linear: _HessianProgram | _JacobianProgram, routine: Routine) -> Job:
+    """Say how a routine is called, without keeping the session's memory."""
+    shapes = [
+        node.meta["val"]
+        for node in routine.module.graph.nodes
+        if node.op == "placeholder" and "val" in node.meta
+    ]
+    there = weakref.ref(linear)
+
+    def arguments() -> list[Tensor] | None:
+        alive = there()
+        if alive is None:
+            return None
+        constants = [alive.constants[name] for name in routine.names]
+        # As products cut them: out of one vector, so not all of them aligned.
+        dtype, device = shapes[0].dtype, shapes[0].device
+        vector = torch.randn(sum(s.numel() for s in shapes), dtype=dtype, device=device)
+        parts = torch.split(vector, [s.numel() for s in shapes])
+        tangents = [p.view(s.shape) for p, s in zip(parts, shapes, strict=True)]
+        return [*constants, *tangents]
+
+    return Job(routine, arguments)
+
+
+def _routine(graph: fx.Graph) -> Routine:
+    """Make a graph callable, its constants the first arguments."""
+    first = next(iter(graph.nodes))
+    named: dict[str, fx.Node] = {}
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        if node.target not in named:
+            with graph.inserting_before(first):
+                named[node.target] = graph.placeholder(node.target)
+        node.replace_all_uses_with(named[node.target])
+        graph.erase_node(node)
+    for node in graph.nodes:
+        # A view was possible with the strides of the trace, which fused kernels and
+        # other tangents do not always have.
+        if node.target in _VIEWS:
+            node.target = torch.ops.aten.reshape.default
+    return Routine(fx.GraphModule(nn.Module(), graph), tuple(named))
+
+
+def _tensors(middle: Metric) -> list[Any]:
+    names = getattr(type(middle), "__slots__", ())
+    return [getattr(middle, name) for name in names]

@@ -1,0 +1,233 @@
+"""Simplifications of a linear program.
+
+Each rule uses what a general autograd engine cannot know: which operands never change
+between products. All keep the result up to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from curvd_server.system import yield_point
+
+aten = torch.ops.aten
+
+_ADD, _MUL = aten.add.Tensor, aten.mul.Tensor
+_SCALES = {
+    aten.gelu_backward.default,
+    aten.silu_backward.default,
+    aten.tanh_backward.default,
+    aten.sigmoid_backward.default,
+    aten.elu_backward.default,
+    aten.softplus_backward.default,
+}
+"""Elementwise and linear in the first operand: a fixed factor in disguise."""
+_COPIES = {aten.expand.default, aten._to_copy.default}
+"""What forward mode inserts where a tangent might be another's view, and is not."""
+
+Values = Mapping[str, Any]
+Recipe = dict[str, Callable[[Values], Tensor]]
+"""How to compute new constants from earlier ones, by name, in order."""
+
+
+def simplify(graph: fx.Graph, zeros: Set[str]) -> tuple[fx.Graph, Recipe]:
+    """Apply all rules.
+
+    Nothing here looks at a value, so that the result serves every mini-batch.
+
+    Args:
+        graph: A linear program whose constants are ``get_attr`` nodes; a copy is
+            rewritten.
+        zeros: Names of the constants that are zero.
+
+    Returns:
+        The simplified graph and how to make the constants that it has in addition.
+    """
+    graph, recipe = _copied(graph), Recipe()
+    drop_unused(graph)
+    for node in list(graph.nodes):
+        yield_point()
+        if node.target is _ADD:
+            _drop_zero(graph, node, zeros)
+        elif node.target is aten.copy.default:
+            _drop_copy(graph, node, source=1)
+        elif node.target in _COPIES and "memory_format" not in node.kwargs:
+            _drop_copy(graph, node, source=0)
+    for node in list(graph.nodes):
+        yield_point()
+        if node.target in _SCALES:
+            _fold_factor(graph, node, recipe)
+    for node in list(graph.nodes):
+        yield_point()
+        if node.target is _MUL:
+            _gather_factors(graph, node, recipe)
+    drop_unused(graph)
+    graph.lint()
+    return graph, recipe
+
+
+def drop_unused(graph: fx.Graph) -> None:
+    """Remove what no output depends on; between two nodes is a yield point.
+
+    Args:
+        graph: A linear program, all of whose operations have no effect but a result.
+    """
+    # Users come behind what they use, so that they are gone before it is looked at.
+    for node in reversed(graph.nodes):
+        yield_point()
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    new = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        yield_point()
+        copies[node] = new.node_copy(node, copies.__getitem__)
+    return new
+
+
+def addends(graph: fx.Graph) -> frozenset[str]:
+    """Name the constants that a program adds; a linear one adds only zeros."""
+    return frozenset(
+        str(operand.target)
+        for node in graph.nodes
+        if node.target is _ADD
+        for operand in node.all_input_nodes
+        if operand.op == "get_attr"
+    )
+
+
+def _constant(node: object) -> bool:
+    return not isinstance(node, fx.Node) or node.op == "get_attr"
+
+
+def shape_of(node: Any) -> tuple[int, ...]:
+    """Read the shape of a node's value; that of a plain number is ()."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _new_constant(
+    graph: fx.Graph,
+    at: fx.Node,
+    recipe: Recipe,
+    like: Tensor,
+    compute: Callable[[Values], Tensor],
+) -> fx.Node:
+    name = f"f{len(recipe)}"
+    recipe[name] = compute
+    with graph.inserting_before(at):
+        node = graph.get_attr(name)
+    node.meta["val"] = like
+    return node
+
+
+def _replace(
+    graph: fx.Graph, old: fx.Node, target: Any, args: tuple[Any, ...]
+) -> fx.Node:
+    with graph.inserting_before(old):
+        new = graph.call_function(target, args)
+    new.meta = dict(old.meta)
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
+    return new
+
+
+def _drop_zero(graph: fx.Graph, node: fx.Node, zeros: Set[str]) -> None:
+    """``t + 0 -> t``: tangents of what does not depend on the parameters."""
+    pairs: Any = (node.args, node.args[::-1])
+    for tangent, other in pairs:
+        if _constant(tangent) or not _constant(other) or node.kwargs:
+            continue
+        zero = other == 0 or (isinstance(other, fx.Node) and other.target in zeros)
+        if zero and shape_of(tangent) == shape_of(node):
+            node.replace_all_uses_with(tangent)
+            graph.erase_node(node)
+            return
+
+
+def _drop_copy(graph: fx.Graph, node: fx.Node, source: int) -> None:
+    """``copy(anything, t) -> t`` if `t` has the result's shape and type already.
+
+    Args:
+        graph: The program.
+        node: Copies, expands or converts; nothing here writes to what it makes.
+        source: Which operand it copies.
+    """
+    original: Any = node.args[source]
+    have, want = original.meta.get("val"), node.meta.get("val")
+    if isinstance(have, Tensor) and isinstance(want, Tensor):
+        alike = have.shape == want.shape and have.dtype == want.dtype
+        if alike and have.device == want.device:
+            node.replace_all_uses_with(original)
+            graph.erase_node(node)
+
+
+def _fold_factor(graph: fx.Graph, node: fx.Node, recipe: Recipe) -> None:
+    """``gelu_backward(t, h) -> t * gelu'(h)``, the factor computed once."""
+    tangent, *others = node.args
+    if _constant(tangent) or not all(map(_constant, others)):
+        return
+    target: Any = node.target
+    first = next(o for o in others if isinstance(o, fx.Node))
+    # note: a name, not a node, because a graph must not be kept alive by a recipe.
+    names = [_named(o) for o in others]
+    extra = {k: _named(v) for k, v in node.kwargs.items()}
+
+    def factor(values: Values) -> Tensor:
+        known = [read(values) for read in names]
+        options = {k: read(values) for k, read in extra.items()}
+        result: Tensor = target(torch.ones_like(known[at]), *known, **options)
+        return result
+
+    at = others.index(first)
+    constant = _new_constant(graph, node, recipe, first.meta["val"], factor)
+    _replace(graph, node, _MUL, (tangent, constant))
+
+
+def _gather_factors(graph: fx.Graph, node: fx.Node, recipe: Recipe) -> None:
+    """``(t * a) * b -> t * (a * b)`` with the constants multiplied once."""
+    inner, outer = _split_factors(node)
+    if inner is None or inner.target is not _MUL or len(inner.users) != 1:
+        return
+    tangent, factor = _split_factors(inner)
+    if tangent is None:
+        return
+    if not isinstance(factor, fx.Node) and not isinstance(outer, fx.Node):
+        product = factor * outer
+    else:
+        shapes = shape_of(factor), shape_of(outer)
+        shape: Any = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+        whole = shape_of(tangent)
+        if shape_of(node) != whole or math.prod(shape) > math.prod(whole):
+            return
+        like = torch.empty(shape, dtype=node.meta["val"].dtype, device="meta")
+        left, right = _named(factor), _named(outer)
+        product = _new_constant(graph, node, recipe, like, lambda v: left(v) * right(v))
+    _replace(graph, node, _MUL, (tangent, product))
+    graph.erase_node(inner)
+
+
+def _named(operand: Any) -> Callable[[Values], Any]:
+    """Read an operand, a constant by name or a plain value."""
+    if not isinstance(operand, fx.Node):
+        return lambda _: operand
+    name = str(operand.target)
+    return lambda values: values[name]
+
+
+def _split_factors(node: fx.Node) -> tuple[fx.Node | None, Any]:
+    """Tell the tangent from the constant of a product."""
+    a, b = node.args[:2]
+    if _constant(b) and isinstance(a, fx.Node) and not _constant(a):
+        return a, b
+    if _constant(a) and isinstance(b, fx.Node) and not _constant(b):
+        return b, a
+    return None, None

@@ -1,0 +1,164 @@
+"""How an operator is computed: the fastest of the candidates that is right.
+
+A plan is remembered by structure (architecture, shapes, loss, operator, device), so
+the next session of that structure, or the same one after a restart, verifies one plan
+instead of timing many, and rounds as before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from curvd.contract import OperatorSpec
+from curvd.errors import CurvatureUnverified
+from curvd_server.engine.objective import Problem, check_cancelled
+from curvd_server.engine.operators import MODES
+from curvd_server.engine.tuning.autotune import Plan, Stopwatch, ranked
+from curvd_server.engine.verification import Evidence, Truth, disagreements
+
+__all__ = ["Choice", "Memory", "Plan", "choose", "recall", "remember", "structure"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A plan with the evidence that it is right."""
+
+    plan: Plan
+    evidence: Evidence
+
+
+class Memory(Protocol):
+    """Plans by structure, as JSON: a dict, or something that outlives the process."""
+
+    def get(self, key: str, default: str, /) -> str:
+        """Look one up."""
+
+    def __setitem__(self, key: str, value: str, /) -> None:
+        """Keep one."""
+
+
+def structure(problem: Problem, spec: OperatorSpec) -> str:
+    """Hash everything that a plan's speed and rightness depend on but the values."""
+    first = problem.data[0]
+    parts = (
+        repr(problem.model.skeleton),
+        problem.layout.parameters,
+        [tuple(t.shape) for t in (*first.inputs, first.targets)],
+        problem.batches,
+        problem.loss.spec,
+        problem.mode,
+        problem.dtype,
+        problem.device.type,
+        torch.__version__,
+        (spec.kind, spec.block_sizes, spec.mc_samples),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def recall(memory: Memory, key: str) -> Plan | None:
+    """Look up the plan of an earlier session of the same structure.
+
+    Args:
+        memory: Where plans are kept.
+        key: From `structure`.
+
+    Returns:
+        The plan, or None if there is none that this version understands.
+    """
+    try:
+        plan = Plan(**json.loads(memory.get(key, "")))
+    except (ValueError, TypeError):
+        return None
+    return plan if plan.mode in MODES else None
+
+
+def remember(memory: Memory, key: str, plan: Plan) -> None:
+    """Keep a verified plan for later sessions of the same structure."""
+    memory[key] = json.dumps(dataclasses.asdict(plan))
+
+
+def choose(
+    problem: Problem,
+    spec: OperatorSpec,
+    *,
+    plan: Plan | None,
+    memory: Memory,
+    budget_bytes: int,
+    budget_s: float,
+    cancelled: Callable[[], bool],
+) -> Choice:
+    """Find the fastest plan that is right.
+
+    Args:
+        problem: The objective.
+        spec: The operator.
+        plan: Taken if it verifies, without timing anything.
+        memory: Plans of earlier sessions; likewise.
+        budget_bytes: Memory for kept linearisations.
+        budget_s: Time for measuring candidates, verification excluded.
+        cancelled: Polled between candidates.
+
+    Returns:
+        The plan and its evidence.
+
+    Raises:
+        CurvatureUnverified: If no mode reproduces finite differences.
+    """
+    truth = Truth(problem, spec)
+    stopwatch = Stopwatch(problem, spec, budget_bytes, budget_s)
+    found: dict[str, Evidence] = {}
+    key = structure(problem, spec)
+    for candidate in ranked(stopwatch, plan or recall(memory, key), cancelled):
+        check_cancelled(cancelled)
+        if candidate.batches_at_once > 1 and not truth.is_sum_over_data():
+            candidate = dataclasses.replace(candidate, batches_at_once=1)
+        evidence = truth.examine(candidate.mode, batched=False)
+        if evidence.ok and candidate.batched:
+            evidence = truth.examine(candidate.mode, batched=True)
+        if evidence.ok and candidate.mode == "program":
+            work = problem.joined(candidate.batches_at_once)
+            evidence = _compared(work, spec, truth, candidate, evidence)
+        if evidence.ok:
+            remember(memory, key, candidate)
+            return Choice(candidate, evidence)
+        found[candidate.mode] = evidence
+    raise _unverified(found)
+
+
+def _compared(
+    problem: Problem, spec: OperatorSpec, truth: Truth, plan: Plan, evidence: Evidence
+) -> Evidence:
+    """Hold a plan whose work depends on shapes and blocks against a plainer one."""
+    others = (m for m in MODES if m != plan.mode and truth.examine(m, batched=False).ok)
+    reference = next(others, None)
+    if reference is None:
+        return evidence
+    wrong = disagreements(problem, spec, plan.mode, reference, batched=plan.batched)
+    return dataclasses.replace(evidence, wrong=wrong)
+
+
+def _unverified(found: dict[str, Evidence]) -> CurvatureUnverified:
+    details = [
+        f"{mode}: {e.failure}"
+        if e.failure
+        else f"{mode}: wrong in {', '.join(e.wrong)}"
+        for mode, e in found.items()
+    ]
+    wrong = sorted({name for e in found.values() for name in e.wrong})
+    msg = (
+        "no AD mode reproduces central differences of the gradient ("
+        + "; ".join(details)
+        + "). A layer that owns these parameters has no right second derivative in "
+        "torch: write it with elementary operations, freeze them (requires_grad=False), "
+        "or leave them out of params. Where parameters also act through detach() or "
+        "no_grad() (a straight-through estimator does), the gradient is that of no "
+        "function, and there is no Hessian"
+    )
+    return CurvatureUnverified(msg, parameters=", ".join(wrong))

@@ -1,0 +1,189 @@
+"""A few data points in float64, at parameters that move in place along directions.
+
+What a linearisation is compared with comes from here, made of gradients and outputs
+alone. Nothing is held that can be had again: directions are made anew wherever they are
+needed, and difference quotients are accumulated where backward passes leave gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvd.contract import OperatorKind, OperatorSpec
+from curvd_server.engine.objective import (
+    Batch,
+    Problem,
+    dot,
+    metric,
+    norm,
+    pieces,
+    rows_of,
+)
+from curvd_server.system import yield_point
+
+ROWS = 4
+"""Data points."""
+AWAY = 0.03
+"""How far the parameters lie from the session's, relative to their scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class Direction:
+    """A random direction that is made when it is needed, and the same each time."""
+
+    seed: int
+    scales: tuple[float, ...]
+    """Of its entries, by parameter."""
+    fixed: tuple[tuple[int, int], ...]
+    """Rows that stay zero, by index of the parameter and of the row."""
+
+    def along(self, index: int, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Walk along a parameter, or something of its shape.
+
+        Args:
+            index: Of the parameter.
+            tensor: On the CPU.
+
+        Yields:
+            Views of pieces of the tensor, and the direction's entries there.
+        """
+        # note: torch's generator reads 32 bits of a seed, the lowest.
+        seed = (self.seed + 1_000_003 * index) % 2**32
+        generator = torch.Generator().manual_seed(seed)
+        start = 0
+        for (piece,) in pieces(tensor):
+            entries = torch.randn(piece.shape, generator=generator).double()
+            entries *= self.scales[index]
+            for row in (r - start for i, r in self.fixed if i == index):
+                if 0 <= row < len(piece):
+                    entries[row] = 0.0
+            start += len(piece)
+            yield piece, entries
+
+    def tensors(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Make all of it, one tensor per parameter."""
+        made = [torch.empty_like(p) for p in like]
+        for index, tensor in enumerate(made):
+            for piece, entries in self.along(index, tensor):
+                piece.copy_(entries)
+        return made
+
+    def dot(self, rows: Sequence[Tensor]) -> float:
+        """Multiply it with one tensor per parameter, and sum."""
+        return sum(
+            dot(piece, entries)
+            for index, row in enumerate(rows)
+            for piece, entries in self.along(index, row)
+        )
+
+
+class Excerpt:
+    """An excerpt of a problem, at float64 parameters of its own.
+
+    Args:
+        origin: The session's problem.
+        away: Where the parameters go first, at once.
+        direction: Along which they move, and quotients are taken.
+    """
+
+    def __init__(self, origin: Problem, away: Direction, direction: Direction) -> None:
+        self.problem = origin.excerpt(ROWS)
+        self._origin, self._away, self._direction = origin, away, direction
+        self._move(0.0)
+
+    def quotient(self, spec: OperatorSpec, step: float) -> list[Tensor]:
+        """Multiply the direction by an operator, without any second derivative.
+
+        Args:
+            spec: The operator.
+            step: Width of the central difference.
+
+        Returns:
+            One tensor per parameter. The parameters are left somewhere along the way.
+        """
+        batch, leaves = self.problem.data[0], self._leaves()
+        if spec.kind is OperatorKind.HESSIAN:
+            for sign in (1.0, -1.0):
+                self._move(sign * step)
+                self._add_gradient(leaves, batch, sign)
+            return [row.div_(2 * step) for row in _gradients(leaves)]
+        ahead, behind = (self._outputs(batch, sign * step) for sign in (1.0, -1.0))
+        self._move(0.0)
+        yield_point()
+        with torch.enable_grad():
+            outputs = self.problem.outputs(leaves, batch)
+            middle = metric(self.problem, spec, outputs.detach(), batch)
+            pushed = middle((ahead - behind) / (2 * step))
+            rows = torch.autograd.grad(outputs, leaves, pushed, allow_unused=True)
+        return filled(rows, leaves)
+
+    def beyond_the_sum(self) -> tuple[list[float], list[float]]:
+        """Subtract the data points' own gradients from the gradient.
+
+        Returns:
+            Norms of what remains, and of the gradient, by parameter.
+        """
+        whole, leaves = self.problem.data[0], self._leaves()
+        self._add_gradient(leaves, whole, 1.0)
+        norms = [norm(row) for row in _gradients(leaves)]
+        for point in range(len(whole.targets)):
+            cut = slice(point, point + 1)
+            self._add_gradient(leaves, rows_of(whole, cut), -1.0)
+        return [norm(row) for row in _gradients(leaves)], norms
+
+    def _move(self, step: float) -> None:
+        pairs = zip(self.problem.parameters, self._origin.parameters, strict=True)
+        for index, (parameter, origin) in enumerate(pairs):
+            yield_point()
+            # From the origin each time: adding and subtracting would round.
+            parameter.copy_(origin)
+            for direction, length in ((self._away, AWAY), (self._direction, step)):
+                if length:
+                    for piece, entries in direction.along(index, parameter):
+                        piece.add_(entries, alpha=length)
+
+    def _outputs(self, batch: Batch, step: float) -> Tensor:
+        self._move(step)
+        yield_point()
+        with torch.no_grad():
+            return self.problem.outputs(self.problem.parameters, batch)
+
+    def _leaves(self) -> list[Tensor]:
+        """View the parameters, which may move, as what gradients are added up for."""
+        return [p.detach().requires_grad_() for p in self.problem.parameters]
+
+    def _add_gradient(
+        self, leaves: Sequence[Tensor], batch: Batch, factor: float
+    ) -> None:
+        """Add the gradient, times a factor, to those of the leaves.
+
+        Each parameter's is added as the backward pass gets there, and not kept.
+        """
+        yield_point()
+        with torch.enable_grad():
+            loss = factor * self.problem.objective(leaves, batch)
+        if loss.requires_grad:
+            torch.autograd.backward(loss, inputs=leaves)
+
+
+def _gradients(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Look at what was added up."""
+    return filled([leaf.grad for leaf in leaves], leaves)
+
+
+def filled(rows: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Write zeros for None."""
+    pairs = zip(rows, like, strict=True)
+    return [torch.zeros_like(p) if r is None else r for r, p in pairs]
+
+
+def scale_of(parameter: Tensor) -> float:
+    """Give the typical size of a parameter's entries; not too small if all are zero."""
+    if not parameter.numel():
+        return 0.0
+    return max(norm(parameter) / math.sqrt(parameter.numel()), 1e-2)

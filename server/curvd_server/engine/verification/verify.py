@@ -1,0 +1,324 @@
+"""The truth about a linearisation: finite differences, symmetry and repeatability.
+
+An AD mode is trusted only after it reproduced central differences of the gradient, in
+float64, on an excerpt of the session's own data. Two precautions keep the reference
+meaningful (it is the formulas that are verified, and they do not depend on the point):
+
+* the parameters are moved a little, so that no ReLU sits exactly on its kink and no
+  layer initialised with zeros hides the rows of the layers before it;
+* several step widths are tried and the best one counts per parameter, because with
+  millions of ReLUs only a tiny step crosses no kink, while a larger one rounds less.
+
+A model may fill the machine, so little is held at once (`HELD`): the parameters of the
+excerpt move in place, random directions are made anew wherever they are needed, and a
+difference quotient is accumulated where backward passes leave the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+from curvd.contract import OperatorSpec
+from curvd.errors import InvalidSpec, OutOfMemory
+from curvd_server.engine.objective import Batch, Problem, distance, norm, on_host
+from curvd_server.engine.operators import MODES, Linearisation, block_ranges
+from curvd_server.engine.program import Rows
+from curvd_server.engine.verification.finite_differences import (
+    Direction,
+    Excerpt,
+    filled,
+    scale_of,
+)
+from curvd_server.system import yield_point
+
+STEPS = (1e-6, 1e-5, 1e-7, 1e-8, 1e-9, 1e-4)
+"""Step widths relative to the parameters' scale, the usually best first."""
+EXCELLENT, TOLERANCE = 1e-7, 1e-4
+"""Gap at which no further step is tried, and above which a mode is refused.
+
+A correct mode reaches 1e-9; the wrong ones known to us are off by 1e-2 and more.
+"""
+AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.5}
+"""How far two correct modes may differ in a session's own precision."""
+HELD = 3
+"""Float64 vectors of all parameters that an examination holds at once, on the host.
+
+The parameters themselves; and a direction and its product, or a product and the
+difference quotient that it is compared with. Vectorised products, which are chosen for
+small models only, need three more.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """How far a mode is from the truth."""
+
+    symmetry_gap: float
+    difference_gap: float
+    wrong: tuple[str, ...]
+    """Parameters whose rows disagree; empty if the mode is right."""
+    failure: str = ""
+    """What torch said if the mode could not run at all."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the mode may be used."""
+        return not (self.wrong or self.failure)
+
+
+class Truth:
+    """The reference for one problem and operator.
+
+    It holds nothing of the parameters' size between two examinations.
+
+    Args:
+        problem: The objective.
+        spec: The operator.
+
+    Raises:
+        OutOfMemory: If the host cannot hold what an examination takes.
+    """
+
+    def __init__(self, problem: Problem, spec: OperatorSpec) -> None:
+        _check_host_memory(problem)
+        self._problem, self._spec = problem, spec
+        scales = tuple(map(scale_of, problem.parameters))
+        names = problem.layout.names
+        fixed = tuple((names.index(name), row) for name, row in problem.model.fixed)
+        self._away, *self._directions = (Direction(k, scales, fixed) for k in range(3))
+
+    def examine(self, mode: str, *, batched: bool) -> Evidence:
+        """Compare a mode with the truth.
+
+        Args:
+            mode: Name in `MODES`.
+            batched: Whether to examine its vectorised product.
+
+        Returns:
+            The gaps and the parameters that disagree.
+        """
+        # A mode fails in whatever way torch chooses to say "not implemented".
+        try:
+            return self._examine(mode, batched=batched)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            return Evidence(math.inf, math.inf, (), f"{error}".split("\n")[0][:300])
+
+    def is_sum_over_data(self) -> bool:
+        """Tell whether the gradient is the sum of the data points' own gradients."""
+        try:
+            return max(_relative(*self._excerpt().beyond_the_sum())) <= TOLERANCE
+        except (ValueError, InvalidSpec):  # of statistics that one data point has not
+            return False
+
+    def _excerpt(self) -> Excerpt:
+        return Excerpt(self._problem, self._away, self._directions[0])
+
+    def _examine(self, mode: str, *, batched: bool) -> Evidence:
+        excerpt = self._excerpt()
+        small = excerpt.problem
+        linear = _linearised(mode, small, self._spec, small.data[0])
+        crossed = [
+            name
+            for block in self._probed_blocks()
+            for name in self._wrong_in_block(small, linear, block)
+        ]
+        first, symmetry = self._products(small, linear, batched=batched)
+        del linear  # what it keeps belongs to the parameters before they move
+        gaps = self._difference_gaps(excerpt, first)
+        names = self._problem.layout.names
+        wrong = [n for n, gap in zip(names, gaps, strict=True) if not gap <= TOLERANCE]
+        if not wrong and not symmetry <= TOLERANCE:
+            wrong = [names[gaps.index(max(gaps))]]
+        return Evidence(symmetry, max(gaps), tuple(dict.fromkeys(wrong + crossed)))
+
+    def _products(
+        self, small: Problem, linear: Linearisation, *, batched: bool
+    ) -> tuple[list[Tensor], float]:
+        """Multiply both directions.
+
+        Returns:
+            The first one's product, and ``|w.Av - v.Aw|`` relative to what a random
+            ``w`` would give.
+        """
+        v, w = self._directions
+        like, whole = small.parameters, range(len(small.parameters))
+        if batched:
+            stacked = [
+                torch.stack(pair)
+                for pair in zip(v.tensors(like), w.tensors(like), strict=True)
+            ]
+            both = _product(linear, stacked, whole, batched=True)
+            del stacked
+            first, second = (
+                filled([r if r is None else r[k] for r in both], like) for k in (0, 1)
+            )
+            right = v.dot(second)
+        else:
+            right = v.dot(
+                filled(_product(linear, w.tensors(like), whole, batched=False), like)
+            )
+            rows = _product(linear, v.tensors(like), whole, batched=False)
+            first = filled(rows, like)
+        left = w.dot(first)
+        squares = sum(s**2 * p.numel() for s, p in zip(w.scales, like, strict=True))
+        elements = sum(p.numel() for p in like)
+        typical = math.hypot(*map(norm, first)) * math.sqrt(squares / elements)
+        return first, abs(left - right) / max(abs(left), abs(right), typical, 1e-300)
+
+    def _difference_gaps(self, excerpt: Excerpt, rows: Sequence[Tensor]) -> list[float]:
+        """Best relative error per parameter over the step widths."""
+        best = [math.inf] * len(rows)
+        for step in STEPS:
+            gaps = _gaps(rows, excerpt.quotient(self._spec, step))
+            best = [min(b, g) for b, g in zip(best, gaps, strict=True)]
+            if max(best) <= EXCELLENT:
+                break
+        return best
+
+    def _probed_blocks(self) -> list[range]:
+        """Choose the first, a middle and the last block of a block-diagonal operator."""
+        blocks = block_ranges(self._spec, len(self._problem.parameters))
+        if len(blocks) == 1:
+            return []
+        return [blocks[i] for i in sorted({0, len(blocks) // 2, len(blocks) - 1})]
+
+    def _wrong_in_block(
+        self, small: Problem, linear: Linearisation, block: range
+    ) -> list[str]:
+        """Compare a block's product with the whole operator's on that block alone."""
+        like, cut = small.parameters, slice(block.start, block.stop)
+        tangents = self._directions[0].tensors(like)
+        for index, tangent in enumerate(tangents):
+            if index not in block:
+                tangent.zero_()
+        full = _product(linear, tangents, range(len(like)), batched=False)
+        want = filled(full[cut], like[cut])
+        del full
+        got = filled(_product(linear, tangents[cut], block, batched=False), like[cut])
+        names = self._problem.layout.names[cut]
+        gaps = _gaps(got, want)
+        return [n for n, gap in zip(names, gaps, strict=True) if not gap <= TOLERANCE]
+
+
+def disagreements(
+    problem: Problem, spec: OperatorSpec, mode: str, reference: str, *, batched: bool
+) -> tuple[str, ...]:
+    """Compare two modes in the session's own precision, shapes and blocks.
+
+    The excerpt is small and in float64; a mode whose work depends on the shape of the
+    mini-batch, or on the block, is also held against another one here.
+
+    Args:
+        problem: The objective.
+        spec: The operator.
+        mode: Name in `MODES` of the mode in question.
+        reference: Of one that reproduced the truth.
+        batched: Whether to examine the vectorised product.
+
+    Returns:
+        Names of the parameters whose rows disagree on some mini-batch.
+    """
+    tolerance = AGREEMENT[problem.dtype]
+    generator = torch.Generator().manual_seed(4)
+    tangents = [
+        torch.randn(p.shape, generator=generator).mul_(scale_of(p)).to(p)
+        for p in problem.parameters
+    ]
+    names, blocks = problem.layout.names, block_ranges(spec, len(tangents))
+    wrong: list[str] = []
+    for batch in _one_of_each_shape(problem):
+        ours, theirs = (_linearised(m, problem, spec, batch) for m in (mode, reference))
+        gaps = _disagreement(
+            ours, theirs, blocks, tangents, floor=tolerance, batched=batched
+        )
+        wrong += [n for n, gap in zip(names, gaps, strict=True) if not gap <= tolerance]
+    return tuple(dict.fromkeys(wrong))
+
+
+def _disagreement(
+    ours: Linearisation,
+    theirs: Linearisation,
+    blocks: Sequence[range],
+    tangents: Sequence[Tensor],
+    *,
+    floor: float,
+    batched: bool,
+) -> list[float]:
+    """Compare the rows of two linearisations, block by block."""
+    gaps, norms = list[float](), list[float]()
+    for block in blocks:
+        inside = tangents[block.start : block.stop]
+        want = filled(_product(theirs, inside, block, batched=False), inside)
+        got = filled(_second_of(ours, inside, block, batched=batched), inside)
+        gaps += map(distance, got, want)
+        norms += map(norm, want)
+        del want, got  # before the next block's
+    return _relative(gaps, norms, floor=floor)
+
+
+def _linearised(
+    mode: str, problem: Problem, spec: OperatorSpec, batch: Batch
+) -> Linearisation:
+    """Linearise in a step of its own."""
+    yield_point()
+    return MODES[mode](problem, spec, batch)
+
+
+def _product(
+    linear: Linearisation, tangents: Sequence[Tensor], block: range, *, batched: bool
+) -> Rows:
+    """Multiply in a step of its own."""
+    yield_point()
+    return linear.product(tangents, block, batched=batched)
+
+
+def _second_of(
+    linear: Linearisation, tangents: Sequence[Tensor], block: range, *, batched: bool
+) -> Rows:
+    """Multiply tangents, or two columns of them, and take the second's rows."""
+    if not batched:
+        return _product(linear, tangents, block, batched=False)
+    twice = [torch.stack((t, t)) for t in tangents]
+    rows = _product(linear, twice, block, batched=True)
+    return [r if r is None else r[1] for r in rows]
+
+
+def _one_of_each_shape(problem: Problem) -> list[Batch]:
+    shapes = {
+        tuple(t.shape for t in (*batch.inputs, batch.targets)): index
+        for index, batch in enumerate(on_host(problem.data))
+    }
+    return [problem.data[index] for index in shapes.values()]
+
+
+def _gaps(got: Sequence[Tensor], want: Sequence[Tensor]) -> list[float]:
+    """Relative error per parameter."""
+    return _relative(list(map(distance, got, want)), list(map(norm, want)))
+
+
+def _relative(
+    distances: Sequence[float], norms: Sequence[float], *, floor: float = 1e-6
+) -> list[float]:
+    """Divide by the norms; rows far below the largest may be rounding."""
+    least = floor * math.hypot(*norms) + 1e-300
+    return [d / (n + least) for d, n in zip(distances, norms, strict=True)]
+
+
+def _check_host_memory(problem: Problem) -> None:
+    """Refuse what the kernel would end the process for."""
+    frozen = sum(t.numel() for t in problem.model.constants.values())
+    needed = 8 * (HELD * problem.layout.size + frozen)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        msg = (
+            f"verifying an operator on {problem.layout.size} parameters takes {needed} "
+            f"bytes on the host ({HELD} float64 vectors), which has {available} "
+            "available; choose fewer parameters with params, or free memory"
+        )
+        raise OutOfMemory(msg, needed_bytes=needed, available_bytes=available)

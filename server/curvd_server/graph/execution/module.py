@@ -1,0 +1,107 @@
+"""A graph as a module: its parameters under their names, without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvd.errors import InvalidGraph, InvalidSpec
+from curvd_server.graph.execution.interpret import Interpreter, bind
+from curvd_server.graph.execution.operators import DTYPES
+
+
+class GraphModule(nn.Module):
+    """Runs a graph. Its parameters have no memory until `functional_call` brings some.
+
+    Args:
+        interpreter: What it runs.
+    """
+
+    def __init__(self, interpreter: Interpreter) -> None:
+        super().__init__()
+        self._interpreter = interpreter
+        self._batch_statistics = False
+        tensors = interpreter.graph.tensors
+        values = [_tensor(t.role, t.shape, DTYPES[t.dtype]) for t in tensors]
+        # Homes first: the order of submodules is the order of the parameters.
+        self._homes = [
+            _place(self, t.names[0], value)
+            for t, value in zip(tensors, values, strict=True)
+        ]
+        for tensor, value in zip(tensors, values, strict=True):
+            for name in tensor.names[1:]:
+                _place(self, name, value)
+
+    @property
+    def fixed_rows(self) -> tuple[tuple[str, int], ...]:
+        """Rows of parameters that carry no derivative, by name and index."""
+        return self._interpreter.padding
+
+    def use_batch_statistics(self) -> None:
+        """Make every BatchNorm use its mini-batch's statistics."""
+        self._batch_statistics = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the graph on a mini-batch.
+
+        Args:
+            *args: The inputs in order, or one mapping with all of them by name.
+            **kwargs: The inputs by name.
+
+        Returns:
+            Its first output.
+
+        Raises:
+            InvalidSpec: If the inputs are not those that were exported, or BatchNorm
+                is to evaluate in a graph that was exported in training mode.
+        """
+        graph = self._interpreter.graph
+        if self._interpreter.was_training and not self._batch_statistics:
+            msg = (
+                f"{self._interpreter.was_training} was exported in training mode: create "
+                "the session with mode='batch_statistics', or export module.eval()"
+            )
+            raise InvalidSpec(msg)
+        given = bind(graph.inputs, args, kwargs)
+        tensors = [getattr(home, leaf) for home, leaf in self._homes]
+        return self._interpreter.evaluate(
+            given, tensors, batch_statistics=self._batch_statistics
+        )[0]
+
+    def extra_repr(self) -> str:
+        """Name the graph: plans are remembered by what a module prints."""
+        return self._interpreter.graph.digest
+
+
+def _tensor(role: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Make a tensor without memory."""
+    tensor = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    if role == "buffer":
+        return tensor
+    return nn.Parameter(tensor, requires_grad=role == "parameter")
+
+
+def _place(root: nn.Module, name: str, value: Tensor) -> tuple[nn.Module, str]:
+    """Register a tensor under a dotted name.
+
+    Returns:
+        Where it is: the submodule, and the attribute.
+    """
+    *path, leaf = name.split(".")
+    module = root
+    try:
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        if isinstance(value, nn.Parameter):
+            module.register_parameter(leaf, value)
+        else:
+            module.register_buffer(leaf, value)
+    except (KeyError, AttributeError, TypeError) as error:
+        msg = f"tensor name {name!r} cannot be used: {error.args[0]}"
+        raise InvalidGraph(msg, tensor=name) from error
+    return module, leaf

@@ -1,0 +1,41 @@
+"""Algorithms on a linear map that is only given by its products: eigenvalues, traces, solves.
+
+Generators that ask for products and are sent them. Imports torch, and of curvd enumerations
+and errors alone; knows no network, no session and no model.
+"""
+
+from __future__ import annotations
+
+from curvd_server.linalg.base import Products, Progress, Query
+from curvd_server.linalg.density import spectral_density
+from curvd_server.linalg.diagonals import diagonal
+from curvd_server.linalg.eigenpairs import (
+    EigshResult,
+    default_basis,
+    eigsh,
+    search_basis,
+)
+from curvd_server.linalg.linear_systems import SolveResult, solve
+from curvd_server.linalg.log_determinants import logdet
+from curvd_server.linalg.norm import frobenius_norm
+from curvd_server.linalg.sampling import Estimate, Target
+from curvd_server.linalg.traces import trace
+
+__all__ = [
+    "EigshResult",
+    "Estimate",
+    "Products",
+    "Progress",
+    "Query",
+    "SolveResult",
+    "Target",
+    "default_basis",
+    "diagonal",
+    "eigsh",
+    "frobenius_norm",
+    "logdet",
+    "search_basis",
+    "solve",
+    "spectral_density",
+    "trace",
+]

@@ -1,0 +1,155 @@
+"""What all queries share: counted products, progress, and why they stopped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from curvd.contract import Stop
+from curvd.errors import NotFinite
+
+R = TypeVar("R")
+
+Multiply: TypeAlias = Callable[[Tensor], Tensor]
+"""Maps V: [K, P] to AV: [K, P], columns first, on the device where V is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a query is."""
+
+    iteration: int
+    products: int
+    """Columns multiplied so far."""
+    estimates: tuple[float, ...] = ()
+    """What is known of the result: eigenvalues, or the one number asked for."""
+    residuals: tuple[float, ...] = ()
+    """Residual norms or standard errors that belong to the estimates."""
+
+
+Query: TypeAlias = Generator[Progress, None, R]
+"""A running query: yields progress between products, returns its result."""
+
+
+class Products:
+    """A linear map that counts its columns and knows when to stop.
+
+    Args:
+        multiply: The map.
+        size: P.
+        dtype: Element type of its vectors.
+        device: Where its vectors live.
+        limit: Most columns that may be multiplied; None: no limit.
+        expired: Whether the time is up; asked between products.
+    """
+
+    def __init__(
+        self,
+        multiply: Multiply,
+        *,
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        limit: int | None = None,
+        expired: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._multiply, self._expired = multiply, expired
+        self.size, self.dtype, self.device = size, dtype, torch.device(device)
+        self.limit = limit
+        self.done = 0
+        self.largest = 0.0
+        """Largest ``|Av| / |v|`` seen, a lower bound of the norm."""
+
+    def __call__(self, V: Tensor) -> Tensor:
+        """Multiply and count.
+
+        Args:
+            V: [K, P].
+
+        Returns:
+            AV: [K, P].
+
+        Raises:
+            NotFinite: If an element is NaN or infinite.
+        """
+        result = self._multiply(V)
+        self.done += len(V)
+        if not torch.isfinite(result).all():
+            kind = "NaN" if torch.isnan(result).any() else "infinite"
+            msg = (
+                f"product {self.done} of the query is {kind}: at these parameters the "
+                "operator is not defined, or overflows its type; check the parameters "
+                "(did training diverge?), or make the session with dtype='F64'"
+            )
+            raise NotFinite(msg, product=self.done)
+        return result
+
+    @property
+    def rounding(self) -> float:
+        """Relative rounding of inner products of vectors, products among them."""
+        return 4 * torch.finfo(self.dtype).eps * (2 + math.sqrt(self.size))
+
+    @property
+    def vector_bytes(self) -> int:
+        """Memory of one vector."""
+        return self.size * self.dtype.itemsize
+
+    def empty(self, *rows: int) -> Tensor:
+        """Allocate vectors like those of the map.
+
+        Args:
+            *rows: Leading axes.
+
+        Returns:
+            [*rows, P], uninitialised.
+        """
+        shape = (*rows, self.size)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def refusal(self, columns: int = 1) -> Stop | None:
+        """Say why so many more columns must not be multiplied.
+
+        Args:
+            columns: How many.
+
+        Returns:
+            The reason, or None if they may.
+        """
+        if self.limit is not None and self.done + columns > self.limit:
+            return Stop.PRODUCTS
+        return Stop.TIME if self._expired() else None
+
+    def allowed(self, wanted: int) -> int:
+        """Count how many of the wanted columns the limit leaves.
+
+        Args:
+            wanted: How many the algorithm would like.
+
+        Returns:
+            At most that many, at least 0.
+        """
+        if self.limit is None:
+            return wanted
+        return max(0, min(wanted, self.limit - self.done))
+
+
+def drain(query: Query[R]) -> R:
+    """Run a query to its end.
+
+    Args:
+        query: From one of the algorithms.
+
+    Returns:
+        Its result.
+    """
+    while True:
+        try:
+            next(query)
+        except StopIteration as end:
+            result: R = end.value
+            return result

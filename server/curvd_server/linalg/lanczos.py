@@ -1,0 +1,85 @@
+"""Lanczos quadrature from random probes, several at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from curvd_server.linalg.base import Products, Progress, Query
+from curvd_server.linalg.vectors import dots, norms, orthogonalise
+
+
+@dataclass(frozen=True, slots=True)
+class Quadrature:
+    """Gauss quadrature of the spectral measure of one probe."""
+
+    nodes: NDArray[np.float64]
+    """[m] Ritz values, ascending."""
+    weights: NDArray[np.float64]
+    """[m], not negative, sum one."""
+
+
+def quadratures(
+    products: Products, W: Tensor, steps: int, *, iteration: int = 0
+) -> Query[list[Quadrature] | None]:
+    """Run Lanczos from each probe, with full reorthogonalisation.
+
+    The nodes are the eigenvalues of the tridiagonal matrix, the weights the squared
+    first components of its eigenvectors (Golub & Welsch, Math. Comp. 23, 1969).
+
+    Args:
+        products: The map.
+        W: [k, P] Probes; all take each step together.
+        steps: m, at most P.
+        iteration: Steps taken before, for the progress.
+
+    Yields:
+        Progress after each step.
+
+    Returns:
+        One quadrature per probe; None if products or time did not suffice.
+    """
+    steps = min(steps, products.size)
+    basis = torch.empty(
+        len(W), steps, products.size, dtype=W.dtype, device=W.device
+    )  # [k, m, P]
+    alpha, beta = np.zeros((len(W), steps)), np.zeros((len(W), steps))
+    # Steps until a probe's Krylov space was exhausted.
+    length = np.full(len(W), steps)
+    basis[:, 0] = W / norms(W)[:, None].to(W.dtype)
+    scale = 0.0
+    for j in range(steps):
+        alive = np.flatnonzero(length > j)
+        if not len(alive):
+            break
+        if products.refusal(len(alive)):
+            return None
+        index = torch.as_tensor(alive, device=W.device)
+        U = products(basis[index, j])
+        alpha[alive, j] = dots(basis[index, j], U).cpu().numpy()
+        for row, probe in enumerate(alive):
+            used = basis[probe, : j + 1]
+            orthogonalise(used[-2:], U[row], passes=1)
+            orthogonalise(used, U[row])
+        beta[alive, j] = norms(U).cpu().numpy()
+        scale = max(scale, float(np.abs(alpha).max()), float(beta.max()))
+        small = 100 * torch.finfo(W.dtype).eps * scale
+        for row, probe in enumerate(alive):
+            if beta[probe, j] <= small:
+                length[probe] = j + 1
+            elif j + 1 < steps:
+                basis[probe, j + 1] = U[row] / beta[probe, j]
+        yield Progress(iteration=iteration + j + 1, products=products.done)
+    return [
+        _gauss(alpha[i, : length[i]], beta[i, : length[i] - 1]) for i in range(len(W))
+    ]
+
+
+def _gauss(alpha: NDArray[np.float64], beta: NDArray[np.float64]) -> Quadrature:
+    tridiagonal = np.diag(alpha) + np.diag(beta, 1) + np.diag(beta, -1)
+    nodes, vectors = np.linalg.eigh(tridiagonal)
+    return Quadrature(nodes, vectors[0] ** 2)

@@ -1,0 +1,109 @@
+"""Logarithms of determinants by stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from curvd.contract import Distribution, Stop
+from curvd_server.linalg.base import Products, Progress, Query
+from curvd_server.linalg.intervals import Mean, mean_of, widened
+from curvd_server.linalg.lanczos import quadratures
+from curvd_server.linalg.probes import probes
+from curvd_server.linalg.sampling import LEAST_SAMPLES, Estimate, Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogDetResult(Estimate):
+    """A logarithm of a determinant; NaN where the map is not positive definite."""
+
+    smallest: float
+    """Smallest Ritz value met, damping included; positive unless curvature stopped."""
+
+
+def logdet(
+    products: Products,
+    *,
+    damping: float = 0.0,
+    steps: int = 32,
+    target: Target,
+    seed: int = 0,
+    block: int = 1,
+) -> Query[LogDetResult]:
+    """Estimate ``log det(A + damping * I)`` of a positive definite map.
+
+    ``P`` times the mean over probes of the quadrature of ``log(λ + damping)`` (Ubaru,
+    Chen & Saad, SIAM J. Matrix Anal. Appl. 38, 2017). Rademacher probes have length
+    ``sqrt(P)`` exactly, which removes the variance of a constant shift.
+
+    Args:
+        products: The map A.
+        damping: Added to every eigenvalue.
+        steps: Lanczos steps per probe.
+        target: When to stop; ``samples`` counts probes.
+        seed: Of the probes.
+        block: Probes that take each step together.
+
+    Yields:
+        The estimate and its standard error, after each block.
+
+    Returns:
+        The estimate. A Ritz value that is not positive ends the query: it proves that
+        the damped map is not positive definite.
+    """
+    values: list[float] = []
+    smallest, rounding = math.inf, 0.0
+    stopped = Stop.CONVERGED
+    while len(values) < target.samples:
+        indices = range(len(values), min(target.samples, len(values) + block))
+        W = probes(
+            Distribution.RADEMACHER,
+            seed,
+            indices,
+            products.size,
+            dtype=products.dtype,
+            device=products.device,
+        )
+        found = yield from quadratures(products, W, steps, iteration=products.done)
+        if found is None:
+            stopped = products.refusal(len(indices)) or Stop.TIME
+            break
+        smallest = min(smallest, *(float(q.nodes[0]) + damping for q in found))
+        if smallest <= 0:
+            stopped, values = Stop.NEGATIVE_CURVATURE, []
+            break
+        # Relative to the largest logarithm, which others may cancel.
+        rounding = max(
+            rounding,
+            products.rounding
+            * products.size
+            * max(float(np.abs(np.log(q.nodes + damping)).max()) for q in found),
+        )
+        values += [
+            products.size * float(q.weights @ np.log(q.nodes + damping)) for q in found
+        ]
+        mean = widened(mean_of(values), rounding)
+        yield Progress(
+            iteration=len(values),
+            products=products.done,
+            estimates=(mean.value,),
+            residuals=(mean.standard_error,),
+        )
+        if len(values) >= LEAST_SAMPLES and target.reached(mean):
+            break
+    mean = (
+        widened(mean_of(values), rounding)
+        if values
+        else Mean(math.nan, math.inf, math.inf)
+    )
+    return LogDetResult(
+        value=mean.value,
+        standard_error=mean.standard_error,
+        half_width=mean.half_width,
+        samples=len(values),
+        products=products.done,
+        stopped=stopped,
+        smallest=smallest,
+    )

@@ -1,0 +1,93 @@
+"""Small maps, multiplied with every unit vector: what an estimate would cost is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from curvd.contract import Stop
+from curvd_server.linalg.base import Products, Progress, Query
+from curvd_server.linalg.sampling import LEAST_SAMPLES, Estimate, Target
+from curvd_server.linalg.vectors import norms
+
+
+def is_small(products: Products, target: Target) -> bool:
+    """Say whether all P columns cost no more than an estimate would.
+
+    Args:
+        products: The map.
+        target: Of the estimate.
+
+    Returns:
+        Whether they do, and are allowed.
+    """
+    size = products.size
+    least = min(target.samples, 2 * LEAST_SAMPLES)
+    return size <= least and products.allowed(size) == size
+
+
+def number_of(
+    products: Products, block: int, function: Callable[[Tensor], Tensor]
+) -> Query[Estimate]:
+    """Compute a number from all columns.
+
+    Args:
+        products: The map.
+        block: Columns multiplied together.
+        function: Maps A: [P, P] to a scalar of the size of its columns at most.
+
+    Yields:
+        Progress.
+
+    Returns:
+        The number, with what rounding may do to it; NaN if time ran out.
+    """
+    A = yield from matrix(products, block)
+    if A is None:
+        return Estimate(
+            value=torch.nan,
+            standard_error=torch.inf,
+            half_width=torch.inf,
+            samples=0,
+            products=products.done,
+            stopped=products.refusal() or Stop.TIME,
+        )
+    rounding = float(rounding_of(products, A).sum())
+    return Estimate(
+        value=float(function(A.double())),
+        standard_error=rounding,
+        half_width=rounding,
+        samples=products.size,
+        products=products.done,
+        stopped=Stop.CONVERGED,
+    )
+
+
+def matrix(products: Products, block: int) -> Query[Tensor | None]:
+    """Multiply with every unit vector.
+
+    Args:
+        products: The map.
+        block: Columns multiplied together.
+
+    Yields:
+        Progress.
+
+    Returns:
+        [P, P]; None if time ran out.
+    """
+    rows = []
+    unit = torch.eye(products.size, dtype=products.dtype, device=products.device)
+    for part in torch.split(unit, block):
+        if products.refusal(len(part)) is not None:
+            return None
+        rows.append(products(part))
+        yield Progress(iteration=products.done, products=products.done)
+    return torch.cat(rows)
+
+
+def rounding_of(products: Products, A: Tensor) -> Tensor:
+    """Bound what rounding did to an element of each column: [P]."""
+    return products.rounding * norms(A)

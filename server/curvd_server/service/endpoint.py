@@ -1,0 +1,139 @@
+"""Serving the services at an address: who has the port, and how it is given back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from curvd.contract import RPCS
+from curvd.errors import InvalidSpec
+from curvd_server.config import MESSAGE_BYTES, ServerConfig
+from curvd_server.service.handlers import generic_handlers
+from curvd_server.storage import private_folder
+from curvd_server.system import logs
+from curvd_server.transport import (
+    Calls,
+    Drops,
+    Front,
+    Gate,
+    StallGuard,
+    TokenInterceptor,
+    cleared,
+    target_of,
+)
+
+_GOODBYE_S = 0.5
+"""For statuses that are on their way to the client."""
+_SERVICES = sorted({rpc.service for rpc in RPCS.values()})
+
+
+@contextlib.asynccontextmanager
+async def serving(config: ServerConfig, services: list[object]) -> AsyncIterator[str]:
+    """Serve the services with health and reflection; drain at the end.
+
+    Clients of ours are served by the front itself, all others by grpcio behind it;
+    everybody by grpcio, if the configuration says so.
+
+    Args:
+        config: Address, encryption, token and limits.
+        services: Objects with a method for each RPC.
+
+    Yields:
+        The target for clients on this machine.
+
+    Raises:
+        InvalidSpec: If the address cannot be had.
+    """
+    gate, drops = Gate(), Drops()
+    stalls = StallGuard(config.connections.stall_s, drops)
+    interceptors = interceptors_of(config.bearer_token())
+    server = grpc.aio.server(interceptors=interceptors, options=config.server_options())
+    calls = Calls(interceptors, MESSAGE_BYTES, stalls)
+    reporter = health.aio.HealthServicer()
+    for end in (calls, server):
+        end.add_generic_rpc_handlers(generic_handlers(services, gate, stalls))
+        health_pb2_grpc.add_HealthServicer_to_server(reporter, end)
+    names = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    port = _direct if config.transport == "direct" else _grpcio_alone
+    async with port(config, server, calls, drops) as target:
+        for name in ("", *_SERVICES):
+            await reporter.set(name, health_pb2.HealthCheckResponse.SERVING)
+        log = logs.logger()
+        log.info("serving", target=target, device=config.device)
+        try:
+            yield target
+        finally:
+            log.info("draining", grace_s=config.drain_s)
+            await reporter.enter_graceful_shutdown()
+            await gate.drain(config.drain_s)
+    log.info("stopped", dropped=dict(drops.counts))
+
+
+def interceptors_of(token: str | None) -> list[grpc.aio.ServerInterceptor]:
+    """Name what every call passes through, whoever carries it.
+
+    Args:
+        token: What calls must bring; None: nothing.
+
+    Returns:
+        The interceptors, the outermost first.
+    """
+    return [] if token is None else [TokenInterceptor(token)]
+
+
+@contextlib.asynccontextmanager
+async def _direct(
+    config: ServerConfig, server: grpc.aio.Server, calls: Calls, drops: Drops
+) -> AsyncIterator[str]:
+    """Have the port ourselves, and grpcio behind it on a Unix socket."""
+    context = config.tls_context()
+    with private_folder(config.data_dir) as folder:
+        backend = f"{folder}/grpc"
+        _add_port(config, server, f"unix:{backend}")
+        front = Front(calls.begin, backend, context, config.connections, drops)
+        async with front.listening(config.listen) as target:
+            await server.start()
+            try:
+                yield target
+            finally:
+                # Not with all of the grace: whoever watches the health would use it up.
+                await asyncio.gather(server.stop(_GOODBYE_S), front.stop(_GOODBYE_S))
+                drops.summarise()
+
+
+@contextlib.asynccontextmanager
+async def _grpcio_alone(
+    config: ServerConfig, server: grpc.aio.Server, calls: Calls, drops: Drops
+) -> AsyncIterator[str]:
+    """Let grpcio have the port; nothing of HTTP/2 is ours then."""
+    listen, mask = config.listen, os.umask(0o177)  # a socket is as local as its mode
+    try:
+        port = _add_port(config, server, listen)
+    except RuntimeError as error:
+        msg = (
+            f"cannot listen on {listen}: the address is taken, or not of this machine "
+            f"({error})"
+        )
+        raise InvalidSpec(msg, listen=listen) from error
+    finally:
+        os.umask(mask)
+    await server.start()
+    try:
+        yield target_of(listen, port)
+    finally:
+        await server.stop(_GOODBYE_S)
+        cleared(listen)
+
+
+def _add_port(config: ServerConfig, server: grpc.aio.Server, listen: str) -> int:
+    credentials = config.credentials()
+    if credentials is None:
+        return server.add_insecure_port(listen)
+    return server.add_secure_port(listen, credentials)

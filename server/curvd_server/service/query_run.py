@@ -1,0 +1,181 @@
+"""A query under way: its algorithm in a thread, its products in the device's queue.
+
+Each product is cut into chunks of the columns that the operator computes at once, one at
+a time per query. Short chunks of all queries share one lane of the queue: queries take
+turns with each other, and together with whoever else multiplies, so that a product of
+another caller waits for one chunk at most. Long ones give way between mini-batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from curvd.contract import OperatorSpec
+from curvd.errors import Cancelled
+from curvd_server.device import LONG_S, Batcher, Ticket
+from curvd_server.device.torch_device import TorchOperator
+from curvd_server.linalg import Products, Progress, Query
+from curvd_server.system import Poll
+
+R = TypeVar("R")
+
+_LANE = "queries"
+_REPORT_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a query has taken so far."""
+
+    products: int
+    elapsed_s: float
+    queue_s: float
+    compute_s: float
+
+
+class QueryRun(Generic[R]):
+    """Runs one query.
+
+    Args:
+        operator: Built; must stay so until `drive` returns.
+        spec: Its scale and damping are applied here.
+        batcher: The queue of the device.
+        threads: Where algorithms run.
+        max_products: Columns that may be multiplied.
+        time_limit_s: Start no product after so long.
+    """
+
+    def __init__(
+        self,
+        operator: TorchOperator,
+        spec: OperatorSpec,
+        *,
+        batcher: Batcher,
+        threads: concurrent.futures.Executor,
+        max_products: int,
+        time_limit_s: float | None,
+    ) -> None:
+        problem = operator.inner.problem
+        self._operator, self._spec = operator, spec
+        self._batcher, self._threads = batcher, threads
+        self._at_once = max(1, operator.report.columns_at_once)
+        self._start_s = time.monotonic()
+        self._limit_s = time_limit_s
+        self._queue_s = self._compute_s = 0.0
+        self._chunk_s = operator.report.seconds_per_product
+        self._given_up = False
+        self._ticket: Ticket[Tensor] | None = None
+        self.products = Products(
+            self._multiply,
+            size=problem.layout.size,
+            dtype=problem.result_dtype,
+            device=problem.device,
+            limit=max_products,
+            expired=self._expired,
+        )
+
+    @property
+    def cost(self) -> Cost:
+        """What it has taken so far."""
+        return Cost(
+            products=self.products.done,
+            elapsed_s=time.monotonic() - self._start_s,
+            queue_s=self._queue_s,
+            compute_s=self._compute_s,
+        )
+
+    async def drive(
+        self, query: Query[R], report: Callable[[Progress, Cost], Awaitable[None]]
+    ) -> R:
+        """Run the algorithm to its end.
+
+        Cancelling stops the device within one step; see `candidates.LONGEST_STEP_S`.
+
+        Args:
+            query: The algorithm, not begun.
+            report: Called with the latest progress, at most every 50 ms.
+
+        Returns:
+            Its result.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            step = loop.run_in_executor(self._threads, self._step, query)
+            try:
+                progress, result = await asyncio.shield(step)
+            except asyncio.CancelledError:
+                self._give_up()
+                # The operator must not be closed under the thread's feet.
+                await asyncio.wait([step])
+                step.exception()
+                raise
+            if result:
+                return result[0]
+            if progress is not None:
+                await report(progress, self.cost)
+
+    def _step(self, query: Query[R]) -> tuple[Progress | None, tuple[R, ...]]:
+        """Run until there is something worth reporting; on a thread."""
+        until_s = time.monotonic() + _REPORT_S
+        progress = None
+        with torch.no_grad():
+            while time.monotonic() < until_s and not self._given_up:
+                try:
+                    progress = next(query)
+                except StopIteration as end:
+                    return progress, (end.value,)
+        return progress, ()
+
+    def _multiply(self, V: Tensor) -> Tensor:
+        parts = [self._product(part) for part in V.split(self._at_once)]  # type: ignore[no-untyped-call]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        scale, damping = self._spec.scale, self._spec.damping
+        if scale != 1.0:
+            rows = rows * scale
+        return rows.add(V, alpha=damping) if damping else rows
+
+    def _product(self, V: Tensor) -> Tensor:
+        def job(cancelled: Poll) -> Tensor:
+            return self._operator.multiply(V, cancelled=cancelled)
+
+        if self._chunk_s > LONG_S:
+            ticket = self._batcher.run_in_turns(job, lane=(_LANE, id(self)))
+        else:
+            ticket = self._batcher.run(job, lane=_LANE)
+        self._ticket = ticket
+        if self._given_up:
+            ticket.cancel()
+        try:
+            done = ticket.result()
+        except concurrent.futures.CancelledError:
+            msg = "the query was given up"
+            raise Cancelled(msg) from None
+        self._queue_s += done.queue_s
+        self._compute_s += done.compute_s
+        self._chunk_s = done.compute_s
+        return done.value
+
+    def _give_up(self) -> None:
+        self._given_up = True
+        if self._ticket is not None:
+            self._ticket.cancel()
+
+    def _expired(self) -> bool:
+        if self._given_up:
+            msg = "the query was given up"
+            raise Cancelled(msg)
+        age_s = time.monotonic() - self._start_s
+        return self._limit_s is not None and age_s >= self._limit_s
+
+
+def vectors_bytes(run: QueryRun[Any], count: int) -> int:
+    """Compute the memory of so many vectors."""
+    return count * run.products.size * run.products.dtype.itemsize

@@ -1,0 +1,20 @@
+"""Sessions: their parameters, versions, operators and stored vectors, and how they end.
+
+Imports devices and storage by their doors; knows neither torch nor messages of the contract.
+"""
+
+from __future__ import annotations
+
+from curvd_server.sessions.session import Facilities, Lease, Update
+from curvd_server.sessions.store import NewSession, SessionStore
+from curvd_server.sessions.stored_vectors import Vector, check_same
+
+__all__ = [
+    "Facilities",
+    "Lease",
+    "NewSession",
+    "SessionStore",
+    "Update",
+    "Vector",
+    "check_same",
+]

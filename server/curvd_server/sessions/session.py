@@ -1,0 +1,347 @@
+"""One session: which version it is at, who uses it, and how it ends.
+
+State changes on the event loop only. Whatever takes time runs elsewhere: files and
+hashes in threads, everything with tensors on the device's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from curvd.contract import OperatorSpec, SerializedGraph, SessionInfo, SessionState
+from curvd.errors import Cancelled, CurvdError, VersionMismatch
+from curvd_server.config import LimitsConfig
+from curvd_server.device import Batcher, Device, Operator, Problem
+from curvd_server.sessions.leases import Remaining
+from curvd_server.sessions.operator_cache import Live
+from curvd_server.sessions.parameters import architecture_of, home_names, state_of
+from curvd_server.sessions.stored_vectors import Vectors, check_same
+from curvd_server.storage import (
+    BlobStore,
+    Catalogue,
+    StoredSession,
+    StoredVersion,
+    check_representable,
+    check_state,
+)
+from curvd_server.system import HostMemory
+
+T = TypeVar("T")
+
+_PATIENCE_S = 5.0
+"""How long the end of a session waits for calls that were cancelled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facilities:
+    """What sessions work with."""
+
+    catalogue: Catalogue
+    """Where they survive."""
+    blobs: BlobStore
+    """Where their tensors are."""
+    device: Device
+    """Where they are computed."""
+    batcher: Batcher
+    """The queue of that device."""
+    limits: LimitsConfig
+    memory: HostMemory
+    """Of the host, for what is stored."""
+    clock: Callable[[], float]
+    """Seconds since the epoch, for people: someone may set it."""
+    monotonic: Callable[[], float]
+    """Seconds that nobody can set, for leases."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """New values of some or all parameters and buffers."""
+
+    digest: str
+    """Of the blob that holds them."""
+    expected_version: int | None = None
+    request_id: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """What makes two requests the same."""
+        return f"{self.digest}:{self.expected_version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A session at one version; it stays valid as long as it is held."""
+
+    info: SessionInfo
+    """As it is stored: what changes by the minute is left out. Its layout is that of
+    the operator, if one was asked for."""
+    problem: Problem
+    operator: Operator | None
+    """The one that was asked for, built."""
+    vectors: Vectors
+    """What is stored in the session."""
+
+
+class Session:
+    """A model, a dataset and a loss, on the device or ready to get there.
+
+    Args:
+        facilities: What it works with.
+        stored: What is known of it.
+    """
+
+    def __init__(self, facilities: Facilities, stored: StoredSession) -> None:
+        self.stored = stored
+        self.live = Live(
+            facilities.batcher,
+            budget_bytes=stored.info.budget_bytes,
+            operators=facilities.limits.operators,
+        )
+        self.vectors = Vectors(
+            stored.info.id, facilities.limits.stored_bytes, facilities.memory
+        )
+        self._with = facilities
+        self._remaining = Remaining(
+            stored.lease_s, stored.remaining_s, facilities.monotonic
+        )
+        # Held while the session changes, or something is built for it.
+        self._lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._unused = asyncio.Event()
+        self._ended = False
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        return self.stored.info.id
+
+    @property
+    def users(self) -> int:
+        """Calls that use it right now."""
+        return len(self._tasks)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its lease ran out."""
+        return self.remaining.is_over
+
+    def touch(self) -> None:
+        """Renew the lease."""
+        self._remaining.touch()
+
+    @property
+    def remaining(self) -> Remaining:
+        """What remains of the lease; all of it while the session is in use."""
+        if self._tasks:
+            self._remaining.touch()
+        return self._remaining
+
+    def renew(self, lease_s: float) -> None:
+        """Take a new length of the lease."""
+        self.stored = replace(self.stored, lease_s=lease_s)
+        self._remaining = Remaining(lease_s, None, self._with.monotonic)
+
+    def info(self) -> SessionInfo:
+        """Describe it as it is now."""
+        stored, cold = self.stored, self.live.problem is None
+        remaining_s = self.remaining.seconds
+        return replace(
+            stored.info,
+            device=self._with.device.name,  # perhaps another one than before
+            operators=self.live.reports,
+            state=SessionState.COLD if cold else SessionState.READY,
+            expire_time_s=(
+                None if remaining_s is None else self._with.clock() + remaining_s
+            ),
+        )
+
+    async def warm(self) -> Problem:
+        """Bring it onto the device, unless it is there."""
+        if self.live.problem is not None:
+            return self.live.problem
+        stored, using = self.stored, self._with
+
+        info = stored.info
+
+        def prepare() -> tuple[SerializedGraph, int, Callable[[], Problem]]:
+            model = using.catalogue.model(info.model_id)
+            dataset = using.catalogue.dataset(info.dataset_id)
+            state = state_of(using.blobs, model, stored.sources).arrays
+            data = using.blobs.open(dataset.digest).arrays
+            parameters = {n: a for n, a in state.items() if n not in model.buffers}
+            check_representable(parameters, info.dtype, what="parameter")
+            check_representable(data, info.dtype, what="tensor")
+            load = functools.partial(
+                using.device.load,
+                model.info.spec,
+                state,
+                data,
+                dataset.info.spec,
+                info.loss,
+                info.mode,
+                info.dtype,
+                info.params,
+            )
+            rows = min(dataset.info.spec.batch_size, dataset.info.data_points)
+            return model.info.spec.graph, rows, load
+
+        graph, rows, load = await asyncio.to_thread(prepare)
+        await using.device.try_graphs(graph, info.loss.graph, rows=rows)
+        return await self.live.load(load)
+
+    @contextlib.asynccontextmanager
+    async def lease(
+        self, operator: OperatorSpec | None, expected_version: int | None
+    ) -> AsyncIterator[Lease]:
+        """Use it at its current version; see `SessionStore.lease`."""
+        async with self._used():
+            built = None
+            try:
+                # What is there can be had while something else is built.
+                waits = not self.live.has(operator)
+                async with self._lock if waits else contextlib.nullcontext():
+                    self._check_version(expected_version)
+                    problem, info = await self.warm(), self.stored.info
+                    if operator is not None:
+                        built = await self.live.acquire(operator)
+                        layout = info.layout.of_operator(operator)
+                        if layout is not info.layout:
+                            info = replace(info, layout=layout)
+                ready = built.operator if built else None
+                yield Lease(info, problem, ready, self.vectors)
+            finally:
+                if built is not None:
+                    self.live.release(built)
+
+    async def made_by(self, update: Update) -> StoredVersion | None:
+        """Find the version that the same request made; see `SessionStore.made_by`."""
+        if not update.request_id:
+            return None
+        known = await asyncio.to_thread(
+            self._with.catalogue.version_of, self.id, update.request_id
+        )
+        if known is not None:
+            check_same(known.fingerprint, update.fingerprint, update.request_id)
+        return known
+
+    async def update(self, update: Update) -> StoredVersion:
+        """Move to new values; see `SessionStore.update`."""
+        async with self._used(), self._lock:
+            known = await self.made_by(update)
+            if known is not None:
+                return known
+            self._check_version(update.expected_version)
+            return await self._update(update)
+
+    async def end(self) -> None:
+        """Forget it, cancel its work, free its memory."""
+        self._ended = True
+        try:
+            await asyncio.to_thread(self._with.catalogue.delete_session, self.id)
+        except CurvdError:
+            self._ended = False
+            raise
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            # A client that neither reads nor leaves keeps what it has until it does.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._unused.wait(), _PATIENCE_S)
+        self.vectors.clear()
+        await self.live.close()
+        await self._release(set(self.stored.sources.values()))
+
+    async def _update(self, update: Update) -> StoredVersion:
+        stored, live, using = self.stored, self.live, self._with
+        model = await asyncio.to_thread(using.catalogue.model, stored.info.model_id)
+        blob = await asyncio.to_thread(using.blobs.open, update.digest)
+        architecture = architecture_of(model)
+        await asyncio.to_thread(check_state, blob, architecture, complete=False)
+        given = home_names(blob, model.ties)
+        sources = {**stored.sources, **dict.fromkeys(given, update.digest)}
+        state = await asyncio.to_thread(state_of, using.blobs, model, sources)
+        info = replace(
+            stored.info,
+            version=stored.info.version + 1,
+            parameters_digest=await asyncio.to_thread(state.digest),
+        )
+        version = StoredVersion(
+            version=info.version,
+            parameters_digest=info.parameters_digest,
+            request_id=update.request_id,
+            fingerprint=update.fingerprint,
+        )
+        values = {home: blob.arrays[name] for home, name in given.items()}
+        parameters = {n: a for n, a in values.items() if n not in model.buffers}
+        await asyncio.to_thread(
+            check_representable, parameters, info.dtype, what="parameter"
+        )
+        change_over = None if live.problem is None else await live.move(values)
+
+        async def commit() -> None:
+            await asyncio.to_thread(using.catalogue.add_version, info, version, sources)
+            self.stored = replace(self.stored, info=info, sources=sources)
+            if change_over is not None:
+                change_over()
+            await self._release(set(stored.sources.values()) - set(sources.values()))
+
+        await to_the_end(commit())
+        return version
+
+    async def _release(self, digests: set[str]) -> None:
+        blobs, referenced = self._with.blobs, self._with.catalogue.referenced
+        for digest in digests:
+            await asyncio.to_thread(blobs.release, digest, referenced)
+
+    def _check_version(self, expected: int | None) -> None:
+        have = self.stored.info.version
+        if expected is not None and expected != have:
+            msg = f"session {self.id} is at version {have}, not {expected}"
+            raise VersionMismatch(msg, version=have, expected_version=expected)
+
+    @contextlib.asynccontextmanager
+    async def _used(self) -> AsyncIterator[None]:
+        """Keep it from expiring; its end cancels the task that is in here."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._ended:
+                raise
+            task.uncancel()
+            msg = f"session {self.id} was deleted while the call ran"
+            raise Cancelled(msg, session_id=self.id) from None
+        finally:
+            self._tasks.discard(task)
+            self.touch()
+            if not self._tasks:
+                self._unused.set()
+
+
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Finish what must not be half done, even if the caller gives up meanwhile.
+
+    Args:
+        work: What to do.
+
+    Returns:
+        Its result.
+    """
+    task = asyncio.ensure_future(work)
+    given_up: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            given_up = error
+    if given_up is not None:
+        task.exception()  # so that asyncio does not miss that anyone looked
+        raise given_up
+    return task.result()

@@ -1,0 +1,402 @@
+"""All sessions of a server: making, finding, leasing, ending them."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import weakref
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
+
+from curvd.contract import (
+    Dtype,
+    LossSpec,
+    Mode,
+    OperatorSpec,
+    ParameterLayout,
+    SessionInfo,
+    SessionState,
+)
+from curvd.errors import CurvdError, LimitExceeded, SessionNotFound
+from curvd_server.sessions.parameters import state_of
+from curvd_server.sessions.session import (
+    Facilities,
+    Lease,
+    Session,
+    Update,
+    to_the_end,
+)
+from curvd_server.sessions.stored_vectors import check_same
+from curvd_server.storage import StoredSession, StoredVersion
+from curvd_server.system import logger
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSession:
+    """What a session is to be."""
+
+    model_id: str
+    dataset_id: str
+    loss: LossSpec
+    dtype: Dtype = Dtype.FLOAT32
+    mode: Mode = Mode.EVAL
+    operators: tuple[OperatorSpec, ...] = ()
+    """To build before the answer; empty: the Hessian."""
+    params: tuple[str, ...] = ()
+    """Globs that choose the parameters; empty: all of them."""
+    budget_bytes: int | None = None
+    lease_s: float | None = None
+    name: str = ""
+    request_id: str = ""
+    fingerprint: str = ""
+    """Hash of the request, without its id."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStatistics:
+    """What a store holds."""
+
+    ready: int
+    """Sessions on the device."""
+    cold: int
+    """Sessions that warm up at their first use."""
+    users: int
+    """Calls that use a session right now."""
+    operators: int
+    """Operators that are built."""
+
+
+class SessionStore:
+    """All sessions of a server. Those of an earlier process come back cold.
+
+    Args:
+        facilities: What they work with.
+    """
+
+    def __init__(self, facilities: Facilities) -> None:
+        self._with = facilities
+        # Two equal requests wait for each other; the entry goes with the last one.
+        self._making: weakref.WeakValueDictionary[str, asyncio.Lock] = (
+            weakref.WeakValueDictionary()
+        )
+        self._being_made = self._latest_us = 0
+        found, self._lost = facilities.catalogue.sessions()
+        self._sessions = {s.info.id: Session(facilities, s) for s in found}
+        if self._sessions:
+            # Ids sort by time, even if the clock has been set back since.
+            self._latest_us = int(max(self._sessions).partition("-")[0], 16)
+
+    def get(self, session_id: str) -> SessionInfo:
+        """Describe a session as it is now; that renews its lease.
+
+        Args:
+            session_id: Which.
+
+        Returns:
+            The session.
+
+        Raises:
+            SessionNotFound: If there is none.
+        """
+        session = self._find(session_id)
+        session.touch()
+        return session.info()
+
+    def page(self, *, after: str = "", limit: int) -> tuple[list[SessionInfo], str]:
+        """Describe sessions, oldest first.
+
+        Args:
+            after: Id of the last session of the page before.
+            limit: At most so many.
+
+        Returns:
+            One page, and `after` for the next; empty if there is none.
+        """
+        # Ids sort by time, so a page follows even one whose last session is gone.
+        sessions = self._sessions
+        later = sorted(i for i, s in sessions.items() if i > after and not s.is_over)
+        page = [sessions[session_id].info() for session_id in later[:limit]]
+        return page, later[limit - 1] if len(later) > limit else ""
+
+    def statistics(self) -> SessionStatistics:
+        """Report what is held."""
+        sessions = self._sessions.values()
+        ready = sum(s.live.problem is not None for s in sessions)
+        return SessionStatistics(
+            ready=ready,
+            cold=len(sessions) - ready,
+            users=sum(s.users for s in sessions),
+            operators=sum(len(s.live.reports) for s in sessions),
+        )
+
+    async def create(
+        self, new: NewSession, *, validate_only: bool = False
+    ) -> SessionInfo:
+        """Bring a model, a dataset and a loss together, verified and warm.
+
+        Args:
+            new: What the session is to be.
+            validate_only: Check and predict; keep nothing.
+
+        Returns:
+            The session. The same request id answers with the session it made.
+
+        Raises:
+            ModelNotFound: If the model is not registered.
+            DatasetNotFound: If the dataset is not registered.
+            RequestIdReused: If the same request id came with other content.
+            LimitExceeded: If there are too many sessions.
+        """
+        key = new.request_id or secrets.token_hex(16)
+        async with self._making.setdefault(key, asyncio.Lock()):
+            made = self._made_by(new)
+            if made is not None:
+                return made.info()
+            self._check_room()
+            self._being_made += 1
+            try:
+                return await self._create(new, validate_only)
+            finally:
+                self._being_made -= 1
+
+    def lease(
+        self,
+        session_id: str,
+        *,
+        operator: OperatorSpec | None = None,
+        expected_version: int | None = None,
+    ) -> AbstractAsyncContextManager[Lease]:
+        """Use a session at its current version.
+
+        The version stays valid as long as the lease is held, whatever is updated
+        meanwhile. Deleting the session cancels the task that holds it.
+
+        Args:
+            session_id: Which.
+            operator: Build this one first, unless it is there.
+            expected_version: Refuse another version.
+
+        Returns:
+            A context that gives the session's version; entering it raises
+            VersionMismatch if it is at another one, leaving it Cancelled if the session
+            was deleted meanwhile.
+
+        Raises:
+            SessionNotFound: If there is none.
+        """
+        return self._find(session_id).lease(operator, expected_version)
+
+    async def made_by(self, session_id: str, update: Update) -> StoredVersion | None:
+        """Find the version that the same request made before.
+
+        Args:
+            session_id: Of which session.
+            update: The request; its blob need not be there any more.
+
+        Returns:
+            The version; None if the request is new.
+
+        Raises:
+            SessionNotFound: If there is no such session.
+            RequestIdReused: If the same request id came with other content.
+        """
+        return await self._find(session_id).made_by(update)
+
+    async def update(self, session_id: str, update: Update) -> StoredVersion:
+        """Move a session to new values. Running work finishes on its version.
+
+        Args:
+            session_id: Which.
+            update: The values; their blob must be complete and held.
+
+        Returns:
+            The new version, or the one that the same request made before.
+
+        Raises:
+            SessionNotFound: If there is none.
+            VersionMismatch: If it is at another version than expected.
+            StateMismatch: If the values do not fit the model.
+            RequestIdReused: If the same request id came with other content.
+        """
+        return await self._find(session_id).update(update)
+
+    async def renew(self, session_id: str, lease_s: float | None) -> SessionInfo:
+        """Put off the end of a session.
+
+        Args:
+            session_id: Which.
+            lease_s: A new length of its lease; None: as before.
+
+        Returns:
+            The session as it is now.
+
+        Raises:
+            SessionNotFound: If there is none.
+        """
+        session = self._find(session_id)
+        if lease_s is not None:
+            catalogue = self._with.catalogue
+            await asyncio.to_thread(catalogue.set_lease, session_id, lease_s)
+            session.renew(lease_s)
+        return self.get(session_id)
+
+    async def delete(self, session_id: str) -> None:
+        """End a session: forget it, cancel its work, free its memory.
+
+        Args:
+            session_id: Which.
+
+        Raises:
+            SessionNotFound: If there is none.
+        """
+        if session_id in self._lost:
+            await asyncio.to_thread(self._with.catalogue.delete_session, session_id)
+            del self._lost[session_id]
+            return
+        await self._end(self._find(session_id))
+
+    async def expire(self) -> list[str]:
+        """End the sessions whose lease ran out, and write down what others have left.
+
+        Returns:
+            The ids of those that ended.
+        """
+        ended = []
+        for session in [s for s in self._sessions.values() if s.is_over]:
+            try:
+                await self._end(session)
+            except CurvdError as error:  # the disk is full, perhaps; it stays for later
+                logger().warning("not ended", session=session.id, error=str(error))
+            else:
+                ended.append(session.id)
+        await self._note_leases()
+        return ended
+
+    async def close(self) -> None:
+        """Give the device's memory back; the sessions stay in the catalogue."""
+        await self._note_leases(at_the_end=True)
+        for session in self._sessions.values():
+            await session.live.close()
+
+    async def _note_leases(self, *, at_the_end: bool = False) -> None:
+        """Write down what remains of leases, where that has changed."""
+        due = {
+            s.id: note[0]
+            for s in self._sessions.values()
+            if (note := s.remaining.to_note(at_the_end=at_the_end)) is not None
+        }
+        try:
+            await asyncio.to_thread(self._with.catalogue.set_remaining, due)
+        except CurvdError as error:
+            logger().warning("leases not written down", error=str(error))
+            return
+        for session_id, seconds in due.items():
+            if session_id in self._sessions:
+                self._sessions[session_id].remaining.noted(seconds)
+
+    async def _create(self, new: NewSession, validate_only: bool) -> SessionInfo:
+        stored = await asyncio.to_thread(self._described, new)
+        session = Session(self._with, stored)
+        try:
+            problem = await session.warm()
+            for spec in new.operators or (OperatorSpec(),):
+                session.live.release(await session.live.acquire(spec))
+            info = replace(
+                stored.info,
+                id="" if validate_only else self._new_id(),
+                layout=problem.layout,
+                batches=problem.batches,
+            )
+            session.stored = replace(stored, info=info)
+            if not validate_only:
+                await to_the_end(self._add(session))
+            return session.info()
+        finally:
+            if session.id not in self._sessions:
+                await to_the_end(session.live.close())
+
+    def _described(self, new: NewSession) -> StoredSession:
+        """Say what is known before anything is on the device. Blocks."""
+        model = self._with.catalogue.model(new.model_id)
+        dataset = self._with.catalogue.dataset(new.dataset_id)
+        budget_bytes = new.budget_bytes
+        total_bytes = self._with.device.describe().total_bytes
+        if budget_bytes is None:
+            budget_bytes = min(self._with.limits.default_budget_bytes, total_bytes)
+        elif budget_bytes > total_bytes:
+            msg = (
+                f"budget_bytes is {budget_bytes}, but device {self._with.device.name} "
+                f"has {total_bytes} bytes in all; ask for less, or leave it out"
+            )
+            raise LimitExceeded(msg, budget_bytes=budget_bytes, limit=total_bytes)
+        info = SessionInfo(
+            id="",
+            name=new.name,
+            model_id=new.model_id,
+            dataset_id=new.dataset_id,
+            loss=new.loss,
+            dtype=new.dtype,
+            mode=new.mode,
+            version=1,
+            parameters_digest=state_of(self._with.blobs, model, {}).digest(),
+            layout=ParameterLayout(()),
+            data_points=dataset.info.data_points,
+            batches=0,
+            device=self._with.device.name,
+            budget_bytes=budget_bytes,
+            operators=(),
+            state=SessionState.COLD,
+            create_time_s=self._with.clock(),
+            expire_time_s=None,
+            params=new.params,
+        )
+        return StoredSession(
+            info=info,
+            lease_s=new.lease_s,
+            request_id=new.request_id,
+            fingerprint=new.fingerprint,
+            sources={},
+        )
+
+    async def _add(self, session: Session) -> None:
+        await asyncio.to_thread(self._with.catalogue.add_session, session.stored)
+        session.touch()
+        self._sessions[session.id] = session
+
+    async def _end(self, session: Session) -> None:
+        del self._sessions[session.id]
+        try:
+            await to_the_end(session.end())
+        except CurvdError:  # the catalogue still has it
+            self._sessions[session.id] = session
+            raise
+
+    def _made_by(self, new: NewSession) -> Session | None:
+        for session in self._sessions.values():
+            if new.request_id and session.stored.request_id == new.request_id:
+                known = session.stored.fingerprint
+                check_same(known, new.fingerprint, new.request_id)
+                return session
+        return None
+
+    def _find(self, session_id: str) -> Session:
+        session = self._sessions.get(session_id)
+        if session_id in self._lost:
+            raise self._lost[session_id]
+        if session is None or session.is_over:
+            msg = (
+                f"no session {session_id[:80]!r} on this server: it was never created, was "
+                "deleted, or its lease ran out"
+            )
+            raise SessionNotFound(msg, session_id=session_id[:80])
+        return session
+
+    def _check_room(self) -> None:
+        held, limit = len(self._sessions) + self._being_made, self._with.limits.sessions
+        if held >= limit:
+            msg = f"{held} sessions are the limit of this server (sessions); delete one"
+            raise LimitExceeded(msg, sessions=held, limit=limit)
+
+    def _new_id(self) -> str:
+        self._latest_us = max(self._latest_us + 1, int(self._with.clock() * 1e6))
+        return f"{self._latest_us:014x}-{secrets.token_hex(4)}"

@@ -1,0 +1,44 @@
+"""What outlives the process: blobs, models, datasets, sessions and versions in a folder.
+
+Nothing that is acknowledged is lost, and nothing that rotted is believed. Knows neither torch
+nor grpc, and no session that is open.
+"""
+
+from __future__ import annotations
+
+from curvd_server.storage.blob_store import BlobStore
+from curvd_server.storage.blobs import Blob, check_digest
+from curvd_server.storage.catalogue import (
+    Catalogue,
+    StoredModel,
+    StoredSession,
+    StoredVersion,
+)
+from curvd_server.storage.data_directory import owned, private_folder, torchs_folder
+from curvd_server.storage.finite_values import check_representable
+from curvd_server.storage.mounts import Mounts
+from curvd_server.storage.registry import (
+    Architecture,
+    Registry,
+    check_state,
+    model_spec,
+)
+
+__all__ = [
+    "Architecture",
+    "Blob",
+    "BlobStore",
+    "Catalogue",
+    "Mounts",
+    "Registry",
+    "StoredModel",
+    "StoredSession",
+    "StoredVersion",
+    "check_digest",
+    "check_representable",
+    "check_state",
+    "model_spec",
+    "owned",
+    "private_folder",
+    "torchs_folder",
+]

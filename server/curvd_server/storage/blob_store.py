@@ -1,0 +1,354 @@
+"""Blobs on disk: safetensors files under the SHA-256 of their bytes.
+
+``<data_dir>/blobs/<digest>`` is complete; ``<digest>.part`` is an upload that may go on.
+Two uploads of the same bytes help each other: what one of them has written, the other
+need not. Methods block on the disk; call them off the event loop.
+
+Disks forget. A blob is hashed when it is first used after a start, and again whenever
+its file was touched, before anything depends on it. One that has another digest is
+moved aside, to ``<digest>.damaged``, so that the same content can be uploaded again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from curvd.errors import (
+    CurvdError,
+    DataLoss,
+    InvalidSpec,
+    NotFound,
+)
+from curvd_server.storage.blobs import Blob, check_digest, read_header
+from curvd_server.storage.mounts import Mounts
+from curvd_server.storage.partial_upload import Partial, Upload, make_room
+from curvd_server.storage.snapshots import Snapshot, Stamp, digest_of
+from curvd_server.system import SNAPSHOTS, HostMemory, logger, told
+
+_WATCHED_S = 3600.0
+"""How long this process must have seen that nobody uses a file before it is removed: the
+clock may have been set meanwhile."""
+
+_DAMAGED = ".damaged"
+
+
+class BlobStore:
+    """The blobs of one data directory.
+
+    Args:
+        directory: Where they lie; made if it is not there.
+        mounts: Finds further ones, which lie where their owner put them.
+        needed_by: Names what needs a blob, for whoever has to be told that it is lost.
+        partial_bytes: Disk of all uploads that are not complete.
+        partial_s: How long one is kept that nobody goes on with, or refers to.
+        memory: Of the host, which open blobs share with others; None: no limit.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        mounts: Mounts | None = None,
+        needed_by: Callable[[str], list[str]] = lambda digest: [],
+        *,
+        partial_bytes: int = 128 << 30,
+        partial_s: float = 24 * 3600.0,
+        memory: HostMemory | None = None,
+    ) -> None:
+        self._memory = memory or HostMemory()
+        self._partial_bytes, self._partial_s = partial_bytes, partial_s
+        # When this process began to see that nobody uses a file.
+        self._watched: dict[str, float] = {}
+        self._directory = directory
+        self._mounts = mounts
+        self._needed_by = needed_by
+        with told():
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        # What the file of a blob looked like when its bytes had the digest.
+        self._sound: dict[str, Stamp] = {}
+        self._snapshots: weakref.WeakValueDictionary[str, Snapshot] = (
+            weakref.WeakValueDictionary()
+        )
+        # Of those who read a blob now: the second waits for what the first brings.
+        self._reading: weakref.WeakValueDictionary[str, _Turn] = (
+            weakref.WeakValueDictionary()
+        )
+        self._partials: dict[str, Partial] = {}
+        self._held: Counter[str] = Counter()
+
+    def has(self, digest: str) -> bool:
+        """Tell whether a blob is complete, without a look at its bytes."""
+        mounts = self._mounts
+        return self._path(digest).exists() or (
+            mounts is not None and mounts.holds(digest)
+        )
+
+    def is_sound(self, digest: str) -> bool:
+        """Tell whether a blob is complete and undamaged; if not, it may be uploaded.
+
+        Args:
+            digest: Of the blob. It is hashed, unless that was done since the start.
+
+        Returns:
+            Whether it is there. If it was damaged, it has been moved aside.
+        """
+        try:
+            path = self._find(digest)
+            with self._turn(digest):
+                if not self._is_known(digest, Stamp.of(path.stat())):
+                    with self._readable(digest, path):
+                        found, stamp = digest_of(path)
+                    self._judge(digest, path, found, stamp)
+        except (CurvdError, FileNotFoundError) as error:
+            if not isinstance(error, NotFound):
+                logger().warning("unsound", blob=digest, error=str(error))
+            return False
+        return True
+
+    def committed_bytes(self, digest: str) -> int:
+        """Tell from where an upload goes on."""
+        with self._lock:
+            partial = self._partials.get(digest)
+            if partial is not None:
+                return partial.size
+        try:
+            return self._path(digest, ".part").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    @contextlib.contextmanager
+    def held(self, digest: str) -> Iterator[None]:
+        """Keep a blob from being removed before something refers to it.
+
+        Args:
+            digest: Of the blob, which need not be there yet.
+
+        Yields:
+            Nothing.
+        """
+        with self._lock:
+            self._held[digest] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held[digest] -= 1
+
+    @contextlib.contextmanager
+    def upload(self, digest: str, *, offset: int, total_bytes: int) -> Iterator[Upload]:
+        """Write a blob, or the rest of one.
+
+        Args:
+            digest: SHA-256 that the whole file must have.
+            offset: Where the first bytes belong; at most the committed bytes.
+            total_bytes: Size of the whole file.
+
+        Yields:
+            Takes the bytes. Leaving early keeps what has arrived.
+
+        Raises:
+            InvalidSpec: If the offset would leave a gap.
+            LimitExceeded: If other uploads take the room.
+            DiskFull: If the disk has none.
+        """
+        with self._lock:
+            partial = self._partials.get(digest)
+            if partial is None:
+                path = self._path(digest, ".part")
+                busy = {p.path: p.announced for p in self._partials.values()}
+                make_room(path, total_bytes, busy, limit_bytes=self._partial_bytes)
+                partial = self._partials[digest] = Partial(path)
+            partial.announced = max(partial.announced, total_bytes)
+            partial.users += 1
+        try:
+            if offset > partial.size:
+                msg = (
+                    f"upload.offset {offset} is beyond the {partial.size} bytes that "
+                    "have arrived: go on from there"
+                )
+                raise InvalidSpec(msg, offset=offset, committed_bytes=partial.size)
+            yield Upload(
+                partial, self._path(digest), offset, total_bytes, self._arrived
+            )
+        finally:
+            with self._lock:
+                partial.users -= 1
+                if not partial.users:
+                    partial.close()
+                    del self._partials[digest]
+
+    def open(self, digest: str) -> Blob:
+        """Read a complete blob, unless somebody has it open.
+
+        Args:
+            digest: Which.
+
+        Returns:
+            Its tensors.
+
+        Raises:
+            NotFound: If it is not there.
+            DataLoss: If its bytes were damaged.
+            FailedPrecondition: If it lies outside and was changed there.
+            InvalidTensors: If it is no safetensors file.
+            LimitExceeded: If its header is too large.
+        """
+        path = self._find(digest)
+        with self._turn(digest):
+            snapshot = self._snapshots.get(digest)
+            try:
+                if snapshot is None or snapshot.stamp != Stamp.of(path.stat()):
+                    snapshot = self._read(digest, path)
+            except FileNotFoundError:
+                raise self._missing(digest) from None
+            self._snapshots[digest] = snapshot
+        data = snapshot.view()
+        header, start = read_header(data)
+        arrays = {n: tensor.view(data[start:]) for n, tensor in header.items()}
+        return Blob(digest, header, arrays, snapshot.size)
+
+    def release(self, digest: str, needed: Callable[[], set[str]]) -> None:
+        """Remove a blob that nothing needs any more.
+
+        Args:
+            digest: Of the blob. One that is held goes at a later `sweep`.
+            needed: Finds the digests to keep. It is asked while nobody can begin to
+                hold the blob, so that a new reference is never missed.
+        """
+        with self._lock:
+            if not self._held[digest] and digest not in needed():
+                self._path(digest).unlink(missing_ok=True)
+
+    def sweep(
+        self, needed: Callable[[], set[str]], *, now_s: float, monotonic_s: float
+    ) -> None:
+        """Remove what nothing refers to and nobody goes on with; now and then.
+
+        Args:
+            needed: Finds the digests to keep, as for `release`.
+            now_s: Seconds since the epoch.
+            monotonic_s: Seconds that nobody can set.
+        """
+        with self._lock:
+            used = needed() | self._partials.keys() | set(+self._held)
+            watched = self._watched
+            self._watched = {}
+            for path in self._directory.iterdir():
+                if path.stem in used or path.suffix == _DAMAGED:
+                    continue
+                idle_s = now_s - path.stat().st_mtime
+                if idle_s < 0:  # the clock was set back
+                    os.utime(path, (now_s, now_s))
+                since_s = watched.get(path.name, monotonic_s)
+                patience_s = min(self._partial_s, _WATCHED_S)
+                if idle_s > self._partial_s and monotonic_s - since_s >= patience_s:
+                    path.unlink()
+                else:
+                    self._watched[path.name] = since_s
+
+    def _find(self, digest: str) -> Path:
+        path = self._path(digest)
+        if not path.exists():
+            found = None if self._mounts is None else self._mounts.path(digest)
+            if found is None:
+                raise self._missing(digest)
+            path = found
+        return path
+
+    def _read(self, digest: str, path: Path) -> Snapshot:
+        with self._readable(digest, path):
+            known = self._is_known(digest, Stamp.of(path.stat()))
+            snapshot = self._snapshot(path, digest=not known)
+        if snapshot.digest is not None:
+            self._judge(digest, path, snapshot.digest, snapshot.stamp)
+        elif not self._is_known(digest, snapshot.stamp):
+            return self._read(digest, path)  # it was touched since we looked
+        return snapshot
+
+    @contextlib.contextmanager
+    def _readable(self, digest: str, path: Path) -> Iterator[None]:
+        """Take what the disk cannot read for damaged."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            self._refuse(digest, path, "cannot be read")
+
+    def _snapshot(self, path: Path, *, digest: bool) -> Snapshot:
+        """Copy a file, as long as the host has memory for it."""
+        size, give = path.stat().st_size, self._memory.give
+        self._memory.take(SNAPSHOTS, size)
+        try:
+            snapshot = Snapshot(path, digest=digest)
+        except BaseException:
+            give(SNAPSHOTS, size)
+            raise
+        weakref.finalize(snapshot, give, SNAPSHOTS, size).atexit = False
+        return snapshot
+
+    def _arrived(self, path: Path) -> None:
+        """Take note of a blob whose bytes were hashed as they came."""
+        self._sound[path.name] = Stamp.of(path.stat())
+
+    def _is_known(self, digest: str, stamp: Stamp) -> bool:
+        return self._sound.get(digest) == stamp
+
+    def _judge(self, digest: str, path: Path, found: str, stamp: Stamp) -> None:
+        """Take note that bytes have their digest, or refuse them."""
+        if found != digest:
+            self._refuse(digest, path, f"has SHA-256 {found} now")
+        self._sound[digest] = stamp
+
+    def _refuse(self, digest: str, path: Path, why: str) -> NoReturn:
+        """Move a damaged blob aside, and say what is lost."""
+        self._sound.pop(digest, None)
+        if path.parent != self._directory:
+            assert self._mounts is not None
+            raise self._mounts.changed(digest)
+        aside = path.with_suffix(_DAMAGED)
+        with told():
+            path.replace(aside)
+        error = self._lost(digest, f"{why}; the file was moved aside to {aside.name}")
+        logger().error("damaged", blob=digest, error=str(error))
+        raise error
+
+    def _missing(self, digest: str) -> CurvdError:
+        if self._needed_by(digest):
+            return self._lost(digest, "is not in the data directory any more")
+        msg = f"blob {digest} is not on this server"
+        return NotFound(msg, digest=digest)
+
+    def _lost(self, digest: str, why: str) -> DataLoss:
+        needed_by = self._needed_by(digest)
+        what = f"what {'; '.join(needed_by[:8])} needs" if needed_by else "an upload"
+        msg = (
+            f"the server's disk has lost {what}: blob {digest} {why}. Register or upload "
+            "the same content again, and whatever needs it works again"
+        )
+        return DataLoss(msg, digest=digest, lost="; ".join(needed_by))
+
+    @contextlib.contextmanager
+    def _turn(self, digest: str) -> Iterator[None]:
+        with self._lock:
+            turn = self._reading.setdefault(digest, _Turn())
+        with turn.lock:
+            yield
+
+    def _path(self, digest: str, suffix: str = "") -> Path:
+        return self._directory / (check_digest(digest) + suffix)
+
+
+class _Turn:
+    """Whoever holds its lock reads a blob."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()

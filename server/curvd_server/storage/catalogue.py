@@ -1,0 +1,409 @@
+"""What must outlive the process: models, datasets, sessions and parameter versions.
+
+A method returns when its change is on the disk, so what a client was told is there
+after a crash. Records are the contract's own messages: a newer curvd reads what an
+older one wrote. A record that cannot be read is left alone and named; the others are
+there. Methods block; call them off the event loop.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError
+
+from curvd.contract import DatasetInfo, ModelInfo, SerializedGraph, SessionInfo, convert
+from curvd.errors import CurvdError, DataLoss, DatasetNotFound, ModelNotFound
+from curvd.v1 import session_service_pb2 as session_pb
+from curvd_server.storage.database import Database, Row, Schema, Statement, Table
+from curvd_server.storage.ranges import LONGEST_LEASE_S
+from curvd_server.system import logger
+
+T = TypeVar("T")
+
+_KEPT_VERSIONS = 1000
+_CREATE = """
+CREATE TABLE models (
+    id TEXT PRIMARY KEY, digest TEXT NOT NULL, record BLOB NOT NULL,
+    ties TEXT NOT NULL, graph BLOB NOT NULL DEFAULT x'',
+    buffers TEXT NOT NULL DEFAULT '[]', seal TEXT NOT NULL DEFAULT '') STRICT;
+CREATE TABLE datasets (
+    id TEXT PRIMARY KEY, digest TEXT NOT NULL, record BLOB NOT NULL,
+    seal TEXT NOT NULL DEFAULT '') STRICT;
+CREATE TABLE sessions (
+    ordinal INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
+    record BLOB NOT NULL, lease_s REAL, request_id TEXT NOT NULL,
+    fingerprint TEXT NOT NULL, sources TEXT NOT NULL,
+    seal TEXT NOT NULL DEFAULT '', remaining_s REAL) STRICT;
+CREATE TABLE versions (
+    session_id TEXT NOT NULL REFERENCES sessions(id) ON DELETE CASCADE,
+    version INTEGER NOT NULL, parameters_digest TEXT NOT NULL,
+    request_id TEXT NOT NULL, fingerprint TEXT NOT NULL,
+    seal TEXT NOT NULL DEFAULT '', PRIMARY KEY (session_id, version)) STRICT;
+CREATE TABLE plans (
+    key TEXT PRIMARY KEY, plan TEXT NOT NULL, seal TEXT NOT NULL DEFAULT '') STRICT;
+"""
+_MIGRATIONS = {
+    1: "ALTER TABLE models ADD COLUMN graph BLOB NOT NULL DEFAULT x'';",
+    2: """
+    CREATE TABLE IF NOT EXISTS plans (key TEXT PRIMARY KEY, plan TEXT NOT NULL) STRICT;
+    ALTER TABLE models ADD COLUMN buffers TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE models ADD COLUMN seal TEXT NOT NULL DEFAULT '';
+    ALTER TABLE datasets ADD COLUMN seal TEXT NOT NULL DEFAULT '';
+    ALTER TABLE sessions ADD COLUMN seal TEXT NOT NULL DEFAULT '';
+    ALTER TABLE sessions ADD COLUMN remaining_s REAL;
+    ALTER TABLE versions ADD COLUMN seal TEXT NOT NULL DEFAULT '';
+    ALTER TABLE plans ADD COLUMN seal TEXT NOT NULL DEFAULT '';
+    """,
+}
+_SCHEMA = Schema(
+    version=3,
+    create=_CREATE,
+    migrations=_MIGRATIONS,
+    tables={
+        "models": Table(
+            ("id",), ("id", "digest", "record", "ties", "graph", "buffers")
+        ),
+        "datasets": Table(("id",), ("id", "digest", "record")),
+        "sessions": Table(
+            ("id",),
+            ("id", "record", "lease_s", "request_id", "fingerprint", "sources"),
+        ),
+        "versions": Table(
+            ("session_id", "version"),
+            ("session_id", "version", "parameters_digest", "request_id", "fingerprint"),
+        ),
+        "plans": Table(("key",), ("key", "plan")),
+    },
+)
+_UNREADABLE = (DecodeError, CurvdError, ValueError, TypeError, KeyError, OverflowError)
+"""What reading a record raises that holds no sense."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredModel:
+    """A registered model."""
+
+    info: ModelInfo
+    digest: str
+    """Of the blob with its state."""
+    ties: Mapping[str, str]
+    """Further name of a tied tensor -> the name that it goes by."""
+    buffers: frozenset[str] = frozenset()
+    """Tensors that are no parameters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredDataset:
+    """A registered dataset."""
+
+    info: DatasetInfo
+    digest: str
+    """Of the blob with its tensors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSession:
+    """A session as it comes back after a restart."""
+
+    info: SessionInfo
+    lease_s: float | None
+    request_id: str
+    fingerprint: str
+    """Hash of the request that made it."""
+    sources: Mapping[str, str]
+    """Tensor name -> digest of the blob with its current values; the rest are the
+    model's."""
+    remaining_s: float | None = None
+    """Of the lease, as far as that was written down; None: all of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredVersion:
+    """One version of a session's parameters."""
+
+    version: int
+    parameters_digest: str
+    request_id: str
+    fingerprint: str
+    """Hash of the request that made it."""
+
+
+class Catalogue:
+    """The records of one data directory.
+
+    Args:
+        path: Of their file; made if the data directory has no blobs either.
+
+    Raises:
+        FailedPrecondition: If a newer curvd wrote it, or it is damaged beyond repair.
+    """
+
+    def __init__(self, path: Path) -> None:
+        blobs = path.parent / "blobs"
+        is_new = not blobs.exists() or not any(blobs.iterdir())
+        self._db = Database(path, _SCHEMA, is_new=is_new)
+        self._changing = threading.Lock()
+        self.plans = Plans(self._db)
+        """How operators were computed, so that they round the same after a restart."""
+
+    def add_model(self, model: StoredModel) -> None:
+        """Keep a model."""
+        row = {
+            "id": model.info.id,
+            "digest": model.digest,
+            "record": convert.model_to_proto(model.info).SerializeToString(),
+            "ties": json.dumps(dict(model.ties)),
+            "graph": bytes(model.info.spec.graph),
+            "buffers": json.dumps(sorted(model.buffers)),
+        }
+        self._db.write(self._db.put("models", row))
+
+    def model(self, model_id: str) -> StoredModel:
+        """Find a model.
+
+        Raises:
+            ModelNotFound: If it is not registered.
+            DataLoss: If its record was damaged.
+        """
+        for row, sound in self._db.rows("models", id=model_id):
+            return self._read("model", model_id, row, sound, _model)
+        msg = f"no model {model_id[:80]!r} on this server; register it first"
+        raise ModelNotFound(msg, model_id=model_id[:80])
+
+    def add_dataset(self, dataset: StoredDataset) -> None:
+        """Keep a dataset."""
+        row = {
+            "id": dataset.info.id,
+            "digest": dataset.digest,
+            "record": convert.dataset_to_proto(dataset.info).SerializeToString(),
+        }
+        self._db.write(self._db.put("datasets", row))
+
+    def dataset(self, dataset_id: str) -> StoredDataset:
+        """Find a dataset.
+
+        Raises:
+            DatasetNotFound: If it is not registered.
+            DataLoss: If its record was damaged.
+        """
+        for row, sound in self._db.rows("datasets", id=dataset_id):
+            return self._read("dataset", dataset_id, row, sound, _dataset)
+        msg = f"no dataset {dataset_id[:80]!r} on this server; register it first"
+        raise DatasetNotFound(msg, dataset_id=dataset_id[:80])
+
+    def add_session(self, session: StoredSession) -> None:
+        """Keep a new session and its first version."""
+        row = {
+            "id": session.info.id,
+            "record": _record(session.info),
+            "lease_s": session.lease_s,
+            "request_id": session.request_id,
+            "fingerprint": session.fingerprint,
+            "sources": json.dumps(dict(session.sources)),
+        }
+        self._db.write(self._db.put("sessions", row))
+
+    def set_lease(self, session_id: str, lease_s: float | None) -> None:
+        """Keep a new length of a session's lease, and all of it as what remains."""
+        with self._changing:
+            changed = self._changed(session_id, lease_s=lease_s)
+            self._db.write(*changed, _remaining(session_id, None))
+
+    def set_remaining(self, remaining_s: Mapping[str, float | None]) -> None:
+        """Keep what remains of leases.
+
+        Args:
+            remaining_s: Session id -> seconds; None: all of it.
+        """
+        if remaining_s:
+            self._db.write(*(_remaining(*item) for item in remaining_s.items()))
+
+    def add_version(
+        self, info: SessionInfo, version: StoredVersion, sources: Mapping[str, str]
+    ) -> None:
+        """Move a session to a new version of its parameters.
+
+        Args:
+            info: The session at the new version.
+            version: The version, and which request made it.
+            sources: As in `StoredSession`.
+        """
+        row = {
+            "session_id": info.id,
+            "version": version.version,
+            "parameters_digest": version.parameters_digest,
+            "request_id": version.request_id,
+            "fingerprint": version.fingerprint,
+        }
+        with self._changing:
+            changed = self._changed(
+                info.id, record=_record(info), sources=json.dumps(dict(sources))
+            )
+            self._db.write(
+                *changed,
+                self._db.put("versions", row),
+                (
+                    "DELETE FROM versions WHERE session_id = ? AND version <= ?",
+                    (info.id, version.version - _KEPT_VERSIONS),
+                ),
+            )
+
+    def version_of(self, session_id: str, request_id: str) -> StoredVersion | None:
+        """Find the version that a request made; the last thousand are remembered."""
+        found = self._db.rows("versions", session_id=session_id, request_id=request_id)
+        names = ("version", "parameters_digest", "request_id", "fingerprint")
+        for row, sound in found:
+            if sound:
+                return StoredVersion(**{name: row[name] for name in names})
+        return None
+
+    def sessions(self) -> tuple[list[StoredSession], dict[str, DataLoss]]:
+        """Read all sessions, oldest first.
+
+        Returns:
+            Those that can be read; and for the others, by id, why not.
+        """
+        stored, lost = [], {}
+        for row, sound in self._db.rows("sessions"):
+            try:
+                session = self._read("session", str(row["id"]), row, sound, _session)
+            except DataLoss as error:
+                lost[str(row["id"])] = error
+            else:
+                stored.append(session)
+        return stored, lost
+
+    def delete_session(self, session_id: str) -> None:
+        """Forget a session and its versions."""
+        self._db.write(("DELETE FROM sessions WHERE id = ?", (session_id,)))
+
+    def referenced(self) -> set[str]:
+        """Collect the digests of all blobs that something needs."""
+        digests = {
+            str(row["digest"])
+            for table in ("models", "datasets")
+            for row, _ in self._db.rows(table)
+        }
+        for row, _ in self._db.rows("sessions"):
+            # As text: what cannot be read may need them, too.
+            digests.update(re.findall(r"[0-9a-f]{64}", row["sources"]))
+        return digests
+
+    def needed_by(self, digest: str) -> list[str]:
+        """Name what a blob is needed by, for whoever has to be told that it is lost."""
+        found = {
+            table: {str(row["id"]) for row, _ in self._db.rows(table, digest=digest)}
+            for table in ("models", "datasets")
+        }
+        sessions = [
+            s.info.id
+            for s in self.sessions()[0]
+            if s.info.model_id in found["models"]
+            or s.info.dataset_id in found["datasets"]
+            or digest in s.sources.values()
+        ]
+        return [
+            *(f"model {i}" for i in sorted(found["models"])),
+            *(f"dataset {i}" for i in sorted(found["datasets"])),
+            *(f"session {i}" for i in sessions),
+        ]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def _changed(self, session_id: str, **columns: object) -> list[Statement]:
+        """Change some columns of a session, unless it is gone."""
+        found = self._db.rows("sessions", id=session_id)
+        return [self._db.put("sessions", {**row, **columns}) for row, _ in found]
+
+    def _read(
+        self, kind: str, name: str, row: Row, sound: bool, read: Callable[[Row], T]
+    ) -> T:
+        """Read a record, or say that it is lost and what to do."""
+        why = "its record was damaged on the disk"
+        if sound:
+            try:
+                return read(row)
+            except _UNREADABLE as error:
+                why = f"its record cannot be read: {type(error).__name__}: {error}"
+        remedy = (
+            "delete the session and create it again"
+            if kind == "session"
+            else "register the same content again"
+        )
+        logger().error("unreadable", kind=kind, id=name, why=why)
+        msg = f"the server has lost {kind} {name!r} ({why}); {remedy}"
+        raise DataLoss(msg, kind=kind, id=name)
+
+
+class Plans:
+    """Plans by structure. They save time, and whatever happens to them, nothing else.
+
+    Args:
+        database: Where they are kept.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def get(self, key: str, default: str) -> str:
+        """Look one up."""
+        for row, sound in self._db.rows("plans", key=key):
+            if sound:
+                return str(row["plan"])
+        return default
+
+    def __setitem__(self, key: str, plan: str) -> None:
+        """Keep one, if that is possible."""
+        try:
+            self._db.write(self._db.put("plans", {"key": key, "plan": plan}))
+        except CurvdError as error:
+            logger().warning("plan not kept", error=str(error))
+
+
+def _remaining(session_id: str, remaining_s: float | None) -> Statement:
+    sql = "UPDATE sessions SET remaining_s = ? WHERE id = ?"
+    return sql, (remaining_s, session_id)
+
+
+def _model(row: Row) -> StoredModel:
+    info = convert.model_from_proto(session_pb.Model.FromString(row["record"]))
+    spec = replace(info.spec, graph=SerializedGraph(row["graph"]))
+    return StoredModel(
+        info=replace(info, spec=spec),
+        digest=row["digest"],
+        ties=json.loads(row["ties"]),
+        buffers=frozenset(json.loads(row["buffers"])),
+    )
+
+
+def _dataset(row: Row) -> StoredDataset:
+    info = convert.dataset_from_proto(session_pb.Dataset.FromString(row["record"]))
+    return StoredDataset(info=info, digest=row["digest"])
+
+
+def _record(info: SessionInfo) -> bytes:
+    return convert.session_to_proto(info).SerializeToString()
+
+
+def _session(row: Row) -> StoredSession:
+    info = convert.session_from_proto(session_pb.Session.FromString(row["record"]))
+    _record(info)  # what cannot be told again would fail whoever lists the sessions
+    lease_s = row["lease_s"]
+    return StoredSession(
+        info=info,
+        # Older servers took any length.
+        lease_s=None if lease_s is None else min(lease_s, LONGEST_LEASE_S),
+        request_id=row["request_id"],
+        fingerprint=row["fingerprint"],
+        sources=json.loads(row["sources"]),
+        remaining_s=row["remaining_s"],
+    )

@@ -1,0 +1,219 @@
+"""Files that are on their way: appended to, hashed as they grow, kept when verified."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from curvd.errors import DiskFull, InvalidTensors, LimitExceeded, Unavailable
+from curvd_server.system import FREE_SOME, told
+
+MOST_PARTIALS = 1000
+"""Uploads that are not complete."""
+_READ_BYTES = 8 << 20
+
+
+class Partial:
+    """A file that grows, and the hash of what is in it.
+
+    Args:
+        path: Of the file; made if it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.users = path, 0
+        self.announced = 0
+        """Bytes that the largest of its uploads wants to bring it to."""
+        self.lock = threading.Lock()
+        with told():
+            self.file = path.open("ab", buffering=0)
+        self.size = path.stat().st_size
+        self.sha = hashlib.sha256()
+        self.hashed = 0
+
+    def append(self, data: memoryview) -> None:
+        """Write at the end.
+
+        Args:
+            data: What to write.
+
+        Raises:
+            DiskFull: If the disk does not take it; then nothing is added.
+        """
+        self.catch_up()
+        with told():
+            try:
+                written = 0
+                while written < data.nbytes:
+                    written += self.file.write(data[written:])
+            except OSError:
+                self.file.truncate(self.size)
+                raise
+        self.sha.update(data)
+        self.size += data.nbytes
+        self.hashed = self.size
+
+    def catch_up(self) -> None:
+        """Hash what an earlier upload has left; only that is read again."""
+        if self.hashed == self.size:
+            return
+        with self.path.open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                self.sha.update(block)
+        self.hashed = self.size
+
+    def clear(self) -> None:
+        """Drop what is there."""
+        self.file.truncate(0)
+        self.size = self.hashed = 0
+        self.sha = hashlib.sha256()
+
+    def close(self) -> None:
+        """Close the file; what is in it stays."""
+        self.file.close()
+
+
+class Upload:
+    """Appends to a blob that is not complete.
+
+    Args:
+        partial: The file, perhaps shared with another upload of the same bytes.
+        path: Where the complete blob goes.
+        offset: Where the next bytes belong.
+        total_bytes: Size of the whole file.
+        arrived: Told of the complete blob.
+    """
+
+    def __init__(
+        self,
+        partial: Partial,
+        path: Path,
+        offset: int,
+        total_bytes: int,
+        arrived: Callable[[Path], None],
+    ) -> None:
+        self._partial, self._path, self._arrived = partial, path, arrived
+        self._position, self._total = offset, total_bytes
+        self._found = partial.size
+
+    def write(self, data: memoryview) -> None:
+        """Take the next bytes.
+
+        Args:
+            data: What follows what was written before.
+
+        Raises:
+            InvalidTensors: If there are more than announced.
+        """
+        if self._position + data.nbytes > self._total:
+            msg = f"more than the {self._total} bytes that the upload announces"
+            raise InvalidTensors(msg, total_bytes=self._total)
+        with self._partial.lock:
+            known = self._partial.size - self._position
+            if known < 0:
+                msg = "another upload of the same digest brought other bytes; ask again"
+                raise Unavailable(msg, digest=self._path.name)
+            if known < data.nbytes and not self._path.exists():
+                self._partial.append(data[known:])
+        self._position += data.nbytes
+
+    def finish(self) -> bool:
+        """Verify and keep the blob if it is complete.
+
+        Returns:
+            Whether it is; what has arrived is kept in any case.
+
+        Raises:
+            InvalidTensors: If the bytes do not have the digest; they are dropped.
+            Unavailable: If so, and some of them were here before.
+        """
+        if self._position < self._total:
+            return False
+        partial = self._partial
+        with partial.lock:
+            if self._path.exists():
+                return True  # the other upload of the same bytes was first
+            partial.catch_up()
+            digest = partial.sha.hexdigest()
+            if digest != self._path.name or partial.size != self._total:
+                partial.clear()
+                if self._found:
+                    # Perhaps the fault is ours, or that of whoever sent those.
+                    msg = (
+                        f"the {self._found} bytes that were here before and those that "
+                        "arrived now do not make the file; send all of them again"
+                    )
+                    raise Unavailable(msg, digest=self._path.name)
+                msg = (
+                    f"the bytes that arrived have SHA-256 {digest}, the upload announces "
+                    f"{self._path.name}; nothing of them was kept"
+                )
+                raise InvalidTensors(msg, digest=digest, announced=self._path.name)
+            with told():
+                os.fsync(partial.file.fileno())
+                partial.path.rename(self._path)
+                fsync_directory(self._path.parent)
+            self._arrived(self._path)
+        return True
+
+
+def make_room(
+    path: Path, total_bytes: int, busy: Mapping[Path, int], *, limit_bytes: int
+) -> None:
+    """Refuse an upload that does not fit, after the oldest idle ones made room.
+
+    Args:
+        path: Where it goes; perhaps a part of it is there.
+        total_bytes: That it will have.
+        busy: Uploads under way, and what they will have.
+        limit_bytes: Of all uploads in that folder together.
+
+    Raises:
+        LimitExceeded: If others under way leave it no room.
+        DiskFull: If the disk has none.
+    """
+    found = {}
+    for file in path.parent.glob("*.part"):
+        with contextlib.suppress(FileNotFoundError):  # it was completed meanwhile
+            found[file] = file.stat()
+    sizes = {file: status.st_size for file, status in found.items()}
+    committed = sizes.pop(path, 0)
+    idle = sorted(sizes.keys() - busy.keys(), key=lambda p: found[p].st_mtime)
+    sizes.update(busy)
+
+    def is_full() -> bool:
+        too_many = len(sizes) >= MOST_PARTIALS
+        return too_many or sum(sizes.values()) + total_bytes > limit_bytes
+
+    while idle and is_full():
+        sizes.pop(idle[0])
+        idle.pop(0).unlink(missing_ok=True)
+    if is_full():
+        msg = (
+            f"{len(sizes)} uploads of {sum(sizes.values())} bytes are under way; "
+            f"{total_bytes} more would exceed the limit of {limit_bytes} "
+            f"(partial_bytes) or of {MOST_PARTIALS} uploads. Wait until some are "
+            "complete"
+        )
+        raise LimitExceeded(msg, limit=limit_bytes)
+    free = shutil.disk_usage(path.parent).free
+    if total_bytes - committed > free:
+        msg = (
+            f"the upload needs {total_bytes - committed} bytes more, and the disk "
+            f"has {free} free: {FREE_SOME}"
+        )
+        raise DiskFull(msg, free_bytes=free)
+
+
+def fsync_directory(directory: Path) -> None:
+    """Have what was renamed in a folder survive a crash of the machine."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

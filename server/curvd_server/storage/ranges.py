@@ -1,0 +1,245 @@
+"""Which values a request may carry: one rule for each number and text of the contract.
+
+They are checked before a method sees the request, so nothing that is out of range is
+written anywhere. What depends on a session (its size, its device) or on other fields is
+checked where that is known; what a field leaves out is the default, and never wrong.
+`tests/storage/test_ranges.py` reads the contract and fails on a field without a rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from curvd.contract import LONGEST_PATTERN, MOST_PATTERNS
+from curvd.errors import InvalidSpec, LimitExceeded
+
+LONGEST_LEASE_S = 10 * 365 * 24 * 3600
+"""Ten years; what lives longer needs no lease."""
+_MOST = 1_000_000
+"""Values of a repeated field, unless its rule says less."""
+_PACKAGE = "curvd.v1."
+_INT64 = 2**63 - 1
+_LARGEST = 1e300
+"""Of numbers that need only be finite."""
+_FAR = 2**28
+"""Upper ends that hardly anybody reaches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A number in [low, high]; NaN is in no range."""
+
+    low: float
+    high: float
+    above: bool = False
+    """Whether it must be above `low`."""
+    unit: str = ""
+    most: int = _MOST
+    """Values, if it is repeated."""
+
+    def check(self, name: str, value: float) -> None:
+        """Refuse what is out of range.
+
+        Raises:
+            InvalidSpec: Unless the value is in it.
+        """
+        if (self.low < value if self.above else self.low <= value) and (
+            value <= self.high
+        ):
+            return
+        unit = f" {self.unit}" if self.unit else ""
+        msg = f"{name} {self._wanted(value)}, got {value}{unit}"
+        raise InvalidSpec(msg, **{name: value})
+
+    def _wanted(self, value: float) -> str:
+        """Say the range, or only the side that was missed if the other is far away."""
+        positive = self.above or self.low == 1
+        if self.high == _LARGEST and self.low < 0:
+            return "must be finite"
+        if self.high == _LARGEST:
+            return f"must be {'positive and finite' if positive else 'finite and not negative'}"
+        if value <= self.low <= 1 and self.low >= 0 and self.high >= _FAR:
+            return "must be positive" if positive else "must not be negative"
+        return f"must be in {'(' if self.above else '['}{self.low}, {self.high}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Characters, or bytes."""
+
+    longest: int
+    most: int = _MOST
+
+    def check(self, name: str, value: str | bytes) -> None:
+        """Refuse what is too long.
+
+        Raises:
+            InvalidSpec: If it has more than `longest` characters.
+        """
+        if len(value) > self.longest:
+            msg = f"{name} has {len(value)} characters; the limit is {self.longest}"
+            raise InvalidSpec(msg, length=len(value), limit=self.longest)
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Messages of a repeated field; each is checked by itself."""
+
+    most: int
+
+
+Rule = Number | Text | Count
+
+_ID, _NAME = Text(128), Text(128)
+_TENSOR = Text(1024, most=100_000)
+"""Name of a tensor, a parameter or an input."""
+_VERSION = Number(0, _INT64)
+_SEED = Number(0, _INT64)
+_BYTES = Number(0, 2**62, unit="bytes")
+_FINITE = Number(-_LARGEST, _LARGEST)
+_NOT_NEGATIVE = Number(0, _LARGEST)
+_POSITIVE = Number(0, _LARGEST, above=True)
+_LEASE = Number(0, LONGEST_LEASE_S, above=True, unit="s")
+_DIGEST = Text(64)
+_PATTERN = Text(LONGEST_PATTERN, most=MOST_PATTERNS)
+
+RULES: Mapping[str, Rule] = {
+    "RegisterModelHeader.builder": _NAME,
+    "Upload.digest": _DIGEST,
+    "Upload.total_bytes": _BYTES,
+    "Upload.offset": _BYTES,
+    "RegisterDatasetHeader.inputs": Text(1024, most=1000),
+    "RegisterDatasetHeader.target": _TENSOR,
+    "RegisterDatasetHeader.batch_size": Number(1, 2**53),
+    "RegisterDatasetHeader.name": _NAME,
+    "CreateSessionRequest.model_id": _ID,
+    "CreateSessionRequest.dataset_id": _ID,
+    "CreateSessionRequest.operators": Count(100),
+    "CreateSessionRequest.budget_bytes": _BYTES,
+    "CreateSessionRequest.lease": _LEASE,
+    "CreateSessionRequest.name": _NAME,
+    "CreateSessionRequest.request_id": _ID,
+    "CreateSessionRequest.params": _PATTERN,
+    "Loss.ignore_index": Number(-(2**62), 2**62),
+    "Loss.class_weights": _NOT_NEGATIVE,
+    "Loss.label_smoothing": Number(0.0, 1.0),
+    "Loss.beta": _POSITIVE,
+    "Loss.weight_decay": Count(MOST_PATTERNS),
+    "WeightDecay.pattern": _PATTERN,
+    "WeightDecay.coefficient": _NOT_NEGATIVE,
+    "Operator.block_sizes": Number(1, 2**32 - 1),
+    "Operator.damping": _FINITE,
+    "Operator.scale": _FINITE,
+    "Operator.mc_samples": Number(0, 100_000),
+    "Operator.seed": _SEED,
+    "Operator.parameters": _TENSOR,
+    "GetSessionRequest.session_id": _ID,
+    "ListSessionsRequest.page_size": Number(0, 2**31 - 1),
+    "ListSessionsRequest.page_token": _ID,
+    "RenewSessionRequest.session_id": _ID,
+    "RenewSessionRequest.lease": _LEASE,
+    "DeleteSessionRequest.session_id": _ID,
+    "UpdateParametersHeader.session_id": _ID,
+    "UpdateParametersHeader.expected_version": _VERSION,
+    "UpdateParametersHeader.request_id": _ID,
+    "ProductHeader.session_id": _ID,
+    "ProductHeader.expected_version": _VERSION,
+    "ProductHeader.request_id": _ID,
+    "ProductHeader.result_type": Text(8),
+    "ProductHeader.store_as": _NAME,
+    "Resume.offset": _BYTES,
+    "Resume.sha256": Text(32),
+    "Operand.stored": _NAME,
+    "ProbeOperand.seed": _SEED,
+    "ProbeOperand.first_index": _SEED,
+    "ProbeOperand.columns": Number(0, 2**32 - 1),
+    "GradientRequest.session_id": _ID,
+    "GradientRequest.expected_version": _VERSION,
+    "GradientRequest.request_id": _ID,
+    "PutVectorHeader.session_id": _ID,
+    "PutVectorHeader.name": _NAME,
+    "PutVectorHeader.request_id": _ID,
+    "GetVectorRequest.session_id": _ID,
+    "GetVectorRequest.name": _NAME,
+    "GetVectorRequest.request_id": _ID,
+    "GetVectorRequest.result_type": Text(8),
+    "ListVectorsRequest.session_id": _ID,
+    "DeleteVectorRequest.session_id": _ID,
+    "DeleteVectorRequest.name": _NAME,
+    "Query.session_id": _ID,
+    "Query.expected_version": _VERSION,
+    "Query.request_id": _ID,
+    "Query.max_products": Number(1, 2**62),
+    "Query.time_limit_s": Number(0, LONGEST_LEASE_S, above=True, unit="s"),
+    "EigshRequest.k": Number(1, 2**31 - 1),
+    "EigshRequest.tolerance": _POSITIVE,
+    "EigshRequest.basis_size": Number(0, 2**31 - 1),
+    "EigshRequest.seed": _SEED,
+    "EigshRequest.store_as": _NAME,
+    "EigshRequest.start": _NAME,
+    "Accuracy.relative_error": _NOT_NEGATIVE,
+    "Accuracy.absolute_error": _NOT_NEGATIVE,
+    "Accuracy.samples": Number(1, 100_000),
+    "Accuracy.seed": _SEED,
+    "SpectralDensityRequest.probes": Number(1, 1000),
+    "SpectralDensityRequest.steps": Number(1, 1000),
+    "SpectralDensityRequest.points": Number(2, 100_000),
+    "SpectralDensityRequest.width": _POSITIVE,
+    "SpectralDensityRequest.floor": _POSITIVE,
+    "SpectralDensityRequest.seed": _SEED,
+    "SolveHeader.damping": _FINITE,
+    "SolveHeader.tolerance": _POSITIVE,
+    "SolveHeader.diagonal_samples": Number(0, 1000),
+    "SolveHeader.seed": _SEED,
+    "LogDetRequest.damping": _FINITE,
+    "LogDetRequest.steps": Number(1, 1000),
+}
+"""By message and field."""
+
+ELSEWHERE: Mapping[str, str] = {
+    "RegisterModelHeader.config_json": "registration.model_spec: 1 MiB, a JSON object",
+    "Graph": "graph.decode: all that is in it",
+    "*.chunk": "the transport: one message; then wire.Assembler",
+    "MultiplyRequest.tensors": "the transport: one message; then wire.Assembler",
+}
+"""What has its rule in another place, and where."""
+
+
+def check(message: Message) -> None:
+    """Refuse a request with a value that is out of range.
+
+    Args:
+        message: From a stranger.
+
+    Raises:
+        InvalidSpec: If a number or a text is; the message names field and range.
+        LimitExceeded: If a field has too many values.
+    """
+    for field, value in message.ListFields():
+        kind = field.message_type
+        if kind is not None and kind.full_name == f"{_PACKAGE}Graph":
+            continue
+        rule = RULES.get(field.full_name.removeprefix(_PACKAGE))
+        if isinstance(value, str | bytes | int | float | Message):
+            _check_one(field.name, rule, value)
+            continue
+        most = _MOST if rule is None else rule.most
+        if len(value) > most:
+            msg = f"{field.name} has {len(value)} values; the limit is {most}"
+            raise LimitExceeded(msg, values=len(value), limit=most)
+        for one in value:
+            _check_one(field.name, rule, one)
+
+
+def _check_one(name: str, rule: Rule | None, value: Any) -> None:
+    if isinstance(value, Duration):
+        value = value.seconds + value.nanos / 1e9
+    if isinstance(value, Message):
+        check(value)
+    elif rule is not None and not isinstance(rule, Count):
+        rule.check(name, value)

@@ -1,0 +1,35 @@
+"""What the process has of its machine: memory, disk errors, logs, and turns between threads.
+
+At the bottom of the server: imports nothing of it, and knows neither torch nor grpc.
+"""
+
+from __future__ import annotations
+
+from curvd_server.system.cooperative import LongWork, Poll, Threads, alone, yield_point
+from curvd_server.system.faults import FREE_SOME, told
+from curvd_server.system.host_memory import (
+    CALLS,
+    RESULTS,
+    SNAPSHOTS,
+    VECTORS,
+    HostMemory,
+    default_bytes,
+)
+from curvd_server.system.logs import logger
+
+__all__ = [
+    "CALLS",
+    "FREE_SOME",
+    "RESULTS",
+    "SNAPSHOTS",
+    "VECTORS",
+    "HostMemory",
+    "LongWork",
+    "Poll",
+    "Threads",
+    "alone",
+    "default_bytes",
+    "logger",
+    "told",
+    "yield_point",
+]

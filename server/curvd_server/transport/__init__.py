@@ -1,0 +1,30 @@
+"""Where connections come in: who calls, what strangers may take, and HTTP/2 of our own.
+
+Imports `curvd.http2` and `curvd_server.system`; knows methods by their names only, and
+neither sessions nor torch.
+"""
+
+from __future__ import annotations
+
+from curvd_server.transport.addresses import cleared, target_of
+from curvd_server.transport.admission import raise_descriptor_limit
+from curvd_server.transport.calls import Calls
+from curvd_server.transport.drops import Drops
+from curvd_server.transport.interceptors import Gate, TokenInterceptor
+from curvd_server.transport.limits import ConnectionLimits
+from curvd_server.transport.listener import Front
+from curvd_server.transport.stalls import Stalled, StallGuard
+
+__all__ = [
+    "Calls",
+    "ConnectionLimits",
+    "Drops",
+    "Front",
+    "Gate",
+    "StallGuard",
+    "Stalled",
+    "TokenInterceptor",
+    "cleared",
+    "raise_descriptor_limit",
+    "target_of",
+]

@@ -1,0 +1,379 @@
+"""One connection of a client of ours, on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
+
+from curvd.errors import CurvdError
+from curvd.http2 import Broken, Code, Headers, InPlace, Line, Stream
+from curvd_server.system import logger
+from curvd_server.transport.allowance import Allowance
+from curvd_server.transport.limits import ConnectionLimits
+from curvd_server.transport.upload_scheduler import Turns
+
+_MOST_PARTS = 64
+"""Parts that wait for their call; a client that sends more is not read."""
+_LARGE_BYTES = 1 << 20
+"""From here on a request has to wait for its turn."""
+_CALL_S = 4e-4
+"""What a call costs the event loop that comes to nothing."""
+_MOST_FAILURES = 8
+"""Calls without success, beyond those with, that a trusted client may make."""
+
+
+class Link:
+    """Moves bytes whenever the socket is ready, and wakes the calls that wait.
+
+    Args:
+        sock: Connected, non-blocking; TLS already spoken.
+        peer: Who calls, as gRPC writes it.
+        begin: Called with this and a stream whose headers came; gives the call's task.
+        turns: Whose large request is read first.
+        allowance: When it is read, as long as nobody vouches for the client.
+        header_bytes: Bytes of the headers of one call.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: str,
+        begin: Callable[[Link, Stream], asyncio.Task[None]],
+        turns: Turns,
+        allowance: Allowance,
+        header_bytes: int,
+    ) -> None:
+        self.peer, self._begin, self._turns = peer, begin, turns
+        self._allowance = allowance
+        self._loop = asyncio.get_running_loop()
+        self._line = Line(
+            sock, client=False, accept=self._accept, header_bytes=header_bytes
+        )
+        self._task: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
+        self._waiting: list[asyncio.Future[None]] = []
+        self._reads = self._writes = self._leaving = self._is_coming_back = False
+        self._before = 0  # bytes heard before the request
+        self._queued = False  # once for each request
+        self.vouched = self._rests = False
+        """Whether a call of the client was ever let through."""
+        self._failures = 0
+        self._idle_since = self._loop.time()
+        self.failure: Broken | None = None
+        """What the client did wrong, if that ended the connection."""
+        self.gone = asyncio.Event()
+        """Set when the connection is closed."""
+        self._watch()
+        self._flush()
+
+    @property
+    def heard(self) -> int:
+        """Bytes that came."""
+        return self._line.heard
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is under way."""
+        return self._task is not None and not self._task.done()
+
+    def vouch(self) -> None:
+        """Trust the client: its call was let through."""
+        self.vouched = True
+
+    def concluded(self, *, success: bool) -> None:
+        """Take note that a call is over."""
+        self._idle_since = self._loop.time()
+        self._failures = max(0, self._failures + (-1 if success else 1))
+
+    def overdue(self, now: float, limits: ConnectionLimits) -> str | None:
+        """Tell whether the client should have called by now.
+
+        Args:
+            now: Time of the event loop.
+            limits: How long it may take.
+
+        Returns:
+            A word for what it missed.
+        """
+        quiet_s = now - self._idle_since
+        if self.busy or self.gone.is_set():
+            return None
+        if not self.vouched:
+            return "greeting" if quiet_s > limits.greeting_s else None
+        return "idle" if quiet_s > limits.idle_connection_s else None
+
+    def resume(self) -> None:
+        """Read again, if nothing else is in the way."""
+        self._watch()
+
+    @property
+    def is_ending_calls(self) -> bool:
+        """Whether calls that were cancelled still run."""
+        return bool(self._ending)
+
+    async def ended_calls(self) -> None:
+        """Wait for them: a connection has one call at a time, however many it resets."""
+        while self._ending:
+            await asyncio.wait(set(self._ending))
+
+    async def changed(self) -> None:
+        """Wait until something came or went, or the connection is gone."""
+        if self.gone.is_set():
+            return
+        future = self._loop.create_future()
+        self._waiting.append(future)
+        await future
+
+    async def send(
+        self,
+        stream: Stream,
+        headers: Headers,
+        views: Iterable[memoryview] = (),
+        trailers: Headers = (),
+    ) -> None:
+        """Send, and wait until the bytes are not needed any more.
+
+        Args:
+            stream: Where.
+            headers: To send first, if any.
+            views: The bytes.
+            trailers: The status, if nothing follows.
+
+        Raises:
+            asyncio.CancelledError: If the client is gone.
+        """
+        if headers:
+            self._line.send_headers(stream, headers)
+        self._line.send_data(stream, views)
+        if trailers:
+            self._line.send_headers(stream, trailers, end=True)
+        while not self._sent(stream):
+            await self.changed()
+        if self.is_lost(stream):
+            raise asyncio.CancelledError
+
+    def finish(self, stream: Stream, trailers: Headers) -> None:
+        """End a call; it goes out as the client reads.
+
+        Args:
+            stream: Where.
+            trailers: The status.
+        """
+        if self.gone.is_set() or stream.reset is not None:
+            return
+        self._line.send_headers(stream, trailers, end=True)
+        if not stream.ended:
+            self._line.give_up(stream, Code.NO_ERROR)
+        stream.reader = None
+        stream.inbox.clear()
+        self._turns.leave(self)
+        self._flush()
+
+    def is_lost(self, stream: Stream) -> bool:
+        """Whether nobody waits for an answer any more."""
+        return stream.reset is not None or self.gone.is_set()
+
+    def taken(self, stream: Stream, nbytes: int) -> None:
+        """Let the client send more."""
+        self._line.used(stream, nbytes)
+        self._watch()
+        self._flush()
+
+    def leave(self) -> None:
+        """Tell the client to make its next call elsewhere; close if it makes none."""
+        if self.gone.is_set():
+            return
+        with contextlib.suppress(Broken):
+            self._line.leave()
+        self._leaving = True
+        self._flush()
+
+    def close(self) -> None:
+        """Close the connection; a call under way is cancelled."""
+        if self.gone.is_set():
+            return
+        self.gone.set()
+        self._turns.leave(self)
+        self._watch()
+        self._line.sock.close()
+        if self._task is not None:
+            self._task.cancel()
+        self._wake()
+
+    def _accept(self, stream: Stream) -> None:
+        if not self._trusted:
+            self._allowance.spend(_CALL_S)
+        self._before, self._queued = self._line.heard, False
+        self._task = task = self._begin(self, stream)
+        stream.on_reset = lambda: self._cancel(task)
+
+    def _cancel(self, task: asyncio.Task[None]) -> None:
+        """Cancel a call at once: the next one may come with the same bytes."""
+        task.cancel()
+        if not task.done():
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+
+    def _sent(self, stream: Stream) -> bool:
+        self._flush()
+        return self.is_lost(stream) or not (stream.outbox or self._writes)
+
+    @property
+    def _trusted(self) -> bool:
+        return self.vouched and self._failures <= _MOST_FAILURES
+
+    def _readable(self) -> None:
+        if self._trusted:
+            self._read()
+        elif not self._allowance.spent:
+            with self._allowance.charged():
+                self._read()
+        elif not self._rests:
+            self._rests = True
+            self._watch()
+            self._allowance.wait(self._rested)
+
+    def _rested(self) -> None:
+        self._rests = False
+        if not self.gone.is_set():
+            with self._allowance.charged():
+                self._read()
+
+    def _read(self) -> None:
+        try:
+            self._line.pull()
+        except (Broken, OSError) as error:
+            self._break(error)
+            return
+        except Exception as error:
+            logger().exception("defect", peer=self.peer)
+            self._break(error)
+            return
+        self._queue(self._line.stream)
+        self._watch()
+        self._flush()
+        self._wake()
+
+    def _queue(self, stream: Stream | None) -> None:
+        """Wait for a turn if there is much to read, and go when nothing is."""
+        if stream is None or stream.ended or stream.reader is None:
+            self._turns.leave(self)
+        elif not self._queued and self.heard - self._before > _LARGE_BYTES:
+            self._queued = True
+            self._turns.join(self)
+
+    def _come_back(self) -> None:
+        """Read on after the other connections, although the socket shows nothing."""
+        if self._line.more and self._reads and not self._is_coming_back:
+            self._is_coming_back = True
+            self._loop.call_soon(self._again)
+
+    def _again(self) -> None:
+        self._is_coming_back = False
+        if self._reads:
+            self._readable()
+
+    def _writable(self) -> None:
+        self._flush()
+        self._wake()
+
+    def _flush(self) -> None:
+        if self.gone.is_set():
+            return
+        try:
+            blocked = not self._line.push()
+        except OSError as error:
+            self._break(error)
+            return
+        if blocked is not self._writes:
+            self._writes = blocked
+            if blocked:
+                self._loop.add_writer(self._line.sock, self._writable)
+            else:
+                self._loop.remove_writer(self._line.sock)
+        stream = self._line.stream
+        if self._leaving and not blocked and (stream is None or stream.over):
+            self.close()
+
+    def _watch(self) -> None:
+        """Read as long as there is somebody to read for."""
+        stream = self._line.stream
+        full = stream is not None and len(stream.inbox) > _MOST_PARTS
+        paused = full or self._rests or self._turns.waits(self)
+        reads = not (paused or self.gone.is_set())
+        if reads is not self._reads:
+            self._reads = reads
+            if reads:
+                self._loop.add_reader(self._line.sock, self._readable)
+            else:
+                self._loop.remove_reader(self._line.sock)
+        self._come_back()
+        if self.gone.is_set() and self._writes:
+            self._writes = False
+            self._loop.remove_writer(self._line.sock)
+
+    def _break(self, error: Exception) -> None:
+        if isinstance(error, Broken):
+            left = self._leaving or error.code is Code.NO_ERROR
+            self.failure = None if left else error
+            with contextlib.suppress(Broken, OSError):
+                self._line.leave(error.code)
+                self._line.push()
+        self.close()
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+
+class Requests(InPlace, AsyncIterator[Any]):
+    """The parts of one request.
+
+    Args:
+        link: Where they come from.
+        stream: The call.
+    """
+
+    def __init__(self, link: Link, stream: Stream) -> None:
+        self._link, self._stream = link, stream
+        self.room = _anywhere
+
+    def place(self, nbytes: int) -> memoryview | None:
+        """Find the place of the next chunk."""
+        return self.room(nbytes)
+
+    async def __anext__(self) -> Any:
+        """Wait for the next part.
+
+        Raises:
+            StopAsyncIteration: If there is none.
+            CurvdError: If it cannot be read.
+            asyncio.CancelledError: If the client is gone.
+        """
+        stream = self._stream
+        while not stream.inbox:
+            if self._link.is_lost(stream):
+                raise asyncio.CancelledError
+            if stream.failure is not None:
+                raise _again(stream.failure)
+            if stream.ended:
+                raise StopAsyncIteration
+            await self._link.changed()
+        part, nbytes = stream.inbox.popleft()
+        self._link.taken(stream, nbytes)
+        return part
+
+
+def _anywhere(nbytes: int) -> memoryview | None:
+    return None
+
+
+def _again(error: CurvdError) -> CurvdError:
+    again = type(error)(str(error))
+    again.metadata = error.metadata
+    return again

@@ -1,0 +1,220 @@
+"""Around every call: who may make it, what its errors look like, one line of log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hmac
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+import structlog
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from curvd.contract import Rpc, statuses
+from curvd.errors import (
+    CurvdError,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+)
+from curvd_server.system import faults, logger
+
+# Errors travel in HTTP/2 headers, of which clients accept 8 KiB; the message is in
+# there twice.
+_LONGEST_MESSAGE = 2000
+_LONGEST_VALUE = 200
+_OPEN = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
+"""What needs no token: whether the server serves, for probes that have none."""
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class Gate:
+    """What every call of ours passes through."""
+
+    def __init__(self) -> None:
+        self._log = logger()
+        self._draining = False
+        self._calls = 0
+        self._idle = asyncio.Event()
+
+    async def drain(self, grace_s: float) -> None:
+        """Turn new calls away, and wait for those under way.
+
+        Args:
+            grace_s: How long at most.
+        """
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while self._calls:
+                    self._idle.clear()
+                    await self._idle.wait()
+
+    @contextlib.asynccontextmanager
+    async def call(
+        self, rpc: Rpc, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[None]:
+        """Surround one call.
+
+        Args:
+            rpc: Which method.
+            context: gRPC's.
+
+        Yields:
+            Nothing.
+        """
+        start_s, code = time.monotonic(), "OK"
+        structlog.contextvars.clear_contextvars()
+        self._calls += 1
+        try:
+            if self._draining:
+                msg = "this server is shutting down; retry, another may answer"
+                raise Unavailable(msg)
+            yield
+        except asyncio.CancelledError:
+            code = "CANCELLED"
+            raise
+        except CurvdError as error:
+            code = error.code
+            await abort(context, error)
+        except Exception as error:
+            if context.done():  # the client left, and a read or write noticed first
+                code = "CANCELLED"
+                raise asyncio.CancelledError from error
+            shortage = faults.typed(error)
+            if shortage is not None:
+                code = shortage.code
+                self._log.error("shortage", rpc=rpc.name, error=repr(error)[:500])
+                await abort(context, shortage)
+            code = Internal.code
+            self._log.exception("defect", rpc=rpc.name)
+            msg = (
+                f"{type(error).__name__} in {rpc.name}: a defect of curvd; the server's "
+                "log has the details"
+            )
+            await abort(context, Internal(msg))
+        finally:
+            self._calls -= 1
+            self._idle.set()
+            say = functools.partial(
+                self._log.info,
+                "call",
+                rpc=rpc.name,
+                code=code,
+                seconds=round(time.monotonic() - start_s, 6),
+                peer=context.peer(),
+            )
+            # After the answer has left: writing takes as long as a small product.
+            asyncio.get_running_loop().call_soon(say)
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):
+    """Lets in whoever brings the token; `Check` and `Watch` of its health need none.
+
+    Args:
+        token: What must follow ``authorization: Bearer``.
+    """
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+        self._refusal: Handler = grpc.stream_stream_rpc_method_handler(_refuse)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Choose who answers a call.
+
+        Args:
+            continuation: Finds the method.
+            handler_call_details: Method and metadata of the call.
+
+        Returns:
+            The method, or one that refuses.
+        """
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        given = metadata.get("authorization", "")
+        given = given.encode() if isinstance(given, str) else given
+        public = str(handler_call_details.method) in _OPEN
+        if public or hmac.compare_digest(given, self._expected):
+            return await continuation(handler_call_details)
+        return self._refusal
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: CurvdError) -> None:
+    """End a call with an error.
+
+    Args:
+        context: Of the call.
+        error: What went wrong.
+    """
+    error = _clipped(error)
+    details = status_pb2.Status.FromString(statuses.dump(error))
+    for detail in _details(error):
+        details.details.add().Pack(detail)
+    await context.abort(
+        grpc.StatusCode[error.code],
+        str(error),
+        ((statuses.DETAILS_KEY, details.SerializeToString()),),
+    )
+
+
+async def _refuse(
+    requests: object, context: grpc.aio.ServicerContext[Any, Any]
+) -> None:
+    msg = "this server needs a token: send authorization: Bearer <token>"
+    await abort(context, Unauthenticated(msg))
+
+
+def _details(error: CurvdError) -> list[Message]:
+    """Say it in Google's standard messages too, for clients that know only those."""
+    if isinstance(error, InvalidArgument):
+        field = next(iter(error.metadata), "")
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=field, description=str(error)[:_LONGEST_VALUE]
+        )
+        return [error_details_pb2.BadRequest(field_violations=[violation])]
+    if isinstance(error, NotFound):
+        kind, name = next(iter(error.metadata.items()), ("", ""))
+        return [
+            error_details_pb2.ResourceInfo(
+                resource_type=f"curvd.{kind.removesuffix('_id')}", resource_name=name
+            )
+        ]
+    if isinstance(error, ResourceExhausted):
+        violation = error_details_pb2.QuotaFailure.Violation(
+            subject=error.reason, description=str(error)[:_LONGEST_VALUE]
+        )
+        return [error_details_pb2.QuotaFailure(violations=[violation])]
+    return []
+
+
+def _clipped(error: CurvdError) -> CurvdError:
+    """Keep an error within what headers may hold."""
+    message = _clip(str(error), _LONGEST_MESSAGE)
+    short = type(error)(message, retry_after_s=error.retry_after_s)
+    short.metadata = {
+        k: _clip(v, _LONGEST_VALUE) for k, v in list(error.metadata.items())[:8]
+    }
+    return short
+
+
+def _clip(text: str, limit: int) -> str:
+    # note: what is not ASCII travels percent-encoded, three bytes for each.
+    if len(text.encode()) <= limit and (
+        text.isascii() or len(text.encode()) * 3 <= limit
+    ):
+        return text
+    limit = limit if text.isascii() else limit // 12
+    return f"{text[:limit]} … ({len(text) - limit} more characters)"

@@ -1,0 +1,247 @@
+"""The port: takes connections, finds out who calls, and finds who answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from curvd.http2 import Code, Stream, tune
+from curvd_server.system import logger
+from curvd_server.transport.addresses import bound, cleared, peer_of, target_of
+from curvd_server.transport.admission import (
+    OWN_DESCRIPTORS,
+    Admission,
+    Refused,
+    descriptors_for_connections,
+)
+from curvd_server.transport.allowance import Allowance
+from curvd_server.transport.connection import Link
+from curvd_server.transport.drops import Drops
+from curvd_server.transport.greeting import encrypted, recognised
+from curvd_server.transport.limits import ConnectionLimits
+from curvd_server.transport.proxy import connected, relay
+from curvd_server.transport.upload_scheduler import Turns
+
+_SWEEP_S = 0.5
+"""How often connections are looked at that should have done something."""
+_PAUSE_S = 0.1
+"""Pause when the system has no descriptor left for a connection."""
+_CONNECTION_S = 4e-4
+"""What a connection costs the event loop until its first call."""
+
+_HANDSHAKE_S = 1.5e-3
+"""What a handshake costs this machine that grpcio does for us."""
+
+Begin = Callable[[Link, Stream], asyncio.Task[None]]
+
+
+class _Visit:
+    """One connection, from its beginning to its end.
+
+    Args:
+        sock: The connection.
+        peer: Who calls, as gRPC writes it.
+    """
+
+    descriptors = OWN_DESCRIPTORS
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self.sock, self.peer = sock, peer
+        self.host = "" if peer.startswith("unix") else peer.rpartition(":")[0]
+        self.task: asyncio.Task[None] | None = None
+        self.link: Link | None = None
+        self.relayed = False
+        self.dropped: str | None = None
+        """Why it was sent away."""
+
+    @property
+    def known(self) -> bool:
+        """Whether a call of it was ever let through."""
+        return self.link is not None and self.link.vouched
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call that was let through is under way, or nobody knows."""
+        return self.relayed or (
+            self.link is not None and self.link.vouched and self.link.busy
+        )
+
+    def send_away(self, reason: str) -> None:
+        """End it; politely, if it speaks HTTP/2 already."""
+        self.dropped = reason
+        if self.link is not None:
+            self.link.leave()
+            self.link.close()
+        elif self.task is not None:
+            self.task.cancel()
+
+
+class Front:
+    """Takes connections.
+
+    Args:
+        begin: Starts a call of one of our clients.
+        backend: Path of the Unix socket where grpcio serves all others.
+        tls: Encryption; None: plain text.
+        limits: What connections may take.
+        drops: Is told of those that are turned away.
+    """
+
+    def __init__(
+        self,
+        begin: Begin,
+        backend: str,
+        tls: ssl.SSLContext | None,
+        limits: ConnectionLimits,
+        drops: Drops,
+    ) -> None:
+        self._begin, self._backend, self._tls = begin, backend, tls
+        self._limits, self._drops = limits, drops
+        self._admission = Admission(limits, descriptors_for_connections())
+        self._allowance, self._relaying = Allowance(), Allowance()
+        self._turns = Turns()
+        self._visits: set[_Visit] = set()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="curvd-tls")
+
+    @contextlib.asynccontextmanager
+    async def listening(self, listen: str) -> AsyncIterator[str]:
+        """Take connections until the end of the context.
+
+        Args:
+            listen: ``host:port``, ``[ipv6]:port`` or ``unix:/path``.
+
+        Yields:
+            The target for clients on this machine.
+
+        Raises:
+            InvalidSpec: If the address cannot be had.
+        """
+        sockets = await bound(listen)
+        tasks = [asyncio.create_task(self._take(sock)) for sock in sockets]
+        tasks.append(asyncio.create_task(self._sweep()))
+        port = 0 if listen.startswith("unix") else sockets[0].getsockname()[1]
+        try:
+            yield target_of(listen, port)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for sock in sockets:
+                sock.close()
+            cleared(listen)
+            self._worker.shutdown(wait=False)
+
+    async def stop(self, grace_s: float) -> None:
+        """Send our clients away, and close all connections.
+
+        Args:
+            grace_s: Time for what is on its way.
+        """
+        links = [visit.link for visit in self._visits if visit.link is not None]
+        for link in links:
+            link.leave()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await asyncio.gather(*(link.gone.wait() for link in links))
+        tasks = [visit.task for visit in self._visits if visit.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _take(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._allowance.turn()
+            try:
+                sock, address = await loop.sock_accept(listener)
+            except OSError as error:  # for example no file descriptors are left
+                self._drops.add("accept", "unknown", error=str(error))
+                await asyncio.sleep(_PAUSE_S)
+                continue
+            self._allowance.spend(_CONNECTION_S)
+            self._admit(_Visit(sock, peer_of(sock, address)))
+
+    def _admit(self, visit: _Visit) -> None:
+        try:
+            self._admission.enter(visit)
+        except Refused as refused:
+            self._drops.add(refused.reason, visit.peer)
+            visit.sock.close()
+            return
+        self._visits.add(visit)
+        visit.task = asyncio.create_task(self._serve(visit))
+
+    async def _serve(self, visit: _Visit) -> None:
+        try:
+            ours = await self._greeted(visit)
+            await (self._link(visit) if ours else self._relay(visit))
+        except Refused as refused:
+            self._drops.add(refused.reason, visit.peer)
+        except TimeoutError:
+            self._drops.add("greeting", visit.peer, seconds=self._limits.greeting_s)
+        except ssl.SSLError as error:
+            self._drops.add("handshake", visit.peer, error=str(error))
+        except OSError as error:  # the other side left
+            logger().debug("left", peer=visit.peer, error=str(error))
+        finally:
+            visit.sock.close()
+            self._admission.leave(visit)
+            self._visits.discard(visit)
+            if visit.dropped is not None:
+                self._drops.add(visit.dropped, visit.peer)
+
+    async def _greeted(self, visit: _Visit) -> bool:
+        """Find out who calls, and encrypt what we answer ourselves."""
+        visit.sock.setblocking(False)
+        tune(visit.sock)
+        async with asyncio.timeout(self._limits.greeting_s):
+            ours = await recognised(visit.sock, tls=self._tls is not None)
+            if ours and self._tls is not None:
+                visit.sock = await encrypted(
+                    visit.sock, self._tls, self._allowance, self._worker
+                )
+        return ours
+
+    async def _link(self, visit: _Visit) -> None:
+        link = Link(
+            visit.sock,
+            visit.peer,
+            self._begin,
+            self._turns,
+            self._allowance,
+            self._limits.header_bytes,
+        )
+        visit.link = link
+        try:
+            await link.gone.wait()
+        finally:
+            link.close()
+        if link.failure is not None:
+            calm = link.failure.code is Code.ENHANCE_YOUR_CALM
+            reason = "flood" if calm else "protocol"
+            self._drops.add(reason, visit.peer, error=str(link.failure))
+
+    async def _relay(self, visit: _Visit) -> None:
+        self._admission.relay(visit)
+        visit.relayed = True
+        if self._tls is not None:
+            self._allowance.spend(_HANDSHAKE_S)
+        with await connected(self._backend) as far:
+            await relay(visit.sock, far, self._relaying)
+
+    async def _sweep(self) -> None:
+        """End connections that do nothing."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            now = loop.time()
+            for visit in list(self._visits):
+                link = visit.link
+                reason = None if link is None else link.overdue(now, self._limits)
+                if reason is not None:
+                    visit.send_away(reason)
+            self._drops.summarise()

@@ -1,0 +1,260 @@
+"""Native code replaces a linear program only if it is right, faster, and still wanted."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from support.reference import columns, error, problem_of
+from support.zoo import ANIMALS
+
+from curvd.contract.specs import OperatorSpec
+from curvd_server.engine.operator import build
+from curvd_server.engine.program import compile
+from curvd_server.engine.program.compile import Compiler, describe, rebuild
+from curvd_server.engine.program.linear_program import program
+from curvd_server.engine.tuning.plan import Plan
+
+HUGE = 2**30
+ZOO = {a.name: a for a in ANIMALS}
+
+
+def jobs_of(problem, kind="hessian"):
+    linear = program(problem, OperatorSpec(kind=kind), problem.data[0])
+    return linear, linear.jobs(range(len(problem.parameters)))
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    made = Compiler(tmp_path / "compiled", after_s=0.0)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Lets `native` stand for what the child made, and find it faster."""
+
+    def use(native):
+        monkeypatch.setattr(
+            Compiler, "_make", lambda self, text, package: package.write_text(text)
+        )
+        monkeypatch.setattr(
+            torch._inductor, "aoti_load_package", lambda path: native, raising=False
+        )
+        monkeypatch.setattr(compile, "WORTH", np.inf)
+
+    return use
+
+
+@pytest.mark.parametrize("animal", ANIMALS, ids=lambda a: a.name)
+def test_a_program_survives_being_written(animal):
+    """What the child reads is what this process runs, to the bit."""
+    problem = problem_of(animal)
+    for kind in ("hessian", "ggn"):
+        _, jobs = jobs_of(problem, kind)
+        for job in jobs:
+            arguments = job.arguments()
+            text = describe(job.routine.module.graph, arguments)
+            module, examples = rebuild(text)
+            assert [(t.shape, t.stride(), t.dtype) for t in examples] == [
+                (t.shape, t.stride(), t.dtype) for t in arguments
+            ]
+            with torch.no_grad():
+                want = job.routine.module(*arguments)
+                got = module(*arguments)
+            for a, b in zip(want, got, strict=True):
+                assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_right_code_is_used_and_the_report_says_so(eager, compiler):
+    problem = problem_of(ZOO["gelu"])
+    _, (job,) = jobs_of(problem)
+    used = []
+
+    def native(*arguments):
+        used.append(1)
+        return job.routine.module.forward(*arguments)
+
+    eager(native)
+    operator = build(
+        problem,
+        OperatorSpec(),
+        budget_bytes=HUGE,
+        plan=Plan("program"),
+        compiler=compiler,
+    )
+    V = columns(problem, 2)
+    compiler.wait()
+    used.clear()
+    plain = build(problem_of(ZOO["gelu"]), OperatorSpec(), budget_bytes=HUGE)
+    assert error(operator.apply(V), plain.apply(V)) < 1e-12
+    assert len(used) == 2  # each column, on the mini-batch of the common shape
+    assert operator.report.compiled
+    assert not plain.report.compiled
+    moved = operator.at(problem.with_parameters({}))
+    used.clear()
+    moved.apply(V[:1])
+    assert used
+
+
+def test_wrong_code_is_not_used(eager, compiler):
+    problem = problem_of(ZOO["gelu"])
+    linear, jobs = jobs_of(problem)
+    forward = jobs[0].routine.module.forward
+    eager(lambda *arguments: [1.001 * row for row in forward(*arguments)])
+    compiler.consider(jobs, spent_s=1.0)
+    compiler.wait()
+    assert linear is not None
+    assert jobs[0].routine.native is None
+
+
+def test_slower_code_is_not_used(eager, compiler, monkeypatch):
+    problem = problem_of(ZOO["gelu"])
+    linear, jobs = jobs_of(problem)
+    eager(jobs[0].routine.module.forward)
+    monkeypatch.setattr(compile, "WORTH", 0.0)
+    compiler.consider(jobs, spent_s=1.0)
+    compiler.wait()
+    assert linear is not None
+    assert jobs[0].routine.native is None
+
+
+def test_other_work_on_the_machine_does_not_keep_native_code_out(
+    eager, compiler, monkeypatch
+):
+    """By the wall it looks slower, because the machine was busy; it computes less."""
+    problem = problem_of(ZOO["gelu"])
+    linear, jobs = jobs_of(problem)
+    forward = jobs[0].routine.module.forward
+    computed_s, passed_s = 0.0, 0.0
+
+    def spend(computing_s: float, waiting_s: float) -> None:
+        nonlocal computed_s, passed_s
+        computed_s += computing_s
+        passed_s += computing_s + waiting_s
+
+    def native(*arguments):
+        spend(1.0, 9.0)
+        return forward(*arguments)
+
+    def program(*arguments):
+        spend(2.0, 0.0)
+        return forward(*arguments)
+
+    monkeypatch.setattr(jobs[0].routine.module, "forward", program)
+    eager(native)
+    monkeypatch.setattr(compile, "WORTH", 0.97)
+    monkeypatch.setattr(compile.time, "thread_time", lambda: computed_s)
+    monkeypatch.setattr(compile.time, "perf_counter", lambda: passed_s)
+    compiler.consider(jobs, spent_s=1.0)
+    compiler.wait()
+    assert linear is not None
+    assert jobs[0].routine.native is not None
+
+
+def test_a_compiler_that_fails_is_not_asked_again(compiler, monkeypatch):
+    asked = []
+
+    def fail(self, text, package):
+        asked.append(package)
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(Compiler, "_make", fail)
+    linear, jobs = jobs_of(problem_of(ZOO["gelu"]))
+    for _ in range(2):
+        compiler.consider(jobs, spent_s=1.0)
+        compiler.wait()
+    assert len(asked) == 1
+    assert linear is not None
+    assert jobs[0].routine.native is None
+
+
+def test_a_session_that_has_gone_is_not_kept_for_it(eager, compiler):
+    problem = problem_of(ZOO["gelu"])
+    linear, jobs = jobs_of(problem)
+    eager(jobs[0].routine.module.forward)
+    del linear
+    gc.collect()
+    assert jobs[0].arguments() is None
+    compiler.consider(jobs, spent_s=1.0)
+    compiler.wait()
+    assert jobs[0].routine.native is None
+
+
+def test_what_is_used_little_is_not_compiled(eager, tmp_path):
+    patient = Compiler(tmp_path, after_s=60.0)
+    linear, jobs = jobs_of(problem_of(ZOO["gelu"]))
+    eager(jobs[0].routine.module.forward)
+    patient.consider(jobs, spent_s=59.0)
+    patient.wait()
+    assert jobs[0].routine.native is None
+    assert linear is not None
+    # ... unless it was compiled before: by an earlier process, for example.
+    text = describe(jobs[0].routine.module.graph, jobs[0].arguments())
+    (tmp_path / f"{compile._key(text)}.pt2").write_text("")
+    patient.consider(jobs, spent_s=0.0)
+    patient.wait()
+    patient.close()
+    assert jobs[0].routine.native is not None
+
+
+def test_a_child_that_dies_is_reported(compiler, tmp_path):
+    with pytest.raises(RuntimeError, match="ended with"):
+        compiler._make("no program", tmp_path / "package.pt2")
+    assert not list(tmp_path.glob("*.pt2"))
+
+
+def test_a_child_is_limited_by_what_it_computes_not_by_the_wall():
+    """The limit holds for compilers that it starts, too."""
+    code = (
+        "import subprocess; from curvd_server.engine.program import compile as c\n"
+        "try: c.main('/no/such/program', '', '0')\n"
+        "except OSError: pass\n"
+        "subprocess.run(['sh', '-c', 'ulimit -t'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(compile._CPU_S)]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_real_compiler_makes_code_that_agrees(compiler, monkeypatch):
+    """The whole way, on a net that is small enough to wait for."""
+    monkeypatch.setattr(compile, "_NICENESS", 0)  # also on a busy machine
+    monkeypatch.setattr(compile, "WORTH", np.inf)
+    linear, jobs = jobs_of(problem_of(ZOO["gelu"]))
+    compiler.consider(jobs, spent_s=1.0)
+    compiler.wait()
+    native, forward = jobs[0].routine.native, jobs[0].routine.module.forward
+    assert native is not None
+    arguments = jobs[0].arguments()
+    with torch.no_grad():
+        for got, want in zip(native(*arguments), forward(*arguments), strict=True):
+            assert error(got, want) < 1e-12
+    assert linear is not None
+
+
+def test_code_that_rotted_is_not_run_but_made_again(tmp_path):
+    package = tmp_path / "code.pt2"
+    assert not compile._is_sound(package)
+    package.write_bytes(b"code")
+    assert not compile._is_sound(package)  # of an older server, without a seal
+    compile._seal(package).write_text(compile._digest(package))
+    assert compile._is_sound(package)
+    package.write_bytes(b"cod\x64")
+    assert not compile._is_sound(package)
+
+
+def test_what_a_killed_server_left_half_compiled_is_removed(tmp_path):
+    (tmp_path / "tmpabc").mkdir()
+    (tmp_path / "tmpabc" / "made.pt2").touch()
+    (tmp_path / "kept.pt2").touch()
+    Compiler(tmp_path, 60.0).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.pt2"]

@@ -1,0 +1,307 @@
+"""Losses of the caller's own, and whole sessions in one call."""
+
+import functools
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+
+import curvd  # noqa: E402
+from curvd.contract.enums import LossName, Reduction  # noqa: E402
+
+N, BATCH = 7, 3
+"""Leaves a ragged last mini-batch."""
+
+
+@pytest.fixture(scope="module")
+def client(live_target):
+    with curvd.connect(live_target) as client:
+        yield client
+
+
+@pytest.fixture
+def module():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def draw(*shape, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def labels(classes, *shape):
+    return torch.randint(0, classes, shape, generator=torch.Generator().manual_seed(2))
+
+
+def log_cosh(z, y):
+    """A convex loss that has no name, as a mean over elements."""
+    return torch.log(torch.cosh(z - y)).mean()
+
+
+def dense(module, objective, x, y):
+    """The Hessian of the whole objective by differences of its gradient."""
+    parameters = list(module.parameters())
+    start = nn.utils.parameters_to_vector(parameters).detach()
+
+    def gradient(at):
+        nn.utils.vector_to_parameters(at, parameters)
+        rows = torch.autograd.grad(objective(module(x), y), parameters)
+        return nn.utils.parameters_to_vector(rows)
+
+    step, rows = 1e-5, []
+    for k in range(len(start)):
+        e = torch.zeros_like(start)
+        e[k] = step
+        rows.append((gradient(start + e) - gradient(start - e)) / (2 * step))
+    nn.utils.vector_to_parameters(start, parameters)
+    return torch.stack(rows).numpy()
+
+
+def relative(got, want):
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def weighted(z, y):
+    """Squared errors of the targets that are there; the others are NaN-free zeros."""
+    there = (y > 0).to(z.dtype)
+    return (there * (z - y).square()).sum(), there.sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "normaliser", "objective"),
+    [
+        (log_cosh, "points", log_cosh),
+        (lambda z, y: (z - y).pow(4).sum(), "sum", lambda z, y: (z - y).pow(4).sum()),
+        (weighted, "counted", lambda z, y: weighted(z, y)[0] / weighted(z, y)[1]),
+        (nn.HuberLoss(delta=0.7), "points", nn.HuberLoss(delta=0.7)),
+    ],
+    ids=["mean", "sum", "counted", "huber"],
+)
+def test_a_custom_loss_is_over_the_whole_dataset(
+    client, module, loss, normaliser, objective
+):
+    x, y = draw(N, 4), draw(N, 3, seed=2)
+    spec = curvd.export_loss(loss, module(x), y, normaliser=normaliser)
+    session = client.session_for(module, spec, (x, y), batch_size=BATCH)
+    assert session.info.loss.name == LossName.CUSTOM
+    value, _ = session.gradient()
+    assert value == pytest.approx(objective(module(x), y).item(), rel=1e-12)
+    got = session.hessian() @ np.eye(session.layout.size)
+    assert relative(got, dense(module, objective, x, y)) <= 1e-6
+    session.delete()
+
+
+def test_the_ggn_of_a_custom_loss_is_the_one_of_its_name(client, module):
+    x, y = draw(N, 4), draw(N, 3, seed=2)
+    custom = curvd.export_loss(lambda z, y: (z - y).square().mean(), module(x), y)
+    products = []
+    for loss in (custom, "mse"):
+        session = client.session_for(module, loss, (x, y), batch_size=BATCH)
+        ggn, fisher = session.ggn(), session.empirical_fisher()
+        eye = np.eye(session.layout.size)
+        products.append([ggn @ eye, ggn @ eye[0], session.hessian() @ eye])
+        # The empirical Fisher squares gradients, and the two sum up differently scaled.
+        scale = 1.0 if loss == "mse" else 3.0
+        products[-1].append(fisher @ eye * scale)
+        with pytest.raises(curvd.InvalidSpec) if loss == custom else noop():
+            session.fisher() @ eye[0]
+        session.delete()
+    for got, want in zip(*products, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
+class noop:
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_constants_of_a_loss_travel_with_it(client, module):
+    x, y = draw(N, 4), labels(3, N)
+    weight = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+
+    def loss(z, y):
+        return F.cross_entropy(z, y, weight=weight, reduction="sum"), weight[y].sum()
+
+    session = client.session_for(module, loss, (x, y), batch_size=BATCH)
+    named = functools.partial(F.cross_entropy, weight=weight)
+    other = client.session_for(module, named, (x, y), batch_size=BATCH)
+    assert session.info.loss.name == LossName.CUSTOM
+    assert other.info.loss.class_weights == (0.5, 2.0, 1.0)
+    v = np.linspace(-1, 1, session.layout.size)
+    np.testing.assert_allclose(
+        session.hessian() @ v, other.hessian() @ v, rtol=1e-9, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "normaliser", "match"),
+    [
+        (F.mse_loss, "sum", "disagree; declare another normaliser"),
+        (lambda z, y: (z - y).square().sum(), "points", "disagree"),
+        (F.mse_loss, "counted", "returns one|got Tensor"),
+        (weighted, "points", "got tuple"),
+        (lambda z, y: (z - y).square(), "points", r"returns \[3, 3\]"),
+        (F.mse_loss, "none", "unknown normaliser 'none'"),
+    ],
+)
+def test_a_normaliser_that_is_not_true_is_refused(module, loss, normaliser, match):
+    x, y = draw(N, 4), draw(N, 3, seed=2)
+    with pytest.raises(curvd.InvalidSpec, match=match):
+        curvd.export_loss(loss, module(x), y, normaliser=normaliser)
+
+
+def test_a_loss_with_many_constants_is_refused(module):
+    table = torch.randn(3, 10_000)
+    with pytest.raises(curvd.InvalidGraph, match="constants of the loss have 120000"):
+        curvd.export_loss(
+            lambda z, y: ((z - y) @ table.double()[:, :3]).square().mean(),
+            *(draw(N, 3), draw(N, 3)),
+        )
+
+
+NAMED = [
+    (nn.CrossEntropyLoss(), {"name": "cross_entropy"}),
+    (
+        nn.CrossEntropyLoss(ignore_index=1, label_smoothing=0.1, reduction="sum"),
+        {
+            "name": "cross_entropy",
+            "ignore_index": 1,
+            "label_smoothing": 0.1,
+            "reduction": "sum",
+        },
+    ),
+    (F.cross_entropy, {"name": "cross_entropy"}),
+    (nn.NLLLoss(), {"name": "nll"}),
+]
+
+
+@pytest.mark.parametrize(("loss", "want"), NAMED)
+def test_common_losses_are_known_by_name(loss, want):
+    from curvd.graph.losses import recognised
+
+    assert recognised(loss, draw(N, 3), labels(3, N)) == curvd.LossSpec(**want)
+
+
+@pytest.mark.parametrize(
+    ("loss", "want"),
+    [
+        (nn.MSELoss(reduction="sum"), {"name": "mse", "reduction": "sum"}),
+        (nn.SmoothL1Loss(beta=0.5), {"name": "smooth_l1", "beta": 0.5}),
+        (
+            nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0])),
+            {"name": "bce_with_logits", "class_weights": (1.0, 2.0, 3.0)},
+        ),
+        (
+            functools.partial(F.mse_loss, reduction="sum"),
+            {"name": "mse", "reduction": "sum"},
+        ),
+    ],
+)
+def test_common_losses_of_numbers_are_known_by_name(loss, want):
+    from curvd.graph.losses import recognised
+
+    assert recognised(loss, draw(N, 3), draw(N, 3).sigmoid()) == curvd.LossSpec(**want)
+
+
+def test_a_loss_whose_class_axis_a_server_would_mistake_becomes_a_graph():
+    from curvd.graph.losses import recognised
+
+    outputs, targets = draw(N, 3, 3), labels(3, N, 3)
+    assert recognised(nn.CrossEntropyLoss(), outputs, targets).name == LossName.CUSTOM
+    wide = draw(N, 3, 4)
+    found = recognised(nn.CrossEntropyLoss(), wide, labels(3, N, 4))
+    assert found.name == LossName.CROSS_ENTROPY
+
+
+def test_an_unknown_loss_is_exported_as_what_it_is():
+    from curvd.graph.losses import recognised
+
+    found = recognised(log_cosh, draw(N, 3), draw(N, 3, seed=2))
+    assert (found.name, found.reduction) == (LossName.CUSTOM, Reduction.MEAN)
+    total = recognised(
+        lambda z, y: log_cosh(z, y) * z.numel(), draw(N, 3), draw(N, 3, seed=2)
+    )
+    assert total.reduction is Reduction.SUM
+    with pytest.raises(curvd.InvalidSpec, match="both a mean and a sum"):
+        recognised(log_cosh, draw(N, 3), draw(N, 3))
+    with pytest.raises(curvd.InvalidSpec, match=r"neither a mean nor a sum.*weight"):
+        recognised(lambda z, y: (z - y).norm(), draw(N, 3), draw(N, 3, seed=2))
+
+
+@pytest.mark.parametrize("mode", ["eval", "batch_statistics"])
+def test_one_call_makes_a_session(client, mode):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    running = module[1].running_mean.clone()
+    x, y = torch.randn(N, 4), labels(3, N)
+    session = client.session_for(
+        module, nn.CrossEntropyLoss(), (x, y), batch_size=4, mode=mode
+    )
+    assert session.info.dtype == curvd.Dtype.FLOAT32
+    assert session.info.mode == mode
+    assert module[1].training
+    assert torch.equal(module[1].running_mean, running)
+    assert (session.hessian() @ np.ones(session.layout.size, np.float32)).any()
+    assert session.update_parameters(module.state_dict()) == 2
+    session.delete()
+
+
+def test_a_session_of_a_module_takes_what_other_sessions_take(client, module):
+    data = draw(N, 4), labels(3, N)
+    open_with = functools.partial(client.session_for, module, data=data, batch_size=4)
+    assert open_with("cross_entropy").info.loss.name == "cross_entropy"
+    weighed = {"name": "cross_entropy", "class_weights": (1.0, 2.0, 3.0)}
+    assert open_with(weighed).info.loss.class_weights == (1.0, 2.0, 3.0)
+    with pytest.raises(
+        curvd.InvalidSpec, match="unexpected keyword argument 'wieghts'"
+    ):
+        open_with({"name": "cross_entropy", "wieghts": (1.0,)})
+    with pytest.raises(curvd.InvalidSpec, match=r"\(inputs, targets\), got Tensor"):
+        client.session_for(module, "mse", data[0], batch_size=4)
+    chosen = open_with("cross_entropy", params=("0.*",), name="mine")
+    assert chosen.layout.names == ("0.weight", "0.bias")
+    assert chosen.info.name == "mine"
+
+
+def test_half_precision_needs_a_dtype(client):
+    module, x = nn.Linear(4, 3).half(), torch.randn(N, 4).half()
+    with pytest.raises(curvd.InvalidSpec, match=r"F16: export module\.float\(\)"):
+        client.session_for(
+            module, nn.CrossEntropyLoss(), (x, labels(3, N)), batch_size=4
+        )
+
+
+async def test_one_awaited_call_makes_a_session(live_target, module):
+    x, y = draw(N, 4), labels(3, N)
+    async with curvd.aio.connect(live_target) as client:
+        session = await client.session_for(
+            module, F.cross_entropy, (x, y), batch_size=4
+        )
+        assert session.info.dtype == curvd.Dtype.FLOAT64
+        await session.delete()
+
+
+def test_a_session_with_a_custom_loss_survives_a_restart(tmp_path, module):
+    from curvd_server.app import serve_in_thread
+    from curvd_server.config import ServerConfig
+
+    config = ServerConfig(listen="127.0.0.1:0", data_dir=tmp_path)
+    x, y = draw(N, 4), draw(N, 3, seed=2)
+    products = []
+    with serve_in_thread(config) as target, curvd.connect(target) as client:
+        session = client.session_for(module, log_cosh, (x, y), batch_size=BATCH)
+        v = np.linspace(-1, 1, session.layout.size)
+        products.append(session.hessian() @ v)
+    with serve_in_thread(config) as target, curvd.connect(target) as client:
+        again = client.session(session.id)
+        products.append(again.hessian() @ v)
+    np.testing.assert_allclose(*products, rtol=1e-12)
