@@ -1,10 +1,5 @@
 """Large requests are read one after the other, and nobody slow is in the way."""
 
-import asyncio
-
-import pytest
-
-from curvd_server.transport import upload_scheduler
 from curvd_server.transport.upload_scheduler import Turns
 
 
@@ -18,86 +13,91 @@ class Upload:
         self.resumed += 1
 
 
-@pytest.fixture
-def soon(monkeypatch):
-    """Looks follow each other quickly."""
-    monkeypatch.setattr(upload_scheduler, "_LOOK_S", 0.001)
+class Looks:
+    """Timers that are over when the test says so."""
 
+    def __init__(self):
+        self.due = None
 
-async def looks(condition, send=lambda: None):
-    """Let time pass until something holds."""
-    async with asyncio.timeout(10.0):
-        while not condition():
-            send()
-            await asyncio.sleep(0)
+    def __call__(self, seconds, look):
+        assert self.due is None, "one look at a time"
+        self.due = look
+        return self
+
+    def cancel(self):
+        self.due = None
+
+    def pass_by(self):
+        look, self.due = self.due, None
+        look()
 
 
 def queue(*uploads):
-    order = Turns()
+    looks = Looks()
+    order = Turns(looks)
     for upload in uploads:
         order.join(upload)
-    return order
+    return order, looks
 
 
-async def test_the_first_is_read_and_the_others_wait():
+def test_the_first_is_read_and_the_others_wait():
     first, second, third = Upload(), Upload(), Upload()
-    order = queue(first, second, third)
+    order, _ = queue(first, second, third)
     assert [order.waits(u) for u in (first, second, third)] == [False, True, True]
     order.leave(first)
     assert [order.waits(u) for u in (first, second, third)] == [False, False, True]
     assert second.resumed == 1
 
 
-async def test_who_is_not_in_the_queue_never_waits():
-    order = queue(Upload(), Upload())
+def test_who_is_not_in_the_queue_never_waits():
+    order, _ = queue(Upload(), Upload())
     stranger = Upload()
     assert not order.waits(stranger)
     order.leave(stranger)
     assert stranger.resumed == 0
 
 
-async def test_one_that_gives_up_while_it_waits_is_not_read_again():
+def test_one_that_gives_up_while_it_waits_is_not_read_again():
     first, second, third = Upload(), Upload(), Upload()
-    order = queue(first, second, third)
+    order, _ = queue(first, second, third)
     order.leave(second)
     order.leave(first)
     assert second.resumed == 0 and not order.waits(third)
 
 
-async def test_who_sends_slowly_holds_nobody_up(soon):
+def test_who_sends_slowly_holds_nobody_up():
     slow, second, third = Upload(), Upload(), Upload()
-    order = queue(slow, second, third)
-    await looks(lambda: not order.waits(second))
+    order, looks = queue(slow, second, third)
+    looks.pass_by()
+    assert not order.waits(second)
     assert not order.waits(slow)  # it is read whenever something comes
-    await looks(lambda: not order.waits(third))
+    looks.pass_by()
+    assert not order.waits(third)
 
 
-async def test_who_sends_for_long_gives_way_to_the_next(soon):
+def test_who_sends_for_long_gives_way_to_the_next():
     long, second = Upload(), Upload()
-    order = queue(long, second)
-
-    def send():
+    order, looks = queue(long, second)
+    while not order.waits(long):
         long.heard += 1 << 20
-
-    await looks(lambda: order.waits(long), send)
+        looks.pass_by()
     assert not order.waits(second) and second.resumed == 1
     order.leave(second)
     assert not order.waits(long)
 
 
-async def test_a_long_request_alone_is_not_looked_at(soon):
-    alone = Upload()
-    order = queue(alone)
-    await asyncio.sleep(0.01)
-    late = Upload()
+def test_a_long_request_alone_is_not_looked_at():
+    alone, late = Upload(), Upload()
+    order, looks = queue(alone)
+    assert looks.due is None
     order.join(late)
     assert not order.waits(alone) and order.waits(late)
 
 
-async def test_one_that_is_left_alone_is_not_looked_at_any_more(soon):
+def test_one_that_is_left_alone_is_not_looked_at_any_more():
     first, second, late = Upload(), Upload(), Upload()
-    order = queue(first, second)
+    order, looks = queue(first, second)
     order.leave(second)
-    await asyncio.sleep(0.05)  # in which it sends nothing
+    assert looks.due is None
     order.join(late)
     assert not order.waits(first) and order.waits(late)

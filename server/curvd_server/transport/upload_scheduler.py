@@ -7,6 +7,7 @@ for the first of them as long. Read one after the other, each arrives as early a
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 _LOOK_S = 0.01
@@ -28,12 +29,30 @@ class Upload(Protocol):
         """Read again, if nothing else is in the way."""
 
 
-class Turns:
-    """Says who has to wait. Small requests never do: they are not announced here."""
+class Timer(Protocol):
+    """Something that is going to be done."""
 
-    def __init__(self) -> None:
+    def cancel(self) -> None:
+        """Leave it."""
+
+
+def _later(seconds: float, work: Callable[[], None]) -> Timer:
+    return asyncio.get_running_loop().call_later(seconds, work)
+
+
+class Turns:
+    """Says who has to wait. Small requests never do: they are not announced here.
+
+    Args:
+        later: Has something done in so many seconds.
+    """
+
+    def __init__(
+        self, later: Callable[[float, Callable[[], None]], Timer] = _later
+    ) -> None:
         self._queue: dict[Upload, None] = {}
-        self._timer: asyncio.TimerHandle | None = None
+        self._later = later
+        self._timer: Timer | None = None
         self._looks = self._heard = 0
 
     def waits(self, upload: Upload) -> bool:
@@ -84,7 +103,7 @@ class Turns:
         first.resume()
 
     def _watch(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(_LOOK_S, self._look)
+        self._timer = self._later(_LOOK_S, self._look)
 
     def _look(self) -> None:
         first = self._first()
