@@ -39,6 +39,9 @@ NOISE = 1.25
 MOST_MB = 48
 """Memory that may stay behind: allocators keep some."""
 WAYS = ("direct", "grpcio")
+THINK_S = 5e-3
+"""Pause of the client between two calls: one that never sleeps soon has had its share of
+a busy processor, and then waits for the scheduler, the sooner the faster its server is."""
 BEGIN_S = 1.0
 """Time until an attack is in full swing."""
 
@@ -116,6 +119,7 @@ class Side:
             except curvd.CurvdError:
                 self.failed += 1
             times.append(time.perf_counter() - start_s)
+            time.sleep(THINK_S)
         self.calls += len(times)
         return float(np.quantile(times, 0.99))
 
@@ -154,12 +158,12 @@ class Side:
 def attacked(name, strangers, sides, options):
     """One attack on both servers: a row of the table, and what is missed."""
     hoards = name in hostile.HOARDS
-    beside_s = options.hoard_s if hoards else options.flood_s
+    seconds = options.hoard_seconds if hoards else options.seconds
     for side in sides.values():
         side.begin(options.alone_s)
     for _ in range(options.rounds):
         for side in sides.values():
-            side.round(name, strangers, beside_s, options.alone_s)
+            side.round(name, strangers, seconds / options.rounds, options.alone_s)
     ours, theirs = (sides[way] for way in WAYS)
     over = statistics.median(
         a / b for a, b in zip(ours.beside, theirs.beside, strict=True)
@@ -217,9 +221,14 @@ def certificates(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--flood-s", type=float, default=7.0)
-    parser.add_argument("--hoard-s", type=float, default=12.0, help="> --greeting-s")
-    parser.add_argument("--alone-s", type=float, default=3.0)
+    parser.add_argument("--seconds", type=float, default=21.0, help="of each flood")
+    parser.add_argument(
+        "--hoard-seconds",
+        type=float,
+        default=36.0,
+        help="of each hoard; rounds end after the time for greetings",
+    )
+    parser.add_argument("--alone-s", type=float, default=3.0, help="seconds between")
     parser.add_argument("--strangers", type=int, nargs="*", default=[1, 20])
     parser.add_argument("--only", nargs="*", help="names of attacks")
     options = parser.parse_args()
