@@ -209,6 +209,26 @@ def test_a_blob_that_the_disk_cannot_read_is_damaged(blobs, tmp_path, monkeypatc
         assert not blobs.has(digest)
 
 
+def test_a_blob_that_the_server_may_not_read_stays_where_it_is(
+    blobs, tmp_path, monkeypatch
+):
+    digest = put(blobs, {"x": np.ones(3)})
+    os.utime(tmp_path / "blobs" / digest, (1, 1))
+    opened = os.open
+
+    def refuse(path, *args, **kwargs):
+        if str(path).endswith(digest):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        for use in (blobs.open, blobs.is_sound):
+            with pytest.raises(FailedPrecondition, match=r"may not read .*operator"):
+                use(digest)
+    np.testing.assert_array_equal(blobs.open(digest).arrays["x"], np.ones(3))
+
+
 def test_those_who_have_a_blob_open_share_its_memory(blobs, monkeypatch):
     digest = put(blobs, ARRAYS)
     first = blobs.open(digest)

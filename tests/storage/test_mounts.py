@@ -1,6 +1,8 @@
 """Datasets that lie on the server: found by name, used in place, never elsewhere."""
 
+import errno
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -74,6 +76,26 @@ def test_a_link_that_leads_out_of_the_folder_is_no_dataset(root, mounts, tmp_pat
         mounts.digest("outside")
     with pytest.raises(DatasetNotFound):
         mounts.digest("folder")
+
+
+def test_a_link_that_leads_to_itself_hides_no_other_dataset(root, mounts):
+    put(root, "d")
+    (root / "loop.safetensors").symlink_to("loop.safetensors")
+    assert mounts.names() == ("d",)
+    with pytest.raises(DatasetNotFound):
+        mounts.digest("loop")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_file_that_cannot_be_read_is_named(root, mounts, monkeypatch, number):
+    put(root, "d")
+
+    def refuse(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(pathlib.Path, "open", refuse)
+    with pytest.raises(FailedPrecondition, match=r"'d' cannot be read: .*operator"):
+        mounts.digest("d")
 
 
 def test_a_name_that_is_not_there_names_what_is_near(root, mounts, tmp_path):

@@ -1,6 +1,7 @@
 """Whatever rots in a data directory: a typed error, nothing else lost, the server up."""
 
 import hashlib
+import os
 import shutil
 
 import numpy as np
@@ -98,13 +99,25 @@ KINDS = {
 }
 
 
-def flipped(place):
-    def damage(data):
-        changed = bytearray(data)
-        changed[int(place * (len(data) - 1))] ^= 1
-        return bytes(changed)
+def changed(change):
+    return lambda path: path.write_bytes(change(path.read_bytes()))
 
-    return damage
+
+def flipped(place):
+    def flip(data):
+        data = bytearray(data)
+        data[int(place * (len(data) - 1))] ^= 1
+        return bytes(data)
+
+    return changed(flip)
+
+
+def replaced(make):
+    def replace(path):
+        path.unlink()
+        make(path)
+
+    return replace
 
 
 DAMAGES = {
@@ -112,9 +125,15 @@ DAMAGES = {
     "names": flipped(0.05),
     "middle": flipped(0.5),
     "end": flipped(1.0),
-    "truncated": lambda data: data[: len(data) // 2],
-    "emptied": lambda data: b"",
-    "swapped": lambda data: STATES["other"],
+    "truncated": changed(lambda data: data[: len(data) // 2]),
+    "longer": changed(lambda data: data + b"more"),
+    "emptied": changed(lambda data: b""),
+    "swapped": changed(lambda data: STATES["other"]),
+    "gone": replaced(lambda path: None),
+    "a folder": replaced(lambda path: path.mkdir()),
+    "a pipe": replaced(os.mkfifo),
+    "a link to itself": replaced(lambda path: path.symlink_to(path.name)),
+    "a device": replaced(lambda path: path.symlink_to("/dev/zero")),
 }
 
 
@@ -134,7 +153,7 @@ def test_what_rotted_is_named_and_nothing_else_is_lost(left, tmp_path, name, how
     folder, ids = left
     shutil.copytree(folder, tmp_path / "copy")
     path, data_dir = tmp_path / "copy" / name, tmp_path / "copy/data"
-    path.write_bytes(DAMAGES[how](path.read_bytes()))
+    DAMAGES[how](path)
     with server(data_dir, datasets_root=tmp_path / "copy/datasets") as channel:
         refused = set()
         for session, expected in EXPECTED.items():

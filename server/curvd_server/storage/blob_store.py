@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import threading
 import weakref
 from collections import Counter
@@ -24,6 +25,7 @@ from typing import NoReturn
 from curvd.errors import (
     CurvdError,
     DataLoss,
+    FailedPrecondition,
     InvalidSpec,
     NotFound,
 )
@@ -99,6 +101,9 @@ class BlobStore:
 
         Returns:
             Whether it is there. If it was damaged, it has been moved aside.
+
+        Raises:
+            FailedPrecondition: If the server may not read it.
         """
         try:
             path = self._find(digest)
@@ -108,6 +113,8 @@ class BlobStore:
                         found, stamp = digest_of(path)
                     self._judge(digest, path, found, stamp)
         except (CurvdError, FileNotFoundError) as error:
+            if isinstance(error, FailedPrecondition) and self._path(digest).exists():
+                raise  # it is ours, and an upload could not help
             if not isinstance(error, NotFound):
                 logger().warning("unsound", blob=digest, error=str(error))
             return False
@@ -120,7 +127,7 @@ class BlobStore:
             if partial is not None:
                 return partial.size
         try:
-            return self._path(digest, ".part").stat().st_size
+            return self._path(digest, ".part").lstat().st_size
         except FileNotFoundError:
             return 0
 
@@ -244,7 +251,7 @@ class BlobStore:
             for path in self._directory.iterdir():
                 if path.stem in used or path.suffix == _DAMAGED:
                     continue
-                idle_s = now_s - path.stat().st_mtime
+                idle_s = now_s - path.lstat().st_mtime
                 if idle_s < 0:  # the clock was set back
                     os.utime(path, (now_s, now_s))
                 since_s = watched.get(path.name, monotonic_s)
@@ -275,9 +282,15 @@ class BlobStore:
 
     @contextlib.contextmanager
     def _readable(self, digest: str, path: Path) -> Iterator[None]:
-        """Take what the disk cannot read for damaged."""
+        """Take what the disk cannot read for damaged, and say what the rights forbid."""
         try:
             yield
+        except PermissionError as error:
+            msg = (
+                f"the server may not read {path.name} in {path.parent}: {error.strerror}; "
+                "its operator has to give it the right, then try again"
+            )
+            raise FailedPrecondition(msg, digest=digest) from error
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
@@ -316,6 +329,9 @@ class BlobStore:
             raise self._mounts.changed(digest)
         aside = path.with_suffix(_DAMAGED)
         with told():
+            if aside.is_dir() or path.is_dir():  # the one cannot take the other's place
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.unlink(missing_ok=True)
             path.replace(aside)
         error = self._lost(digest, f"{why}; the file was moved aside to {aside.name}")
         logger().error("damaged", blob=digest, error=str(error))

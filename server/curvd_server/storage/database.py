@@ -176,6 +176,8 @@ class Database:
         """Find out what a file is still good for."""
         if not path.exists():
             return _Finding(_State.MISSING, "is missing")
+        if not path.is_file():
+            return _Finding(_State.BROKEN, "is no file")
         if not path.stat().st_size:
             return _Finding(_State.BROKEN, "is empty")
         try:

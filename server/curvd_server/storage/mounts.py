@@ -90,8 +90,15 @@ class Mounts:
         for file in self._directory.glob("[0-9a-f]*"):
             if _read(file) == known:
                 return file.name
-        with path.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        try:
+            with path.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            msg = (
+                f"dataset {name!r} cannot be read: {error.strerror}; the server's "
+                "operator has to look at its file"
+            )
+            raise FailedPrecondition(msg, name=name) from error
         self._remember(digest, known)
         return digest
 
@@ -148,7 +155,10 @@ class Mounts:
         """Find a file in the folder itself; a link that leads out of it is none."""
         if self._root is None or _NAME.fullmatch(name) is None:
             return None
-        path = (self._root / f"{name}{SUFFIX}").resolve()
+        try:
+            path = (self._root / f"{name}{SUFFIX}").resolve()
+        except (OSError, RuntimeError):  # a link that leads to itself
+            return None
         return path if path.is_file() and path.is_relative_to(self._root) else None
 
     def _remember(self, digest: str, known: _Known) -> None:
@@ -162,7 +172,10 @@ class Mounts:
             json.dump(asdict(known), file)
             file.flush()
             os.fsync(file.fileno())
-        new.rename(self._directory / digest)
+        place = self._directory / digest
+        if place.is_dir():
+            place.rmdir()
+        new.rename(place)
 
     def _not_found(self, name: str) -> DatasetNotFound:
         names = self.names()
@@ -181,6 +194,8 @@ def _stamp(name: str, path: Path) -> _Known:
 
 
 def _read(file: Path) -> _Known | None:
+    if not file.is_file():  # nor a pipe, which would be waited for
+        return None
     try:
         known = _Known(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):  # it is made again when it is missed

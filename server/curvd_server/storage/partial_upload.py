@@ -31,7 +31,7 @@ class Partial:
         """Bytes that the largest of its uploads wants to bring it to."""
         self.lock = threading.Lock()
         with told():
-            self.file = path.open("ab", buffering=0)
+            self.file = open(path, "ab", buffering=0, opener=_at_once)
         self.size = path.stat().st_size
         self.sha = hashlib.sha256()
         self.hashed = 0
@@ -180,7 +180,7 @@ def make_room(
     found = {}
     for file in path.parent.glob("*.part"):
         with contextlib.suppress(FileNotFoundError):  # it was completed meanwhile
-            found[file] = file.stat()
+            found[file] = file.lstat()
     sizes = {file: status.st_size for file, status in found.items()}
     committed = sizes.pop(path, 0)
     idle = sorted(sizes.keys() - busy.keys(), key=lambda p: found[p].st_mtime)
@@ -217,3 +217,8 @@ def fsync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open without waiting: a pipe that has the name of a file has no reader."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o600)

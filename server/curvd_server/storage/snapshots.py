@@ -9,9 +9,12 @@ all of them share its pages until they write.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import mmap
 import os
+import stat
 import weakref
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +59,7 @@ class Snapshot:
 
     def __init__(self, path: Path, *, digest: bool) -> None:
         sha = hashlib.sha256()
-        with path.open("rb", buffering=0) as file:
+        with _opened(path) as file:
             self.stamp = Stamp.of(os.fstat(file.fileno()))
             self._memory = os.memfd_create("curvd-snapshot", os.MFD_CLOEXEC)
             weakref.finalize(self, os.close, self._memory).atexit = False
@@ -118,6 +121,19 @@ def digest_of(path: Path) -> tuple[str, Stamp]:
     Returns:
         Its SHA-256, and its stamp from before it was read.
     """
-    with path.open("rb", buffering=0) as file:
+    with _opened(path) as file:
         stamp = Stamp.of(os.fstat(file.fileno()))
         return hashlib.file_digest(file, "sha256").hexdigest(), stamp
+
+
+def _opened(path: Path) -> io.FileIO:
+    """Open a file; what has its name and is none (a folder, a pipe) is refused at once.
+
+    Raises:
+        OSError: As if the disk could not read it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EIO, "is no file", str(path))
+    return io.FileIO(descriptor)
