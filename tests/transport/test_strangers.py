@@ -1,6 +1,8 @@
 """What strangers may take: time of the event loop, connections, memory, patience."""
 
 import contextlib
+import json
+import logging
 import os
 import socket
 import ssl
@@ -129,6 +131,20 @@ def test_drops_are_counted_and_their_log_is_limited(caplog):
     drops.add("idle", "another")
     assert '"more": 95' in caplog.records[6].getMessage()
     assert len(caplog.records) == 8
+
+
+def test_what_connections_take_is_reported_once_a_minute_if_it_has_changed(caplog):
+    caplog.set_level(logging.INFO, "curvd_server")
+    clock = Clock()
+    drops = Drops(clock)
+    drops.add("idle", "peer")
+    caplog.clear()
+    while clock.now < 300.0:
+        clock.now += 0.5
+        drops.report({"open": 1 if clock.now < 150.0 else 2})
+    first, second = (json.loads(record.getMessage()) for record in caplog.records)
+    assert (first["open"], second["open"]) == (1, 2)
+    assert second["dropped"] == {"idle": 1}
 
 
 @pytest.mark.parametrize("field", ConnectionLimits.__slots__)

@@ -75,6 +75,15 @@ class Admission:
         """Count the connections."""
         return len(self._visitors)
 
+    @property
+    def usage(self) -> dict[str, int]:
+        """What connections take at present: how many, how many passed on, descriptors."""
+        return {
+            "open": len(self._visitors),
+            "relayed": self._relayed,
+            "descriptors": self._used,
+        }
+
     def enter(self, visitor: Visitor) -> None:
         """Let a connection in; the oldest without a call may have to go for it.
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from curvd_server.system import logger
 
 _LINES = 5
 """Lines for one reason in one period."""
 _PERIOD_S = 1.0
+_REPORT_S = 60.0
+"""How often it is said how many connections there are, if that has changed."""
 
 
 class Drops:
@@ -30,6 +32,7 @@ class Drops:
         self._lines: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         """Connections and calls that were ended, by reason."""
+        self._report_s, self._reported = clock(), dict[str, object]()
 
     def add(self, reason: str, peer: str, **facts: object) -> None:
         """Take note of one that was turned away.
@@ -53,3 +56,15 @@ class Drops:
                 self._log.warning("dropped", reason=reason, more=count - _LINES)
         self._lines.clear()
         self._since = self._clock()
+
+    def report(self, usage: Mapping[str, int]) -> None:
+        """Log what is used of the limits, and what was turned away since the start.
+
+        Args:
+            usage: What there is at present, by name.
+        """
+        now: dict[str, object] = {**usage, "dropped": dict(self.counts)}
+        if self._clock() - self._report_s < _REPORT_S or now == self._reported:
+            return
+        self._report_s, self._reported = self._clock(), now
+        self._log.info("connections", **now)

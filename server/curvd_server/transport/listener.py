@@ -234,7 +234,7 @@ class Front:
             await relay(visit.sock, far, self._relaying)
 
     async def _sweep(self) -> None:
-        """End connections that do nothing."""
+        """End connections that do nothing, and say how many there are."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_SWEEP_S)
@@ -245,3 +245,4 @@ class Front:
                 if reason is not None:
                     visit.send_away(reason)
             self._drops.summarise()
+            self._drops.report(self._admission.usage)
