@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import itertools
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -232,6 +233,7 @@ def main():
     parser.add_argument("--strangers", type=int, nargs="*", default=[1, 20])
     parser.add_argument("--only", nargs="*", help="names of attacks")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers end with us
     plain = [*hostile.CONTROLS, *hostile.FLOODS, *hostile.HOARDS]
     wanted = options.only or [*plain, *hostile.TLS_FLOODS]
     print(
