@@ -110,17 +110,20 @@ def main():
     parser.add_argument("--users", type=int, default=4)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server ends with us
-    logging.getLogger("curvd").setLevel(logging.ERROR)  # retries are what is wanted here
+    logging.getLogger("curvd").setLevel(
+        logging.ERROR
+    )  # retries are what is wanted here
     end_s = time.monotonic() + 60 * options.minutes
     with socket.create_server(("127.0.0.1", 0)) as free:
         target = f"127.0.0.1:{free.getsockname()[1]}"
     load, grown, most = Load(target, end_s), [0.0, 0.0], [0, 0.0]
     with tempfile.TemporaryDirectory() as name:
         threads = [
-            threading.Thread(target=load.user, args=(number,))
+            threading.Thread(target=load.user, args=(number,), daemon=True)
             for number in range(options.users)
         ]
-        threads.append(threading.Thread(target=strangers, args=(target, end_s)))
+        stranger = threading.Thread(target=strangers, args=(target, end_s), daemon=True)
+        threads.append(stranger)
         for thread in threads:
             thread.start()
         for early, now in lives(target, Path(name), end_s):
