@@ -110,9 +110,7 @@ def main():
     parser.add_argument("--users", type=int, default=4)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server ends with us
-    logging.getLogger("curvd").setLevel(
-        logging.ERROR
-    )  # retries are what is wanted here
+    logging.getLogger("curvd").setLevel(logging.ERROR)  # not each retry
     end_s = time.monotonic() + 60 * options.minutes
     with socket.create_server(("127.0.0.1", 0)) as free:
         target = f"127.0.0.1:{free.getsockname()[1]}"
