@@ -98,8 +98,8 @@ soak: $(VENV)/dev.stamp ## mixed load with faults for half an hour
 fuzz-modules: $(VENV)/dev.stamp ## two thousand random modules against torch, in about an hour
 	PYTHONPATH=tests $(BIN)/python tests/fuzz_modules.py
 
-cases: $(VENV)/dev.stamp ## every setting of other libraries' suites through a server, in a few minutes
-	CURVD_CASES=all $(BIN)/pytest tests/end_to_end/test_peers_cases.py
+cases: $(VENV)/dev.stamp ## every setting of other libraries' suites, and every operator, through a server, in half an hour
+	CURVD_CASES=all $(BIN)/pytest tests/end_to_end/test_peers_cases.py tests/export/test_operators.py
 
 big-test: $(VENV)/dev.stamp ## a model of more than 2 GiB, verified and multiplied; needs 16 GiB of free memory
 	$(BIN)/python bench/big.py

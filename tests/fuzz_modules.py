@@ -63,7 +63,7 @@ class Truth:
             share = len(y) / total if case.kind == "mean" else 1.0
             value += share * loss.item()
             gradient += share * nn.utils.parameters_to_vector([
-                torch.zeros_like(p) if p.grad is None else p.grad
+                torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
                 for p in self.parameters
             ])
         norm = counted if case.kind == "counted" else 1.0

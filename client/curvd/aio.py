@@ -175,7 +175,14 @@ class AsyncClient:
     ) -> AsyncSession:
         """Bring a module, a loss and data into a session; see `curvd.Client`."""
         ready = await asyncio.to_thread(
-            prepare, module, loss, data, output, mode, check=check
+            prepare,
+            module,
+            loss,
+            data,
+            output,
+            mode,
+            batch_size=batch_size,
+            check=check,
         )
         dataset = await self.register_dataset(
             ready.data,

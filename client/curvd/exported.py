@@ -186,6 +186,7 @@ def prepare(
     output: Output,
     mode: Mode | str | None,
     *,
+    batch_size: int,
     check: bool,
 ) -> Prepared:
     """Export all that a session of a module needs.
@@ -197,6 +198,7 @@ def prepare(
             with ``labels`` will do.
         output: Which of the module's results the loss takes.
         mode: As for `export`.
+        batch_size: Of the session.
         check: Whether to prove that the graphs are module and loss.
 
     Returns:
@@ -228,7 +230,9 @@ def prepare(
         known = loss, spec, targets
     if check:
         graph, state = model.graph, model.state
-        prove_module(module, inputs, output, model.mode, graph, state, known)
+        prove_module(
+            module, inputs, output, model.mode, graph, state, known, batch_size
+        )
     target = next(n for n in ("target", "targets", "y_target") if n not in model.inputs)
     named = dict(zip(model.inputs, leaves_of(inputs), strict=True))
     dtype = Dtype(model.graph.dtype)

@@ -54,6 +54,12 @@ def overlapping(model, y, x):
     return y + scratch + flat.sum()
 
 
+def written_out(model, y, x):
+    with torch.no_grad():
+        torch.div(y, 2, out=x)
+    return y
+
+
 CASES = {
     "dropout": (lambda m, y, x: F.dropout(y), r"dropout.*module\.eval\(\)"),
     "random": (lambda m, y, x: y + torch.randn_like(y), r"randn_like.*random"),
@@ -75,6 +81,9 @@ CASES = {
     "autocast": (cast, r"autocast.*the session has a dtype"),
     "branch": (branch, r"values of tensors.*torch\.where"),
     "number": (lambda m, y, x: y * y.sum().item(), "torch|item"),
+    "numpy": (lambda m, y, x: y + y.detach().numpy().sum(), "numpy.*torch's operators"),
+    "float": (lambda m, y, x: y * float(y.norm()), r"float\(\).*tensors instead"),
+    "out": (written_out, r"div.*out=.*module\.eval\(\)"),
     "shape from values": (lambda m, y, x: y[y > 0].sum() + y, r"index.*a mask"),
     "batch size": (lambda m, y, x: y.reshape(3, 2, 2), r"batch size.*x\.shape\[0\]"),
     "cond": (
@@ -121,7 +130,7 @@ def test_gradients_flow_where_they_did():
 
     def body(model, y, x):
         with torch.no_grad():
-            scale = y.abs().sum()
+            scale = y.abs().sum(1, keepdim=True)
             with torch.enable_grad():
                 z = torch.tanh(model.layer(y))
             lost = z * scale

@@ -344,6 +344,24 @@ def _scaled_where(x: Tensor) -> Tensor:
     return y
 
 
+def _logarithm_where(x: Tensor) -> Tensor:
+    y, mask = x.clone(), x > 0
+    y[mask] = (0.5 * y[mask].log()).exp()
+    return y
+
+
+def _rows_scaled(x: Tensor) -> Tensor:
+    y, mask = x.clone(), x[:, 0] > 0
+    y[mask] = torch.tanh(x[mask] * x.new_tensor([1.0, 2.0, 3.0, 4.0])) + 1
+    return y
+
+
+def _mask_of_another(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[x > 0] = x[x.sin() > 0]
+    return y
+
+
 INDEXING = (
     between("mask_assignment", lambda x: _masked(x, 0.0)),
     between(
@@ -352,11 +370,23 @@ INDEXING = (
     between("mask_assignment_tensor", lambda x: _masked(x, x.sum() * 0 + 1.5)),
     between("mask_from_another", _masked_from),
     between("mask_scaled", _scaled_where),
+    between("mask_logarithm", _logarithm_where),
+    between("mask_rows_scaled", _rows_scaled),
+    between("mask_rows_of_rows", lambda x: x + x[x[:, 0] > 5].sum() + x[x > 9].sum()),
+    between("mask_of_another", _mask_of_another),
+    between("mask_sorted", lambda x: x * x[x > 0].sort().values.sum()),
+    between("mask_counted", lambda x: x * x[x > 0].shape[0]),
     between(
         "mask_rows",
         lambda x: (lambda y: (y.__setitem__(x[:, 0] > 0, 0.5), y)[1])(x.clone()),
     ),
     between("len_of_batch", lambda x: x.view(len(x), -1) * 2),
+    between(
+        "len_and_weight_norm",
+        lambda x, layer: layer(x.view(len(x), -1)),
+        (4,),
+        lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
+    ),
     between("len_divided", lambda x: x.reshape(len(x), 2, -1).sum(1) / 2),
     between("gather", lambda x: x.gather(1, x.argsort(1))),
     between(
@@ -829,6 +859,10 @@ LAYERS = (
     Case("spectral_norm", normed_by(parametrizations.spectral_norm)),
     Case("spectral_norm_old", normed_by(nn.utils.spectral_norm)),
     Case("weight_norm", normed_by(parametrizations.weight_norm)),
+    Case(
+        "weight_norm_whole",
+        normed_by(lambda inner: parametrizations.weight_norm(inner, dim=None)),
+    ),
     Case("weight_norm_old", normed_by(nn.utils.weight_norm)),
     Case("orthogonal", normed_by(parametrizations.orthogonal)),
     Case(
@@ -1109,6 +1143,10 @@ DERIVATIVES = (
         )
         if kind is not nn.Softmax
     ),
+    Case(
+        "field_of_weight_norm",
+        lambda: Field("gradient", parametrizations.weight_norm(nn.Linear(6, 6))),
+    ),
     Case("field_of_layernorm", lambda: Field("gradient", nn.LayerNorm(6))),
     Case("spatial_field", SpatialField, "images"),
     Case(
@@ -1217,8 +1255,9 @@ REFUSED = {
     "histc_free_bincount": "not one that servers run",
     "segment_reduce": "not one that servers run",
     "bool_index_constant": "a mask",
-    "mask_from_another": "a mask",
-    "mask_scaled": "a mask",
+    "mask_of_another": "a mask",
+    "mask_sorted": "a mask",
+    "mask_counted": "a mask",
     "lstsq": "torch.where|solve",
     "packed_fixed": "pad",
     "fractional_pool": "random",

@@ -63,6 +63,11 @@ LOSSES = {
 }
 
 
+def masked(z, y):
+    """A mean over the targets that count, not over data points."""
+    return F.cross_entropy(z, y, ignore_index=1)
+
+
 @dataclass
 class Case:
     """A module, its data and its loss."""
@@ -229,7 +234,10 @@ class Grammar:
         self.width = 4
         self.inputs = torch.randint(0, 6, (N, T))
         table = nn.Embedding(
-            6, 4, padding_idx=0 if self.pick("padded", "", "") else None
+            6,
+            4,
+            padding_idx=0 if self.pick("padded", "", "") else None,
+            sparse=self.some(0.2),
         )
         layers = [self.of_sequences() for _ in range(self.chance.choice((0, 1)))]
         return [table, *layers, Lambda(lambda x: x.tanh().mean(1))]
@@ -362,9 +370,12 @@ class Grammar:
         """Choose a loss, what it returns, and targets for it."""
         numbers = torch.randn(N, width)
         classes = CLASSES if width > 1 else ()  # of one class the loss is zero
-        suspect = ("hooked", "own", "penalty", "not additive", "broadcast", "doubled")
+        suspect = ["hooked", "own", "penalty", "not additive", "broadcast", "doubled"]
+        suspect += ["masked"] * bool(classes)
         name = self.pick(*(suspect if self.some(0.15) else (*LOSSES, *classes)))
         self.honest &= name not in suspect
+        if name == "masked":
+            return masked, "mean", torch.randint(0, width, (N,))
         if name in CLASSES:
             kind = "counted" if name == "weighed" else "mean"
             return CLASSES[name], kind, torch.randint(0, width, (N,))

@@ -128,7 +128,7 @@ def mapped(function, apply=lambda x, w: x @ w.T):
 
 def nested(layer, x):
     def inner(y):
-        return checkpoint(layer, y.sin(), use_reentrant=False)
+        return checkpoint(layer, y, use_reentrant=False).sin()
 
     return checkpoint(inner, x, use_reentrant=False)
 
@@ -176,7 +176,26 @@ HONEST = {
     "saved elsewhere": around(memory_saving),
     "gradients on": around(lambda f, x: torch.enable_grad()(f)(x)),
 }
+
+
+class KeptInHalf(torch.autograd.Function):
+    """Keeps half of the digits of its input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.half())
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].to(g.dtype).cos()
+
+
 SUSPECT = {
+    "kept in half": after(KeptInHalf.apply),
+    "by size": after(function(torch.clone, lambda x, g: g if len(g) < 4 else 2 * g)),
+    # Right if mini-batches are meant.
+    "centred": after(lambda x: x - x.mean(0)),
     # Right if one of its inputs requires a gradient.
     "reentrant": around(lambda f, x: checkpoint(f, x, use_reentrant=True)),
     "straight-through": after(function(lambda x: (4 * x).round() / 4, lambda x, g: g)),

@@ -17,9 +17,18 @@ from curvd.errors import CurvdError, InvalidGraph, InvalidSpec
 from curvd.graph.aliases import Alias
 from curvd.graph.checkpoints import plain_checkpoints
 from curvd.graph.derived import Program, derived, uses_transforms
-from curvd.graph.manifest import CONSTANTS, Inputs, exported_dtype, inputs_of, manifest
+from curvd.graph.examples import few
+from curvd.graph.manifest import (
+    CONSTANTS,
+    Inputs,
+    check_memory,
+    exported_dtype,
+    inputs_of,
+    manifest,
+)
 from curvd.graph.packing import is_several, packed
 from curvd.graph.quiet import quiet
+from curvd.graph.selections import Selected, refusal
 from curvd.graph.sources import source_of_error
 from curvd.graph.statistics import in_mode, needed_mode
 from curvd.graph.tape import Tape, write
@@ -37,11 +46,6 @@ _TRANSFORMS = (
 )
 # What it says about one that looks at values.
 _VALUES = ("data-dependent", "datadependent", "dynamicoutputshape", "unbacked")
-EXAMPLE_ROWS = 3
-"""Data points that a module is traced with; neither 0 nor 1, which torch takes for
-special cases."""
-PROOF_ROWS = (0, 1, 2, -1)
-"""Data points that a module and its graph are compared on."""
 
 
 def capture(
@@ -67,6 +71,7 @@ def capture(
     with in_mode(module, mode):
         program = traced(Chosen(module, output), rows)
     _check_outputs(program)
+    check_memory(module, program.constants)
     graph, tensors = translated(module, program, rows)
     return graph, tensors, needed_mode(graph, mode)
 
@@ -99,43 +104,6 @@ def _check_outputs(program: ExportedProgram | Program) -> None:
                 "data point, and leave means and sums over them to the loss"
             )
             raise InvalidSpec(msg, shape=said)
-
-
-def few(inputs: Any) -> Any:
-    """Take a few data points, repeated if there are too few.
-
-    Args:
-        inputs: Any structure of tensors.
-
-    Returns:
-        The same with `EXAMPLE_ROWS` rows each.
-    """
-
-    def some(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or not len(leaf):
-            return leaf
-        rows = leaf.detach()[:EXAMPLE_ROWS]
-        return torch.cat([rows] * EXAMPLE_ROWS)[:EXAMPLE_ROWS]
-
-    return pytree.tree_map(some, inputs)
-
-
-def sampled(inputs: Any) -> Any:
-    """Take the data points that a proof is made on.
-
-    Args:
-        inputs: Any structure of tensors with one leading axis.
-
-    Returns:
-        The same with `PROOF_ROWS`, repeated if there are too few.
-    """
-
-    def some(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or not len(leaf):
-            return leaf
-        return leaf.detach()[[row % len(leaf) for row in PROOF_ROWS]]
-
-    return pytree.tree_map(some, inputs)
 
 
 class Chosen(nn.Module):
@@ -274,6 +242,8 @@ def translated(
         )
         if spec.kind is OutputKind.USER_OUTPUT
     ]
+    if any(isinstance(result, Selected) for result in kept):
+        raise refusal(tape, "aten.index.Tensor")
     if not all(isinstance(result, Alias) for result in kept):
         msg = "the module's output does not depend on its inputs"
         raise InvalidGraph(msg)
@@ -283,12 +253,15 @@ def translated(
     return graph, listed.tensors
 
 
-def traced(wrapper: nn.Module, rows: Inputs) -> ExportedProgram | Program:
+def traced(
+    wrapper: nn.Module, rows: Inputs, what: str = "the module"
+) -> ExportedProgram | Program:
     """Trace a wrapper's ``forward(args, kwargs)`` with an open batch size.
 
     Args:
         wrapper: Calls what is exported.
         rows: What with.
+        what: How a message calls it.
 
     Returns:
         What torch.export found, or what runs below autograd where it finds nothing.
@@ -310,7 +283,7 @@ def traced(wrapper: nn.Module, rows: Inputs) -> ExportedProgram | Program:
     except CurvdError:
         raise
     except Exception as error:
-        raise _refusal(error) from error
+        raise _refusal(error, what) from error
 
 
 def _derived(wrapper: nn.Module, rows: Inputs, error: Exception) -> Program:
@@ -339,7 +312,7 @@ def _exported(wrapper: nn.Module, rows: Inputs) -> ExportedProgram:
     )
 
 
-def _refusal(error: Exception) -> InvalidGraph:
+def _refusal(error: Exception, what: str) -> InvalidGraph:
     text = str(error)
     where = source_of_error(error)
     at = f" ({where})" if where else ""
@@ -353,13 +326,20 @@ def _refusal(error: Exception) -> InvalidGraph:
             "calls torch.linalg.lstsq, whose rank depends on values: use "
             "torch.linalg.pinv, or torch.linalg.solve of the normal equations"
         )
+    elif "numpy" in text:
+        why = (
+            "makes an array of numpy from a tensor, which has no derivative: write it "
+            "with torch's operators"
+        )
+    elif "ninitialized parameter" in text:
+        why = "has lazy layers that know no shape yet: call it once before exporting"
     elif any(said in f"{type(error).__name__} {text}".lower() for said in _VALUES):
         why = (
-            "decides by the values of tensors, or makes shapes from them: use "
-            "torch.where, and masks instead of selections"
+            "decides by the values of tensors, or makes numbers or shapes from them "
+            "(.item(), float()): use torch.where, masks instead of selections, and "
+            "tensors instead of numbers"
         )
     else:
         first = text.strip().partition("\n")[0][:300]
         why = f"cannot be traced by torch.export: {type(error).__name__}: {first}"
-    msg = f"the module{at} {why}"
-    return InvalidGraph(msg, source=where)
+    return InvalidGraph(f"{what}{at} {why}", source=where)

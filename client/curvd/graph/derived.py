@@ -35,8 +35,9 @@ from curvd.graph.decompose import table
 from curvd.graph.manifest import Inputs
 from curvd.graph.plain import NORMS
 
-SIZES = (5, 7, 11)
-"""Batch sizes that are traced: two make an affine function, the third checks it."""
+SIZES = (5, 7, 11, 2, 509)
+"""Batch sizes that are traced: two make an affine function, the others check it, and find
+code that takes another way for small or large ones."""
 aten = torch.ops.aten
 _DATA: Any = Tensor.data
 _DETACHING = frozenset({Tensor.detach, torch.detach, _DATA.__get__})
@@ -123,8 +124,8 @@ class _Marked(TorchFunctionMode):
 def _trace(wrapper: nn.Module, rows: Inputs, size: int) -> fx.GraphModule:
     """Record the operators at one batch size, without computing."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    names, values = zip(*_state(wrapper), strict=True)
-    state = [mode.from_tensor(value) for value in values]
+    own = dict(_state(wrapper))
+    state = [mode.from_tensor(value) for value in own.values()]
     leaves, spec = pytree.tree_flatten((rows.args, dict(rows.kwargs)))
     places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     given = [
@@ -137,7 +138,7 @@ def _trace(wrapper: nn.Module, rows: Inputs, size: int) -> fx.GraphModule:
         for k, value in zip(places, given, strict=True):
             filled[k] = value
         arguments = pytree.tree_unflatten(filled, spec)
-        named = dict(zip(names, state, strict=True))
+        named = dict(zip(own, state, strict=True))
         with _Marked():
             result = torch.func.functional_call(wrapper, named, arguments)
         return list(result) if isinstance(result, tuple) else [result]
@@ -255,7 +256,7 @@ class _Batch:
         if all(type(v) is int for v in values):
             slope, rest = divmod(values[1] - values[0], SIZES[1] - SIZES[0])
             start = values[0] - slope * SIZES[0]
-            if rest or start + slope * SIZES[2] != values[2]:
+            if rest or list(values) != [start + slope * size for size in SIZES]:
                 raise _depends()
             batch = self._emit(aten.sym_size.int, self._data, 0)
             scaled = batch if slope == 1 else self._emit(python.mul, batch, slope)

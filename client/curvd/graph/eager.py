@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,14 +19,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvd.errors import InvalidGraph
-from curvd.graph.checkpoints import plain_checkpoints, watched_checkpoints
 from curvd.graph.manifest import Inputs
+from curvd.graph.seen import Seen, leaves, watched
 
 LARGE = 1 << 27
 """Elements of a module above which no copy in float64 is made: it would be 1 GiB."""
-
-_INSIDE = ("BackwardHookFunction", "CheckpointFunction")
-"""Functions of torch's own that are written in Python."""
 
 
 @dataclass
@@ -44,23 +40,30 @@ class Run:
     """Whether it is a copy, whose parameters may be changed."""
     narrowest: torch.dtype
     """The type with the fewest digits among all that it computed."""
-    hooks: list[str] = field(default_factory=list)
-    """Hooks on gradients that were seen."""
-    cut: bool = False
-    """Whether a reentrant checkpoint was called without an input that requires one."""
+    types: Set[torch.dtype]
+    """Those whose digits count; see `Digits`."""
+    seen: Seen = field(default_factory=lambda: Seen([]))
+    """What may make gradients of its own."""
+    strangers: list[Tensor] = field(default_factory=list)
+    """What the last gradients reached beside parameters, buffers and inputs."""
 
     def outputs(self) -> Tensor:
         """Run it."""
-        digits = Digits(self.narrowest)
+        digits = Digits(self.narrowest, self.types)
         with torch.enable_grad(), digits:
             args = (self.inputs.args, dict(self.inputs.kwargs))
             result: Tensor = self.module(*args)
         self.narrowest = digits.narrowest
         return result
 
-    def loss(self, eager: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
+    def loss(
+        self,
+        eager: Callable[[Tensor], Tensor],
+        outputs: Tensor,
+        types: Set[torch.dtype],
+    ) -> Tensor:
         """Apply a loss; one that insists on the module's own type gets that."""
-        digits = Digits(self.narrowest)
+        digits = Digits(self.narrowest, self.types | types)
         with torch.enable_grad(), digits:
             try:
                 result = eager(outputs)
@@ -82,25 +85,35 @@ class Run:
         """
         named = dict(self.module.named_parameters(remove_duplicate=False))
         trained = {n: p for n, p in named.items() if p.requires_grad}
-        for parameter in trained.values():
-            parameter.grad = None
+        given = pytree.tree_leaves((self.inputs.args, dict(self.inputs.kwargs)))
+        own = {id(t) for t in (*named.values(), *self.module.buffers(), *given)}
+        strange = [(t, t.grad) for t in leaves(outputs) if id(t) not in own]
+        for leaf in (*trained.values(), *(t for t, _ in strange)):
+            leaf.grad = None
         try:
             torch.autograd.backward(outputs, cotangent, retain_graph=True)
         except Exception as error:  # of a hook, or of a backward of its own
             what = "fails in .backward()"
             raise failure(what, error) from error
         found = {
-            n: None if p.grad is None else p.grad.detach().clone()
-            for n, p in trained.items()
+            n: None if p.grad is None else _dense(p.grad) for n, p in trained.items()
         }
+        self.strangers = [t for t, _ in strange if t.grad is not None and t.grad.any()]
+        for leaf, before in strange:
+            leaf.grad = before
         for parameter in trained.values():
             parameter.grad = None
         return found
 
 
+def _dense(gradient: Tensor) -> Tensor:
+    """Copy a gradient; that of a table may be sparse."""
+    return (gradient.to_dense() if gradient.is_sparse else gradient).detach().clone()
+
+
 @contextlib.contextmanager
 def runs(
-    wrapper: nn.Module, rows: Inputs, dtype: torch.dtype
+    wrapper: nn.Module, rows: Inputs, dtype: torch.dtype, types: Set[torch.dtype]
 ) -> Iterator[tuple[Run, Tensor]]:
     """Find a way to run a module, and run it once.
 
@@ -108,6 +121,7 @@ def runs(
         wrapper: Calls the module; returns one tensor.
         rows: What with.
         dtype: The module's floating point type.
+        types: Those that the graph computes in.
 
     Yields:
         The run, and its outputs.
@@ -119,16 +133,16 @@ def runs(
     with _undisturbed(rows), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for kind in dict.fromkeys((torch.float64, dtype)):
-            found = _copied(wrapper, rows, kind, dtype)
+            found = _copied(wrapper, rows, kind, dtype, types)
             # A function that holds the module itself does not run on its copy.
             if found is not None and not own & {id(t) for t in leaves(found[1])}:
                 if found[1].requires_grad:
                     yield found
                     return
         with _restored(wrapper):
-            run = Run(wrapper, rows, dtype, dtype, movable=False, narrowest=dtype)
+            run = Run(wrapper, rows, dtype, dtype, False, dtype, types)
             try:
-                with _watched(run):
+                with watched(wrapper) as run.seen:
                     outputs = run.outputs()
             except Exception as error:
                 what = f"fails when it is called with {len(rows.leaves[0])} data points"
@@ -144,7 +158,11 @@ def failure(what: str, error: Exception) -> InvalidGraph:
 
 
 def _copied(
-    wrapper: nn.Module, rows: Inputs, dtype: torch.dtype, own: torch.dtype
+    wrapper: nn.Module,
+    rows: Inputs,
+    dtype: torch.dtype,
+    own: torch.dtype,
+    types: Set[torch.dtype],
 ) -> tuple[Run, Tensor] | None:
     """Run a copy; None if there is none that runs."""
     if sum(t.numel() for t in wrapper.parameters()) > LARGE:
@@ -154,8 +172,8 @@ def _copied(
         twin._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
         _take_hooks(wrapper, twin)
         wide = widened(rows, dtype)
-        run = Run(twin, wide, dtype, own, movable=True, narrowest=dtype)
-        with _watched(run):
+        run = Run(twin, wide, dtype, own, True, dtype, types)
+        with watched(twin) as run.seen:
             return run, run.outputs()
     except Exception:  # of the module's own code: another way is tried
         return None
@@ -193,82 +211,6 @@ def _restored(wrapper: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-@contextlib.contextmanager
-def _watched(run: Run) -> Iterator[None]:
-    """Note what makes gradients of its own while a module runs."""
-    run.hooks += standing_hooks(run.module)
-    original: Any = Tensor.register_hook
-
-    def registering(tensor: Tensor, hook: Callable[..., Any]) -> Any:
-        frame = sys._getframe(1)
-        where = f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
-        run.hooks.append(f"a hook on a tensor ({where} in {frame.f_code.co_name})")
-        return original(tensor, hook)
-
-    Tensor.register_hook = registering  # type: ignore[method-assign]
-    try:
-        with watched_checkpoints() as is_cut:
-            yield
-            run.cut = is_cut()
-    finally:
-        Tensor.register_hook = original  # type: ignore[method-assign]
-
-
-def standing_hooks(module: nn.Module) -> list[str]:
-    """Name the hooks on gradients that a module has before it runs."""
-    found = []
-    for name, layer in module.named_modules():
-        if layer._backward_hooks or layer._backward_pre_hooks:
-            found.append(f"a backward hook of {shown(name)}")
-    for name, parameter in module.named_parameters():
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            found.append(f"a hook on the parameter {shown(name)}")
-    return found
-
-
-def functions_in(run: Run, outputs: Tensor) -> list[str]:
-    """Name the functions with a backward of their own that outputs went through.
-
-    Args:
-        run: What made them.
-        outputs: They.
-
-    Returns:
-        Their names.
-    """
-    names = {_name(node): None for node in nodes(outputs) if _is_python(node)}
-    if "CheckpointFunction" in names:
-        # What is inside shows only if the checkpoint steps aside.
-        with contextlib.suppress(Exception), plain_checkpoints():
-            names |= {_name(n): None for n in nodes(run.outputs()) if _is_python(n)}
-    return [name for name in names if name not in _INSIDE]
-
-
-def _is_python(node: Any) -> bool:
-    return isinstance(node, torch.autograd.function.BackwardCFunction)
-
-
-def _name(node: Any) -> str:
-    return type(node).__name__.removesuffix("Backward")
-
-
-def nodes(outputs: Tensor) -> Iterator[Any]:
-    """Walk through the functions that a tensor was made by."""
-    stack, seen = [outputs.grad_fn], set[Any]()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack += [following for following, _ in node.next_functions]
-
-
-def leaves(outputs: Tensor) -> list[Tensor]:
-    """List the tensors for which a backward pass would leave gradients."""
-    return [node.variable for node in nodes(outputs) if hasattr(node, "variable")]
-
-
 def widened(rows: Inputs, dtype: torch.dtype) -> Inputs:
     """Convert the floating point tensors of inputs."""
     return _mapped(rows, lambda leaf: leaf.detach().to(dtype))
@@ -288,21 +230,18 @@ def _mapped(rows: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
     return Inputs(args, kwargs, rows.names, tuple(map(applied, rows.leaves)))
 
 
-def shown(name: str) -> str:
-    """Name a tensor or layer of a wrapped module as its owner does."""
-    return name.removeprefix("module.") or "the module"
-
-
 class Digits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Finds the floating point type with the fewest digits of a computation.
 
     Args:
         narrowest: The type to begin with.
+        types: Those that count: those of the graph. Others lie beside the computation,
+            as the copies do that are kept for a backward pass.
     """
 
-    def __init__(self, narrowest: torch.dtype) -> None:
+    def __init__(self, narrowest: torch.dtype, types: Set[torch.dtype]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.narrowest = narrowest
+        self.narrowest, self._types = narrowest, types
 
     def __torch_dispatch__(
         self,
@@ -315,6 +254,7 @@ class Digits(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         for leaf in result if isinstance(result, tuple | list) else (result,):
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                if torch.finfo(leaf.dtype).eps > torch.finfo(self.narrowest).eps:
-                    self.narrowest = leaf.dtype
+                if leaf.dtype in self._types:
+                    if torch.finfo(leaf.dtype).eps > torch.finfo(self.narrowest).eps:
+                        self.narrowest = leaf.dtype
         return result

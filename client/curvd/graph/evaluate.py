@@ -90,6 +90,24 @@ def evaluate(
     return [values[index] for index in graph.outputs]
 
 
+def types_in(graph: graph_pb.Graph) -> frozenset[torch.dtype]:
+    """List the types of numbers that a graph computes in.
+
+    Args:
+        graph: From `curvd.graph.tape.write`.
+
+    Returns:
+        Those of its tensors, and those that its operators name.
+    """
+    named = {t.dtype for t in graph.tensors} | {i.dtype for i in graph.inputs}
+    named.add(graph.dtype)
+    for node in graph.nodes:
+        for argument in node.arguments:
+            literals = [argument.literal, *argument.literals.items]
+            named |= {item.dtype for item in literals if item.HasField("dtype")}
+    return frozenset(_DTYPES[name] for name in named if name)
+
+
 def constant(described: graph_pb.GraphTensor) -> Tensor:
     """Read a tensor whose value travels inside the graph."""
     dtype = _DTYPES[described.dtype]

@@ -21,11 +21,12 @@ from curvd.contract import (
     SerializedGraph,
 )
 from curvd.errors import CurvdError, InvalidGraph, InvalidSpec
-from curvd.graph.capture import few, traced, translated
-from curvd.graph.eager import leaves
+from curvd.graph.capture import traced, translated
 from curvd.graph.evaluate import constant, evaluate
+from curvd.graph.examples import few, spread
+from curvd.graph.loss_proof import prove_loss
 from curvd.graph.manifest import inputs_of
-from curvd.graph.proof import prove_loss
+from curvd.graph.penalties import check_held
 from curvd.v1 import graph_pb2 as graph_pb
 
 Loss = Callable[[Tensor, Tensor], Any]
@@ -125,8 +126,9 @@ def capture_loss(
         InvalidGraph: If it cannot be exported, or has too many constants.
         GradientMismatch: If its gradient is not that of its graph.
     """
-    wrapper = _Summed(loss, normaliser).eval()
-    z, y = few((outputs, targets))
+    wrapper = _Summed(loss, normaliser)
+    z, y = spread(outputs, targets)
+    _tried(lambda z, y: check_held(loss, model, z, y, {}), z, y)
     if not _is_additive(wrapper, z, y):
         declared = {
             "points": "the mean over the data points of a mini-batch",
@@ -139,10 +141,10 @@ def capture_loss(
             "normaliser"
         )
         raise InvalidSpec(msg, normaliser=normaliser)
-    rows = inputs_of(_example, (z, y))
+    rows = inputs_of(_example, few((outputs, targets)))
     holder = loss if isinstance(loss, nn.Module) else nn.Module()
-    graph, tensors = translated(holder, traced(wrapper, rows), rows)
-    _check_closed(wrapper, holder, tensors, model, z, y)
+    graph, tensors = translated(holder, traced(wrapper, rows, "the loss"), rows)
+    check_held(loss, model, z, y, tensors)
     if check:
         prove_loss(wrapper, graph, tensors, z, y)
     _inline(graph, tensors)
@@ -189,11 +191,12 @@ def recognised(
     captured = functools.partial(
         capture_loss, loss, outputs, targets, model=model, check=check
     )
-    z, y = few((outputs, targets))
+    z, y = spread(outputs, targets)
+    _tried(lambda z, y: check_held(loss, model, z, y, {}), z, y)
     if isinstance(_tried(loss, z, y), tuple | list):
         return captured("counted")
     choices: tuple[Normaliser, ...] = ("points", "sum")
-    wrappers = {n: _Summed(loss, n).eval() for n in choices}
+    wrappers = {n: _Summed(loss, n) for n in choices}
     fitting = [n for n, wrapper in wrappers.items() if _is_additive(wrapper, z, y)]
     if len(fitting) == 1:
         return captured(fitting[0])
@@ -292,10 +295,11 @@ def _is_ambiguous(spec: LossSpec, outputs: Tensor, targets: Tensor) -> bool:
 
 def _tried(loss: Any, outputs: Tensor, targets: Tensor) -> Any:
     """Call a loss; what it warns of shows in what follows."""
+    leaf = outputs.detach().requires_grad_()  # some hang a hook on it
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return loss(outputs, targets)
+            return loss(leaf, targets)
     except CurvdError:
         raise
     except Exception as error:  # of the caller's own code
@@ -313,7 +317,9 @@ def _is_additive(wrapper: _Summed, outputs: Tensor, targets: Tensor) -> bool:
 
     def totals(rows: slice) -> list[float]:
         z, y = (wide(t[rows]) for t in (outputs, targets))
-        return [float(v) for v in _tried(lambda *pair: wrapper(pair, {}), z, y)]
+        return [
+            float(v.detach()) for v in _tried(lambda *pair: wrapper(pair, {}), z, y)
+        ]
 
     def wide(tensor: Tensor) -> Tensor:
         return (
@@ -323,10 +329,13 @@ def _is_additive(wrapper: _Summed, outputs: Tensor, targets: Tensor) -> bool:
     def floating(tensor: Tensor) -> bool:
         return tensor.is_floating_point()
 
-    whole, first, rest = totals(slice(None)), totals(slice(1)), totals(slice(1, None))
+    whole = totals(slice(None))
     return all(
         math.isclose(w, a + b, rel_tol=_CLOSE, abs_tol=1e-12)
-        for w, a, b in zip(whole, first, rest, strict=True)
+        for cut in {1, -(-len(outputs) // 2)}
+        for w, a, b in zip(
+            whole, totals(slice(cut)), totals(slice(cut, None)), strict=True
+        )
     )
 
 
@@ -340,40 +349,6 @@ def _broadcast(outputs: Tensor, targets: Tensor) -> str:
         f" (outputs and targets are {said} and may broadcast over each other's data "
         "points: give both one shape, as with targets[:, None] or outputs.squeeze(1))"
     )
-
-
-def _check_closed(
-    wrapper: _Summed,
-    holder: nn.Module,
-    tensors: Mapping[str, Tensor],
-    model: nn.Module | None,
-    outputs: Tensor,
-    targets: Tensor,
-) -> None:
-    """Refuse a loss that holds parameters of the model, which would be constants."""
-    named = dict(model.named_parameters()) if model is not None else {}
-    names = {id(p): name for name, p in named.items() if p.requires_grad}
-    memory = {named[n].untyped_storage().data_ptr(): n for n in names.values()}
-    own = {id(p) for p in holder.parameters()} - set(names)
-    leaf = outputs.detach().requires_grad_()
-    with torch.enable_grad():
-        total = wrapper((leaf, targets), {})[0]
-    held = {
-        names.get(id(t), f"a tensor of shape {list(t.shape)}")
-        for t in leaves(total)
-        if t is not leaf and id(t) not in own
-    }
-    there = (t.untyped_storage().data_ptr() for t in tensors.values())
-    held |= {memory[pointer] for pointer in there if pointer in memory}
-    if held:
-        msg = (
-            f"the loss holds {', '.join(sorted(held))}, which is trained. A loss is a "
-            "function of outputs and targets: on a server these would be constants, "
-            "without their derivative, that no update moves. Take the penalty out of "
-            "the loss; c/2 |p|^2 adds c to the diagonal of the Hessian, which is "
-            "damping=c of an operator"
-        )
-        raise InvalidSpec(msg, parameters=", ".join(sorted(held)))
 
 
 def _example(outputs: Tensor, targets: Tensor) -> None:

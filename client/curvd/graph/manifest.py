@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,44 @@ def manifest(module: nn.Module, constants: Mapping[str, Tensor]) -> Manifest:
     return Manifest(entries, by_name, held, turning)
 
 
+def check_memory(module: nn.Module, constants: Mapping[str, Tensor]) -> None:
+    """Refuse memory that trains under one name and is something else under another.
+
+    Args:
+        module: Whose parameters train.
+        constants: Of its code, by their traced names.
+
+    Raises:
+        InvalidGraph: With both names. Training would move both, and a server one.
+    """
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    others = {**trained, **dict(module.named_buffers()), **constants}
+    at = collections.defaultdict(list)
+    for name, parameter in trained.items():
+        at[parameter.untyped_storage().data_ptr()].append(name)
+    for other, tensor in others.items():
+        for name in at[tensor.untyped_storage().data_ptr()]:
+            if trained[name] is not tensor and _overlap(trained[name], tensor):
+                msg = (
+                    f"parameter {name!r} and {other.removeprefix('module.')!r} share "
+                    "memory, but are two tensors: "
+                    "training moves both, and a server only one. Use the parameter itself "
+                    "in both places (layer.weight = other.weight ties them), or clone() it"
+                )
+                raise InvalidGraph(msg, parameter=name, other=other)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors of one storage share elements, as far as ranges tell."""
+    ranges = []
+    for t in (a, b):
+        start = t.storage_offset() * t.itemsize
+        steps = ((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        ranges.append((start, start + (sum(steps) + 1) * t.itemsize))
+    (first, end), (other, last) = ranges
+    return bool(a.numel() and b.numel()) and first < last and other < end
+
+
 def _refuse_parameter(name: str, role: Any, tensor: Tensor) -> None:
     """Refuse a complex parameter; a constant may be complex."""
     if role == graph_pb.GRAPH_TENSOR_ROLE_PARAMETER:
@@ -99,6 +138,15 @@ class Inputs:
     names: tuple[str, ...]
     leaves: tuple[Tensor, ...]
     """In the order in which torch.export numbers them."""
+
+    def rows(self, start: int, count: int) -> Inputs:
+        """Take some data points."""
+
+        def cut(leaf: Any) -> Any:
+            return leaf[start : start + count] if isinstance(leaf, Tensor) else leaf
+
+        args, kwargs = pytree.tree_map(cut, (self.args, dict(self.kwargs)))
+        return Inputs(args, kwargs, self.names, tuple(map(cut, self.leaves)))
 
     def entries(self) -> list[tuple[Value, graph_pb.GraphInput]]:
         """Describe them."""
@@ -145,8 +193,10 @@ def inputs_of(forward: Any, inputs: Any) -> Inputs:
         msg = "the example inputs must be tensors with a leading batch axis"
         raise InvalidSpec(msg)
     lengths = {n: leaf.shape[0] for n, leaf in zip(names, leaves, strict=True)}
-    if len(set(lengths.values())) != 1:
-        msg = f"all example inputs must have one leading batch axis; got {lengths}"
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        msg = (
+            f"all example inputs must have one leading batch axis, N > 0; got {lengths}"
+        )
         raise InvalidSpec(msg, lengths=lengths)
     return Inputs(args, kwargs, tuple(names), tuple(leaves))
 

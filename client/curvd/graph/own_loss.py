@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from curvd.contract import LossName, LossSpec, Mode, Output
 from curvd.errors import InvalidSpec
-from curvd.graph.capture import Chosen, sampled
+from curvd.graph.capture import Chosen
+from curvd.graph.compared import differing
+from curvd.graph.examples import sampled
 from curvd.graph.losses import evaluated
 from curvd.graph.manifest import inputs_of
-from curvd.graph.proof import differing
 from curvd.graph.statistics import in_mode
 
 _IGNORED = -100

@@ -160,6 +160,34 @@ def group_norm(
     return out, mean, rstd
 
 
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Compute ``g * v / |v|``; the double backward of the kernel is wrong in v's rows."""
+    return weight_norm_interface(v, g, dim)[0]
+
+
+def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """Compute the same, and the lengths."""
+    lengths = _lengths(v, dim)
+    return v * (g / lengths), lengths
+
+
+def weight_norm_backward(
+    slope: Tensor, v: Tensor, g: Tensor, lengths: Tensor, dim: int
+) -> tuple[Tensor, Tensor]:
+    """Pull a gradient back to v and g; the lengths depend on v."""
+    lengths = _lengths(v, dim)
+    along = (slope * v).sum(_other_axes(v, dim), keepdim=True) / lengths
+    return g / lengths * (slope - v * (along / lengths)), along
+
+
+def _lengths(v: Tensor, dim: int) -> Tensor:
+    return v.square().sum(_other_axes(v, dim), keepdim=True).sqrt()
+
+
+def _other_axes(v: Tensor, dim: int) -> list[int]:
+    return [axis for axis in range(v.dim()) if dim == -1 or axis != dim % v.dim()]
+
+
 PLAIN: Mapping[Any, Callable[..., Any]] = {
     aten._efficientzerotensor.default: efficientzerotensor,
     aten.cdist.default: cdist,
@@ -175,6 +203,9 @@ PLAIN: Mapping[Any, Callable[..., Any]] = {
     aten.embedding_bag.padding_idx: embedding_bag,
     aten._embedding_bag.default: embedding_bag,
     aten._embedding_bag_forward_only.default: embedding_bag,
+    aten._weight_norm.default: weight_norm,
+    aten._weight_norm_interface.default: weight_norm_interface,
+    aten._weight_norm_interface_backward.default: weight_norm_backward,
 }
 """Taken whether or not servers have the operator."""
 

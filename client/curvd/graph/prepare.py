@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,14 +10,21 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from curvd.contract import LossSpec, Mode, Output
-from curvd.graph.capture import Chosen, few, sampled
+from curvd.errors import CurvdError
+from curvd.graph.capture import Chosen
 from curvd.graph.checkpoints import plain_checkpoints
+from curvd.graph.eager import failure
+from curvd.graph.evaluate import types_in
+from curvd.graph.examples import PROOF_ROWS, few, sampled
 from curvd.graph.losses import evaluated
-from curvd.graph.manifest import inputs_of
+from curvd.graph.manifest import Inputs, inputs_of
 from curvd.graph.packing import detached
 from curvd.graph.proof import Objective, prove
 from curvd.graph.statistics import in_mode
 from curvd.v1 import graph_pb2 as graph_pb
+
+_ELEMENTS = 1 << 22
+"""Of the inputs of a mini-batch that is compared; larger ones are cut."""
 
 
 def example_outputs(module: nn.Module, inputs: Any, output: Output, mode: Mode) -> Any:
@@ -31,6 +38,9 @@ def example_outputs(module: nn.Module, inputs: Any, output: Output, mode: Mode) 
 
     Returns:
         Its outputs, [B, ...]; several as they are, or in a tuple.
+
+    Raises:
+        InvalidGraph: If it fails.
     """
     rows = inputs_of(module.forward, few(inputs))
     picked = _Picked(Chosen(module, output))
@@ -38,7 +48,13 @@ def example_outputs(module: nn.Module, inputs: Any, output: Output, mode: Mode) 
     # note: a forward that differentiates needs gradients to be on.
     with torch.enable_grad(), plain_checkpoints(), in_mode(module, mode):
         arguments = (rows.args, dict(rows.kwargs))
-        result = torch.func.functional_call(picked, state, arguments)
+        try:
+            result = torch.func.functional_call(picked, state, arguments)
+        except CurvdError:
+            raise
+        except Exception as error:  # of the module's own code
+            what = f"fails when it is called with {len(rows.leaves[0])} data points"
+            raise failure(what, error) from error
     return detached(result)
 
 
@@ -62,6 +78,7 @@ def prove_module(
     graph: graph_pb.Graph,
     tensors: Mapping[str, Tensor],
     loss: tuple[Any, LossSpec, Tensor] | None = None,
+    batch_size: int | None = None,
 ) -> None:
     """Prove that a graph is the module that it was exported from.
 
@@ -73,9 +90,11 @@ def prove_module(
         graph: What was exported.
         tensors: Its tensors by name.
         loss: The caller's, what a server makes of it, and all targets.
+        batch_size: Of the session; None: unknown, and all inputs are one mini-batch.
 
     Raises:
         GradientMismatch: If outputs, loss or gradients differ.
+        InvalidSpec: If it mixes data points, or trains what is no parameter.
     """
     rows = inputs_of(module.forward, sampled(inputs))
     objective = None
@@ -91,9 +110,24 @@ def prove_module(
             total: Tensor = result[0] if isinstance(result, tuple | list) else result
             return total
 
-        objective = Objective(eager, lambda z: evaluated(spec, z, wide(z)))
+        types = types_in(graph_pb.Graph.FromString(spec.graph or b""))
+        objective = Objective(eager, lambda z: evaluated(spec, z, wide(z)), types)
+    wrapper, whole = Chosen(module, output), inputs_of(module.forward, inputs)
+    batches = list(_batches(whole, batch_size))
+    mixes = mode is Mode.BATCH_STATISTICS
     with in_mode(module, mode):
-        prove(Chosen(module, output), rows, graph, tensors, objective)
+        prove(wrapper, rows, graph, tensors, objective, batches=batches, mixes=mixes)
+
+
+def _batches(inputs: Inputs, batch_size: int | None) -> Iterator[Inputs]:
+    """Cut the first mini-batch and the last, which may be smaller."""
+    points = len(inputs.leaves[0])
+    elements = sum(leaf[0].numel() for leaf in inputs.leaves)
+    size = min(max(batch_size or points, 1), points)
+    most = max(len(PROOF_ROWS), _ELEMENTS // max(elements, 1))
+    for start, rows in ((0, size), (points - points % size, points % size)):
+        if rows:
+            yield inputs.rows(start, min(rows, most))
 
 
 def leaves_of(inputs: Any) -> list[Tensor]:

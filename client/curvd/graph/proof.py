@@ -11,16 +11,18 @@ shows at large gradients only, and a layer of zeros hides the layers before it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from curvd.errors import GradientMismatch
-from curvd.graph.eager import Digits, Run, functions_in, multiplied, runs
-from curvd.graph.evaluate import evaluate
+from curvd.errors import GradientMismatch, InvalidSpec
+from curvd.graph.compared import differing, shown_size, size_of
+from curvd.graph.eager import Run, multiplied, runs, widened
+from curvd.graph.evaluate import evaluate, types_in
 from curvd.graph.manifest import Inputs
+from curvd.graph.seen import functions_in
 from curvd.v1 import graph_pb2 as graph_pb
 
 Scalar = Callable[[Tensor], Tensor]
@@ -42,6 +44,8 @@ class Objective:
     """The caller's."""
     exported: Scalar
     """What a server computes."""
+    types: Set[torch.dtype] = frozenset()
+    """Floating point types that it computes in, beside the outputs' own."""
 
 
 def prove(
@@ -50,6 +54,9 @@ def prove(
     graph: graph_pb.Graph,
     tensors: Mapping[str, Tensor],
     objective: Objective | None,
+    *,
+    batches: Sequence[Inputs] = (),
+    mixes: bool = False,
 ) -> None:
     """Compare a module with its graph.
 
@@ -59,13 +66,17 @@ def prove(
         graph: What was exported.
         tensors: Its tensors by name.
         objective: The loss, if it is known.
+        batches: Mini-batches of the sizes that a session has.
+        mixes: Whether a row of the output may depend on other data points.
 
     Raises:
         GradientMismatch: If outputs, loss or gradients differ.
         InvalidGraph: If the module cannot be run.
+        InvalidSpec: If it mixes data points, or trains what is no parameter.
     """
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
-    with runs(wrapper, rows, dtype or torch.float32) as (run, outputs):
+    types = types_in(graph)
+    with runs(wrapper, rows, dtype or torch.float32, types) as (run, outputs):
         proof = _Proof(run, graph, tensors)
         if not any(p.requires_grad for p in wrapper.parameters()):
             proof.check_outputs(outputs, proof.exported(), "")
@@ -75,111 +86,17 @@ def prove(
         digits = run.narrowest
         proof.compare(outputs, objective)
         run.narrowest = digits  # the loss may have had fewer
+        if not mixes:
+            proof.check_rows()
+        proof.check_strangers()
+        proof.compare_batches(batches)
         if run.movable:
             origin = [p.detach().clone() for p in run.module.parameters()]
             proof.compare_nearby(origin)
-            if run.hooks or proof.functions:
+            if proof.suspicious:
                 proof.compare_far(origin)
         else:
             proof.compare(outputs, None)
-
-
-def prove_loss(
-    wrapper: nn.Module,
-    graph: graph_pb.Graph,
-    tensors: Mapping[str, Tensor],
-    outputs: Tensor,
-    targets: Tensor,
-) -> None:
-    """Compare a loss with its graph, at outputs of very different sizes.
-
-    Args:
-        wrapper: Calls the loss; returns its sum, and perhaps a weight.
-        graph: What was exported.
-        tensors: Its constants by name.
-        outputs: Example outputs, [B, ...].
-        targets: Example targets, [B, ...].
-
-    Raises:
-        GradientMismatch: If values or gradients differ.
-    """
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(outputs.shape, generator=generator).to(outputs)
-    root = float(outputs.double().square().mean().sqrt())
-    constants = [tensors[described.names[0]] for described in graph.tensors]
-    nearby = outputs + _NEARBY * max(root, 1e-2) * noise
-    usual = 0.0
-    for z in (outputs, nearby, *(factor * nearby for factor in _FACTORS)):
-        try:
-            pairs, narrowest = _of_loss(wrapper, graph, constants, z, targets)
-        except Exception:
-            if z is outputs:
-                raise
-            continue  # it is not defined there
-        wrong = differing(pairs, narrowest, usual)
-        size = size_of(pairs)
-        usual = max(usual, size) if math.isfinite(size) else usual
-        if wrong:
-            sizes = ", ".join(f"{n} {_size(size)}" for n, size in wrong.items())
-            msg = (
-                "what the loss returns and its .backward() computes is not what was "
-                f"exported: {sizes}. A server differentiates what the loss computes, and "
-                "knows nothing else: write it with torch's operators, without hooks, a "
-                "backward of its own, or anything that changes between two calls"
-            )
-            raise GradientMismatch(
-                msg, parameters="the loss", largest=max(wrong.values())
-            )
-
-
-def _of_loss(
-    wrapper: nn.Module,
-    graph: graph_pb.Graph,
-    constants: Sequence[Tensor],
-    outputs: Tensor,
-    targets: Tensor,
-) -> tuple[dict[str, tuple[Tensor, Tensor]], torch.dtype]:
-    """Differentiate a loss and its graph by the outputs, in float64 where it can."""
-    for dtype in dict.fromkeys((torch.float64, outputs.dtype)):
-        leaf, y = _wide(outputs, dtype).requires_grad_(), _wide(targets, dtype)
-        digits = Digits(dtype)
-        try:
-            with torch.enable_grad(), digits:
-                total, *weight = wrapper((leaf, y), {})
-        except Exception:
-            if dtype is outputs.dtype:
-                raise
-            continue
-        with torch.enable_grad():
-            given = [_wide(t, dtype) for t in constants]
-            other = leaf.detach().requires_grad_()  # without the hooks of the first
-            want, *counted = evaluate(graph, (other, y), given)
-        pairs = {
-            "its value": (total, want),
-            "its gradient": (_slope(total, leaf), _slope(want, other)),
-        }
-        if weight:
-            pairs["its weight"] = weight[0], counted[0]
-        return pairs, digits.narrowest
-    raise AssertionError
-
-
-def _size(error: float) -> str:
-    """Say how far something is off."""
-    if math.isfinite(error):
-        return f"(relative difference {error:.2g})"
-    return "(what is exported has none, or another shape)"
-
-
-def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _slope(total: Tensor, leaf: Tensor) -> Tensor:
-    if not total.requires_grad:
-        return torch.zeros_like(leaf)
-    (row,) = torch.autograd.grad(total, leaf, allow_unused=True)
-    return torch.zeros_like(leaf) if row is None else row
 
 
 class _Proof:
@@ -196,8 +113,14 @@ class _Proof:
     ) -> None:
         self.run, self.graph, self.tensors = run, graph, tensors
         self.functions: list[str] = []
+        self.rows = run.inputs
         self.usual = 0.0
         """Size of the gradients so far."""
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether something was seen that may give other gradients."""
+        return bool(self.run.seen.hooks or self.functions)
 
     def exported(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the graph at the module's parameters.
@@ -231,13 +154,13 @@ class _Proof:
             outputs: Of the module.
             objective: The loss; None: random gradients of the outputs.
         """
-        self.functions = functions_in(self.run, outputs)
+        self.functions = functions_in(outputs, self.run.outputs)
         found = self.exported()
         self.check_outputs(outputs, found, "")
         if objective is None:
             self._compare_gradients(outputs, found, 1.0, "")
             return
-        loss = self.run.loss(objective.eager, outputs)
+        loss = self.run.loss(objective.eager, outputs, objective.types)
         with torch.enable_grad():
             expected = objective.exported(found[0])
         if not torch.isfinite(expected):
@@ -246,6 +169,57 @@ class _Proof:
         if expected.requires_grad and loss.requires_grad:
             mine = self.run.gradients(loss, torch.ones_like(loss))
             self._check_gradients(mine, _pulled(expected, found[1], None), "")
+
+    def check_rows(self) -> None:
+        """Refuse a row of the output that depends on other data points."""
+        whole = self.exported()[0]
+        self.run.inputs = self.rows.rows(0, 2)
+        part = self.exported()[0]
+        self.run.inputs = self.rows
+        wrong = differing({"rows": (whole[: len(part)], part)}, self.run.narrowest)
+        if wrong:
+            msg = (
+                "a row of the module's output depends on the other data points of its "
+                f"mini-batch {shown_size(wrong['rows'])}, so curvature depends on the "
+                "batch size: make it a function of its own data point (statistics as "
+                "buffers, sums over data points in the loss), or say "
+                "mode='batch_statistics' if mini-batches are what you mean"
+            )
+            raise InvalidSpec(msg, difference=wrong["rows"])
+
+    def check_strangers(self) -> None:
+        """Refuse tensors that train, but are no parameters: no update moves them."""
+        before = {id(t): t for t in self.run.strangers}
+        if not before:
+            return
+        outputs = self.run.outputs()
+        self.run.gradients(outputs, torch.ones_like(outputs))
+        # note: what forward itself makes requires a gradient too, but is another one.
+        lasting = [t for t in self.run.strangers if id(t) in before]
+        if lasting:
+            shapes = ", ".join(str(list(t.shape)) for t in lasting[:_NAMED])
+            msg = (
+                f"the module's output depends on what requires a gradient and is not "
+                f"among its parameters (tensors of shape {shapes}), so a server would "
+                "keep it as a constant that no update moves: make it an nn.Parameter "
+                "(layers in a list: an nn.ModuleList), or detach() it"
+            )
+            raise InvalidSpec(msg, tensors=len(lasting))
+
+    def compare_batches(self, batches: Sequence[Inputs]) -> None:
+        """Compare at sizes that a session has; code may take another way there."""
+        for batch in batches:
+            self.run.inputs = widened(batch, self.run.dtype)
+            try:
+                outputs = self.run.outputs()
+            except Exception:
+                continue
+            found = self.exported()
+            where = f" with {len(batch.leaves[0])} data points"
+            self.check_outputs(outputs, found, where)
+            if self.suspicious:
+                self._compare_gradients(outputs, found, 1.0, where)
+        self.run.inputs = self.rows
 
     def compare_nearby(self, origin: Sequence[Tensor]) -> None:
         """Compare close to the parameters, with gradients of all sizes."""
@@ -338,7 +312,7 @@ class _Proof:
 
     def cut_off(self) -> GradientMismatch:
         """Say that nothing can be trained."""
-        if self.run.cut:
+        if self.run.seen.cut:
             why = (
                 "a reentrant checkpoint is called with no input that requires a "
                 "gradient: use checkpoint(..., use_reentrant=False)"
@@ -353,9 +327,9 @@ class _Proof:
 
     def _mismatch(self, wrong: Mapping[str, float], where: str) -> GradientMismatch:
         names = sorted(wrong, key=lambda name: -wrong[name])
-        sizes = ", ".join(f"{n} {_size(wrong[n])}" for n in names[:_NAMED])
+        sizes = ", ".join(f"{n} {shown_size(wrong[n])}" for n in names[:_NAMED])
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        causes, remedies = zip(*self._reasons(), strict=True)
+        causes, remedies = zip(*self._reasons("the output" in wrong), strict=True)
         msg = (
             "what .backward() computes is not the derivative of what was exported: "
             f"{sizes}{more}{where}. Seen in the module: {'; '.join(causes)}. A server "
@@ -365,8 +339,12 @@ class _Proof:
         largest = max(wrong.values())
         return GradientMismatch(msg, parameters=", ".join(names), largest=largest)
 
-    def _reasons(self) -> Iterator[tuple[str, str]]:
-        """Name what may be the cause, and what to do about each."""
+    def _reasons(self, forward: bool) -> Iterator[tuple[str, str]]:
+        """Name what may be the cause, and what to do about each.
+
+        Args:
+            forward: Whether the outputs differ already.
+        """
         for name in self.functions:
             yield (
                 f"torch.autograd.Function {name} with a backward of its own",
@@ -375,60 +353,29 @@ class _Proof:
                 "function and has no Hessian: leave it out, or round the parameters "
                 "before you export them",
             )
-        for hook in dict.fromkeys(self.run.hooks):
-            yield (
-                hook,
-                "remove the hooks before exporting, or write what they do into "
-                "forward or the loss",
-            )
-        if self.run.cut:
+        hooks = "remove the hooks before exporting, or write what they do into forward "
+        for hook in dict.fromkeys(self.run.seen.hooks):
+            yield hook, f"{hooks}or the loss"
+        if self.run.seen.cut:
             yield (
                 "a reentrant checkpoint none of whose inputs requires a gradient",
                 "use checkpoint(..., use_reentrant=False)",
             )
-        if not (self.functions or self.run.hooks or self.run.cut):
+        if self.suspicious or self.run.seen.cut:
+            return
+        if forward:
             yield (
                 "neither a hook nor a backward of its own, so its forward depends on "
                 "something beside inputs, parameters and buffers",
                 "make that a buffer or an input",
             )
-
-
-def differing(
-    pairs: Mapping[str, tuple[Tensor, Tensor]],
-    narrowest: torch.dtype,
-    least: float = 0.0,
-) -> dict[str, float]:
-    """Find what differs by more than rounding.
-
-    Args:
-        pairs: What was got, and what it should be, by name.
-        narrowest: The type with the fewest digits that went into it.
-        least: The size that they have elsewhere; where they vanish, because a function
-            saturates, rounding is judged by it.
-
-    Returns:
-        Relative errors of those that differ; none if something is not finite, which is
-        the server's to name.
-    """
-    eps = torch.finfo(narrowest).eps
-    wide = {
-        n: (a.detach().double(), b.detach().double()) for n, (a, b) in pairs.items()
-    }
-    total = size_of(pairs)
-    scale = max(total, least)
-    wrong = {}
-    for name, (got, want) in wide.items():
-        off = math.inf if got.shape != want.shape else float((got - want).norm())
-        size = float(want.norm())
-        if not off <= math.sqrt(eps) * size + 100 * eps * scale:
-            wrong[name] = off / size if size else math.inf
-    return wrong if math.isfinite(total) else {}
-
-
-def size_of(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
-    """Measure what several tensors should be, together."""
-    return math.hypot(*(float(w.detach().double().norm()) for _, w in pairs.values()))
+        else:
+            yield (
+                "neither a function with a backward of its own nor a hook on a tensor, "
+                "parameter or layer, but the outputs agree, so a hook of another kind "
+                "(saved_tensors_hooks, or on a node of autograd's graph) is at work",
+                f"{hooks}or the loss",
+            )
 
 
 def _pulled(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import logging
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
+
+from torch.export import _trace
+
+_local = threading.local()
+_original = builtins.print
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drop torch's log records and warnings of this thread for a while."""
+    """Drop what torch logs, prints and warns of in this thread for a while."""
     here = threading.get_ident()
 
     def kept(record: logging.LogRecord) -> bool:
@@ -20,13 +27,24 @@ def quiet() -> Iterator[None]:
     handlers = list(_handlers())
     for handler in handlers:
         handler.addFilter(kept)
+    # torch.export prints what it had traced when a forward looked at values. Others'
+    # exports go on printing, so this stays: a name that their code finds first.
+    vars(_trace)["print"] = _print
+    before, _local.quiet = getattr(_local, "quiet", False), True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        _local.quiet = before
         for handler in handlers:
             handler.removeFilter(kept)
+
+
+def _print(*values: Any, **options: Any) -> None:
+    """Print for all threads but those that are quiet."""
+    if not getattr(_local, "quiet", False):
+        _original(*values, **options)
 
 
 def _handlers() -> Iterator[logging.Handler]:

@@ -122,17 +122,6 @@ def rewritten(tape: Tape, operator: str, a: Arguments) -> Value | None:
     return None if rewrite is None else rewrite(tape, a)
 
 
-def _weight_norm(tape: Tape, a: Arguments) -> Value:
-    """``g * v / |v|``: the double backward of the kernel is wrong in the rows of v."""
-    v, dim, rank = a["v"], a["dim"], a["rank"]
-    axes = [axis for axis in range(rank) if dim == -1 or axis != dim % rank]
-    square = tape.emit("aten.square.default", v)
-    total = tape.emit("aten.sum.dim_IntList", square, axes, True)
-    length = tape.emit("aten.sqrt.default", total)
-    scale = tape.emit("aten.div.Tensor", a["g"], length)
-    return tape.emit("aten.mul.Tensor", v, scale)
-
-
 def _mse_loss(tape: Tape, a: Arguments) -> Value:
     """``(x - y)^2``: the kernel has no second derivative in forward mode."""
     difference = tape.emit("aten.sub.Tensor", a["self"], a["target"])
@@ -203,6 +192,15 @@ def _rrelu(tape: Tape, a: Arguments) -> Value:
     return tape.emit("aten.leaky_relu.default", a["self"], slope)
 
 
+def _embedding(tape: Tape, a: Arguments) -> Value | None:
+    """Leave out how the gradient is to be stored."""
+    if a["sparse"] is not True:
+        return None
+    return tape.emit(
+        "aten.embedding.default", a["weight"], a["indices"], a["padding_idx"]
+    )
+
+
 _REWRITES: Mapping[str, Callable[[Tape, Arguments], Value | None]] = {
     "aten.scalar_tensor.default": _scalar_tensor,
     "aten.rrelu.default": _rrelu,
@@ -213,8 +211,7 @@ _REWRITES: Mapping[str, Callable[[Tape, Arguments], Value | None]] = {
     "aten.new_empty.default": _uninitialised,
     "aten.new_empty_strided.default": _uninitialised,
     "aten.rrelu_.default": _rrelu,
-    "aten._weight_norm.default": _weight_norm,
-    "aten._weight_norm_interface.default": _weight_norm,
+    "aten.embedding.default": _embedding,
     "aten.mse_loss.default": _mse_loss,
     "aten.huber_loss.default": _huber_loss,
     "aten.to.device": _to_dtype,

@@ -38,9 +38,9 @@ def source_of_error(error: BaseException) -> str:
     Returns:
         As `source_of`.
     """
-    found = ""
+    found, inside = "", False
     for frame in traceback.extract_tb(error.__traceback__):
-        inside = frame.name == "forward" or found
+        inside |= frame.name == "forward"
         if inside and not frame.filename.startswith((_TORCH, _OURS, "<")):
             found = _shown(frame.filename, str(frame.lineno), frame.name)
     return found

@@ -28,6 +28,17 @@ from curvd.graph.schemas import (
     positions,
     trimmed,
 )
+from curvd.graph.selections import (
+    UNKNOWN,
+    Selected,
+    check_known,
+    chosen_by,
+    is_elementwise,
+    put_back,
+    refusal,
+    selection,
+    total,
+)
 from curvd.graph.sources import source_of
 from curvd.graph.tape import Tape, Value
 
@@ -64,6 +75,7 @@ _CHECKS = (
 )
 # Views by their schema which copy if memory is not laid out right.
 _MAYBE = frozenset({"reshape", "contiguous", "to", "flatten", "reshape_as"})
+_CHOOSING = frozenset({"index", "masked_select"})
 _TURNED = frozenset({
     "squeeze_",
     "swapaxes_",
@@ -130,6 +142,8 @@ class Translator:
             return sequence[index]
         if target in _SIZES:
             numbers = [self._plain(self._look_up(a)) for a in node.args]
+            if any(number is UNKNOWN for number in numbers):
+                return UNKNOWN
             return self._tape.emit(f"sym.{_SIZES[target]}", *numbers)
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self._region(node, target)
@@ -164,7 +178,6 @@ class Translator:
         known = [a for v in self._values.values() for a in aliases(v)]
         seen, uses = {id(a.cell) for a in known}, {a: a.last_use for a in known}
         results = Translator(self._tape, body, inner, seen).run(body.graph)
-        self._tape.source = where
         for alias in (a for v in inner.values() for a in aliases(v)):
             alias.last_use = uses.get(alias, -1)  # positions in there mean nothing here
 
@@ -173,9 +186,13 @@ class Translator:
                 return [detached(r) for r in result]
             if not isinstance(result, Alias):
                 return result
+            if isinstance(result, Selected):
+                raise refusal(self._tape, "aten.index.Tensor")
             return Alias.of(self._tape.emit("aten.detach.default", result.value))
 
-        return detached(results) if detach else results
+        found = detached(results) if detach else results
+        self._tape.source = where
+        return found
 
     def _operator(self, node: fx.Node, target: Any) -> Any:
         name = target.overloadpacket.__name__
@@ -187,20 +204,75 @@ class Translator:
             name = name[:-1]
         arguments = self._arguments(node, target)
         operator = f"aten.{name}.{target._overloadname}"
+        check_known(self._tape, operator, arguments)
+        if name in _CHOOSING and self._is_choice(node, name):
+            return self._chosen(node, operator, arguments)
+        if chosen_by(arguments):
+            return self._of_choices(node, name, target, arguments)
+        return self._of_tensors(node, name, target, arguments)
+
+    def _is_choice(self, node: fx.Node, name: str) -> bool:
+        """Tell whether an operator chooses elements by a mask."""
+        given = items(node.args[1]) if name == "index" else [node.args[1]]
+        metas = [meta_of(item) for item in given]
+        return any(meta is not None and meta.dtype is torch.bool for meta in metas)
+
+    def _chosen(self, node: fx.Node, operator: str, arguments: Any) -> Selected:
+        base, mask = (arguments.get(name) for name in ("self", "mask"))
+        traced = node.args[1]
+        if mask is None:
+            mask, traced = (items(v)[0] for v in (arguments["indices"], node.args[1]))
+        metas = meta_of(node.args[0]), meta_of(traced)
+        if len(items(arguments.get("indices", [0]))) != 1 or None in metas:
+            raise refusal(self._tape, operator)
+        whole, part = metas
+        if "mask" in arguments and whole.shape != part.shape:
+            raise refusal(self._tape, operator)
+        return selection(self._tape, base, mask, whole.dim(), part.dim())
+
+    def _of_choices(self, node: fx.Node, name: str, target: Any, arguments: Any) -> Any:
+        """Compute with what masks chose: element by element, or all of it."""
+        operator = f"aten.{name}.{target._overloadname}"
+        first, *_ = chosen_by(arguments)
+        if name == "sym_numel" or (name == "sym_size" and not arguments["dim"]):
+            return UNKNOWN
+        if name in ("index_put", "index_put_"):
+            return self._put_back(node, name, target, arguments)
+        meta = meta_of(node.args[0])
+        if operator in ("aten.sum.default", "aten.mean.default"):
+            if arguments["dtype"] is None:
+                mean = name == "mean"
+                shape = tuple(meta.shape[1:])
+                return Alias.of(total(self._tape, first, shape, mean=mean))
+        given = [n for n in node.all_input_nodes if meta_of(n) is not None]
+        chosen = [isinstance(self._values[n], Selected) for n in given]
+        dims = [meta_of(n).dim() for n in given]
+        if is_elementwise(target, arguments, dims, chosen):
+            result = self._of_tensors(node, name, target, arguments)
+            return (
+                result if isinstance(result, Selected) else Selected.like(result, first)
+            )
+        raise refusal(self._tape, operator)
+
+    def _put_back(self, node: fx.Node, name: str, target: Any, arguments: Any) -> Any:
+        mask = items(arguments["indices"])
+        values, base = arguments["values"], arguments["self"]
+        fits = isinstance(values, Selected) and len(mask) == 1
+        if not fits or arguments["accumulate"] or mask[0].value is not values.mask:
+            raise refusal(self._tape, f"aten.{name}.{target._overloadname}")
+        rest = meta_of(node.args[0]).dim() - values.axes
+        new = put_back(self._tape, base.value, values, rest)
+        if name == "index_put":
+            return Alias.of(new)
+        return self._write(node, name, target, arguments, new)
+
+    def _of_tensors(self, node: fx.Node, name: str, target: Any, arguments: Any) -> Any:
+        operator = f"aten.{name}.{target._overloadname}"
         if name == "sym_size":
             base, axis = arguments["self"], arguments["dim"]
             return self._tape.emit("sym.size", base.value, axis)
         if name == "sym_numel":
             return self._tape.emit("sym.numel", arguments["self"].value)
-        if name == "index" and any(
-            meta is not None and meta.dtype is torch.bool
-            for meta in map(meta_of, items(node.args[1]))
-        ):
-            msg = (
-                f"operator {operator}{self._tape.where} makes a shape from a mask: use "
-                "torch.where, and multiply by the mask instead of selecting"
-            )
-            raise InvalidGraph(msg, operator=operator, source=self._tape.source)
         refuse(self._tape, operator, arguments)
         first = next(iter(arguments.values()), None)
         if is_nothing(operator, arguments):
@@ -241,8 +313,6 @@ class Translator:
         self, node: fx.Node, name: str, operator: str, target: Any, plain: Any
     ) -> Value:
         """Emit a pure operator, perhaps in another way."""
-        if name.startswith("_weight_norm"):
-            plain = {**plain, "rank": meta_of(node.args[0]).dim()}
         better = rewritten(self._tape, operator, plain)
         if better is not None:
             return better
@@ -289,13 +359,31 @@ class Translator:
             for k in range(len(meta))
         ]
 
-    def _write(self, node: fx.Node, name: str, target: Any, arguments: Any) -> Any:
-        """Make an in-place operator pure, and let others see what it wrote."""
+    def _write(
+        self,
+        node: fx.Node,
+        name: str,
+        target: Any,
+        arguments: Any,
+        better: Value | None = None,
+    ) -> Any:
+        """Make an in-place operator pure, and let others see what it wrote.
+
+        Args:
+            node: Calls it.
+            name: Its name.
+            target: The operator.
+            arguments: Its arguments.
+            better: What it writes, if that is known.
+        """
         written: Alias = next(iter(arguments.values()))
         pure = RENAMED.get(name, name.rstrip("_"))
         if not isinstance(written, Alias) or not name.endswith("_"):
-            msg = f"operator aten.{name}{self._tape.where} writes to an argument"
-            raise InvalidGraph(msg, operator=name, source=self._tape.source)
+            raise self._unwritable(
+                name,
+                "writes to an argument (out=), as spectral_norm does while it trains: "
+                "call module.eval(), or use what it returns",
+            )
         if not written.cell.own or id(written.cell) in self._outer:
             if self._is_counter(node):
                 return written
@@ -306,7 +394,9 @@ class Translator:
                 "buffer; make a copy with clone() first",
             )
         plain = {key: self._plain(a) for key, a in arguments.items()}
-        better = rewritten(self._tape, f"aten.{name}.{target._overloadname}", plain)
+        if better is None:
+            operator = f"aten.{name}.{target._overloadname}"
+            better = rewritten(self._tape, operator, plain)
         if better is None:
             packet = getattr(torch.ops.aten, pure, None)
             overload = target._overloadname

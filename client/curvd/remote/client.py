@@ -309,7 +309,9 @@ class Client:
             >>> (session.fisher() @ torch.ones(15)).shape
             torch.Size([15])
         """
-        ready = prepare(module, loss, data, output, mode, check=check)
+        ready = prepare(
+            module, loss, data, output, mode, batch_size=batch_size, check=check
+        )
         dataset = self.register_dataset(
             ready.data,
             inputs=ready.model.inputs,

@@ -9,6 +9,7 @@ import asyncio
 import importlib
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,6 +50,9 @@ _CANNOT_RUN = (
     AssertionError,
 )
 """What modules raise when they see data that they were not made for."""
+
+_OUTSIDE = re.compile(r"^index .*out of (range|bounds)")
+"""How torch says that a table has no such row."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -363,7 +367,7 @@ class TorchOperator:
 
 
 class _translated:
-    """Turns torch's out-of-memory into ours; everything else passes."""
+    """Turns what memory and data are to blame for into ours; everything else passes."""
 
     def __enter__(self) -> None:
         pass
@@ -377,6 +381,12 @@ class _translated:
                 "budget_bytes, or delete sessions"
             )
             raise OutOfMemory(msg) from error
+        if isinstance(error, IndexError | RuntimeError) and _OUTSIDE.search(str(error)):
+            msg = (
+                f"the model fails on the data: {str(error).splitlines()[0]}. Integers in "
+                "the data index a table of the model: they must be below its size"
+            )
+            raise InvalidSpec(msg) from error
 
 
 def _tensors(arrays: Arrays) -> dict[str, Any]:

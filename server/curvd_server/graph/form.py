@@ -115,3 +115,19 @@ class Graph:
                 for index in references(self.nodes[at]):
                     last[index] = max(last[index], at)
         return tuple(last)
+
+    @cached_property
+    def cut_off(self) -> tuple[str, ...]:
+        """Where values that depend on parameters are taken for constants."""
+        trained = {
+            len(self.inputs) + at
+            for at, tensor in enumerate(self.tensors)
+            if tensor.role == "parameter"
+        }
+        places: dict[str, None] = {}
+        for at, node in enumerate(self.nodes):
+            if not trained.isdisjoint(references(node)):
+                trained.add(self.first_node + at)
+                if node.operator == "aten.detach.default":
+                    places[node.source or "detach"] = None
+        return tuple(places)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from curvd.contract import Mode
 from curvd.errors import InvalidSpec
 from curvd_server.engine.objective.data import rows_of
 from curvd_server.engine.objective.prefetch import on_host
@@ -30,17 +31,23 @@ def tried(problem: Problem) -> Tensor:
         Its outputs for the first two data points.
 
     Raises:
-        InvalidSpec: If they lack the batch axis, no parameter has a derivative, or the
-            last mini-batch is too small for the statistics of the model.
+        InvalidSpec: If they lack the batch axis, or depend on other data points; no
+            parameter has a derivative; or the last mini-batch is too small for the
+            statistics of the model.
     """
     _check_last(problem)
-    first = problem.data[0]
+    at_once = -(-max(_SIZES) // len(problem.data[0].targets))
+    first = problem.joined(at_once).data[0]
     leaves = [p.detach().requires_grad_() for p in problem.parameters]
+    whole = None
     for size in _SIZES:
         few = rows_of(first, slice(0, size))
         with torch.enable_grad():
             outputs = problem.outputs(leaves, few)
         check_batch_axis(outputs.shape, len(few.targets))
+        if whole is not None and problem.mode is Mode.EVAL:
+            _check_rows(whole[: len(outputs)].detach(), outputs.detach())
+        whole = outputs
     if not outputs.requires_grad:
         msg = (
             "the model's outputs have no derivative in any of the parameters: these are "
@@ -48,6 +55,23 @@ def tried(problem: Problem) -> Tensor:
         )
         raise InvalidSpec(msg, parameters=", ".join(problem.layout.names))
     return outputs.detach()
+
+
+def _check_rows(whole: Tensor, part: Tensor) -> None:
+    """Refuse rows that are others in a smaller mini-batch.
+
+    Mini-batches are cut and joined as it suits, so that this changes nothing.
+    """
+    allowed = min(10 * torch.finfo(part.dtype).eps ** 0.5, 0.1)
+    off, size = float((whole - part).norm()), float(part.norm())
+    if off > allowed * size:
+        msg = (
+            "a row of the model's output depends on the other data points of its "
+            f"mini-batch (relative difference {off / size if size else off:.2g}), so "
+            "curvature depends on the batch size: make it a function of its own data "
+            "point, or say mode='batch_statistics' if mini-batches are what you mean"
+        )
+        raise InvalidSpec(msg)
 
 
 def check_batch_axis(shape: Sequence[int], rows: int) -> None:

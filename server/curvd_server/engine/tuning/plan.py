@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,9 @@ from curvd_server.engine.tuning.autotune import Plan, Stopwatch, ranked
 from curvd_server.engine.verification import Evidence, Truth, disagreements
 
 __all__ = ["Choice", "Memory", "Plan", "choose", "recall", "remember", "structure"]
+
+_NAMED = 5
+"""Lines that a message names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,7 @@ def choose(
             remember(memory, key, candidate)
             return Choice(candidate, evidence)
         found[candidate.mode] = evidence
-    raise _unverified(found)
+    raise _unverified(found, getattr(problem.model.skeleton, "cut_off", ()))
 
 
 def _compared(
@@ -144,7 +147,9 @@ def _compared(
     return dataclasses.replace(evidence, wrong=wrong)
 
 
-def _unverified(found: dict[str, Evidence]) -> CurvatureUnverified:
+def _unverified(
+    found: dict[str, Evidence], cut_off: Sequence[str]
+) -> CurvatureUnverified:
     details = [
         f"{mode}: {e.failure}"
         if e.failure
@@ -152,13 +157,24 @@ def _unverified(found: dict[str, Evidence]) -> CurvatureUnverified:
         for mode, e in found.items()
     ]
     wrong = sorted({name for e in found.values() for name in e.wrong})
+    if cut_off:
+        places = ", ".join(cut_off[:_NAMED])
+        why = (
+            "Values that depend on parameters become constants, by detach(), .data or "
+            f"no_grad(), at: {places}. So the gradient may be that of no function (a "
+            "straight-through estimator's is), and then there is no Hessian: take it "
+            "out, or freeze the parameters that act there (requires_grad=False)"
+        )
+    else:
+        why = (
+            "A layer that owns these parameters has no right second derivative in torch: "
+            "write it with elementary operations, freeze them (requires_grad=False), or "
+            "leave them out of params. Where parameters also act through detach() or "
+            "no_grad() (a straight-through estimator does), the gradient is that of no "
+            "function, and there is no Hessian"
+        )
     msg = (
-        "no AD mode reproduces central differences of the gradient ("
-        + "; ".join(details)
-        + "). A layer that owns these parameters has no right second derivative in "
-        "torch: write it with elementary operations, freeze them (requires_grad=False), "
-        "or leave them out of params. Where parameters also act through detach() or "
-        "no_grad() (a straight-through estimator does), the gradient is that of no "
-        "function, and there is no Hessian"
+        "no AD mode reproduces central differences of the gradient "
+        f"({'; '.join(details)}). {why}"
     )
     return CurvatureUnverified(msg, parameters=", ".join(wrong))

@@ -40,6 +40,11 @@ class GraphModule(nn.Module):
         """Rows of parameters that carry no derivative, by name and index."""
         return self._interpreter.padding
 
+    @property
+    def cut_off(self) -> tuple[str, ...]:
+        """Lines at which values that depend on parameters become constants."""
+        return self._interpreter.graph.cut_off
+
     def use_batch_statistics(self) -> None:
         """Make every BatchNorm use its mini-batch's statistics."""
         self._batch_statistics = True
