@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from curvd.errors import RequestIdReused
-from curvd_server.service.result_cache import Content, KeptResults, fingerprint
+from curvd_server.service.result_cache import Content, ResultCache, fingerprint
 
 ASKED = Content("header", "operand")
 
@@ -17,7 +17,7 @@ class Clock:
 def kept(**options):
     clock = Clock()
     options = {"budget_bytes": 100, "keep_s": 10.0, "clock": clock} | options
-    return KeptResults(**options), clock
+    return ResultCache(**options), clock
 
 
 def test_a_result_is_found_until_its_time_is_over():

@@ -15,30 +15,39 @@ from curvd.tensors import Pool
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.device import Batcher
-from curvd_server.service import product_unary, stored, validation
-from curvd_server.service.handlers import CALLER, Chunks, Send, opened
-from curvd_server.service.outcomes import (
-    Kept,
-    content_of,
-    header_of,
-    send_kept,
-    summary_of,
+from curvd_server.service import (
+    product_stream,
+    product_unary,
+    sinks,
+    sources,
+    stored,
+    validation,
 )
-from curvd_server.service.product_stream import Product, Tools
-from curvd_server.service.result_cache import KeptResults
-from curvd_server.service.result_encoding import Format, Sender
+from curvd_server.service.dependencies import Dependencies
+from curvd_server.service.outcomes import header_of, summary_of
+from curvd_server.service.result_cache import Content, Key, ResultCache
+from curvd_server.service.result_encoding import Format
+from curvd_server.service.retries import Attempt, KeepingSink, RecognisingSource
+from curvd_server.service.sinks import Sink
+from curvd_server.service.sources import Source
+from curvd_server.service.streams import CALLER, Chunks, OneMessage, Send, opened
 from curvd_server.sessions import Lease, SessionStore
 from curvd_server.system import HostMemory
+
+ProductHeader = curvature_pb.ProductHeader
+
+_MATRIX = {"MatVec": False, "MatMat": True, "Multiply": None}
+"""Whether an operand has a column axis; None: it may."""
 
 
 class CurvatureService:
     """One method per RPC.
 
     Args:
-        sessions: Of the server.
+        sessions: The server's sessions.
         batcher: The queue of their device.
-        limits: Of the server.
-        memory: Of the host, for results that are kept.
+        limits: The server's limits.
+        memory: The host's memory, for results that are kept.
     """
 
     def __init__(
@@ -49,20 +58,22 @@ class CurvatureService:
         limits: LimitsConfig,
         memory: HostMemory,
     ) -> None:
-        self._sessions, self._batcher, self._limits = sessions, batcher, limits
-        self._kept: KeptResults[Kept] = KeptResults(
+        self._sessions = sessions
+        self._results = ResultCache(
             budget_bytes=limits.kept_bytes, keep_s=limits.kept_s, memory=memory
         )
-        self._tools = Tools(batcher, limits, Pool(limits.idle_bytes), self._kept)
+        self._dependencies = Dependencies(
+            batcher, limits, Pool(limits.idle_bytes), self._results
+        )
 
     def expire(self) -> None:
         """Let go of results that were kept long enough."""
-        self._kept.expire()
+        self._results.expire()
 
     async def mat_vec(self, requests: AsyncIterator[Part], send: Send) -> None:
         """Multiply one vector."""
         header, chunks = await opened(requests)
-        await self._product(header, chunks, send, "MatVec", matrix=False)
+        await self._product("MatVec", header, chunks, send)
 
     async def mat_mat(self, requests: AsyncIterator[Part], send: Send) -> None:
         """Multiply K vectors, block by block, as they arrive."""
@@ -70,7 +81,7 @@ class CurvatureService:
         if header.HasField("resume"):
             msg = "MatMat does not resume: ask for the columns that are missing"
             raise InvalidSpec(msg, field="resume")
-        await self._product(header, chunks, send, "MatMat", matrix=True)
+        await self._product("MatMat", header, chunks, send)
 
     async def multiply(self, request: Framed) -> Framed:
         """Multiply few bytes, in one message each way."""
@@ -83,12 +94,17 @@ class CurvatureService:
         spec = convert.operator_from_proto(header.operator)
         async with self._leased(header, spec) as lease:
             format_ = _format(header, "Multiply", lease)
-            columns = product_unary.operand(header, file, lease, self._tools)
-            if columns is not None:
+            small = product_unary.operand(header, file, lease, self._dependencies)
+            if small is not None:
                 return await product_unary.multiply(
-                    header, columns, lease, spec, self._tools, format_
+                    header, small, lease, spec, self._dependencies, format_
                 )
-            return await self._collected(header, file, lease, spec, format_)
+            answer, chunks = OneMessage(RPCS["Multiply"]), Chunks.of(file)
+            source, sink = await self._ends(
+                "Multiply", header, chunks, answer.send, lease
+            )
+            await product_stream.multiply(source, lease, spec, sink, self._dependencies)
+        return answer.framed()
 
     async def gradient(self, request: curvature_pb.GradientRequest, send: Send) -> None:
         """Compute the objective and its gradient."""
@@ -96,18 +112,18 @@ class CurvatureService:
         async with self._sessions.lease(
             request.session_id, expected_version=_expected(request)
         ) as lease:
-            dtype = validation.vector_dtype(lease.info.dtype)
-            message = RPCS["Gradient"].response.message
-            sender = Sender(send, Format.of(request, message, dtype))
-            with self._batcher.reserve(1, lease.info.layout.size * dtype.itemsize):
-                ticket = self._batcher.run_in_turns(
+            sink = sinks.StreamSink(send, _format(request, "Gradient", lease))
+            dtype, layout = validation.vector_dtype(lease.info.dtype), lease.info.layout
+            batcher = self._dependencies.batcher
+            with batcher.reserve(1, layout.size * dtype.itemsize):
+                ticket = batcher.run_in_turns(
                     lambda cancelled: lease.problem.gradient(cancelled=cancelled),
                     lane=lease.info.id,
                 )
                 done = await asyncio.wrap_future(ticket)
                 loss, gradient = done.value
                 header = header_of(lease, loss=loss)
-                await sender.whole(header, gradient, summary_of([done]))
+                await sinks.deliver(sink, header, gradient, summary_of([done]))
 
     async def put_vector(
         self, requests: AsyncIterator[Part]
@@ -116,7 +132,9 @@ class CurvatureService:
         header, chunks = await opened(requests)
         _bind(header)
         async with self._sessions.lease(header.session_id) as lease:
-            vector = await stored.receive(header, chunks, lease, self._tools)
+            vector = await stored.receive(
+                header, chunks, lease, self._dependencies.limits
+            )
         return curvature_pb.PutVectorResponse(
             vector=stored.described(header.name, vector)
         )
@@ -128,12 +146,12 @@ class CurvatureService:
         _bind(request)
         async with self._sessions.lease(request.session_id) as lease:
             vector = lease.vectors.get(request.name)
-            message = RPCS["GetVector"].response.message
-            sender = Sender(send, Format.of(request, message, vector.array.dtype))
+            dtype = vector.array.dtype
+            sink = sinks.StreamSink(send, Format.of(request, RPCS["GetVector"], dtype))
             header = header_of(lease)
             header.version = vector.version
             header.parameters_digest = ""
-            await sender.whole(header, vector.array, summary_of([]))
+            await sinks.deliver(sink, header, vector.array, summary_of([]))
 
     async def list_vectors(
         self, request: curvature_pb.ListVectorsRequest
@@ -152,93 +170,91 @@ class CurvatureService:
         return curvature_pb.DeleteVectorResponse()
 
     async def _product(
+        self, name: str, header: ProductHeader, chunks: Chunks, send: Send
+    ) -> None:
+        """Multiply what may travel in any way: lease, source, operator, sink."""
+        self._begin(header)
+        inline = sources.name_of(header) == "inline"
+        if inline and header.HasField("resume") and await chunks.is_empty():
+            await self._resume(name, header, send)
+            return
+        spec = convert.operator_from_proto(header.operator)
+        async with self._leased(header, spec) as lease:
+            source, sink = await self._ends(name, header, chunks, send, lease)
+            await product_stream.multiply(source, lease, spec, sink, self._dependencies)
+
+    async def _ends(
         self,
-        header: curvature_pb.ProductHeader,
+        name: str,
+        header: ProductHeader,
         chunks: Chunks,
         send: Send,
-        name: str,
-        *,
-        matrix: bool,
-    ) -> None:
-        self._begin(header)
-        source = header.operand.WhichOneof("source") or "inline"
-        if header.HasField("resume") and source == "inline":
-            first = await anext(chunks, None)
-            if first is None:
-                await self._take_up(header, send, name)
-                return
-            chunks.put_back(first)
-        spec = convert.operator_from_proto(header.operator)
-        async with (
-            self._leased(header, spec) as lease,
-            contextlib.AsyncExitStack() as stack,
-        ):
-            format_ = _format(header, name, lease)
-            product = Product(header, lease, spec, self._tools, format_, matrix, stack)
-            await product.run(chunks, send)
-
-    def _begin(self, header: curvature_pb.ProductHeader) -> None:
-        _bind(header)
-        self._kept.received(CALLER.get(), (header.session_id, header.request_id))
-
-    async def _collected(
-        self,
-        header: curvature_pb.ProductHeader,
-        file: memoryview,
         lease: Lease,
-        spec: OperatorSpec,
-        format_: Format,
-    ) -> Framed:
-        """Make a stream of one message, and one message of the answer."""
-        response = RPCS["Multiply"].response.message()
-        sent: list[memoryview] = []
-
-        async def collect(part: Part) -> None:
-            if isinstance(part, memoryview):
-                sent.append(part)
-            else:
-                response.MergeFrom(part)
-
-        chunks = Chunks(_nothing(), file if file.nbytes else None)
-        async with contextlib.AsyncExitStack() as stack:
-            product = Product(header, lease, spec, self._tools, format_, None, stack)
-            await product.run(chunks, collect)
-        return Framed(response, tuple(sent))
-
-    def _leased(
-        self, header: curvature_pb.ProductHeader, spec: OperatorSpec
-    ) -> contextlib.AbstractAsyncContextManager[Lease]:
-        """Find what a product is asked from."""
-        return self._sessions.lease(
-            header.session_id, operator=spec, expected_version=_expected(header)
+    ) -> tuple[Source, Sink]:
+        """Choose where the operand comes from, and where the result goes."""
+        format_, content = _format(header, name, lease), Content.of(header)
+        await sources.check_chunks(header, chunks)
+        # Without a pause between this question and the look at the operand: a product
+        # may take the place of its own operand.
+        made = None
+        if sources.name_of(header) != "inline":
+            made = lease.vectors.made_by(
+                header.store_as, header.request_id, content.header
+            )
+        if made is not None:
+            return sources.Nothing(), sinks.StoredBefore(made, send, format_)
+        source = sources.source_of(
+            header, chunks, lease, self._dependencies, matrix=_MATRIX[name]
         )
+        if header.store_as:
+            return source, sinks.StoreSink(
+                lease.vectors,
+                header.store_as,
+                header.request_id,
+                content.header,
+                send,
+                format_,
+            )
+        sink = sinks.StreamSink(send, format_)
+        if not header.request_id:
+            return source, sink
+        attempt = Attempt(self._results, _key(header), content, lease.info.version)
+        return RecognisingSource(source, attempt), KeepingSink(sink, attempt)
 
-    async def _take_up(
-        self, header: curvature_pb.ProductHeader, send: Send, name: str
-    ) -> None:
+    async def _resume(self, name: str, header: ProductHeader, send: Send) -> None:
         """Send what is kept of a result; its operand did not come again."""
         self._sessions.get(header.session_id)
-        key = (header.session_id, header.request_id)
-        kept = self._kept.get(key, content_of(header))
+        kept = self._results.get(_key(header), Content.of(header))
         if kept is None:
             msg = (
                 f"the result of request {header.request_id!r} is not kept any more: "
                 "send the operand again"
             )
             raise ResultNotKept(msg, request_id=header.request_id)
-        message = RPCS[name].response.message
-        format_ = Format.of(header, message, kept.rows.dtype)
-        await send_kept(kept, Sender(send, format_), format_)
+        format_ = Format.of(header, RPCS[name], kept.rows.dtype)
+        sink = sinks.StreamSink(send, format_)
+        await sinks.deliver(sink, kept.header, kept.rows, kept.summary)
+
+    def _leased(
+        self, header: ProductHeader, spec: OperatorSpec
+    ) -> contextlib.AbstractAsyncContextManager[Lease]:
+        """Find what a product is asked from."""
+        return self._sessions.lease(
+            header.session_id, operator=spec, expected_version=_expected(header)
+        )
+
+    def _begin(self, header: ProductHeader) -> None:
+        _bind(header)
+        self._results.received(CALLER.get(), _key(header))
 
 
-async def _nothing() -> AsyncIterator[Part]:
-    return
-    yield  # makes it a generator
+def _key(header: ProductHeader) -> Key:
+    return (header.session_id, header.request_id)
 
 
-def _format(header: curvature_pb.ProductHeader, name: str, lease: Lease) -> Format:
+def _format(request: Any, name: str, lease: Lease) -> Format:
     own = validation.vector_dtype(lease.info.dtype)
-    return Format.of(header, RPCS[name].response.message, own)
+    return Format.of(request, RPCS[name], own)
 
 
 def _expected(request: Any) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextvars import ContextVar
 from itertools import groupby
 from typing import Any
 
@@ -13,16 +12,12 @@ import grpc
 import grpc.aio
 
 from curvd.contract import RPCS, Part, Rpc
-from curvd.errors import InvalidSpec, Overloaded
+from curvd.errors import Overloaded
 from curvd.http2 import InPlace, Room
+from curvd_server.service.streams import CALLER
 from curvd_server.storage import ranges
 from curvd_server.transport import Gate, Stalled, StallGuard
 from curvd_server.trials import PEER
-
-CALLER: ContextVar[str] = ContextVar("caller", default="")
-"""Name of the connection of the call under way, if it carries one after the other."""
-Send = Callable[[Part], Awaitable[None]]
-"""Sends one part of a response; waits while the client reads slowly."""
 
 
 def generic_handlers(
@@ -51,67 +46,6 @@ def generic_handlers(
         )
         for service, rpcs in groupby(RPCS.values(), key=lambda rpc: rpc.service)
     ]
-
-
-class Chunks(AsyncIterator[memoryview]):
-    """The bytes of a tensor stream.
-
-    Args:
-        parts: What follows the header.
-        first: A chunk that was taken off already.
-    """
-
-    def __init__(
-        self, parts: AsyncIterator[Part], first: memoryview | None = None
-    ) -> None:
-        self._parts, self._first = parts, first
-
-    async def __anext__(self) -> memoryview:
-        """Wait for the next chunk.
-
-        Raises:
-            StopAsyncIteration: If there is none.
-            InvalidSpec: If something else comes.
-        """
-        first, self._first = self._first, None
-        part = await anext(self._parts) if first is None else first
-        if not isinstance(part, memoryview):
-            msg = "after the header, a stream carries chunks only"
-            raise InvalidSpec(msg)
-        return part
-
-    def put_back(self, chunk: memoryview) -> None:
-        """Have a chunk come once more."""
-        self._first = chunk
-
-    def come_to(self, room: Room) -> None:
-        """Receive chunks where they belong, if the transport can.
-
-        Args:
-            room: Finds the place of the next chunk, all before were taken.
-        """
-        if isinstance(self._parts, InPlace):
-            self._parts.room = room
-
-
-async def opened(requests: AsyncIterator[Part]) -> tuple[Any, Chunks]:
-    """Take the header off a stream of tensors.
-
-    Args:
-        requests: Its parts.
-
-    Returns:
-        The header, and the chunks that follow.
-
-    Raises:
-        InvalidSpec: If the stream does not begin with a header.
-    """
-    first: Any = await anext(aiter(requests), None)
-    if first is None or isinstance(first, memoryview) or not first.HasField("header"):
-        msg = "the first message of the stream must be a header"
-        raise InvalidSpec(msg)
-    ranges.check(first)
-    return first.header, Chunks(aiter(requests))
 
 
 def _method(services: list[object], rpc: Rpc) -> Callable[..., Awaitable[Any]]:

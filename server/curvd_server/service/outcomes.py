@@ -1,9 +1,7 @@
-"""What came of a request: what it was asked for, its result, and where that is from."""
+"""What is said about a result: where it is from, and what it took."""
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,55 +11,9 @@ from curvd.contract import OperatorSpec, convert
 from curvd.errors import Internal
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd_server.device import Done
-from curvd_server.service.result_cache import Content
-from curvd_server.service.result_encoding import Format, Sender
 from curvd_server.sessions import Lease
 
 Columns = NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A result that was computed."""
-
-    header: curvature_pb.ResultHeader
-    rows: Columns
-    """[P] or [K, P]"""
-    summary: curvature_pb.ResultSummary
-
-
-def content_of(request: curvature_pb.ProductHeader) -> Content:
-    """Say what was asked for, whatever the caller has of it already.
-
-    Args:
-        request: The header.
-
-    Returns:
-        The content, without the operand.
-    """
-    asked = curvature_pb.ProductHeader()
-    asked.CopyFrom(request)
-    for field in ("resume", "checksum", "result_type"):
-        asked.ClearField(field)
-    return Content(asked.SerializeToString(deterministic=True).hex())
-
-
-async def send_kept(
-    kept: Kept, sender: Sender, format_: Format, *, head: bool = True
-) -> None:
-    """Send a result that was computed before.
-
-    Args:
-        kept: The result.
-        sender: Where it goes.
-        format_: How.
-        head: Whether what comes before the payload is still to be sent.
-    """
-    offset = await asyncio.to_thread(format_.offset_in, kept.rows)
-    if head:
-        await sender.head(kept.header, kept.rows.shape, offset)
-    await sender.rows(kept.rows, offset)
-    await sender.end(kept.summary)
 
 
 def shifted(
@@ -99,7 +51,7 @@ def header_of(
     """Say where a result comes from.
 
     Args:
-        lease: Of its session.
+        lease: The lease of its session.
         plan: Whether an operator computed it.
         loss: The objective; gradients only.
 

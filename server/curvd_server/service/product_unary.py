@@ -1,6 +1,6 @@
 """A product in one message each way, in one go.
 
-It does what `products` does, for an operand that came whole and a result that leaves
+It does what `product_stream` does, for an operand that came whole and a result that leaves
 whole: nothing is received or sent meanwhile, so there is nothing to wait for but the
 device. At this size a task, a queue or a copy takes as long as the computation.
 """
@@ -19,17 +19,12 @@ from curvd.contract import Framed, OperatorSpec
 from curvd.tensors import chunks, half_precision
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd_server.service import validation
-from curvd_server.service.handlers import CALLER
-from curvd_server.service.outcomes import (
-    Kept,
-    content_of,
-    header_of,
-    shifted,
-    summary_of,
-)
-from curvd_server.service.product_stream import Tools
-from curvd_server.service.result_cache import Content, fingerprint
+from curvd_server.service.dependencies import Dependencies
+from curvd_server.service.outcomes import header_of, shifted, summary_of
+from curvd_server.service.result_cache import CachedResult, Content, fingerprint
 from curvd_server.service.result_encoding import Format
+from curvd_server.service.sources import name_of
+from curvd_server.service.streams import CALLER
 from curvd_server.sessions import Lease
 
 
@@ -44,29 +39,32 @@ class Operand:
 
 
 def operand(
-    request: curvature_pb.ProductHeader, file: memoryview, lease: Lease, tools: Tools
+    request: curvature_pb.ProductHeader,
+    file: memoryview,
+    lease: Lease,
+    dependencies: Dependencies,
 ) -> Operand | None:
     """Read and check an operand that came whole.
 
     Args:
         request: The header.
         file: The operand's safetensors file.
-        lease: Of the session, with the operator.
-        tools: What products work with.
+        lease: The lease of the session, with the operator.
+        dependencies: What products work with.
 
     Returns:
-        The operand; None if this is a case for `products.Product`: it does not travel,
+        The operand; None if this is a case for `product_stream`: it does not travel,
         is not whole, has no columns or more than run together, or its result stays.
 
     Raises:
         InvalidVector: If it is no operand of this session.
         LimitExceeded: If its result does not fit into a message.
     """
-    inline = request.operand.WhichOneof("source") in (None, "inline")
+    inline = name_of(request) == "inline"
     found = chunks.whole(file) if inline and not request.store_as else None
     if found is None:
         return None
-    info, limits = lease.info, tools.limits
+    info, limits = lease.info, dependencies.limits
     columns = validation.check_operand(
         found[0], matrix=None, layout=info.layout, dtype=info.dtype, limits=limits
     )
@@ -77,10 +75,10 @@ def operand(
     nbytes = columns * info.layout.size * dtype.itemsize
     validation.check_message(nbytes)
     if tensor.dtype in half_precision.NARROW:
-        values = tools.pool.take(nbytes).view(dtype)
+        values = dependencies.pool.take(nbytes).view(dtype)
         half_precision.widen(np.frombuffer(payload, np.uint8), tensor.dtype, values)
     else:
-        values = chunks.values_of(payload, dtype, tools.pool.take)
+        values = chunks.values_of(payload, dtype, dependencies.pool.take)
     validation.check_finite(values, layout=info.layout)
     return Operand(values.reshape(columns, info.layout.size), tensor.shape)
 
@@ -90,7 +88,7 @@ async def multiply(
     operand: Operand,
     lease: Lease,
     spec: OperatorSpec,
-    tools: Tools,
+    dependencies: Dependencies,
     format_: Format,
 ) -> Framed:
     """Multiply an operand that came whole.
@@ -98,9 +96,9 @@ async def multiply(
     Args:
         request: The header.
         operand: From `operand`.
-        lease: Of the session, with the operator.
+        lease: The lease of the session, with the operator.
         spec: The operator, with scale and damping.
-        tools: What products work with.
+        dependencies: What products work with.
         format_: How the result travels.
 
     Returns:
@@ -108,41 +106,38 @@ async def multiply(
     """
     assert lease.operator is not None
     key, columns = (lease.info.id, request.request_id), operand.columns
-    if key in tools.kept:
-        kept = tools.kept.get(key, _content(request, operand))
+    if key in dependencies.results:
+        kept = dependencies.results.get(key, _content(request, operand))
         if kept is not None and kept.header.version == lease.info.version:
             return _answer(kept, format_)
-    with tools.batcher.reserve(len(columns), 2 * columns.nbytes):
-        done = tools.batcher.multiply_now(lease.operator, columns)
+    with dependencies.batcher.reserve(len(columns), 2 * columns.nbytes):
+        done = dependencies.batcher.multiply_now(lease.operator, columns)
         if done is None:
-            ticket = tools.batcher.multiply(lease.operator, columns)
+            ticket = dependencies.batcher.multiply(lease.operator, columns)
             done = await asyncio.wrap_future(ticket)
     rows = shifted(done.value, columns, spec).reshape(operand.shape)
-    kept = Kept(header_of(lease, plan=True), rows, summary_of([done]))
+    result = CachedResult(header_of(lease, plan=True), rows, summary_of([done]))
     caller = CALLER.get()
 
     def keep() -> None:
         content = _content(request, operand)
-        tools.kept.put(key, content, kept, rows.nbytes, caller)
+        dependencies.results.put(key, content, result, rows.nbytes, caller)
 
     if request.request_id:
         # After the answer has left: nobody asks for it again before.
         asyncio.get_running_loop().call_soon(keep)
-    return _answer(kept, format_)
+    return _answer(result, format_)
 
 
 def _content(request: curvature_pb.ProductHeader, operand: Operand) -> Content:
-    return Content(content_of(request).header, fingerprint(operand.columns))
+    return Content(Content.of(request).header, fingerprint(operand.columns))
 
 
-def _answer(kept: Kept, format_: Format) -> Framed:
-    payload, summary = tuple(format_.payload(kept.rows)), kept.summary
+def _answer(result: CachedResult, format_: Format) -> Framed:
+    payload, crc = tuple(format_.payload(result.rows)), 0
     if format_.checksum:
-        summary = curvature_pb.ResultSummary()
-        summary.CopyFrom(kept.summary)
-        crc = 0
         for chunk in payload:
             crc = zlib.crc32(chunk, crc)
-        summary.crc32 = crc
-    message = format_.message(header=kept.header, summary=summary)
-    return Framed(message, (format_.safetensors_header(kept.rows.shape), *payload))
+    message = format_.summary(result.summary, crc)
+    message.header.CopyFrom(result.header)
+    return Framed(message, (format_.safetensors_header(result.rows.shape), *payload))

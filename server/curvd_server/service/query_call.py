@@ -21,8 +21,8 @@ from curvd_server.config import LimitsConfig
 from curvd_server.device import Batcher
 from curvd_server.linalg import Estimate, Progress, Query
 from curvd_server.service import query_validation as check
-from curvd_server.service.handlers import Send
 from curvd_server.service.query_run import Cost, QueryRun, vectors_bytes
+from curvd_server.service.streams import Send
 from curvd_server.service.validation import check_finite
 from curvd_server.sessions import Lease, Vector
 

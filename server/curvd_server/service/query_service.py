@@ -28,9 +28,9 @@ from curvd_server.linalg import (
     trace,
 )
 from curvd_server.service import query_validation as check
-from curvd_server.service.handlers import Send, opened
 from curvd_server.service.query_call import QueryCall, to_numpy
 from curvd_server.service.query_run import QueryRun, vectors_bytes
+from curvd_server.service.streams import Send, opened
 from curvd_server.service.warm_starts import WarmStarts
 from curvd_server.sessions import SessionStore
 

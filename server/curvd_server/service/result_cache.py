@@ -10,15 +10,15 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd_server.sessions import check_same
 from curvd_server.system import RESULTS, HostMemory
 
-T = TypeVar("T")
 Key = tuple[str, str]
 """Session id and request id."""
 
@@ -38,23 +38,49 @@ class Content:
     operand: str = ""
     """Fingerprint of the operand; empty if it is not known, or there is none."""
 
+    @classmethod
+    def of(cls, request: curvature_pb.ProductHeader) -> Content:
+        """Say what was asked for, whatever the caller has of it already.
+
+        Args:
+            request: The header.
+
+        Returns:
+            The content, without the operand.
+        """
+        asked = curvature_pb.ProductHeader()
+        asked.CopyFrom(request)
+        for field in ("resume", "checksum", "result_type"):
+            asked.ClearField(field)
+        return cls(asked.SerializeToString(deterministic=True).hex())
+
 
 @dataclass(frozen=True, slots=True)
-class _Entry(Generic[T]):
+class CachedResult:
+    """A result that was computed."""
+
+    header: curvature_pb.ResultHeader
+    rows: NDArray[Any]
+    """[P] or [K, P]"""
+    summary: curvature_pb.ResultSummary
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
     content: Content
-    value: T
+    value: CachedResult
     nbytes: int
     until_s: float
 
 
-class KeptResults(Generic[T]):
+class ResultCache:
     """Results by request.
 
     Args:
         budget_bytes: Memory of all together; a larger one is not kept.
         keep_s: How long.
         entries: How many.
-        memory: Of the host, whose other users come first; None: no limit.
+        memory: The host's memory, whose other users come first; None: no limit.
         clock: Seconds, monotonic.
     """
 
@@ -72,7 +98,7 @@ class KeptResults(Generic[T]):
         self._budget, self._keep_s = budget_bytes, keep_s
         self._capacity, self._clock = entries, clock
         # The oldest first, because all are kept equally long.
-        self._entries: dict[Key, _Entry[T]] = {}
+        self._entries: dict[Key, _Entry] = {}
         self._last: dict[str, Key] = {}
         self._bytes = 0
 
@@ -89,7 +115,12 @@ class KeptResults(Generic[T]):
         return key in self._entries
 
     def put(
-        self, key: Key, content: Content, value: T, nbytes: int, caller: str = ""
+        self,
+        key: Key,
+        content: Content,
+        value: CachedResult,
+        nbytes: int,
+        caller: str = "",
     ) -> None:
         """Keep a result, unless it has no request id or is too large.
 
@@ -113,7 +144,7 @@ class KeptResults(Generic[T]):
         while self._bytes > self._budget or len(self._entries) > self._capacity:
             self.drop(next(iter(self._entries)))
 
-    def get(self, key: Key, content: Content) -> T | None:
+    def get(self, key: Key, content: Content) -> CachedResult | None:
         """Find a result.
 
         Args:

@@ -1,8 +1,7 @@
-"""Sending a result: its element type, where it goes on, and its checksum."""
+"""How a result travels: its element type, where it goes on, and its checksum."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import zlib
 from collections.abc import Iterator
@@ -12,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from curvd.contract import Rpc
 from curvd.errors import InvalidSpec
 from curvd.tensors import chunks, half_precision
 from curvd.tensors import safetensors_header as tensorfile
 from curvd.v1 import curvature_service_pb2 as curvature_pb
-from curvd_server.service.handlers import Send
+from curvd_server.service import validation
 
 Columns = NDArray[Any]
 
@@ -30,20 +30,20 @@ class Format:
 
     dtype: str
     """safetensors element type."""
-    message: Any
-    """Class of the stream's messages."""
+    rpc: Rpc
+    """Whose responses carry it."""
     resume: curvature_pb.Resume | None = None
     """What the caller has already."""
     checksum: bool = False
 
     @classmethod
-    def of(cls, request: Any, message: Any, own: np.dtype[Any]) -> Format:
+    def of(cls, request: Any, rpc: Rpc, own: np.dtype[Any]) -> Format:
         """Read it off a request.
 
         Args:
             request: A message with the fields `resume` and `checksum`, perhaps
                 `result_type`.
-            message: Class of the stream's messages.
+            rpc: Whose request it is.
             own: The session's vector type.
 
         Returns:
@@ -64,12 +64,50 @@ class Format:
         if resume is not None and resume.offset < 0:
             msg = f"resume.offset must not be negative, got {resume.offset}"
             raise InvalidSpec(msg, offset=resume.offset)
-        return cls(dtype, message, resume, request.checksum)
+        return cls(dtype, rpc, resume, request.checksum)
 
     @property
     def is_taken_up(self) -> bool:
         """Whether the caller has some of the result."""
         return self.resume is not None and self.resume.offset > 0
+
+    def check_size(self, nbytes: int) -> None:
+        """Refuse a result that must fit into one message, and does not.
+
+        Args:
+            nbytes: Its size.
+
+        Raises:
+            LimitExceeded: If it is larger.
+        """
+        if self.rpc.response.framed:
+            validation.check_message(nbytes)
+
+    def message(self, **fields: Any) -> Any:
+        """Make a message of the response.
+
+        Args:
+            fields: Its fields.
+
+        Returns:
+            The message.
+        """
+        return self.rpc.response.message(**fields)
+
+    def summary(self, summary: curvature_pb.ResultSummary, crc: int = 0) -> Any:
+        """Make the message that ends the response.
+
+        Args:
+            summary: What the result took.
+            crc: Checksum of its payload.
+
+        Returns:
+            The message; with the checksum if that was asked for.
+        """
+        message = self.message(summary=summary)
+        if self.checksum:
+            message.summary.crc32 = crc
+        return message
 
     def safetensors_header(self, shape: tuple[int, ...]) -> memoryview:
         """Describe the result's file.
@@ -121,83 +159,16 @@ class Format:
         proven = missing <= 0 and sha.digest() == self.resume.sha256
         return self.resume.offset if proven else 0
 
-
-class Sender:
-    """Sends one result, and keeps its checksum.
-
-    Args:
-        send: Sends one part.
-        format_: How.
-    """
-
-    def __init__(self, send: Send, format_: Format) -> None:
-        self._send, self._format = send, format_
-        self._crc = 0
-
-    async def head(
-        self, header: curvature_pb.ResultHeader, shape: tuple[int, ...], offset: int = 0
-    ) -> None:
-        """Send what comes before the payload.
+    def crc_of(self, rows: Columns) -> int:
+        """Compute the checksum of a whole payload.
 
         Args:
-            header: What was computed.
-            shape: [P] or [K, P].
-            offset: Bytes of the payload that will be left out.
+            rows: The whole result.
+
+        Returns:
+            Its CRC-32.
         """
-        header.offset = offset
-        await self._send(self._format.message(header=header))
-        await self._send(self._format.safetensors_header(shape))
-
-    async def bare(self, header: curvature_pb.ResultHeader) -> None:
-        """Send only the header, of a result that stays here."""
-        await self._send(self._format.message(header=header))
-
-    async def rows(self, rows: Columns, offset: int = 0) -> None:
-        """Send values.
-
-        Args:
-            rows: The next ones.
-            offset: Bytes of them to leave out.
-        """
-        if self._format.checksum and offset:
-            self._crc = await asyncio.to_thread(self._crc_of, rows)
-        for chunk in self._format.payload(rows, offset):
-            if self._format.checksum and not offset:
-                self._crc = zlib.crc32(chunk, self._crc)
-            await self._send(chunk)
-
-    async def end(self, summary: curvature_pb.ResultSummary) -> None:
-        """Send the summary.
-
-        Args:
-            summary: How it went.
-        """
-        if self._format.checksum:
-            summary.crc32 = self._crc
-        await self._send(self._format.message(summary=summary))
-
-    async def whole(
-        self,
-        header: curvature_pb.ResultHeader,
-        rows: Columns,
-        summary: curvature_pb.ResultSummary,
-    ) -> None:
-        """Send a result that is there as a whole, from where the caller needs it.
-
-        Args:
-            header: What was computed.
-            rows: [P] or [K, P].
-            summary: How it went.
-        """
-        offset = 0
-        if self._format.is_taken_up:
-            offset = await asyncio.to_thread(self._format.offset_in, rows)
-        await self.head(header, rows.shape, offset)
-        await self.rows(rows, offset)
-        await self.end(summary)
-
-    def _crc_of(self, rows: Columns) -> int:
-        crc = self._crc
-        for chunk in self._format.payload(rows):
+        crc = 0
+        for chunk in self.payload(rows):
             crc = zlib.crc32(chunk, crc)
         return crc

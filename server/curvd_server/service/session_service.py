@@ -26,7 +26,7 @@ from curvd.errors import CurvdError, DatasetNotFound, InvalidSpec
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.service import uploads
-from curvd_server.service.handlers import opened
+from curvd_server.service.streams import opened
 from curvd_server.sessions import NewSession, SessionStore, Update
 from curvd_server.storage import (
     Architecture,

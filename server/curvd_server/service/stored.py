@@ -1,19 +1,17 @@
-"""Receiving a vector that a session stores."""
+"""Vectors that a session stores: received, and described."""
 
 from __future__ import annotations
 
-import asyncio
+import math
 
 import numpy as np
 
 from curvd.errors import InvalidSpec
-from curvd.tensors import Buffer, half_precision, safetensors_header
-from curvd.tensors import chunks as wire
 from curvd.v1 import curvature_service_pb2 as curvature_pb
-from curvd_server.service import validation
-from curvd_server.service.handlers import Chunks
-from curvd_server.service.product_stream import Columns, Tools
+from curvd_server.config import LimitsConfig
 from curvd_server.service.result_encoding import OWN_TYPE
+from curvd_server.service.sources import Columns, Expected, Inline
+from curvd_server.service.streams import Chunks
 from curvd_server.sessions import Lease, Vector
 
 
@@ -21,15 +19,15 @@ async def receive(
     request: curvature_pb.PutVectorHeader,
     chunks: Chunks,
     lease: Lease,
-    tools: Tools,
+    limits: LimitsConfig,
 ) -> Vector:
     """Receive and store a vector, checked like an operand.
 
     Args:
         request: Its header.
         chunks: Its safetensors file.
-        lease: Of the session.
-        tools: Limits.
+        lease: The lease of the session.
+        limits: The server's limits.
 
     Returns:
         What is stored now.
@@ -37,43 +35,26 @@ async def receive(
     Raises:
         InvalidSpec: If it has no name.
     """
-    name, layout = request.name, lease.info.layout
-    if not name:
+    if not request.name:
         msg = "a stored vector needs a name, at least one character"
         raise InvalidSpec(msg, field="name")
-    dtype = validation.vector_dtype(lease.info.dtype)
+    info = lease.info
+    shape: tuple[int, ...] = ()
+    expected = Expected(None, info.layout, info.dtype, limits)
+    dtype = expected.vector_dtype
 
-    def accept(header: safetensors_header.Header) -> int:
-        validation.check_operand(
-            header,
-            matrix=None,
-            layout=layout,
-            dtype=lease.info.dtype,
-            limits=tools.limits,
-        )
-        count = int(np.prod(header["v"].shape))
-        lease.vectors.check_room(name, count * dtype.itemsize)
-        return 0
+    def announce(given: tuple[int, ...]) -> int:
+        nonlocal shape
+        shape = given
+        lease.vectors.check_room(request.name, math.prod(shape) * dtype.itemsize)
+        return math.prod(shape[:-1])  # all columns in one block, which stays
 
-    def checked(raw: Buffer, tensor: safetensors_header.TensorHeader) -> Columns:
-        if tensor.dtype in half_precision.NARROW:
-            array = np.empty(tensor.shape, dtype)
-            half_precision.widen(raw, tensor.dtype, array.reshape(-1))
-        else:
-            array = raw.view(dtype).reshape(tensor.shape)
-        validation.check_finite(array, layout=layout)
-        return array
-
-    assembler = wire.Assembler(accept, max_bytes=tools.limits.operand_bytes)
-    chunks.come_to(assembler.room)
-    raw = np.empty(0, np.uint8)
-    async for chunk in chunks:
-        for piece in assembler.feed(chunk):
-            raw = piece
-    tensor = assembler.finish()["v"]
-    array = await asyncio.to_thread(checked, raw, tensor)
-    vector = Vector(array, lease.info.version)
-    lease.vectors.put(name, vector)
+    array: Columns = np.empty(0, dtype)
+    source = Inline(chunks, expected, lambda nbytes: np.empty(nbytes, np.uint8))
+    async for block in source.blocks(announce):
+        array = block
+    vector = Vector(array.reshape(shape), info.version)
+    lease.vectors.put(request.name, vector)
     return vector
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from curvd_server.sessions.session import Facilities, Lease, Update
 from curvd_server.sessions.store import NewSession, SessionStore
-from curvd_server.sessions.stored_vectors import Vector, check_same
+from curvd_server.sessions.stored_vectors import Vector, Vectors, check_same
 
 __all__ = [
     "Facilities",
@@ -16,5 +16,6 @@ __all__ = [
     "SessionStore",
     "Update",
     "Vector",
+    "Vectors",
     "check_same",
 ]
