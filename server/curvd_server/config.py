@@ -1,11 +1,14 @@
-"""What can be configured about a server: each thing once, units in the names."""
+"""What can be configured about a server: each setting once, units in the names.
+
+`curvd_server.cli` makes options of them, and the table of docs/server.md.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
 import grpc
@@ -13,33 +16,26 @@ import grpc
 from curvd.contract import Limits
 from curvd.errors import InvalidSpec
 from curvd.tensors import MAX_HEADER_BYTES
+from curvd_server.system import check, setting
 from curvd_server.transport import ConnectionLimits
 
 DEFAULT_LISTEN = "127.0.0.1:50551"
 MESSAGE_BYTES = 4 << 20
 """Longest message that is accepted. Chunks stay 64 KiB below it."""
 _UNIX = ("unix:", "unix-abstract:")
-_MAY_BE_ZERO = (
-    "default_budget_bytes",
-    "idle_bytes",
-    "kept_bytes",
-    "memory_bytes",
-    "stored_bytes",
-)
-_TRANSPORTS = ("direct", "grpcio")
-_LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TlsConfig:
     """Encryption, and whom to let in."""
 
-    cert: Path
-    """PEM file with the server's certificate chain."""
-    key: Path
-    """PEM file with its key."""
-    client_ca: Path | None = None
-    """Only clients with a certificate that these sign may connect (mutual TLS)."""
+    cert: Path = setting(MISSING, "PEM file with the server's certificate chain.")
+    key: Path = setting(MISSING, "PEM file with the key of --tls-cert.")
+    client_ca: Path | None = setting(
+        None,
+        "Let in only clients with a certificate that these authorities sign (mutual "
+        "TLS).",
+    )
 
     def context(self) -> ssl.SSLContext:
         """Read the files, for connections that grpcio does not see.
@@ -85,48 +81,79 @@ class TlsConfig:
 class LimitsConfig:
     """What the server refuses to exceed."""
 
-    upload_bytes: int = 64 << 30
-    """Largest safetensors file of a model, dataset or update."""
-    operand_bytes: int = 64 << 30
-    """Largest operand of one MatMat. It is streamed, never held as a whole."""
-    columns: int = 1 << 20
-    """Columns of one MatMat."""
-    pending_columns: int = 4096
-    """Columns that may wait for a device, those of all callers together."""
-    pending_bytes: int = 8 << 30
-    """Memory of operands and results that are under way; one request always fits."""
-    block_bytes: int = 64 << 20
-    """Memory of one column block of a MatMat, unless one column is larger."""
-    idle_bytes: int = 1 << 30
-    """Memory of operands that is kept for the next ones while nobody needs it."""
-    kept_bytes: int = 1 << 30
-    """Memory of results that are kept for callers whose stream broke."""
-    kept_s: int = 60
-    """Seconds that they are kept."""
-    stored_bytes: int = 4 << 30
-    """Memory of the vectors that one session stores."""
-    memory_bytes: int = 0
-    """Memory of the host for datasets, stored vectors, kept results and calls under way
-    together; 0: four fifths of what the machine has or the container may use."""
-    partial_bytes: int = 128 << 30
-    """Disk of all uploads that are not complete."""
-    partial_s: int = 24 * 3600
-    """Seconds that an upload is kept which nobody goes on with."""
-    run_columns: int = 32
-    """Columns that are computed together at most."""
-    sessions: int = 100
-    """Sessions at once."""
-    operators: int = 16
-    """Operators that one session keeps built; the longest unused one makes room."""
-    default_budget_bytes: int = 4 << 30
-    """Memory for kept linearisations of one session, unless it asks for another."""
+    upload_bytes: int = setting(
+        64 << 30, "Largest safetensors file of a model, dataset or update.", least=1
+    )
+    operand_bytes: int = setting(
+        64 << 30,
+        "Largest operand of one MatMat; it is streamed, never held as a whole.",
+        least=1,
+    )
+    columns: int = setting(1 << 20, "Columns of one MatMat.", least=1)
+    pending_columns: int = setting(
+        4096,
+        "Columns that may wait for a device, those of all callers together, before "
+        "callers are turned away.",
+        least=1,
+    )
+    pending_bytes: int = setting(
+        8 << 30,
+        "Memory of operands and results that are under way; one request always fits.",
+        least=1,
+    )
+    block_bytes: int = setting(
+        64 << 20,
+        "Memory of one column block of a MatMat, unless one column is larger.",
+        least=1,
+    )
+    idle_bytes: int = setting(
+        1 << 30,
+        "Memory of operands, and as much of results, that is kept for the next ones "
+        "while nobody needs it.",
+        least=0,
+    )
+    kept_bytes: int = setting(
+        1 << 30,
+        "Memory of results that are kept for callers whose stream broke.",
+        least=0,
+    )
+    kept_s: int = setting(
+        60, "Seconds that results are kept for callers whose stream broke.", least=1
+    )
+    stored_bytes: int = setting(
+        4 << 30, "Memory of the vectors that one session stores.", least=0
+    )
+    memory_bytes: int = setting(
+        0,
+        "Memory of the host for datasets, stored vectors, kept results and calls "
+        "under way together; 0: four fifths of what the machine has or the container "
+        "may use.",
+        least=0,
+        shown="four fifths",
+    )
+    partial_bytes: int = setting(
+        128 << 30, "Disk of all uploads that are not complete.", least=1
+    )
+    partial_s: int = setting(
+        24 * 3600, "Seconds that an upload is kept which nobody goes on with.", least=1
+    )
+    run_columns: int = setting(
+        32, "Columns that are computed together at most.", least=1
+    )
+    sessions: int = setting(100, "Sessions at once.", least=1)
+    operators: int = setting(
+        16,
+        "Operators that one session keeps built; the longest unused one makes room.",
+        least=1,
+    )
+    default_budget_bytes: int = setting(
+        4 << 30,
+        "Memory for the cached linearisations of one session, unless it asks for another.",
+        least=0,
+    )
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
-            value, least = getattr(self, name), int(name not in _MAY_BE_ZERO)
-            if value < least:
-                msg = f"limit {name} must be at least {least}, got {value}"
-                raise InvalidSpec(msg, limit=name, value=value)
+        check(self)
 
     def published(self) -> Limits:
         """Describe the limits to clients.
@@ -153,42 +180,74 @@ class ServerConfig:
     that the network is trusted.
     """
 
-    listen: str = DEFAULT_LISTEN
-    """``host:port``, ``[ipv6]:port`` or ``unix:/path``; port 0 takes a free one."""
-    data_dir: Path = Path("curvd-data")
-    """Where models, datasets and sessions are kept; made if it is not there."""
-    datasets_root: Path | None = None
-    """A folder of ``<name>.safetensors`` that clients may use by name; read only."""
+    listen: str = setting(
+        DEFAULT_LISTEN,
+        "Where to listen: host:port, [ipv6]:port or unix:/path; port 0 takes a free one.",
+        metavar="ADDRESS",
+    )
+    data_dir: Path = setting(
+        Path("curvd-data"),
+        "Folder in which models, datasets and sessions survive a restart; made if it is "
+        "not there.",
+    )
+    datasets_root: Path | None = setting(
+        None, "A folder of NAME.safetensors that clients may use by name; read only."
+    )
+    device: str = setting("cpu", "Where to compute, for example cuda:0.")
     tls: TlsConfig | None = None
     """None: plain text."""
-    token: str | None = field(default=None, repr=False)
-    """Every call but health checks must carry ``authorization: Bearer <token>``."""
-    token_file: Path | None = None
-    """A file with the token, instead of `token`."""
-    insecure: bool = False
-    """Serve other machines without encryption, or without asking who they are."""
-    builders: Mapping[str, str] = field(default_factory=dict)
-    """Further builders: name to ``module:callable``."""
-    libraries: tuple[str, ...] = ()
-    """Globs over models of libraries that are allowed: ``timm:vit_*``,
-    ``torchvision:*``, ``transformers:gpt2``."""
-    device: str = "cpu"
-    """Where to compute, for example ``cuda:0``."""
-    compile_after_s: float = 60.0
-    """Seconds that an operator must have computed before native code is made for it, in
-    the background and if there is a C++ compiler; 0: never."""
+    token: str | None = setting(
+        None,
+        "What every call but health checks must carry (authorization: Bearer); never a "
+        "flag, which others can see.",
+        secret=True,
+    )
+    token_file: Path | None = setting(
+        None, "A file with the token, in place of CURVD_TOKEN."
+    )
+    insecure: bool = setting(
+        False,
+        "Serve other machines without encryption, or without asking who they are.",
+    )
+    builders: Mapping[str, str] = setting(
+        dict,
+        "A builder of your own; may be repeated. In a TOML file: a [builders] table.",
+        option="builder",
+        metavar="NAME=module:callable",
+    )
+    libraries: tuple[str, ...] = setting(
+        (),
+        "Models of a library that clients may build, as a glob: timm:vit_*, "
+        "torchvision:*, transformers:gpt2; may be repeated.",
+        option="library",
+        metavar="LIBRARY:GLOB",
+    )
+    compile_after_s: float = setting(
+        60.0,
+        "Seconds that an operator must have computed before native code is made for it, "
+        "in the background and if there is a C++ compiler; 0: never.",
+        least=0,
+    )
     limits: LimitsConfig = LimitsConfig()
-    transport: str = "direct"
-    """Who speaks HTTP/2 with our own clients: ``direct``, the server itself, or ``grpcio``,
-    which then has the port and answers everybody."""
+    transport: str = setting(
+        "direct",
+        "Who speaks HTTP/2 with our own clients: direct, the server itself, or grpcio, "
+        "which then has the port and answers everybody.",
+        choices=("direct", "grpcio"),
+    )
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     """What connections may take."""
-    drain_s: float = 30.0
-    """How long running calls may finish after SIGTERM."""
-    log_level: str = "info"
-    """``debug``, ``info``, ``warning`` or ``error``; for `curvd_server.app.serve`."""
+    drain_s: float = setting(
+        30.0, "Seconds that running calls may go on after SIGTERM.", least=0
+    )
+    log_level: str = setting(
+        "info",
+        "How much is logged.",
+        choices=("debug", "info", "warning", "error"),
+    )
 
     def __post_init__(self) -> None:
+        check(self)
         object.__setattr__(self, "data_dir", Path(self.data_dir))
         object.__setattr__(self, "libraries", tuple(self.libraries))
         if self.datasets_root is not None:
@@ -202,14 +261,6 @@ class ServerConfig:
             raise InvalidSpec(msg)
         if self.token is not None:
             _check_token(self.token, "token")
-        for name in ("drain_s", "compile_after_s"):
-            if not getattr(self, name) >= 0:
-                msg = f"{name} must not be negative, got {getattr(self, name)}"
-                raise InvalidSpec(msg, **{name: getattr(self, name)})
-        for name, known in (("log_level", _LOG_LEVELS), ("transport", _TRANSPORTS)):
-            if getattr(self, name) not in known:
-                msg = f"{name} must be one of {known}, got {getattr(self, name)!r}"
-                raise InvalidSpec(msg, **{name: getattr(self, name)})
         if local or self.insecure:
             return
         if self.tls is None:

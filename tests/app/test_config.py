@@ -67,7 +67,7 @@ def test_a_file_that_is_not_there_is_named():
 
 
 def test_limits_are_positive_and_published():
-    with pytest.raises(InvalidSpec, match="limit columns must be at least 1, got 0"):
+    with pytest.raises(InvalidSpec, match="columns must be at least 1, got 0"):
         LimitsConfig(columns=0)
     assert LimitsConfig(sessions=7).published().sessions == 7
 

@@ -18,21 +18,12 @@ import click
 from curvd._version import VERSION
 from curvd.cli import query_commands
 from curvd.cli.options import (
-    CONNECTIONS,
-    FILE,
-    LIMITS,
     connection_options,
-    limit_options,
-    named_folder,
-    option,
-    read_config,
-    token_options,
 )
 from curvd.config import ClientConfig, RetryConfig, TlsConfig, Transport
 from curvd.contract import ServerInfo, SessionInfo
 from curvd.errors import CurvdError
 from curvd.remote import connect
-from curvd.tensors import tune_allocator
 
 
 class Commands(click.Group):
@@ -52,59 +43,34 @@ def main() -> None:
     """Remote curvature queries on neural networks."""
 
 
-@main.command()
-@click.option(
-    "--config",
-    type=FILE,
-    is_eager=True,
-    expose_value=False,
-    envvar="CURVD_CONFIG",
-    callback=read_config,
-    help="TOML file with any of these options; a [builders] table for --builder.",
+class Deferred(click.Command):
+    """A command of another package, imported when it is asked for.
+
+    Args:
+        name: Of the command, and of the object in `module`.
+        module: Where it is.
+        short_help: One sentence, for the list of commands.
+    """
+
+    def __init__(self, name: str, module: str, short_help: str) -> None:
+        super().__init__(name, short_help=short_help)
+        self._module = module
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Read the arguments as the real command does."""
+        command: click.Command = getattr(_server(self._module), self.name or "")
+        return command.make_context(info_name, args, parent, **extra)
+
+
+main.add_command(
+    Deferred("serve", "curvd_server.cli", "Run a server until SIGTERM or Ctrl-C.")
 )
-@option("--listen", "HOST:PORT or unix:/path; loopback unless told otherwise.")
-@option("--data-dir", "Where what was registered survives.", callback=named_folder)
-@option(
-    "--datasets-root",
-    "A folder of NAME.safetensors that clients may use by name.",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-)
-@option("--device", "Where to compute: cpu, cuda:0, …")
-@option("--tls-cert", "PEM file with the server's certificate chain.", type=FILE)
-@option("--tls-key", "PEM file with its key.", type=FILE)
-@option("--tls-client-ca", "Ask clients for a certificate of this CA.", type=FILE)
-@token_options
-@option("--insecure", "Allow plain text on any address.", is_flag=True, default=None)
-@option("--builder", "NAME=module:callable; may be repeated.", multiple=True)
-@option(
-    "--compile-after-s",
-    "Make native code for what has computed so long; 0: never.",
-    type=float,
-)
-@option(
-    "--library",
-    "Models of a library that clients may build, as a glob: timm:vit_*, "
-    "torchvision:*, transformers:gpt2; may be repeated.",
-    multiple=True,
-)
-@limit_options
-@option(
-    "--transport",
-    "Who speaks HTTP/2 with our own clients: the server itself, or grpcio, which then "
-    "has the port.",
-    type=click.Choice(["direct", "grpcio"]),
-)
-@option("--drain-s", "How long calls may go on after SIGTERM.", type=float)
-@option("--log-level", "debug, info, warning or error.")
-def serve(**options: Any) -> None:
-    """Run a server until SIGTERM or Ctrl-C."""
-    tune_allocator()
-    config = _server("curvd_server.config")
-    _server(
-        "curvd_server.trials.pool"
-    ).start()  # it imports torch while the server does
-    app = _server("curvd_server.app")
-    app.serve(config.ServerConfig(**_server_settings(config, options)))
 
 
 @main.command()
@@ -157,36 +123,6 @@ def _server(module: str, extra: str = "server") -> ModuleType:
     except ModuleNotFoundError as error:
         msg = f"{error.name} is missing: pip install 'curvd[{extra}]'"
         raise click.ClickException(msg) from error
-
-
-def _server_settings(config: ModuleType, options: dict[str, Any]) -> dict[str, Any]:
-    """Turn options into keyword arguments of `ServerConfig`; unset ones are left out."""
-    given = {name: value for name, value in options.items() if value is not None}
-    tls = {
-        name: given.pop(f"tls_{name}")
-        for name in ("cert", "key", "client_ca")
-        if f"tls_{name}" in given
-    }
-    if tls and not {"cert", "key"} <= tls.keys():
-        msg = "TLS needs both --tls-cert and --tls-key"
-        raise click.UsageError(msg)
-    if tls:
-        given["tls"] = config.TlsConfig(**tls)
-    limits = {name: given.pop(name) for name in LIMITS if name in given}
-    if limits:
-        given["limits"] = config.LimitsConfig(**limits)
-    allowed = {name: given.pop(name) for name in CONNECTIONS if name in given}
-    if allowed:
-        given["connections"] = config.ConnectionLimits(**allowed)
-    builders = [text.partition("=") for text in given.pop("builder")]
-    for name, equals, place in builders:
-        if not (name and equals and ":" in place):
-            msg = f"--builder {name}{equals}{place}: expected NAME=module:callable"
-            raise click.UsageError(msg)
-    given["builders"] = {name: place for name, _, place in builders}
-    if patterns := given.pop("library"):
-        given["libraries"] = patterns
-    return given
 
 
 def _config(

@@ -19,38 +19,6 @@ DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_PORT}"
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
-LIMITS = {
-    "upload_bytes": "Largest model, dataset or update.",
-    "operand_bytes": "Largest operand of one MatMat.",
-    "columns": "Columns of one MatMat.",
-    "pending_columns": "Columns that may wait for a device.",
-    "pending_bytes": "Memory of operands and results that are under way.",
-    "block_bytes": "Memory of one column block of a MatMat.",
-    "idle_bytes": "Memory of operands kept for the next ones.",
-    "kept_bytes": "Memory of results kept for callers whose stream broke.",
-    "kept_s": "Seconds that they are kept.",
-    "stored_bytes": "Memory of the vectors that one session stores.",
-    "partial_bytes": "Disk of all uploads that are not complete.",
-    "partial_s": "Seconds that an upload is kept which nobody goes on with.",
-    "memory_bytes": "Memory of the host for all that is held; 0: four fifths of it.",
-    "run_columns": "Columns that are computed together.",
-    "sessions": "Sessions at once.",
-    "operators": "Operators that one session keeps built.",
-    "default_budget_bytes": "Memory for one session's kept linearisations.",
-}
-"""Fields of the server's `LimitsConfig`, which is not imported for ``--help``."""
-
-CONNECTIONS = {
-    "connections": "Connections at once; the oldest without a call makes room.",
-    "peer_connections": "Connections of one address at once.",
-    "greeting_s": "Seconds from a connection to its first call.",
-    "idle_connection_s": "Seconds without a call after which a connection is closed.",
-    "stall_s": "Seconds for one message to come or to be taken.",
-    "streams": "Calls at once on a connection of a client that is not ours.",
-    "header_bytes": "Bytes of the headers of one call.",
-}
-"""Fields of the server's `ConnectionLimits`, likewise."""
-
 
 class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """Bytes, as a number or with a unit: ``4GiB``."""
@@ -145,26 +113,6 @@ def connection_options(command: F) -> F:
         click.argument("target", envvar="CURVD_TARGET", default=DEFAULT_TARGET),
     ):
         command = decorate(command)
-    return command
-
-
-def limit_options(command: F) -> F:
-    """Add an option for each limit of a server to a command.
-
-    Args:
-        command: Takes the names of `LIMITS` and `CONNECTIONS`.
-
-    Returns:
-        The command.
-    """
-    for name, help_text in reversed((LIMITS | CONNECTIONS).items()):
-        kind: click.ParamType = click.INT  # type: ignore[type-arg,unused-ignore]
-        if name.endswith("_bytes"):
-            kind = Size()
-        elif name in CONNECTIONS and name.endswith("_s"):
-            kind = click.FLOAT
-        flag = f"--{name.replace('_', '-')}"
-        command = option(flag, help_text, type=kind)(command)
     return command
 
 

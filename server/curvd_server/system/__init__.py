@@ -16,6 +16,7 @@ from curvd_server.system.host_memory import (
     default_bytes,
 )
 from curvd_server.system.logs import logger
+from curvd_server.system.settings import check, setting, settings_of
 
 __all__ = [
     "CALLS",
@@ -28,8 +29,11 @@ __all__ = [
     "Poll",
     "Threads",
     "alone",
+    "check",
     "default_bytes",
     "logger",
+    "setting",
+    "settings_of",
     "told",
     "yield_point",
 ]

@@ -5,9 +5,10 @@ The pool of such processes and what runs in them. Knows torch only there.
 
 from __future__ import annotations
 
-from curvd_server.trials.pool import PEER, Trials
+from curvd_server.trials.pool import PEER, Trials, start
 
 __all__ = [
     "PEER",
     "Trials",
+    "start",
 ]

@@ -1,0 +1,202 @@
+"""``curvd serve``: an option for each setting of `ServerConfig`, and the documents' table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import click
+
+from curvd.cli.options import FILE, Size, option, read_config, token_options
+from curvd.tensors import tune_allocator
+from curvd_server.config import LimitsConfig, ServerConfig, TlsConfig
+from curvd_server.system import settings_of
+from curvd_server.system.settings import Setting
+from curvd_server.transport import ConnectionLimits
+
+_NESTED: dict[str, tuple[type[Any], str]] = {
+    "tls": (TlsConfig, "tls_"),
+    "limits": (LimitsConfig, ""),
+    "connections": (ConnectionLimits, ""),
+}
+"""Fields of `ServerConfig` that hold settings of their own, and the prefix of these."""
+_KINDS: dict[Any, Any] = {int: click.INT, float: click.FLOAT, str: click.STRING}
+_PATH = click.Path(path_type=Path)
+_SIZES = ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB"))
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A setting as it is given from outside."""
+
+    name: str
+    """``data_dir``: the flag is ``--data-dir``, the variable ``CURVD_DATA_DIR``."""
+    group: str
+    """Field of `ServerConfig` that holds it; empty: `ServerConfig` itself."""
+    field: Field[Any]
+    setting: Setting
+    type: Any
+
+    @property
+    def flag(self) -> str:
+        """The flag."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether it may be given more than once."""
+        return self.field.default_factory is dict or self.field.default == ()
+
+    @property
+    def default(self) -> str:
+        """The default as people read it."""
+        value = self.field.default
+        if self.setting.shown:
+            return self.setting.shown
+        if value is MISSING or value is None or value == ():
+            return "none"
+        if value is False:
+            return "off"
+        if self.name.endswith("_bytes"):
+            return size(value)
+        return f"{value:g}" if isinstance(value, float) else f"{value}"
+
+    def decorate(self, command: Callable[..., Any]) -> Callable[..., Any]:
+        """Add it to a command."""
+        more: dict[str, Any] = {"type": self._kind(), "multiple": self.is_repeated}
+        if self.type is bool:
+            more = {"is_flag": True, "default": None}
+        elif self.setting.metavar:
+            more["metavar"] = self.setting.metavar
+        text = f"{self.setting.help}  [default: {self.default}]"
+        return option(self.flag, text, **more)(command)
+
+    def _kind(self) -> Any:
+        if self.setting.choices:
+            return click.Choice(self.setting.choices)
+        if self.name.endswith("_bytes"):
+            return Size()
+        if "Path" in str(self.type):
+            return FILE if self.group == "tls" else _PATH
+        return _KINDS.get(self.type, click.STRING)
+
+
+def size(nbytes: int) -> str:
+    """Write a size with the largest unit that fits: ``64 GiB``.
+
+    Args:
+        nbytes: The size.
+
+    Returns:
+        The text; options understand it, without the blank too.
+    """
+    for shift, unit in _SIZES:
+        if nbytes and nbytes % (1 << shift) == 0:
+            return f"{nbytes >> shift} {unit}"
+    return str(nbytes)
+
+
+def options() -> Iterator[Option]:
+    """List the options, as the settings are declared, groups where they stand.
+
+    Yields:
+        One for each setting.
+    """
+    for name in ServerConfig.__dataclass_fields__:
+        if name in _NESTED:
+            cls, prefix = _NESTED[name]
+            yield from _options(cls, name, prefix)
+        else:
+            yield from (
+                o for o in _options(ServerConfig, "", "") if o.field.name == name
+            )
+
+
+def _options(cls: type[Any], group: str, prefix: str) -> Iterator[Option]:
+    types = get_type_hints(cls)
+    for name, (field, known) in settings_of(cls).items():
+        yield Option(known.option or prefix + name, group, field, known, types[name])
+
+
+def table() -> str:
+    """Print the table of docs/server.md.
+
+    Returns:
+        Markdown.
+    """
+    rows = ["| option | default | what |", "| --- | --- | --- |"]
+    for o in options():
+        flag = o.flag + (f" {o.setting.metavar}" if o.is_repeated else "")
+        name = "`CURVD_TOKEN`" if o.name == "token" else f"`{flag}`"
+        default = o.default if o.default in ("none", "off") else f"`{o.default}`"
+        rows.append(f"| {name} | {default} | {o.setting.help} |")
+    return "\n".join(rows)
+
+
+def _with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    for o in reversed([o for o in options() if not o.name.startswith("token")]):
+        command = o.decorate(command)
+    return token_options(command)
+
+
+@click.command()
+@click.option(
+    "--config",
+    type=FILE,
+    is_eager=True,
+    expose_value=False,
+    envvar="CURVD_CONFIG",
+    callback=read_config,
+    help="TOML file with any of these options; a [builders] table for --builder.",
+)
+@_with_settings
+def serve(**given: Any) -> None:
+    """Run a server until SIGTERM or Ctrl-C."""
+    tune_allocator()
+    config = configured(given)
+    from curvd_server.trials import start
+
+    start()  # it imports torch while the server does
+    from curvd_server.app import serve as run
+
+    run(config)
+
+
+def configured(given: Mapping[str, Any]) -> ServerConfig:
+    """Make a configuration of options.
+
+    Args:
+        given: Values by option; None or nothing for those that nobody gave.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        InvalidSpec: If a value is out of its range, or values contradict each other.
+        click.UsageError: If options do not fit together.
+    """
+    values: dict[str, dict[str, Any]] = {"": {}, **{name: {} for name in _NESTED}}
+    for o in options():
+        value = given.get(o.name)
+        if value is not None and value != ():
+            values[o.group][o.field.name] = value
+    top = values.pop("")
+    if values["tls"] and not {"cert", "key"} <= values["tls"].keys():
+        msg = "TLS needs both --tls-cert and --tls-key"
+        raise click.UsageError(msg)
+    if "builders" in top:
+        top["builders"] = dict(map(_builder, top["builders"]))
+    groups = {
+        name: _NESTED[name][0](**found) for name, found in values.items() if found
+    }
+    return ServerConfig(**top, **groups)
+
+
+def _builder(text: str) -> tuple[str, str]:
+    name, equals, place = text.partition("=")
+    if not (name and equals and ":" in place):
+        msg = f"--builder {text}: expected NAME=module:callable"
+        raise click.UsageError(msg)
+    return name, place

@@ -1,0 +1,115 @@
+"""Settings: each option of a server is declared once, and all its faces are made of that.
+
+A frozen dataclass holds them, each field a `setting` with its default, its bounds and one
+sentence of help. `check` judges the values, the command line makes flags, environment
+variables and keys of a TOML file of them (`curvd_server.cli`), and the table of
+docs/server.md is printed from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+from curvd.errors import InvalidSpec
+
+_KEY = "setting"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is known of a setting beside its name, type and default."""
+
+    help: str
+    """One sentence or more, for the command line and the documents."""
+    least: float | None
+    """Smallest value that is accepted."""
+    positive: bool
+    """Whether it must be more than 0."""
+    choices: tuple[str, ...]
+    """All values that are accepted; empty: any."""
+    shown: str
+    """The default in words; empty: the default says it."""
+    option: str
+    """Name of the option, if it is not that of the field."""
+    metavar: str
+    """What the option's value looks like; empty: the type says it."""
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    positive: bool = False,
+    choices: tuple[str, ...] = (),
+    shown: str = "",
+    option: str = "",
+    metavar: str = "",
+    secret: bool = False,
+) -> Any:
+    """Declare a setting, as a field of a frozen dataclass.
+
+    Args:
+        default: Its value where nobody sets it; a type or function makes it anew;
+            `MISSING`: it has to be set.
+        help: One sentence or more, units included.
+        least: Smallest value that is accepted.
+        positive: Whether it must be more than 0.
+        choices: All values that are accepted.
+        shown: The default in words.
+        option: Name of the option, if it is not that of the field.
+        metavar: What the option's value looks like.
+        secret: Whether it must not be printed.
+
+    Returns:
+        The field.
+    """
+    known = Setting(
+        help=help,
+        least=least,
+        positive=positive,
+        choices=choices,
+        shown=shown,
+        option=option,
+        metavar=metavar,
+    )
+    made: dict[str, Any] = {"metadata": {_KEY: known}, "repr": not secret}
+    if default is not MISSING:
+        made["default_factory" if callable(default) else "default"] = default
+    found: Any = field(**made)
+    return found
+
+
+def settings_of(config: Any) -> dict[str, tuple[Field[Any], Setting]]:
+    """List the settings of a dataclass or one of its instances.
+
+    Args:
+        config: The class, or an instance.
+
+    Returns:
+        Field and setting by name, in order.
+    """
+    return {f.name: (f, f.metadata[_KEY]) for f in fields(config) if _KEY in f.metadata}
+
+
+def check(config: Any) -> None:
+    """Judge the values of a configuration by what its settings say.
+
+    Args:
+        config: An instance of a dataclass.
+
+    Raises:
+        InvalidSpec: If a value is out of its range; it names setting, value and range.
+    """
+    for name, (_, known) in settings_of(config).items():
+        value = getattr(config, name)
+        if known.choices and value not in known.choices:
+            msg = f"{name} must be one of {', '.join(known.choices)}, got {value!r}"
+        elif known.positive and not value > 0:
+            msg = f"{name} must be more than 0, got {value}"
+        elif known.least is not None and not value >= known.least:
+            msg = f"{name} must be at least {known.least:g}, got {value}"
+        else:
+            continue
+        raise InvalidSpec(msg, limit=name, value=value)

@@ -1,0 +1,167 @@
+"""``curvd serve``: settings come from flags, the environment and files, and documents."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("torch")
+import curvd_server.app
+import curvd_server.trials
+from curvd.cli.commands import main
+from curvd_server import cli
+from curvd_server.config import (
+    LimitsConfig,
+    ServerConfig,
+    TlsConfig,
+)
+
+DOCUMENT = Path(__file__).parents[2] / "docs/server.md"
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What `curvd serve` starts a server with."""
+    seen = []
+    monkeypatch.setattr(curvd_server.app, "serve", seen.append)
+    monkeypatch.setattr(curvd_server.trials, "start", lambda: None)
+    monkeypatch.setattr(cli, "tune_allocator", lambda: True)
+    return seen
+
+
+def run(*args, env=None):
+    return CliRunner(env=env).invoke(main, [str(a) for a in args])
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text, name="file"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_help_needs_no_torch_and_shows_variables_and_defaults():
+    code = (
+        "import sys; sys.modules.update(torch=None); "
+        "from curvd.cli.commands import main; main(['serve', '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "CURVD_DATA_DIR" in text
+    assert "[default: 64 GiB]" in text
+
+
+def test_options_that_are_not_given_are_left_to_the_server(served):
+    assert run("serve").exit_code == 0
+    assert served == [ServerConfig()]
+
+
+def test_options_reach_the_server(served, file):
+    pem, token = file("pem"), file("secret", "token")
+    args = f"""
+        --datasets-root {token.parent} --listen unix:/s --data-dir /d --device cpu
+        --drain-s 1.5 --insecure --compile-after-s 0 --transport grpcio
+        --tls-cert {pem} --tls-key {pem} --tls-client-ca {pem} --token-file {token}
+        --builder a=m:f --builder b=m.n:g --log-level error
+        --library timm:vit_* --library transformers:gpt2
+        --upload-bytes 123 --default-budget-bytes 4GiB --sessions 3 --stall-s 5
+    """
+    result = run("serve", *args.split())
+    assert result.exit_code == 0, result.output
+    assert served == [
+        ServerConfig(
+            listen="unix:/s",
+            data_dir=Path("/d"),
+            datasets_root=token.parent,
+            device="cpu",
+            tls=TlsConfig(cert=pem, key=pem, client_ca=pem),
+            token_file=token,
+            insecure=True,
+            builders={"a": "m:f", "b": "m.n:g"},
+            libraries=("timm:vit_*", "transformers:gpt2"),
+            limits=LimitsConfig(
+                upload_bytes=123, sessions=3, default_budget_bytes=4 << 30
+            ),
+            connections=dataclasses.replace(ServerConfig().connections, stall_s=5.0),
+            transport="grpcio",
+            compile_after_s=0.0,
+            drain_s=1.5,
+            log_level="error",
+        )
+    ]
+
+
+def test_flag_beats_environment_beats_file(served, file):
+    config = file(
+        'listen = "h:1"\ndata-dir = "/file"\nsessions = 1\nblock_bytes = "1GiB"\n'
+        'insecure = true\nlibraries = ["timm:*", "torchvision:resnet18"]\n'
+        '[builders]\na = "m:f"\n'
+    )
+    env = {"CURVD_DATA_DIR": "/env", "CURVD_SESSIONS": "2"}
+    result = run("serve", "--config", config, "--sessions", 3, env=env)
+    assert result.exit_code == 0, result.output
+    (found,) = served
+    assert found == ServerConfig(
+        listen="h:1",
+        data_dir=Path("/env"),
+        limits=LimitsConfig(sessions=3, block_bytes=1 << 30),
+        insecure=True,
+        builders={"a": "m:f"},
+        libraries=("timm:*", "torchvision:resnet18"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--tls-cert", __file__], "TLS needs both --tls-cert and --tls-key"),
+        (["--tls-client-ca", __file__], "TLS needs both"),
+        (["--builder", "name"], "expected NAME=module:callable"),
+        (["--upload-bytes", "4GB"], "is not a size such as"),
+        (["--config", __file__], "--config"),
+        (["--token", "secret"], "--token-file"),
+    ],
+)
+def test_mistakes_are_usage_errors(served, args, text):
+    result = run("serve", *args)
+    assert result.exit_code == 2
+    assert text in " ".join(result.output.split())
+    assert "secret" not in result.output
+    assert served == []
+
+
+def test_an_unknown_setting_in_a_file_is_named(served, file):
+    result = run("serve", "--config", file("lisen = 'h:1'\n"))
+    assert result.exit_code == 2
+    assert "lisen" in result.output
+
+
+def test_an_error_of_ours_is_one_line(served):
+    result = run("serve", "--listen", "0.0.0.0:1")
+    assert result.exit_code == 1
+    assert re.fullmatch(r"Error: 0\.0\.0\.0:1 can be reached.*\n", result.output)
+
+
+@pytest.mark.parametrize("option", [*cli.options()], ids=lambda o: o.flag)
+def test_every_setting_is_judged_by_its_bounds(served, option):
+    if option.setting.least is None and not option.setting.positive:
+        pytest.skip("any value of its type will do")
+    result = run("serve", option.flag, -1)
+    assert result.exit_code != 0
+    assert option.name in result.output.replace("-", "_")
+
+
+def test_the_documents_show_the_settings():
+    """`python -c "from curvd_server import cli; print(cli.table())"` prints the table."""
+    text = DOCUMENT.read_text()
+    shown = re.search(r"<!-- settings -->\n(.*?)\n<!-- end -->", text, re.S)
+    assert shown is not None
+    assert shown[1].strip() == cli.table()
