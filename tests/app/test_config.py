@@ -1,11 +1,18 @@
 """Configuration is judged once, when it is made, and the message says the remedy."""
 
+import dataclasses
+import math
+import re
 from pathlib import Path
 
 import pytest
+import raw
+from support.served import server
 
 from curvd.errors import InvalidSpec
+from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.config import LimitsConfig, ServerConfig, TlsConfig, is_local
+from curvd_server.transport import ConnectionLimits
 
 TLS = TlsConfig(cert=Path("cert.pem"), key=Path("key.pem"))
 MTLS = TlsConfig(cert=Path("cert.pem"), key=Path("key.pem"), client_ca=Path("ca.pem"))
@@ -76,3 +83,57 @@ def test_limits_are_positive_and_published():
 def test_a_value_out_of_range_is_named(wrong):
     with pytest.raises(InvalidSpec, match=next(iter(wrong))):
         ServerConfig(**wrong)
+
+
+def numbers(kind):
+    return [f.name for f in dataclasses.fields(kind) if f.type in ("int", "float")]
+
+
+LIMITS = [(LimitsConfig, name) for name in numbers(LimitsConfig)]
+LIMITS += [(ConnectionLimits, name) for name in numbers(ConnectionLimits)]
+WRONG = [-1, 2**63, 10**30, math.nan, math.inf, -math.inf, 1e300]
+
+
+@pytest.mark.parametrize(("kind", "name"), LIMITS)
+def test_a_limit_out_of_range_is_refused_and_named(kind, name):
+    for value in WRONG:
+        got = re.escape(f"got {value!r}")
+        with pytest.raises(InvalidSpec, match=rf"^{name} must be .*, {got}"):
+            kind(**{name: value})
+    if not name.endswith("_s") or kind is LimitsConfig:
+        with pytest.raises(InvalidSpec, match="a whole number"):
+            kind(**{name: 10.5})
+
+
+@pytest.mark.parametrize("name", numbers(ServerConfig))
+def test_a_number_of_the_server_out_of_range_is_refused(name):
+    for value in WRONG:
+        with pytest.raises(InvalidSpec, match=rf"^{name} must be at (least|most)"):
+            ServerConfig(**{name: value})
+
+
+def test_a_server_with_all_limits_at_their_ends_serves(tmp_path):
+    """What is published fits the contract, and what is handed on, grpcio."""
+    limits = LimitsConfig(**{
+        n: largest(LimitsConfig, n) for n in numbers(LimitsConfig)
+    })
+    ends = {n: largest(ConnectionLimits, n) for n in numbers(ConnectionLimits)}
+    connections = ConnectionLimits(**ends)
+    with server(tmp_path, limits=limits, connections=connections) as channel:
+        info = raw.call(channel, "GetServerInfo", session_pb.GetServerInfoRequest())
+        assert info.limits.sessions == limits.sessions == 2**31 - 1
+        raw.fake_session(channel)
+
+
+def largest(kind, name):
+    """The largest value that a limit may have, found by asking."""
+    low, high = 1, 2**63
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            kind(**{name: middle})
+        except InvalidSpec:
+            high = middle
+        else:
+            low = middle
+    return low

@@ -193,7 +193,9 @@ def _gaussians(
     weights: NDArray[np.float64],
     sigma: float,
 ) -> NDArray[np.float64]:
-    distance = (axis[:, None] - centres) / sigma
     scale = sigma * math.sqrt(2 * math.pi)
-    curve: NDArray[np.float64] = np.exp(-0.5 * distance**2) @ weights / scale
+    with np.errstate(over="ignore"):  # nothing is left at an infinite distance
+        distance = (axis[:, None] - centres) / sigma
+        heights = np.exp(-0.5 * distance**2)
+    curve: NDArray[np.float64] = heights @ weights / scale
     return curve

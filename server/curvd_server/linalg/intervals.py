@@ -73,10 +73,14 @@ def uncertainty(samples: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
     if n < 2:
         infinite = np.full(samples.shape[1:], np.inf)
         return infinite, infinite
+    # In units of the largest, so that no square leaves the range of numbers.
+    unit = np.abs(samples).max(axis=0)
+    unit = np.where((unit > 0) & np.isfinite(unit), unit, 1.0)
+    samples = samples / unit
     deviation = samples.std(axis=0, ddof=1)
     error, quantile = deviation / math.sqrt(n), student_975(n - 1)
     if n < 3:
-        return error, quantile * error
+        return unit * error, unit * (quantile * error)
     scaled = (samples - samples.mean(axis=0)) / np.where(deviation > 0, deviation, 1.0)
     skewness = n / (n - 1) / (n - 2) * (scaled**3).sum(axis=0)
     # Of the mean; the transformation is the identity at zero.
@@ -87,7 +91,7 @@ def uncertainty(samples: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
         for t in (quantile, -quantile)
     ]
     reach = np.clip(np.maximum(*sides), quantile, _WIDEST * quantile)
-    return error, reach * error
+    return unit * error, unit * (reach * error)
 
 
 def student_975(freedom: int) -> float:

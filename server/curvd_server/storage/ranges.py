@@ -104,6 +104,8 @@ _BYTES = Number(0, 2**62, unit="bytes")
 _FINITE = Number(-_LARGEST, _LARGEST)
 _NOT_NEGATIVE = Number(0, _LARGEST)
 _POSITIVE = Number(0, _LARGEST, above=True)
+_LENGTH = Number(1e-290, 1e290)
+"""What is divided by, and what densities are the inverse of."""
 _LEASE = Number(0, LONGEST_LEASE_S, above=True, unit="s")
 _DIGEST = Text(64)
 _PATTERN = Text(LONGEST_PATTERN, most=MOST_PATTERNS)
@@ -189,8 +191,8 @@ RULES: Mapping[str, Rule] = {
     "SpectralDensityRequest.probes": Number(1, 1000),
     "SpectralDensityRequest.steps": Number(1, 1000),
     "SpectralDensityRequest.points": Number(2, 100_000),
-    "SpectralDensityRequest.width": _POSITIVE,
-    "SpectralDensityRequest.floor": _POSITIVE,
+    "SpectralDensityRequest.width": _LENGTH,
+    "SpectralDensityRequest.floor": _LENGTH,
     "SpectralDensityRequest.seed": _SEED,
     "SolveHeader.damping": _FINITE,
     "SolveHeader.tolerance": _POSITIVE,

@@ -14,6 +14,10 @@ from typing import Any
 from curvd.errors import InvalidSpec
 
 _KEY = "setting"
+_MOST_BYTES = 2**62
+_MOST_S = 10 * 365 * 24 * 3600
+_MOST_COUNT = 2**31 - 1
+"""Largest values, by the unit in the name: what the contract can carry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +30,8 @@ class Setting:
     """Smallest value that is accepted."""
     positive: bool
     """Whether it must be more than 0."""
+    most: float | None
+    """Largest value that is accepted; None: what its unit allows."""
     choices: tuple[str, ...]
     """All values that are accepted; empty: any."""
     shown: str
@@ -42,6 +48,7 @@ def setting(
     *,
     least: float | None = None,
     positive: bool = False,
+    most: float | None = None,
     choices: tuple[str, ...] = (),
     shown: str = "",
     option: str = "",
@@ -56,6 +63,7 @@ def setting(
         help: One sentence or more, units included.
         least: Smallest value that is accepted.
         positive: Whether it must be more than 0.
+        most: Largest value that is accepted, if it is less than its unit allows.
         choices: All values that are accepted.
         shown: The default in words.
         option: Name of the option, if it is not that of the field.
@@ -69,6 +77,7 @@ def setting(
         help=help,
         least=least,
         positive=positive,
+        most=most,
         choices=choices,
         shown=shown,
         option=option,
@@ -102,14 +111,32 @@ def check(config: Any) -> None:
     Raises:
         InvalidSpec: If a value is out of its range; it names setting, value and range.
     """
-    for name, (_, known) in settings_of(config).items():
+    for name, (known_as, known) in settings_of(config).items():
         value = getattr(config, name)
         if known.choices and value not in known.choices:
-            msg = f"{name} must be one of {', '.join(known.choices)}, got {value!r}"
-        elif known.positive and not value > 0:
-            msg = f"{name} must be more than 0, got {value}"
-        elif known.least is not None and not value >= known.least:
-            msg = f"{name} must be at least {known.least:g}, got {value}"
+            wanted = f"one of {', '.join(known.choices)}"
+        elif known.positive or known.least is not None:
+            wanted = _range_missed(name, value, known, whole=known_as.type == "int")
         else:
             continue
-        raise InvalidSpec(msg, limit=name, value=value)
+        if wanted:
+            msg = f"{name} must be {wanted}, got {value!r}"
+            raise InvalidSpec(msg, limit=name, value=value)
+
+
+def _range_missed(name: str, value: Any, known: Setting, *, whole: bool) -> str:
+    """Say what a number should be and is not; empty if it is. NaN is in no range."""
+    if whole and not isinstance(value, int):
+        return "a whole number"
+    if known.positive and not value > 0:
+        return "more than 0"
+    if known.least is not None and not value >= known.least:
+        return f"at least {known.least:g}"
+    most = _most(name) if known.most is None else known.most
+    return "" if value <= most else f"at most {most}"
+
+
+def _most(name: str) -> int:
+    if name.endswith("_bytes"):
+        return _MOST_BYTES
+    return _MOST_S if name.endswith("_s") else _MOST_COUNT

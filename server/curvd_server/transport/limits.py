@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from curvd_server.system import check, setting
 
+_LONGEST_S = 24 * 24 * 3600
+"""In milliseconds this is a number that grpcio takes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
@@ -27,24 +30,29 @@ class ConnectionLimits:
         "Seconds without a call that was let through, encryption included, after which "
         "a new connection is closed.",
         positive=True,
+        most=_LONGEST_S,
     )
     idle_connection_s: float = setting(
         600.0,
         "Seconds without a call after which a connection is closed, politely.",
         positive=True,
+        most=_LONGEST_S,
     )
     stall_s: float = setting(
         60.0,
         "Seconds for one message of a call, to come or to be taken, before the call "
         "ends.",
         positive=True,
+        most=_LONGEST_S,
     )
     streams: int = setting(
         100,
         "Calls at once on one connection of a client that is not ours.",
         least=1,
     )
-    header_bytes: int = setting(64 << 10, "Bytes of the headers of one call.", least=1)
+    header_bytes: int = setting(
+        64 << 10, "Bytes of the headers of one call.", least=1024, most=2**31 - 1
+    )
 
     def __post_init__(self) -> None:
         check(self)
