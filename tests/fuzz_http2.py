@@ -1,10 +1,10 @@
-"""Fuzzes what reads strangers' bytes: intake, line, and the recogniser of the port.
+"""Fuzzes what reads strangers' bytes: receiver, connection, and the recogniser of the port.
 
 `make fuzz-http2` lets atheris look for inputs that reach new code, for ten minutes, and
 keeps them. `test_http2_corpus.py` replays what was kept, without atheris. An input is a
 byte for the target, a byte for how the rest is cut into reads, and the rest.
 
-Whatever comes, nothing but `Broken` may be raised, memory is bounded, every read ends,
+Whatever comes, nothing but `ProtocolError` may be raised, memory is bounded, every read ends,
 and neither the verdict nor the bytes of the answer depend on where reads are cut.
 """
 
@@ -35,9 +35,9 @@ def watched():
 
 with watched():
     from curvd.contract.rpcs import RPCS
-    from curvd.http2.connection import Line
+    from curvd.http2.connection import H2Connection
     from curvd.http2.glitches import Glitches
-    from curvd.http2.stream import Broken
+    from curvd.http2.stream import ProtocolError
     from curvd_server.transport.detect import bytes_needed, is_ours
 
 CORPUS = Path(__file__).parent / "corpora" / "http2.txt"
@@ -84,41 +84,41 @@ def cuts(data, seed):
 
 
 def connection(data, seed, *, client):
-    """Let a line read; tell how it went, and what it sent."""
+    """Let a connection read; tell how it went, and what it sent."""
     sock = Script(cuts(data, seed))
 
     def accept(stream):
         stream.read(CODEC, 1 << 20, lambda nbytes: None)
         if stream.number % 8 != 1:  # others stay open
-            line.send_headers(stream, ANSWER, end=True)
+            connection.send_headers(stream, ANSWER, end=True)
             if not stream.ended:
-                line.give_up(stream, 0)
-            line.push()
+                connection.reset(stream, 0)
+            connection.push()
 
     glitches = Glitches(clock=lambda: 0.0)
-    line = Line(sock, client=client, accept=accept, glitches=glitches)
+    connection = H2Connection(sock, client=client, accept=accept, glitches=glitches)
     if client:
-        stream = line.open(REQUEST)
+        stream = connection.open(REQUEST)
         stream.read(CODEC, 1 << 20, lambda nbytes: None)
-        line.send_data(stream, (), end=True)
+        connection.send_data(stream, (), end=True)
     verdict = "alive"
     try:
         for _ in range(len(data) + 10):
-            line.push()
-            heard = line.heard
-            line.pull()
-            if line.heard == heard and not line.more:
+            connection.push()
+            heard = connection.bytes_received
+            connection.pull()
+            if connection.bytes_received == heard and not connection.more:
                 break
         else:
             raise AssertionError("reading does not end")
-    except Broken as error:
+    except ProtocolError as error:
         verdict = error.code.name
-    line.push()
-    check_bounds(line)
-    stream = line.stream
+    connection.push()
+    check_bounds(connection)
+    stream = connection.stream
     state = stream and (
         stream.number,
-        stream.reset,
+        stream.reset_code,
         stream.ended_by_peer,
         str(stream.failure),
         [nbytes for _, nbytes in stream.inbox],
@@ -126,14 +126,16 @@ def connection(data, seed, *, client):
     return verdict, state, bytes(sock.sent)
 
 
-def check_bounds(line):
-    """What a peer made a line hold is bounded."""
-    held = sum(nbytes for _, nbytes in line.stream.inbox) if line.stream else 0
+def check_bounds(connection):
+    """What a peer made a connection hold is bounded."""
+    held = (
+        sum(nbytes for _, nbytes in connection.stream.inbox) if connection.stream else 0
+    )
     assert held <= MOST_HELD
-    assert line._intake._scratch.nbytes <= 1 << 20
-    assert len(line._blocks._known) <= 16
-    assert len(line._closed._excused) <= 128
-    assert len(line._outlet._out) <= 1100
+    assert connection._receiver._scratch.nbytes <= 1 << 20
+    assert len(connection._blocks._known) <= 16
+    assert len(connection._closed._excused) <= 128
+    assert len(connection._sender._out) <= 1100
 
 
 def one_connection(data, seed, *, client):

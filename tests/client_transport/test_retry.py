@@ -6,7 +6,7 @@ from support.client_fixtures import QUICK
 from support.fake_service import MATRIX, P
 
 import curvd
-from curvd._transport.retry import Patience, is_worth_a_retry
+from curvd._transport.retry import RetryPolicy, is_worth_a_retry
 
 AWAY = curvd.Unavailable("away")
 V = np.random.default_rng(1).standard_normal((P, 5))
@@ -131,15 +131,15 @@ class Clock:
 def test_patience_ends_after_so_long_without_progress():
     clock = Clock()
     config = curvd.ClientConfig(retry=curvd.RetryConfig(first_s=0, longest_s=0))
-    patience = Patience(config, clock)
+    policy = RetryPolicy(config, clock)
     clock.now += 29
-    assert patience.pause_after(AWAY) == 0
+    assert policy.pause_after(AWAY) == 0
     clock.now += 1
     with pytest.raises(curvd.Unavailable, match="away"):
-        patience.pause_after(AWAY)
-    patience.progressed()
-    assert patience.pause_after(AWAY) == 0
-    assert patience.timeout() is None
+        policy.pause_after(AWAY)
+    policy.progressed()
+    assert policy.pause_after(AWAY) == 0
+    assert policy.timeout() is None
 
 
 def test_the_deadline_bounds_attempts_and_pauses():
@@ -147,33 +147,33 @@ def test_the_deadline_bounds_attempts_and_pauses():
     config = curvd.ClientConfig(
         deadline_s=10, retry=curvd.RetryConfig(first_s=0, longest_s=0)
     )
-    patience = Patience(config, clock)
+    policy = RetryPolicy(config, clock)
     clock.now += 4
-    assert patience.timeout() == 6
-    assert patience.pause_after(curvd.Overloaded("", retry_after_s=5)) == 5
+    assert policy.timeout() == 6
+    assert policy.pause_after(curvd.Overloaded("", retry_after_s=5)) == 5
     with pytest.raises(curvd.Overloaded):
-        patience.pause_after(curvd.Overloaded("", retry_after_s=6))
+        policy.pause_after(curvd.Overloaded("", retry_after_s=6))
 
 
 def test_the_pause_is_random_bounded_and_not_before_the_server_says():
-    patience = Patience(curvd.ClientConfig(), Clock())
-    pauses = [patience.pause_after(AWAY) for _ in range(200)]
+    policy = RetryPolicy(curvd.ClientConfig(), Clock())
+    pauses = [policy.pause_after(AWAY) for _ in range(200)]
     assert len(set(pauses)) > 100
     assert 0 <= min(pauses) <= max(pauses) <= 5
     told = curvd.Overloaded("full", retry_after_s=7.0)
-    assert all(7 <= patience.pause_after(told) <= 12 for _ in range(50))
+    assert all(7 <= policy.pause_after(told) <= 12 for _ in range(50))
 
 
 def test_a_call_that_goes_another_way_pauses_too_and_gives_up_too():
     clock = Clock()
-    patience = Patience(curvd.ClientConfig(), clock)
+    policy = RetryPolicy(curvd.ClientConfig(), clock)
     gone = curvd.ResultNotKept("gone")
-    assert patience.pause_after(gone, recovers=True) >= 0
+    assert policy.pause_after(gone, recovers=True) >= 0
     with pytest.raises(curvd.ResultNotKept):
-        patience.pause_after(gone)
+        policy.pause_after(gone)
     clock.now += 31
     with pytest.raises(curvd.ResultNotKept):
-        patience.pause_after(gone, recovers=True)
+        policy.pause_after(gone, recovers=True)
 
 
 def test_the_reasons_to_repeat_are_two():

@@ -10,7 +10,7 @@ from support import fake_service
 from support.client_fixtures import QUICK
 
 import curvd
-from curvd.contract.statuses import Ended, dump, load, translated
+from curvd.contract.statuses import RpcError, dump, load, translated
 from curvd.errors import BY_CODE, BY_REASON
 
 ONCE = curvd.ClientConfig(retry=curvd.RetryConfig(give_up_s=0))
@@ -34,7 +34,7 @@ def test_every_error_reaches_the_caller_as_itself(connect, target, service, kind
             client.server_info()
     assert type(caught.value) is kind
     assert caught.value.metadata == {"value": "1"}
-    assert isinstance(caught.value.__cause__, grpc.RpcError | Ended)
+    assert isinstance(caught.value.__cause__, grpc.RpcError | RpcError)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curvd.contract.rpcs import RPCS
-from curvd.http2.connection import Line
+from curvd.http2.connection import H2Connection
 from curvd.http2.glitches import Glitches
-from curvd.http2.stream import Broken
+from curvd.http2.stream import ProtocolError
 
 GREETING = cases.PREFACE + cases.frame(cases.SETTINGS)
 CODEC = RPCS["MatVec"].request
@@ -25,7 +25,7 @@ H2_DIFFERS = {
 
 
 class Socket:
-    """What `Line` needs of one."""
+    """What `H2Connection` needs of one."""
 
     def __init__(self):
         self.came, self.sent = bytearray(), bytearray()
@@ -49,7 +49,7 @@ class Ours:
 
     def __init__(self):
         self._sock = Socket()
-        self._line = Line(
+        self._connection = H2Connection(
             self._sock,
             client=False,
             accept=lambda stream: stream.read(CODEC, 1 << 20, lambda nbytes: None),
@@ -61,11 +61,11 @@ class Ours:
         self._sock.sent.clear()
         self._sock.came += data
         try:
-            while self._sock.came or self._line.more:
-                self._line.pull()
-        except Broken:
+            while self._sock.came or self._connection.more:
+                self._connection.pull()
+        except ProtocolError:
             return True
-        self._line.push()
+        self._connection.push()
         return has_reset(self._sock.sent)
 
 

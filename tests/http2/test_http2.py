@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from curvd.contract.rpcs import RPCS, Framed
 from curvd.errors import CurvdError
 from curvd.http2 import frames
-from curvd.http2.connection import Line
+from curvd.http2.connection import H2Connection
 from curvd.http2.frames import Code, Kind, Setting
 from curvd.http2.glitches import Glitches
 from curvd.http2.messages import Reader, framed
 from curvd.http2.peer import SERVER_WINDOW
-from curvd.http2.stream import Broken
+from curvd.http2.stream import ProtocolError
 from curvd.tensors import chunks as tensors
 
 PATH = [(":method", "POST"), (":scheme", "http"), (":path", "/a/B")]
@@ -28,21 +28,21 @@ MESSAGE = CODEC.message(header={"session_id": "s" * 10})
 
 
 class Pair:
-    """A client's and a server's line, joined by a socket pair."""
+    """A client's and a server's connection, joined by a socket pair."""
 
     def __init__(self, accept=lambda stream: None):
         ends = socket.socketpair()
         for end in ends:
             end.setblocking(False)
-        self.ours = Line(ends[0], client=True)
-        self.theirs = Line(ends[1], client=False, accept=accept)
+        self.ours = H2Connection(ends[0], client=True)
+        self.theirs = H2Connection(ends[1], client=False, accept=accept)
 
     def settle(self, rounds=6):
         """Let everything arrive that can."""
         for _ in range(rounds):
-            for line in (self.ours, self.theirs):
-                line.push()
-                line.pull()
+            for connection in (self.ours, self.theirs):
+                connection.push()
+                connection.pull()
 
     def close(self):
         self.ours.sock.close()
@@ -58,12 +58,12 @@ def pair():
 
 @pytest.fixture
 def wire():
-    """A server's line, and the bare socket of its client."""
+    """A server's connection, and the bare socket of its client."""
     bare, end = socket.socketpair()
     end.setblocking(False)
-    line = Line(end, client=False)
-    line.push()
-    yield bare, line
+    connection = H2Connection(end, client=False)
+    connection.push()
+    yield bare, connection
     bare.close()
     end.close()
 
@@ -177,7 +177,7 @@ def test_a_small_vector_is_aligned_where_it_arrives(pair, size):
 def test_the_end_of_a_request_comes_with_its_last_bytes(nbytes):
     bare, end = socket.socketpair()
     end.setblocking(False)
-    ours = Line(end, client=True)
+    ours = H2Connection(end, client=True)
     stream = ours.open(PATH)
     ours.send_data(stream, [memoryview(bytes(nbytes))], end=True)
     ours.push()
@@ -212,7 +212,7 @@ def test_a_sender_stops_at_the_window_and_goes_on_when_parts_were_used(pair):
         while server.inbox:
             _, nbytes = server.inbox.popleft()
             arrived += nbytes
-            pair.theirs.used(server, nbytes)
+            pair.theirs.acknowledge(server, nbytes)
         pair.settle(50)
     assert arrived > total
 
@@ -235,13 +235,13 @@ def test_calls_follow_each_other_on_one_connection():
 
 def test_a_ping_is_answered(pair):
     pair.ours.ping()
-    before = pair.ours.heard
+    before = pair.ours.bytes_received
     pair.settle()
-    assert pair.ours.heard > before
+    assert pair.ours.bytes_received > before
 
 
 def test_padding_and_priority_are_taken_off(wire):
-    bare, line = wire
+    bare, connection = wire
     block = hpack.Encoder().encode(PATH)
     headers = b"\2" + bytes(5) + block + b"\0\0"
     flags = frames.END_HEADERS | frames.PADDED | frames.PRIORITISED
@@ -252,14 +252,14 @@ def test_padding_and_priority_are_taken_off(wire):
         + frames.settings({})
         + frames.frame(Kind.HEADERS, flags, 1, headers)
     )
-    line.pull()
-    assert line.stream.headers == dict(PATH)
-    line.stream.read(CODEC, 1 << 20, nowhere)
+    connection.pull()
+    assert connection.stream.headers == dict(PATH)
+    connection.stream.read(CODEC, 1 << 20, nowhere)
     flags = frames.PADDED | frames.END_STREAM
     bare.sendall(frames.frame(Kind.DATA, flags, 1, data))
-    line.pull()
-    assert [part for part, _ in line.stream.inbox] == [MESSAGE]
-    assert line.stream.ended
+    connection.pull()
+    assert [part for part, _ in connection.stream.inbox] == [MESSAGE]
+    assert connection.stream.ended
 
 
 @pytest.mark.parametrize(
@@ -271,66 +271,66 @@ def test_padding_and_priority_are_taken_off(wire):
     ],
 )
 def test_frames_that_nobody_needs_are_read_a_few_at_a_time(wire, useless):
-    bare, line = wire
+    bare, connection = wire
     bare.sendall(begin() + useless * 200)
-    before, pulls = line.stream, 0
-    line.pull()
-    assert before is None and line.more
-    while line.more:
-        line.pull()
+    before, pulls = connection.stream, 0
+    connection.pull()
+    assert before is None and connection.more
+    while connection.more:
+        connection.pull()
         pulls += 1
     assert 2 <= pulls <= 10
     bare.sendall(frames.frame(Kind.PING, 0, 0, b"12345678"))
-    line.pull()
-    line.push()
+    connection.pull()
+    connection.push()
     assert bare.recv(1 << 16).endswith(
         frames.frame(Kind.PING, frames.ACK, 0, b"12345678")
     )
 
 
 def test_a_second_call_at_once_is_refused(wire):
-    bare, line = wire
+    bare, connection = wire
     bare.sendall(begin(call(3)))
-    line.pull()
-    line.push()
+    connection.pull()
+    connection.push()
     refusal = frames.frame(Kind.RST_STREAM, 0, 3, frames.number(Code.REFUSED_STREAM))
     assert refusal in bare.recv(1 << 16)
-    assert line.stream.number == 1
+    assert connection.stream.number == 1
 
 
 def test_a_message_that_is_too_long_ends_its_call_only(wire):
-    bare, line = wire
+    bare, connection = wire
     bare.sendall(begin())
-    line.pull()
-    line.stream.read(CODEC, 100, nowhere)
+    connection.pull()
+    connection.stream.read(CODEC, 100, nowhere)
     chunk = memoryview(bytes(200))
     bare.sendall(frames.frame(Kind.DATA, 0, 1, b"".join(framed(CODEC, chunk))))
-    line.pull()
-    assert "at most 100" in str(line.stream.failure)
+    connection.pull()
+    assert "at most 100" in str(connection.stream.failure)
     bare.sendall(frames.frame(Kind.PING, 0, 0, b"12345678"))
-    line.pull()
-    line.push()
+    connection.pull()
+    connection.push()
     assert frames.frame(Kind.PING, frames.ACK, 0, b"12345678") in bare.recv(1 << 16)
 
 
 def test_a_request_that_ends_within_a_message_ends_its_call_only(wire):
-    bare, line = wire
+    bare, connection = wire
     bare.sendall(begin())
-    line.pull()
-    line.stream.read(CODEC, 100, nowhere)
+    connection.pull()
+    connection.stream.read(CODEC, 100, nowhere)
     bare.sendall(frames.frame(Kind.DATA, frames.END_STREAM, 1, b"\0\0\0"))
-    line.pull()
-    assert "ends within a message" in str(line.stream.failure)
+    connection.pull()
+    assert "ends within a message" in str(connection.stream.failure)
 
 
 def test_a_message_that_is_malformed_ends_its_call_only(wire):
-    bare, line = wire
+    bare, connection = wire
     bare.sendall(begin())
-    line.pull()
-    line.stream.read(CODEC, 100, nowhere)
+    connection.pull()
+    connection.stream.read(CODEC, 100, nowhere)
     bare.sendall(frames.frame(Kind.DATA, 0, 1, b"\0\0\0\0\3\x0a\xff\xff"))
-    line.pull()
-    assert "none of its kind" in str(line.stream.failure)
+    connection.pull()
+    assert "none of its kind" in str(connection.stream.failure)
 
 
 GREETING = frames.PREFACE + frames.settings({})
@@ -391,29 +391,29 @@ def flood(name):
 
 @pytest.mark.parametrize("why", HOSTILE)
 def test_what_breaks_the_protocol_ends_the_connection(wire, why):
-    bare, line = wire
+    bare, connection = wire
     threading.Thread(target=_send, args=(bare, HOSTILE[why]), daemon=True).start()
 
     def accept(stream):
         stream.read(CODEC, 1 << 20, nowhere)
 
-    line._accept = accept
-    line.sock.settimeout(10)
-    with pytest.raises(Broken, match=why):
+    connection._accept = accept
+    connection.sock.settimeout(10)
+    with pytest.raises(ProtocolError, match=why):
         while True:
-            line.pull()
+            connection.pull()
 
 
 @pytest.mark.parametrize("name", FLOODS)
 def test_a_flood_of_what_brings_nothing_ends_the_connection(wire, name):
-    bare, line = wire
-    line._accept = lambda stream: stream.read(CODEC, 1 << 20, nowhere)
+    bare, connection = wire
+    connection._accept = lambda stream: stream.read(CODEC, 1 << 20, nowhere)
     threading.Thread(target=_send, args=(bare, flood(name)), daemon=True).start()
-    line.sock.settimeout(10)
-    with pytest.raises(Broken, match="that bring nothing") as caught:
+    connection.sock.settimeout(10)
+    with pytest.raises(ProtocolError, match="that bring nothing") as caught:
         while True:
-            line.pull()
-            line.push()
+            connection.pull()
+            connection.push()
     assert caught.value.code is Code.ENHANCE_YOUR_CALM
 
 
@@ -423,25 +423,25 @@ def test_useful_work_and_time_pay_for_glitches():
     glitches.add(100)
     glitches.calls = 5
     glitches.add(40)  # the calls paid for them
-    with pytest.raises(Broken, match="more than 100 frames"):
+    with pytest.raises(ProtocolError, match="more than 100 frames"):
         glitches.add(1)
     now = 10.0
     glitches.add(99)  # time did
     glitches.sent, glitches.received = 32 * 50, 4096 * 50
     glitches.add(100)
-    with pytest.raises(Broken):
+    with pytest.raises(ProtocolError):
         glitches.add(1)
 
 
 def test_answers_that_are_provoked_and_not_read_are_bounded(wire):
-    bare, line = wire
-    line._glitches._limit = 10**6
+    bare, connection = wire
+    connection._glitches._limit = 10**6
     ping = frames.frame(Kind.PING, 0, 0, bytes(8))
     threading.Thread(target=_send, args=(bare, begin(ping * 2000)), daemon=True).start()
-    line.sock.settimeout(10)
-    with pytest.raises(Broken, match="provokes answers"):
+    connection.sock.settimeout(10)
+    with pytest.raises(ProtocolError, match="provokes answers"):
         while True:
-            line.pull()
+            connection.pull()
 
 
 def test_a_long_conversation_is_no_flood(pair):
@@ -461,11 +461,11 @@ def test_a_long_conversation_is_no_flood(pair):
 
 @pytest.mark.parametrize("name", http2_cases.BEGINNINGS)
 def test_a_connection_begins_with_preface_and_settings(wire, name):
-    bare, line = wire
+    bare, connection = wire
     data, reaction = http2_cases.BEGINNINGS[name]
     bare.sendall(data)
-    with pytest.raises(Broken) as caught:
-        line.pull()
+    with pytest.raises(ProtocolError) as caught:
+        connection.pull()
     assert f"goaway {caught.value.code.name}" == reaction
 
 
@@ -489,18 +489,18 @@ def test_random_bytes_do_no_harm(data, at, more):
     mutated = honest[:at] + more + honest[at + len(more) :] + data
     bare, end = socket.socketpair()
     end.setblocking(False)
-    line = Line(end, client=False)
+    connection = H2Connection(end, client=False)
 
     def accept(stream):
         stream.read(CODEC, 1 << 20, nowhere)
 
-    line._accept = accept
+    connection._accept = accept
     try:
         bare.sendall(mutated)
         for _ in range(5):
-            line.pull()
-            line.push()
-    except (Broken, CurvdError):
+            connection.pull()
+            connection.push()
+    except (ProtocolError, CurvdError):
         pass
     finally:
         bare.close()

@@ -30,7 +30,7 @@ def test_what_is_sent_comes_back(echo, sizes):
     channel = DirectChannel(echo.target, ClientConfig())
     for _ in range(3):
         parts = iter([memoryview(b"first"), *sent])
-        came = list(channel.exchange(MATVEC, parts, nowhere, 30.0))
+        came = list(channel.call(MATVEC, parts, nowhere, 30.0))
         assert came == [b"first", *sent]
     channel.close()
     echo.close()

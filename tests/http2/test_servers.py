@@ -10,7 +10,7 @@ import pytest
 from curvd._transport.direct import DirectChannel
 from curvd.config import ClientConfig
 from curvd.contract.rpcs import RPCS
-from curvd.contract.statuses import Ended
+from curvd.contract.statuses import RpcError
 
 
 class Server:
@@ -62,8 +62,8 @@ def ask(target):
     channel, rpc = DirectChannel(target, ClientConfig()), RPCS["GetServerInfo"]
     try:
         parts = iter([rpc.request.message()])
-        list(channel.exchange(rpc, parts, lambda nbytes: None, 20.0))
-    except Ended as error:
+        list(channel.call(rpc, parts, lambda nbytes: None, 20.0))
+    except RpcError as error:
         return error.code.name, str(error)
     finally:
         channel.close()

@@ -10,10 +10,10 @@ from curvd.http2 import frames
 from curvd.http2.frames import Code, Kind, Setting
 from curvd_server.transport.allowance import Allowance
 from curvd_server.transport.calls import Calls
-from curvd_server.transport.connection import Link
+from curvd_server.transport.connection import ServerConnection
 from curvd_server.transport.drops import Drops
 from curvd_server.transport.stalls import StallGuard
-from curvd_server.transport.upload_scheduler import Turns
+from curvd_server.transport.upload_scheduler import UploadScheduler
 
 GREETING = frames.PREFACE + frames.settings({Setting.DIRECT: 1})
 HEADERS = {
@@ -62,17 +62,19 @@ class Stubborn(grpc.GenericRpcHandler):
 
 @contextlib.asynccontextmanager
 async def linked(handler):
-    """A client's socket, and the link that answers it."""
+    """A client's socket, and the connection that answers it."""
     calls = Calls([], 1 << 20, StallGuard(60.0, Drops()))
     calls.add_generic_rpc_handlers([handler])
     bare, end = socket.socketpair()
     bare.setblocking(False)
     end.setblocking(False)
-    link = Link(end, "a test", calls.begin, Turns(), Allowance(), 1 << 14)
+    connection = ServerConnection(
+        end, "a test", calls.begin, UploadScheduler(), Allowance(), 1 << 14
+    )
     try:
-        yield bare, link
+        yield bare, connection
     finally:
-        link.close()
+        connection.close()
         bare.close()
 
 

@@ -40,16 +40,16 @@ def serving(tmp_path, device=None, **options):
 
 
 @pytest.fixture
-def links(monkeypatch):
+def connections(monkeypatch):
     """Connections that the port itself answers."""
     made = []
 
-    class Counted(connection.Link):
+    class Counted(connection.ServerConnection):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(listener, "Link", Counted)
+    monkeypatch.setattr(listener, "ServerConnection", Counted)
     return made
 
 
@@ -110,16 +110,16 @@ def test_a_client_of_ours_is_known_by_how_its_encryption_begins(protocols):
 
 
 @TRANSPORTS
-def test_both_transports_reach_the_server_over_tcp(tmp_path, links, transport):
+def test_both_transports_reach_the_server_over_tcp(tmp_path, connections, transport):
     with serving(tmp_path) as target:
         check(product(target, transport))
-    assert bool(links) is (transport == "direct")
+    assert bool(connections) is (transport == "direct")
 
 
 @TRANSPORTS
 @pytest.mark.parametrize("mutual", [False, True])
 def test_both_transports_reach_the_server_over_tls(
-    tmp_path, files, links, transport, mutual
+    tmp_path, files, connections, transport, mutual
 ):
     ca = files / "ca.pem"
     tls = TlsConfig(
@@ -131,7 +131,7 @@ def test_both_transports_reach_the_server_over_tls(
     with serving(tmp_path, listen="localhost:0", tls=tls) as target:
         trusting = curvd.TlsConfig(ca=ca, **(pair if mutual else {}))
         check(product(target, transport, tls=trusting))
-        assert bool(links) is (transport == "direct")
+        assert bool(connections) is (transport == "direct")
         stranger = files.parent / "stranger.pem"
         trustme.CA().cert_pem.write_to_path(stranger)
         for wrong in (stranger, ca if mutual else None, None):
@@ -144,13 +144,13 @@ def test_both_transports_reach_the_server_over_tls(
 @TRANSPORTS
 @pytest.mark.parametrize("scheme", ["unix", "unix-abstract"])
 def test_both_transports_reach_the_server_over_unix_sockets(
-    tmp_path, links, transport, scheme
+    tmp_path, connections, transport, scheme
 ):
     listen = f"{scheme}:{tmp_path / 'socket'}"
     with serving(tmp_path, listen=listen) as target:
         assert target == listen
         check(product(target, transport))
-    assert bool(links) is (transport == "direct")
+    assert bool(connections) is (transport == "direct")
 
 
 @TRANSPORTS
@@ -162,13 +162,13 @@ def test_both_transports_need_the_token(tmp_path, transport):
                 product(target, transport, token=wrong)
 
 
-def test_calls_in_a_row_share_a_connection(tmp_path, links):
+def test_calls_in_a_row_share_a_connection(tmp_path, connections):
     with serving(tmp_path) as target:
         check(product(target, "direct"))
-    assert len(links) == 1
+    assert len(connections) == 1
 
 
-def test_calls_at_once_have_a_connection_each(tmp_path, links):
+def test_calls_at_once_have_a_connection_each(tmp_path, connections):
     import asyncio
 
     async def ask(target):
@@ -177,7 +177,7 @@ def test_calls_at_once_have_a_connection_each(tmp_path, links):
 
     with serving(tmp_path) as target:
         asyncio.run(ask(target))
-    assert 1 < len(links) <= 12
+    assert 1 < len(connections) <= 12
 
 
 def registered(target, seeds, **options):
@@ -196,21 +196,23 @@ def registered(target, seeds, **options):
     return together, [register(seed) for seed in seeds]
 
 
-def test_large_requests_at_once_all_arrive(tmp_path, links):
+def test_large_requests_at_once_all_arrive(tmp_path, connections):
     with serving(tmp_path) as target:
         together, apart = registered(target, range(6))
-    assert together == apart and len(set(apart)) == 6 and links
+    assert together == apart and len(set(apart)) == 6 and connections
 
 
-def test_large_requests_at_once_all_arrive_encrypted(tmp_path, files, links):
+def test_large_requests_at_once_all_arrive_encrypted(tmp_path, files, connections):
     tls = TlsConfig(cert=files / "server.pem", key=files / "server.key")
     with serving(tmp_path, listen="localhost:0", tls=tls) as target:
         trusting = curvd.TlsConfig(ca=files / "ca.pem")
         together, apart = registered(target, range(6), tls=trusting)
-    assert together == apart and len(set(apart)) == 6 and links
+    assert together == apart and len(set(apart)) == 6 and connections
 
 
-def test_who_stops_in_the_middle_of_a_large_request_is_in_nobodys_way(tmp_path, links):
+def test_who_stops_in_the_middle_of_a_large_request_is_in_nobodys_way(
+    tmp_path, connections
+):
     headers = frames.literals((
         (":method", "POST"),
         (":scheme", "http"),
@@ -226,8 +228,8 @@ def test_who_stops_in_the_middle_of_a_large_request_is_in_nobodys_way(tmp_path, 
             for piece in (GREETING, head, frames.frame(Kind.DATA, 0, 1, message)):
                 sock.sendall(piece)
             together, apart = registered(target, range(3))
-            assert not links[0].gone.is_set()
-            assert links[0].heard > 2 << 20
+            assert not connections[0].gone.is_set()
+            assert connections[0].bytes_received > 2 << 20
     assert together == apart
 
 

@@ -1,13 +1,13 @@
 """Large requests are read one after the other, and nobody slow is in the way."""
 
-from curvd_server.transport.upload_scheduler import Turns
+from curvd_server.transport.upload_scheduler import UploadScheduler
 
 
-class Upload:
+class UploadSource:
     """Somebody who sends; counts how often it was told to read again."""
 
     def __init__(self):
-        self.heard = self.resumed = 0
+        self.bytes_received = self.resumed = 0
 
     def resume(self):
         self.resumed += 1
@@ -34,14 +34,14 @@ class Looks:
 
 def queue(*uploads):
     looks = Looks()
-    order = Turns(looks)
+    order = UploadScheduler(looks)
     for upload in uploads:
         order.join(upload)
     return order, looks
 
 
 def test_the_first_is_read_and_the_others_wait():
-    first, second, third = Upload(), Upload(), Upload()
+    first, second, third = UploadSource(), UploadSource(), UploadSource()
     order, _ = queue(first, second, third)
     assert [order.waits(u) for u in (first, second, third)] == [False, True, True]
     order.leave(first)
@@ -50,15 +50,15 @@ def test_the_first_is_read_and_the_others_wait():
 
 
 def test_who_is_not_in_the_queue_never_waits():
-    order, _ = queue(Upload(), Upload())
-    stranger = Upload()
+    order, _ = queue(UploadSource(), UploadSource())
+    stranger = UploadSource()
     assert not order.waits(stranger)
     order.leave(stranger)
     assert stranger.resumed == 0
 
 
 def test_one_that_gives_up_while_it_waits_is_not_read_again():
-    first, second, third = Upload(), Upload(), Upload()
+    first, second, third = UploadSource(), UploadSource(), UploadSource()
     order, _ = queue(first, second, third)
     order.leave(second)
     order.leave(first)
@@ -66,7 +66,7 @@ def test_one_that_gives_up_while_it_waits_is_not_read_again():
 
 
 def test_who_sends_slowly_holds_nobody_up():
-    slow, second, third = Upload(), Upload(), Upload()
+    slow, second, third = UploadSource(), UploadSource(), UploadSource()
     order, looks = queue(slow, second, third)
     looks.pass_by()
     assert not order.waits(second)
@@ -76,10 +76,10 @@ def test_who_sends_slowly_holds_nobody_up():
 
 
 def test_who_sends_for_long_gives_way_to_the_next():
-    long, second = Upload(), Upload()
+    long, second = UploadSource(), UploadSource()
     order, looks = queue(long, second)
     while not order.waits(long):
-        long.heard += 1 << 20
+        long.bytes_received += 1 << 20
         looks.pass_by()
     assert not order.waits(second) and second.resumed == 1
     order.leave(second)
@@ -87,7 +87,7 @@ def test_who_sends_for_long_gives_way_to_the_next():
 
 
 def test_a_long_request_alone_is_not_looked_at():
-    alone, late = Upload(), Upload()
+    alone, late = UploadSource(), UploadSource()
     order, looks = queue(alone)
     assert looks.due is None
     order.join(late)
@@ -95,7 +95,7 @@ def test_a_long_request_alone_is_not_looked_at():
 
 
 def test_one_that_is_left_alone_is_not_looked_at_any_more():
-    first, second, late = Upload(), Upload(), Upload()
+    first, second, late = UploadSource(), UploadSource(), UploadSource()
     order, looks = queue(first, second)
     order.leave(second)
     assert looks.due is None

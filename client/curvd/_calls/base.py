@@ -77,7 +77,7 @@ class Call(Generic[T]):
         """
         raise NotImplementedError
 
-    def room(self, nbytes: int) -> memoryview | None:
+    def buffer_for(self, nbytes: int) -> memoryview | None:
         """Find the place where the next chunk of the response belongs.
 
         Args:

@@ -146,9 +146,9 @@ class TensorStream(Call[T]):
             raise self._malformed(error) from error
         yield from ()
 
-    def room(self, nbytes: int) -> memoryview | None:
+    def buffer_for(self, nbytes: int) -> memoryview | None:
         """Find the place of the next chunk in the result."""
-        return None if self._assembler is None else self._assembler.room(nbytes)
+        return None if self._assembler is None else self._assembler.buffer_for(nbytes)
 
     def conclude(self) -> None:
         """Check that nothing is missing or damaged.

@@ -20,9 +20,9 @@ from curvd._transport.diagnosis import advised, diagnosis
 from curvd._transport.direct import AsyncDirectChannel, DirectChannel
 from curvd._transport.grpcio import AsyncGrpcioChannel, GrpcioChannel, lost_in_fork
 from curvd._transport.process import PerProcess, check_loop
-from curvd._transport.retry import Patience
+from curvd._transport.retry import RetryPolicy
 from curvd.config import ClientConfig, Transport, check_target
-from curvd.contract import Ended, translated
+from curvd.contract import RpcError, translated
 from curvd.errors import Cancelled, CurvdError, Unauthenticated, Unavailable
 from curvd.tensors import Pool
 
@@ -62,7 +62,7 @@ class ConnectionBase(Generic[C]):
         """Pickle what it takes to connect anew, the token included."""
         return type(self), (self.target, self._config), {"_closed": self._closed}
 
-    def _begin(self, call: Call[Any]) -> Patience:
+    def _begin(self, call: Call[Any]) -> RetryPolicy:
         """Get a call ready.
 
         Args:
@@ -77,16 +77,16 @@ class ConnectionBase(Generic[C]):
         if self._closed:
             msg = f"this client of {self.target} is closed"
             raise Cancelled(msg, target=self.target)
-        patience = Patience(self._config)
-        call.progressed, call.allocate = patience.progressed, self._pool.take
-        return patience
+        policy = RetryPolicy(self._config)
+        call.progressed, call.allocate = policy.progressed, self._pool.take
+        return policy
 
-    def _cause(self, error: CurvdError, patience: Patience) -> CurvdError:
+    def _cause(self, error: CurvdError, policy: RetryPolicy) -> CurvdError:
         """Find what stands behind an error, if it can be told from here.
 
         Args:
             error: How a call failed.
-            patience: What time it has.
+            policy: What time it has.
 
         Returns:
             The error to raise: what to change, or the same.
@@ -95,7 +95,7 @@ class ConnectionBase(Generic[C]):
             return advised(error, self._config.token)
         if self._answered or not isinstance(error, Unavailable):
             return error
-        return diagnosis(self.target, self._loaded, patience.timeout()) or error
+        return diagnosis(self.target, self._loaded, policy.timeout()) or error
 
     def _finish(self) -> C | None:
         """Make no further call.
@@ -148,33 +148,33 @@ class Connection(ConnectionBase[DirectChannel | GrpcioChannel]):
         Raises:
             CurvdError: If it fails for good.
         """
-        patience = self._begin(call)
+        policy = self._begin(call)
         while not call.done:
             try:
                 with translated(self.target):
                     call.restart()
                     while not call.done:
-                        yield from self._exchange(call, patience)
+                        yield from self._attempt(call, policy)
             except CurvdError as failure:
-                error = self._cause(failure, patience)
+                error = self._cause(failure, policy)
                 recovers = call.recovers(error)
-                time.sleep(patience.pause_after(error, recovers=recovers))
+                time.sleep(policy.pause_after(error, recovers=recovers))
 
     def close(self) -> None:
         """Close the channel; calls under way are cancelled."""
         if (channel := self._finish()) is not None:
             channel.close()
 
-    def _exchange(self, call: Call[Any], patience: Patience) -> Iterator[Any]:
-        response = self._channels.get().exchange(
-            call.rpc, call.parts(), call.room, patience.timeout()
+    def _attempt(self, call: Call[Any], policy: RetryPolicy) -> Iterator[Any]:
+        response = self._channels.get().call(
+            call.rpc, call.parts(), call.buffer_for, policy.timeout()
         )
         try:
             with contextlib.closing(response) as parts:
                 for part in parts:
                     self._answered = True
                     yield from call.feed(part)
-        except (grpc.RpcError, Ended):
+        except (grpc.RpcError, RpcError):
             if call.failure is None:
                 raise
         if call.failure is not None:
@@ -223,31 +223,31 @@ class AsyncConnection(ConnectionBase[AsyncDirectChannel | AsyncGrpcioChannel]):
             CurvdError: If it fails for good.
         """
         check_loop(asyncio.get_running_loop())
-        patience = self._begin(call)
+        policy = self._begin(call)
         while not call.done:
             try:
                 with translated(self.target):
                     call.restart()
                     while not call.done:
-                        exchange = self._exchange(call, patience)
-                        async with contextlib.aclosing(exchange) as blocks:
+                        attempt = self._attempt(call, policy)
+                        async with contextlib.aclosing(attempt) as blocks:
                             async for block in blocks:
                                 yield block
             except CurvdError as failure:
-                error = await asyncio.to_thread(self._cause, failure, patience)
+                error = await asyncio.to_thread(self._cause, failure, policy)
                 recovers = call.recovers(error)
-                await asyncio.sleep(patience.pause_after(error, recovers=recovers))
+                await asyncio.sleep(policy.pause_after(error, recovers=recovers))
 
     async def close(self) -> None:
         """Close the channel; calls under way are cancelled."""
         if (channel := self._finish()) is not None:
             await channel.close()
 
-    async def _exchange(
-        self, call: Call[Any], patience: Patience
+    async def _attempt(
+        self, call: Call[Any], policy: RetryPolicy
     ) -> AsyncGenerator[Any, None]:
-        response = self._channels.get().exchange(
-            call.rpc, call.parts(), call.room, patience.timeout()
+        response = self._channels.get().call(
+            call.rpc, call.parts(), call.buffer_for, policy.timeout()
         )
         try:
             async with contextlib.aclosing(response) as parts:
@@ -255,7 +255,7 @@ class AsyncConnection(ConnectionBase[AsyncDirectChannel | AsyncGrpcioChannel]):
                     self._answered = True
                     for block in call.feed(part):
                         yield block
-        except (grpc.RpcError, Ended):
+        except (grpc.RpcError, RpcError):
             if call.failure is None:
                 raise
         if call.failure is not None:

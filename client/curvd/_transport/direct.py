@@ -23,8 +23,16 @@ from curvd._transport.dial import Address, client_context, dial
 from curvd._transport.process import current_process, keep_from_children
 from curvd._version import VERSION
 from curvd.config import ClientConfig
-from curvd.contract import Ended, Rpc
-from curvd.http2 import Broken, Line, Room, Terms, Wait, exchange, tune
+from curvd.contract import Rpc, RpcError
+from curvd.http2 import (
+    BufferProvider,
+    CallOptions,
+    H2Connection,
+    ProtocolError,
+    Wait,
+    make_call,
+    tune,
+)
 
 _MOST_IDLE = 4
 """Connections that wait for the next call."""
@@ -33,7 +41,7 @@ _LONGEST_MESSAGE = 32 << 20
 _MOST_MS = 99_999_999
 
 
-class _Lines:
+class _ConnectionPool:
     """The connections of one process to one server. Threads may share it."""
 
     def __init__(self, target: str, config: ClientConfig) -> None:
@@ -41,12 +49,12 @@ class _Lines:
         self._address, self._config = Address.of(target), config
         self._context = None if config.tls is None else client_context(config.tls)
         self._metadata = config.metadata(target)
-        self._idle: list[Line] = []
-        self._busy: set[Line] = set()
+        self._idle: list[H2Connection] = []
+        self._busy: set[H2Connection] = set()
         self._lock = threading.Lock()
         self._closed = False
 
-    def terms(self, rpc: Rpc, timeout_s: float | None) -> Terms:
+    def options(self, rpc: Rpc, timeout_s: float | None) -> CallOptions:
         """Say what holds for a call.
 
         Args:
@@ -54,7 +62,7 @@ class _Lines:
             timeout_s: Seconds that it may take.
 
         Returns:
-            Its terms.
+            Its options.
         """
         headers = [
             (":method", "POST"),
@@ -69,10 +77,10 @@ class _Lines:
         if timeout_s is not None:
             if timeout_s <= 0:
                 msg = "the deadline passed before the call began"
-                raise Ended(StatusCode.DEADLINE_EXCEEDED, msg)
+                raise RpcError(StatusCode.DEADLINE_EXCEEDED, msg)
             milliseconds = min(round(timeout_s * 1e3), _MOST_MS)
             headers.append(("grpc-timeout", f"{milliseconds}m"))
-        return Terms(
+        return CallOptions(
             headers=headers,
             deadline=None if timeout_s is None else time.monotonic() + timeout_s,
             keepalive_s=self._config.keepalive_s,
@@ -81,23 +89,23 @@ class _Lines:
             clock=time.monotonic,
         )
 
-    def take(self) -> Line | None:
+    def take(self) -> H2Connection | None:
         """Take a connection that is free and alive."""
         while True:
             with self._lock:
                 if not self._idle:
                     return None
-                line = self._idle.pop()
-                self._busy.add(line)
+                connection = self._idle.pop()
+                self._busy.add(connection)
             try:
-                line.pull()  # the server may have gone away meanwhile
-            except (Broken, OSError):
-                line.leaving = True
-            if not line.leaving:
-                return line
-            self.put(line)
+                connection.pull()  # the server may have gone away meanwhile
+            except (ProtocolError, OSError):
+                connection.is_going_away = True
+            if not connection.is_going_away:
+                return connection
+            self.put(connection)
 
-    def connect(self, timeout_s: float | None) -> Line:
+    def connect(self, timeout_s: float | None) -> H2Connection:
         """Make a connection, and wait for it.
 
         Args:
@@ -107,21 +115,21 @@ class _Lines:
             The connection.
 
         Raises:
-            Ended: If nobody is there, or the client is closed.
+            RpcError: If nobody is there, or the client is closed.
         """
         try:
-            line = self._connected(timeout_s)
+            connection = self._connected(timeout_s)
         except OSError as error:
             raise self._lost(error) from error
         with self._lock:
-            self._busy.add(line)
+            self._busy.add(connection)
             closed = self._closed
         if closed:
-            self.put(line)
+            self.put(connection)
             raise _closed()
-        return line
+        return connection
 
-    def _connected(self, timeout_s: float | None) -> Line:
+    def _connected(self, timeout_s: float | None) -> H2Connection:
         longest = self._config.keepalive_timeout_s
         patience_s = longest if timeout_s is None else min(timeout_s, longest)
         sock = dial(self._address, max(1e-3, patience_s))
@@ -136,7 +144,7 @@ class _Lines:
                 )
                 keep_from_children(sock)
             sock.setblocking(False)
-            return Line(sock, client=True)
+            return H2Connection(sock, client=True)
         except BaseException:
             sock.close()
             raise
@@ -145,51 +153,53 @@ class _Lines:
         """Leave a call whose connection is another process's.
 
         Raises:
-            Ended: If this process was forked since.
+            RpcError: If this process was forked since.
         """
         if self._home != current_process():
             msg = "the process was forked while the call was under way"
-            raise Ended(StatusCode.UNAVAILABLE, msg)
+            raise RpcError(StatusCode.UNAVAILABLE, msg)
 
     @contextlib.contextmanager
     def at_work(
-        self, steps: Generator[Any, None, None], line: Line
+        self, steps: Generator[Any, None, None], connection: H2Connection
     ) -> Iterator[Generator[Any, None, None]]:
         """Give a connection back when its call is over, however that ends.
 
         Args:
             steps: The call.
-            line: Its connection.
+            connection: Its connection.
 
         Yields:
             The call.
 
         Raises:
-            Ended: In place of what says that the connection is gone.
+            RpcError: In place of what says that the connection is gone.
         """
         try:
             with contextlib.closing(steps):
                 yield steps
-        except (Broken, OSError) as error:
-            line.leaving = True
+        except (ProtocolError, OSError) as error:
+            connection.is_going_away = True
             raise self._lost(error) from error
         finally:
-            self.put(line)
+            self.put(connection)
 
-    def put(self, line: Line) -> None:
+    def put(self, connection: H2Connection) -> None:
         """Give a connection back; one that is of no use any more is closed."""
         if self._home != current_process():
             return  # the parent's: not a byte, and no lock
-        whole = not line.leaving and (line.stream is None or line.stream.over)
+        whole = not connection.is_going_away and (
+            connection.stream is None or connection.stream.over
+        )
         with self._lock:
-            self._busy.discard(line)
+            self._busy.discard(connection)
             whole = whole and not self._closed and len(self._idle) < _MOST_IDLE
             if whole:
-                self._idle.append(line)
+                self._idle.append(connection)
         if not whole:
-            with contextlib.suppress(Broken, OSError):
-                line.push()  # that a call was given up
-            line.sock.close()
+            with contextlib.suppress(ProtocolError, OSError):
+                connection.push()  # that a call was given up
+            connection.sock.close()
 
     def close(self) -> None:
         """Close what is idle, and break what is busy."""
@@ -197,16 +207,16 @@ class _Lines:
             self._closed = True
             idle, busy = self._idle, list(self._busy)
             self._idle = []
-        for line in idle:
-            line.sock.close()
-        for line in busy:
+        for connection in idle:
+            connection.sock.close()
+        for connection in busy:
             with contextlib.suppress(OSError):
-                line.sock.shutdown(socket.SHUT_RDWR)
+                connection.sock.shutdown(socket.SHUT_RDWR)
 
-    def _lost(self, error: Exception) -> Ended:
+    def _lost(self, error: Exception) -> RpcError:
         if self._closed:
             return _closed()
-        return Ended(StatusCode.UNAVAILABLE, str(error) or type(error).__name__)
+        return RpcError(StatusCode.UNAVAILABLE, str(error) or type(error).__name__)
 
 
 class DirectChannel:
@@ -218,44 +228,48 @@ class DirectChannel:
     """
 
     def __init__(self, target: str, config: ClientConfig) -> None:
-        self._lines = _Lines(target, config)
+        self._pool = _ConnectionPool(target, config)
 
-    def exchange(
-        self, rpc: Rpc, parts: Iterator[Any], room: Room, timeout_s: float | None
+    def call(
+        self,
+        rpc: Rpc,
+        parts: Iterator[Any],
+        buffer_for: BufferProvider,
+        timeout_s: float | None,
     ) -> Generator[Any, None, None]:
         """Make one call.
 
         Args:
             rpc: Which method.
             parts: Of the request; nothing is sent if there are none.
-            room: Finds the place for chunks of the response.
+            buffer_for: Finds the place for chunks of the response.
             timeout_s: Seconds; None: no deadline.
 
         Yields:
             The parts of the response.
 
         Raises:
-            Ended: If it fails.
+            RpcError: If it fails.
         """
         first = next(parts, None)
         if first is None:
             return
-        terms = self._lines.terms(rpc, timeout_s)
-        line = self._lines.take() or self._lines.connect(timeout_s)
+        options = self._pool.options(rpc, timeout_s)
+        connection = self._pool.take() or self._pool.connect(timeout_s)
         request = itertools.chain((first,), parts)
-        with self._lines.at_work(
-            exchange(line, rpc, request, room, terms), line
+        with self._pool.at_work(
+            make_call(connection, rpc, request, buffer_for, options), connection
         ) as steps:
             for step in steps:
                 if not isinstance(step, Wait):
                     yield step
-                    self._lines.check_process()
-                elif not line.more:
-                    _wait(line.sock, step)
+                    self._pool.check_process()
+                elif not connection.more:
+                    _wait(connection.sock, step)
 
     def close(self) -> None:
         """Close all connections; calls under way are cancelled."""
-        self._lines.close()
+        self._pool.close()
 
 
 class AsyncDirectChannel:
@@ -267,46 +281,50 @@ class AsyncDirectChannel:
     """
 
     def __init__(self, target: str, config: ClientConfig) -> None:
-        self._lines = _Lines(target, config)
+        self._pool = _ConnectionPool(target, config)
 
-    async def exchange(
-        self, rpc: Rpc, parts: Iterator[Any], room: Room, timeout_s: float | None
+    async def call(
+        self,
+        rpc: Rpc,
+        parts: Iterator[Any],
+        buffer_for: BufferProvider,
+        timeout_s: float | None,
     ) -> AsyncGenerator[Any, None]:
         """Make one call.
 
         Args:
             rpc: Which method.
             parts: Of the request; nothing is sent if there are none.
-            room: Finds the place for chunks of the response.
+            buffer_for: Finds the place for chunks of the response.
             timeout_s: Seconds; None: no deadline.
 
         Yields:
             The parts of the response.
 
         Raises:
-            Ended: If it fails.
+            RpcError: If it fails.
         """
         first = next(parts, None)
         if first is None:
             return
-        terms = self._lines.terms(rpc, timeout_s)
-        line = self._lines.take()
-        if line is None:
-            line = await asyncio.to_thread(self._lines.connect, timeout_s)
+        options = self._pool.options(rpc, timeout_s)
+        connection = self._pool.take()
+        if connection is None:
+            connection = await asyncio.to_thread(self._pool.connect, timeout_s)
         request = itertools.chain((first,), parts)
-        with self._lines.at_work(
-            exchange(line, rpc, request, room, terms), line
+        with self._pool.at_work(
+            make_call(connection, rpc, request, buffer_for, options), connection
         ) as steps:
             for step in steps:
                 if not isinstance(step, Wait):
                     yield step
-                    self._lines.check_process()
-                elif not line.more:
-                    await _ready(line.sock, step)
+                    self._pool.check_process()
+                elif not connection.more:
+                    await _ready(connection.sock, step)
 
     async def close(self) -> None:
         """Close all connections; calls under way are cancelled."""
-        self._lines.close()
+        self._pool.close()
 
 
 def _wait(sock: socket.socket, step: Wait) -> None:
@@ -334,6 +352,6 @@ async def _ready(sock: socket.socket, step: Wait) -> None:
             loop.remove_writer(sock)
 
 
-def _closed() -> Ended:
+def _closed() -> RpcError:
     msg = "this client is closed"
-    return Ended(StatusCode.CANCELLED, msg)
+    return RpcError(StatusCode.CANCELLED, msg)

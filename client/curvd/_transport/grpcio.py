@@ -17,9 +17,9 @@ import grpc.aio
 from curvd._transport.dial import client_context
 from curvd._transport.process import Process, current_process
 from curvd.config import ClientConfig, proxy_of
-from curvd.contract import Ended, Rpc
+from curvd.contract import Rpc, RpcError
 from curvd.errors import FailedPrecondition
-from curvd.http2 import Room
+from curvd.http2 import BufferProvider
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ def _check_files(config: ClientConfig) -> None:
 def _check_process(home: Process) -> None:
     if home != current_process():
         msg = "the process was forked while the call was under way"
-        raise Ended(grpc.StatusCode.UNAVAILABLE, msg)
+        raise RpcError(grpc.StatusCode.UNAVAILABLE, msg)
 
 
 class GrpcioChannel:
@@ -82,15 +82,19 @@ class GrpcioChannel:
             else grpc.secure_channel(target, credentials, options)
         )
 
-    def exchange(
-        self, rpc: Rpc, parts: Iterator[Any], room: Room, timeout_s: float | None
+    def call(
+        self,
+        rpc: Rpc,
+        parts: Iterator[Any],
+        buffer_for: BufferProvider,
+        timeout_s: float | None,
     ) -> Generator[Any, None, None]:
         """Make one call.
 
         Args:
             rpc: Which method.
             parts: Of the request; nothing is sent if a message would be missing.
-            room: Not used: grpcio has memory of its own.
+            buffer_for: Not used: grpcio has memory of its own.
             timeout_s: Seconds; None: no deadline.
 
         Yields:
@@ -137,15 +141,19 @@ class AsyncGrpcioChannel:
         self._metadata = config.metadata(target)
         self._channel: grpc.aio.Channel | None = None
 
-    async def exchange(
-        self, rpc: Rpc, parts: Iterator[Any], room: Room, timeout_s: float | None
+    async def call(
+        self,
+        rpc: Rpc,
+        parts: Iterator[Any],
+        buffer_for: BufferProvider,
+        timeout_s: float | None,
     ) -> AsyncGenerator[Any, None]:
         """Make one call.
 
         Args:
             rpc: Which method.
             parts: Of the request; nothing is sent if a message would be missing.
-            room: Not used: grpcio has memory of its own.
+            buffer_for: Not used: grpcio has memory of its own.
             timeout_s: Seconds; None: no deadline.
 
         Yields:

@@ -29,7 +29,7 @@ def is_worth_a_retry(error: BaseException) -> bool:
     )
 
 
-class Patience:
+class RetryPolicy:
     """The time that one call has left, over all its attempts.
 
     Args:

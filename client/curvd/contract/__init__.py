@@ -62,7 +62,7 @@ from curvd.contract.specs import (
     Probe,
     SerializedGraph,
 )
-from curvd.contract.statuses import CODES, DETAILS_KEY, Ended, translated
+from curvd.contract.statuses import CODES, DETAILS_KEY, RpcError, translated
 
 __all__ = [
     "BYTES_TAG",
@@ -80,7 +80,6 @@ __all__ = [
     "DeviceInfo",
     "Distribution",
     "Dtype",
-    "Ended",
     "Estimator",
     "Framed",
     "InputStyle",
@@ -102,6 +101,7 @@ __all__ = [
     "Reduction",
     "ResultInfo",
     "Rpc",
+    "RpcError",
     "SerializedGraph",
     "ServerInfo",
     "SessionInfo",

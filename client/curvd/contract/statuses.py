@@ -22,7 +22,7 @@ CODES = {str(code.value[0]): code for code in grpc.StatusCode}
 """Status codes by their number in trailers."""
 
 
-class Ended(Exception):
+class RpcError(Exception):
     """A call of curvd's own transport ended with an error.
 
     Args:
@@ -99,11 +99,11 @@ def translated(target: str) -> Iterator[None]:
         Nothing.
 
     Raises:
-        CurvdError: In place of `grpc.RpcError` and `Ended`.
+        CurvdError: In place of `grpc.RpcError` and `RpcError`.
     """
     try:
         yield
-    except Ended as error:
+    except RpcError as error:
         raise _explained(target, error.code.name, str(error), error.details) from error
     except grpc.RpcError as error:
         trailing: Any = error.trailing_metadata() or ()

@@ -7,28 +7,28 @@ method of the contract.
 
 from __future__ import annotations
 
-from curvd.http2.call import Terms, Wait, exchange
-from curvd.http2.connection import Line
+from curvd.http2.call import CallOptions, Wait, make_call
+from curvd.http2.connection import H2Connection
 from curvd.http2.frames import RECOGNISED, Code, Kind, Setting
-from curvd.http2.messages import Format, InPlace, Room, framed
+from curvd.http2.messages import BufferProvider, Format, ReceivesInPlace, framed
 from curvd.http2.sockets import tune
-from curvd.http2.stream import Broken, Headers, Stream
+from curvd.http2.stream import Headers, ProtocolError, Stream
 
 __all__ = [
     "RECOGNISED",
-    "Broken",
+    "BufferProvider",
+    "CallOptions",
     "Code",
     "Format",
+    "H2Connection",
     "Headers",
-    "InPlace",
     "Kind",
-    "Line",
-    "Room",
+    "ProtocolError",
+    "ReceivesInPlace",
     "Setting",
     "Stream",
-    "Terms",
     "Wait",
-    "exchange",
     "framed",
+    "make_call",
     "tune",
 ]

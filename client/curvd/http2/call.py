@@ -1,4 +1,4 @@
-"""One call on a line, as a generator that says when it has to wait."""
+"""One call on a connection, as a generator that says when it has to wait."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from urllib.parse import unquote
 
 from grpc import StatusCode
 
-from curvd.contract import CODES, DETAILS_KEY, Ended, Rpc
+from curvd.contract import CODES, DETAILS_KEY, Rpc, RpcError
 from curvd.errors import CurvdError
-from curvd.http2.connection import Line
+from curvd.http2.connection import H2Connection
 from curvd.http2.frames import Code, named
-from curvd.http2.messages import Room, framed
-from curvd.http2.stream import Broken, Headers, Stream
+from curvd.http2.messages import BufferProvider, framed
+from curvd.http2.stream import Headers, ProtocolError, Stream
 
 _RESET: dict[int, StatusCode] = {
     Code.REFUSED_STREAM: StatusCode.UNAVAILABLE,
@@ -47,7 +47,7 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class CallOptions:
     """What holds for one call."""
 
     headers: Headers
@@ -62,139 +62,149 @@ class Terms:
     clock: Callable[[], float]
 
 
-def exchange(
-    line: Line, rpc: Rpc, parts: Iterator[Any], room: Room, terms: Terms
+def make_call(
+    connection: H2Connection,
+    rpc: Rpc,
+    parts: Iterator[Any],
+    buffer_for: BufferProvider,
+    options: CallOptions,
 ) -> Generator[Any, None, None]:
     """Send the parts of a request while those of the response come.
 
     Args:
-        line: Free for a call.
+        connection: Free for a call.
         rpc: Which method.
         parts: Of the request.
-        room: Finds the place for chunks of the response.
-        terms: Metadata and times.
+        buffer_for: Finds the place for chunks of the response.
+        options: Metadata and times.
 
     Yields:
         `Wait`, or a part of the response. The next part comes to the same place.
 
     Raises:
-        Ended: If the call ends with an error.
-        Broken: If the connection is of no use.
+        RpcError: If the call ends with an error.
+        ProtocolError: If the connection is of no use.
         OSError: If it is gone.
     """
-    stream = line.open(terms.headers)
-    stream.read(rpc.response, terms.longest, room)
-    silence = _Silence(line, terms)
+    stream = connection.open(options.headers)
+    stream.read(rpc.response, options.longest, buffer_for)
+    silence = _Silence(connection, options)
     # In one go with the headers; it is all there is if the request is a message.
-    sending, begun = _send_next(line, stream, rpc, parts), False
+    sending, begun = _send_next(connection, stream, rpc, parts), False
     try:
         while True:
             while stream.inbox:
                 part, nbytes = stream.inbox.popleft()
-                line.used(stream, nbytes)
+                connection.acknowledge(stream, nbytes)
                 yield part
             if stream.failure is not None:
-                line.push()  # what the server is told about it
+                connection.push()  # what the server is told about it
                 raise _not_grpc(stream) or _not_read(stream.failure)
             if stream.ended:
                 break
             if sending and not stream.outbox:
-                sending = _send_next(line, stream, rpc, parts)
-            sent, heard = line.push(), line.heard
+                sending = _send_next(connection, stream, rpc, parts)
+            sent, received = connection.push(), connection.bytes_received
             # Nothing answers a whole request between two lines of Python.
             if begun or sending or stream.outbox:
-                line.pull()
-            begun, idle = True, line.heard == heard and not line.more
+                connection.pull()
+            idle = connection.bytes_received == received and not connection.more
+            begun = True
             if idle and (stream.outbox or not sent or not sending):
-                yield Wait(not sent, silence.patience())
+                yield Wait(not sent, silence.seconds_left())
                 silence.check()
-        line.push()
+        connection.push()
         _conclude(stream)
-    except Broken as error:
-        line.leaving = True
-        stream.give_up(error.code)
+    except ProtocolError as error:
+        connection.is_going_away = True
+        stream.reset(error.code)
         if error.code is not Code.NO_ERROR:
-            line.leave(error.code)
+            connection.goaway(error.code)
         raise
     finally:
         stream.reader = None  # it refers to the caller's memory
         if not stream.over:
-            line.give_up(stream, Code.CANCEL)
-            line.leaving = True
+            connection.reset(stream, Code.CANCEL)
+            connection.is_going_away = True
 
 
-def _send_next(line: Line, stream: Stream, rpc: Rpc, parts: Iterator[Any]) -> bool:
+def _send_next(
+    connection: H2Connection, stream: Stream, rpc: Rpc, parts: Iterator[Any]
+) -> bool:
     """Queue the next part; tell whether there may be more."""
     part = next(parts, None)
     more = part is not None and rpc.client_streams
     views = () if part is None else framed(rpc.request, part)
-    line.send_data(stream, views, end=not more)
+    connection.send_data(stream, views, end=not more)
     return more
 
 
 class _Silence:
-    """Watches that a line is alive while a call waits."""
+    """Watches that a connection is alive while a call waits."""
 
-    def __init__(self, line: Line, terms: Terms) -> None:
-        self._line, self._terms = line, terms
-        self._heard, self._since = line.heard, terms.clock()
+    def __init__(self, connection: H2Connection, options: CallOptions) -> None:
+        self._connection, self._options = connection, options
+        self._received_before, self._since = connection.bytes_received, options.clock()
         self._asked = False
 
-    def patience(self) -> float:
+    def seconds_left(self) -> float:
         """Tell how long to wait at most."""
-        terms, now = self._terms, self._terms.clock()
-        if self._line.heard != self._heard:
-            self._heard, self._since, self._asked = self._line.heard, now, False
-        silent = terms.keepalive_s + (terms.keepalive_timeout_s if self._asked else 0.0)
+        options, now = self._options, self._options.clock()
+        if self._connection.bytes_received != self._received_before:
+            self._received_before = self._connection.bytes_received
+            self._since, self._asked = now, False
+        silent = options.keepalive_s + (
+            options.keepalive_timeout_s if self._asked else 0.0
+        )
         until = self._since + silent
-        if terms.deadline is not None:
-            until = min(until, terms.deadline)
+        if options.deadline is not None:
+            until = min(until, options.deadline)
         return max(0.0, until - now)
 
     def check(self) -> None:
         """Look at the clock after a wait.
 
         Raises:
-            Ended: If the deadline has passed.
-            Broken: If the peer is gone.
+            RpcError: If the deadline has passed.
+            ProtocolError: If the peer is gone.
         """
-        terms, now = self._terms, self._terms.clock()
-        if terms.deadline is not None and now >= terms.deadline:
+        options, now = self._options, self._options.clock()
+        if options.deadline is not None and now >= options.deadline:
             msg = "the deadline passed before the answer came"
-            raise Ended(StatusCode.DEADLINE_EXCEEDED, msg)
+            raise RpcError(StatusCode.DEADLINE_EXCEEDED, msg)
         silent_s = now - self._since
-        if not self._asked and silent_s >= terms.keepalive_s:
-            self._line.ping()
+        if not self._asked and silent_s >= options.keepalive_s:
+            self._connection.ping()
             self._asked = True
-        elif silent_s >= terms.keepalive_s + terms.keepalive_timeout_s:
+        elif silent_s >= options.keepalive_s + options.keepalive_timeout_s:
             # What came in the meantime is still in the socket.
-            self._line.pull()
-            if self._line.heard == self._heard:
+            self._connection.pull()
+            if self._connection.bytes_received == self._received_before:
                 msg = f"no sign of life for {silent_s:.0f} s"
-                raise Broken(msg)
+                raise ProtocolError(msg)
 
 
 def _conclude(stream: Stream) -> None:
     """Read the status with which a call ended."""
     if stream.trailers is None:
-        if stream.reset is None:
+        if stream.reset_code is None:
             msg = "the answer ended without a status"
-            raise Ended(StatusCode.INTERNAL, msg)
-        msg = f"the server gave the call up (HTTP/2 error {named(stream.reset)})"
-        raise Ended(_RESET.get(stream.reset, StatusCode.INTERNAL), msg)
+            raise RpcError(StatusCode.INTERNAL, msg)
+        msg = f"the server gave the call up (HTTP/2 error {named(stream.reset_code)})"
+        raise RpcError(_RESET.get(stream.reset_code, StatusCode.INTERNAL), msg)
     found = stream.trailers
     number = found.get("grpc-status")
     if number is None:
         msg = "the answer ended without a status"
-        raise _not_grpc(stream) or Ended(StatusCode.INTERNAL, msg)
+        raise _not_grpc(stream) or RpcError(StatusCode.INTERNAL, msg)
     if number == "0":
         return
     code = CODES.get(number, StatusCode.UNKNOWN)
     message = unquote(found.get("grpc-message", ""))
-    raise Ended(code, message, _decoded(found.get(DETAILS_KEY)))
+    raise RpcError(code, message, _decoded(found.get(DETAILS_KEY)))
 
 
-def _not_grpc(stream: Stream) -> Ended | None:
+def _not_grpc(stream: Stream) -> RpcError | None:
     """Say what an answer means that is none of gRPC, for example a proxy's."""
     headers = stream.headers
     if headers is None:
@@ -205,7 +215,7 @@ def _not_grpc(stream: Stream) -> Ended | None:
     msg = (
         f"HTTP status {status} ({kind or 'no content-type'}) in place of a gRPC answer"
     )
-    return Ended(_HTTP.get(status, StatusCode.UNKNOWN), msg)
+    return RpcError(_HTTP.get(status, StatusCode.UNKNOWN), msg)
 
 
 def _decoded(value: str | None) -> bytes | None:
@@ -217,5 +227,5 @@ def _decoded(value: str | None) -> bytes | None:
         return None
 
 
-def _not_read(error: CurvdError) -> Ended:
-    return Ended(StatusCode[error.code], str(error))
+def _not_read(error: CurvdError) -> RpcError:
+    return RpcError(StatusCode[error.code], str(error))

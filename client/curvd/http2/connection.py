@@ -14,10 +14,10 @@ from curvd.http2 import frames
 from curvd.http2.frames import Code, Kind, Setting
 from curvd.http2.glitches import Glitches
 from curvd.http2.peer import Incoming
-from curvd.http2.stream import Broken, Headers, Stream
+from curvd.http2.stream import Headers, ProtocolError, Stream
 
 
-class Line(Incoming):
+class H2Connection(Incoming):
     """One connection: what this end does on it.
 
     Args:
@@ -57,7 +57,9 @@ class Line(Incoming):
             Its stream.
         """
         self._last += 2
-        self.leaving = self.leaving or self._last + 2 > frames.LARGEST_WINDOW
+        self.is_going_away = (
+            self.is_going_away or self._last + 2 > frames.LARGEST_WINDOW
+        )
         self._settle()
         self.stream = Stream(self._last, self._first_window, self._share)
         self.send_headers(self.stream, headers)
@@ -74,7 +76,7 @@ class Line(Incoming):
             end: Whether nothing follows.
         """
         block, flags = frames.literals(tuple(headers)), frames.END_STREAM if end else 0
-        longest = self._outlet.longest
+        longest = self._sender.longest
         stream.outbox.append(frames.header_frames(stream.number, block, flags, longest))
         stream.closed = stream.closed or end
 
@@ -96,25 +98,25 @@ class Line(Incoming):
             stream.outbox.append(last)
             stream.closed = True
 
-    def give_up(self, stream: Stream, code: Code) -> None:
+    def reset(self, stream: Stream, code: Code) -> None:
         """Tell the peer, after what waits, that no more is wanted from it."""
         payload = frames.number(code)
         stream.outbox.append(frames.frame(Kind.RST_STREAM, 0, stream.number, payload))
         stream.closed = stream.ended = stream.abandoned = True
         stream.reader = None
 
-    def leave(self, code: Code = Code.NO_ERROR) -> None:
+    def goaway(self, code: Code = Code.NO_ERROR) -> None:
         """Tell the peer that there will be no further call."""
         self._said_goodbye = True
         last = 0 if self._client else self._last
         payload = frames.number(last) + frames.number(code)
-        self._outlet.control(frames.frame(Kind.GOAWAY, 0, 0, payload))
+        self._sender.control(frames.frame(Kind.GOAWAY, 0, 0, payload))
 
     def ping(self) -> None:
         """Ask for a sign of life."""
-        self._outlet.control(frames.frame(Kind.PING, 0, 0, b"curvd  ?"))
+        self._sender.control(frames.frame(Kind.PING, 0, 0, b"curvd  ?"))
 
-    def used(self, stream: Stream, nbytes: int) -> None:
+    def acknowledge(self, stream: Stream, nbytes: int) -> None:
         """Let the peer send more, because a part was used.
 
         Args:
@@ -123,11 +125,11 @@ class Line(Incoming):
         """
         self._glitches.parts += 1
         self._glitches.received += nbytes
-        stream.used += nbytes
-        if stream.used >= self._share // 4 and not stream.ended:
-            self._outlet.widen(stream.number, stream.used)
-            stream.credit += stream.used
-            stream.used = 0
+        stream.unacknowledged += nbytes
+        if stream.unacknowledged >= self._share // 4 and not stream.ended:
+            self._sender.widen(stream.number, stream.unacknowledged)
+            stream.credit += stream.unacknowledged
+            stream.unacknowledged = 0
         self._spend(nbytes)
 
     def push(self) -> bool:
@@ -139,7 +141,7 @@ class Line(Incoming):
         Raises:
             OSError: If the connection is gone.
         """
-        return self._outlet.push(self.stream)
+        return self._sender.push(self.stream)
 
     def pull(self) -> None:
         """Receive what the socket has, or until parts are there to be taken.
@@ -147,27 +149,27 @@ class Line(Incoming):
         It returns after so many frames or bytes; `more` tells whether to come back.
 
         Raises:
-            Broken: If the peer is gone, or breaks the protocol.
+            ProtocolError: If the peer is gone, or breaks the protocol.
             OSError: If the connection is gone.
         """
         try:
-            self._intake.pull()
-        except Broken as error:
+            self._receiver.pull()
+        except ProtocolError as error:
             stream = self.stream
             answered = self._client and stream is not None and stream.ended
             if error.code is not Code.NO_ERROR or not answered:
                 raise
-            self.leaving = True  # the server closed behind its answer
+            self.is_going_away = True  # the server closed behind its answer
 
     @property
     def more(self) -> bool:
         """Whether `pull` has something to do although the socket shows nothing."""
-        return self._intake.more
+        return self._receiver.more
 
     @property
-    def heard(self) -> int:
+    def bytes_received(self) -> int:
         """Bytes that came; keepalive looks whether they move."""
-        return self._intake.heard
+        return self._receiver.bytes_received
 
     def _greet(self) -> None:
         ours = {
@@ -176,9 +178,9 @@ class Line(Incoming):
             Setting.MAX_HEADER_LIST_SIZE: self._header_bytes,
         }
         if self._client:
-            self._outlet.control(frames.PREFACE)
+            self._sender.control(frames.PREFACE)
             ours |= {Setting.ENABLE_PUSH: 0, Setting.DIRECT: 1}
         else:
             ours[Setting.MAX_CONCURRENT_STREAMS] = 1
-        self._outlet.control(frames.settings(ours))
-        self._outlet.widen(0, self._share - frames.DEFAULT_WINDOW)
+        self._sender.control(frames.settings(ours))
+        self._sender.widen(0, self._share - frames.DEFAULT_WINDOW)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from curvd.http2.frames import Code
-from curvd.http2.stream import Broken
+from curvd.http2.stream import ProtocolError
 
 MOST_GLITCHES = 1000
 """Glitches without useful work between them after which a peer is sent away."""
@@ -54,7 +54,7 @@ class Glitches:
             glitches: How many.
 
         Raises:
-            Broken: If they are too many.
+            ProtocolError: If they are too many.
         """
         self.count += glitches
         if self.count > self._limit:
@@ -72,4 +72,4 @@ class Glitches:
                 f"more than {self._limit} frames that bring nothing "
                 "(resets, pings, priorities, empty data and the like)"
             )
-            raise Broken(msg, Code.ENHANCE_YOUR_CALM)
+            raise ProtocolError(msg, Code.ENHANCE_YOUR_CALM)

@@ -10,7 +10,7 @@ from curvd.http2 import frames
 from curvd.http2.fields import Malformed, Pairs
 from curvd.http2.frames import Code, Kind
 from curvd.http2.rules import check_dependency
-from curvd.http2.stream import Broken
+from curvd.http2.stream import ProtocolError
 
 Reading = Callable[[Pairs], dict[str, str]]
 """Makes fields of names and values: `fields.request`, `response` or `trailers`."""
@@ -51,7 +51,7 @@ class Blocks:
             The block, if that is all of it, and whether it ends the stream.
 
         Raises:
-            Broken: If padding or priority are wrong, or there is too much of it.
+            ProtocolError: If padding or priority are wrong, or there is too much of it.
         """
         if flags & (frames.PADDED | frames.PRIORITISED):
             payload = _bare(flags, number, payload)
@@ -72,12 +72,12 @@ class Blocks:
             As `begin`.
 
         Raises:
-            Broken: If there is too much of it.
+            ProtocolError: If there is too much of it.
         """
         self._block += piece
         if len(self._block) > self._longest:
             msg = f"more than {self._longest} bytes of headers"
-            raise Broken(msg, Code.ENHANCE_YOUR_CALM)
+            raise ProtocolError(msg, Code.ENHANCE_YOUR_CALM)
         if not flags & frames.END_HEADERS:
             return None
         block, self.open_on = bytes(self._block), None
@@ -92,11 +92,11 @@ class Blocks:
             number: Its stream.
 
         Raises:
-            Broken: If it does not.
+            ProtocolError: If it does not.
         """
         if (kind, number) != (Kind.CONTINUATION, self.open_on):
             msg = "headers that were not continued"
-            raise Broken(msg)
+            raise ProtocolError(msg)
 
     def decode(self, block: bytes, reading: Reading) -> dict[str, str] | Malformed:
         """Decode a block; not twice, as long as it means the same each time.
@@ -109,7 +109,7 @@ class Blocks:
             Its fields, or why there are none.
 
         Raises:
-            Broken: If it cannot be decoded: then no later block can be, either.
+            ProtocolError: If it cannot be decoded: then no later block can be, either.
         """
         known = self._known.get((reading, block))
         if known is not None:
@@ -119,10 +119,10 @@ class Blocks:
             pairs = self._decoder.decode(block, raw=True)
         except hpack.OversizedHeaderListError as error:
             msg = f"too many headers: {error}"
-            raise Broken(msg, Code.ENHANCE_YOUR_CALM) from error
+            raise ProtocolError(msg, Code.ENHANCE_YOUR_CALM) from error
         except hpack.HPACKError as error:
             msg = f"headers that cannot be read: {error}"
-            raise Broken(msg, Code.COMPRESSION_ERROR) from error
+            raise ProtocolError(msg, Code.COMPRESSION_ERROR) from error
         found: dict[str, str] | Malformed
         try:
             found = reading((bytes(name), bytes(value)) for name, value in pairs)
@@ -146,7 +146,7 @@ def _bare(flags: int, number: int, payload: bytes) -> bytes:
         start += 5
     if start > end:
         msg = "more padding than headers"
-        raise Broken(msg)
+        raise ProtocolError(msg)
     return payload[start:end]
 
 
@@ -154,14 +154,14 @@ def _resizes(block: bytes) -> bool:
     """Tell whether a block changes the size of the table.
 
     Raises:
-        Broken: If it does so more often than there is a reason to.
+        ProtocolError: If it does so more often than there is a reason to.
     """
     at = resizings = 0
     while at < len(block) and block[at] & 0xE0 == 0x20:
         resizings += 1
         if resizings > _MOST_RESIZINGS:
             msg = f"headers that resize their table more than {_MOST_RESIZINGS} times"
-            raise Broken(msg, Code.COMPRESSION_ERROR)
+            raise ProtocolError(msg, Code.COMPRESSION_ERROR)
         more = block[at] & 0x1F == 0x1F
         at += 1
         while more and at < len(block):

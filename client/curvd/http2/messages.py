@@ -17,14 +17,14 @@ from google.protobuf.message import DecodeError
 from curvd.contract import BYTES_TAG, read_varint
 from curvd.errors import Internal, ResourceExhausted
 
-Room = Callable[[int], "memoryview | None"]
+BufferProvider = Callable[[int], "memoryview | None"]
 """Finds the place for a chunk of so many bytes, or None if any place will do."""
 
 
-class InPlace:
+class ReceivesInPlace:
     """Parts whose chunks are received where they belong."""
 
-    room: Room
+    buffer_for: BufferProvider
     """Finds the place of the next chunk, when all before were taken."""
 
 
@@ -84,15 +84,19 @@ class Reader:
         format_: How the messages are written.
         longest: Bytes of a message that are accepted.
         inbox: Receives each part, and the bytes it took on the wire.
-        room: Finds the place of a chunk. It is asked only when all parts before were
+        buffer_for: Finds the place of a chunk. It is asked only when all parts before were
             taken out of the inbox: they belong before it.
     """
 
     def __init__(
-        self, format_: Format, longest: int, inbox: deque[tuple[Any, int]], room: Room
+        self,
+        format_: Format,
+        longest: int,
+        inbox: deque[tuple[Any, int]],
+        buffer_for: BufferProvider,
     ) -> None:
         self._format, self._longest = format_, longest
-        self._inbox, self._room = inbox, room
+        self._inbox, self._buffer_for = inbox, buffer_for
         self._head = memoryview(bytearray(_PREFIX_BYTES + _CHUNK_HEAD_BYTES))
         self._size = 0
         self._place = memoryview(b"")
@@ -159,7 +163,7 @@ class Reader:
         if beginning[:1] == BYTES_TAG:
             start, size = read_varint(beginning, 1)
             if start + size == self._size:
-                place = None if self._inbox else self._room(size)
+                place = None if self._inbox else self._buffer_for(size)
                 self._receive(_Step.CHUNK, place or _fresh(size), beginning[start:])
                 return
         self._receive(_Step.MESSAGE, _fresh(self._size), beginning)

@@ -12,10 +12,10 @@ from curvd.http2.fields import Malformed
 from curvd.http2.frames import Code, Kind, Setting, named
 from curvd.http2.glitches import RESET_GLITCHES, Glitches
 from curvd.http2.header_blocks import Blocks
-from curvd.http2.receiver import Intake
+from curvd.http2.receiver import Receiver
 from curvd.http2.rules import check_dependency, check_setting, check_window
-from curvd.http2.sender import Outlet
-from curvd.http2.stream import Broken, Stream
+from curvd.http2.sender import Sender
+from curvd.http2.stream import ProtocolError, Stream
 
 SERVER_WINDOW = 32 << 20
 """What a client may send before the server has used it. It is memory of the server."""
@@ -55,8 +55,8 @@ class Incoming:
     ) -> None:
         self._client, self._accept = client, accept
         self._glitches = glitches or Glitches()
-        self._outlet = Outlet(sock, self._glitches)
-        self._intake = Intake(sock, self, introduced=client)
+        self._sender = Sender(sock, self._glitches)
+        self._receiver = Receiver(sock, self, introduced=client)
         usual = CLIENT_HEADER_BYTES if client else SERVER_HEADER_BYTES
         self._header_bytes = header_bytes or usual
         self._blocks = Blocks(self._header_bytes)
@@ -67,7 +67,7 @@ class Incoming:
         self._closed = Closed()
         self._introduced = self._said_goodbye = False
         self.stream: Stream | None = None
-        self.leaving = False
+        self.is_going_away = False
         """No further call."""
 
     # Frames
@@ -87,7 +87,7 @@ class Incoming:
         elif kind == Kind.PING:
             self._glitches.add()
             if not flags & frames.ACK:
-                self._outlet.control(frames.frame(Kind.PING, frames.ACK, 0, payload))
+                self._sender.control(frames.frame(Kind.PING, frames.ACK, 0, payload))
         elif kind == Kind.CONTINUATION and self._blocks.open_on is not None:
             self._glitches.add()
             self._headers(number, self._blocks.go_on(flags, payload))
@@ -97,7 +97,7 @@ class Incoming:
             self._left(payload)
         elif kind in (Kind.PUSH_PROMISE, Kind.CONTINUATION):
             msg = f"a {Kind(kind).name} frame that nobody asked for"
-            raise Broken(msg)
+            raise ProtocolError(msg)
         else:
             self._glitches.add()
             if kind == Kind.PRIORITY:
@@ -112,7 +112,7 @@ class Incoming:
         self._unused += length
         if self._unused > self._share:
             msg = f"more than the connection's window of {self._share} bytes"
-            raise Broken(msg, Code.FLOW_CONTROL_ERROR)
+            raise ProtocolError(msg, Code.FLOW_CONTROL_ERROR)
         if length - padding < _TINY_BYTES and not ends:
             self._glitches.add()
         stream = self.stream
@@ -134,7 +134,7 @@ class Incoming:
         if stream.reader is None:
             self._spend(length)
         elif padding:
-            stream.used += padding
+            stream.unacknowledged += padding
             self._spend(padding)
         return stream
 
@@ -154,7 +154,7 @@ class Incoming:
             return
         block, ends = whole
         if len(block) > _SMALL_BLOCK:
-            self._intake.spend(len(block) // _BYTES_PER_STEP)
+            self._receiver.spend(len(block) // _BYTES_PER_STEP)
         stream = self.stream
         if stream is not None and stream.number == number:
             self._more_headers(stream, block, ends=ends)
@@ -181,13 +181,13 @@ class Incoming:
             stream.announced = fields.content_length(found)
         if ends:
             self.ended(stream)
-        if stream.reset is None:
+        if stream.reset_code is None:
             self._accept(stream)
 
     def _refuse(self, number: int, code: Code) -> None:
         self._glitches.add(RESET_GLITCHES)
         self._closed.add(number, excused=True)
-        self._outlet.reset(number, code)
+        self._sender.reset(number, code)
 
     def _more_headers(self, stream: Stream, block: bytes, *, ends: bool) -> None:
         """Take the answer's headers, or the trailers of either direction."""
@@ -229,7 +229,7 @@ class Incoming:
             msg = "the first frame is no SETTINGS: this is not HTTP/2"
             if kind == frames.HTTP_1:
                 msg = "the peer speaks HTTP/1, not HTTP/2"
-            raise Broken(msg)
+            raise ProtocolError(msg)
         self._introduced = True
 
     def _settings(self, flags: int, payload: bytes) -> None:
@@ -245,8 +245,8 @@ class Incoming:
                     check_window(stream.window, value)
                 self._first_window = value
             elif name == Setting.MAX_FRAME_SIZE:
-                self._outlet.longest = value
-        self._outlet.control(frames.frame(Kind.SETTINGS, frames.ACK, 0))
+                self._sender.longest = value
+        self._sender.control(frames.frame(Kind.SETTINGS, frames.ACK, 0))
 
     def _widened(self, number: int, payload: bytes) -> None:
         self._glitches.add()
@@ -256,10 +256,10 @@ class Incoming:
             stream = None
         if not increment and stream is None:
             msg = "a window widened by 0 bytes"
-            raise Broken(msg)
+            raise ProtocolError(msg)
         if not number:
-            self._outlet.window += increment
-            check_window(self._outlet.window, increment)
+            self._sender.window += increment
+            check_window(self._sender.window, increment)
         elif stream is None:  # it was sent before the peer could know
             self._check_idle(number, "a WINDOW_UPDATE frame")
         elif not increment:
@@ -278,22 +278,22 @@ class Incoming:
             return
         self._glitches.add(1 if stream.over else RESET_GLITCHES)
         stream.ended_by_peer = True
-        stream.give_up(int.from_bytes(payload, "big"))
+        stream.reset(int.from_bytes(payload, "big"))
 
     def _left(self, payload: bytes) -> None:
         """Begin no further call; one that the peer has not taken up is over."""
-        self.leaving = True
+        self.is_going_away = True
         last = int.from_bytes(payload[:4], "big") & frames.LARGEST_WINDOW
         code = int.from_bytes(payload[4:8], "big")
         if code != Code.NO_ERROR:
             said = payload[8:208].decode("utf-8", "replace")
-            self._intake.farewell = (
+            self._receiver.farewell = (
                 f"the peer ended the connection: {named(code)} {said!r}"
             )
         stream = self.stream
         if self._client and stream is not None and stream.number > last:
             stream.abandoned = True
-            stream.give_up(Code.REFUSED_STREAM)
+            stream.reset(Code.REFUSED_STREAM)
 
     # Errors of streams
 
@@ -301,7 +301,7 @@ class Incoming:
         """Take something for a stream that does not expect it.
 
         Raises:
-            Broken: If it was not sent before the peer could know.
+            ProtocolError: If it was not sent before the peer could know.
         """
         self._glitches.add()
         self._check_idle(number, what)
@@ -316,7 +316,9 @@ class Incoming:
             return
         unexpected = what == "headers" and not self._was_there(number)
         msg = f"{what} for stream {number}, which is closed"
-        raise Broken(msg, Code.PROTOCOL_ERROR if unexpected else Code.STREAM_CLOSED)
+        raise ProtocolError(
+            msg, Code.PROTOCOL_ERROR if unexpected else Code.STREAM_CLOSED
+        )
 
     def _was_there(self, number: int) -> bool:
         current = self.stream is not None and self.stream.number == number
@@ -325,18 +327,18 @@ class Incoming:
     def _check_idle(self, number: int, what: str) -> None:
         if number > self._last or not number % 2:
             msg = f"{what} for stream {number}, which is not open"
-            raise Broken(msg)
+            raise ProtocolError(msg)
 
     def _fail(self, stream: Stream, why: str, code: Code = Code.PROTOCOL_ERROR) -> None:
         """Cut a call off because of what the peer sent in it."""
-        if stream.reset is not None:
+        if stream.reset_code is not None:
             return
         self._glitches.add(RESET_GLITCHES)
         msg = f"the peer breaks HTTP/2 on stream {stream.number}: {why}"
         stream.failure, stream.reader = Internal(msg), None
         stream.abandoned = True
-        stream.give_up(code)
-        self._outlet.reset(stream.number, code)
+        stream.reset(code)
+        self._sender.reset(stream.number, code)
 
     # Windows
 
@@ -344,7 +346,7 @@ class Incoming:
         """Give back what came and is used, when it is much."""
         self._used += nbytes
         if self._used >= self._share // 4:
-            self._outlet.widen(0, self._used)
+            self._sender.widen(0, self._used)
             self._unused -= self._used
             self._used = 0
 
@@ -355,4 +357,4 @@ class Incoming:
         if before is not None:
             excused = before.abandoned or not before.ended_by_peer
             self._closed.add(before.number, excused=excused)
-            self._glitches.calls += before.reset is None
+            self._glitches.calls += before.reset_code is None

@@ -12,7 +12,7 @@ from curvd.errors import CurvdError
 from curvd.http2 import frames
 from curvd.http2.frames import Code, Kind
 from curvd.http2.rules import KNOWN, check_head
-from curvd.http2.stream import Broken, Stream
+from curvd.http2.stream import ProtocolError, Stream
 
 _SCRATCH_BYTES = 1 << 16
 _DIRECT_BYTES = 1 << 12
@@ -28,7 +28,7 @@ _NOTHING = memoryview(bytearray())
 _threads = threading.local()
 
 
-class Receiver(Protocol):
+class FrameHandler(Protocol):
     """What is told of frames."""
 
     def frame(self, kind: int, flags: int, number: int, payload: bytes) -> None:
@@ -43,7 +43,7 @@ class Receiver(Protocol):
         """Take note that a stream's last data came."""
 
 
-class Intake:
+class Receiver:
     """Cuts what comes into frames.
 
     Small things pass through scratch memory. The data of a large message goes from the
@@ -51,12 +51,14 @@ class Intake:
 
     Args:
         sock: Non-blocking.
-        receiver: Is told of frames.
+        handler: Is told of frames.
         introduced: False if the peer has to say first that it speaks HTTP/2.
     """
 
-    def __init__(self, sock: socket, receiver: Receiver, *, introduced: bool) -> None:
-        self._sock, self._receiver, self._introduced = sock, receiver, introduced
+    def __init__(
+        self, sock: socket, handler: FrameHandler, *, introduced: bool
+    ) -> None:
+        self._sock, self._handler, self._introduced = sock, handler, introduced
         self._tls = sock if isinstance(sock, ssl.SSLSocket) else None
         self._scratch = _NOTHING  # while nobody pulls
         self._start = self._stop = 0
@@ -66,7 +68,7 @@ class Intake:
         self._data_left = self._pad_left = 0
         self._data_ends = False
         self._stream: Stream | None = None
-        self.heard = 0
+        self.bytes_received = 0
         """Bytes that came."""
         self.farewell = "the connection was closed"
         """What to say when the peer closes the connection."""
@@ -92,7 +94,7 @@ class Intake:
         its other connections; `more` tells whether to come back.
 
         Raises:
-            Broken: If the peer is gone, or breaks the protocol.
+            ProtocolError: If the peer is gone, or breaks the protocol.
             OSError: If the connection is gone.
         """
         self._borrow()
@@ -103,9 +105,9 @@ class Intake:
 
     def _pull(self) -> None:
         self._steps_left = _MOST_STEPS
-        most = self.heard + _MOST_BYTES
+        most = self.bytes_received + _MOST_BYTES
         done = self._is_cut and self._parsed(0)
-        while not done and self._steps_left > 0 and self.heard < most:
+        while not done and self._steps_left > 0 and self.bytes_received < most:
             self._steps_left -= 1
             place = self._place()
             direct = place is not None
@@ -137,8 +139,8 @@ class Intake:
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
         if not count:
-            raise Broken(self.farewell, Code.NO_ERROR)
-        self.heard += count
+            raise ProtocolError(self.farewell, Code.NO_ERROR)
+        self.bytes_received += count
         return count
 
     def _place(self) -> memoryview | None:
@@ -198,20 +200,20 @@ class Intake:
         if kind >= KNOWN:  # it is skipped, however long
             self._start += frames.HEAD_BYTES
             self._stream, self._data_ends, self._pad_left = None, False, length
-            self._receiver.frame(kind, flags, number, b"")
+            self._handler.frame(kind, flags, number, b"")
             return True
         check_head(kind, flags, number, length)
         if kind == Kind.DATA:
             return self._begin_data(here, length, flags, number)
         if length > _BUFFERED_BYTES:
             msg = f"a {Kind(kind).name} frame of {length} bytes"
-            raise Broken(msg, Code.ENHANCE_YOUR_CALM)
+            raise ProtocolError(msg, Code.ENHANCE_YOUR_CALM)
         end = frames.HEAD_BYTES + length
         if here.nbytes < end:
             self._make_room(end)
             return False
         self._start += end
-        self._receiver.frame(kind, flags, number, bytes(here[frames.HEAD_BYTES : end]))
+        self._handler.frame(kind, flags, number, bytes(here[frames.HEAD_BYTES : end]))
         return True
 
     def _make_room(self, nbytes: int) -> None:
@@ -225,7 +227,7 @@ class Intake:
         size = min(here.nbytes, len(frames.PREFACE))
         if here[:size] != frames.PREFACE[:size]:
             msg = "the preface is missing: this is not HTTP/2"
-            raise Broken(msg)
+            raise ProtocolError(msg)
         self._introduced = size == len(frames.PREFACE)
         self._start += size if self._introduced else 0
         return self._introduced
@@ -241,9 +243,9 @@ class Intake:
             head += 1
         if padding > length:
             msg = "more padding than frame"
-            raise Broken(msg)
+            raise ProtocolError(msg)
         ends = bool(flags & frames.END_STREAM)
-        self._stream = self._receiver.data(number, length, padding, ends=ends)
+        self._stream = self._handler.data(number, length, padding, ends=ends)
         self._start += head
         self._data_left, self._pad_left = length - padding, max(0, padding - 1)
         self._data_ends = ends
@@ -268,7 +270,7 @@ class Intake:
             return
         stream, self._stream = self._stream, None
         if self._data_ends and stream is not None:
-            self._receiver.ended(stream)
+            self._handler.ended(stream)
 
 
 def _common_scratch() -> memoryview:

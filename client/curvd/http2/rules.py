@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from curvd.http2 import frames
 from curvd.http2.frames import Code, Kind
-from curvd.http2.stream import Broken
+from curvd.http2.stream import ProtocolError
 
 
 class Shape(NamedTuple):
@@ -51,20 +51,20 @@ def check_head(kind: int, flags: int, number: int, length: int) -> None:
         length: Bytes of its payload.
 
     Raises:
-        Broken: If no such frame may be sent.
+        ProtocolError: If no such frame may be sent.
     """
     on_stream, least, most, needed, relevant = _SHAPES[kind]
     if (number > 0) not in on_stream:
         msg = f"a {Kind(kind).name} frame on stream {number}"
-        raise Broken(msg)
+        raise ProtocolError(msg)
     if flags & relevant:
         least, most = _with_flags(kind, flags, most)
     if not least <= length <= most or (kind == Kind.SETTINGS and length % 6):
         msg = f"a {Kind(kind).name} frame of {length} bytes"
-        raise Broken(msg, Code.FRAME_SIZE_ERROR)
+        raise ProtocolError(msg, Code.FRAME_SIZE_ERROR)
     if length > needed:
         msg = f"a {Kind(kind).name} frame of {length} bytes, of which nobody needs so many"
-        raise Broken(msg, Code.ENHANCE_YOUR_CALM)
+        raise ProtocolError(msg, Code.ENHANCE_YOUR_CALM)
 
 
 def _with_flags(kind: int, flags: int, most: int) -> tuple[int, int]:
@@ -84,20 +84,20 @@ def check_setting(name: int, value: int, *, client: bool) -> None:
         client: Whether this end is the client.
 
     Raises:
-        Broken: If the parameter cannot have this value.
+        ProtocolError: If the parameter cannot have this value.
     """
     setting = frames.Setting
     if name == setting.ENABLE_PUSH and value > (0 if client else 1):
         msg = f"ENABLE_PUSH of {value}"
-        raise Broken(msg)
+        raise ProtocolError(msg)
     if name == setting.INITIAL_WINDOW_SIZE and value > frames.LARGEST_WINDOW:
         msg = f"an initial window of {value} bytes"
-        raise Broken(msg, Code.FLOW_CONTROL_ERROR)
+        raise ProtocolError(msg, Code.FLOW_CONTROL_ERROR)
     if name == setting.MAX_FRAME_SIZE and not (
         frames.DEFAULT_LONGEST <= value <= frames.LONGEST
     ):
         msg = f"a longest frame of {value} bytes"
-        raise Broken(msg)
+        raise ProtocolError(msg)
 
 
 def check_window(window: int, increment: int) -> None:
@@ -108,11 +108,11 @@ def check_window(window: int, increment: int) -> None:
         increment: By which it was widened.
 
     Raises:
-        Broken: If it is wider than windows can be.
+        ProtocolError: If it is wider than windows can be.
     """
     if window > frames.LARGEST_WINDOW:
         msg = f"a window widened by {increment} bytes, beyond {frames.LARGEST_WINDOW}"
-        raise Broken(msg, Code.FLOW_CONTROL_ERROR)
+        raise ProtocolError(msg, Code.FLOW_CONTROL_ERROR)
 
 
 def check_dependency(number: int, priority: bytes) -> None:
@@ -123,8 +123,8 @@ def check_dependency(number: int, priority: bytes) -> None:
         priority: Five bytes.
 
     Raises:
-        Broken: If a stream depends on itself.
+        ProtocolError: If a stream depends on itself.
     """
     if int.from_bytes(priority[:4], "big") & frames.LARGEST_WINDOW == number:
         msg = f"stream {number} depends on itself"
-        raise Broken(msg)
+        raise ProtocolError(msg)

@@ -10,7 +10,7 @@ from socket import socket
 from curvd.http2 import frames
 from curvd.http2.frames import Code, Kind
 from curvd.http2.glitches import Glitches
-from curvd.http2.stream import Broken, Stream
+from curvd.http2.stream import ProtocolError, Stream
 
 _SMALL_BYTES = 1 << 12
 """Bytes that are copied behind the head of their frame."""
@@ -21,7 +21,7 @@ _MOST_ANSWERS = 1000
 """Control frames of ours that wait; a peer that provokes more is hostile."""
 
 
-class Outlet:
+class Sender:
     """Frames that are on their way, and what the peer takes.
 
     Args:
@@ -45,11 +45,11 @@ class Outlet:
             frame: All of it.
 
         Raises:
-            Broken: If the peer provokes answers and does not read them.
+            ProtocolError: If the peer provokes answers and does not read them.
         """
         if len(self._out) > _MOST_ANSWERS:
             msg = "the peer provokes answers and does not read them"
-            raise Broken(msg, Code.ENHANCE_YOUR_CALM)
+            raise ProtocolError(msg, Code.ENHANCE_YOUR_CALM)
         self._out.append(memoryview(frame))
 
     def widen(self, stream: int, increment: int) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 from curvd.errors import CurvdError, Internal
 from curvd.http2.frames import Code
-from curvd.http2.messages import Format, Reader, Room
+from curvd.http2.messages import BufferProvider, Format, Reader
 
 Headers = Sequence[tuple[str, str]]
 
 
-class Broken(Exception):
+class ProtocolError(Exception):
     """The connection is of no use any more.
 
     Args:
@@ -43,7 +43,7 @@ class Stream:
         """Parts that came, and their bytes."""
         self.finishing = False
         """The data that waits is the last."""
-        self.used = 0
+        self.unacknowledged = 0
         """Bytes that were used, and of which the peer was not told yet."""
         self.received = 0
         """Bytes of data that came, without padding."""
@@ -60,28 +60,28 @@ class Stream:
         """We send no more."""
         self.abandoned = False
         """We told the peer to stop: what it sent before it knew is ignored."""
-        self.reset: int | None = None
+        self.reset_code: int | None = None
         """Code with which the call was cut off, by the peer or for what the peer did."""
         self.failure: CurvdError | None = None
         """Why what came cannot be read."""
         self.on_reset: Callable[[], object] | None = None
         """Called once, at the moment of the reset: whoever works for this call stops."""
 
-    def read(self, format_: Format, longest: int, room: Room) -> None:
+    def read(self, format_: Format, longest: int, buffer_for: BufferProvider) -> None:
         """Say how to read what comes.
 
         Args:
             format_: How messages are written.
             longest: Bytes of a message that are accepted.
-            room: Finds the place of a chunk.
+            buffer_for: Finds the place of a chunk.
         """
-        self.reader = Reader(format_, longest, self.inbox, room)
+        self.reader = Reader(format_, longest, self.inbox, buffer_for)
 
     @property
     def over(self) -> bool:
         """Whether nothing more will happen."""
         done = self.ended and self.closed and not self.outbox
-        return self.reset is not None or done
+        return self.reset_code is not None or done
 
     def end(self) -> None:
         """Take note that the peer has sent all."""
@@ -90,15 +90,15 @@ class Stream:
             msg = "the data ends within a message"
             self.failure, self.reader = Internal(msg), None
 
-    def give_up(self, code: int) -> None:
+    def reset(self, code: int) -> None:
         """Take note that the call was cut off.
 
         Args:
             code: Why.
         """
-        if self.reset is not None:
+        if self.reset_code is not None:
             return
-        self.reset = code
+        self.reset_code = code
         self.ended = self.closed = True
         self.outbox.clear()
         if self.on_reset is not None:

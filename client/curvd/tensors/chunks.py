@@ -164,7 +164,7 @@ class Assembler:
         """Payload that has arrived, without what was left out."""
         return self._received
 
-    def room(self, nbytes: int) -> memoryview | None:
+    def buffer_for(self, nbytes: int) -> memoryview | None:
         """Find the place of the next chunk, so that it can be received there.
 
         Args:

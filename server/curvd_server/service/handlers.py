@@ -13,7 +13,7 @@ import grpc.aio
 
 from curvd.contract import RPCS, Part, Rpc
 from curvd.errors import Overloaded
-from curvd.http2 import InPlace, Room
+from curvd.http2 import BufferProvider, ReceivesInPlace
 from curvd_server.service.streams import CALLER
 from curvd_server.storage import ranges
 from curvd_server.transport import Gate, Stalled, StallGuard
@@ -55,7 +55,7 @@ def _method(services: list[object], rpc: Rpc) -> Callable[..., Awaitable[Any]]:
     return bound
 
 
-class _Requests(InPlace, AsyncIterator[Part]):
+class _Requests(ReceivesInPlace, AsyncIterator[Part]):
     """The parts of a request, each of which must come in time.
 
     Args:
@@ -70,14 +70,14 @@ class _Requests(InPlace, AsyncIterator[Part]):
         self._parts, self._stalls, self._peer = aiter(parts), stalls, peer
 
     @property
-    def room(self) -> Room:
+    def buffer_for(self) -> BufferProvider:
         """Finds the place of the next chunk, if the transport can use it."""
         raise NotImplementedError
 
-    @room.setter
-    def room(self, room: Room) -> None:
-        if isinstance(self._parts, InPlace):
-            self._parts.room = room
+    @buffer_for.setter
+    def buffer_for(self, buffer_for: BufferProvider) -> None:
+        if isinstance(self._parts, ReceivesInPlace):
+            self._parts.buffer_for = buffer_for
 
     async def __anext__(self) -> Part:
         """Wait for the next part."""

@@ -67,7 +67,7 @@ class Format:
         return cls(dtype, rpc, resume, request.checksum)
 
     @property
-    def is_taken_up(self) -> bool:
+    def is_resumed(self) -> bool:
         """Whether the caller has some of the result."""
         return self.resume is not None and self.resume.offset > 0
 

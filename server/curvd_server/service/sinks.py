@@ -77,12 +77,12 @@ class StreamSink:
     async def begin(self, header: curvature_pb.ResultHeader) -> None:
         """Send what comes before the payload, unless it says where the payload goes on."""
         self._header = header
-        if not self._format.is_taken_up:
+        if not self._format.is_resumed:
             await self._head(0)
 
     async def take(self, rows: Columns, summary: curvature_pb.ResultSummary) -> None:
         """Send a block; of a result that goes on, what is missing of its only one."""
-        if not self._format.is_taken_up:
+        if not self._format.is_resumed:
             for chunk in self._format.payload(rows):
                 if self._format.checksum:
                     self._crc = zlib.crc32(chunk, self._crc)

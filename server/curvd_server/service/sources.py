@@ -197,7 +197,7 @@ class Inline:
             allocate=self._allocate,
             arrived=self._check,
         )
-        self._chunks.come_to(assembler.room)
+        self._chunks.receive_into(assembler.buffer_for)
         async for chunk in self._chunks:
             for piece in assembler.feed(chunk):
                 columns = await self._widened(piece)

@@ -8,7 +8,7 @@ from typing import Any
 
 from curvd.contract import Framed, Part, Rpc
 from curvd.errors import InvalidSpec
-from curvd.http2 import InPlace, Room
+from curvd.http2 import BufferProvider, ReceivesInPlace
 from curvd_server.storage import ranges
 
 CALLER: ContextVar[str] = ContextVar("caller", default="")
@@ -62,14 +62,14 @@ class Chunks(AsyncIterator[memoryview]):
             self._first = await anext(self, None)
         return self._first is None
 
-    def come_to(self, room: Room) -> None:
+    def receive_into(self, buffer_for: BufferProvider) -> None:
         """Receive chunks where they belong, if the transport can.
 
         Args:
-            room: Finds the place of the next chunk, all before were taken.
+            buffer_for: Finds the place of the next chunk, all before were taken.
         """
-        if isinstance(self._parts, InPlace):
-            self._parts.room = room
+        if isinstance(self._parts, ReceivesInPlace):
+            self._parts.buffer_for = buffer_for
 
 
 class OneMessage:

@@ -17,7 +17,7 @@ from curvd.contract import BY_PATH
 from curvd.errors import CurvdError
 from curvd.http2 import Format, Stream, framed
 from curvd_server.system import logger
-from curvd_server.transport.connection import Link, Requests
+from curvd_server.transport.connection import Requests, ServerConnection
 from curvd_server.transport.interceptors import abort
 from curvd_server.transport.stalls import StallGuard
 
@@ -58,11 +58,11 @@ class Calls:
     def add_registered_method_handlers(self, service: str, handlers: object) -> None:
         """Ignore what newer generated code adds: the generic handlers do."""
 
-    def begin(self, link: Link, stream: Stream) -> asyncio.Task[None]:
+    def begin(self, connection: ServerConnection, stream: Stream) -> asyncio.Task[None]:
         """Start a call.
 
         Args:
-            link: Whose.
+            connection: Whose.
             stream: Its headers have come.
 
         Returns:
@@ -70,16 +70,16 @@ class Calls:
         """
         path = (stream.headers or {}).get(":path", "")
         rpc = BY_PATH.get(path)
-        requests = Requests(link, stream)
+        requests = Requests(connection, stream)
         format_ = _Bytes() if rpc is None else rpc.request
         stream.read(format_, self._longest, requests.place)
-        context = Context(link, stream, _Bytes() if rpc is None else rpc.response)
-        run = self._run(link, path, requests, context, raw=rpc is None)
+        context = Context(connection, stream, _Bytes() if rpc is None else rpc.response)
+        run = self._run(connection, path, requests, context, raw=rpc is None)
         return asyncio.create_task(run)
 
     async def _run(
         self,
-        link: Link,
+        connection: ServerConnection,
         path: str,
         requests: Requests,
         context: Context,
@@ -88,8 +88,8 @@ class Calls:
     ) -> None:
         try:
             async with asyncio.timeout(context.time_remaining()):
-                if link.is_ending_calls:
-                    await link.ended_calls()
+                if connection.is_ending_calls:
+                    await connection.ended_calls()
                 await self._answer(path, requests, context, raw=raw)
         except grpc.aio.AbortError:
             pass  # the context knows the status
@@ -185,13 +185,15 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
     """What a handler may ask of its call, and tell it.
 
     Args:
-        link: Whose call it is.
+        connection: Whose call it is.
         stream: The call.
         format_: How responses are written.
     """
 
-    def __init__(self, link: Link, stream: Stream, format_: Format) -> None:
-        self._link, self._stream, self._format = link, stream, format_
+    def __init__(
+        self, connection: ServerConnection, stream: Stream, format_: Format
+    ) -> None:
+        self._connection, self._stream, self._format = connection, stream, format_
         self._begun = self._over = False
         self._status = "200"
         self._code, self._details = grpc.StatusCode.OK, ""
@@ -230,7 +232,7 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         views = framed(self._format, self.serialise(message))
         headers = () if self._begun else _ANSWER
         self._begun = True
-        await self._link.send(self._stream, headers, views)
+        await self._connection.send(self._stream, headers, views)
 
     async def conclude(self, message: Any) -> None:
         """Send the only response and the status in one go."""
@@ -238,7 +240,7 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         self._over = True
         trailers = (("grpc-status", "0"), *self._trailing_text())
         try:
-            await self._link.send(self._stream, _ANSWER, views, trailers)
+            await self._connection.send(self._stream, _ANSWER, views, trailers)
         finally:
             self._finished()
 
@@ -283,37 +285,39 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
             message = _BLANKS.sub(lambda found: "%20" * len(found[0]), message)
             trailers.append(("grpc-message", message))
         trailers += self._trailing_text()
-        self._link.finish(self._stream, trailers)
+        self._connection.finish(self._stream, trailers)
         self._finished()
 
     def _trailing_text(self) -> list[tuple[str, str]]:
         return [(name, _text(value)) for name, value in self._trailing]
 
     def _finished(self) -> None:
-        lost = self._link.is_lost(self._stream)
-        self._link.concluded(success=self._code is grpc.StatusCode.OK and not lost)
+        lost = self._connection.is_lost(self._stream)
+        self._connection.concluded(
+            success=self._code is grpc.StatusCode.OK and not lost
+        )
         for callback in self._callbacks:
             callback(self)
 
     def disconnect(self) -> None:
         """End the call by closing its connection."""
-        self._link.close()
+        self._connection.close()
 
     def vouch(self) -> None:
         """Trust the client: interceptors let its call through."""
-        self._link.vouch()
+        self._connection.vouch()
 
     def done(self) -> bool:
         """Whether nobody waits for an answer any more."""
-        return self._over or self._link.is_lost(self._stream)
+        return self._over or self._connection.is_lost(self._stream)
 
     def cancelled(self) -> bool:
         """Whether the client gave the call up."""
-        return self._link.is_lost(self._stream)
+        return self._connection.is_lost(self._stream)
 
     def peer(self) -> str:
         """Who calls."""
-        return self._link.peer
+        return self._connection.peer
 
     def invocation_metadata(self) -> Any:
         """What the client sent with the call."""
@@ -356,7 +360,7 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         """Send the headers of the answer now."""
         if not self._begun:
             self._begun = True
-            await self._link.send(self._stream, (*_ANSWER, *initial_metadata))
+            await self._connection.send(self._stream, (*_ANSWER, *initial_metadata))
 
     def set_compression(self, compression: grpc.Compression) -> None:
         """Nothing is compressed: the bits of vectors are noise."""

@@ -9,11 +9,18 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from curvd.errors import CurvdError
-from curvd.http2 import Broken, Code, Headers, InPlace, Line, Stream
+from curvd.http2 import (
+    Code,
+    H2Connection,
+    Headers,
+    ProtocolError,
+    ReceivesInPlace,
+    Stream,
+)
 from curvd_server.system import logger
 from curvd_server.transport.allowance import Allowance
 from curvd_server.transport.limits import ConnectionLimits
-from curvd_server.transport.upload_scheduler import Turns
+from curvd_server.transport.upload_scheduler import UploadScheduler
 
 _MOST_PARTS = 64
 """Parts that wait for their call; a client that sends more is not read."""
@@ -25,14 +32,14 @@ _MOST_FAILURES = 8
 """Calls without success, beyond those with, that a trusted client may make."""
 
 
-class Link:
+class ServerConnection:
     """Moves bytes whenever the socket is ready, and wakes the calls that wait.
 
     Args:
         sock: Connected, non-blocking; TLS already spoken.
         peer: Who calls, as gRPC writes it.
         begin: Called with this and a stream whose headers came; gives the call's task.
-        turns: Whose large request is read first.
+        uploads: Whose large request is read first.
         allowance: When it is read, as long as nobody vouches for the client.
         header_bytes: Bytes of the headers of one call.
     """
@@ -41,28 +48,28 @@ class Link:
         self,
         sock: socket.socket,
         peer: str,
-        begin: Callable[[Link, Stream], asyncio.Task[None]],
-        turns: Turns,
+        begin: Callable[[ServerConnection, Stream], asyncio.Task[None]],
+        uploads: UploadScheduler,
         allowance: Allowance,
         header_bytes: int,
     ) -> None:
-        self.peer, self._begin, self._turns = peer, begin, turns
+        self.peer, self._begin, self._uploads = peer, begin, uploads
         self._allowance = allowance
         self._loop = asyncio.get_running_loop()
-        self._line = Line(
+        self._h2 = H2Connection(
             sock, client=False, accept=self._accept, header_bytes=header_bytes
         )
         self._task: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
         self._waiting: list[asyncio.Future[None]] = []
-        self._reads = self._writes = self._leaving = self._is_coming_back = False
-        self._before = 0  # bytes heard before the request
+        self._reads = self._writes = self._is_going_away = self._is_coming_back = False
+        self._before = 0  # bytes received before the request
         self._queued = False  # once for each request
         self.vouched = self._rests = False
         """Whether a call of the client was ever let through."""
         self._failures = 0
         self._idle_since = self._loop.time()
-        self.failure: Broken | None = None
+        self.failure: ProtocolError | None = None
         """What the client did wrong, if that ended the connection."""
         self.gone = asyncio.Event()
         """Set when the connection is closed."""
@@ -70,9 +77,9 @@ class Link:
         self._flush()
 
     @property
-    def heard(self) -> int:
+    def bytes_received(self) -> int:
         """Bytes that came."""
-        return self._line.heard
+        return self._h2.bytes_received
 
     @property
     def busy(self) -> bool:
@@ -146,10 +153,10 @@ class Link:
             asyncio.CancelledError: If the client is gone.
         """
         if headers:
-            self._line.send_headers(stream, headers)
-        self._line.send_data(stream, views)
+            self._h2.send_headers(stream, headers)
+        self._h2.send_data(stream, views)
         if trailers:
-            self._line.send_headers(stream, trailers, end=True)
+            self._h2.send_headers(stream, trailers, end=True)
         while not self._sent(stream):
             await self.changed()
         if self.is_lost(stream):
@@ -162,33 +169,33 @@ class Link:
             stream: Where.
             trailers: The status.
         """
-        if self.gone.is_set() or stream.reset is not None:
+        if self.gone.is_set() or stream.reset_code is not None:
             return
-        self._line.send_headers(stream, trailers, end=True)
+        self._h2.send_headers(stream, trailers, end=True)
         if not stream.ended:
-            self._line.give_up(stream, Code.NO_ERROR)
+            self._h2.reset(stream, Code.NO_ERROR)
         stream.reader = None
         stream.inbox.clear()
-        self._turns.leave(self)
+        self._uploads.leave(self)
         self._flush()
 
     def is_lost(self, stream: Stream) -> bool:
         """Whether nobody waits for an answer any more."""
-        return stream.reset is not None or self.gone.is_set()
+        return stream.reset_code is not None or self.gone.is_set()
 
-    def taken(self, stream: Stream, nbytes: int) -> None:
+    def acknowledge(self, stream: Stream, nbytes: int) -> None:
         """Let the client send more."""
-        self._line.used(stream, nbytes)
+        self._h2.acknowledge(stream, nbytes)
         self._watch()
         self._flush()
 
-    def leave(self) -> None:
+    def goaway(self) -> None:
         """Tell the client to make its next call elsewhere; close if it makes none."""
         if self.gone.is_set():
             return
-        with contextlib.suppress(Broken):
-            self._line.leave()
-        self._leaving = True
+        with contextlib.suppress(ProtocolError):
+            self._h2.goaway()
+        self._is_going_away = True
         self._flush()
 
     def close(self) -> None:
@@ -196,9 +203,9 @@ class Link:
         if self.gone.is_set():
             return
         self.gone.set()
-        self._turns.leave(self)
+        self._uploads.leave(self)
         self._watch()
-        self._line.sock.close()
+        self._h2.sock.close()
         if self._task is not None:
             self._task.cancel()
         self._wake()
@@ -206,7 +213,7 @@ class Link:
     def _accept(self, stream: Stream) -> None:
         if not self._trusted:
             self._allowance.spend(_CALL_S)
-        self._before, self._queued = self._line.heard, False
+        self._before, self._queued = self._h2.bytes_received, False
         self._task = task = self._begin(self, stream)
         stream.on_reset = lambda: self._cancel(task)
 
@@ -244,15 +251,15 @@ class Link:
 
     def _read(self) -> None:
         try:
-            self._line.pull()
-        except (Broken, OSError) as error:
+            self._h2.pull()
+        except (ProtocolError, OSError) as error:
             self._break(error)
             return
         except Exception as error:
             logger().exception("defect", peer=self.peer)
             self._break(error)
             return
-        self._queue(self._line.stream)
+        self._queue(self._h2.stream)
         self._watch()
         self._flush()
         self._wake()
@@ -260,14 +267,14 @@ class Link:
     def _queue(self, stream: Stream | None) -> None:
         """Wait for a turn if there is much to read, and go when nothing is."""
         if stream is None or stream.ended or stream.reader is None:
-            self._turns.leave(self)
-        elif not self._queued and self.heard - self._before > _LARGE_BYTES:
+            self._uploads.leave(self)
+        elif not self._queued and self.bytes_received - self._before > _LARGE_BYTES:
             self._queued = True
-            self._turns.join(self)
+            self._uploads.join(self)
 
     def _come_back(self) -> None:
         """Read on after the other connections, although the socket shows nothing."""
-        if self._line.more and self._reads and not self._is_coming_back:
+        if self._h2.more and self._reads and not self._is_coming_back:
             self._is_coming_back = True
             self._loop.call_soon(self._again)
 
@@ -284,44 +291,44 @@ class Link:
         if self.gone.is_set():
             return
         try:
-            blocked = not self._line.push()
+            blocked = not self._h2.push()
         except OSError as error:
             self._break(error)
             return
         if blocked is not self._writes:
             self._writes = blocked
             if blocked:
-                self._loop.add_writer(self._line.sock, self._writable)
+                self._loop.add_writer(self._h2.sock, self._writable)
             else:
-                self._loop.remove_writer(self._line.sock)
-        stream = self._line.stream
-        if self._leaving and not blocked and (stream is None or stream.over):
+                self._loop.remove_writer(self._h2.sock)
+        stream = self._h2.stream
+        if self._is_going_away and not blocked and (stream is None or stream.over):
             self.close()
 
     def _watch(self) -> None:
         """Read as long as there is somebody to read for."""
-        stream = self._line.stream
+        stream = self._h2.stream
         full = stream is not None and len(stream.inbox) > _MOST_PARTS
-        paused = full or self._rests or self._turns.waits(self)
+        paused = full or self._rests or self._uploads.waits(self)
         reads = not (paused or self.gone.is_set())
         if reads is not self._reads:
             self._reads = reads
             if reads:
-                self._loop.add_reader(self._line.sock, self._readable)
+                self._loop.add_reader(self._h2.sock, self._readable)
             else:
-                self._loop.remove_reader(self._line.sock)
+                self._loop.remove_reader(self._h2.sock)
         self._come_back()
         if self.gone.is_set() and self._writes:
             self._writes = False
-            self._loop.remove_writer(self._line.sock)
+            self._loop.remove_writer(self._h2.sock)
 
     def _break(self, error: Exception) -> None:
-        if isinstance(error, Broken):
-            left = self._leaving or error.code is Code.NO_ERROR
+        if isinstance(error, ProtocolError):
+            left = self._is_going_away or error.code is Code.NO_ERROR
             self.failure = None if left else error
-            with contextlib.suppress(Broken, OSError):
-                self._line.leave(error.code)
-                self._line.push()
+            with contextlib.suppress(ProtocolError, OSError):
+                self._h2.goaway(error.code)
+                self._h2.push()
         self.close()
 
     def _wake(self) -> None:
@@ -331,21 +338,21 @@ class Link:
                 future.set_result(None)
 
 
-class Requests(InPlace, AsyncIterator[Any]):
+class Requests(ReceivesInPlace, AsyncIterator[Any]):
     """The parts of one request.
 
     Args:
-        link: Where they come from.
+        connection: Where they come from.
         stream: The call.
     """
 
-    def __init__(self, link: Link, stream: Stream) -> None:
-        self._link, self._stream = link, stream
-        self.room = _anywhere
+    def __init__(self, connection: ServerConnection, stream: Stream) -> None:
+        self._connection, self._stream = connection, stream
+        self.buffer_for = _anywhere
 
     def place(self, nbytes: int) -> memoryview | None:
         """Find the place of the next chunk."""
-        return self.room(nbytes)
+        return self.buffer_for(nbytes)
 
     async def __anext__(self) -> Any:
         """Wait for the next part.
@@ -357,15 +364,15 @@ class Requests(InPlace, AsyncIterator[Any]):
         """
         stream = self._stream
         while not stream.inbox:
-            if self._link.is_lost(stream):
+            if self._connection.is_lost(stream):
                 raise asyncio.CancelledError
             if stream.failure is not None:
                 raise _again(stream.failure)
             if stream.ended:
                 raise StopAsyncIteration
-            await self._link.changed()
+            await self._connection.changed()
         part, nbytes = stream.inbox.popleft()
-        self._link.taken(stream, nbytes)
+        self._connection.acknowledge(stream, nbytes)
         return part
 
 

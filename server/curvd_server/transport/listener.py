@@ -19,12 +19,12 @@ from curvd_server.transport.admission import (
     descriptors_for_connections,
 )
 from curvd_server.transport.allowance import Allowance
-from curvd_server.transport.connection import Link
+from curvd_server.transport.connection import ServerConnection
 from curvd_server.transport.drops import Drops
 from curvd_server.transport.greeting import encrypted, recognised
 from curvd_server.transport.limits import ConnectionLimits
 from curvd_server.transport.proxy import connected, relay
-from curvd_server.transport.upload_scheduler import Turns
+from curvd_server.transport.upload_scheduler import UploadScheduler
 
 _SWEEP_S = 0.5
 """How often connections are looked at that should have done something."""
@@ -36,7 +36,7 @@ _CONNECTION_S = 4e-4
 _HANDSHAKE_S = 1.5e-3
 """What a handshake costs this machine that grpcio does for us."""
 
-Begin = Callable[[Link, Stream], asyncio.Task[None]]
+Begin = Callable[[ServerConnection, Stream], asyncio.Task[None]]
 
 
 class _Visit:
@@ -53,7 +53,7 @@ class _Visit:
         self.sock, self.peer = sock, peer
         self.host = "" if peer.startswith("unix") else peer.rpartition(":")[0]
         self.task: asyncio.Task[None] | None = None
-        self.link: Link | None = None
+        self.connection: ServerConnection | None = None
         self.relayed = False
         self.dropped: str | None = None
         """Why it was sent away."""
@@ -61,21 +61,23 @@ class _Visit:
     @property
     def known(self) -> bool:
         """Whether a call of it was ever let through."""
-        return self.link is not None and self.link.vouched
+        return self.connection is not None and self.connection.vouched
 
     @property
     def busy(self) -> bool:
         """Whether a call that was let through is under way, or nobody knows."""
         return self.relayed or (
-            self.link is not None and self.link.vouched and self.link.busy
+            self.connection is not None
+            and self.connection.vouched
+            and self.connection.busy
         )
 
     def send_away(self, reason: str) -> None:
         """End it; politely, if it speaks HTTP/2 already."""
         self.dropped = reason
-        if self.link is not None:
-            self.link.leave()
-            self.link.close()
+        if self.connection is not None:
+            self.connection.goaway()
+            self.connection.close()
         elif self.task is not None:
             self.task.cancel()
 
@@ -103,7 +105,7 @@ class Front:
         self._limits, self._drops = limits, drops
         self._admission = Admission(limits, descriptors_for_connections())
         self._allowance, self._relaying = Allowance(), Allowance()
-        self._turns = Turns()
+        self._uploads = UploadScheduler()
         self._visits: set[_Visit] = set()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="curvd-tls")
 
@@ -141,12 +143,16 @@ class Front:
         Args:
             grace_s: Time for what is on its way.
         """
-        links = [visit.link for visit in self._visits if visit.link is not None]
-        for link in links:
-            link.leave()
+        connections = [
+            visit.connection for visit in self._visits if visit.connection is not None
+        ]
+        for connection in connections:
+            connection.goaway()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
-                await asyncio.gather(*(link.gone.wait() for link in links))
+                await asyncio.gather(
+                    *(connection.gone.wait() for connection in connections)
+                )
         tasks = [visit.task for visit in self._visits if visit.task is not None]
         for task in tasks:
             task.cancel()
@@ -178,7 +184,7 @@ class Front:
     async def _serve(self, visit: _Visit) -> None:
         try:
             ours = await self._greeted(visit)
-            await (self._link(visit) if ours else self._relay(visit))
+            await (self._answer(visit) if ours else self._relay(visit))
         except Refused as refused:
             self._drops.add(refused.reason, visit.peer)
         except TimeoutError:
@@ -206,24 +212,24 @@ class Front:
                 )
         return ours
 
-    async def _link(self, visit: _Visit) -> None:
-        link = Link(
+    async def _answer(self, visit: _Visit) -> None:
+        connection = ServerConnection(
             visit.sock,
             visit.peer,
             self._begin,
-            self._turns,
+            self._uploads,
             self._allowance,
             self._limits.header_bytes,
         )
-        visit.link = link
+        visit.connection = connection
         try:
-            await link.gone.wait()
+            await connection.gone.wait()
         finally:
-            link.close()
-        if link.failure is not None:
-            calm = link.failure.code is Code.ENHANCE_YOUR_CALM
+            connection.close()
+        if connection.failure is not None:
+            calm = connection.failure.code is Code.ENHANCE_YOUR_CALM
             reason = "flood" if calm else "protocol"
-            self._drops.add(reason, visit.peer, error=str(link.failure))
+            self._drops.add(reason, visit.peer, error=str(connection.failure))
 
     async def _relay(self, visit: _Visit) -> None:
         self._admission.relay(visit)
@@ -240,8 +246,12 @@ class Front:
             await asyncio.sleep(_SWEEP_S)
             now = loop.time()
             for visit in list(self._visits):
-                link = visit.link
-                reason = None if link is None else link.overdue(now, self._limits)
+                connection = visit.connection
+                reason = (
+                    None
+                    if connection is None
+                    else connection.overdue(now, self._limits)
+                )
                 if reason is not None:
                     visit.send_away(reason)
             self._drops.summarise()

@@ -18,11 +18,11 @@ _LOOKS = 5
 """After so many of them it is the next one's turn."""
 
 
-class Upload(Protocol):
+class UploadSource(Protocol):
     """Somebody whose large request comes."""
 
     @property
-    def heard(self) -> int:
+    def bytes_received(self) -> int:
         """Bytes that came so far."""
 
     def resume(self) -> None:
@@ -40,7 +40,7 @@ def _later(seconds: float, work: Callable[[], None]) -> Timer:
     return asyncio.get_running_loop().call_later(seconds, work)
 
 
-class Turns:
+class UploadScheduler:
     """Says who has to wait. Small requests never do: they are not announced here.
 
     Args:
@@ -50,12 +50,12 @@ class Turns:
     def __init__(
         self, later: Callable[[float, Callable[[], None]], Timer] = _later
     ) -> None:
-        self._queue: dict[Upload, None] = {}
+        self._queue: dict[UploadSource, None] = {}
         self._later = later
         self._timer: Timer | None = None
-        self._looks = self._heard = 0
+        self._looks = self._received_before = 0
 
-    def waits(self, upload: Upload) -> bool:
+    def waits(self, upload: UploadSource) -> bool:
         """Whether another one is read first.
 
         Args:
@@ -63,7 +63,7 @@ class Turns:
         """
         return upload in self._queue and upload is not self._first()
 
-    def join(self, upload: Upload) -> None:
+    def join(self, upload: UploadSource) -> None:
         """Queue up.
 
         Args:
@@ -73,8 +73,8 @@ class Turns:
         if len(self._queue) == 2:  # before, there was nobody to hold up
             self._begin()
 
-    def leave(self, upload: Upload) -> None:
-        """Have all one wanted, or be gone.
+    def leave(self, upload: UploadSource) -> None:
+        """Leave the queue: the request has come, or its connection is gone.
 
         Args:
             upload: It need not be in the queue.
@@ -86,7 +86,7 @@ class Turns:
         if was_first or len(self._queue) == 1:  # one alone is not watched
             self._begin()
 
-    def _first(self) -> Upload:
+    def _first(self) -> UploadSource:
         return next(iter(self._queue))
 
     def _begin(self) -> None:
@@ -97,7 +97,7 @@ class Turns:
         if not self._queue:
             return
         first = self._first()
-        self._looks, self._heard = 0, first.heard
+        self._looks, self._received_before = 0, first.bytes_received
         if len(self._queue) > 1:
             self._watch()
         first.resume()
@@ -107,7 +107,8 @@ class Turns:
 
     def _look(self) -> None:
         first = self._first()
-        came, self._heard = first.heard - self._heard, first.heard
+        came = first.bytes_received - self._received_before
+        self._received_before = first.bytes_received
         self._looks += 1
         if came < _LEAST_BYTES:
             self.leave(first)
