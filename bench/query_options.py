@@ -27,7 +27,7 @@ def starts(A: Tensor) -> list[Row]:
     """Track eigenpairs of a Hessian that has moved by 1e-3 of its norm."""
     moved = A + 1e-3 * drift(A)
     rows = []
-    for k, tolerance in ((5, 1e-3), (10, 1e-3)):
+    for k, tolerance in ((1, 1e-3), (5, 1e-3), (10, 1e-3)):
 
         def ask(
             seed: int, start: Tensor | None = None, k=k, tolerance=tolerance

@@ -366,4 +366,6 @@ def test_one_pair_needs_no_search():
     A = matrix(SPECTRA["indefinite"])
     for which in (Which.LARGEST, Which.SMALLEST, Which.LARGEST_MAGNITUDE):
         plain = drain(eigsh(products_of(A), 1, which=which, copies=False))
-        assert drain(eigsh(products_of(A), 1, which=which)).products == plain.products
+        sure = drain(eigsh(products_of(A), 1, which=which))
+        # A few steps more: what a vector may have lost is near what it converged to.
+        assert plain.products <= sure.products <= 1.15 * plain.products

@@ -65,8 +65,8 @@ class QueryMethods:
             seed: Of the start vector.
             warm_start: Begin with what the last call of this kind found, at whatever
                 version: it tracks the eigenpairs of changing parameters. What the start
-                lacks is searched for, so this pays for several pairs at tolerances of
-                about 1e-3, and not for one pair or at 1e-6.
+                lacks is searched for, so this pays at tolerances of about 1e-3, or
+                where the operator has moved by little more than the tolerance.
             vectors: Whether to fetch the eigenvectors; for values alone, False spares
                 k vectors on the wire.
             start: Begin with vectors that the session stores, [P] or [s, P], instead;

@@ -24,16 +24,15 @@ was: `_x` are the leading rows, or the leading block, that belong to Q.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvd.contract import Distribution
 from curvd_server.linalg.base import Products
 from curvd_server.linalg.drift import Drift
-from curvd_server.linalg.probes import probes
 from curvd_server.linalg.vectors import (
     coefficients,
     cross,
@@ -53,6 +52,18 @@ _DRIFT = 1e-2
 """Up to here the drift is forecast safely; one half would still be put right."""
 
 
+@dataclass(frozen=True, slots=True)
+class Complement:
+    """Where the rows of a band are kept, and what the map is there."""
+
+    beside: Tensor
+    """[m, P] Orthonormal: all rows are orthogonal to them, and so are products."""
+    along: Tensor | None = None
+    """[n, P] Orthonormal, in the complement."""
+    pull: Floats | None = None
+    """[n, n] What is added to the map along these."""
+
+
 class Band:
     """The basis, its pending directions, H and C.
 
@@ -62,8 +73,7 @@ class Band:
         start: [s, P] First directions, any scale; None: one random direction.
         seed: Of random directions.
         window: Rows that are orthogonalised together, at most; 1: each by itself.
-        beside: [m, P] Orthonormal: the map is that of their complement, which all rows
-            are kept in.
+        complement: Where the rows are kept; None: anywhere.
     """
 
     def __init__(
@@ -73,11 +83,11 @@ class Band:
         start: Tensor | None,
         seed: int,
         window: int = _WINDOW,
-        beside: Tensor | None = None,
+        complement: Complement | None = None,
     ) -> None:
         self._products, self._seed, self._drawn = products, seed, 0
         width = 1 if start is None else len(start)
-        self._beside = products.empty(0) if beside is None else beside
+        self._complement = complement or Complement(products.empty(0))
         self._rows = products.empty(size + width)
         """Q above N."""
         self._h, self._c = np.zeros((size, size)), np.zeros((width, size))
@@ -101,6 +111,16 @@ class Band:
     def c(self) -> Floats:
         """C: [b, c]."""
         return self._c[: self.pending, : self.count]
+
+    @property
+    def basis(self) -> Tensor:
+        """Q: [c, P], a view."""
+        return self._rows[: self.count]
+
+    @property
+    def waiting(self) -> Tensor:
+        """N: [b, P], a view."""
+        return self._rows[self.count : self.count + self.pending]
 
     @property
     def settled(self) -> bool:
@@ -128,17 +148,14 @@ class Band:
         """
         self.settle()
         self._put(vector)
-        pending = self._rows[self.count : self.count + self.pending]
-        self.aim(coefficients(pending, vector).cpu().numpy())
+        self.aim(coefficients(self.waiting, vector).cpu().numpy())
 
     def grow(self) -> None:
         """Move the first pending direction, or a random one, into the basis."""
         if not self.pending:
             self._put(self._random())
         n, b = self.count, self.pending
-        product = self._rows[n + b]
-        product.copy_(self._products(self._rows[n : n + 1])[0])
-        orthogonalise(self._beside, product)
+        product = self._multiply(self._rows[n], self._rows[n + b])
         # The latest rows hold nearly all of a Lanczos product: without them one pass
         # over the whole basis is enough, and often none.
         near = self._rows[max(0, n - 1) : n + b + 1]
@@ -157,6 +174,26 @@ class Band:
         full = n + 2 - self._settled >= self._window
         if full or self._forecast(float(left)) > _DRIFT:
             self.settle()
+
+    def _multiply(self, row: Tensor, place: Tensor) -> Tensor:
+        """Multiply a row by the map of the complement.
+
+        Args:
+            row: [P].
+            place: [P] Where the product comes.
+
+        Returns:
+            It.
+        """
+        there = self._complement
+        place.copy_(self._products(row[None])[0])
+        if there.along is not None:
+            weights = coefficients(there.along, row)
+            subtract(
+                there.along, -torch.from_numpy(there.pull).to(weights) @ weights, place
+            )
+        orthogonalise(there.beside, place)
+        return place
 
     def settle(self, *, pending: bool = True) -> bool:
         """Orthogonalise what is not orthogonal to the older rows yet.
@@ -249,7 +286,7 @@ class Band:
         if rest > 4 * self.eps * self.scale:
             row /= after.to(row.dtype)
             # What rounding left in the row would grow with every step.
-            orthogonalise(self._beside, row)
+            orthogonalise(self._complement.beside, row)
         else:
             self.pending -= 1  # the space is invariant in this direction
         self._settled = self.count + self.pending
@@ -269,8 +306,7 @@ class Band:
         mirror[0] += np.copysign(1.0, mirror[0])
         mirror *= np.sqrt(2) / np.linalg.norm(mirror)
         turn = np.eye(self.pending) - np.outer(mirror, mirror)
-        pending = self._rows[self.count : self.count + self.pending]
-        rotate(pending, torch.from_numpy(turn))
+        rotate(self.waiting, torch.from_numpy(turn))
         self._c[: self.pending] = turn @ self._c[: self.pending]
 
     def shrink(self, turn: Floats) -> None:
@@ -329,7 +365,7 @@ class Band:
         if not length > 0:
             return
         place /= length.to(place.dtype)
-        orthogonalise(self._beside, place)
+        orthogonalise(self._complement.beside, place)
         _, left = orthogonalise(self._rows[:n], place)
         if left > 100 * self.eps:
             place /= left.to(place.dtype)
@@ -344,11 +380,4 @@ class Band:
 
     def _random(self) -> Tensor:
         self._drawn += 1
-        return probes(
-            Distribution.NORMAL,
-            self._seed,
-            [self._drawn - 1],
-            self._products.size,
-            dtype=self._products.dtype,
-            device=self._products.device,
-        )[0]
+        return self._products.normal(self._seed, self._drawn - 1)

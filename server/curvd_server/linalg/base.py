@@ -10,8 +10,9 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from curvd.contract import Stop
+from curvd.contract import Distribution, Stop
 from curvd.errors import NotFinite
+from curvd_server.linalg.probes import probes
 
 R = TypeVar("R")
 
@@ -110,6 +111,25 @@ class Products:
         """
         shape = (*rows, self.size)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def normal(self, seed: int, index: int) -> Tensor:
+        """Make a random vector like those of the map.
+
+        Args:
+            seed: Of the probes.
+            index: Which of them.
+
+        Returns:
+            [P], elements of variance one.
+        """
+        return probes(
+            Distribution.NORMAL,
+            seed,
+            [index],
+            self.size,
+            dtype=self.dtype,
+            device=self.device,
+        )[0]
 
     def refusal(self, columns: int = 1) -> Stop | None:
         """Say why so many more columns must not be multiplied.

@@ -10,6 +10,7 @@ their start vectors could not see is searched for: see `copies`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,14 +21,15 @@ from torch import Tensor
 from curvd.contract import Stop, Which
 from curvd_server.linalg.band import Band, Floats
 from curvd_server.linalg.base import Products, Progress, Query
-from curvd_server.linalg.copies import Converged, Edge, missing
+from curvd_server.linalg.complement import Part, parts
+from curvd_server.linalg.copies import Found, missing
+from curvd_server.linalg.evidence import Evidence, Side, sides
 from curvd_server.linalg.ritz import keep_of, select
+from curvd_server.linalg.vectors import coefficients, norms
 
 _SMALL_BYTES = 64 << 20
 _SMALL_BASIS = 256
 _SEARCH = 32
-_INVARIANT = 0.25
-"""Largest residual of what is nearly invariant, relative to its distance from an edge."""
 _OFTEN = 64
 """Above this many columns not every step looks at the Ritz pairs: that costs c^3."""
 
@@ -119,7 +121,9 @@ def eigsh(
     pairs = _Pairs.of(band, k, which, tolerance)
     given = band.pending
     found: list[Tensor] = []
-    searches = _Searches(products, tolerance, seed)
+    proof = _Proof(
+        products, k, which=which, tolerance=tolerance, seed=seed, generic=start is None
+    )
     iterations = restarts = 0
 
     def progress() -> Progress:
@@ -144,16 +148,17 @@ def eigsh(
         yield progress()
         if complete:
             stopped = Stop.CONVERGED
-        elif looked and not found and (good := pairs.converged(k)):
-            edges = good.edges(which, generic=start is None) if copies else []
-            if not edges:
-                stopped = Stop.CONVERGED
-            elif searches.pay(band):
-                known = pairs.known(band, edges)
-                more = yield from searches.search(known, edges, progress)
-                found = [] if more is None else list(more)
-                if not found:
-                    stopped = products.refusal() if more is None else Stop.CONVERGED
+        elif looked and not found and pairs.converged(k):
+            verdict: Stop | list[Tensor] = Stop.CONVERGED
+            if copies:
+                verdict = yield from proof.examine(band, pairs, progress)
+                pairs = _Pairs.of(
+                    band, k, which, tolerance
+                )  # the basis may have turned
+            if isinstance(verdict, Stop):
+                stopped = verdict
+            else:
+                found = verdict
         if stopped is not None:
             break
         if band.pending > 1 and iterations >= given and pairs.open.any():
@@ -178,33 +183,94 @@ def eigsh(
     )
 
 
-class _Searches:
-    """Searches for what is missing, and what they cost.
+class _Proof:
+    """What is done to be certain that the wanted pairs are all there are.
 
     Args:
         products: The map.
+        k: Wanted pairs.
+        which: Which end of the spectrum.
         tolerance: On residuals.
         seed: Of random vectors.
+        generic: Whether the start is the random vector of this seed.
     """
 
-    def __init__(self, products: Products, tolerance: float, seed: int) -> None:
-        self._products, self._tolerance, self._seed = products, tolerance, seed
+    def __init__(
+        self,
+        products: Products,
+        k: int,
+        *,
+        which: Which,
+        tolerance: float,
+        seed: int,
+        generic: bool,
+    ) -> None:
+        self._products, self._k, self._which = products, k, which
+        self._tolerance, self._seed, self._generic = tolerance, seed, generic
+        self._evidence: Evidence | None = None
+        self._single = generic
+        self._shown: dict[int, tuple[float, float]] = {}
         self._count = self._cost = 0
 
-    def pay(self, band: Band) -> bool:
+    def examine(
+        self, band: Band, pairs: _Pairs, progress: Callable[[], Progress]
+    ) -> Query[Stop | list[Tensor]]:
+        """Look for what is missing, once the wanted pairs have converged.
+
+        Args:
+            band: Settled.
+            pairs: Of the band, converged.
+            progress: Makes progress of the query.
+
+        Yields:
+            Progress.
+
+        Returns:
+            Why the query ends, or what joins the basis; that may be nothing, when the
+            pairs have to be better than they are.
+        """
+        known = sides(pairs.values, pairs.wanted, self._which)
+        if self._single:
+            self._evidence = pairs.evidence(band, self._products.normal(self._seed, 0))
+        open_ = [side for side in known if self._is_open(side)]
+        if open_ and not self._pays(band):
+            return []
+        targets = [t for side in open_ for t in side.targets(self._evidence)]
+        for part in parts(band, targets, pairs.turn) if targets else ():
+            found = yield from self._search(part, progress)
+            if found is None:
+                return self._products.refusal() or Stop.TIME
+            if len(found.vectors):
+                self._single = False
+                return list(found.vectors)
+            self._note(part, found, known)
+        return Stop.CONVERGED if all(map(self._is_sure, known)) else []
+
+    def _is_open(self, side: Side) -> bool:
+        """Say whether a side has to be searched."""
+        limit, _ = self._shown.get(side.sign, (math.inf, 0.0))
+        shown = abs(side.last - limit) <= side.wanted
+        return not shown and (side.next is not None or not self._generic)
+
+    def _is_sure(self, side: Side) -> bool:
+        """Say whether a value near the last one would have been seen."""
+        if not self._single or self._evidence is None:
+            return True
+        _, missed = self._shown.get(side.sign, (0.0, 1.0))
+        return side.missed(self._evidence) * missed <= side.allowed
+
+    def _pays(self, band: Band) -> bool:
         """Say whether another search is cheaper than to complete the basis."""
         left = self._products.size - band.count
         return band.size < self._products.size or left > self._cost
 
-    def search(
-        self, known: Tensor, edges: list[Edge], progress: Callable[[], Progress]
-    ) -> Query[Tensor | None]:
-        """Search once; arguments, progress and result as of `missing`."""
+    def _search(
+        self, part: Part, progress: Callable[[], Progress]
+    ) -> Query[Found | None]:
         before = self._products.done
         found = yield from missing(
             self._products,
-            known,
-            edges,
+            part,
             tolerance=self._tolerance,
             size=search_basis(self._products.vector_bytes),
             seed=self._seed,
@@ -214,6 +280,17 @@ class _Searches:
         self._count += 1
         self._cost = self._products.done - before
         return found
+
+    def _note(self, part: Part, found: Found, known: list[Side]) -> None:
+        """Remember what a search has shown."""
+        for side in known:
+            nearest = [
+                missed
+                for target, missed in zip(part.targets, found.missed, strict=True)
+                if target.sign == side.sign and target.distance <= side.near
+            ]
+            if any(target.sign == side.sign for target in part.targets):
+                self._shown[side.sign] = side.last, min(nearest, default=1.0)
 
 
 def _due(band: Band) -> bool:
@@ -268,25 +345,16 @@ class _Pairs:
             all=(ritz, turns),
         )
 
-    def converged(self, k: int) -> Converged | None:
-        """Return the wanted pairs, once all have converged."""
-        if len(self.values) < k or self.open.any():
-            return None
-        return Converged(self.values, self.residuals, self.wanted)
+    def converged(self, k: int) -> bool:
+        """Say whether all wanted pairs have converged."""
+        return len(self.values) == k and not self.open.any()
 
-    def known(self, band: Band, edges: list[Edge]) -> Tensor:
-        """Choose what a search need not see again: [m, P].
-
-        That is what is nearly invariant: missing eigenvectors are orthogonal to it. To
-        other rows they may not be, because rounding brings them in.
-        """
+    def evidence(self, band: Band, start: Tensor) -> Evidence:
+        """Say what all pairs show, if the run began with this vector: [P]."""
         ritz, turns = self.all
-        residuals, sure = band.residuals(turns, ritz), np.ones(len(ritz), dtype=bool)
-        for edge in edges:
-            far = np.abs(ritz - edge.value)
-            sure &= residuals**2 <= _INVARIANT * edge.margin * far
-        sure[self.ranked] = True
-        return band.combine(turns[:, sure])
+        along = coefficients(band.basis, start).cpu().numpy() / float(norms(start))
+        residuals = np.linalg.norm(band.c @ turns, axis=0)
+        return Evidence(ritz, residuals * np.abs(along @ turns), len(start))
 
     def kept(self, k: int, which: Which) -> Floats:
         """Choose the Ritz vectors that survive a restart: [c, l]."""
