@@ -90,6 +90,23 @@ def off(got: np.ndarray, want: torch.Tensor) -> float:
     return float(np.linalg.norm(got - want.numpy()) / (want.norm() + 1e-3))
 
 
+def padding(module: nn.Module) -> list[int]:
+    """List the coordinates of rows that never train, which are constants."""
+    start, found = 0, []
+    padded = {
+        id(layer.weight): layer
+        for layer in module.modules()
+        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None
+    }
+    for p in module.parameters():
+        if p.requires_grad:
+            if id(p) in padded:
+                row = start + padded[id(p)].padding_idx * p.shape[1]
+                found += range(row, row + p.shape[1])
+            start += p.numel()
+    return found
+
+
 def attempt(client: curvd.Client, seed: int) -> str:
     """Try a module.
 
@@ -110,10 +127,7 @@ def attempt(client: curvd.Client, seed: int) -> str:
     value, gradient = session.gradient()
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(len(gradient), generator=generator, dtype=torch.float64)
-    for layer in case.module.modules():
-        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
-            # A row that never trains is a constant: it is the first, of the first.
-            v[: layer.embedding_dim] *= not layer.weight.requires_grad
+    v[padding(case.module)] = 0.0
     product = session.hessian() @ v.numpy()
     truth = Truth(case)
     want, slope = truth.gradient()
