@@ -22,6 +22,7 @@ from curvd_server.transport import ConnectionLimits
 DEFAULT_LISTEN = "127.0.0.1:50551"
 MESSAGE_BYTES = 4 << 20
 """Longest message that is accepted. Chunks stay 64 KiB below it."""
+_MOST_PORT = 65535
 _UNIX = ("unix:", "unix-abstract:")
 
 
@@ -368,6 +369,9 @@ def is_local(listen: str) -> bool:
     bracketed = host.startswith("[") and host.endswith("]")
     if not host or not port.isdecimal() or (":" in host and not bracketed):
         msg = f"listen must be host:port, [ipv6]:port or unix:/path, got {listen!r}"
+        raise InvalidSpec(msg, listen=listen)
+    if int(port) > _MOST_PORT:  # the system would take the rest of a division
+        msg = f"the port of listen must be at most {_MOST_PORT}, got {listen!r}"
         raise InvalidSpec(msg, listen=listen)
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback

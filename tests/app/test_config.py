@@ -46,6 +46,12 @@ def test_what_is_no_address_is_refused(listen):
         is_local(listen)
 
 
+@pytest.mark.parametrize("listen", ["127.0.0.1:65536", "localhost:99999"])
+def test_a_port_that_no_machine_has_is_refused(listen):
+    with pytest.raises(InvalidSpec, match="at most 65535, got"):
+        ServerConfig(listen=listen)
+
+
 def test_a_token_comes_from_one_place_and_is_stripped(tmp_path):
     file = tmp_path / "token"
     file.write_text("  secret\n")

@@ -144,6 +144,13 @@ def test_an_unknown_setting_in_a_file_is_named(served, file):
     assert "lisen" in result.output
 
 
+@pytest.mark.parametrize("text", ['data-dir = ["a", "b"]', "[device]\nname = 'cpu'"])
+def test_a_setting_of_one_value_takes_no_list_and_no_table(served, file, text):
+    result = run("serve", "--config", file(text))
+    assert result.exit_code == 2
+    assert "must be one value, got" in result.output
+
+
 def test_an_error_of_ours_is_one_line(served):
     result = run("serve", "--listen", "0.0.0.0:1")
     assert result.exit_code == 1

@@ -144,4 +144,9 @@ def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
     if unknown := sorted(settings.keys() - known):
         msg = f"{path} sets what does not exist: {', '.join(unknown)}"
         raise click.BadParameter(msg, ctx, param)
+    for option in ctx.command.params:
+        value = settings.get(option.name or "")
+        if isinstance(value, list | dict) and not getattr(option, "multiple", False):
+            msg = f"{path}: {option.name} must be one value, got {value!r}"
+            raise click.BadParameter(msg, ctx, param)
     ctx.default_map = {**(ctx.default_map or {}), **settings}
