@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 import click
 
-from curvd.cli.options import FILE, Size, option, read_config, token_options
+from curvd.cli.options import FILE, Place, Size, option, read_config, token_options
 from curvd.tensors import tune_allocator
 from curvd_server.config import LimitsConfig, ServerConfig, TlsConfig
 from curvd_server.system import settings_of
@@ -23,7 +23,7 @@ _NESTED: dict[str, tuple[type[Any], str]] = {
 }
 """Fields of `ServerConfig` that hold settings of their own, and the prefix of these."""
 _KINDS: dict[Any, Any] = {int: click.INT, float: click.FLOAT, str: click.STRING}
-_PATH = click.Path(path_type=Path)
+_PATH = Place(path_type=Path)
 _SIZES = ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB"))
 
 

@@ -52,14 +52,16 @@ def option(name: str, help_text: str, **settings: Any) -> Callable[[F], F]:
     )
 
 
-def named_folder(
-    ctx: click.Context, param: click.Parameter, name: str | None
-) -> Path | None:
-    """Read the name of a folder; an empty one comes of a variable that is not set."""
-    if name == "":
-        msg = "is empty: name a folder, or leave the option out"
-        raise click.BadParameter(msg, ctx, param)
-    return None if name is None else Path(name)
+class Place(click.Path):
+    """A path; an empty one comes of a variable that is not set, and is refused."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Read a path."""
+        if value == "":
+            self.fail("is empty: name a folder, or leave the option out", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def token_options(command: F) -> F:
