@@ -23,7 +23,7 @@ from curvd_server.config import ServerConfig
 from curvd_server.device import Batcher, Device, torch_device
 from curvd_server.engine import Compiler
 from curvd_server.service import CurvatureService, QueryService, SessionService, serving
-from curvd_server.sessions import Facilities, SessionStore
+from curvd_server.sessions import SessionDependencies, SessionStore
 from curvd_server.storage import (
     BlobStore,
     Catalogue,
@@ -178,7 +178,7 @@ async def running(
             name=f"curvd-{config.device}",
         )
         stack.callback(batcher.close)
-        facilities = Facilities(
+        dependencies = SessionDependencies(
             catalogue=catalogue,
             blobs=blobs,
             device=device,
@@ -188,7 +188,7 @@ async def running(
             clock=time.time,
             monotonic=time.monotonic,
         )
-        sessions = SessionStore(facilities)
+        sessions = SessionStore(dependencies)
         stack.push_async_callback(sessions.close)
         queries = QueryService(sessions=sessions, batcher=batcher, limits=limits)
         stack.callback(queries.close)

@@ -15,7 +15,7 @@ from curvd.errors import BuilderNotFound, Cancelled
 from curvd.tensors import chunks
 from curvd_server.config import LimitsConfig
 from curvd_server.device.batcher import Batcher
-from curvd_server.sessions.session import Facilities
+from curvd_server.sessions.session import SessionDependencies
 from curvd_server.sessions.store import NewSession, SessionStore
 from curvd_server.storage.blob_store import BlobStore
 from curvd_server.storage.catalogue import Catalogue
@@ -178,7 +178,7 @@ class Middle:
             run_columns=32, run_bytes=1 << 20, pending_columns=64, pending_bytes=1 << 20
         )
         self.sessions = SessionStore(
-            Facilities(
+            SessionDependencies(
                 catalogue=self.catalogue,
                 blobs=self.blobs,
                 device=self.device,

@@ -24,7 +24,7 @@ class Between(nn.Module):
 
     Args:
         function: What is tested; it maps ``[B, *shape]`` to ``[B, ...]``.
-        shape: Of one data point.
+        shape: The shape of one data point.
         layers: Submodules of the function, which gets them as further arguments.
     """
 

@@ -27,7 +27,7 @@ class QueryCall(Call[T]):
     """A stream of progress that ends with a result.
 
     Args:
-        name: Of the method.
+        name: The name of the method.
         request: The request, or the header of the request's stream.
         read: Makes the result.
         operands: Tensors to send, by name, with their shapes.

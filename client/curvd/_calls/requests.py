@@ -200,7 +200,7 @@ def check_wire(wire: str | None, dtype: enums.Dtype) -> str:
 
     Args:
         wire: ``BF16``, ``F16``, the session's own, or None.
-        dtype: Of the session.
+        dtype: The element type of the session.
 
     Returns:
         Its name in the contract; empty for the session's own.

@@ -23,7 +23,7 @@ class Address:
     """Name or number; empty for Unix sockets."""
     port: int
     path: str = ""
-    """Of a Unix socket; abstract ones begin with NUL."""
+    """The path of a Unix socket; abstract ones begin with NUL."""
 
     @classmethod
     def of(cls, target: str) -> Address:
@@ -133,7 +133,7 @@ def _usable(name: str, wanted: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _file(text: bytes) -> Iterator[str]:
-    """Have PEM text in a file, which is all that `ssl` reads keys from."""
+    """Write PEM text to a file, which is all that `ssl` reads keys from."""
     with tempfile.NamedTemporaryFile() as file:  # readable by this user only
         file.write(text)
         file.flush()

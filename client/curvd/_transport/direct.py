@@ -241,7 +241,7 @@ class DirectChannel:
 
         Args:
             rpc: Which method.
-            parts: Of the request; nothing is sent if there are none.
+            parts: The parts of the request; nothing is sent if there are none.
             buffer_for: Finds the place for chunks of the response.
             timeout_s: Seconds; None: no deadline.
 
@@ -294,7 +294,7 @@ class AsyncDirectChannel:
 
         Args:
             rpc: Which method.
-            parts: Of the request; nothing is sent if there are none.
+            parts: The parts of the request; nothing is sent if there are none.
             buffer_for: Finds the place for chunks of the response.
             timeout_s: Seconds; None: no deadline.
 

@@ -93,7 +93,7 @@ class GrpcioChannel:
 
         Args:
             rpc: Which method.
-            parts: Of the request; nothing is sent if a message would be missing.
+            parts: The parts of the request; nothing is sent if a message would be missing.
             buffer_for: Not used: grpcio has memory of its own.
             timeout_s: Seconds; None: no deadline.
 
@@ -152,7 +152,7 @@ class AsyncGrpcioChannel:
 
         Args:
             rpc: Which method.
-            parts: Of the request; nothing is sent if a message would be missing.
+            parts: The parts of the request; nothing is sent if a message would be missing.
             buffer_for: Not used: grpcio has memory of its own.
             timeout_s: Seconds; None: no deadline.
 

@@ -52,7 +52,7 @@ class CallOptions:
 
     headers: Headers
     deadline: float | None
-    """On `clock`."""
+    """When the call must be over, on `clock`; None: never."""
     keepalive_s: float
     """Silence after which the peer is asked for a sign of life."""
     keepalive_timeout_s: float
@@ -74,7 +74,7 @@ def make_call(
     Args:
         connection: Free for a call.
         rpc: Which method.
-        parts: Of the request.
+        parts: The parts of the request.
         buffer_for: Finds the place for chunks of the response.
         options: Metadata and times.
 

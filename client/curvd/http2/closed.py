@@ -20,7 +20,7 @@ class Closed:
         """Remember a stream.
 
         Args:
-            number: Of the stream.
+            number: The number of the stream.
             excused: Whether this end cut it off.
         """
         if len(self._excused) >= _REMEMBERED:
@@ -32,7 +32,7 @@ class Closed:
         """Whether there was a stream of that number, as far as that is remembered.
 
         Args:
-            number: Of a stream that is neither open nor yet to come.
+            number: The number of a stream that is neither open nor yet to come.
         """
         return number in self._excused or number <= self._forgotten
 
@@ -40,6 +40,6 @@ class Closed:
         """Whether what still comes for a stream is to be ignored.
 
         Args:
-            number: Of a stream that is neither open nor yet to come.
+            number: The number of a stream that is neither open nor yet to come.
         """
         return self._excused.get(number, number <= self._forgotten)

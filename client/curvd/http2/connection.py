@@ -51,7 +51,7 @@ class H2Connection(Incoming):
         """Begin a call.
 
         Args:
-            headers: Of the request.
+            headers: The headers of the request.
 
         Returns:
             Its stream.

@@ -45,7 +45,7 @@ class Blocks:
         Args:
             flags: Its flags.
             number: Its stream.
-            payload: Of a length that suits the flags.
+            payload: The payload, of a length that suits the flags.
 
         Returns:
             The block, if that is all of it, and whether it ends the stream.

@@ -16,7 +16,7 @@ from curvd.http2.stream import ProtocolError, Stream
 
 _SCRATCH_BYTES = 1 << 16
 _DIRECT_BYTES = 1 << 12
-"""From here on bytes are received where they belong; fewer come with what follows."""
+"""Bytes from which on data is received where it belongs; fewer come with what follows."""
 _BUFFERED_BYTES = 1 << 19
 """Longest frame without data that is received as a whole: more than all headers that
 any end accepts, so `Blocks` says that they are too many."""
@@ -282,7 +282,7 @@ def _common_scratch() -> memoryview:
 
 
 def _take(stream: Stream, take: Callable[[Any], None], data: Any) -> None:
-    """Have the reader take data; a message that cannot be read ends the call only."""
+    """Let the reader take data; a message that cannot be read ends the call only."""
     try:
         take(data)
     except CurvdError as error:

@@ -119,7 +119,7 @@ def check_dependency(number: int, priority: bytes) -> None:
     """Check a priority, which is good for nothing else (RFC 7540, section 5.3.1).
 
     Args:
-        number: Of its stream.
+        number: The number of its stream.
         priority: Five bytes.
 
     Raises:

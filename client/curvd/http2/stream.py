@@ -30,7 +30,7 @@ class Stream:
     """One call.
 
     Args:
-        number: Of the stream.
+        number: The number of the stream.
         window: What may be sent now.
         credit: What the peer may send now.
     """

@@ -23,7 +23,7 @@ from curvd_server.service import (
     stored,
     validation,
 )
-from curvd_server.service.dependencies import Dependencies
+from curvd_server.service.dependencies import ProductDependencies
 from curvd_server.service.outcomes import header_of, summary_of
 from curvd_server.service.result_cache import Content, Key, ResultCache
 from curvd_server.service.result_encoding import Format
@@ -62,7 +62,7 @@ class CurvatureService:
         self._results = ResultCache(
             budget_bytes=limits.kept_bytes, keep_s=limits.kept_s, memory=memory
         )
-        self._dependencies = Dependencies(
+        self._dependencies = ProductDependencies(
             batcher, limits, Pool(limits.idle_bytes), self._results
         )
 

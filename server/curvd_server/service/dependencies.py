@@ -21,7 +21,7 @@ _SMALL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Dependencies:
+class ProductDependencies:
     """What all products of a server share."""
 
     batcher: Batcher

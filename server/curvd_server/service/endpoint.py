@@ -29,7 +29,7 @@ from curvd_server.transport import (
 )
 
 _GOODBYE_S = 0.5
-"""For statuses that are on their way to the client."""
+"""Seconds for statuses that are on their way to the client."""
 _SERVICES = sorted({rpc.service for rpc in RPCS.values()})
 
 
@@ -92,7 +92,7 @@ def interceptors_of(token: str | None) -> list[grpc.aio.ServerInterceptor]:
 async def _direct(
     config: ServerConfig, server: grpc.aio.Server, calls: Calls, drops: Drops
 ) -> AsyncIterator[str]:
-    """Have the port ourselves, and grpcio behind it on a Unix socket."""
+    """Listen at the port ourselves, with grpcio behind it on a Unix socket."""
     context = config.tls_context()
     with private_folder(config.data_dir) as folder:
         backend = f"{folder}/grpc"

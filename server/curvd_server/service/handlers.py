@@ -89,7 +89,7 @@ class _Responses:
     """The way back: parts are sent while the client reads them.
 
     Args:
-        context: Of the call.
+        context: The context of the call.
         stalls: Says how long the client may take for each.
     """
 

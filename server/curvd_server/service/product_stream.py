@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from curvd.contract import OperatorSpec
 from curvd_server.device import Done, Reservation, Ticket
 from curvd_server.service import validation
-from curvd_server.service.dependencies import Dependencies, off_the_loop
+from curvd_server.service.dependencies import ProductDependencies, off_the_loop
 from curvd_server.service.outcomes import header_of, is_shifted, shifted, summary_of
 from curvd_server.service.sinks import Sink
 from curvd_server.service.sources import Source
@@ -36,7 +36,7 @@ async def multiply(
     lease: Lease,
     spec: OperatorSpec,
     sink: Sink,
-    dependencies: Dependencies,
+    dependencies: ProductDependencies,
 ) -> None:
     """Multiply what a source yields, and give it to a sink.
 
@@ -60,7 +60,7 @@ class _Product:
         lease: Lease,
         spec: OperatorSpec,
         sink: Sink,
-        dependencies: Dependencies,
+        dependencies: ProductDependencies,
         room: contextlib.ExitStack,
     ) -> None:
         self._source, self._lease, self._spec, self._sink = source, lease, spec, sink
@@ -103,7 +103,7 @@ class _Product:
         """Make room for an operand and its result.
 
         Args:
-            shape: Of the operand.
+            shape: The shape of the operand.
 
         Returns:
             Columns of a block.

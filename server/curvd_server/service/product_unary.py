@@ -19,7 +19,7 @@ from curvd.contract import Framed, OperatorSpec
 from curvd.tensors import chunks, half_precision
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd_server.service import validation
-from curvd_server.service.dependencies import Dependencies
+from curvd_server.service.dependencies import ProductDependencies
 from curvd_server.service.outcomes import header_of, shifted, summary_of
 from curvd_server.service.result_cache import CachedResult, Content, fingerprint
 from curvd_server.service.result_encoding import Format
@@ -42,7 +42,7 @@ def operand(
     request: curvature_pb.ProductHeader,
     file: memoryview,
     lease: Lease,
-    dependencies: Dependencies,
+    dependencies: ProductDependencies,
 ) -> Operand | None:
     """Read and check an operand that came whole.
 
@@ -88,7 +88,7 @@ async def multiply(
     operand: Operand,
     lease: Lease,
     spec: OperatorSpec,
-    dependencies: Dependencies,
+    dependencies: ProductDependencies,
     format_: Format,
 ) -> Framed:
     """Multiply an operand that came whole.

@@ -44,9 +44,9 @@ class QueryService:
     """One method per RPC.
 
     Args:
-        sessions: Of the server.
+        sessions: The sessions of the server.
         batcher: The queue of their device.
-        limits: Of the server.
+        limits: The limits of the server.
     """
 
     def __init__(

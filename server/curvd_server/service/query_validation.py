@@ -51,7 +51,7 @@ def between(name: str, value: int, low: int, high: int) -> int:
     """Refuse a number out of range.
 
     Args:
-        name: Of the field.
+        name: The name of the field.
         value: From a stranger.
         low: Smallest.
         high: Largest.
@@ -258,7 +258,7 @@ def stored(name: str, array: NDArray[Any], size: int) -> None:
     """Refuse stored vectors that do not fit an operator.
 
     Args:
-        name: Of the vectors.
+        name: The name of the vectors.
         array: [P] or [s, P].
         size: Length of the operator's vectors.
 
@@ -279,10 +279,10 @@ def systems(
     """Judge the tensors of Solve by their header.
 
     Args:
-        header: Of the safetensors file that was announced.
-        layout: Of the session.
-        dtype: Of the session.
-        limits: Of the server.
+        header: The header of the safetensors file that was announced.
+        layout: The layout of the session.
+        dtype: The element type of the session.
+        limits: The limits of the server.
 
     Returns:
         K.

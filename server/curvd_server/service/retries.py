@@ -40,9 +40,9 @@ class Attempt:
 
     Args:
         results: Those of earlier attempts.
-        key: Of the request.
+        key: The key of the request.
         content: What it asks for, without the operand.
-        version: Of the parameters; results of others do not count.
+        version: The version of the parameters; results of others do not count.
     """
 
     def __init__(

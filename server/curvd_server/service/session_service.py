@@ -48,11 +48,11 @@ class SessionService:
     """One method per RPC.
 
     Args:
-        registry: Of models and datasets.
-        sessions: Of the server.
+        registry: The registry of models and datasets.
+        sessions: The sessions of the server.
         blobs: Where uploads go.
         mounts: Datasets that lie on the server.
-        limits: Of the server.
+        limits: The limits of the server.
         describe: Describes the server.
         try_model: Finds out what a model's state is; see `Device.try_model`.
     """

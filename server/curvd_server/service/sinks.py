@@ -111,8 +111,8 @@ class StoreSink:
 
     Args:
         vectors: What the session stores.
-        name: Of the vector.
-        request_id: Of the request that makes it.
+        name: The name of the vector.
+        request_id: The id of the request that makes it.
         content: What that request asked for.
         send: Sends one part.
         format_: The messages of the response.

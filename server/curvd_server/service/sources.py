@@ -21,7 +21,7 @@ from curvd.tensors import chunks as wire
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.service import validation
-from curvd_server.service.dependencies import Dependencies, off_the_loop
+from curvd_server.service.dependencies import ProductDependencies, off_the_loop
 from curvd_server.service.streams import Chunks
 from curvd_server.sessions import Lease
 
@@ -99,7 +99,7 @@ def name_of(header: curvature_pb.ProductHeader) -> str:
     """Say where a header has its operand come from.
 
     Args:
-        header: Of a product.
+        header: The header of a product.
 
     Returns:
         ``inline``, ``probe`` or ``stored``.
@@ -111,7 +111,7 @@ async def check_chunks(header: curvature_pb.ProductHeader, chunks: Chunks) -> No
     """Make sure that no operand comes beside one that does not travel.
 
     Args:
-        header: Of a product.
+        header: The header of a product.
         chunks: What follows it; awaited only if nothing should.
 
     Raises:
@@ -127,16 +127,16 @@ def source_of(
     header: curvature_pb.ProductHeader,
     chunks: Chunks,
     lease: Lease,
-    dependencies: Dependencies,
+    dependencies: ProductDependencies,
     *,
     matrix: bool | None,
 ) -> Source:
     """Choose where a product's operand comes from.
 
     Args:
-        header: Of the product.
+        header: The header of the product.
         chunks: What follows it.
-        lease: Of the session.
+        lease: The lease of the session.
         dependencies: Limits, and memory for what arrives.
         matrix: Whether the operand is [K, P]; None: either.
 

@@ -23,7 +23,7 @@ async def receive(
         upload: What is announced.
         chunks: The bytes from there on; none, if the client only asks.
         blobs: Where they go.
-        limits: Of the server.
+        limits: The limits of the server.
 
     Returns:
         Whether the blob is complete. What has arrived is kept in any case.

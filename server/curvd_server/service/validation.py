@@ -25,7 +25,7 @@ def vector_dtype(dtype: Dtype) -> np.dtype[Any]:
     """Tell the element type in which a session's vectors travel.
 
     Args:
-        dtype: Of the session.
+        dtype: The element type of the session.
 
     Returns:
         float64 for float64 sessions, else float32.
@@ -37,9 +37,9 @@ def check_upload(total_bytes: int, offset: int, limits: LimitsConfig) -> None:
     """Refuse an upload by what it announces.
 
     Args:
-        total_bytes: Of the whole file.
+        total_bytes: The bytes of the whole file.
         offset: Where its first bytes belong.
-        limits: Of the server.
+        limits: The limits of the server.
 
     Raises:
         InvalidSpec: If the numbers make no sense.
@@ -70,11 +70,11 @@ def check_operand(
     """Judge an operand by its header.
 
     Args:
-        header: Of the safetensors file that was announced.
+        header: The header of the safetensors file that was announced.
         matrix: Whether [K, P] is wanted, else [P]; None: either.
-        layout: Of the session.
-        dtype: Of the session.
-        limits: Of the server.
+        layout: The layout of the session.
+        dtype: The element type of the session.
+        limits: The limits of the server.
 
     Returns:
         K; 1 for a vector.
@@ -110,11 +110,11 @@ def check_shape(
     """Judge an operand by its shape.
 
     Args:
-        shape: Of the operand.
+        shape: The shape of the operand.
         matrix: Whether [K, P] is wanted, else [P]; None: either.
-        layout: Of the session.
-        dtype: Of the session.
-        limits: Of the server.
+        layout: The layout of the session.
+        dtype: The element type of the session.
+        limits: The limits of the server.
 
     Returns:
         K; 1 for a vector.
@@ -169,7 +169,7 @@ def check_finite(
 
     Args:
         values: [K, P], or any part of it, flat.
-        layout: Of the session.
+        layout: The layout of the session.
         first: Index of the first value in the flat [K, P].
 
     Raises:

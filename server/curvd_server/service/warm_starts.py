@@ -20,7 +20,7 @@ class WarmStarts:
     """The latest vectors of each kind, on the device; the oldest make room.
 
     Args:
-        sessions: Of the server; what belongs to none of them is forgotten.
+        sessions: The sessions of the server; what belongs to none of them is forgotten.
         limit_bytes: Memory of all together.
     """
 
@@ -32,7 +32,7 @@ class WarmStarts:
         """Find vectors.
 
         Args:
-            kind: Of the query.
+            kind: The kind of the query.
 
         Returns:
             [k, P], at whatever version; None if there are none.
@@ -43,7 +43,7 @@ class WarmStarts:
         """Remember vectors, if there is room.
 
         Args:
-            kind: Of the query.
+            kind: The kind of the query.
             vectors: [k, P].
         """
         self._found.pop(kind, None)

@@ -5,14 +5,14 @@ Imports devices and storage by their doors; knows neither torch nor messages of 
 
 from __future__ import annotations
 
-from curvd_server.sessions.session import Facilities, Lease, Update
+from curvd_server.sessions.session import Lease, SessionDependencies, Update
 from curvd_server.sessions.store import NewSession, SessionStore
 from curvd_server.sessions.stored_vectors import Vector, Vectors, check_same
 
 __all__ = [
-    "Facilities",
     "Lease",
     "NewSession",
+    "SessionDependencies",
     "SessionStore",
     "Update",
     "Vector",

@@ -22,7 +22,7 @@ _VERIFIED_BYTES = 24
 
 
 @dataclass(eq=False, slots=True)
-class Built:
+class CachedOperator:
     """An operator, and who still needs it."""
 
     operator: Operator
@@ -30,12 +30,12 @@ class Built:
     retired: bool = False
 
 
-class Live:
+class OperatorCache:
     """One session's share of the device; empty while the session is cold.
 
     Args:
         batcher: The queue of the device.
-        budget_bytes: Memory for kept linearisations, of all operators together.
+        budget_bytes: Memory for cached linearisations, of all operators together.
         operators: How many are kept built.
     """
 
@@ -44,7 +44,7 @@ class Live:
         self._capacity = operators
         self.problem: Problem | None = None
         # The longest unused first.
-        self._built: dict[OperatorSpec, Built] = {}
+        self._built: dict[OperatorSpec, CachedOperator] = {}
         self._closing: set[asyncio.Future[Done[None]]] = set()
 
     @property
@@ -75,7 +75,7 @@ class Live:
             self.problem = await self._run(lambda cancelled: load())
         return self.problem
 
-    async def acquire(self, spec: OperatorSpec) -> Built:
+    async def acquire(self, spec: OperatorSpec) -> CachedOperator:
         """Find or build an operator, and keep it until `release`.
 
         Args:
@@ -89,13 +89,13 @@ class Live:
         if built is None:
             assert self.problem is not None
             nbytes = _VERIFIED_BYTES * self.problem.layout.of_operator(spec).size
-            built = Built(await self._run(self._building(spec), nbytes))
+            built = CachedOperator(await self._run(self._building(spec), nbytes))
             self._retire(list(self._built)[: len(self._built) + 1 - self._capacity])
         self._built[spec] = built
         built.users += 1
         return built
 
-    def release(self, built: Built) -> None:
+    def release(self, built: CachedOperator) -> None:
         """Let go of an operator; a retired one is closed with its last user."""
         built.users -= 1
         self._close_unused([built])
@@ -112,9 +112,12 @@ class Live:
         old, operators = self.problem, dict(self._built)
         assert old is not None
 
-        def job(cancelled: Poll) -> tuple[Problem, dict[OperatorSpec, Built]]:
+        def job(cancelled: Poll) -> tuple[Problem, dict[OperatorSpec, CachedOperator]]:
             problem = old.with_parameters(values)
-            moved = {s: Built(problem.move(b.operator)) for s, b in operators.items()}
+            moved = {
+                s: CachedOperator(problem.move(b.operator))
+                for s, b in operators.items()
+            }
             return problem, moved
 
         problem, moved = await self._run(job)
@@ -147,7 +150,7 @@ class Live:
             built.retired = True
         self._close_unused(retired)
 
-    def _close_unused(self, candidates: Iterable[Built]) -> None:
+    def _close_unused(self, candidates: Iterable[CachedOperator]) -> None:
         unused = [b.operator for b in candidates if b.retired and not b.users]
 
         def close(cancelled: Poll) -> None:

@@ -18,7 +18,7 @@ from curvd.errors import Cancelled, CurvdError, VersionMismatch
 from curvd_server.config import LimitsConfig
 from curvd_server.device import Batcher, Device, Operator, Problem
 from curvd_server.sessions.leases import Remaining
-from curvd_server.sessions.operator_cache import Live
+from curvd_server.sessions.operator_cache import OperatorCache
 from curvd_server.sessions.parameters import architecture_of, home_names, state_of
 from curvd_server.sessions.stored_vectors import Vectors, check_same
 from curvd_server.storage import (
@@ -38,7 +38,7 @@ _PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facilities:
+class SessionDependencies:
     """What sessions work with."""
 
     catalogue: Catalogue
@@ -51,7 +51,7 @@ class Facilities:
     """The queue of that device."""
     limits: LimitsConfig
     memory: HostMemory
-    """Of the host, for what is stored."""
+    """The memory of the host, for what is stored."""
     clock: Callable[[], float]
     """Seconds since the epoch, for people: someone may set it."""
     monotonic: Callable[[], float]
@@ -63,7 +63,7 @@ class Update:
     """New values of some or all parameters and buffers."""
 
     digest: str
-    """Of the blob that holds them."""
+    """SHA-256 of the blob that holds them."""
     expected_version: int | None = None
     request_id: str = ""
 
@@ -91,23 +91,25 @@ class Session:
     """A model, a dataset and a loss, on the device or ready to get there.
 
     Args:
-        facilities: What it works with.
+        dependencies: What it works with.
         stored: What is known of it.
     """
 
-    def __init__(self, facilities: Facilities, stored: StoredSession) -> None:
+    def __init__(
+        self, dependencies: SessionDependencies, stored: StoredSession
+    ) -> None:
         self.stored = stored
-        self.live = Live(
-            facilities.batcher,
+        self.operator_cache = OperatorCache(
+            dependencies.batcher,
             budget_bytes=stored.info.budget_bytes,
-            operators=facilities.limits.operators,
+            operators=dependencies.limits.operators,
         )
         self.vectors = Vectors(
-            stored.info.id, facilities.limits.stored_bytes, facilities.memory
+            stored.info.id, dependencies.limits.stored_bytes, dependencies.memory
         )
-        self._with = facilities
+        self._dependencies = dependencies
         self._remaining = Remaining(
-            stored.lease_s, stored.remaining_s, facilities.monotonic
+            stored.lease_s, stored.remaining_s, dependencies.monotonic
         )
         # Held while the session changes, or something is built for it.
         self._lock = asyncio.Lock()
@@ -144,40 +146,42 @@ class Session:
     def renew(self, lease_s: float) -> None:
         """Take a new length of the lease."""
         self.stored = replace(self.stored, lease_s=lease_s)
-        self._remaining = Remaining(lease_s, None, self._with.monotonic)
+        self._remaining = Remaining(lease_s, None, self._dependencies.monotonic)
 
     def info(self) -> SessionInfo:
         """Describe it as it is now."""
-        stored, cold = self.stored, self.live.problem is None
+        stored, cold = self.stored, self.operator_cache.problem is None
         remaining_s = self.remaining.seconds
         return replace(
             stored.info,
-            device=self._with.device.name,  # perhaps another one than before
-            operators=self.live.reports,
+            device=self._dependencies.device.name,  # perhaps another one than before
+            operators=self.operator_cache.reports,
             state=SessionState.COLD if cold else SessionState.READY,
             expire_time_s=(
-                None if remaining_s is None else self._with.clock() + remaining_s
+                None
+                if remaining_s is None
+                else self._dependencies.clock() + remaining_s
             ),
         )
 
     async def warm(self) -> Problem:
         """Bring it onto the device, unless it is there."""
-        if self.live.problem is not None:
-            return self.live.problem
-        stored, using = self.stored, self._with
+        if self.operator_cache.problem is not None:
+            return self.operator_cache.problem
+        stored, dependencies = self.stored, self._dependencies
 
         info = stored.info
 
         def prepare() -> tuple[SerializedGraph, int, Callable[[], Problem]]:
-            model = using.catalogue.model(info.model_id)
-            dataset = using.catalogue.dataset(info.dataset_id)
-            state = state_of(using.blobs, model, stored.sources).arrays
-            data = using.blobs.open(dataset.digest).arrays
+            model = dependencies.catalogue.model(info.model_id)
+            dataset = dependencies.catalogue.dataset(info.dataset_id)
+            state = state_of(dependencies.blobs, model, stored.sources).arrays
+            data = dependencies.blobs.open(dataset.digest).arrays
             parameters = {n: a for n, a in state.items() if n not in model.buffers}
             check_representable(parameters, info.dtype, what="parameter")
             check_representable(data, info.dtype, what="tensor")
             load = functools.partial(
-                using.device.load,
+                dependencies.device.load,
                 model.info.spec,
                 state,
                 data,
@@ -191,8 +195,8 @@ class Session:
             return model.info.spec.graph, rows, load
 
         graph, rows, load = await asyncio.to_thread(prepare)
-        await using.device.try_graphs(graph, info.loss.graph, rows=rows)
-        return await self.live.load(load)
+        await dependencies.device.try_graphs(graph, info.loss.graph, rows=rows)
+        return await self.operator_cache.load(load)
 
     @contextlib.asynccontextmanager
     async def lease(
@@ -203,12 +207,12 @@ class Session:
             built = None
             try:
                 # What is there can be had while something else is built.
-                waits = not self.live.has(operator)
+                waits = not self.operator_cache.has(operator)
                 async with self._lock if waits else contextlib.nullcontext():
                     self._check_version(expected_version)
                     problem, info = await self.warm(), self.stored.info
                     if operator is not None:
-                        built = await self.live.acquire(operator)
+                        built = await self.operator_cache.acquire(operator)
                         layout = info.layout.of_operator(operator)
                         if layout is not info.layout:
                             info = replace(info, layout=layout)
@@ -216,14 +220,14 @@ class Session:
                 yield Lease(info, problem, ready, self.vectors)
             finally:
                 if built is not None:
-                    self.live.release(built)
+                    self.operator_cache.release(built)
 
     async def made_by(self, update: Update) -> StoredVersion | None:
         """Find the version that the same request made; see `SessionStore.made_by`."""
         if not update.request_id:
             return None
         known = await asyncio.to_thread(
-            self._with.catalogue.version_of, self.id, update.request_id
+            self._dependencies.catalogue.version_of, self.id, update.request_id
         )
         if known is not None:
             check_same(known.fingerprint, update.fingerprint, update.request_id)
@@ -242,7 +246,9 @@ class Session:
         """Forget it, cancel its work, free its memory."""
         self._ended = True
         try:
-            await asyncio.to_thread(self._with.catalogue.delete_session, self.id)
+            await asyncio.to_thread(
+                self._dependencies.catalogue.delete_session, self.id
+            )
         except CurvdError:
             self._ended = False
             raise
@@ -253,18 +259,21 @@ class Session:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._unused.wait(), _PATIENCE_S)
         self.vectors.clear()
-        await self.live.close()
+        await self.operator_cache.close()
         await self._release(set(self.stored.sources.values()))
 
     async def _update(self, update: Update) -> StoredVersion:
-        stored, live, using = self.stored, self.live, self._with
-        model = await asyncio.to_thread(using.catalogue.model, stored.info.model_id)
-        blob = await asyncio.to_thread(using.blobs.open, update.digest)
+        stored, dependencies = self.stored, self._dependencies
+        cache = self.operator_cache
+        model = await asyncio.to_thread(
+            dependencies.catalogue.model, stored.info.model_id
+        )
+        blob = await asyncio.to_thread(dependencies.blobs.open, update.digest)
         architecture = architecture_of(model)
         await asyncio.to_thread(check_state, blob, architecture, complete=False)
         given = home_names(blob, model.ties)
         sources = {**stored.sources, **dict.fromkeys(given, update.digest)}
-        state = await asyncio.to_thread(state_of, using.blobs, model, sources)
+        state = await asyncio.to_thread(state_of, dependencies.blobs, model, sources)
         info = replace(
             stored.info,
             version=stored.info.version + 1,
@@ -281,10 +290,12 @@ class Session:
         await asyncio.to_thread(
             check_representable, parameters, info.dtype, what="parameter"
         )
-        change_over = None if live.problem is None else await live.move(values)
+        change_over = None if cache.problem is None else await cache.move(values)
 
         async def commit() -> None:
-            await asyncio.to_thread(using.catalogue.add_version, info, version, sources)
+            await asyncio.to_thread(
+                dependencies.catalogue.add_version, info, version, sources
+            )
             self.stored = replace(self.stored, info=info, sources=sources)
             if change_over is not None:
                 change_over()
@@ -294,7 +305,8 @@ class Session:
         return version
 
     async def _release(self, digests: set[str]) -> None:
-        blobs, referenced = self._with.blobs, self._with.catalogue.referenced
+        blobs = self._dependencies.blobs
+        referenced = self._dependencies.catalogue.referenced
         for digest in digests:
             await asyncio.to_thread(blobs.release, digest, referenced)
 

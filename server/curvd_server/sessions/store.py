@@ -20,9 +20,9 @@ from curvd.contract import (
 from curvd.errors import CurvdError, LimitExceeded, SessionNotFound
 from curvd_server.sessions.parameters import state_of
 from curvd_server.sessions.session import (
-    Facilities,
     Lease,
     Session,
+    SessionDependencies,
     Update,
     to_the_end,
 )
@@ -41,7 +41,7 @@ class NewSession:
     dtype: Dtype = Dtype.FLOAT32
     mode: Mode = Mode.EVAL
     operators: tuple[OperatorSpec, ...] = ()
-    """To build before the answer; empty: the Hessian."""
+    """Operators to build before the answer; empty: the Hessian."""
     params: tuple[str, ...] = ()
     """Globs that choose the parameters; empty: all of them."""
     budget_bytes: int | None = None
@@ -70,18 +70,18 @@ class SessionStore:
     """All sessions of a server. Those of an earlier process come back cold.
 
     Args:
-        facilities: What they work with.
+        dependencies: What they work with.
     """
 
-    def __init__(self, facilities: Facilities) -> None:
-        self._with = facilities
+    def __init__(self, dependencies: SessionDependencies) -> None:
+        self._dependencies = dependencies
         # Two equal requests wait for each other; the entry goes with the last one.
         self._making: weakref.WeakValueDictionary[str, asyncio.Lock] = (
             weakref.WeakValueDictionary()
         )
         self._being_made = self._latest_us = 0
-        found, self._lost = facilities.catalogue.sessions()
-        self._sessions = {s.info.id: Session(facilities, s) for s in found}
+        found, self._lost = dependencies.catalogue.sessions()
+        self._sessions = {s.info.id: Session(dependencies, s) for s in found}
         if self._sessions:
             # Ids sort by time, even if the clock has been set back since.
             self._latest_us = int(max(self._sessions).partition("-")[0], 16)
@@ -121,12 +121,12 @@ class SessionStore:
     def statistics(self) -> SessionStatistics:
         """Report what is held."""
         sessions = self._sessions.values()
-        ready = sum(s.live.problem is not None for s in sessions)
+        ready = sum(s.operator_cache.problem is not None for s in sessions)
         return SessionStatistics(
             ready=ready,
             cold=len(sessions) - ready,
             users=sum(s.users for s in sessions),
-            operators=sum(len(s.live.reports) for s in sessions),
+            operators=sum(len(s.operator_cache.reports) for s in sessions),
         )
 
     async def create(
@@ -190,7 +190,7 @@ class SessionStore:
         """Find the version that the same request made before.
 
         Args:
-            session_id: Of which session.
+            session_id: The id of the session.
             update: The request; its blob need not be there any more.
 
         Returns:
@@ -235,7 +235,7 @@ class SessionStore:
         """
         session = self._find(session_id)
         if lease_s is not None:
-            catalogue = self._with.catalogue
+            catalogue = self._dependencies.catalogue
             await asyncio.to_thread(catalogue.set_lease, session_id, lease_s)
             session.renew(lease_s)
         return self.get(session_id)
@@ -250,7 +250,9 @@ class SessionStore:
             SessionNotFound: If there is none.
         """
         if session_id in self._lost:
-            await asyncio.to_thread(self._with.catalogue.delete_session, session_id)
+            await asyncio.to_thread(
+                self._dependencies.catalogue.delete_session, session_id
+            )
             del self._lost[session_id]
             return
         await self._end(self._find(session_id))
@@ -276,7 +278,7 @@ class SessionStore:
         """Give the device's memory back; the sessions stay in the catalogue."""
         await self._note_leases(at_the_end=True)
         for session in self._sessions.values():
-            await session.live.close()
+            await session.operator_cache.close()
 
     async def _note_leases(self, *, at_the_end: bool = False) -> None:
         """Write down what remains of leases, where that has changed."""
@@ -286,7 +288,7 @@ class SessionStore:
             if (note := s.remaining.to_note(at_the_end=at_the_end)) is not None
         }
         try:
-            await asyncio.to_thread(self._with.catalogue.set_remaining, due)
+            await asyncio.to_thread(self._dependencies.catalogue.set_remaining, due)
         except CurvdError as error:
             logger().warning("leases not written down", error=str(error))
             return
@@ -296,11 +298,13 @@ class SessionStore:
 
     async def _create(self, new: NewSession, validate_only: bool) -> SessionInfo:
         stored = await asyncio.to_thread(self._described, new)
-        session = Session(self._with, stored)
+        session = Session(self._dependencies, stored)
         try:
             problem = await session.warm()
             for spec in new.operators or (OperatorSpec(),):
-                session.live.release(await session.live.acquire(spec))
+                session.operator_cache.release(
+                    await session.operator_cache.acquire(spec)
+                )
             info = replace(
                 stored.info,
                 id="" if validate_only else self._new_id(),
@@ -313,19 +317,21 @@ class SessionStore:
             return session.info()
         finally:
             if session.id not in self._sessions:
-                await to_the_end(session.live.close())
+                await to_the_end(session.operator_cache.close())
 
     def _described(self, new: NewSession) -> StoredSession:
         """Say what is known before anything is on the device. Blocks."""
-        model = self._with.catalogue.model(new.model_id)
-        dataset = self._with.catalogue.dataset(new.dataset_id)
+        model = self._dependencies.catalogue.model(new.model_id)
+        dataset = self._dependencies.catalogue.dataset(new.dataset_id)
         budget_bytes = new.budget_bytes
-        total_bytes = self._with.device.describe().total_bytes
+        total_bytes = self._dependencies.device.describe().total_bytes
         if budget_bytes is None:
-            budget_bytes = min(self._with.limits.default_budget_bytes, total_bytes)
+            budget_bytes = min(
+                self._dependencies.limits.default_budget_bytes, total_bytes
+            )
         elif budget_bytes > total_bytes:
             msg = (
-                f"budget_bytes is {budget_bytes}, but device {self._with.device.name} "
+                f"budget_bytes is {budget_bytes}, but device {self._dependencies.device.name} "
                 f"has {total_bytes} bytes in all; ask for less, or leave it out"
             )
             raise LimitExceeded(msg, budget_bytes=budget_bytes, limit=total_bytes)
@@ -338,15 +344,15 @@ class SessionStore:
             dtype=new.dtype,
             mode=new.mode,
             version=1,
-            parameters_digest=state_of(self._with.blobs, model, {}).digest(),
+            parameters_digest=state_of(self._dependencies.blobs, model, {}).digest(),
             layout=ParameterLayout(()),
             data_points=dataset.info.data_points,
             batches=0,
-            device=self._with.device.name,
+            device=self._dependencies.device.name,
             budget_bytes=budget_bytes,
             operators=(),
             state=SessionState.COLD,
-            create_time_s=self._with.clock(),
+            create_time_s=self._dependencies.clock(),
             expire_time_s=None,
             params=new.params,
         )
@@ -359,7 +365,9 @@ class SessionStore:
         )
 
     async def _add(self, session: Session) -> None:
-        await asyncio.to_thread(self._with.catalogue.add_session, session.stored)
+        await asyncio.to_thread(
+            self._dependencies.catalogue.add_session, session.stored
+        )
         session.touch()
         self._sessions[session.id] = session
 
@@ -392,11 +400,14 @@ class SessionStore:
         return session
 
     def _check_room(self) -> None:
-        held, limit = len(self._sessions) + self._being_made, self._with.limits.sessions
+        held = len(self._sessions) + self._being_made
+        limit = self._dependencies.limits.sessions
         if held >= limit:
             msg = f"{held} sessions are the limit of this server (sessions); delete one"
             raise LimitExceeded(msg, sessions=held, limit=limit)
 
     def _new_id(self) -> str:
-        self._latest_us = max(self._latest_us + 1, int(self._with.clock() * 1e6))
+        self._latest_us = max(
+            self._latest_us + 1, int(self._dependencies.clock() * 1e6)
+        )
         return f"{self._latest_us:014x}-{secrets.token_hex(4)}"

@@ -20,7 +20,7 @@ class Vector:
     version: int
     """The parameter version that was current."""
     request_id: str = ""
-    """Of the product that made it; a retry of it must not multiply once more."""
+    """The id of the request that made it; a retry of it must not multiply once more."""
     content: str = ""
     """What that product was asked for."""
 
@@ -31,7 +31,7 @@ class Vectors:
     Args:
         session_id: Whose, for messages.
         budget_bytes: Memory of all together.
-        memory: Of the host, which all sessions share; None: no limit.
+        memory: The host's memory, which all sessions share; None: no limit.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Vectors:
         """Refuse a vector before it is received or computed.
 
         Args:
-            name: Of the vector; what has it now makes room.
+            name: The name of the vector; what has it now makes room.
             nbytes: Its memory.
 
         Raises:
@@ -72,7 +72,7 @@ class Vectors:
         """Store a vector in place of what had its name.
 
         Args:
-            name: Of the vector.
+            name: The name of the vector.
             vector: The vector.
 
         Raises:
@@ -86,7 +86,7 @@ class Vectors:
         """Find a vector.
 
         Args:
-            name: Of the vector.
+            name: The name of the vector.
 
         Returns:
             The vector.
@@ -106,8 +106,8 @@ class Vectors:
         """Find a vector that the same request made before.
 
         Args:
-            name: Of the vector.
-            request_id: Of the request; empty ones are never the same.
+            name: The name of the vector.
+            request_id: The id of the request; empty ones are never the same.
             content: What it asks for.
 
         Returns:
@@ -126,7 +126,7 @@ class Vectors:
         """Forget a vector.
 
         Args:
-            name: Of the vector.
+            name: The name of the vector.
 
         Raises:
             VectorNotFound: If there is none.
@@ -155,7 +155,7 @@ def check_same(known: str, given: str, request_id: str) -> None:
     Args:
         known: Fingerprint of the request that had it first.
         given: Fingerprint of this one.
-        request_id: Of both.
+        request_id: The id that both have.
 
     Raises:
         RequestIdReused: If they differ.

@@ -15,7 +15,8 @@ from curvd.errors import InvalidSpec
 
 _BACKLOG = 128
 _NOT_OURS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-"""Of several addresses of one name, those of other machines or protocols."""
+"""Errors of addresses that are another machine's, or of a protocol that is not there;
+of several addresses of one name, such are left out."""
 
 _NUMBERS = itertools.count(1)
 """Unix sockets do not tell their peers apart."""

@@ -12,9 +12,9 @@ from curvd_server.transport.limits import ConnectionLimits
 OWN_DESCRIPTORS = 1
 """Descriptors of a connection that the server answers itself."""
 RELAYED_DESCRIPTORS = 3
-"""Of one that is passed on: its socket, and both ends of the one to grpcio."""
+"""Descriptors of one that is passed on: its socket, and both ends of the one to grpcio."""
 _RELAYED_SHARE = 0.5
-"""Of all connections, and of their descriptors, that may be passed on: what they do is
+"""The share of connections, and of descriptors, that may be passed on: what they do is
 not seen, so they cannot be asked to make room."""
 _RESERVED = 64
 """Descriptors for all else: files of the data directory, child processes, libraries."""

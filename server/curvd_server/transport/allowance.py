@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 _SHARE = 0.2
-"""Of the time that passes."""
+"""The share of the time that passes."""
 _BURST_S = 0.1
 """Time that can be saved up: some hundred clients may connect at once."""
 
@@ -23,7 +23,7 @@ class Allowance:
     """Rations time.
 
     Args:
-        share: Of the time that passes.
+        share: The share of the time that passes.
         burst_s: What can be saved up.
         clock: Seconds.
     """
@@ -58,7 +58,7 @@ class Allowance:
             self.spend(self._clock() - start)
 
     def wait(self, work: Callable[[], None]) -> None:
-        """Have something done when it is its turn.
+        """Do something when it is its turn.
 
         Args:
             work: It says itself what it used.

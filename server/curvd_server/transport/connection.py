@@ -25,7 +25,7 @@ from curvd_server.transport.upload_scheduler import UploadScheduler
 _MOST_PARTS = 64
 """Parts that wait for their call; a client that sends more is not read."""
 _LARGE_BYTES = 1 << 20
-"""From here on a request has to wait for its turn."""
+"""Bytes from which on a request has to wait for its turn."""
 _CALL_S = 4e-4
 """What a call costs the event loop that comes to nothing."""
 _MOST_FAILURES = 8

@@ -156,7 +156,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: CurvdError) 
     """End a call with an error.
 
     Args:
-        context: Of the call.
+        context: The context of the call.
         error: What went wrong.
     """
     error = _clipped(error)

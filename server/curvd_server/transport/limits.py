@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from curvd_server.system import check, setting
 
 _LONGEST_S = 24 * 24 * 3600
-"""In milliseconds this is a number that grpcio takes."""
+"""Seconds that are, in milliseconds, a number that grpcio takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

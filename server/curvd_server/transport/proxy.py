@@ -23,7 +23,7 @@ async def connected(path: str) -> socket.socket:
     """Connect to grpcio.
 
     Args:
-        path: Of its Unix socket.
+        path: The path of its Unix socket.
 
     Returns:
         The connection, non-blocking.
