@@ -119,7 +119,9 @@ class QueryMethods:
         """Estimate the trace.
 
         Args:
-            estimator: ``exchangeable`` (XTrace), ``hutch++`` or ``hutchinson``.
+            estimator: ``exchangeable`` (XTrace), ``hutch++`` or ``hutchinson``. The
+                first two gain where eigenvalues decay, Hutch++ with a given number of
+                samples and no error to stop at, as it divides them in advance.
             relative_error: Standard error at which to stop, relative; 0: never.
             absolute_error: Standard error at which to stop; 0: never.
             samples: Products at most.
@@ -251,7 +253,8 @@ class QueryMethods:
 
         Args:
             probes: Random vectors that are averaged over.
-            steps: Lanczos steps per probe, each one product.
+            steps: Lanczos steps per probe, each one product: what they do not resolve
+                is not in the error, so take many of them rather than many probes.
             points: Of the grid.
             width: Of the smoothing Gaussian; None: 1 % of the axis.
             logarithmic: Whether the axis is the logarithm of the magnitude.
