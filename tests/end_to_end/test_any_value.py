@@ -13,32 +13,19 @@ import raw
 from google.protobuf.descriptor import FieldDescriptor
 
 torch = pytest.importorskip("torch")
+from support.requests import Requests, serving  # noqa: E402
 from support.served import Channels  # noqa: E402
 
-from curvd.contract.rpcs import RPCS, Framed  # noqa: E402
+from curvd.contract.rpcs import RPCS  # noqa: E402
 from curvd.errors import (  # noqa: E402
     CurvdError,
     DeadlineExceeded,
     Internal,
-    ResourceExhausted,
     SessionNotFound,
-    Unavailable,
 )
-from curvd.v1 import query_service_pb2 as query_pb  # noqa: E402
 from curvd.v1 import session_service_pb2 as session_pb  # noqa: E402
-from curvd_server.app import serve_in_thread  # noqa: E402
-from curvd_server.config import ServerConfig  # noqa: E402
 
 PATIENCE_S = 120
-RNG = np.random.default_rng(0)
-STATE = raw.file_of({"1.weight": RNG.normal(size=(2, 3)), "1.bias": np.zeros(2)})
-POINTS = raw.file_of({"x": RNG.normal(size=(6, 3)), "y": RNG.normal(size=(6, 2))})
-SIZE = 8
-V = raw.file_of({"v": np.ones(SIZE)})
-UPDATE = raw.file_of({"1.bias": np.zeros(2)})
-CONFIG = '{"widths": [3, 2]}'
-
-
 # --- what is wrong ----------------------------------------------------------------------
 
 _WHOLE = {
@@ -152,124 +139,7 @@ def variants(rpc, base):
             yield f"{name} = {value!r:.60}", message
 
 
-# --- requests that are right --------------------------------------------------------------
-
-
-class Server:
-    """A real server with a session, and a right request of each RPC."""
-
-    def __init__(self, channel, session_id=None):
-        self.channel = channel
-        self.model = raw.register_model(channel, "mlp", CONFIG, STATE).model.id
-        self.dataset = raw.register_dataset(channel, POINTS).dataset.id
-        self.session = session_id or self.create()
-
-    def create(self):
-        return raw.create(self.channel, self.model, self.dataset).id
-
-    def right(self, name):
-        """A right request of an RPC: the message, and the bytes that follow."""
-        message = RPCS[name].request.message()
-        fill = getattr(self, f"_{name}", self._named)
-        return message, fill(message) or ()
-
-    def _named(self, message):
-        message.session_id = self.session
-
-    def _RegisterModel(self, message):
-        message.header.builder, message.header.config_json = "mlp", CONFIG
-        message.header.state.CopyFrom(raw.upload(STATE))
-        return (memoryview(STATE),)
-
-    def _RegisterDataset(self, message):
-        fields = {"inputs": ["x"], "target": "y", "batch_size": 6}
-        header = session_pb.RegisterDatasetHeader(tensors=raw.upload(POINTS), **fields)
-        message.header.CopyFrom(header)
-        return (memoryview(POINTS),)
-
-    def _CreateSession(self, message):
-        message.model_id, message.dataset_id = self.model, self.dataset
-        message.loss.name, message.loss.reduction = "LOSS_NAME_MSE", "REDUCTION_MEAN"
-        message.dtype = "DTYPE_FLOAT64"
-
-    def _ListSessions(self, message):
-        message.page_size = 10
-
-    def _GetServerInfo(self, message):
-        pass
-
-    def _RenewSession(self, message):
-        self._named(message)
-        message.lease.seconds = 1000
-
-    def _UpdateParameters(self, message):
-        message.header.session_id = self.session
-        message.header.values.CopyFrom(raw.upload(UPDATE))
-        return (memoryview(UPDATE),)
-
-    def _DeleteSession(self, message):
-        message.session_id = "0000-1"
-
-    def _DeleteVector(self, message):
-        self._named(message)
-        message.name = "nothing"
-
-    def _GetVector(self, message):
-        self._named(message)
-        message.name = "nothing"
-
-    def _PutVector(self, message):
-        message.header.session_id, message.header.name = self.session, "v"
-        return (memoryview(V),)
-
-    def _product(self, message):
-        message.header.session_id = self.session
-        return (memoryview(V),)
-
-    _MatVec = _MatMat = _Multiply = _product
-
-    def _query(self, message):
-        message.query.session_id, message.query.max_products = self.session, 40
-
-    _Trace = _Diagonal = _FrobeniusNorm = _query
-
-    def _SpectralDensity(self, message):
-        self._query(message)
-        message.probes, message.steps, message.points = 2, 4, 10
-
-    def _Eigsh(self, message):
-        self._query(message)
-        message.k = 2
-
-    def _LogDet(self, message):
-        self._query(message)
-        message.damping = 1.0
-
-    def _Solve(self, message):
-        header = query_pb.SolveHeader(damping=1.0)
-        self._query(header)
-        message.header.CopyFrom(header)
-        return (memoryview(raw.file_of({"b": np.ones(SIZE)})),)
-
-    def send(self, name, message, chunks):
-        rpc = RPCS[name]
-        request = message
-        if rpc.request.framed:
-            request = Framed(message, chunks)
-        elif rpc.client_streams:
-            request = [message, *chunks]
-        return raw.call(self.channel, name, request, timeout=PATIENCE_S)
-
-
-def serving(folder):
-    config = ServerConfig(
-        listen="127.0.0.1:0", data_dir=folder, drain_s=0.0, compile_after_s=0
-    )
-    return serve_in_thread(config)
-
-
-FORGIVEN = (ResourceExhausted, Unavailable)
-"""Where the machine's own limits are reached first."""
+# --- how it is answered ------------------------------------------------------------------
 
 
 def defects(server, name):
@@ -277,7 +147,9 @@ def defects(server, name):
     found = []
     for what, message in variants(RPCS[name], lambda: server.right(name)[0]):
         try:
-            answer = server.send(name, message, server.right(name)[1])
+            answer = server.send(
+                name, message, server.right(name)[1], patience_s=PATIENCE_S
+            )
         except (Internal, DeadlineExceeded) as error:
             found.append(f"{what}: {type(error).__name__}: {error}")
         except CurvdError as error:
@@ -291,16 +163,11 @@ def defects(server, name):
     return found
 
 
-def multiplied(server):
-    request = raw.product("MatVec", server.session, V)
-    return raw.joined(raw.call(server.channel, "MatVec", request))[1]
-
-
 @pytest.mark.parametrize("name", RPCS)
 def test_no_value_of_any_field_is_a_defect(tmp_path, name):
     with serving(tmp_path) as target, Channels(target) as channel:
-        server = Server(channel)
-        before = multiplied(server)
+        server = Requests(channel)
+        before = server.product()
         assert defects(server, name) == []
         kept = server.session
         if name == "RenewSession":  # its lease may be over by now
@@ -308,4 +175,4 @@ def test_no_value_of_any_field_is_a_defect(tmp_path, name):
     with serving(tmp_path) as target, Channels(target) as channel:
         listed = raw.call(channel, "ListSessions", session_pb.ListSessionsRequest())
         assert kept in {s.id for s in listed.sessions}
-        np.testing.assert_allclose(multiplied(Server(channel, kept)), before)
+        np.testing.assert_allclose(Requests(channel, kept).product(), before)

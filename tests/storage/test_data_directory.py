@@ -186,6 +186,7 @@ def test_a_killed_server_leaves_nothing_behind(tmp_path, monkeypatch):
     ("error", "kind"),
     [
         (MemoryError("Unable to allocate 8 TiB"), OutOfMemory),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfMemory),
         (OSError(errno.ENOMEM, "no memory"), OutOfMemory),
         (OSError(errno.ENOSPC, "no space"), DiskFull),
         (OSError(errno.EDQUOT, "quota"), DiskFull),

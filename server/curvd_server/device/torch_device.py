@@ -38,7 +38,7 @@ from curvd_server.engine import Compiler, Memory, Problem, use_differentiable_at
 from curvd_server.engine import operator as engine
 from curvd_server.models import BUILDERS, Models
 from curvd_server.storage import Architecture
-from curvd_server.system import Poll
+from curvd_server.system import Poll, is_out_of_memory
 from curvd_server.trials import Trials
 
 _CANNOT_RUN = (
@@ -228,7 +228,7 @@ class TorchDevice:
                     programs=self._models.programs(model),
                 )
             except _CANNOT_RUN as error:
-                if engine.is_out_of_memory(error):
+                if is_out_of_memory(error):
                     raise
                 # Not our defect: what the model said when it saw the data.
                 first_line = str(error).partition("\n")[0]
@@ -375,7 +375,7 @@ class _translated:
     def __exit__(
         self, kind: object, error: BaseException | None, trace: object
     ) -> None:
-        if engine.is_out_of_memory(error):
+        if is_out_of_memory(error):
             msg = (
                 "the device has not enough memory: use a smaller batch_size, a smaller "
                 "budget_bytes, or delete sessions"

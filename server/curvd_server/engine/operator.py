@@ -38,7 +38,7 @@ from curvd_server.engine.operators import MODES, Linearisation, block_ranges, ke
 from curvd_server.engine.program import Compilable, Compiler, Emits, Interruptible, Job
 from curvd_server.engine.tuning import Choice, Memory, Plan, choose, is_alike, steps
 from curvd_server.engine.verification import check_objective, check_repeatable
-from curvd_server.system import yield_point
+from curvd_server.system import is_out_of_memory, yield_point
 
 TUNING_S = 6.0
 """Default time for measuring candidate plans."""
@@ -507,10 +507,3 @@ class Operator:
         if kept == self._work.batches:
             return f"kept_{self.plan.mode}"
         return f"{'partly_kept' if kept else 'recomputed'}_{self.plan.mode}"
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Tell whether torch ran out of memory, on whichever device."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )

@@ -6,7 +6,7 @@ At the bottom of the server: imports nothing of it, and knows neither torch nor 
 from __future__ import annotations
 
 from curvd_server.system.cooperative import LongWork, Poll, Threads, alone, yield_point
-from curvd_server.system.faults import FREE_SOME, told
+from curvd_server.system.faults import FREE_SOME, is_out_of_memory, told
 from curvd_server.system.host_memory import (
     CALLS,
     RESULTS,
@@ -31,6 +31,7 @@ __all__ = [
     "alone",
     "check",
     "default_bytes",
+    "is_out_of_memory",
     "logger",
     "setting",
     "settings_of",

@@ -29,10 +29,10 @@ def typed(error: BaseException) -> CurvdError | None:
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"the server's disk is full: {FREE_SOME}")
-    if isinstance(error, MemoryError) or number == errno.ENOMEM:
+    if is_out_of_memory(error) or number == errno.ENOMEM:
         msg = (
             "the server's host has no memory left for this call"
-            f"{f' ({error})' if str(error) else ''}: send less at once, delete stored "
+            f"{f' ({str(error)[:200]})' if str(error) else ''}: send less at once, delete stored "
             "vectors or sessions, or have its operator lower memory_bytes"
         )
         return OutOfMemory(msg)
@@ -40,6 +40,23 @@ def typed(error: BaseException) -> CurvdError | None:
         msg = "the server has no file descriptors left: close connections, or try again"
         return OutOfMemory(msg)
     return None
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Tell whether Python, NumPy or torch ran out of memory, on whichever device.
+
+    Args:
+        error: Whatever was raised; torch's is known by its name and words.
+
+    Returns:
+        Whether it is one of theirs.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    torchs = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, RuntimeError) and (
+        torchs or "can't allocate memory" in str(error)
+    )
 
 
 @contextlib.contextmanager

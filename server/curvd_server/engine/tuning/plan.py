@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from curvd.contract import OperatorSpec
-from curvd.errors import CurvatureUnverified
+from curvd.errors import CurvatureUnverified, OutOfMemory
 from curvd_server.engine.objective import Problem, check_cancelled
 from curvd_server.engine.operators import MODES
 from curvd_server.engine.tuning.autotune import Plan, Stopwatch, ranked
@@ -113,6 +113,7 @@ def choose(
 
     Raises:
         CurvatureUnverified: If no mode reproduces finite differences.
+        OutOfMemory: If one did not for want of memory.
     """
     truth = Truth(problem, spec)
     stopwatch = Stopwatch(problem, spec, budget_bytes, budget_s)
@@ -132,6 +133,12 @@ def choose(
             remember(memory, key, candidate)
             return Choice(candidate, evidence)
         found[candidate.mode] = evidence
+    if any(evidence.out_of_memory for evidence in found.values()):
+        msg = (
+            "there is not enough memory to verify the operator: use a smaller batch_size, "
+            "or delete sessions"
+        )
+        raise OutOfMemory(msg)
     raise _unverified(found, getattr(problem.model.skeleton, "cut_off", ()))
 
 

@@ -35,7 +35,7 @@ from curvd_server.engine.verification.finite_differences import (
     filled,
     scale_of,
 )
-from curvd_server.system import yield_point
+from curvd_server.system import is_out_of_memory, yield_point
 
 STEPS = (1e-6, 1e-5, 1e-7, 1e-8, 1e-9, 1e-4)
 """Step widths relative to the parameters' scale, the usually best first."""
@@ -65,6 +65,8 @@ class Evidence:
     """Parameters whose rows disagree; empty if the mode is right."""
     failure: str = ""
     """What torch said if the mode could not run at all."""
+    out_of_memory: bool = False
+    """Whether that was for want of memory."""
 
     @property
     def ok(self) -> bool:
@@ -107,7 +109,9 @@ class Truth:
         try:
             return self._examine(mode, batched=batched)
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-            return Evidence(math.inf, math.inf, (), f"{error}".split("\n")[0][:300])
+            said = f"{error}".split("\n")[0][:300]
+            short = is_out_of_memory(error)
+            return Evidence(math.inf, math.inf, (), said, out_of_memory=short)
 
     def is_sum_over_data(self) -> bool:
         """Tell whether the gradient is the sum of the data points' own gradients."""
