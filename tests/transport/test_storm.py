@@ -17,6 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2_grpc
 from support.fake_device import FakeDevice
+from support.served import Channels
 
 import curvd
 from curvd_server.app import serve_in_thread
@@ -106,12 +107,20 @@ def healthy(target):
     return channel
 
 
-@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv")
-def test_foreign_clients_fit_where_no_capability_is_held(tmp_path):
+def _without_rights():
+    """What a command begins with that has no capability."""
     drop = ["setpriv", "--no-new-privs"]
     if os.geteuid() == 0:
         drop += ["--bounding-set=-all", "--inh-caps=-all"]
-    with process(tmp_path, *drop) as target, contextlib.ExitStack() as stack:
+    return drop
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv")
+def test_foreign_clients_fit_where_no_capability_is_held(tmp_path):
+    with (
+        process(tmp_path, *_without_rights()) as target,
+        contextlib.ExitStack() as stack,
+    ):
         for _ in range(FOREIGN):
             stack.enter_context(healthy(target))
     assert '"reason"' not in (tmp_path / "log").read_text()
@@ -144,6 +153,35 @@ def test_few_descriptors_are_kept_for_those_who_are_served(tmp_path):
     assert '"reason": "descriptors"' in log
     assert '"reason": "relayed_connections"' in log
     assert '"level": "error"' not in log
+
+
+@pytest.mark.skipif(
+    resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 4 * DESCRIPTORS
+    or not shutil.which("setpriv"),
+    reason="needs descriptors for both ends, and setpriv",
+)
+def test_what_was_acknowledged_without_rights_and_descriptors_is_not_lost(tmp_path):
+    pytest.importorskip("torch")
+    from support.requests import Requests
+
+    poor = ["prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}", *_without_rights()]
+    with process(tmp_path, *poor) as target, contextlib.ExitStack() as stack:
+        host, _, port = target.rpartition(":")
+        channel = stack.enter_context(Channels(target))
+        requests = Requests(channel)
+        requests.product()
+        for _ in range(DESCRIPTORS):
+            sock = socket.create_connection((host, int(port)), 60)
+            stack.enter_context(sock).sendall(hostile.GREETING)
+        message, chunks = requests.right("UpdateParameters")
+        assert requests.send("UpdateParameters", message, chunks).version.version == 2
+        with curvd.connect(target) as another:
+            loss, gradient = another.session(requests.session).gradient()
+    with process(tmp_path) as target, curvd.connect(target) as client:
+        session = client.session(requests.session)
+        assert session.refresh().version == 2
+        assert session.gradient()[0] == loss
+        np.testing.assert_array_equal(session.gradient()[1], gradient)
 
 
 def test_watching_the_health_takes_nobodys_place(tmp_path, monkeypatch):
