@@ -13,8 +13,8 @@ from curvd.contract.specs import OperatorSpec
 from curvd.errors import Cancelled
 from curvd_server.engine.objective.objective import Model
 from curvd_server.engine.operator import build
-from curvd_server.engine.operators import linearize
-from curvd_server.engine.program import linear_program
+from curvd_server.engine.operators import hessian, jacobian_form
+from curvd_server.engine.program import HessianProgram, JacobianProgram
 from curvd_server.engine.program import trace as tracing
 from curvd_server.engine.tuning.plan import Plan
 from curvd_server.engine.verification.verify import HELD
@@ -112,9 +112,9 @@ def test_a_step_is_one_mini_batch_at_most(monkeypatch):
         monkeypatch.setattr(cls, name, method)
 
     counted(Model, "__call__", "models")
-    for cls in (linear_program._HessianProgram, linear_program._JacobianProgram):
+    for cls in (HessianProgram, JacobianProgram):
         counted(cls, "product", "products")
-    for cls in (linearize._HessianGraph, linearize._JacobianGraph):
+    for cls in (hessian._HessianGraph, jacobian_form._JacobianGraph):
         counted(cls, "product", "products")
 
     def note(step):

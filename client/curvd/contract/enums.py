@@ -85,6 +85,11 @@ class OperatorKind(enum.StrEnum):
     """Uncentred second moment of the gradients of data points: a sequence is one, and
     its gradient is that of the sum over its positions."""
 
+    @property
+    def least_samples(self) -> int | None:
+        """Fewest targets sampled per loss term, 0 if they may be exact; None: no samples."""
+        return {OperatorKind.GGN: 0, OperatorKind.FISHER: 1}.get(self)
+
 
 class Which(enum.StrEnum):
     """Which end of a spectrum."""

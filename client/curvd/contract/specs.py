@@ -193,10 +193,10 @@ class OperatorSpec:
             if not math.isfinite(getattr(self, name)):
                 msg = f"{name} must be finite, got {getattr(self, name)}"
                 raise InvalidSpec(msg, **{name: getattr(self, name)})
-        if self.kind is OperatorKind.FISHER and self.mc_samples == 0:
-            object.__setattr__(self, "mc_samples", 1)
-        sampled = self.kind in (OperatorKind.GGN, OperatorKind.FISHER)
-        if self.mc_samples < 0 or (self.mc_samples and not sampled):
+        least = self.kind.least_samples
+        if self.mc_samples == 0 and least:
+            object.__setattr__(self, "mc_samples", least)
+        if self.mc_samples < 0 or (self.mc_samples and least is None):
             msg = f"mc_samples={self.mc_samples} does not fit operator {self.kind}"
             raise InvalidSpec(msg, mc_samples=self.mc_samples, operator=self.kind)
         if not 0 <= self.seed < 2**63:

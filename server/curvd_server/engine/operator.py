@@ -34,7 +34,13 @@ from curvd_server.engine.objective import (
     on_host,
     tangents_of,
 )
-from curvd_server.engine.operators import MODES, Linearisation, block_ranges, kept_bytes
+from curvd_server.engine.operators import (
+    MODES,
+    Linearisation,
+    block_ranges,
+    definition,
+    kept_bytes,
+)
 from curvd_server.engine.program import Compilable, Compiler, Emits, Interruptible, Job
 from curvd_server.engine.tuning import Choice, Memory, Plan, choose, is_alike, steps
 from curvd_server.engine.verification import check_objective, check_repeatable
@@ -89,11 +95,13 @@ def build(
         An operator that is ready to multiply.
 
     Raises:
-        InvalidSpec: If the operator's parameters or blocks are not the problem's.
+        InvalidSpec: If the operator's parameters or blocks are not the problem's, or
+            its loss has no such operator.
         NotDeterministic: If two evaluations disagree.
         CurvatureUnverified: If no AD mode is right.
     """
     problem = problem.restricted(spec)
+    definition(spec.kind).check_loss(problem.loss.spec.name, spec)
     check_objective(problem)
     check_cancelled(cancelled)
     choice = choose(
@@ -145,7 +153,8 @@ class Operator:
         self._seconds = self._spent_s = 0.0
         self._compiler, self._jobs = compiler, list[Job]()
         self._results = results
-        self._decay = problem.decay.of_operator(spec.kind)
+        penalised = definition(spec.kind).adds_weight_decay
+        self._decay = problem.decay if penalised else problem.decay.none()
         self.mixes = not choice.plan.batched
         """Whether columns of several requests go through together."""
 

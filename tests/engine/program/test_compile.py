@@ -15,9 +15,9 @@ from support.zoo import ANIMALS
 
 from curvd.contract.specs import OperatorSpec
 from curvd_server.engine.operator import build
+from curvd_server.engine.operators.linearize import program
 from curvd_server.engine.program import compile
 from curvd_server.engine.program.compile import Compiler, describe, rebuild
-from curvd_server.engine.program.linear_program import program
 from curvd_server.engine.tuning.plan import Plan
 
 HUGE = 2**30

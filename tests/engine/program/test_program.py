@@ -9,7 +9,7 @@ from curvd.contract.enums import Dtype  # noqa: E402
 from curvd.contract.specs import DatasetSpec, LossSpec, OperatorSpec  # noqa: E402
 from curvd_server.engine.objective.objective import Problem, tangents_of  # noqa: E402
 from curvd_server.engine.operators import linearize  # noqa: E402
-from curvd_server.engine.program.linear_program import program  # noqa: E402
+from curvd_server.engine.operators.linearize import program  # noqa: E402
 from curvd_server.models import builders  # noqa: E402
 
 aten = torch.ops.aten

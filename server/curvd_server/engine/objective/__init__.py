@@ -15,26 +15,32 @@ from curvd_server.engine.objective.objective import (
     never,
     tangents_of,
 )
-from curvd_server.engine.objective.output_metrics import Metric, metric
+from curvd_server.engine.objective.output_metrics import OutputMetric, loss_hessian
 from curvd_server.engine.objective.prefetch import on_host
+from curvd_server.engine.objective.sampled_metrics import (
+    check_samples,
+    sampled_loss_hessian,
+)
 from curvd_server.engine.objective.trial import check_batch_axis
 
 __all__ = [
     "Array",
     "Batch",
-    "Metric",
+    "OutputMetric",
     "Problem",
     "add_rows",
     "check_batch_axis",
     "check_cancelled",
+    "check_samples",
     "distance",
     "dot",
-    "metric",
+    "loss_hessian",
     "never",
     "norm",
     "on_host",
     "pieces",
     "rows_of",
+    "sampled_loss_hessian",
     "tangents_of",
     "use_differentiable_attention",
 ]

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from curvd.contract import OperatorKind, ParameterLayout, select
-
-_ADDED = (OperatorKind.HESSIAN, OperatorKind.GGN)
+from curvd.contract import ParameterLayout, select
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +48,9 @@ class WeightDecay:
             found = {**dict.fromkeys(matched, coefficient), **found}
         return cls(tuple(found.get(name, 0.0) for name in names))
 
-    def of_operator(self, kind: OperatorKind) -> WeightDecay:
-        """Tell what an operator sees of it: everything, or, as a Fisher, nothing."""
-        return self if kind in _ADDED else WeightDecay((0.0,) * len(self.coefficients))
+    def none(self) -> WeightDecay:
+        """Make the decay that penalises nothing, for what it is no part of."""
+        return WeightDecay((0.0,) * len(self.coefficients))
 
     def value(self, parameters: Sequence[Tensor]) -> float:
         """Compute the penalty, in float64."""

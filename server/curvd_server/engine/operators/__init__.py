@@ -1,4 +1,4 @@
-"""Linearisations: what each operator does at one mini-batch, in every mode it can be had.
+"""Operators, a file each, with a linearisation at one mini-batch in every AD mode.
 
 Imports objective and program; knows nothing of timing and of truth.
 """
@@ -7,14 +7,22 @@ from __future__ import annotations
 
 from curvd_server.engine.operators.linearize import (
     MODES,
-    Linearisation,
     block_ranges,
     kept_bytes,
 )
+from curvd_server.engine.operators.protocol import (
+    Definition,
+    Differences,
+    Linearisation,
+)
+from curvd_server.engine.operators.registry import definition
 
 __all__ = [
     "MODES",
+    "Definition",
+    "Differences",
     "Linearisation",
     "block_ranges",
+    "definition",
     "kept_bytes",
 ]

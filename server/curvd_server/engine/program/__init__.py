@@ -10,18 +10,24 @@ from curvd_server.engine.program.interruptible import Interruptible
 from curvd_server.engine.program.linear_program import (
     Compilable,
     Emits,
+    HessianProgram,
+    JacobianProgram,
     Rows,
     held_bytes,
-    program,
+    hessian_program,
+    jacobian_program,
 )
 
 __all__ = [
     "Compilable",
     "Compiler",
     "Emits",
+    "HessianProgram",
     "Interruptible",
+    "JacobianProgram",
     "Job",
     "Rows",
     "held_bytes",
-    "program",
+    "hessian_program",
+    "jacobian_program",
 ]

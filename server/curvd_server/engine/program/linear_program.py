@@ -24,8 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, fx, nn
 
-from curvd.contract import OperatorKind, OperatorSpec
-from curvd_server.engine.objective import Batch, Metric, Problem, metric
+from curvd_server.engine.objective import Batch, OutputMetric, Problem
 from curvd_server.engine.program.compile import Job, Routine
 from curvd_server.engine.program.fuse import fuse
 from curvd_server.engine.program.interpreter import emitted
@@ -141,7 +140,7 @@ class Emits(Protocol):
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
-class _HessianProgram:
+class HessianProgram:
     """Tangents in, rows out."""
 
     code: LinearCode
@@ -150,7 +149,7 @@ class _HessianProgram:
     def product(
         self, tangents: Sequence[Tensor], block: range, *, batched: bool
     ) -> Rows:
-        """Multiply one diagonal block; see `curvature.Linearisation`."""
+        """Multiply one diagonal block; see `Linearisation`."""
         with torch.no_grad():
             run = self.code.bind(block, block, self.constants, batched=batched)
             return list(run(*tangents))
@@ -171,18 +170,18 @@ class _HessianProgram:
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
-class _JacobianProgram:
+class JacobianProgram:
     """Tangents to outputs, the metric, and cotangents back to rows."""
 
     code: LinearCode
     constants: dict[str, Any]
-    metric: Metric
+    metric: OutputMetric
     parameters: int
 
     def product(
         self, tangents: Sequence[Tensor], block: range, *, batched: bool
     ) -> Rows:
-        """Multiply one diagonal block; see `curvature.Linearisation`."""
+        """Multiply one diagonal block; see `Linearisation`."""
         outputs = range(self.parameters, self.parameters + 1)
         with torch.no_grad():
             push = self.code.bind(block, outputs, self.constants, batched=batched)
@@ -218,11 +217,37 @@ class _JacobianProgram:
         return [*self.constants.values(), *_tensors(self.metric)]
 
 
-def program(
-    problem: Problem, spec: OperatorSpec, batch: Batch
-) -> _HessianProgram | _JacobianProgram:
-    """Linearise by partial evaluation; see `curvature.Linearisation`."""
-    hessian = spec.kind is OperatorKind.HESSIAN
+def hessian_program(problem: Problem, batch: Batch) -> HessianProgram:
+    """Linearise the gradient of a mini-batch's share of the objective."""
+    code, constants, _ = _evaluated(problem, batch, hessian=True)
+    return HessianProgram(code, constants)
+
+
+def jacobian_program(
+    problem: Problem, batch: Batch, metric_at: Callable[[Tensor], OutputMetric]
+) -> JacobianProgram:
+    """Linearise the outputs of a mini-batch in both directions.
+
+    Args:
+        problem: The objective.
+        batch: The mini-batch.
+        metric_at: Makes the metric between the two directions, given the outputs.
+
+    Returns:
+        The linear program of ``J^T M J``.
+    """
+    code, constants, outputs = _evaluated(problem, batch, hessian=False)
+    return JacobianProgram(code, constants, metric_at(outputs), len(problem.parameters))
+
+
+def _evaluated(
+    problem: Problem, batch: Batch, *, hessian: bool
+) -> tuple[LinearCode, dict[str, Any], Any]:
+    """Run what needs no tangent.
+
+    Returns:
+        The linear code, its constants, and the outputs of a Jacobian's model.
+    """
     whole = _program(problem, batch, hessian=hessian)
     yield_point()
     frozen = problem.model.constants.values()
@@ -231,11 +256,7 @@ def program(
         values, outputs = evaluate(whole.traced, known)
         yield_point()
         code = whole.code(values)
-        constants = code.constants(values)
-    if hessian:
-        return _HessianProgram(code, constants)
-    middle = metric(problem, spec, outputs, batch)
-    return _JacobianProgram(code, constants, middle, len(problem.parameters))
+        return code, code.constants(values), outputs
 
 
 def _program(problem: Problem, batch: Batch, *, hessian: bool) -> Program:
@@ -254,7 +275,7 @@ def _program(problem: Problem, batch: Batch, *, hessian: bool) -> Program:
     return found
 
 
-def held_bytes(linear: _HessianProgram | _JacobianProgram, known: set[int]) -> int:
+def held_bytes(linear: HessianProgram | JacobianProgram, known: set[int]) -> int:
     """Count the memory of a program's constants.
 
     Args:
@@ -272,7 +293,7 @@ def held_bytes(linear: _HessianProgram | _JacobianProgram, known: set[int]) -> i
     return sum(size for at, size in storages.items() if at not in known)
 
 
-def _job(linear: _HessianProgram | _JacobianProgram, routine: Routine) -> Job:
+def _job(linear: HessianProgram | JacobianProgram, routine: Routine) -> Job:
     """Say how a routine is called, without keeping the session's memory."""
     shapes = [
         node.meta["val"]
@@ -314,6 +335,6 @@ def _routine(graph: fx.Graph) -> Routine:
     return Routine(fx.GraphModule(nn.Module(), graph), tuple(named))
 
 
-def _tensors(middle: Metric) -> list[Any]:
-    names = getattr(type(middle), "__slots__", ())
-    return [getattr(middle, name) for name in names]
+def _tensors(metric: OutputMetric) -> list[Any]:
+    names = getattr(type(metric), "__slots__", ())
+    return [getattr(metric, name) for name in names]

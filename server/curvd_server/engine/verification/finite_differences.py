@@ -8,22 +8,22 @@ needed, and difference quotients are accumulated where backward passes leave gra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from curvd.contract import OperatorKind, OperatorSpec
+from curvd.contract import OperatorSpec
 from curvd_server.engine.objective import (
     Batch,
     Problem,
     dot,
-    metric,
     norm,
     pieces,
     rows_of,
 )
+from curvd_server.engine.operators import definition
 from curvd_server.system import yield_point
 
 ROWS = 4
@@ -106,20 +106,33 @@ class Excerpt:
         Returns:
             One tensor per parameter. The parameters are left somewhere along the way.
         """
-        batch, leaves = self.problem.data[0], self._leaves()
-        if spec.kind is OperatorKind.HESSIAN:
-            for sign in (1.0, -1.0):
-                self._move(sign * step)
-                self._add_gradient(leaves, batch, sign)
-            return [row.div_(2 * step) for row in _gradients(leaves)]
+        return definition(spec.kind).difference_quotient(self, spec, step)
+
+    def of_gradient(self, step: float) -> list[Tensor]:
+        """Difference the gradient; see `Differences`."""
+        leaves = self._leaves()
+        for sign in (1.0, -1.0):
+            self._move(sign * step)
+            self._add_gradient(leaves, self.problem.data[0], sign)
+        return [row.div_(2 * step) for row in _gradients(leaves)]
+
+    def of_outputs(self, step: float) -> Tensor:
+        """Difference the outputs; see `Differences`."""
+        batch = self.problem.data[0]
         ahead, behind = (self._outputs(batch, sign * step) for sign in (1.0, -1.0))
+        return (ahead - behind) / (2 * step)
+
+    def pulled_back(
+        self, cotangent_at: Callable[[Tensor, Batch], Tensor]
+    ) -> list[Tensor]:
+        """Multiply by the transposed Jacobian; see `Differences`."""
+        batch, leaves = self.problem.data[0], self._leaves()
         self._move(0.0)
         yield_point()
         with torch.enable_grad():
             outputs = self.problem.outputs(leaves, batch)
-            middle = metric(self.problem, spec, outputs.detach(), batch)
-            pushed = middle((ahead - behind) / (2 * step))
-            rows = torch.autograd.grad(outputs, leaves, pushed, allow_unused=True)
+            cotangent = cotangent_at(outputs.detach(), batch)
+            rows = torch.autograd.grad(outputs, leaves, cotangent, allow_unused=True)
         return filled(rows, leaves)
 
     def beyond_the_sum(self) -> tuple[list[float], list[float]]:
