@@ -1,13 +1,14 @@
 """What the server needs from whatever computes.
 
-Problems and operators belong to whoever has the device's turn (`batching`): one thread
-at a time, nearly always the device's own. Arrays are NumPy's.
+Problems and operators belong to whoever has the device's turn (`Batcher`): one thread
+at a time, nearly always the device's own. Arrays are NumPy's; what stays on the device are
+torch's tensors, which are named here and never looked at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -26,6 +27,10 @@ from curvd.contract import (
 from curvd_server.storage import Architecture
 from curvd_server.system import Poll
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 Array = NDArray[Any]
 
 
@@ -40,6 +45,18 @@ class Operator(Protocol):
     def shares(self) -> bool:
         """Whether columns together cost less than one after the other."""
 
+    @property
+    def size(self) -> int:
+        """P, the length of the vectors that it multiplies."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its products."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its products are made."""
+
     def apply(
         self, columns: Array, *, counts: Sequence[int] = (), cancelled: Poll
     ) -> Array:
@@ -49,6 +66,14 @@ class Operator(Protocol):
             columns: [K, P].
             counts: Columns of each request that is in them, whose result does not
                 depend, to the bit, on the others; none: it is one.
+            cancelled: Polled between mini-batches.
+        """
+
+    def multiply(self, columns: Tensor, *, cancelled: Poll) -> Tensor:
+        """Multiply columns that are on the device, and leave them there: [K, P] -> [K, P].
+
+        Args:
+            columns: [K, P] in `dtype`.
             cancelled: Polled between mini-batches.
         """
 
@@ -79,7 +104,11 @@ class Problem(Protocol):
         """Verify and warm an operator."""
 
     def move(self, operator: Any) -> Operator:
-        """Make another version's operator for this one; nothing is computed yet."""
+        """Make another version's operator for this one; nothing is computed yet.
+
+        Args:
+            operator: What another version of this problem built.
+        """
 
 
 class Device(Protocol):

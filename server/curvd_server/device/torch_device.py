@@ -303,7 +303,7 @@ class TorchProblem:
             The operator.
         """
         with _translated():
-            inner = engine.build(
+            built = engine.build(
                 self._problem,
                 spec,
                 budget_bytes=budget_bytes,
@@ -312,58 +312,84 @@ class TorchProblem:
                 results=self._tools.results,
                 cancelled=cancelled,
             )
-            return TorchOperator(inner)
+            return TorchOperator(built)
 
     def move(self, operator: TorchOperator) -> TorchOperator:
         """Make the same operator for this version; nothing is computed yet."""
-        return TorchOperator(operator.inner.at(self._problem), operator.report)
+        return operator.at(self._problem)
 
 
 class TorchOperator:
     """An operator that is built.
 
     Args:
-        inner: The engine's.
+        operator: The engine's operator.
         report: How it is computed; by default as it says now.
     """
 
     def __init__(
-        self, inner: engine.Operator, report: PlanReport | None = None
+        self, operator: engine.Operator, report: PlanReport | None = None
     ) -> None:
-        self.inner = inner
+        self._operator = operator
         # Asked here, on the device's thread, because it may measure.
-        self._report = report or inner.report
+        self._report = report or operator.report
 
     @property
     def report(self) -> PlanReport:
         """How it is computed; whether in native code, as of now."""
-        if self._report.compiled != self.inner.is_compiled:
-            self._report = replace(self._report, compiled=self.inner.is_compiled)
+        if self._report.compiled != self._operator.is_compiled:
+            self._report = replace(self._report, compiled=self._operator.is_compiled)
         return self._report
 
     @property
     def shares(self) -> bool:
         """Whether columns go together, or share what is linearised for them."""
         report = self._report
-        together = report.columns_at_once > 1 and self.inner.mixes
+        together = report.columns_at_once > 1 and self._operator.mixes
         return together or report.kept_batches < report.batches
+
+    @property
+    def size(self) -> int:
+        """P, the length of the vectors that it multiplies."""
+        return self._operator.problem.layout.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its products."""
+        return self._operator.problem.result_dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where its products are made."""
+        return self._operator.problem.device
+
+    def at(self, problem: Problem) -> TorchOperator:
+        """Make the same operator at another version of its problem.
+
+        Args:
+            problem: The engine's.
+
+        Returns:
+            The operator; nothing is computed or measured yet.
+        """
+        return TorchOperator(self._operator.at(problem), self.report)
 
     def apply(
         self, columns: NDArray[Any], *, counts: Sequence[int] = (), cancelled: Poll
     ) -> NDArray[Any]:
         """Multiply columns: [K, P] -> [K, P]; see `Device`'s `Operator`."""
         with _translated():
-            rows = self.inner.apply(columns, counts=counts, cancelled=cancelled)
+            rows = self._operator.apply(columns, counts=counts, cancelled=cancelled)
             return rows.cpu().numpy()
 
     def multiply(self, columns: Tensor, *, cancelled: Poll) -> Tensor:
         """Multiply columns that are on the device: [K, P] -> [K, P]."""
         with _translated():
-            return self.inner.apply(columns, cancelled=cancelled)
+            return self._operator.apply(columns, cancelled=cancelled)
 
     def close(self) -> None:
         """Return its memory."""
-        self.inner.close()
+        self._operator.close()
 
 
 class _translated:

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from curvd.contract import OperatorSpec
 from curvd.errors import Cancelled
-from curvd_server.device import LONG_S, Batcher, Ticket
-from curvd_server.device.torch_device import TorchOperator
+from curvd_server.device import LONG_S, Batcher, Operator, Ticket
 from curvd_server.linalg import Products, Progress, Query
 from curvd_server.system import Poll
 
@@ -55,7 +54,7 @@ class QueryRun(Generic[R]):
 
     def __init__(
         self,
-        operator: TorchOperator,
+        operator: Operator,
         spec: OperatorSpec,
         *,
         batcher: Batcher,
@@ -63,7 +62,6 @@ class QueryRun(Generic[R]):
         max_products: int,
         time_limit_s: float | None,
     ) -> None:
-        problem = operator.inner.problem
         self._operator, self._spec = operator, spec
         self._batcher, self._threads = batcher, threads
         self._at_once = max(1, operator.report.columns_at_once)
@@ -75,9 +73,9 @@ class QueryRun(Generic[R]):
         self._ticket: Ticket[Tensor] | None = None
         self.products = Products(
             self._multiply,
-            size=problem.layout.size,
-            dtype=problem.result_dtype,
-            device=problem.device,
+            size=operator.size,
+            dtype=operator.dtype,
+            device=operator.device,
             limit=max_products,
             expired=self._expired,
         )
@@ -97,7 +95,7 @@ class QueryRun(Generic[R]):
     ) -> R:
         """Run the algorithm to its end.
 
-        Cancelling stops the device within one step; see `candidates.LONGEST_STEP_S`.
+        Cancelling stops the device within one step; see `autotune.LONGEST_STEP_S`.
 
         Args:
             query: The algorithm, not begun.
