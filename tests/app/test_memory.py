@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from curvd.contract.specs import DatasetSpec, LossSpec, OperatorSpec
-from curvd_server.engine import operator as engine
+from curvd_server.engine import batch_product
 from curvd_server.engine.objective import chunked
 from curvd_server.engine.objective.objective import Problem
 from curvd_server.engine.operator import build
@@ -136,7 +136,7 @@ def test_a_product_with_a_large_column_holds_its_result_and_one_row(
     """A Hessian's row is the sum of two, so it holds two for a moment."""
     operator = operator_of(problem, "program", kind=kind)
     column = torch.ones(1, problem.layout.size)
-    monkeypatch.setattr(engine, "EMITTED_BYTES", column.nbytes)
+    monkeypatch.setattr(batch_product, "EMITTED_BYTES", column.nbytes)
     rows = 2 if kind == "hessian" else 1
     assert peak(lambda: operator.apply(column)) <= 1 + rows * ONE
 

@@ -15,7 +15,8 @@ from curvd.contract.enums import Dtype
 from curvd.contract.specs import DatasetSpec, LossSpec, OperatorSpec
 from curvd.errors import Cancelled, InvalidSpec, InvalidVector, OutOfMemory
 from curvd.tensors.buffer_pool import Pool
-from curvd_server.engine import operator as engines
+from curvd_server.engine import batch_product
+from curvd_server.engine.batch_product import BatchProduct
 from curvd_server.engine.objective.objective import Problem
 from curvd_server.engine.operator import Operator, build
 from curvd_server.engine.operators.linearize import MODES
@@ -94,7 +95,7 @@ def test_rows_that_are_added_one_by_one_are_the_same(animal, kind, monkeypatch):
         V = columns(operator.problem, 1)
         want = operator.apply(V)
         with monkeypatch.context() as patched:
-            patched.setattr(engines, "EMITTED_BYTES", 0)
+            patched.setattr(batch_product, "EMITTED_BYTES", 0)
             assert torch.equal(operator.apply(V), want)
 
 
@@ -153,7 +154,7 @@ class TestMemory:
     @pytest.mark.parametrize("mode", KEPT)
     def test_closing_returns_it_without_a_garbage_collection(self, mode: str):
         operator = make(mode=mode)
-        kept = [self._dies(linear) for linear in operator._kept]
+        kept = [self._dies(linear) for linear in operator._cache._kept]
         assert all(ref() is not None for refs in kept for ref in refs)
         gc.disable()
         try:
@@ -216,7 +217,7 @@ class TestMemory:
         operator = make(mode="program")
         V = columns(operator.problem, 1)
         want = operator.apply(V)
-        real, calls = Operator._rows, []
+        real, calls = BatchProduct._rows, []
 
         def breaking(self, linear, V):
             calls.append(linear)
@@ -225,22 +226,22 @@ class TestMemory:
                     raise torch.OutOfMemoryError("out of memory")
                 yield at, row
 
-        monkeypatch.setattr(engines, "EMITTED_BYTES", 0)
-        monkeypatch.setattr(engines.Operator, "_rows", breaking)
+        monkeypatch.setattr(batch_product, "EMITTED_BYTES", 0)
+        monkeypatch.setattr(BatchProduct, "_rows", breaking)
         assert torch.equal(operator.apply(V), want)
         assert len(calls) == BATCHES + 1
         assert operator.report.kept_batches == 0
 
     @staticmethod
     def _limit_width(monkeypatch, limit: int) -> None:
-        real = Operator._rows
+        real = BatchProduct._rows
 
         def limited(self, linear, V):
             if len(V) > limit:
                 raise torch.OutOfMemoryError("out of memory")
             return real(self, linear, V)
 
-        monkeypatch.setattr(engines.Operator, "_rows", limited)
+        monkeypatch.setattr(BatchProduct, "_rows", limited)
 
 
 class TestCancellation:

@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,44 +23,26 @@ from torch import Tensor
 from curvd.contract import OperatorSpec, PlanReport
 from curvd.errors import InvalidVector, OutOfMemory
 from curvd.tensors import Pool
-from curvd_server.engine.objective import (
-    Array,
-    Problem,
-    check_cancelled,
-    never,
-    on_host,
-    tangents_of,
+from curvd_server.engine.batch_product import (
+    BatchProduct,
+    DoesNotFit,
+    is_out_of_memory,
 )
-from curvd_server.engine.operators import (
-    MODES,
-    Linearisation,
-    block_ranges,
-    definition,
-    kept_bytes,
-)
-from curvd_server.engine.program import Compilable, Compiler, Emits, Interruptible, Job
+from curvd_server.engine.linearization_cache import Counters, LinearizationCache
+from curvd_server.engine.native_code import NativeCode
+from curvd_server.engine.objective import Array, Problem, check_cancelled, never
+from curvd_server.engine.operators import definition
+from curvd_server.engine.program import Compiler, Interruptible
 from curvd_server.engine.tuning import Choice, Memory, Plan, choose, is_alike, steps
 from curvd_server.engine.verification import check_objective, check_repeatable
 from curvd_server.system import is_out_of_memory, yield_point
 
+__all__ = ["TUNING_S", "Counters", "Operator", "build", "is_out_of_memory"]
+
 TUNING_S = 6.0
 """Default time for measuring candidate plans."""
-EMITTED_BYTES = 64 << 20
-"""A column of this size has its rows added one by one, so that they take no memory."""
 SHARED = 16
 """Columns that share one linearisation when it has to be recomputed."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """Work done so far; for tests and metrics."""
-
-    linearisations: int = 0
-    """Mini-batches linearised (forward and first backward)."""
-    batch_products: int = 0
-    """Mini-batches multiplied, each with one chunk of columns."""
-    columns: int = 0
-    """Columns returned."""
 
 
 def build(
@@ -144,15 +123,22 @@ class Operator:
         self.problem, self.spec = problem, spec
         self.counters = Counters()
         self._choice, self._budget_bytes = choice, budget_bytes
-        self._blocks = block_ranges(spec, len(problem.parameters))
-        self._width = choice.plan.columns_at_once
         # What is computed in one step: a mini-batch, or some of them joined.
         self._work = problem.joined(choice.plan.batches_at_once)
-        self._kept: list[Linearisation | None] = [None] * self._work.batches
-        self._bytes: list[int] | None = None
-        self._seconds = self._spent_s = 0.0
-        self._compiler, self._jobs = compiler, list[Job]()
-        self._results = results
+        self._cache = LinearizationCache(
+            self._work, spec, choice.plan.mode, budget_bytes, self.counters
+        )
+        self._native = NativeCode(compiler)
+        self._product = BatchProduct(
+            problem,
+            spec,
+            self._cache,
+            choice.plan.columns_at_once,
+            self.counters,
+            self._native.is_ready,
+        )
+        self._seconds = 0.0
+        self._compiler, self._results = compiler, results
         penalised = definition(spec.kind).adds_weight_decay
         self._decay = problem.decay if penalised else problem.decay.none()
         self.mixes = not choice.plan.batched
@@ -166,13 +152,14 @@ class Operator:
     @property
     def report(self) -> PlanReport:
         """The plan and the evidence that it is right."""
-        kept = self._kept_indices()
-        transient = max(self._batch_bytes()) * self._width
+        kept, sizes = self._cache.indices(), self._cache.sizes()
+        width = self._product.width
+        transient = max(sizes) * width
         column_bytes = self.problem.layout.size * self.problem.result_dtype.itemsize
-        kept_total = sum(self._batch_bytes()[i] for i in kept)
+        kept_total = sum(sizes[i] for i in kept)
         return PlanReport(
             mode=self._mode_name(len(kept)),
-            columns_at_once=self._width,
+            columns_at_once=width,
             batches=self.problem.batches,
             kept_batches=min(
                 len(kept) * self.plan.batches_at_once, self.problem.batches
@@ -185,13 +172,13 @@ class Operator:
             peak_bytes=self.problem.device_bytes
             + kept_total
             + transient
-            + 3 * self._width * column_bytes,
+            + 3 * width * column_bytes,
         )
 
     @property
     def is_compiled(self) -> bool:
         """Whether native code computes it, on all but odd mini-batches."""
-        return bool(self._jobs) and all(j.routine.native for j in self._jobs)
+        return self._native.is_ready()
 
     def at(self, problem: Problem) -> Operator:
         """Make this operator for new parameters, with the same plan.
@@ -208,20 +195,21 @@ class Operator:
             self._compiler,
             self._results,
         )
-        moved._width, moved._bytes = self._width, self._bytes
-        moved._seconds, moved._spent_s = self._seconds, self._spent_s
+        moved._cache.measured_sizes = self._cache.measured_sizes
+        moved._product.width = self._product.width
+        moved._seconds, moved._native.spent_s = self._seconds, self._native.spent_s
         moved.mixes = self.mixes
         return moved
 
     def close(self) -> None:
-        """Return the memory of all kept linearisations, now."""
-        self._kept = [None] * self._work.batches
+        """Return the memory of all cached linearisations, now."""
+        self._cache.clear()
 
     def warm(self, *, cancelled: Callable[[], bool] = never) -> None:
         """Linearise the mini-batches that fit the budget, and time a product."""
-        for index in self._kept_indices():
+        for index in self._cache.indices():
             check_cancelled(cancelled)
-            self._linearisation(index)
+            self._cache.get(index)
         check_cancelled(cancelled)
         column = torch.ones(
             1, self.problem.layout.size, dtype=self.problem.result_dtype
@@ -251,7 +239,7 @@ class Operator:
             return
         p = self.problem
         generator = torch.Generator().manual_seed(2)
-        shape = (self._width, p.layout.size)
+        shape = (self._product.width, p.layout.size)
         V = torch.randn(shape, generator=generator, dtype=p.result_dtype).to(p.device)
         on_cpu = p.device.type == "cpu"
 
@@ -331,9 +319,9 @@ class Operator:
         self, counts: Sequence[int], at_once: int | None = None
     ) -> Iterator[list[int]]:
         """Cut requests into what is multiplied before the next linearisation."""
-        all_kept = len(self._kept_indices()) == self._work.batches
-        most = at_once or max(self._width, 1 if all_kept else SHARED)
-        return steps(counts, at_once or self._width, most)
+        width = self._product.width
+        most = at_once or max(width, 1 if self._cache.keeps_all() else SHARED)
+        return steps(counts, at_once or width, most)
 
     def _empty(self, columns: int) -> Tensor:
         """Find memory for a result.
@@ -376,22 +364,13 @@ class Operator:
         if self.spec.damping:
             out.add_(V, alpha=self.spec.damping)
         self.counters.columns += len(V)
-        self._spent_s += time.perf_counter() - start
+        self._native.spent_s += time.perf_counter() - start
         self._consider_compiling()
 
     def _consider_compiling(self) -> None:
-        """Ask for native code of the common mini-batch, if it is kept and one block.
-
-        More blocks would be as many programs, and columns that go through together
-        would be others again.
-        """
-        if self._compiler is None or self._width > 1 or len(self._blocks) > 1:
-            return
-        linear = self._kept[0]
-        if isinstance(linear, Compilable) and not self._jobs:
-            self._jobs = linear.jobs(self._blocks[0])
-        if not self.is_compiled:
-            self._compiler.consider(self._jobs, self._spent_s)
+        self._native.consider(
+            self._cache.peek(0), self._product.blocks, self._product.width
+        )
 
     def _batch_product(
         self,
@@ -401,116 +380,20 @@ class Operator:
         sizes: Sequence[int],
         cancelled: Callable[[], bool],
     ) -> None:
-        """Add one mini-batch's product, in pieces of these sizes or what of them fits.
-
-        The first mini-batch overwrites `out`, which saves clearing it.
-        """
-        check_cancelled(cancelled)
-        linear = self._linearisation(index)
-        ends = list(itertools.accumulate(sizes))
-        start, added = 0, set[int]()
-        while start < len(V):
-            check_cancelled(cancelled)
-            end = next(end for end in ends if end > start)
-            stop = min(start + self._width, end)
-            try:
-                for at, row in self._rows(linear, V[start:stop]):
-                    if at not in added:
-                        self._add(at, row, out[start:stop], first=index == 0)
-                    added.add(at)
-                    del row  # before the next one is made
-            except RuntimeError as error:
-                # Rows that were added stay added: the same columns go on behind them.
-                if not is_out_of_memory(error) or (added and stop > start + 1):
-                    raise
-                linear = self._relieve(index, linear, error)
-                continue
-            self.counters.batch_products += 1
-            start = stop
-            added.clear()
-
-    def _rows(
-        self, linear: Linearisation, V: Tensor
-    ) -> Iterator[tuple[int, Tensor | None]]:
-        """Multiply one chunk of columns by every diagonal block.
-
-        Yields:
-            Index of a parameter, and its row. The first comes when all are computed,
-            except that one large column's come as they are computed.
-        """
-        batched = len(V) > 1
-        columns = V.to(self.problem.dtype) if batched else V[0].to(self.problem.dtype)
-        tangents = tangents_of(columns, self.problem.layout)
-        large = not batched and V.nbytes >= EMITTED_BYTES and not self.is_compiled
-        if large and isinstance(linear, Emits):
-            for b in self._blocks:
-                yield from linear.rows(tangents[b.start : b.stop], b)
-            return
-        found = deque[Tensor | None]()
-        for b in self._blocks:
-            yield_point()  # of an opening; a product goes on
-            found += linear.product(tangents[b.start : b.stop], b, batched=batched)
-        for at in range(len(tangents)):
-            yield at, found.popleft()
-
-    def _add(self, at: int, row: Tensor | None, out: Tensor, *, first: bool) -> None:
-        p = self.problem.layout.parameters[at]
-        place = out[:, p.offset : p.offset + p.size].view(len(out), *p.shape)
-        if row is not None:
-            place.copy_(row) if first else place.add_(row)
-        elif first:
-            place.zero_()
-
-    def _linearisation(self, index: int) -> Linearisation:
-        kept = self._kept[index]
-        if kept is not None:
-            return kept
-        self.counters.linearisations += 1
-        mode = MODES[self.plan.mode]
-        fresh = mode(self._work, self.spec, self._work.data[index])
-        if index in self._kept_indices():
-            self._kept[index] = fresh
-        return fresh
-
-    def _kept_indices(self) -> range:
-        """Say which mini-batches are kept: the first that fit the budget."""
-        total = 0
-        for index, size in enumerate(self._batch_bytes()):
-            total += size
-            if total > self._budget_bytes or not size:
-                return range(index)
-        return range(self._work.batches)
-
-    def _batch_bytes(self) -> list[int]:
-        """Bytes of each linearisation: the first is measured, the others by rows."""
-        if self._bytes is None:
-            data = on_host(self._work.data)
-            first = kept_bytes(self.plan.mode, self._work, self.spec, data[0])
-            rows = len(data[0].targets)
-            self._bytes = [-(-first * len(b.targets) // rows) for b in data]
-        return self._bytes
-
-    def _relieve(
-        self, index: int, linear: Linearisation, error: RuntimeError
-    ) -> Linearisation:
-        """Make room after running out of memory: halve the chunk, then keep less."""
-        if self.problem.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if self._width > 1:
-            self._width //= 2
-            self.mixes = False  # it was found out for other shapes
-            return linear
-        if not any(self._kept):
+        """Add one mini-batch's product; see `BatchProduct.add`."""
+        width = self._product.width
+        try:
+            self._product.add(index, V, out, sizes, cancelled)
+        except DoesNotFit as error:
             need = self.report.peak_bytes
             msg = (
                 f"one column does not fit the device with nothing kept (predicted peak "
                 f"{need} bytes); use a smaller batch_size"
             )
             raise OutOfMemory(msg, peak_bytes=need) from error
-        self._budget_bytes = 0
-        self._kept = [None] * self._work.batches
-        del linear
-        return self._linearisation(index)
+        finally:
+            if self._product.width < width:
+                self.mixes = False  # it was found out for other shapes
 
     def _mode_name(self, kept: int) -> str:
         if kept == self._work.batches:

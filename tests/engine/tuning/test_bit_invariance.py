@@ -8,6 +8,7 @@ from support.reference import columns, problem_of
 from support.zoo import ANIMALS
 
 from curvd.contract.specs import OperatorSpec
+from curvd_server.engine import batch_product
 from curvd_server.engine import operator as engines
 from curvd_server.engine.operator import build
 from curvd_server.engine.operators.linearize import MODES
@@ -49,12 +50,12 @@ def test_requests_share_what_is_linearised_for_them():
 def test_columns_are_mixed_only_where_company_changes_nothing(monkeypatch):
     seen = []
 
-    class Watched(engines.Operator):
+    class Watched(batch_product.BatchProduct):
         def _rows(self, linear, V):
             seen.append(len(V))
             return super()._rows(linear, V)
 
-    monkeypatch.setattr(engines, "Operator", Watched)
+    monkeypatch.setattr(engines, "BatchProduct", Watched)
     for alike, sizes in ((True, [3, 3]), (False, [1, 1, 3, 1])):
         monkeypatch.setattr(engines, "is_alike", lambda product, V, a=alike: a)
         operator = make("program")

@@ -1,0 +1,100 @@
+"""Linearisations of mini-batches, kept as far as a budget of memory goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from curvd.contract import OperatorSpec
+from curvd_server.engine.objective import Problem, on_host
+from curvd_server.engine.operators import MODES, Linearisation, kept_bytes
+
+
+@dataclass(slots=True)
+class Counters:
+    """Work that an operator has done so far; for tests and metrics."""
+
+    linearisations: int = 0
+    """Mini-batches linearised (forward and first backward)."""
+    batch_products: int = 0
+    """Mini-batches multiplied, each with one chunk of columns."""
+    columns: int = 0
+    """Columns returned."""
+
+
+class LinearizationCache:
+    """Linearises mini-batches, and keeps the first that fit a budget.
+
+    Args:
+        problem: The objective; what is computed in one step is one of its mini-batches.
+        spec: The operator.
+        mode: Name of the AD mode.
+        budget_bytes: Memory for what is kept.
+        counters: Where linearisations are counted.
+        sizes: Bytes of each linearisation, where they were measured before.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        spec: OperatorSpec,
+        mode: str,
+        budget_bytes: int,
+        counters: Counters,
+        sizes: list[int] | None = None,
+    ) -> None:
+        self._problem, self._spec, self._mode = problem, spec, mode
+        self._budget_bytes, self._counters = budget_bytes, counters
+        self._kept: list[Linearisation | None] = [None] * problem.batches
+        self.measured_sizes = sizes
+        """What `sizes` found, once it was asked; the same at every version."""
+
+    def get(self, index: int) -> Linearisation:
+        """Find the linearisation of a mini-batch, or make it."""
+        kept = self._kept[index]
+        if kept is not None:
+            return kept
+        self._counters.linearisations += 1
+        batch = self._problem.data[index]
+        fresh = MODES[self._mode](self._problem, self._spec, batch)
+        if index in self.indices():
+            self._kept[index] = fresh
+        return fresh
+
+    def peek(self, index: int) -> Linearisation | None:
+        """Find the linearisation of a mini-batch if it is kept."""
+        return self._kept[index]
+
+    def indices(self) -> range:
+        """Say which mini-batches are kept: the first that fit the budget."""
+        total = 0
+        for index, size in enumerate(self.sizes()):
+            total += size
+            if total > self._budget_bytes or not size:
+                return range(index)
+        return range(self._problem.batches)
+
+    def keeps_all(self) -> bool:
+        """Tell whether nothing has to be linearised again."""
+        return len(self.indices()) == self._problem.batches
+
+    def sizes(self) -> list[int]:
+        """Bytes of each linearisation: the first is measured, the others by rows."""
+        if self.measured_sizes is None:
+            data = on_host(self._problem.data)
+            first = kept_bytes(self._mode, self._problem, self._spec, data[0])
+            rows = len(data[0].targets)
+            self.measured_sizes = [-(-first * len(b.targets) // rows) for b in data]
+        return self.measured_sizes
+
+    def is_empty(self) -> bool:
+        """Tell whether nothing is kept at the moment."""
+        return not any(self._kept)
+
+    def clear(self) -> None:
+        """Return the memory of everything that is kept, now."""
+        self._kept = [None] * self._problem.batches
+
+    def give_up(self) -> None:
+        """Return the memory, and keep nothing from now on."""
+        self._budget_bytes = 0
+        self.clear()
