@@ -17,7 +17,7 @@ from importlib import metadata
 
 import psutil
 
-from curvd.contract import ServerInfo
+from curvd.contract import OperatorKind, ServerInfo
 from curvd.tensors import tune_allocator
 from curvd_server.config import ServerConfig
 from curvd_server.device import Batcher, Device, torch_device
@@ -35,20 +35,19 @@ from curvd_server.storage import (
 from curvd_server.system import HostMemory, default_bytes, logs
 from curvd_server.transport import raise_descriptor_limit
 
-CAPABILITIES = (
-    "block_diagonal",
-    "empirical_fisher",
-    "fisher",
-    "ggn",
-    "hessian",
-    "mounted_datasets",
-    "narrow_vectors",
-    "probe_operands",
-    "resumable_results",
-    "resumable_uploads",
-    "stored_vectors",
-    "unary_products",
-    "validate_only",
+CAPABILITIES = tuple(
+    sorted([
+        *(str(kind) for kind in OperatorKind),
+        "block_diagonal",
+        "mounted_datasets",
+        "narrow_vectors",
+        "probe_operands",
+        "resumable_results",
+        "resumable_uploads",
+        "stored_vectors",
+        "unary_products",
+        "validate_only",
+    ])
 )
 
 _SWEEP_S = 1.0

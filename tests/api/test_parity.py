@@ -12,7 +12,7 @@ PAIRS = [
     (curvd.RemoteOperator, curvd.AsyncOperator),
 ]
 ONLY_BLOCKING = {"to_scipy"}  # SciPy calls, and does not await
-IN_MEMORY = {"operator", "hessian", "ggn", "fisher", "empirical_fisher", "probe"}
+IN_MEMORY = {"operator", "probe", *curvd.OperatorKind}
 
 
 def surface(kind):

@@ -80,6 +80,33 @@ def test_gauss_newton_and_empirical_fisher_match_their_definitions(animal: Anima
         assert error(quick(problem, spec).apply(V), want) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["gelu", "conv", "linear_bce"])
+def test_the_jacobian_gram_matches_dense_jacobians_of_torch_func(name: str):
+    problem = problem_of(of_name(name))
+    total = torch.zeros(problem.layout.size, problem.layout.size, dtype=torch.float64)
+    for batch in problem.data:
+        run = lambda p, b=batch: problem.outputs(p, b)  # noqa: E731
+        rows = torch.func.jacrev(run)(problem.parameters)
+        outputs = run(problem.parameters).numel()
+        J = torch.cat([r.reshape(outputs, -1) for r in rows], 1)
+        total += J.T @ J
+    V, halves = columns(problem, 2), (1, len(problem.parameters) - 1)
+    for mode in sorted(MODES):
+        whole = quick(problem, OperatorSpec(kind="jacobian_gram"), mode)
+        assert error(whole.apply(V), V @ total) < 1e-12
+    spec = OperatorSpec(kind="jacobian_gram", block_sizes=halves)
+    want = V @ block_diagonal(problem, halves, total)
+    assert error(quick(problem, spec).apply(V), want) < 1e-12
+
+
+def test_the_jacobian_gram_does_not_depend_on_the_loss():
+    problem = problem_of(of_name("linear_mse"))  # whose loss has the curvature 2
+    V = columns(problem, 1)
+    gram = quick(problem, OperatorSpec(kind="jacobian_gram")).apply(V)
+    ggn = quick(problem, OperatorSpec(kind="ggn")).apply(V)
+    assert error(gram * 2 / problem.normaliser, ggn) < 1e-12
+
+
 @pytest.mark.parametrize("name", ["linear_mse", "linear_bce", "gelu", "attention"])
 @pytest.mark.parametrize("mode", sorted(MODES))
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "empirical_fisher", "fisher"])

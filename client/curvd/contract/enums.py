@@ -84,6 +84,9 @@ class OperatorKind(enum.StrEnum):
     EMPIRICAL_FISHER = "empirical_fisher"
     """Uncentred second moment of the gradients of data points: a sequence is one, and
     its gradient is that of the sum over its positions."""
+    JACOBIAN_GRAM = "jacobian_gram"
+    """``J^T J``, J the Jacobian of the model's outputs, summed over all data points,
+    positions and outputs, whatever the loss; the neural tangent kernel is ``J J^T``."""
 
     @property
     def least_samples(self) -> int | None:

@@ -41,7 +41,7 @@ class Session(SessionBase[RemoteOperator]):
     def operator(
         self, spec: OperatorSpec, *, expected_version: int | None = None
     ) -> RemoteOperator:
-        """Make any operator; see `hessian`, `ggn`, `fisher`, `empirical_fisher`.
+        """Make any operator; `hessian` and the other methods name each kind.
 
         Args:
             spec: Which.

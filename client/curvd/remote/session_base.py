@@ -28,7 +28,7 @@ O = TypeVar("O")  # noqa: E741 - the operator type of the client
 class SessionBase(ABC, Generic[O]):
     """A model, a dataset and a loss on a device of the server.
 
-    The four operator methods make no call: the server builds and verifies an operator
+    The operator methods make no call: the server builds and verifies an operator
     when it is first used, or when the session is created with ``operators=``.
 
     Args:
@@ -252,6 +252,48 @@ class SessionBase(ABC, Generic[O]):
         """
         spec = OperatorSpec(
             kind=OperatorKind.EMPIRICAL_FISHER,
+            parameters=self._chosen(params),
+            block_sizes=_blocks(block_sizes),
+            damping=damping,
+            scale=scale,
+        )
+        return self.operator(spec, expected_version=expected_version)
+
+    def jacobian_gram(
+        self,
+        *,
+        params: Sequence[str] | str | None = None,
+        block_sizes: Sequence[int] | None = None,
+        damping: float = 0.0,
+        scale: float = 1.0,
+        expected_version: int | None = None,
+    ) -> O:
+        """Gram matrix of the outputs' Jacobian, ``J^T J``, whatever the loss.
+
+        It is summed over all data points, positions and outputs. The eigenvalues that are
+        not zero are those of the neural tangent kernel ``J J^T``.
+
+        Args:
+            params: Globs over names that choose the parameters it acts on, in this
+                order, the others fixed; None: all.
+            block_sizes: Parameters (tensors) per diagonal block; None: one block.
+            damping: Added to the diagonal.
+            scale: Multiplies the Gram matrix, not the damping.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            ``scale * J^T J + damping * I``.
+
+        Examples:
+            >>> K = session.jacobian_gram() @ np.eye(43)
+            >>> bool(np.linalg.eigvalsh(K).min() > -1e-10)
+            True
+            >>> last_bias = session.jacobian_gram(params="3.bias") @ np.eye(3)
+            >>> np.allclose(last_bias, session.info.data_points * np.eye(3))
+            True
+        """
+        spec = OperatorSpec(
+            kind=OperatorKind.JACOBIAN_GRAM,
             parameters=self._chosen(params),
             block_sizes=_blocks(block_sizes),
             damping=damping,

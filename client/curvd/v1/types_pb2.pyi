@@ -56,6 +56,7 @@ class OperatorKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OPERATOR_KIND_GGN: _ClassVar[OperatorKind]
     OPERATOR_KIND_FISHER: _ClassVar[OperatorKind]
     OPERATOR_KIND_EMPIRICAL_FISHER: _ClassVar[OperatorKind]
+    OPERATOR_KIND_JACOBIAN_GRAM: _ClassVar[OperatorKind]
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_FLOAT32: Dtype
 DTYPE_FLOAT64: Dtype
@@ -85,6 +86,7 @@ OPERATOR_KIND_HESSIAN: OperatorKind
 OPERATOR_KIND_GGN: OperatorKind
 OPERATOR_KIND_FISHER: OperatorKind
 OPERATOR_KIND_EMPIRICAL_FISHER: OperatorKind
+OPERATOR_KIND_JACOBIAN_GRAM: OperatorKind
 
 class Loss(_message.Message):
     __slots__ = ("name", "reduction", "ignore_index", "class_weights", "label_smoothing", "shift", "beta", "graph", "weight_decay")

@@ -91,7 +91,8 @@ class JacobianForm:
     metric: Callable[[Problem, OperatorSpec, Tensor, Batch], OutputMetric]
     """Makes ``M`` at the outputs ``z`` of a mini-batch, which have no graph and are in
     float32 at least. It acts on each data point by itself, is divided by the objective's
-    normaliser, and is a dataclass with slots, so that its memory is counted."""
+    normaliser if the objective is what it is made of, and is a dataclass with slots, so
+    that its memory is counted."""
     adds_weight_decay: bool
     """Whether the penalty on parameters belongs to the function that ``M`` is of."""
     check_loss: Callable[[LossName, OperatorSpec], None] = _any_loss
