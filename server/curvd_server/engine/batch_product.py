@@ -14,7 +14,7 @@ from curvd_server.engine.linearization_cache import Counters, LinearizationCache
 from curvd_server.engine.objective import Problem, check_cancelled, tangents_of
 from curvd_server.engine.operators import Linearisation, block_ranges
 from curvd_server.engine.program import Emits
-from curvd_server.system import yield_point
+from curvd_server.system import is_out_of_memory, yield_point
 
 EMITTED_BYTES = 64 << 20
 """A column of this size has its rows added one by one, so that they take no memory."""
@@ -144,10 +144,3 @@ class BatchProduct:
 
 class DoesNotFit(Exception):
     """One column does not fit the device with nothing kept."""
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Tell whether torch ran out of memory, on whichever device."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )

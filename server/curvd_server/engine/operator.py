@@ -23,11 +23,7 @@ from torch import Tensor
 from curvd.contract import OperatorSpec, PlanReport
 from curvd.errors import InvalidVector, OutOfMemory
 from curvd.tensors import Pool
-from curvd_server.engine.batch_product import (
-    BatchProduct,
-    DoesNotFit,
-    is_out_of_memory,
-)
+from curvd_server.engine.batch_product import BatchProduct, DoesNotFit
 from curvd_server.engine.linearization_cache import Counters, LinearizationCache
 from curvd_server.engine.native_code import NativeCode
 from curvd_server.engine.objective import Array, Problem, check_cancelled, never
@@ -35,9 +31,9 @@ from curvd_server.engine.operators import definition
 from curvd_server.engine.program import Compiler, Interruptible
 from curvd_server.engine.tuning import Choice, Memory, Plan, choose, is_alike, steps
 from curvd_server.engine.verification import check_objective, check_repeatable
-from curvd_server.system import is_out_of_memory, yield_point
+from curvd_server.system import yield_point
 
-__all__ = ["TUNING_S", "Counters", "Operator", "build", "is_out_of_memory"]
+__all__ = ["TUNING_S", "Counters", "Operator", "build"]
 
 TUNING_S = 6.0
 """Default time for measuring candidate plans."""
