@@ -1,5 +1,6 @@
 """The catalogue: what was written is there, whatever the disk does to one of its files."""
 
+import os
 import re
 import sqlite3
 
@@ -156,6 +157,16 @@ def test_a_catalogue_that_is_lost_is_never_begun_anew_without_a_word(folder, dam
     ):
         Catalogue(folder / FIRST)
     assert (folder / FIRST).exists() is (damage is not None)
+
+
+@pytest.mark.parametrize("name", [FIRST, SECOND])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_journal_that_is_no_file_is_not_waited_for(folder, name, make):
+    before = contents(folder)
+    journal = folder / f"{name}-journal"
+    journal.unlink(missing_ok=True)
+    make(journal)
+    assert contents(folder) == before
 
 
 def test_a_crash_while_a_catalogue_is_made_leaves_none(tmp_path):

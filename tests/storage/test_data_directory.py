@@ -82,8 +82,15 @@ def test_a_disk_that_takes_nothing_is_said_at_the_start(
     def refuse(*args, **kwargs):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(data_directory.Path, "open", refuse)
+    monkeypatch.setattr(data_directory, "_at_once", refuse)
     with pytest.raises(error, match=r"disk is full|cannot use data_dir"):
+        with server(tmp_path):
+            pass
+
+
+def test_a_pipe_in_the_place_of_the_lock_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(InvalidSpec, match="cannot use data_dir"):
         with server(tmp_path):
             pass
 

@@ -37,7 +37,7 @@ def owned(data_dir: Path) -> Iterator[None]:
     """
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = (data_dir / "lock").open("w")
+        file = open(data_dir / "lock", "w", opener=_at_once)
     except OSError as error:
         raise _refused(data_dir, error) from error
     with file:
@@ -102,6 +102,11 @@ def torchs_folder(data_dir: Path) -> Iterator[None]:
         yield
     finally:
         del os.environ[_TORCHS_FOLDER]
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open without waiting: a pipe that has the name of a file has no reader."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o600)
 
 
 def _refused(data_dir: Path, error: OSError) -> CurvdError:

@@ -321,6 +321,9 @@ class Database:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
+    journal = _journal(path)
+    if journal.exists() and not journal.is_file():  # SQLite would wait for a pipe
+        journal.replace(journal.with_name(journal.name + _DAMAGED))
     db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
     # What rotted is looked at, too; its seal will not fit.
     db.text_factory = lambda data: data.decode(errors="surrogateescape")
