@@ -265,6 +265,16 @@ def test_probes_need_not_travel(channel, session_id):
         raw.call(channel, "MatVec", request)
 
 
+def test_a_matrix_of_probes_goes_on_behind_its_last_column(channel, session_id):
+    """Its stream broke before the summary: nothing is missing but that."""
+    probe = {"seed": 7, "first_index": 5, "columns": 0}
+    request = raw.product("MatMat", session_id, b"", operand={"probe": probe})
+    parts = raw.call(channel, "MatMat", request)
+    chunks = iter([p for p in parts if isinstance(p, memoryview)])
+    assert wire.load(chunks, max_bytes=1 << 20)["result"].shape == (0, 5)
+    assert parts[-1].WhichOneof("part") == "summary"
+
+
 def test_what_is_too_large_for_one_message_is_refused_before_it_is_computed(
     channel, session_id, device
 ):

@@ -149,7 +149,7 @@ def test_what_connections_take_is_reported_once_a_minute_if_it_has_changed(caplo
 
 @pytest.mark.parametrize("field", ConnectionLimits.__slots__)
 def test_a_limit_of_nothing_is_refused(field):
-    with pytest.raises(curvd.InvalidSpec, match=f"limit {field} must be"):
+    with pytest.raises(curvd.InvalidSpec, match=f"{field} must be"):
         ConnectionLimits(**{field: 0})
 
 

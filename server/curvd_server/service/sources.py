@@ -280,7 +280,8 @@ class Probes:
             announce: Told the shape first.
         """
         count, size = self._message.columns, self._expected.layout.size
-        shape = (count, size) if count else (size,)
+        # A matrix may have no columns: its stream broke after the last one.
+        shape = (count, size) if count or self._expected.matrix else (size,)
         for block in self._expected.blocks(shape, announce):
             yield await asyncio.to_thread(self._columns, block)
 
