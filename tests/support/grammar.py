@@ -374,6 +374,7 @@ class Grammar:
         suspect += ["masked"] * bool(classes)
         name = self.pick(*(suspect if self.some(0.15) else (*LOSSES, *classes)))
         self.honest &= name not in suspect
+        self.honest &= name != "counted" or bool((numbers > 0).any())
         if name == "masked":
             return masked, "mean", torch.randint(0, width, (N,))
         if name in CLASSES:
