@@ -1,6 +1,6 @@
 """Fewer kernels for a linear program: sums that go into the operation that feeds them.
 
-It is done to a program that is cut to its block already (`specialise`): what is fused
+It is done to a program that is cut to its block already (`restrict`): what is fused
 cannot be told apart again.
 """
 

@@ -3,7 +3,7 @@
 The operator is traced once per shape into a graph of aten operations over parameters,
 data and tangents. Linearising runs the part that needs no tangent and keeps only the
 values that the rest asks for; the rest is a short straight program, linear in the
-tangents, that is simplified (`peephole`), specialised to blocks (`specialise`) and
+tangents, that is simplified (`simplify`), restricted to blocks (`restrict`) and
 applied to any number of vectors. This is partial evaluation as in `jax.linearize`
 (Frostig et al., 2021), with one graph for all mini-batches, parameter versions and
 diagonal blocks:

@@ -74,7 +74,7 @@ class Plan:
     """One way to compute an operator."""
 
     mode: str
-    """Name in `curvature.MODES`."""
+    """Name in `operators.MODES`."""
     columns_at_once: int = 1
     """Columns that go through the linear part together; 1 walks them one by one."""
     batches_at_once: int = 1
