@@ -157,10 +157,12 @@ def test_an_error_of_ours_is_one_line(served):
     assert re.fullmatch(r"Error: 0\.0\.0\.0:1 can be reached.*\n", result.output)
 
 
-@pytest.mark.parametrize("option", [*cli.options()], ids=lambda o: o.flag)
+@pytest.mark.parametrize(
+    "option",
+    [o for o in cli.options() if o.setting.least is not None or o.setting.positive],
+    ids=lambda o: o.flag,
+)
 def test_every_setting_is_judged_by_its_bounds(served, option):
-    if option.setting.least is None and not option.setting.positive:
-        pytest.skip("any value of its type will do")
     result = run("serve", option.flag, -1)
     assert result.exit_code != 0
     assert option.name in result.output.replace("-", "_")

@@ -16,7 +16,7 @@ from curvd_server.sessions import Lease
 Columns = NDArray[Any]
 
 
-def shifted(
+def scaled_and_damped(
     rows: Columns, columns: Columns, spec: OperatorSpec, out: Columns | None = None
 ) -> Columns:
     """Make ``scale * A v + damping * v`` of ``A v``.
@@ -33,15 +33,15 @@ def shifted(
     if rows.shape != columns.shape or rows.dtype != columns.dtype:
         msg = f"a product {columns.dtype} {columns.shape} became {rows.dtype} {rows.shape}"
         raise Internal(msg)
-    if not is_shifted(spec):
+    if not is_scaled_or_damped(spec):
         return rows
     out = np.multiply(columns, spec.damping, out=out)
     out += rows * spec.scale
     return out
 
 
-def is_shifted(spec: OperatorSpec) -> bool:
-    """Tell whether `shifted` has something to do."""
+def is_scaled_or_damped(spec: OperatorSpec) -> bool:
+    """Tell whether `scaled_and_damped` has something to do."""
     return spec.scale != 1.0 or spec.damping != 0.0
 
 

@@ -18,7 +18,12 @@ from curvd.contract import OperatorSpec
 from curvd_server.device import Done, Reservation, Ticket
 from curvd_server.service import validation
 from curvd_server.service.dependencies import ProductDependencies, off_the_loop
-from curvd_server.service.outcomes import header_of, is_shifted, shifted, summary_of
+from curvd_server.service.outcomes import (
+    header_of,
+    is_scaled_or_damped,
+    scaled_and_damped,
+    summary_of,
+)
 from curvd_server.service.sinks import Sink
 from curvd_server.service.sources import Source
 from curvd_server.sessions import Lease
@@ -156,8 +161,14 @@ class _Product:
 
     async def _scaled_and_damped(self, rows: Columns, columns: Columns) -> Columns:
         out = columns if self._source.reusable else None
-        work = functools.partial(shifted, columns=columns, spec=self._spec, out=out)
-        return await off_the_loop(work, rows) if is_shifted(self._spec) else work(rows)
+        work = functools.partial(
+            scaled_and_damped, columns=columns, spec=self._spec, out=out
+        )
+        return (
+            await off_the_loop(work, rows)
+            if is_scaled_or_damped(self._spec)
+            else work(rows)
+        )
 
     @contextlib.contextmanager
     def _waiting_for_the_client(self) -> Iterator[None]:

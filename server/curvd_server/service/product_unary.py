@@ -20,7 +20,7 @@ from curvd.tensors import chunks, half_precision
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd_server.service import validation
 from curvd_server.service.dependencies import ProductDependencies
-from curvd_server.service.outcomes import header_of, shifted, summary_of
+from curvd_server.service.outcomes import header_of, scaled_and_damped, summary_of
 from curvd_server.service.result_cache import CachedResult, Content, fingerprint
 from curvd_server.service.result_encoding import Format
 from curvd_server.service.sources import name_of
@@ -115,7 +115,7 @@ async def multiply(
         if done is None:
             ticket = dependencies.batcher.multiply(lease.operator, columns)
             done = await asyncio.wrap_future(ticket)
-    rows = shifted(done.value, columns, spec).reshape(operand.shape)
+    rows = scaled_and_damped(done.value, columns, spec).reshape(operand.shape)
     result = CachedResult(header_of(lease, plan=True), rows, summary_of([done]))
     caller = CALLER.get()
 

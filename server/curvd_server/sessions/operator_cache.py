@@ -59,7 +59,7 @@ class OperatorCache:
             spec: Which; None: the objective is enough.
         """
         return self.problem is not None and (
-            spec is None or unshifted(spec) in self._built
+            spec is None or unscaled(spec) in self._built
         )
 
     async def load(self, load: Callable[[], Problem]) -> Problem:
@@ -79,12 +79,12 @@ class OperatorCache:
         """Find or build an operator, and keep it until `release`.
 
         Args:
-            spec: Which; its scale and damping do not matter, see `unshifted`.
+            spec: Which; its scale and damping do not matter, see `unscaled`.
 
         Returns:
             The operator.
         """
-        spec = unshifted(spec)
+        spec = unscaled(spec)
         built = self._built.pop(spec, None)
         if built is None:
             assert self.problem is not None
@@ -168,7 +168,7 @@ class OperatorCache:
         return (await asyncio.wrap_future(ticket)).value
 
 
-def unshifted(spec: OperatorSpec) -> OperatorSpec:
+def unscaled(spec: OperatorSpec) -> OperatorSpec:
     """Take scale and damping away.
 
     They are applied to products, so that operators that differ in nothing else share
