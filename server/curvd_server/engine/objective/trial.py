@@ -12,6 +12,7 @@ from curvd.contract import Mode
 from curvd.errors import InvalidSpec
 from curvd_server.engine.objective.data import rows_of
 from curvd_server.engine.objective.prefetch import on_host
+from curvd_server.system import yield_point
 
 if TYPE_CHECKING:
     from curvd_server.engine.objective.objective import Problem
@@ -42,10 +43,12 @@ def tried(problem: Problem) -> Tensor:
     whole = None
     for size in _SIZES:
         few = rows_of(first, slice(0, size))
+        yield_point()
         with torch.enable_grad():
             outputs = problem.outputs(leaves, few)
         check_batch_axis(outputs.shape, len(few.targets))
         if whole is not None and problem.mode is Mode.EVAL:
+            yield_point()
             with torch.enable_grad():
                 again = problem.outputs(leaves, few)
             # What is random differs anyhow; `verification.determinism` says so.
