@@ -39,7 +39,7 @@ from engine_table import (
     products_alone,
     race,
 )
-from engine_truth import AGREEMENT, Truth, error
+from engine_truth import AGREEMENT, Reference, error
 from torch import Tensor
 
 from curvd.tensors import Pool, tune_allocator
@@ -71,7 +71,7 @@ class Truths:
 
 def truths(c: Contest, V: Tensor) -> Truths:
     """Compute the definitions for the first column, and the last of each width."""
-    truth = Truth(c)
+    truth = Reference(c)
     wanted = [0, *(width - 1 for width in c.case.widths)]
     hessian = dict(zip(wanted, truth.hessian(V[wanted]), strict=True))
     ggn = truth.ggn(V[0])

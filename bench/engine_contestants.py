@@ -57,7 +57,7 @@ def alike(
     Args:
         operator: Whose plan.
         results: Memory of its results.
-        budget_bytes: Memory for kept linearisations.
+        budget_bytes: Memory for cached linearisations.
         shared: Whether it runs the same traced programs, and their native code.
 
     Returns:

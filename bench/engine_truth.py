@@ -22,7 +22,7 @@ AGREEMENT = 1e-5
 """How far a definition may be from its central difference, relatively."""
 
 
-class Truth:
+class Reference:
     """Products in float64 on one contest's model and data."""
 
     def __init__(self, c: Contest) -> None:

@@ -35,7 +35,7 @@ STEPS = (1e-5, 1e-6, 1e-4, 1e-7)
 """Of central differences; kinks and rounding want different ones, the best counts."""
 
 
-class Truth:
+class Reference:
     """What torch computes: the objective over all mini-batches, by ``.backward()``."""
 
     def __init__(self, case: Case) -> None:
@@ -129,7 +129,7 @@ def attempt(client: curvd.Client, seed: int) -> str:
     v = torch.randn(len(gradient), generator=generator, dtype=torch.float64)
     v[padding(case.module)] = 0.0
     product = session.hessian() @ v.numpy()
-    truth = Truth(case)
+    truth = Reference(case)
     want, slope = truth.gradient()
     errors = {
         "loss": abs(value - want) / (abs(want) + 1e-3),

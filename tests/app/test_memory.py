@@ -21,7 +21,7 @@ from curvd_server.engine.objective.objective import Problem
 from curvd_server.engine.operator import build
 from curvd_server.engine.tuning.plan import Plan
 from curvd_server.engine.verification.determinism import check_objective
-from curvd_server.engine.verification.verify import HELD, Truth, disagreements
+from curvd_server.engine.verification.verify import HELD, Reference, disagreements
 from curvd_server.models import builders
 
 LAYERS, WIDTH = 4, 512
@@ -83,21 +83,21 @@ def test_the_measure_counts_what_is_held_at_once(peak, problem):
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])
 @pytest.mark.parametrize("mode", KEPT)
 def test_an_examination_holds_three_float64_vectors(mode, kind, peak, problem):
-    truth = Truth(problem, OperatorSpec(kind=kind))
-    held = peak(lambda: truth.examine(mode, batched=False))
+    reference = Reference(problem, OperatorSpec(kind=kind))
+    held = peak(lambda: reference.examine(mode, batched=False))
     assert 2 * HELD <= held <= 2 * (HELD + ONE)
 
 
 def test_examining_a_vectorised_product_holds_three_more(peak, problem):
-    truth = Truth(problem, OperatorSpec())
-    held = peak(lambda: truth.examine("program", batched=True))
+    reference = Reference(problem, OperatorSpec())
+    held = peak(lambda: reference.examine("program", batched=True))
     assert held <= 2 * (HELD + 3 + ONE)
 
 
 def test_examining_blocks_holds_no_more(peak, problem):
     spec = OperatorSpec(block_sizes=(2,) * LAYERS)
-    truth = Truth(problem, spec)
-    held = peak(lambda: truth.examine("program", batched=False))
+    reference = Reference(problem, spec)
+    held = peak(lambda: reference.examine("program", batched=False))
     assert held <= 2 * (HELD + ONE)
 
 
@@ -107,8 +107,8 @@ def test_opening_an_operator_holds_no_more(mode, peak, problem):
 
 
 def test_asking_for_the_sum_over_data_holds_two_float64_vectors(peak, problem):
-    truth = Truth(problem, OperatorSpec())
-    assert peak(truth.is_sum_over_data) <= 2 * (2 + ONE)
+    reference = Reference(problem, OperatorSpec())
+    assert peak(reference.is_sum_over_data) <= 2 * (2 + ONE)
 
 
 def test_comparing_two_modes_holds_a_vector_and_two_products(peak, problem):

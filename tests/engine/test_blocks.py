@@ -62,7 +62,7 @@ def test_a_mode_that_is_off_in_one_block_is_refused_by_name(problem, monkeypatch
     found = plan._compared(
         problem,
         spec,
-        verify.Truth(problem, spec),
+        verify.Reference(problem, spec),
         plan.Plan("program"),
         verify.Evidence(0.0, 0.0, ()),
     )

@@ -154,7 +154,7 @@ class TestMemory:
     @pytest.mark.parametrize("mode", KEPT)
     def test_closing_returns_it_without_a_garbage_collection(self, mode: str):
         operator = make(mode=mode)
-        kept = [self._dies(linear) for linear in operator._cache._kept]
+        kept = [self._dies(linear) for linear in operator._cache._cached]
         assert all(ref() is not None for refs in kept for ref in refs)
         gc.disable()
         try:

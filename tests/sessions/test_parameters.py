@@ -14,7 +14,7 @@ from curvd.contract.specs import DatasetSpec, LossSpec, OperatorSpec
 from curvd.errors import InvalidSpec, LimitExceeded
 from curvd_server.engine.objective.objective import Problem
 from curvd_server.engine.operator import build
-from curvd_server.engine.operators.linearize import MODES, kept_bytes
+from curvd_server.engine.operators.linearize import MODES, cached_bytes
 from curvd_server.engine.tuning.plan import Plan
 
 NAMES = ("blocks.0.attn.qkv", "blocks.0.mlp.up", "blocks.1.attn.qkv", "head.weight")
@@ -133,7 +133,7 @@ def test_what_is_frozen_needs_no_memory():
     )
     for mode in ("program", "double_backward"):
         small, large = (
-            kept_bytes(mode, p, OperatorSpec(), p.data[0]) for p in (few, all_)
+            cached_bytes(mode, p, OperatorSpec(), p.data[0]) for p in (few, all_)
         )
         assert 0 < small < large / 2
 

@@ -296,7 +296,7 @@ class TorchProblem:
 
         Args:
             spec: Which.
-            budget_bytes: Memory for kept linearisations.
+            budget_bytes: Memory for cached linearisations.
             cancelled: Polled between mini-batches.
 
         Returns:

@@ -68,7 +68,7 @@ class BatchProduct:
 
         Raises:
             Cancelled: If the caller gave up.
-            DoesNotFit: If one column runs out of memory with nothing kept.
+            DoesNotFit: If one column runs out of memory with nothing cached.
         """
         check_cancelled(cancelled)
         linear = self._cache.get(index)
@@ -143,4 +143,4 @@ class BatchProduct:
 
 
 class DoesNotFit(Exception):
-    """One column does not fit the device with nothing kept."""
+    """One column does not fit the device with nothing cached."""

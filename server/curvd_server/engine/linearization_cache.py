@@ -1,4 +1,4 @@
-"""Linearisations of mini-batches, kept as far as a budget of memory goes."""
+"""Linearisations of mini-batches, cached as far as a budget of memory goes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from curvd.contract import OperatorSpec
 from curvd_server.engine.objective import Problem, on_host
-from curvd_server.engine.operators import MODES, Linearisation, kept_bytes
+from curvd_server.engine.operators import MODES, Linearisation, cached_bytes
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class LinearizationCache:
         problem: The objective; what is computed in one step is one of its mini-batches.
         spec: The operator.
         mode: Name of the AD mode.
-        budget_bytes: Memory for what is kept.
+        budget_bytes: Memory for what is cached.
         counters: Where linearisations are counted.
         sizes: Bytes of each linearisation, where they were measured before.
     """
@@ -44,28 +44,28 @@ class LinearizationCache:
     ) -> None:
         self._problem, self._spec, self._mode = problem, spec, mode
         self._budget_bytes, self._counters = budget_bytes, counters
-        self._kept: list[Linearisation | None] = [None] * problem.batches
+        self._cached: list[Linearisation | None] = [None] * problem.batches
         self.measured_sizes = sizes
         """What `sizes` found, once it was asked; the same at every version."""
 
     def get(self, index: int) -> Linearisation:
         """Find the linearisation of a mini-batch, or make it."""
-        kept = self._kept[index]
-        if kept is not None:
-            return kept
+        cached = self._cached[index]
+        if cached is not None:
+            return cached
         self._counters.linearisations += 1
         batch = self._problem.data[index]
         fresh = MODES[self._mode](self._problem, self._spec, batch)
         if index in self.indices():
-            self._kept[index] = fresh
+            self._cached[index] = fresh
         return fresh
 
     def peek(self, index: int) -> Linearisation | None:
-        """Find the linearisation of a mini-batch if it is kept."""
-        return self._kept[index]
+        """Find the linearisation of a mini-batch if it is cached."""
+        return self._cached[index]
 
     def indices(self) -> range:
-        """Say which mini-batches are kept: the first that fit the budget."""
+        """Say which mini-batches are cached: the first that fit the budget."""
         total = 0
         for index, size in enumerate(self.sizes()):
             total += size
@@ -81,18 +81,18 @@ class LinearizationCache:
         """Bytes of each linearisation: the first is measured, the others by rows."""
         if self.measured_sizes is None:
             data = on_host(self._problem.data)
-            first = kept_bytes(self._mode, self._problem, self._spec, data[0])
+            first = cached_bytes(self._mode, self._problem, self._spec, data[0])
             rows = len(data[0].targets)
             self.measured_sizes = [-(-first * len(b.targets) // rows) for b in data]
         return self.measured_sizes
 
     def is_empty(self) -> bool:
-        """Tell whether nothing is kept at the moment."""
-        return not any(self._kept)
+        """Tell whether nothing is cached at the moment."""
+        return not any(self._cached)
 
     def clear(self) -> None:
-        """Return the memory of everything that is kept, now."""
-        self._kept = [None] * self._problem.batches
+        """Return the memory of everything that is cached, now."""
+        self._cached = [None] * self._problem.batches
 
     def give_up(self) -> None:
         """Return the memory, and keep nothing from now on."""

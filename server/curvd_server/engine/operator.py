@@ -58,7 +58,7 @@ def build(
     Args:
         problem: The objective at its current parameters.
         spec: The operator.
-        budget_bytes: Memory for kept linearisations.
+        budget_bytes: Memory for cached linearisations.
         plan: Taken if it verifies; else candidates are timed.
         memory: Plans of earlier operators, and where this one's is kept.
         compiler: Makes native code of what is used long enough; None: nothing does.
@@ -102,7 +102,7 @@ class Operator:
         problem: The objective at one parameter version.
         spec: Which operator.
         choice: The plan and its evidence.
-        budget_bytes: Memory for kept linearisations.
+        budget_bytes: Memory for cached linearisations.
         compiler: Makes native code of what is used long enough; None: nothing does.
         results: Memory of results on the host; None: fresh for each.
     """
@@ -148,25 +148,25 @@ class Operator:
     @property
     def report(self) -> PlanReport:
         """The plan and the evidence that it is right."""
-        kept, sizes = self._cache.indices(), self._cache.sizes()
+        cached, sizes = self._cache.indices(), self._cache.sizes()
         width = self._product.width
         transient = max(sizes) * width
         column_bytes = self.problem.layout.size * self.problem.result_dtype.itemsize
-        kept_total = sum(sizes[i] for i in kept)
+        cached_total = sum(sizes[i] for i in cached)
         return PlanReport(
-            mode=self._mode_name(len(kept)),
+            mode=self._mode_name(len(cached)),
             columns_at_once=width,
             batches=self.problem.batches,
             kept_batches=min(
-                len(kept) * self.plan.batches_at_once, self.problem.batches
+                len(cached) * self.plan.batches_at_once, self.problem.batches
             ),
-            kept_bytes=kept_total,
+            kept_bytes=cached_total,
             compiled=self.is_compiled,
             symmetry_gap=self._choice.evidence.symmetry_gap,
             difference_gap=self._choice.evidence.difference_gap,
             seconds_per_product=self._seconds,
             peak_bytes=self.problem.device_bytes
-            + kept_total
+            + cached_total
             + transient
             + 3 * width * column_bytes,
         )
@@ -273,7 +273,7 @@ class Operator:
         Raises:
             InvalidVector: If the shape is not ``[K, P]``.
             Cancelled: If the caller gave up.
-            OutOfMemory: If one column does not fit even with nothing kept.
+            OutOfMemory: If one column does not fit even with nothing cached.
         """
         V = self._checked(columns)
         out = self._empty(len(V))
@@ -383,7 +383,7 @@ class Operator:
         except DoesNotFit as error:
             need = self.report.peak_bytes
             msg = (
-                f"one column does not fit the device with nothing kept (predicted peak "
+                f"one column does not fit the device with nothing cached (predicted peak "
                 f"{need} bytes); use a smaller batch_size"
             )
             raise OutOfMemory(msg, peak_bytes=need) from error
@@ -391,7 +391,7 @@ class Operator:
             if self._product.width < width:
                 self.mixes = False  # it was found out for other shapes
 
-    def _mode_name(self, kept: int) -> str:
-        if kept == self._work.batches:
+    def _mode_name(self, cached: int) -> str:
+        if cached == self._work.batches:
             return f"kept_{self.plan.mode}"
-        return f"{'partly_kept' if kept else 'recomputed'}_{self.plan.mode}"
+        return f"{'partly_kept' if cached else 'recomputed'}_{self.plan.mode}"

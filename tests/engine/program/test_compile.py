@@ -24,9 +24,9 @@ HUGE = 2**30
 ZOO = {a.name: a for a in ANIMALS}
 
 
-def jobs_of(problem, kind="hessian"):
+def tasks_of(problem, kind="hessian"):
     linear = program(problem, OperatorSpec(kind=kind), problem.data[0])
-    return linear, linear.jobs(range(len(problem.parameters)))
+    return linear, linear.tasks(range(len(problem.parameters)))
 
 
 @pytest.fixture
@@ -57,16 +57,16 @@ def test_a_program_survives_being_written(animal):
     """What the child reads is what this process runs, to the bit."""
     problem = problem_of(animal)
     for kind in ("hessian", "ggn"):
-        _, jobs = jobs_of(problem, kind)
-        for job in jobs:
-            arguments = job.arguments()
-            text = describe(job.routine.module.graph, arguments)
+        _, tasks = tasks_of(problem, kind)
+        for task in tasks:
+            arguments = task.arguments()
+            text = describe(task.kernel.module.graph, arguments)
             module, examples = rebuild(text)
             assert [(t.shape, t.stride(), t.dtype) for t in examples] == [
                 (t.shape, t.stride(), t.dtype) for t in arguments
             ]
             with torch.no_grad():
-                want = job.routine.module(*arguments)
+                want = task.kernel.module(*arguments)
                 got = module(*arguments)
             for a, b in zip(want, got, strict=True):
                 assert (a is None and b is None) or torch.equal(a, b)
@@ -74,12 +74,12 @@ def test_a_program_survives_being_written(animal):
 
 def test_right_code_is_used_and_the_report_says_so(eager, compiler):
     problem = problem_of(ZOO["gelu"])
-    _, (job,) = jobs_of(problem)
+    _, (task,) = tasks_of(problem)
     used = []
 
     def native(*arguments):
         used.append(1)
-        return job.routine.module.forward(*arguments)
+        return task.kernel.module.forward(*arguments)
 
     eager(native)
     operator = build(
@@ -105,24 +105,24 @@ def test_right_code_is_used_and_the_report_says_so(eager, compiler):
 
 def test_wrong_code_is_not_used(eager, compiler):
     problem = problem_of(ZOO["gelu"])
-    linear, jobs = jobs_of(problem)
-    forward = jobs[0].routine.module.forward
+    linear, tasks = tasks_of(problem)
+    forward = tasks[0].kernel.module.forward
     eager(lambda *arguments: [1.001 * row for row in forward(*arguments)])
-    compiler.consider(jobs, spent_s=1.0)
+    compiler.consider(tasks, spent_s=1.0)
     compiler.wait()
     assert linear is not None
-    assert jobs[0].routine.native is None
+    assert tasks[0].kernel.native is None
 
 
 def test_slower_code_is_not_used(eager, compiler, monkeypatch):
     problem = problem_of(ZOO["gelu"])
-    linear, jobs = jobs_of(problem)
-    eager(jobs[0].routine.module.forward)
+    linear, tasks = tasks_of(problem)
+    eager(tasks[0].kernel.module.forward)
     monkeypatch.setattr(compile, "WORTH", 0.0)
-    compiler.consider(jobs, spent_s=1.0)
+    compiler.consider(tasks, spent_s=1.0)
     compiler.wait()
     assert linear is not None
-    assert jobs[0].routine.native is None
+    assert tasks[0].kernel.native is None
 
 
 def test_other_work_on_the_machine_does_not_keep_native_code_out(
@@ -130,8 +130,8 @@ def test_other_work_on_the_machine_does_not_keep_native_code_out(
 ):
     """By the wall it looks slower, because the machine was busy; it computes less."""
     problem = problem_of(ZOO["gelu"])
-    linear, jobs = jobs_of(problem)
-    forward = jobs[0].routine.module.forward
+    linear, tasks = tasks_of(problem)
+    forward = tasks[0].kernel.module.forward
     computed_s, passed_s = 0.0, 0.0
 
     def spend(computing_s: float, waiting_s: float) -> None:
@@ -147,15 +147,15 @@ def test_other_work_on_the_machine_does_not_keep_native_code_out(
         spend(2.0, 0.0)
         return forward(*arguments)
 
-    monkeypatch.setattr(jobs[0].routine.module, "forward", program)
+    monkeypatch.setattr(tasks[0].kernel.module, "forward", program)
     eager(native)
     monkeypatch.setattr(compile, "WORTH", 0.97)
     monkeypatch.setattr(compile.time, "thread_time", lambda: computed_s)
     monkeypatch.setattr(compile.time, "perf_counter", lambda: passed_s)
-    compiler.consider(jobs, spent_s=1.0)
+    compiler.consider(tasks, spent_s=1.0)
     compiler.wait()
     assert linear is not None
-    assert jobs[0].routine.native is not None
+    assert tasks[0].kernel.native is not None
 
 
 def test_a_compiler_that_fails_is_not_asked_again(compiler, monkeypatch):
@@ -166,42 +166,42 @@ def test_a_compiler_that_fails_is_not_asked_again(compiler, monkeypatch):
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(Compiler, "_make", fail)
-    linear, jobs = jobs_of(problem_of(ZOO["gelu"]))
+    linear, tasks = tasks_of(problem_of(ZOO["gelu"]))
     for _ in range(2):
-        compiler.consider(jobs, spent_s=1.0)
+        compiler.consider(tasks, spent_s=1.0)
         compiler.wait()
     assert len(asked) == 1
     assert linear is not None
-    assert jobs[0].routine.native is None
+    assert tasks[0].kernel.native is None
 
 
 def test_a_session_that_has_gone_is_not_kept_for_it(eager, compiler):
     problem = problem_of(ZOO["gelu"])
-    linear, jobs = jobs_of(problem)
-    eager(jobs[0].routine.module.forward)
+    linear, tasks = tasks_of(problem)
+    eager(tasks[0].kernel.module.forward)
     del linear
     gc.collect()
-    assert jobs[0].arguments() is None
-    compiler.consider(jobs, spent_s=1.0)
+    assert tasks[0].arguments() is None
+    compiler.consider(tasks, spent_s=1.0)
     compiler.wait()
-    assert jobs[0].routine.native is None
+    assert tasks[0].kernel.native is None
 
 
 def test_what_is_used_little_is_not_compiled(eager, tmp_path):
     patient = Compiler(tmp_path, after_s=60.0)
-    linear, jobs = jobs_of(problem_of(ZOO["gelu"]))
-    eager(jobs[0].routine.module.forward)
-    patient.consider(jobs, spent_s=59.0)
+    linear, tasks = tasks_of(problem_of(ZOO["gelu"]))
+    eager(tasks[0].kernel.module.forward)
+    patient.consider(tasks, spent_s=59.0)
     patient.wait()
-    assert jobs[0].routine.native is None
+    assert tasks[0].kernel.native is None
     assert linear is not None
     # ... unless it was compiled before: by an earlier process, for example.
-    text = describe(jobs[0].routine.module.graph, jobs[0].arguments())
+    text = describe(tasks[0].kernel.module.graph, tasks[0].arguments())
     (tmp_path / f"{compile._key(text)}.pt2").write_text("")
-    patient.consider(jobs, spent_s=0.0)
+    patient.consider(tasks, spent_s=0.0)
     patient.wait()
     patient.close()
-    assert jobs[0].routine.native is not None
+    assert tasks[0].kernel.native is not None
 
 
 def test_a_child_that_dies_is_reported(compiler, tmp_path):
@@ -229,12 +229,12 @@ def test_a_real_compiler_makes_code_that_agrees(compiler, monkeypatch):
     """The whole way, on a net that is small enough to wait for."""
     monkeypatch.setattr(compile, "_NICENESS", 0)  # also on a busy machine
     monkeypatch.setattr(compile, "WORTH", np.inf)
-    linear, jobs = jobs_of(problem_of(ZOO["gelu"]))
-    compiler.consider(jobs, spent_s=1.0)
+    linear, tasks = tasks_of(problem_of(ZOO["gelu"]))
+    compiler.consider(tasks, spent_s=1.0)
     compiler.wait()
-    native, forward = jobs[0].routine.native, jobs[0].routine.module.forward
+    native, forward = tasks[0].kernel.native, tasks[0].kernel.module.forward
     assert native is not None
-    arguments = jobs[0].arguments()
+    arguments = tasks[0].arguments()
     with torch.no_grad():
         for got, want in zip(native(*arguments), forward(*arguments), strict=True):
             assert error(got, want) < 1e-12

@@ -42,7 +42,7 @@ def problem(request):
 
 
 def operations(linear, block: range) -> Counter:
-    graph = linear.code.routine(block, block).module.graph
+    graph = linear.code.kernel(block, block).module.graph
     return Counter(n.target for n in graph.nodes if n.op == "call_function")
 
 

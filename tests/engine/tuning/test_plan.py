@@ -19,8 +19,8 @@ from curvd_server.engine.operators.linearize import MODES
 from curvd_server.engine.program import linear_program
 from curvd_server.engine.tuning import autotune
 from curvd_server.engine.tuning import plan as plans
-from curvd_server.engine.tuning.autotune import Plan, Stopwatch
-from curvd_server.engine.verification.verify import Truth
+from curvd_server.engine.tuning.autotune import Plan, PlanTimer
+from curvd_server.engine.verification.verify import Reference
 from curvd_server.models.builders import BUILDERS
 
 HUGE = 2**30
@@ -35,7 +35,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, seconds: dict[Plan, float]) -> list[P
         asked.append(plan)
         return seconds.get(plan)
 
-    monkeypatch.setattr(Stopwatch, "seconds_per_column", pretend)
+    monkeypatch.setattr(PlanTimer, "seconds_per_column", pretend)
     return asked
 
 
@@ -46,7 +46,7 @@ def test_the_fastest_mode_for_one_column_wins(monkeypatch):
 
 
 def test_modes_that_are_close_are_timed_again_in_turn(monkeypatch):
-    """A busy moment made the faster one look slower; a hopeless one waits no more."""
+    """A busy moment made the faster one look slower; a pruned one waits no more."""
     monkeypatch.setattr(autotune, "LONGEST_STEP_S", 0.0)  # nothing is joined
     clock = iter([0.011, 0.010, 0.050, 0.008, 0.010, 0.012, 0.011])
     asked: list[Plan] = []
@@ -55,7 +55,7 @@ def test_modes_that_are_close_are_timed_again_in_turn(monkeypatch):
         asked.append(plan)
         return next(clock, None)
 
-    monkeypatch.setattr(Stopwatch, "seconds_per_column", pretend)
+    monkeypatch.setattr(PlanTimer, "seconds_per_column", pretend)
     operator = build(problem_of(GELU), OperatorSpec(), budget_bytes=HUGE, tuning_s=1)
     assert operator.plan == Plan("program")
     modes = [plan.mode for plan in asked if not plan.batched]
@@ -73,7 +73,7 @@ def test_adding_rows_to_the_result_is_part_of_what_is_timed(monkeypatch):
 
     monkeypatch.setattr(autotune, "add_rows", watched)
     problem = problem_of(GELU)
-    watch = Stopwatch(problem, OperatorSpec(), HUGE, 9.0)
+    watch = PlanTimer(problem, OperatorSpec(), HUGE, 9.0)
     for plan, lead in ((Plan("program"), ()), (Plan("program", 8), (8,))):
         added.clear()
         assert watch.seconds_per_column(plan) is not None
@@ -121,8 +121,8 @@ def test_a_mode_that_is_hopeless_and_slow_runs_once(monkeypatch):
             "forward_over_reverse": [0.9],
         },
     )
-    monkeypatch.setattr(autotune, "kept_bytes", lambda *_: 1)
-    watch = Stopwatch(problem_of(GELU), OperatorSpec(), HUGE, 99.0)
+    monkeypatch.setattr(autotune, "cached_bytes", lambda *_: 1)
+    watch = PlanTimer(problem_of(GELU), OperatorSpec(), HUGE, 99.0)
     times = [watch.seconds_per_column(Plan(mode)) for mode in MODES]
     assert times == pytest.approx([0.15, 0.14, 0.9])
     assert device.runs == {
@@ -144,9 +144,9 @@ def test_joined_mini_batches_run_three_times_however_slow_the_first_runs_were(
             "forward_over_reverse": [0.2],
         },
     )
-    monkeypatch.setattr(autotune, "kept_bytes", lambda *_: 1)
+    monkeypatch.setattr(autotune, "cached_bytes", lambda *_: 1)
     problem = problem_of(GELU, batch_size=3)
-    watch = Stopwatch(problem, OperatorSpec(), HUGE, budget_s)
+    watch = PlanTimer(problem, OperatorSpec(), HUGE, budget_s)
     one, two = Plan("program"), Plan("program", 1, 2)
     times = [watch.seconds_per_column(plan) for plan in (one, two)]
     assert times == pytest.approx([0.2, 0.18])
@@ -162,8 +162,8 @@ def test_a_short_product_is_never_hopeless(monkeypatch):
             "forward_over_reverse": [0.01],
         },
     )
-    monkeypatch.setattr(autotune, "kept_bytes", lambda *_: 1)
-    watch = Stopwatch(problem_of(GELU), OperatorSpec(), HUGE, 99.0)
+    monkeypatch.setattr(autotune, "cached_bytes", lambda *_: 1)
+    watch = PlanTimer(problem_of(GELU), OperatorSpec(), HUGE, 99.0)
     times = [watch.seconds_per_column(Plan(mode)) for mode in MODES]
     assert times == pytest.approx([0.01, 0.008, 0.01])
     assert set(device.runs.values()) == {3}
@@ -174,10 +174,10 @@ def test_joining_is_decided_by_times_taken_in_turn(monkeypatch):
     one, two = Plan("program"), Plan("program", 1, 2)
     clock = {one: iter([1.0, 0.89, 0.89]), two: iter([0.9, 0.9, 0.9])}
     monkeypatch.setattr(
-        Stopwatch, "seconds_per_column", lambda _, plan: next(clock[plan])
+        PlanTimer, "seconds_per_column", lambda _, plan: next(clock[plan])
     )
     monkeypatch.setattr(autotune, "LONGEST_STEP_S", 2.0)
-    watch = Stopwatch(problem_of(GELU, batch_size=3), OperatorSpec(), HUGE, 9.0)
+    watch = PlanTimer(problem_of(GELU, batch_size=3), OperatorSpec(), HUGE, 9.0)
     assert watch.batches == 2
     timed = {one: next(clock[one])}
     assert autotune._joined(watch, one, timed, lambda: False) == one
@@ -196,7 +196,7 @@ def test_columns_that_would_fill_the_memory_do_not_go_together(monkeypatch):
     problem = problem_of(GELU)
     for limit in (0, autotune.WIDEST_BYTES):
         monkeypatch.setattr(autotune, "WIDEST_BYTES", limit)
-        watch = Stopwatch(problem, OperatorSpec(), HUGE, 1.0)
+        watch = PlanTimer(problem, OperatorSpec(), HUGE, 1.0)
         assert watch.seconds_per_column(Plan("program")) is not None
         wide = watch.seconds_per_column(Plan("program", 8))
         assert (wide is None) == (limit == 0)
@@ -224,7 +224,7 @@ def test_fewer_are_joined_where_more_do_not_fit(monkeypatch):
     problem = problem_of(GELU, batch_size=1)
     twice = dataclasses.replace(problem, data=problem.data * 2)
     asked = timed(monkeypatch, {one: 0.01, three: 0.001})
-    watch = Stopwatch(twice, OperatorSpec(), HUGE, 1.0)
+    watch = PlanTimer(twice, OperatorSpec(), HUGE, 1.0)
     times = {one: 0.01}
     assert autotune._joined(watch, one, times, lambda: False) == three
     assert times[three] == 0.001
@@ -289,13 +289,13 @@ def test_a_remembered_plan_is_verified_again(monkeypatch):
     key = plans.structure(problem, OperatorSpec())
     plans.remember(memory, key, Plan("program"))
     seen: list[str] = []
-    real = Truth.examine
+    real = Reference.examine
 
     def watched(self, mode, *, batched):
         seen.append(mode)
         return real(self, mode, batched=batched)
 
-    monkeypatch.setattr(Truth, "examine", watched)
+    monkeypatch.setattr(Reference, "examine", watched)
     build(problem, OperatorSpec(), budget_bytes=HUGE, memory=memory)
     assert seen[0] == "program"  # then the mode that it is compared with
 

@@ -17,7 +17,7 @@ from curvd_server.engine.objective.objective import Problem
 from curvd_server.engine.operator import build
 from curvd_server.engine.operators import linearize
 from curvd_server.engine.verification import verify
-from curvd_server.engine.verification.verify import Truth
+from curvd_server.engine.verification.verify import Reference
 
 HUGE = 2**30
 GELU = next(a for a in ANIMALS if a.name == "gelu")
@@ -25,7 +25,7 @@ GELU = next(a for a in ANIMALS if a.name == "gelu")
 
 @pytest.mark.parametrize("animal", ANIMALS, ids=lambda a: a.name)
 def test_some_mode_verifies_far_below_the_tolerance(animal: Animal):
-    evidence = Truth(problem_of(animal), OperatorSpec()).examine(
+    evidence = Reference(problem_of(animal), OperatorSpec()).examine(
         "double_backward", batched=False
     )
     assert evidence.ok
@@ -46,16 +46,17 @@ def test_a_wrong_row_is_named(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setitem(linearize.MODES, "crooked", crooked)
     problem = problem_of(GELU)
-    evidence = Truth(problem, OperatorSpec()).examine("crooked", batched=False)
+    evidence = Reference(problem, OperatorSpec()).examine("crooked", batched=False)
     assert evidence.wrong == (problem.layout.names[0],)
     assert evidence.difference_gap == pytest.approx(0.01, rel=0.01)
 
 
 def test_the_directions_are_independent():
     problem = problem_of(GELU)
-    truth = Truth(problem, OperatorSpec())
+    reference = Reference(problem, OperatorSpec())
     columns = torch.stack([
-        flat(d.tensors(problem.parameters)) for d in (truth._away, *truth._directions)
+        flat(d.tensors(problem.parameters))
+        for d in (reference._perturbation, *reference._directions)
     ])
     cosines = torch.corrcoef(columns)[*torch.triu_indices(3, 3, 1)]
     assert cosines.abs().max() < 0.5
@@ -65,10 +66,10 @@ def test_the_directions_are_independent():
 def test_a_product_that_is_right_along_one_direction_only_is_refused(monkeypatch):
     """What is added is zero along the direction of the differences, so symmetry tells."""
     problem = problem_of(GELU)
-    truth = Truth(problem, OperatorSpec())
-    v = flat(truth._directions[0].tensors(problem.parameters))
-    away = columns(problem, 1)[0]
-    away -= (away @ v) / (v @ v) * v
+    reference = Reference(problem, OperatorSpec())
+    v = flat(reference._directions[0].tensors(problem.parameters))
+    perturbation = columns(problem, 1)[0]
+    perturbation -= (perturbation @ v) / (v @ v) * v
 
     def asymmetric(problem, spec, batch):
         right = linearize.double_backward(problem, spec, batch)
@@ -76,12 +77,12 @@ def test_a_product_that_is_right_along_one_direction_only_is_refused(monkeypatch
         class Asymmetric:
             def product(self, tangents, block, *, batched):
                 rows = right.product(tangents, block, batched=batched)
-                return [r + 0.1 * (away @ flat(tangents)) for r in rows]
+                return [r + 0.1 * (perturbation @ flat(tangents)) for r in rows]
 
         return Asymmetric()
 
     monkeypatch.setitem(linearize.MODES, "asymmetric", asymmetric)
-    evidence = truth.examine("asymmetric", batched=False)
+    evidence = reference.examine("asymmetric", batched=False)
     assert evidence.difference_gap < 1e-6
     assert evidence.symmetry_gap > 1e-3
     assert not evidence.ok
@@ -97,17 +98,17 @@ def test_a_host_that_cannot_hold_an_examination_is_named(monkeypatch):
             lambda free=available: types.SimpleNamespace(available=free),
         )
         if available == needed:
-            Truth(problem, OperatorSpec())
+            Reference(problem, OperatorSpec())
         else:
             with pytest.raises(
                 OutOfMemory, match=rf"{needed} bytes on the host.*params"
             ):
-                Truth(problem, OperatorSpec())
+                Reference(problem, OperatorSpec())
 
 
 def test_a_mode_that_cannot_run_is_passed_over():
     """weight_norm has no forward mode; torch's message is kept."""
-    evidence = Truth(problem_of(REFUSED), OperatorSpec()).examine(
+    evidence = Reference(problem_of(REFUSED), OperatorSpec()).examine(
         "forward_over_reverse", batched=False
     )
     assert not evidence.ok
@@ -123,7 +124,7 @@ def test_dead_starts_do_not_hide_rows():
             nn.init.zeros_(self[2].weight)
 
     animal = Animal("zeros", Zeros)
-    evidence = Truth(problem_of(animal), OperatorSpec()).examine(
+    evidence = Reference(problem_of(animal), OperatorSpec()).examine(
         "double_backward", batched=False
     )
     assert evidence.ok

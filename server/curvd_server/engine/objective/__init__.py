@@ -5,7 +5,7 @@ Imports graphs and torch; knows no operator on it.
 
 from __future__ import annotations
 
-from curvd_server.engine.objective.chunked import distance, dot, norm, pieces
+from curvd_server.engine.objective.chunked import chunks, distance, dot, norm
 from curvd_server.engine.objective.data import Array, Batch, rows_of
 from curvd_server.engine.objective.layer_patches import use_differentiable_attention
 from curvd_server.engine.objective.objective import (
@@ -32,13 +32,13 @@ __all__ = [
     "check_batch_axis",
     "check_cancelled",
     "check_samples",
+    "chunks",
     "distance",
     "dot",
     "loss_hessian",
     "never",
     "norm",
     "on_host",
-    "pieces",
     "rows_of",
     "sampled_loss_hessian",
     "tangents_of",

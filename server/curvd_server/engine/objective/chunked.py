@@ -1,4 +1,4 @@
-"""Large tensors a piece at a time: what is summed or compared needs no copy of them."""
+"""Large tensors a chunk at a time: what is summed or compared needs no copy of them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from curvd_server.system import yield_point
 
 PIECE = 1 << 18
-"""Elements of a piece; a few of them in float64 fit a core's cache."""
+"""Elements of a chunk; a few of them in float64 fit a core's cache."""
 
 
-def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Cut tensors of one shape alike, along their first axis.
 
-    Between two pieces is a yield point of long work.
+    Between two chunks is a yield point of long work.
 
     Args:
         tensors: Each ``[n, ...]`` or a scalar, with any strides.
@@ -27,23 +27,23 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """
     rows = [t if t.ndim else t.reshape(1) for t in tensors]
     count = max(1, PIECE * len(rows[0]) // max(1, rows[0].numel()))
-    for piece in zip(*(torch.split(t, count) for t in rows), strict=True):
+    for chunk in zip(*(torch.split(t, count) for t in rows), strict=True):
         yield_point()
-        yield piece
+        yield chunk
 
 
 def dot(a: Tensor, b: Tensor) -> float:
     """Multiply and sum in float64."""
-    return float(sum((x.double() * y.double()).sum() for x, y in pieces(a, b)))
+    return float(sum((x.double() * y.double()).sum() for x, y in chunks(a, b)))
 
 
 def norm(tensor: Tensor) -> float:
     """Compute the Euclidean norm in float64."""
-    return math.sqrt(sum(p.double().square().sum() for (p,) in pieces(tensor)))
+    return math.sqrt(sum(p.double().square().sum() for (p,) in chunks(tensor)))
 
 
 def distance(a: Tensor, b: Tensor) -> float:
     """Compute the Euclidean norm of the difference in float64."""
     return math.sqrt(
-        sum((x.double() - y.double()).square().sum() for x, y in pieces(a, b))
+        sum((x.double() - y.double()).square().sum() for x, y in chunks(a, b))
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvd.contract import DatasetSpec, Dtype
 from curvd.errors import InvalidSpec
-from curvd_server.engine.objective.chunked import pieces
+from curvd_server.engine.objective.chunked import chunks
 from curvd_server.system import yield_point
 
 Array = np.ndarray[Any, Any] | Tensor
@@ -136,8 +136,8 @@ def _placed(tensor: Tensor, device: torch.device, kind: torch.dtype) -> Tensor:
     if tensor.dtype == kind and tensor.device == device:
         return tensor
     there = torch.empty(tensor.shape, dtype=kind, device=device)
-    for piece, values in pieces(there, tensor):
-        piece.copy_(values)
+    for chunk, values in chunks(there, tensor):
+        chunk.copy_(values)
     return there
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from curvd_server.engine.operators.linearize import (
     MODES,
     block_ranges,
-    kept_bytes,
+    cached_bytes,
 )
 from curvd_server.engine.operators.protocol import (
     Definition,
@@ -23,6 +23,6 @@ __all__ = [
     "Differences",
     "Linearisation",
     "block_ranges",
+    "cached_bytes",
     "definition",
-    "kept_bytes",
 ]

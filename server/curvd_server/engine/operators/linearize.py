@@ -54,7 +54,7 @@ def forward_over_reverse(
     return definition(spec.kind).forward_over_reverse(problem, spec, batch)
 
 
-def kept_bytes(mode: str, problem: Problem, spec: OperatorSpec, batch: Batch) -> int:
+def cached_bytes(mode: str, problem: Problem, spec: OperatorSpec, batch: Batch) -> int:
     """Measure the memory that keeping a linearisation holds.
 
     Counts the storages saved in the graph that are neither parameters nor data, in a

@@ -5,7 +5,7 @@ Imports `curvd_server.engine.objective`; knows nothing of plans and of truth.
 
 from __future__ import annotations
 
-from curvd_server.engine.program.compile import Compiler, Job
+from curvd_server.engine.program.compile import Compiler, CompileTask
 from curvd_server.engine.program.interruptible import Interruptible
 from curvd_server.engine.program.linear_program import (
     Compilable,
@@ -20,12 +20,12 @@ from curvd_server.engine.program.linear_program import (
 
 __all__ = [
     "Compilable",
+    "CompileTask",
     "Compiler",
     "Emits",
     "HessianProgram",
     "Interruptible",
     "JacobianProgram",
-    "Job",
     "Rows",
     "held_bytes",
     "hessian_program",

@@ -61,7 +61,7 @@ _CHILD = f"import sys; from {__name__} import main; main(*sys.argv[1:])"
 
 
 @dataclass(slots=True)
-class Routine:
+class Kernel:
     """A linear program as a function: constants first, then tangents."""
 
     module: fx.GraphModule
@@ -72,10 +72,10 @@ class Routine:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A routine, and how to call it as a session does."""
+class CompileTask:
+    """A kernel, and how to call it as a session does."""
 
-    routine: Routine
+    kernel: Kernel
     arguments: Callable[[], list[Tensor] | None]
     """Constants and some tangents; None if the session has gone meanwhile."""
 
@@ -100,18 +100,18 @@ class Compiler:
         self._asked: weakref.WeakSet[fx.GraphModule] = weakref.WeakSet()
         self._closed = threading.Event()
 
-    def consider(self, jobs: Sequence[Job], spent_s: float) -> None:
-        """Compile routines that were used enough, or that were compiled before.
+    def consider(self, tasks: Sequence[CompileTask], spent_s: float) -> None:
+        """Compile kernels that were used enough, or that were compiled before.
 
         Args:
-            jobs: All routines of an operator.
+            tasks: All kernels of an operator.
             spent_s: Seconds that it has computed.
         """
-        for job in jobs:
-            module = job.routine.module
-            if module in self._asked or job.routine.native is not None:
+        for task in tasks:
+            module = task.kernel.module
+            if module in self._asked or task.kernel.native is not None:
                 continue
-            arguments = job.arguments()
+            arguments = task.arguments()
             if arguments is None:
                 continue
             try:
@@ -123,7 +123,7 @@ class Compiler:
             package = self._folder / f"{_key(text)}.pt2"
             if spent_s >= self.after_s or package.exists():
                 self._asked.add(module)
-                self._thread.submit(self._work, job, text, package)
+                self._thread.submit(self._work, task, text, package)
 
     def wait(self) -> None:
         """Wait until everything that was asked for is there; for tests and benches."""
@@ -134,7 +134,7 @@ class Compiler:
         self._closed.set()
         self._thread.shutdown(cancel_futures=True)
 
-    def _work(self, job: Job, text: str, package: Path) -> None:
+    def _work(self, task: CompileTask, text: str, package: Path) -> None:
         log = logger()
         try:
             if not _is_sound(package):
@@ -145,9 +145,9 @@ class Compiler:
             if self._closed.is_set():
                 return
             native = torch._inductor.aoti_load_package(str(package))
-            arguments = job.arguments()
-            if arguments is not None and _is_better(job.routine, native, arguments):
-                job.routine.native = _aligned(native)
+            arguments = task.arguments()
+            if arguments is not None and _is_better(task.kernel, native, arguments):
+                task.kernel.native = _aligned(native)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             # The program goes on as it is: nobody waits for native code.
             log.warning("not compiled", reason=str(error)[-2000:])
@@ -270,9 +270,9 @@ def _key(text: str) -> str:
     return hashlib.sha256(known.encode()).hexdigest()
 
 
-def _is_better(routine: Routine, native: Native, arguments: list[Tensor]) -> bool:
+def _is_better(kernel: Kernel, native: Native, arguments: list[Tensor]) -> bool:
     """Compare native code with its program: every row, and the time of both."""
-    calls: tuple[Native, Native] = (routine.module.forward, _aligned(native))
+    calls: tuple[Native, Native] = (kernel.module.forward, _aligned(native))
     with torch.no_grad():
         want, got = (call(*arguments) for call in calls)
         for w, g in zip(want, got, strict=True):

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from curvd_server.engine.objective import Batch, OutputMetric, Problem
-from curvd_server.engine.program.compile import Job, Routine
+from curvd_server.engine.program.compile import CompileTask, Kernel
 from curvd_server.engine.program.fuse import fuse
 from curvd_server.engine.program.interpreter import emitted
 from curvd_server.engine.program.restrict import without_zeros
-from curvd_server.engine.program.simplify import Recipe, addends, simplify
-from curvd_server.engine.program.trace import Traced, evaluate, split, trace
+from curvd_server.engine.program.simplify import DerivedConstants, addends, simplify
+from curvd_server.engine.program.trace import LinearGraph, evaluate, split, trace
 from curvd_server.system import yield_point
 
 Rows = list[Tensor | None]
@@ -39,30 +39,30 @@ Call = Callable[..., Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class LinearCode:
+class SimplifiedGraph:
     """A simplified linear program and its specialisations."""
 
     graph: fx.Graph
-    recipe: Recipe
-    routines: dict[tuple[range, range], Routine] = field(default_factory=dict)
+    derived: DerivedConstants
+    kernels: dict[tuple[range, range], Kernel] = field(default_factory=dict)
 
     def constants(self, values: dict[str, Any]) -> dict[str, Any]:
         """Make the additional constants and drop those that are no longer named."""
-        for name, compute in self.recipe.items():
+        for name, compute in self.derived.items():
             values[name] = compute(values)
         named = {node.target for node in self.graph.nodes if node.op == "get_attr"}
         return {name: value for name, value in values.items() if name in named}
 
-    def routine(self, inputs: range, outputs: range) -> Routine:
+    def kernel(self, inputs: range, outputs: range) -> Kernel:
         """Specialise to some inputs and outputs, or find it done.
 
         Graph and module are a reference cycle, so they never hold constants: these
         are arguments, bound outside, and freed with the linearisation.
         """
         key = (inputs, outputs)
-        if key not in self.routines:
-            self.routines[key] = _routine(fuse(without_zeros(self.graph, *key)))
-        return self.routines[key]
+        if key not in self.kernels:
+            self.kernels[key] = _kernel(fuse(without_zeros(self.graph, *key)))
+        return self.kernels[key]
 
     def bind(
         self,
@@ -72,7 +72,7 @@ class LinearCode:
         *,
         batched: bool,
     ) -> Call:
-        """Fix the constants of a routine.
+        """Fix the constants of a kernel.
 
         Args:
             inputs: Indices of the tangents that are not zero.
@@ -83,11 +83,11 @@ class LinearCode:
         Returns:
             Tangents to rows.
         """
-        routine = self.routine(inputs, outputs)
-        known = [constants[name] for name in routine.names]
+        kernel = self.kernel(inputs, outputs)
+        known = [constants[name] for name in kernel.names]
         if not batched:
-            return functools.partial(routine.native or routine.module.forward, *known)
-        return torch.vmap(functools.partial(routine.module.forward, *known))
+            return functools.partial(kernel.native or kernel.module.forward, *known)
+        return torch.vmap(functools.partial(kernel.module.forward, *known))
 
     def emitted(
         self,
@@ -96,26 +96,26 @@ class LinearCode:
         constants: Mapping[str, Any],
         tangents: Sequence[Tensor],
     ) -> Iterator[tuple[int, Tensor | None]]:
-        """Run a routine; yield index and value of each output as it is computed."""
-        routine = self.routine(inputs, outputs)
-        known = [constants[name] for name in routine.names]
-        return emitted(routine.module.graph, (*known, *tangents), outputs)
+        """Run a kernel; yield index and value of each output as it is computed."""
+        kernel = self.kernel(inputs, outputs)
+        known = [constants[name] for name in kernel.names]
+        return emitted(kernel.module.graph, (*known, *tangents), outputs)
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
     """A traced operator and its linear part's simplified forms."""
 
-    traced: Traced
-    codes: dict[frozenset[str], LinearCode] = field(default_factory=dict)
+    linear_graph: LinearGraph
+    codes: dict[frozenset[str], SimplifiedGraph] = field(default_factory=dict)
     """By the constants that are zero: the only values that shape the code."""
 
-    def code(self, constants: Mapping[str, Any]) -> LinearCode:
+    def code(self, constants: Mapping[str, Any]) -> SimplifiedGraph:
         """Simplify the linear part for these constants, or find it done."""
-        linear = self.traced.linear
+        linear = self.linear_graph.linear
         zeros = frozenset(n for n in addends(linear) if not constants[n].any())
         if zeros not in self.codes:
-            self.codes[zeros] = LinearCode(*simplify(linear, zeros))
+            self.codes[zeros] = SimplifiedGraph(*simplify(linear, zeros))
         return self.codes[zeros]
 
 
@@ -123,7 +123,7 @@ class Program:
 class Compilable(Protocol):
     """A linearisation whose code can be compiled."""
 
-    def jobs(self, block: range) -> list[Job]:
+    def tasks(self, block: range) -> list[CompileTask]:
         """List what can be compiled of one block's product."""
         ...
 
@@ -143,7 +143,7 @@ class Emits(Protocol):
 class HessianProgram:
     """Tangents in, rows out."""
 
-    code: LinearCode
+    code: SimplifiedGraph
     constants: dict[str, Any]
 
     def product(
@@ -160,9 +160,9 @@ class HessianProgram:
         """Multiply one diagonal block; see `Emits`."""
         return self.code.emitted(block, block, self.constants, tangents)
 
-    def jobs(self, block: range) -> list[Job]:
+    def tasks(self, block: range) -> list[CompileTask]:
         """List what can be compiled of one block's product."""
-        return [_job(self, self.code.routine(block, block))]
+        return [_task(self, self.code.kernel(block, block))]
 
     def held(self) -> list[Any]:
         """List what is kept in memory."""
@@ -173,7 +173,7 @@ class HessianProgram:
 class JacobianProgram:
     """Tangents to outputs, the metric, and cotangents back to rows."""
 
-    code: LinearCode
+    code: SimplifiedGraph
     constants: dict[str, Any]
     metric: OutputMetric
     parameters: int
@@ -206,11 +206,11 @@ class JacobianProgram:
             cotangent = self.metric(pushed).contiguous()
         return self.code.emitted(outputs, block, self.constants, (cotangent,))
 
-    def jobs(self, block: range) -> list[Job]:
+    def tasks(self, block: range) -> list[CompileTask]:
         """List what can be compiled of one block's product."""
         outputs = range(self.parameters, self.parameters + 1)
         pairs = ((block, outputs), (outputs, block))
-        return [_job(self, self.code.routine(*pair)) for pair in pairs]
+        return [_task(self, self.code.kernel(*pair)) for pair in pairs]
 
     def held(self) -> list[Any]:
         """List what is kept in memory."""
@@ -242,7 +242,7 @@ def jacobian_program(
 
 def _evaluated(
     problem: Problem, batch: Batch, *, hessian: bool
-) -> tuple[LinearCode, dict[str, Any], Any]:
+) -> tuple[SimplifiedGraph, dict[str, Any], Any]:
     """Run what needs no tangent.
 
     Returns:
@@ -253,7 +253,7 @@ def _evaluated(
     frozen = problem.model.constants.values()
     known = [*problem.parameters, *frozen, *batch.inputs, batch.targets]
     with torch.no_grad():
-        values, outputs = evaluate(whole.traced, known)
+        values, outputs = evaluate(whole.linear_graph, known)
         yield_point()
         code = whole.code(values)
         return code, code.constants(values), outputs
@@ -293,11 +293,11 @@ def held_bytes(linear: HessianProgram | JacobianProgram, known: set[int]) -> int
     return sum(size for at, size in storages.items() if at not in known)
 
 
-def _job(linear: HessianProgram | JacobianProgram, routine: Routine) -> Job:
-    """Say how a routine is called, without keeping the session's memory."""
+def _task(linear: HessianProgram | JacobianProgram, kernel: Kernel) -> CompileTask:
+    """Say how a kernel is called, without keeping the session's memory."""
     shapes = [
         node.meta["val"]
-        for node in routine.module.graph.nodes
+        for node in kernel.module.graph.nodes
         if node.op == "placeholder" and "val" in node.meta
     ]
     there = weakref.ref(linear)
@@ -306,7 +306,7 @@ def _job(linear: HessianProgram | JacobianProgram, routine: Routine) -> Job:
         alive = there()
         if alive is None:
             return None
-        constants = [alive.constants[name] for name in routine.names]
+        constants = [alive.constants[name] for name in kernel.names]
         # As products cut them: out of one vector, so not all of them aligned.
         dtype, device = shapes[0].dtype, shapes[0].device
         vector = torch.randn(sum(s.numel() for s in shapes), dtype=dtype, device=device)
@@ -314,10 +314,10 @@ def _job(linear: HessianProgram | JacobianProgram, routine: Routine) -> Job:
         tangents = [p.view(s.shape) for p, s in zip(parts, shapes, strict=True)]
         return [*constants, *tangents]
 
-    return Job(routine, arguments)
+    return CompileTask(kernel, arguments)
 
 
-def _routine(graph: fx.Graph) -> Routine:
+def _kernel(graph: fx.Graph) -> Kernel:
     """Make a graph callable, its constants the first arguments."""
     first = next(iter(graph.nodes))
     named: dict[str, fx.Node] = {}
@@ -332,7 +332,7 @@ def _routine(graph: fx.Graph) -> Routine:
         # other tangents do not always have.
         if node.target in _VIEWS:
             node.target = torch.ops.aten.reshape.default
-    return Routine(fx.GraphModule(nn.Module(), graph), tuple(named))
+    return Kernel(fx.GraphModule(nn.Module(), graph), tuple(named))
 
 
 def _tensors(metric: OutputMetric) -> list[Any]:

@@ -31,11 +31,11 @@ _COPIES = {aten.expand.default, aten._to_copy.default}
 """What forward mode inserts where a tangent might be another's view, and is not."""
 
 Values = Mapping[str, Any]
-Recipe = dict[str, Callable[[Values], Tensor]]
+DerivedConstants = dict[str, Callable[[Values], Tensor]]
 """How to compute new constants from earlier ones, by name, in order."""
 
 
-def simplify(graph: fx.Graph, zeros: Set[str]) -> tuple[fx.Graph, Recipe]:
+def simplify(graph: fx.Graph, zeros: Set[str]) -> tuple[fx.Graph, DerivedConstants]:
     """Apply all rules.
 
     Nothing here looks at a value, so that the result serves every mini-batch.
@@ -48,7 +48,7 @@ def simplify(graph: fx.Graph, zeros: Set[str]) -> tuple[fx.Graph, Recipe]:
     Returns:
         The simplified graph and how to make the constants that it has in addition.
     """
-    graph, recipe = _copied(graph), Recipe()
+    graph, derived = _copied(graph), DerivedConstants()
     drop_unused(graph)
     for node in list(graph.nodes):
         yield_point()
@@ -61,14 +61,14 @@ def simplify(graph: fx.Graph, zeros: Set[str]) -> tuple[fx.Graph, Recipe]:
     for node in list(graph.nodes):
         yield_point()
         if node.target in _SCALES:
-            _fold_factor(graph, node, recipe)
+            _fold_factor(graph, node, derived)
     for node in list(graph.nodes):
         yield_point()
         if node.target is _MUL:
-            _gather_factors(graph, node, recipe)
+            _gather_factors(graph, node, derived)
     drop_unused(graph)
     graph.lint()
-    return graph, recipe
+    return graph, derived
 
 
 def drop_unused(graph: fx.Graph) -> None:
@@ -117,12 +117,12 @@ def shape_of(node: Any) -> tuple[int, ...]:
 def _new_constant(
     graph: fx.Graph,
     at: fx.Node,
-    recipe: Recipe,
+    derived: DerivedConstants,
     like: Tensor,
     compute: Callable[[Values], Tensor],
 ) -> fx.Node:
-    name = f"f{len(recipe)}"
-    recipe[name] = compute
+    name = f"f{len(derived)}"
+    derived[name] = compute
     with graph.inserting_before(at):
         node = graph.get_attr(name)
     node.meta["val"] = like
@@ -170,14 +170,14 @@ def _drop_copy(graph: fx.Graph, node: fx.Node, source: int) -> None:
             graph.erase_node(node)
 
 
-def _fold_factor(graph: fx.Graph, node: fx.Node, recipe: Recipe) -> None:
+def _fold_factor(graph: fx.Graph, node: fx.Node, derived: DerivedConstants) -> None:
     """``gelu_backward(t, h) -> t * gelu'(h)``, the factor computed once."""
     tangent, *others = node.args
     if _constant(tangent) or not all(map(_constant, others)):
         return
     target: Any = node.target
     first = next(o for o in others if isinstance(o, fx.Node))
-    # note: a name, not a node, because a graph must not be kept alive by a recipe.
+    # note: a name, not a node, because a graph must not be kept alive by derived constants.
     names = [_named(o) for o in others]
     extra = {k: _named(v) for k, v in node.kwargs.items()}
 
@@ -188,11 +188,11 @@ def _fold_factor(graph: fx.Graph, node: fx.Node, recipe: Recipe) -> None:
         return result
 
     at = others.index(first)
-    constant = _new_constant(graph, node, recipe, first.meta["val"], factor)
+    constant = _new_constant(graph, node, derived, first.meta["val"], factor)
     _replace(graph, node, _MUL, (tangent, constant))
 
 
-def _gather_factors(graph: fx.Graph, node: fx.Node, recipe: Recipe) -> None:
+def _gather_factors(graph: fx.Graph, node: fx.Node, derived: DerivedConstants) -> None:
     """``(t * a) * b -> t * (a * b)`` with the constants multiplied once."""
     inner, outer = _split_factors(node)
     if inner is None or inner.target is not _MUL or len(inner.users) != 1:
@@ -210,7 +210,9 @@ def _gather_factors(graph: fx.Graph, node: fx.Node, recipe: Recipe) -> None:
             return
         like = torch.empty(shape, dtype=node.meta["val"].dtype, device="meta")
         left, right = _named(factor), _named(outer)
-        product = _new_constant(graph, node, recipe, like, lambda v: left(v) * right(v))
+        product = _new_constant(
+            graph, node, derived, like, lambda v: left(v) * right(v)
+        )
     _replace(graph, node, _MUL, (tangent, product))
     graph.erase_node(inner)
 

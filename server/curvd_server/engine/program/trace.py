@@ -23,7 +23,7 @@ may lie within each other, but not overlap."""
 
 
 @dataclass(frozen=True, slots=True)
-class Traced:
+class LinearGraph:
     """A traced operator, split; shared by all mini-batches of one shape."""
 
     module: fx.GraphModule
@@ -97,7 +97,7 @@ def trace(problem: Problem, batch: Batch, *, hessian: bool) -> fx.GraphModule:
         return tracer(*args)
 
 
-def split(traced: fx.GraphModule, known: int) -> Traced:
+def split(traced: fx.GraphModule, known: int) -> LinearGraph:
     """Separate what needs no tangent from the linear rest.
 
     Args:
@@ -130,14 +130,14 @@ def split(traced: fx.GraphModule, known: int) -> Traced:
         ):
             tangent.add(node)
             renamed[node] = graph.node_copy(node, lift)
-    return Traced(traced, lifted, graph)
+    return LinearGraph(traced, lifted, graph)
 
 
-def evaluate(traced: Traced, known: Sequence[Tensor]) -> tuple[dict[str, Any], Any]:
+def evaluate(graph: LinearGraph, known: Sequence[Tensor]) -> tuple[dict[str, Any], Any]:
     """Run the part that needs no tangent.
 
     Args:
-        traced: The split operator.
+        graph: The split operator.
         known: Values of its first inputs.
 
     Returns:
@@ -146,9 +146,9 @@ def evaluate(traced: Traced, known: Sequence[Tensor]) -> tuple[dict[str, Any], A
     """
     values: dict[fx.Node, Any] = {}
     constants: dict[str, Any] = {}
-    pending = {node: len(node.users) for node in traced.module.graph.nodes}
+    pending = {node: len(node.users) for node in graph.module.graph.nodes}
     given = iter(known)
-    for node in traced.module.graph.nodes:
+    for node in graph.module.graph.nodes:
         if node.op == "output":
             return constants, values.get(node.args[0][-1])
         operands = node.all_input_nodes
@@ -157,12 +157,12 @@ def evaluate(traced: Traced, known: Sequence[Tensor]) -> tuple[dict[str, Any], A
             if value is not None:
                 values[node] = value
         elif node.op == "get_attr":
-            values[node] = getattr(traced.module, node.target)
+            values[node] = getattr(graph.module, node.target)
         elif all(operand in values for operand in operands):
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)
-        if node in values and node in traced.lifted:
-            constants[traced.lifted[node]] = values[node]
+        if node in values and node in graph.lifted:
+            constants[graph.lifted[node]] = values[node]
         for operand in operands:
             pending[operand] -= 1
             if not pending[operand] and operand in values:

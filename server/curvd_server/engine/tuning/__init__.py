@@ -1,4 +1,4 @@
-"""Plans: the candidates for an operator, timed, and the fastest that is right.
+"""How an operator may be computed: plans are timed, and the fastest that is right is taken.
 
 Imports operators and verification.
 """

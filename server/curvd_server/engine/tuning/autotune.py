@@ -24,7 +24,12 @@ from curvd_server.engine.objective import (
     check_cancelled,
     tangents_of,
 )
-from curvd_server.engine.operators import MODES, Linearisation, block_ranges, kept_bytes
+from curvd_server.engine.operators import (
+    MODES,
+    Linearisation,
+    block_ranges,
+    cached_bytes,
+)
 from curvd_server.engine.program import Interruptible
 from curvd_server.system import logger, yield_point
 
@@ -36,7 +41,7 @@ so columns go through together only where that really gains.
 """
 CLOSE = 1.3
 """Plans within this factor of the fastest are timed again."""
-HOPELESS = 1.5
+PRUNE_FACTOR = 1.5
 """A plan whose first product takes more than this factor of the fastest, and long, is
 not run again: the time is better spent on those that may win. Joined mini-batches are,
 `_RUNS` times even when the time is up: the first run finds fresh memory for larger
@@ -66,7 +71,7 @@ _INTERRUPTED_S = 0.75
 """Wide products that may take longer are timed with yield points between operations."""
 _LONG_S = 0.1
 """A product of this length needs no third run, and no second one if it was timed before
-or is hopeless. Joined mini-batches do."""
+or is pruned. Joined mini-batches do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,7 @@ class Plan:
 
 
 def ranked(
-    stopwatch: Stopwatch, known: Plan | None, cancelled: Callable[[], bool]
+    timer: PlanTimer, known: Plan | None, cancelled: Callable[[], bool]
 ) -> Iterator[Plan]:
     """Yield plans, the most promising first.
 
@@ -95,9 +100,9 @@ def ranked(
     waits for one; more columns go through together where that pays.
 
     Args:
-        stopwatch: Times one plan.
+        timer: Times one plan.
         known: From an earlier session; comes first, and nothing is timed if it is right.
-        cancelled: Polled between candidates.
+        cancelled: Polled between plans.
 
     Yields:
         Each plan once, those that could not be timed last.
@@ -105,11 +110,11 @@ def ranked(
     if known is not None:
         yield known
     timed: dict[Plan, float] = {}
-    _race(stopwatch, [Plan(mode) for mode in MODES], timed, cancelled)
+    _race(timer, [Plan(mode) for mode in MODES], timed, cancelled)
     modes = list(timed)
     for plan in sorted(modes, key=timed.__getitem__):
-        narrow = _joined(stopwatch, plan, timed, cancelled)
-        wide = _widened(stopwatch, narrow, timed, cancelled)
+        narrow = _joined(timer, plan, timed, cancelled)
+        wide = _widened(timer, narrow, timed, cancelled)
         logger().info("plans timed", **_listed(timed), chosen=_name(wide))
         yield wide
         if wide != narrow:
@@ -127,7 +132,7 @@ def _listed(timed: Mapping[Plan, float]) -> dict[str, str]:
 
 
 def _race(
-    stopwatch: Stopwatch,
+    timer: PlanTimer,
     plans: Sequence[Plan],
     timed: dict[Plan, float],
     cancelled: Callable[[], bool],
@@ -138,7 +143,7 @@ def _race(
     its best time, and the moments of those that matter lie side by side.
 
     Args:
-        stopwatch: Times one plan.
+        timer: Times one plan.
         plans: The contestants.
         timed: Best seconds so far, by plan; those that are there are timed again only
             if they are close. Plans that cannot run do not get there.
@@ -147,9 +152,9 @@ def _race(
 
     def take(plan: Plan) -> None:
         check_cancelled(cancelled)
-        if timed and stopwatch.is_over():
+        if timed and timer.is_over():
             return
-        seconds = stopwatch.seconds_per_column(plan)
+        seconds = timer.seconds_per_column(plan)
         if seconds is not None:
             timed[plan] = min(seconds, timed.get(plan, seconds))
 
@@ -167,19 +172,19 @@ def _race(
 
 
 def _joined(
-    stopwatch: Stopwatch,
+    timer: PlanTimer,
     plan: Plan,
     timed: dict[Plan, float],
     cancelled: Callable[[], bool],
 ) -> Plan:
     """Join as many mini-batches as a short step and the memory hold, unless it is slower."""
     fit = int(LONGEST_STEP_S / (JOINED * timed[plan]))
-    most = min(stopwatch.batches, fit, MOST_JOINED)
-    while most >= 2 and not stopwatch.is_over():
-        steps = -(-stopwatch.batches // most)
-        even = -(-stopwatch.batches // steps)
+    most = min(timer.batches, fit, MOST_JOINED)
+    while most >= 2 and not timer.is_over():
+        steps = -(-timer.batches // most)
+        even = -(-timer.batches // steps)
         joined = dataclasses.replace(plan, batches_at_once=even)
-        _race(stopwatch, [plan, joined], timed, cancelled)
+        _race(timer, [plan, joined], timed, cancelled)
         if joined in timed:
             return joined if timed[joined] <= timed[plan] else plan
         most //= 4
@@ -187,7 +192,7 @@ def _joined(
 
 
 def _widened(
-    stopwatch: Stopwatch,
+    timer: PlanTimer,
     plan: Plan,
     timed: dict[Plan, float],
     cancelled: Callable[[], bool],
@@ -195,16 +200,16 @@ def _widened(
     """Take several columns at once, if that is really faster."""
     best = plan
     for width in _WIDTHS:
-        if not stopwatch.allows(width * plan.batches_at_once * timed[plan]):
+        if not timer.allows(width * plan.batches_at_once * timed[plan]):
             break
         wide = dataclasses.replace(plan, columns_at_once=width)
-        _race(stopwatch, [best, wide], timed, cancelled)
+        _race(timer, [best, wide], timed, cancelled)
         if wide in timed and timed[wide] < WORTH * timed[best]:
             best = wide
     return best
 
 
-class Stopwatch:
+class PlanTimer:
     """Times plans on the first mini-batches, within a budget of measured time.
 
     On a CPU it is the time that this thread computes, which other processes do not
@@ -214,7 +219,7 @@ class Stopwatch:
     Args:
         problem: The objective.
         spec: The operator.
-        budget_bytes: Memory for kept linearisations.
+        budget_bytes: Memory for cached linearisations.
         budget_s: Seconds of products, by the same clock; tracing, linearising and
             verifying are not counted.
     """
@@ -242,7 +247,7 @@ class Stopwatch:
         return seconds < self._left_s
 
     def seconds_per_column(self, plan: Plan) -> float | None:
-        """Time a plan's product, and its linearisation in so far as it is not kept.
+        """Time a plan's product, and its linearisation in so far as it is not cached.
 
         The product is all that a step does: rows are added to a result.
 
@@ -260,11 +265,11 @@ class Stopwatch:
         problem = self._problem.joined(plan.batches_at_once)
         batch = problem.data[0]
         share = len(self._problem.data[0].targets) / len(batch.targets)
-        limit_s = HOPELESS * self._best_s * plan.columns_at_once / share
+        limit_s = PRUNE_FACTOR * self._best_s * plan.columns_at_once / share
         joined = plan.batches_at_once > 1 and not plan.batched
         least = _RUNS if joined and plan not in self._warm else 1
         try:
-            size = kept_bytes(plan.mode, problem, self._spec, batch)  # warms, traces
+            size = cached_bytes(plan.mode, problem, self._spec, batch)  # warms, traces
             if plan.batches_at_once > 1 and size > self._bytes:
                 return None
             yield_point()
@@ -274,8 +279,8 @@ class Stopwatch:
             product_s = self._product_s(linear, plan, limit_s, least)
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
             return None
-        kept = min(1.0, self._bytes / max(size * problem.batches, 1))
-        seconds = share * (product_s / plan.columns_at_once + (1.0 - kept) * build_s)
+        cached = min(1.0, self._bytes / max(size * problem.batches, 1))
+        seconds = share * (product_s / plan.columns_at_once + (1.0 - cached) * build_s)
         self._best_s = min(self._best_s, seconds)
         return seconds
 

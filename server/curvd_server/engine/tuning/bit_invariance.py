@@ -34,7 +34,7 @@ def is_alike(product: Callable[[Tensor], Tensor], V: Tensor) -> bool:
 
 
 def steps(counts: Sequence[int], width: int, most: int) -> Iterator[list[int]]:
-    """Cut requests into pieces that go through together, each as if it were alone.
+    """Cut requests into chunks that go through together, each as if it were alone.
 
     Args:
         counts: Columns of each request.
@@ -42,7 +42,7 @@ def steps(counts: Sequence[int], width: int, most: int) -> Iterator[list[int]]:
         most: Columns that share what is linearised for them.
 
     Yields:
-        Sizes of consecutive pieces that are multiplied side by side.
+        Sizes of consecutive chunks that are multiplied side by side.
     """
     step: list[int] = []
     for count in counts:

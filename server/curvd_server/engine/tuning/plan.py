@@ -1,4 +1,4 @@
-"""How an operator is computed: the fastest of the candidates that is right.
+"""How an operator is computed: the fastest of the plans that is right.
 
 A plan is remembered by structure (architecture, shapes, loss, operator, device), so
 the next session of that structure, or the same one after a restart, verifies one plan
@@ -20,8 +20,8 @@ from curvd.contract import OperatorSpec
 from curvd.errors import CurvatureUnverified, OutOfMemory
 from curvd_server.engine.objective import Problem, check_cancelled
 from curvd_server.engine.operators import MODES
-from curvd_server.engine.tuning.autotune import Plan, Stopwatch, ranked
-from curvd_server.engine.verification import Evidence, Truth, disagreements
+from curvd_server.engine.tuning.autotune import Plan, PlanTimer, ranked
+from curvd_server.engine.verification import Evidence, Reference, disagreements
 
 __all__ = ["Choice", "Memory", "Plan", "choose", "recall", "remember", "structure"]
 
@@ -104,9 +104,9 @@ def choose(
         spec: The operator.
         plan: Taken if it verifies, without timing anything.
         memory: Plans of earlier sessions; likewise.
-        budget_bytes: Memory for kept linearisations.
-        budget_s: Time for measuring candidates, verification excluded.
-        cancelled: Polled between candidates.
+        budget_bytes: Memory for cached linearisations.
+        budget_s: Time for measuring plans, verification excluded.
+        cancelled: Polled between plans.
 
     Returns:
         The plan and its evidence.
@@ -115,20 +115,20 @@ def choose(
         CurvatureUnverified: If no mode reproduces finite differences.
         OutOfMemory: If one did not for want of memory.
     """
-    truth = Truth(problem, spec)
-    stopwatch = Stopwatch(problem, spec, budget_bytes, budget_s)
+    reference = Reference(problem, spec)
+    timer = PlanTimer(problem, spec, budget_bytes, budget_s)
     found: dict[str, Evidence] = {}
     key = structure(problem, spec)
-    for candidate in ranked(stopwatch, plan or recall(memory, key), cancelled):
+    for candidate in ranked(timer, plan or recall(memory, key), cancelled):
         check_cancelled(cancelled)
-        if candidate.batches_at_once > 1 and not truth.is_sum_over_data():
+        if candidate.batches_at_once > 1 and not reference.is_sum_over_data():
             candidate = dataclasses.replace(candidate, batches_at_once=1)
-        evidence = truth.examine(candidate.mode, batched=False)
+        evidence = reference.examine(candidate.mode, batched=False)
         if evidence.ok and candidate.batched:
-            evidence = truth.examine(candidate.mode, batched=True)
+            evidence = reference.examine(candidate.mode, batched=True)
         if evidence.ok and candidate.mode == "program":
             work = problem.joined(candidate.batches_at_once)
-            evidence = _compared(work, spec, truth, candidate, evidence)
+            evidence = _compared(work, spec, reference, candidate, evidence)
         if evidence.ok:
             remember(memory, key, candidate)
             return Choice(candidate, evidence)
@@ -143,14 +143,20 @@ def choose(
 
 
 def _compared(
-    problem: Problem, spec: OperatorSpec, truth: Truth, plan: Plan, evidence: Evidence
+    problem: Problem,
+    spec: OperatorSpec,
+    reference: Reference,
+    plan: Plan,
+    evidence: Evidence,
 ) -> Evidence:
     """Hold a plan whose work depends on shapes and blocks against a plainer one."""
-    others = (m for m in MODES if m != plan.mode and truth.examine(m, batched=False).ok)
-    reference = next(others, None)
-    if reference is None:
+    others = (
+        m for m in MODES if m != plan.mode and reference.examine(m, batched=False).ok
+    )
+    plainer = next(others, None)
+    if plainer is None:
         return evidence
-    wrong = disagreements(problem, spec, plan.mode, reference, batched=plan.batched)
+    wrong = disagreements(problem, spec, plan.mode, plainer, batched=plan.batched)
     return dataclasses.replace(evidence, wrong=wrong)
 
 

@@ -9,11 +9,11 @@ from curvd_server.engine.verification.determinism import (
     check_objective,
     check_repeatable,
 )
-from curvd_server.engine.verification.verify import Evidence, Truth, disagreements
+from curvd_server.engine.verification.verify import Evidence, Reference, disagreements
 
 __all__ = [
     "Evidence",
-    "Truth",
+    "Reference",
     "check_objective",
     "check_repeatable",
     "disagreements",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from curvd.errors import NotDeterministic
-from curvd_server.engine.objective import Problem, pieces
+from curvd_server.engine.objective import Problem, chunks
 from curvd_server.system import yield_point
 
 REPEAT_RTOL, REPEAT_ATOL = 5e-5, 1e-6
@@ -42,7 +42,7 @@ def check_repeatable(what: str, first: Tensor, second: Tensor) -> None:
     Raises:
         NotDeterministic: If they differ beyond rounding.
     """
-    pairs = [(a, b) for a, b in pieces(first, second) if not _close(a, b)]
+    pairs = [(a, b) for a, b in chunks(first, second) if not _close(a, b)]
     if not pairs:
         return
     if not all(t.isfinite().all() for pair in pairs for t in pair):

@@ -18,9 +18,9 @@ from curvd.contract import OperatorSpec
 from curvd_server.engine.objective import (
     Batch,
     Problem,
+    chunks,
     dot,
     norm,
-    pieces,
     rows_of,
 )
 from curvd_server.engine.operators import definition
@@ -28,7 +28,7 @@ from curvd_server.system import yield_point
 
 ROWS = 4
 """Data points."""
-AWAY = 0.03
+PERTURBATION = 0.03
 """How far the parameters lie from the session's, relative to their scale."""
 
 
@@ -50,50 +50,53 @@ class Direction:
             tensor: On the CPU.
 
         Yields:
-            Views of pieces of the tensor, and the direction's entries there.
+            Views of chunks of the tensor, and the direction's entries there.
         """
         # note: torch's generator reads 32 bits of a seed, the lowest.
         seed = (self.seed + 1_000_003 * index) % 2**32
         generator = torch.Generator().manual_seed(seed)
         start = 0
-        for (piece,) in pieces(tensor):
-            entries = torch.randn(piece.shape, generator=generator).double()
+        for (chunk,) in chunks(tensor):
+            entries = torch.randn(chunk.shape, generator=generator).double()
             entries *= self.scales[index]
             for row in (r - start for i, r in self.fixed if i == index):
-                if 0 <= row < len(piece):
+                if 0 <= row < len(chunk):
                     entries[row] = 0.0
-            start += len(piece)
-            yield piece, entries
+            start += len(chunk)
+            yield chunk, entries
 
     def tensors(self, like: Sequence[Tensor]) -> list[Tensor]:
         """Make all of it, one tensor per parameter."""
         made = [torch.empty_like(p) for p in like]
         for index, tensor in enumerate(made):
-            for piece, entries in self.along(index, tensor):
-                piece.copy_(entries)
+            for chunk, entries in self.along(index, tensor):
+                chunk.copy_(entries)
         return made
 
     def dot(self, rows: Sequence[Tensor]) -> float:
         """Multiply it with one tensor per parameter, and sum."""
         return sum(
-            dot(piece, entries)
+            dot(chunk, entries)
             for index, row in enumerate(rows)
-            for piece, entries in self.along(index, row)
+            for chunk, entries in self.along(index, row)
         )
 
 
-class Excerpt:
-    """An excerpt of a problem, at float64 parameters of its own.
+class FiniteDifferences:
+    """Differences of gradients on an excerpt of a problem, at float64 parameters of its own.
 
     Args:
         origin: The session's problem.
-        away: Where the parameters go first, at once.
+        perturbation: Where the parameters go first, at once.
         direction: Along which they move, and quotients are taken.
     """
 
-    def __init__(self, origin: Problem, away: Direction, direction: Direction) -> None:
+    def __init__(
+        self, origin: Problem, perturbation: Direction, direction: Direction
+    ) -> None:
         self.problem = origin.excerpt(ROWS)
-        self._origin, self._away, self._direction = origin, away, direction
+        self._origin = origin
+        self._perturbation, self._direction = perturbation, direction
         self._move(0.0)
 
     def quotient(self, spec: OperatorSpec, step: float) -> list[Tensor]:
@@ -155,10 +158,13 @@ class Excerpt:
             yield_point()
             # From the origin each time: adding and subtracting would round.
             parameter.copy_(origin)
-            for direction, length in ((self._away, AWAY), (self._direction, step)):
+            for direction, length in (
+                (self._perturbation, PERTURBATION),
+                (self._direction, step),
+            ):
                 if length:
-                    for piece, entries in direction.along(index, parameter):
-                        piece.add_(entries, alpha=length)
+                    for chunk, entries in direction.along(index, parameter):
+                        chunk.add_(entries, alpha=length)
 
     def _outputs(self, batch: Batch, step: float) -> Tensor:
         self._move(step)

@@ -31,7 +31,7 @@ from curvd_server.engine.operators import MODES, Linearisation, block_ranges
 from curvd_server.engine.program import Rows
 from curvd_server.engine.verification.finite_differences import (
     Direction,
-    Excerpt,
+    FiniteDifferences,
     filled,
     scale_of,
 )
@@ -74,7 +74,7 @@ class Evidence:
         return not (self.wrong or self.failure)
 
 
-class Truth:
+class Reference:
     """The reference for one problem and operator.
 
     It holds nothing of the parameters' size between two examinations.
@@ -93,7 +93,9 @@ class Truth:
         scales = tuple(map(scale_of, problem.parameters))
         names = problem.layout.names
         fixed = tuple((names.index(name), row) for name, row in problem.model.fixed)
-        self._away, *self._directions = (Direction(k, scales, fixed) for k in range(3))
+        self._perturbation, *self._directions = (
+            Direction(k, scales, fixed) for k in range(3)
+        )
 
     def examine(self, mode: str, *, batched: bool) -> Evidence:
         """Compare a mode with the truth.
@@ -116,16 +118,16 @@ class Truth:
     def is_sum_over_data(self) -> bool:
         """Tell whether the gradient is the sum of the data points' own gradients."""
         try:
-            return max(_relative(*self._excerpt().beyond_the_sum())) <= TOLERANCE
+            return max(_relative(*self._differences().beyond_the_sum())) <= TOLERANCE
         except (ValueError, InvalidSpec):  # of statistics that one data point has not
             return False
 
-    def _excerpt(self) -> Excerpt:
-        return Excerpt(self._problem, self._away, self._directions[0])
+    def _differences(self) -> FiniteDifferences:
+        return FiniteDifferences(self._problem, self._perturbation, self._directions[0])
 
     def _examine(self, mode: str, *, batched: bool) -> Evidence:
-        excerpt = self._excerpt()
-        small = excerpt.problem
+        differences = self._differences()
+        small = differences.problem
         linear = _linearised(mode, small, self._spec, small.data[0])
         crossed = [
             name
@@ -134,7 +136,7 @@ class Truth:
         ]
         first, symmetry = self._products(small, linear, batched=batched)
         del linear  # what it keeps belongs to the parameters before they move
-        gaps = self._difference_gaps(excerpt, first)
+        gaps = self._difference_gaps(differences, first)
         names = self._problem.layout.names
         wrong = [n for n, gap in zip(names, gaps, strict=True) if not gap <= TOLERANCE]
         if not wrong and not symmetry <= TOLERANCE:
@@ -175,11 +177,13 @@ class Truth:
         typical = math.hypot(*map(norm, first)) * math.sqrt(squares / elements)
         return first, abs(left - right) / max(abs(left), abs(right), typical, 1e-300)
 
-    def _difference_gaps(self, excerpt: Excerpt, rows: Sequence[Tensor]) -> list[float]:
+    def _difference_gaps(
+        self, differences: FiniteDifferences, rows: Sequence[Tensor]
+    ) -> list[float]:
         """Best relative error per parameter over the step widths."""
         best = [math.inf] * len(rows)
         for step in STEPS:
-            gaps = _gaps(rows, excerpt.quotient(self._spec, step))
+            gaps = _gaps(rows, differences.quotient(self._spec, step))
             best = [min(b, g) for b, g in zip(best, gaps, strict=True)]
             if max(best) <= EXCELLENT:
                 break
