@@ -36,6 +36,7 @@ from curvd.contract import (
     ParameterSpec,
     PlanReport,
     Probe,
+    QueryProgress,
     Reduction,
     ResultInfo,
     ServerInfo,
@@ -94,7 +95,6 @@ from curvd.results import (
     Estimate,
     LogDeterminant,
     QueryInfo,
-    QueryProgress,
     Solution,
 )
 from curvd.tensors import tune_allocator

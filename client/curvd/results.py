@@ -42,36 +42,6 @@ class QueryInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QueryProgress:
-    """Where a running query is.
-
-    Examples:
-        >>> print(
-        ...     curvd.QueryProgress(
-        ...         iteration=3, products=4, estimates=(1.4,), residuals=(0.01,), elapsed_s=0.2
-        ...     )
-        ... )
-        4 products, estimates 1.4, errors 1.0e-02
-    """
-
-    iteration: int
-    products: int
-    estimates: tuple[float, ...]
-    """What is known of the result: eigenvalues, or the one number asked for."""
-    residuals: tuple[float, ...]
-    """Residual norms or standard errors that belong to the estimates."""
-    elapsed_s: float
-
-    def __str__(self) -> str:
-        parts = [f"{self.products} products"]
-        if self.estimates:
-            parts.append("estimates " + " ".join(f"{x:.6g}" for x in self.estimates))
-        if self.residuals:
-            parts.append("errors " + " ".join(f"{x:.1e}" for x in self.residuals))
-        return ", ".join(parts)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """What all results have."""
 

@@ -10,10 +10,9 @@ from typing import Any, get_type_hints
 import click
 
 from curvd.cli.options import FILE, Place, Size, option, read_config, token_options
+from curvd.contract import Setting, settings_of
 from curvd.tensors import tune_allocator
 from curvd_server.config import LimitsConfig, ServerConfig, TlsConfig
-from curvd_server.system import settings_of
-from curvd_server.system.settings import Setting
 from curvd_server.transport import ConnectionLimits
 
 _NESTED: dict[str, tuple[type[Any], str]] = {

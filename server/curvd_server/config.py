@@ -13,10 +13,9 @@ from pathlib import Path
 
 import grpc
 
-from curvd.contract import Limits
+from curvd.contract import Limits, check_settings, setting
 from curvd.errors import InvalidSpec
 from curvd.tensors import MAX_HEADER_BYTES
-from curvd_server.system import check, setting
 from curvd_server.transport import ConnectionLimits
 
 DEFAULT_LISTEN = "127.0.0.1:50551"
@@ -154,7 +153,7 @@ class LimitsConfig:
     )
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)
 
     def published(self) -> Limits:
         """Describe the limits to clients.
@@ -248,7 +247,7 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)
         object.__setattr__(self, "data_dir", Path(self.data_dir))
         object.__setattr__(self, "libraries", tuple(self.libraries))
         if self.datasets_root is not None:

@@ -173,18 +173,18 @@ def test_indefinite_systems_are_reported(session, dense):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda H: H.eigsh(0), r"k must be in \[1, 57\], got 0"),
+        (lambda H: H.eigsh(0), "k must be at least 1, got 0"),
         (lambda H: H.eigsh(58), r"k must be in \[1, 57\], got 58"),
         (lambda H: H.eigsh(5, basis_size=3), r"basis_size must be in \[7, 57\], got 3"),
-        (lambda H: H.eigsh(1, tolerance=-1.0), "tolerance must be positive"),
+        (lambda H: H.eigsh(1, tolerance=-1.0), "tolerance must be more than 0"),
         (
             lambda H: H.eigsh(1, which="middle"),
             "unknown which 'middle'; known: largest",
         ),
-        (lambda H: H.trace(samples=-1), "samples must be in"),
+        (lambda H: H.trace(samples=-1), "samples must be at least 1, got -1"),
         (
             lambda H: H.trace(relative_error=float("nan")),
-            "relative_error must be finite",
+            "relative_error must be at least 0, got nan",
         ),
         (
             lambda H: H.diagonal(estimator="hutch++"),
@@ -203,7 +203,7 @@ def test_indefinite_systems_are_reported(session, dense):
             "must be positive",
         ),
         (lambda H: H.logdet(damping=float("inf")), "damping must be finite"),
-        (lambda H: H.trace(time_limit_s=0.0), "time_limit_s must be positive"),
+        (lambda H: H.trace(time_limit_s=0.0), "time_limit_s must be more than 0"),
     ],
 )
 def test_what_cannot_be_computed_is_refused_with_value_and_limit(session, ask, message):

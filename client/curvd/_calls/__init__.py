@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from curvd._calls.base import Call
 from curvd._calls.query import Observe, QueryCall
+from curvd._calls.query_answer import Answer
 from curvd._calls.query_requests import Queries
-from curvd._calls.tensor_stream import TensorStream
+from curvd._calls.tensor_stream import OWN_TYPE, TensorStream
 from curvd._calls.upload import Progress, Tensors
 
 __all__ = [
+    "OWN_TYPE",
+    "Answer",
     "Call",
     "Observe",
     "Progress",

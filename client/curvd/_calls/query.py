@@ -8,18 +8,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import Message
-from numpy.typing import NDArray
 
 from curvd._calls.base import Call
-from curvd.contract import RPCS, Part
+from curvd._calls.query_answer import Answer
+from curvd.contract import RPCS, Part, QueryProgress
 from curvd.errors import CurvdError, Internal
-from curvd.results import QueryProgress
 from curvd.tensors import Operand, chunks, safetensors_header
 
 T = TypeVar("T")
-Arrays = Mapping[str, NDArray[Any]]
-Read = Callable[[Any, Any, Arrays], T]
-"""Makes a result from the header, the summary and the tensors."""
+Read = Callable[[Answer], T]
+"""Makes a result."""
 Observe = Callable[[QueryProgress], None]
 
 
@@ -92,8 +90,8 @@ class QueryCall(Call[T]):
         try:
             tensors = self._assembler.finish() if self._assembler else {}
             arrays = {n: t.view(self._payload) for n, t in tensors.items()}
-            self._result = self._read(self._header, self._summary, arrays)
-        except (CurvdError, KeyError) as error:
+            self._result = self._read(Answer(self._header, self._summary, arrays))
+        except (CurvdError, LookupError) as error:
             raise self._malformed(error) from error
         self.done = True
 

@@ -25,9 +25,21 @@ def _enum_to(prefix: str) -> Callable[[enum.Enum], str]:
     return lambda member: f"{prefix}_{member.name}"
 
 
-def _enum_from(
+def enum_from(
     wrapper: EnumTypeWrapper, prefix: str, kind: type[E], default: E | None = None
 ) -> Callable[[int], E]:
+    """Make a conversion from numbers of the contract.
+
+    Args:
+        wrapper: The enumeration of the contract.
+        prefix: Of the names of its values.
+        kind: Ours.
+        default: What 0 stands for; None: nothing.
+
+    Returns:
+        Takes the number, and raises `InvalidSpec` for one that has no name.
+    """
+
     def convert(number: int) -> E:
         if number == 0 and default is not None:
             return default
@@ -42,47 +54,47 @@ def _enum_from(
 
 
 dtype_to_proto = _enum_to("DTYPE")
-dtype_from_proto = _enum_from(types_pb.Dtype, "DTYPE", enums.Dtype)
+dtype_from_proto = enum_from(types_pb.Dtype, "DTYPE", enums.Dtype)
 mode_to_proto = _enum_to("MODE")
-mode_from_proto = _enum_from(types_pb.Mode, "MODE", enums.Mode, enums.Mode.EVAL)
+mode_from_proto = enum_from(types_pb.Mode, "MODE", enums.Mode, enums.Mode.EVAL)
 input_style_to_proto = _enum_to("INPUT_STYLE")
-input_style_from_proto = _enum_from(
+input_style_from_proto = enum_from(
     types_pb.InputStyle,
     "INPUT_STYLE",
     enums.InputStyle,
     enums.InputStyle.POSITIONAL,
 )
 state_to_proto = _enum_to("SESSION_STATE")
-state_from_proto = _enum_from(
+state_from_proto = enum_from(
     session_pb.SessionState, "SESSION_STATE", infos.SessionState
 )
 loss_name_to_proto = _enum_to("LOSS_NAME")
-loss_name_from_proto = _enum_from(types_pb.LossName, "LOSS_NAME", enums.LossName)
+loss_name_from_proto = enum_from(types_pb.LossName, "LOSS_NAME", enums.LossName)
 reduction_to_proto = _enum_to("REDUCTION")
-reduction_from_proto = _enum_from(
+reduction_from_proto = enum_from(
     types_pb.Reduction, "REDUCTION", enums.Reduction, enums.Reduction.MEAN
 )
 kind_to_proto = _enum_to("OPERATOR_KIND")
-kind_from_proto = _enum_from(
+kind_from_proto = enum_from(
     types_pb.OperatorKind,
     "OPERATOR_KIND",
     enums.OperatorKind,
     enums.OperatorKind.HESSIAN,
 )
 distribution_to_proto = _enum_to("DISTRIBUTION")
-distribution_from_proto = _enum_from(
+distribution_from_proto = enum_from(
     types_pb.Distribution,
     "DISTRIBUTION",
     enums.Distribution,
     enums.Distribution.RADEMACHER,
 )
 which_to_proto = _enum_to("WHICH")
-which_from_proto = _enum_from(query_pb.Which, "WHICH", enums.Which, enums.Which.LARGEST)
+which_from_proto = enum_from(query_pb.Which, "WHICH", enums.Which, enums.Which.LARGEST)
 estimator_to_proto = _enum_to("ESTIMATOR")
-estimator_from_proto = _enum_from(
+estimator_from_proto = enum_from(
     query_pb.Estimator, "ESTIMATOR", enums.Estimator, enums.Estimator.EXCHANGEABLE
 )
 solver_to_proto = _enum_to("SOLVER")
-solver_from_proto = _enum_from(query_pb.Solver, "SOLVER", enums.Solver, enums.Solver.CG)
+solver_from_proto = enum_from(query_pb.Solver, "SOLVER", enums.Solver, enums.Solver.CG)
 stop_to_proto = _enum_to("STOP")
-stop_from_proto = _enum_from(query_pb.Stop, "STOP", enums.Stop)
+stop_from_proto = enum_from(query_pb.Stop, "STOP", enums.Stop)

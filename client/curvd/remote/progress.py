@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from curvd._calls import Progress
-from curvd.results import QueryProgress
+from curvd.contract import QueryProgress
 
 
 @contextlib.contextmanager

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Coroutine
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
-from curvd._calls import Observe, Queries, QueryCall
+from curvd._calls import OWN_TYPE, Answer, Observe, Queries, QueryCall
 from curvd._transport import AsyncConnection, Connection
-from curvd.contract import Estimator, Solver, StoredVector, Which
+from curvd.contract import (
+    DiagonalOptions,
+    EigshOptions,
+    FrobeniusNormOptions,
+    LogDetOptions,
+    SolveOptions,
+    SpectralDensityOptions,
+    StoredVector,
+    TraceOptions,
+)
+from curvd.errors import InvalidSpec, InvalidVector
+from curvd.remote.asking import asks, asks_about, awaited
 from curvd.remote.progress import watched
 from curvd.results import (
     Density,
@@ -18,9 +27,9 @@ from curvd.results import (
     LogDeterminant,
     Solution,
 )
+from curvd.tensors import Operand, vector_dtype
 
 T = TypeVar("T")
-P = ParamSpec("P")
 
 
 class QueryMethods:
@@ -34,48 +43,13 @@ class QueryMethods:
     _connection: Connection
     _queries: Queries
 
-    def eigsh(
-        self,
-        k: int = 6,
-        *,
-        which: Which | str = Which.LARGEST,
-        tolerance: float = 1e-6,
-        basis_size: int = 0,
-        seed: int = 0,
-        warm_start: bool = False,
-        vectors: bool = True,
-        start: StoredVector | str | None = None,
-        store: str | None = None,
-        max_products: int | None = None,
-        time_limit_s: float | None = None,
-        progress: Observe | bool = False,
-    ) -> Eigenpairs:
+    @asks(EigshOptions)
+    def eigsh(self, options: EigshOptions) -> QueryCall[Eigenpairs]:
         """Compute extremal eigenpairs, each eigenvalue as often as it is repeated.
 
         A result has `converged` if the residuals have, and if a search in the complement
         of the pairs has shown that no copy of a wanted eigenvalue is missing; it
         overlooks one with a probability below 1e-4.
-
-        Args:
-            k: How many.
-            which: ``largest``, ``smallest``, ``both`` or ``largest_magnitude``.
-            tolerance: Residual relative to each eigenvalue's magnitude.
-            basis_size: Vectors in the server's memory before a restart; 0: 2 k + 20,
-                or as many small ones (256 at most) as fit 64 MiB.
-            seed: Of the start vector.
-            warm_start: Begin with what the last call of this kind found, at whatever
-                version: it tracks the eigenpairs of changing parameters. What the start
-                lacks is searched for, so this pays at tolerances of about 1e-3, or
-                where the operator has moved by little more than the tolerance.
-            vectors: Whether to fetch the eigenvectors; for values alone, False spares
-                k vectors on the wire.
-            start: Begin with vectors that the session stores, [P] or [s, P], instead;
-                it pays where `warm_start` does.
-            store: Keep the eigenvectors in the session under this name, and fetch none:
-                for `start`, for products, or for ``session.get``.
-            max_products: Stop after so many columns; None: the server's limit.
-            time_limit_s: Start no product after so long; the result is the best so far.
-            progress: Called with a `QueryProgress`; True draws a line on a terminal.
 
         Returns:
             The pairs, largest eigenvalue first; the best so far if it was stopped.
@@ -89,46 +63,26 @@ class QueryMethods:
             >>> bool(np.all(found.residuals <= found.tolerances))
             True
         """
-        call = self._queries.eigsh(
-            k,
-            which,
-            tolerance,
-            basis_size,
-            seed,
-            warm_start,
-            vectors,
-            start,
-            store,
-            max_products,
-            time_limit_s,
+        if options.store == "":
+            msg = "stored vectors need a name, at least one character"
+            raise InvalidSpec(msg, store=options.store)
+        fetch = options.vectors and options.store is None
+
+        def read(answer: Answer) -> Eigenpairs:
+            return answer.result(
+                Eigenpairs,
+                vectors=answer.arrays["vectors"].T if fetch else None,
+                stored=_stored(options.store, self._queries, answer),
+            )
+
+        nbytes = options.k * self._queries.column_bytes
+        return self._queries.call(
+            "Eigsh", options, read, max_bytes=nbytes, values_only=not fetch
         )
-        return self._ask(call, progress)
 
-    def trace(
-        self,
-        *,
-        estimator: Estimator | str = Estimator.EXCHANGEABLE,
-        relative_error: float = 0.0,
-        absolute_error: float = 0.0,
-        samples: int = 100,
-        seed: int = 0,
-        max_products: int | None = None,
-        time_limit_s: float | None = None,
-        progress: Observe | bool = False,
-    ) -> Estimate:
+    @asks(TraceOptions)
+    def trace(self, options: TraceOptions) -> QueryCall[Estimate]:
         """Estimate the trace.
-
-        Args:
-            estimator: ``exchangeable`` (XTrace), ``hutch++`` or ``hutchinson``. The
-                first two gain where eigenvalues decay, Hutch++ with a given number of
-                samples and no error to stop at, as it divides them in advance.
-            relative_error: Standard error at which to stop, relative; 0: never.
-            absolute_error: Standard error at which to stop; 0: never.
-            samples: Products at most.
-            seed: Of the probes, see `curvd.tensors.random_probes`.
-            max_products: Stop after so many columns; None: the server's limit.
-            time_limit_s: Start no product after so long; the result is the best so far.
-            progress: Called with a `QueryProgress`; True draws a line on a terminal.
 
         Returns:
             The trace with its error.
@@ -140,41 +94,11 @@ class QueryMethods:
             >>> bool(low - 1e-9 <= exact <= high + 1e-9)
             True
         """
-        call = self._queries.trace(
-            estimator,
-            relative_error,
-            absolute_error,
-            samples,
-            seed,
-            max_products,
-            time_limit_s,
-        )
-        return self._ask(call, progress)
+        return self._queries.call("Trace", options, _estimate)
 
-    def diagonal(
-        self,
-        *,
-        estimator: Estimator | str = Estimator.EXCHANGEABLE,
-        relative_error: float = 0.0,
-        absolute_error: float = 0.0,
-        samples: int = 100,
-        seed: int = 0,
-        max_products: int | None = None,
-        time_limit_s: float | None = None,
-        progress: Observe | bool = False,
-    ) -> DiagonalEstimate:
+    @asks(DiagonalOptions)
+    def diagonal(self, options: DiagonalOptions) -> QueryCall[DiagonalEstimate]:
         """Estimate the diagonal.
-
-        Args:
-            estimator: ``exchangeable`` (XDiag) or ``hutchinson``.
-            relative_error: Stop when the norm of the errors is so small, relative to
-                the diagonal's; 0: never.
-            absolute_error: The same, absolute; 0: never.
-            samples: Products at most.
-            seed: Of the probes, see `curvd.tensors.random_probes`.
-            max_products: Stop after so many columns; None: the server's limit.
-            time_limit_s: Start no product after so long; the result is the best so far.
-            progress: Called with a `QueryProgress`; True draws a line on a terminal.
 
         Returns:
             The diagonal [P] with its errors.
@@ -184,38 +108,16 @@ class QueryMethods:
             >>> found.values.shape, found.half_widths.shape, found.products
             ((43,), (43,), 20)
         """
-        call = self._queries.diagonal(
-            estimator,
-            relative_error,
-            absolute_error,
-            samples,
-            seed,
-            max_products,
-            time_limit_s,
-        )
-        return self._ask(call, progress)
 
-    def frobenius_norm(
-        self,
-        *,
-        relative_error: float = 0.0,
-        absolute_error: float = 0.0,
-        samples: int = 100,
-        seed: int = 0,
-        max_products: int | None = None,
-        time_limit_s: float | None = None,
-        progress: Observe | bool = False,
-    ) -> Estimate:
+        def read(answer: Answer) -> DiagonalEstimate:
+            return answer.result(DiagonalEstimate, values=answer.arrays["diagonal"])
+
+        nbytes = 2 * self._queries.column_bytes
+        return self._queries.call("Diagonal", options, read, max_bytes=nbytes)
+
+    @asks(FrobeniusNormOptions)
+    def frobenius_norm(self, options: FrobeniusNormOptions) -> QueryCall[Estimate]:
         """Estimate the Frobenius norm.
-
-        Args:
-            relative_error: Standard error at which to stop, relative; 0: never.
-            absolute_error: Standard error at which to stop; 0: never.
-            samples: Products at most.
-            seed: Of the probes, see `curvd.tensors.random_probes`.
-            max_products: Stop after so many columns; None: the server's limit.
-            time_limit_s: Start no product after so long; the result is the best so far.
-            progress: Called with a `QueryProgress`; True draws a line on a terminal.
 
         Returns:
             The norm with its error.
@@ -225,44 +127,11 @@ class QueryMethods:
             >>> found.standard_error <= 0.05 * found.value, found.converged
             (True, True)
         """
-        call = self._queries.frobenius_norm(
-            relative_error,
-            absolute_error,
-            samples,
-            seed,
-            max_products,
-            time_limit_s,
-        )
-        return self._ask(call, progress)
+        return self._queries.call("FrobeniusNorm", options, _estimate)
 
-    def spectral_density(
-        self,
-        *,
-        probes: int = 8,
-        steps: int = 64,
-        points: int = 512,
-        width: float | None = None,
-        logarithmic: bool = False,
-        floor: float | None = None,
-        seed: int = 0,
-        max_products: int | None = None,
-        time_limit_s: float | None = None,
-        progress: Observe | bool = False,
-    ) -> Density:
+    @asks(SpectralDensityOptions)
+    def spectral_density(self, options: SpectralDensityOptions) -> QueryCall[Density]:
         """Estimate the density of eigenvalues.
-
-        Args:
-            probes: Random vectors that are averaged over.
-            steps: Lanczos steps per probe, each one product: what they do not resolve
-                is not in the error, so take many of them rather than many probes.
-            points: Of the grid.
-            width: Of the smoothing Gaussian; None: 1 % of the axis.
-            logarithmic: Whether the axis is the logarithm of the magnitude.
-            floor: Smallest magnitude on that axis; None: 1e-7 of the largest.
-            seed: Of the probes.
-            max_products: Stop after so many columns; None: the server's limit.
-            time_limit_s: Start no product after so long; the result is the best so far.
-            progress: Called with a `QueryProgress`; True draws a line on a terminal.
 
         Returns:
             The density with its error.
@@ -275,48 +144,21 @@ class QueryMethods:
             >>> round(float(found.density.sum() * step), 2)
             1.0
         """
-        call = self._queries.spectral_density(
-            probes,
-            steps,
-            points,
-            width,
-            logarithmic,
-            floor,
-            seed,
-            max_products,
-            time_limit_s,
-        )
-        return self._ask(call, progress)
 
-    def solve(
-        self,
-        b: Any,
-        /,
-        *,
-        solver: Solver | str = Solver.CG,
-        damping: float = 0.0,
-        tolerance: float = 1e-6,
-        x0: Any = None,
-        preconditioner: Any = None,
-        max_products: int | None = None,
-        time_limit_s: float | None = None,
-        progress: Observe | bool = False,
-    ) -> Solution:
+        def read(answer: Answer) -> Density:
+            return answer.result(Density, logarithmic=options.logarithmic)
+
+        nbytes = 8 * (4 * options.points + 2 * options.probes * options.steps)
+        return self._queries.call("SpectralDensity", options, read, max_bytes=nbytes)
+
+    @asks_about(SolveOptions)
+    def solve(  # noqa: D417 - options say themselves what they are
+        self, b: Any, options: SolveOptions
+    ) -> QueryCall[Solution]:
         """Solve ``(A + damping * I) x = b``.
 
         Args:
             b: [P] or [P, K], or per parameter; any layout that `@` takes.
-            solver: ``cg``, or ``minres`` for indefinite operators.
-            damping: Added to every eigenvalue, beside the operator's own.
-            tolerance: Residual relative to ``|b|``.
-            x0: First guess, like b.
-            preconditioner: CG: the diagonal of the damped operator, positive [P]. It
-                pays where parameters have scales of their own, as with features in
-                different units, and only if it is accurate; elsewhere it costs
-                iterations.
-            max_products: Stop after so many columns; None: the server's limit.
-            time_limit_s: Start no product after so long; the result is the best so far.
-            progress: Called with a `QueryProgress`; True draws a line on a terminal.
 
         Returns:
             The solutions, and how true they are. Check `Solution.converged`: CG stops,
@@ -331,43 +173,21 @@ class QueryMethods:
             >>> np.allclose(G @ found.x + 0.1 * found.x, gradient, atol=1e-7)
             True
         """
-        call = self._queries.solve(
-            b,
-            solver,
-            damping,
-            tolerance,
-            x0,
-            preconditioner,
-            max_products,
-            time_limit_s,
+        operands, target = _systems(self._queries, b, options)
+
+        def read(answer: Answer) -> Solution:
+            x = answer.arrays["x"].reshape(target.shape)
+            return answer.result(Solution, x=target.restore(x))
+
+        columns = 1 if target.columns is None else target.columns
+        nbytes = columns * self._queries.column_bytes
+        return self._queries.call(
+            "Solve", options, read, operands=operands, max_bytes=nbytes
         )
-        return self._ask(call, progress)
 
-    def logdet(
-        self,
-        *,
-        damping: float = 0.0,
-        steps: int = 32,
-        relative_error: float = 0.0,
-        absolute_error: float = 0.0,
-        probes: int = 30,
-        seed: int = 0,
-        max_products: int | None = None,
-        time_limit_s: float | None = None,
-        progress: Observe | bool = False,
-    ) -> LogDeterminant:
+    @asks(LogDetOptions)
+    def logdet(self, options: LogDetOptions) -> QueryCall[LogDeterminant]:
         """Estimate ``log det(A + damping * I)``.
-
-        Args:
-            damping: Added to every eigenvalue, beside the operator's own.
-            steps: Lanczos steps per probe, each one product.
-            relative_error: Standard error at which to stop, relative; 0: never.
-            absolute_error: Standard error at which to stop; 0: never.
-            probes: Random vectors at most.
-            seed: Of the probes.
-            max_products: Stop after so many columns; None: the server's limit.
-            time_limit_s: Start no product after so long; the result is the best so far.
-            progress: Called with a `QueryProgress`; True draws a line on a terminal.
 
         Returns:
             The number with its error; NaN, with the Ritz value that proves it, if the
@@ -381,36 +201,14 @@ class QueryMethods:
             >>> session.hessian().logdet().value, session.hessian().logdet().smallest < 0
             (nan, True)
         """
-        call = self._queries.logdet(
-            damping,
-            steps,
-            relative_error,
-            absolute_error,
-            probes,
-            seed,
-            max_products,
-            time_limit_s,
+        return self._queries.call(
+            "LogDet", options, lambda answer: answer.result(LogDeterminant)
         )
-        return self._ask(call, progress)
 
     def _ask(self, call: QueryCall[T], progress: Observe | bool) -> T:
         with call.explained(), watched(progress, call.rpc.name) as observe:
             call.observe = observe
             return self._connection.run(call)
-
-
-def _awaited(
-    method: Callable[Concatenate[QueryMethods, P], T],
-) -> Callable[Concatenate[AsyncQueryMethods, P], Coroutine[Any, Any, T]]:
-    """Make the asyncio twin of a method: the same, but that `_ask` is to be awaited."""
-
-    async def twin(self: AsyncQueryMethods, /, *args: P.args, **options: P.kwargs) -> T:
-        asking: Any = method(self, *args, **options)  # type: ignore[arg-type]
-        result: T = await asking
-        return result
-
-    functools.update_wrapper(twin, method)
-    return twin
 
 
 class AsyncQueryMethods:
@@ -419,15 +217,65 @@ class AsyncQueryMethods:
     _connection: AsyncConnection
     _queries: Queries
 
-    eigsh = _awaited(QueryMethods.eigsh)
-    trace = _awaited(QueryMethods.trace)
-    diagonal = _awaited(QueryMethods.diagonal)
-    frobenius_norm = _awaited(QueryMethods.frobenius_norm)
-    spectral_density = _awaited(QueryMethods.spectral_density)
-    solve = _awaited(QueryMethods.solve)
-    logdet = _awaited(QueryMethods.logdet)
+    eigsh = awaited(QueryMethods.eigsh)
+    trace = awaited(QueryMethods.trace)
+    diagonal = awaited(QueryMethods.diagonal)
+    frobenius_norm = awaited(QueryMethods.frobenius_norm)
+    spectral_density = awaited(QueryMethods.spectral_density)
+    solve = awaited(QueryMethods.solve)
+    logdet = awaited(QueryMethods.logdet)
 
     async def _ask(self, call: QueryCall[T], progress: Observe | bool) -> T:
         with call.explained(), watched(progress, call.rpc.name) as observe:
             call.observe = observe
             return await self._connection.run(call)
+
+
+def _estimate(answer: Answer) -> Estimate:
+    return answer.result(Estimate)
+
+
+def _stored(name: str | None, queries: Queries, answer: Answer) -> StoredVector | None:
+    if name is None:
+        return None
+    layout, dtype = queries.session.layout, vector_dtype(queries.session.dtype)
+    return StoredVector(
+        name=name,
+        shape=(len(answer.summary.values), layout.size),
+        dtype=OWN_TYPE[dtype],
+        version=answer.header.version,
+    )
+
+
+def _systems(
+    queries: Queries, b: Any, options: SolveOptions
+) -> tuple[dict[str, tuple[Operand, tuple[int, ...]]], Operand]:
+    """Check the operands of linear systems.
+
+    Returns:
+        What is sent, by name and with its shape; and the right-hand sides.
+    """
+    if isinstance(options.preconditioner, int):
+        msg = (
+            f"preconditioner must be a diagonal, [P], got {options.preconditioner}: one "
+            "that is estimated from products made CG slower; leave it out"
+        )
+        raise InvalidSpec(msg, preconditioner=options.preconditioner)
+    given = {"b": queries.operand(b)}
+    target = given["b"]
+    if options.x0 is not None:
+        given["x0"] = queries.operand(options.x0)
+        if given["x0"].columns != target.columns:
+            msg = (
+                f"x0 has {given['x0'].columns} columns and b has {target.columns}; they "
+                "must be alike"
+            )
+            raise InvalidVector(msg, columns=given["x0"].columns)
+    size = queries.session.layout.size
+    columns = 1 if target.columns is None else target.columns
+    shapes: dict[str, tuple[Operand, tuple[int, ...]]] = {
+        name: (value, (columns, size)) for name, value in given.items()
+    }
+    if options.preconditioner is not None:
+        shapes["preconditioner"] = (queries.operand(options.preconditioner), (size,))
+    return shapes, target

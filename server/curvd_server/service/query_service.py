@@ -9,7 +9,23 @@ from typing import Any, TypeVar
 
 import structlog
 
-from curvd.contract import Part, convert, convert_enums
+from curvd.contract import (
+    DiagonalOptions,
+    EigshOptions,
+    Estimator,
+    FrobeniusNormOptions,
+    LogDetOptions,
+    Part,
+    QueryOptions,
+    SolveOptions,
+    Solver,
+    SpectralDensityOptions,
+    TraceOptions,
+    Which,
+    convert,
+    convert_enums,
+    query_messages,
+)
 from curvd.v1 import query_service_pb2 as query_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.device import Batcher
@@ -37,6 +53,8 @@ R = TypeVar("R")
 
 _QUERIES_AT_ONCE = 32
 """Threads that algorithms run in; they wait for the device most of the time."""
+_PRODUCTS = 10_000
+"""Columns that a query may multiply, unless it says otherwise."""
 
 
 class QueryService:
@@ -63,21 +81,20 @@ class QueryService:
 
     async def eigsh(self, request: query_pb.EigshRequest, send: Send) -> None:
         """Compute extremal eigenpairs."""
-        async with self._open("Eigsh", request.query, send) as call:
+        options = query_messages.read(EigshOptions, request)
+        async with self._open("Eigsh", request.query, options, send) as call:
             size = call.run.products.size
-            which = convert_enums.which_from_proto(request.which)
-            k = check.between("k", request.k, 1, size)
-            basis = check.basis_size(request.basis_size, k, size) or default_basis(
+            which = Which(options.which)
+            k = check.between("k", options.k, 1, size)
+            basis = check.basis_size(options.basis_size, k, size) or default_basis(
                 k, size, call.run.products.vector_bytes
             )
             key = (request.query.session_id, call.spec, which)
-            if request.store_as:
-                call.lease.vectors.check_room(
-                    request.store_as, vectors_bytes(call.run, k)
-                )
-            start = call.stored(request.start) if request.start else None
-            if request.warm_start:
-                check.one_start(request)
+            if options.store:
+                call.lease.vectors.check_room(options.store, vectors_bytes(call.run, k))
+            start = call.stored(request.start) if options.start else None
+            if options.warm_start:
+                check.one_start(options)
                 start = self._warm.get(key)
             searching = search_basis(call.run.products.vector_bytes)
             call.reserve(
@@ -88,16 +105,16 @@ class QueryService:
                     call.run.products,
                     k,
                     which=which,
-                    tolerance=check.tolerance(request.tolerance),
+                    tolerance=options.tolerance,
                     basis=basis,
                     start=start,
-                    seed=check.seed(request.seed),
+                    seed=options.seed,
                 )
             )
             self._warm.put(key, result.vectors)
             cost = call.summary(result.stopped)
-            if request.store_as:
-                call.store(request.store_as, result.vectors)
+            if options.store:
+                call.store(options.store, result.vectors)
             if not request.values_only:
                 await call.send_tensors({"vectors": to_numpy(result.vectors)})
             await call.finish(
@@ -114,17 +131,18 @@ class QueryService:
 
     async def trace(self, request: query_pb.TraceRequest, send: Send) -> None:
         """Estimate the trace."""
-        async with self._open("Trace", request.query, send) as call:
-            target, seed = check.accuracy(request.accuracy)
+        options = query_messages.read(TraceOptions, request)
+        async with self._open("Trace", request.query, options, send) as call:
+            target = check.target(options, options.samples)
             block = call.block
-            estimator = convert_enums.estimator_from_proto(request.estimator)
+            estimator = Estimator(options.estimator)
             call.reserve(check.vectors_of(estimator, target.samples, block))
             result = await call.drive(
                 trace(
                     call.run.products,
                     estimator=estimator,
                     target=target,
-                    seed=seed,
+                    seed=options.seed,
                     block=block,
                 )
             )
@@ -132,16 +150,17 @@ class QueryService:
 
     async def diagonal(self, request: query_pb.DiagonalRequest, send: Send) -> None:
         """Estimate the diagonal."""
-        async with self._open("Diagonal", request.query, send) as call:
-            target, seed = check.accuracy(request.accuracy)
-            estimator = check.diagonal_estimator(request.estimator)
+        options = query_messages.read(DiagonalOptions, request)
+        async with self._open("Diagonal", request.query, options, send) as call:
+            target = check.target(options, options.samples)
+            estimator = check.diagonal_estimator(Estimator(options.estimator))
             call.reserve(check.vectors_of(estimator, target.samples, call.block))
             result = await call.drive(
                 diagonal(
                     call.run.products,
                     estimator=estimator,
                     target=target,
-                    seed=seed,
+                    seed=options.seed,
                     block=call.block,
                 )
             )
@@ -162,12 +181,15 @@ class QueryService:
         self, request: query_pb.FrobeniusNormRequest, send: Send
     ) -> None:
         """Estimate the Frobenius norm."""
-        async with self._open("FrobeniusNorm", request.query, send) as call:
-            target, seed = check.accuracy(request.accuracy)
+        options = query_messages.read(FrobeniusNormOptions, request)
+        async with self._open("FrobeniusNorm", request.query, options, send) as call:
             call.reserve(2 * call.block)
             result = await call.drive(
                 frobenius_norm(
-                    call.run.products, target=target, seed=seed, block=call.block
+                    call.run.products,
+                    target=check.target(options, options.samples),
+                    seed=options.seed,
+                    block=call.block,
                 )
             )
             await call.finish(call.estimate(result))
@@ -176,15 +198,15 @@ class QueryService:
         self, request: query_pb.SpectralDensityRequest, send: Send
     ) -> None:
         """Estimate the density of eigenvalues."""
-        async with self._open("SpectralDensity", request.query, send) as call:
-            options = check.density(request)
+        options = query_messages.read(SpectralDensityOptions, request)
+        async with self._open("SpectralDensity", request.query, options, send) as call:
             steps = min(options.steps, call.run.products.size)
-            block = call.krylov_block(steps, options.samples)
+            block = call.krylov_block(steps, options.probes)
             call.reserve(block * (steps + 3))
             result = await call.drive(
                 spectral_density(
                     call.run.products,
-                    samples=options.samples,
+                    samples=options.probes,
                     steps=steps,
                     points=options.points,
                     width=options.width,
@@ -210,11 +232,12 @@ class QueryService:
     async def solve(self, requests: AsyncIterator[Part], send: Send) -> None:
         """Solve linear systems."""
         header, chunks = await opened(requests)
-        async with self._open("Solve", header.query, send) as call:
-            solver = convert_enums.solver_from_proto(header.solver)
+        options = query_messages.read(SolveOptions, header)
+        async with self._open("Solve", header.query, options, send) as call:
+            solver = Solver(options.solver)
             tensors = await call.operands(chunks)
             given = tensors.get("preconditioner")
-            options = check.solve(header, solver, given)
+            check.solve(header, solver, given)
             b = call.tensor(tensors["b"])
             result: SolveResult = await call.drive(
                 solve(
@@ -243,19 +266,18 @@ class QueryService:
 
     async def log_det(self, request: query_pb.LogDetRequest, send: Send) -> None:
         """Estimate the logarithm of the determinant."""
-        async with self._open("LogDet", request.query, send) as call:
-            target, seed = check.accuracy(request.accuracy)
-            wanted = check.between("steps", request.steps or 32, 1, 1000)
-            steps = min(wanted, call.run.products.size)
-            block = call.krylov_block(steps, target.samples)
+        options = query_messages.read(LogDetOptions, request)
+        async with self._open("LogDet", request.query, options, send) as call:
+            steps = min(options.steps, call.run.products.size)
+            block = call.krylov_block(steps, options.probes)
             call.reserve(block * (steps + 3))
             result = await call.drive(
                 logdet(
                     call.run.products,
-                    damping=check.finite("damping", request.damping),
+                    damping=options.damping,
                     steps=steps,
-                    target=target,
-                    seed=seed,
+                    target=check.target(options, options.probes),
+                    seed=options.seed,
                     block=block,
                 )
             )
@@ -267,7 +289,7 @@ class QueryService:
 
     @contextlib.asynccontextmanager
     async def _open(
-        self, name: str, query: query_pb.Query, send: Send
+        self, name: str, query: query_pb.Query, options: QueryOptions, send: Send
     ) -> AsyncIterator[QueryCall]:
         """Lease the session and send the header."""
         structlog.contextvars.bind_contextvars(
@@ -277,7 +299,6 @@ class QueryService:
         expected = (
             query.expected_version if query.HasField("expected_version") else None
         )
-        limits = check.limits(query)
         async with self._sessions.lease(
             query.session_id, operator=spec, expected_version=expected
         ) as lease:
@@ -287,8 +308,8 @@ class QueryService:
                 spec,
                 batcher=self._batcher,
                 threads=self._threads,
-                max_products=limits.max_products,
-                time_limit_s=limits.time_limit_s,
+                max_products=options.max_products or _PRODUCTS,
+                time_limit_s=options.time_limit_s,
             )
             with contextlib.ExitStack() as stack:
                 call = QueryCall(

@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
 
-from curvd.contract import Dtype, Estimator, ParameterLayout, Solver, convert_enums
+from curvd.contract import (
+    DiagonalOptions,
+    Dtype,
+    EigshOptions,
+    Estimator,
+    FrobeniusNormOptions,
+    LogDetOptions,
+    ParameterLayout,
+    Solver,
+    TraceOptions,
+)
 from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded
 from curvd.tensors import Header
 from curvd.v1 import query_service_pb2 as query_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.linalg import Target
-
-_PRODUCTS = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class QueryLimits:
-    """What a query may use."""
-
-    max_products: int
-    time_limit_s: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Density:
-    """Options of SpectralDensity, defaults filled in."""
-
-    samples: int
-    steps: int
-    points: int
-    width: float | None
-    logarithmic: bool
-    floor: float | None
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Systems:
-    """Options of Solve, defaults filled in."""
-
-    damping: float
-    tolerance: float
 
 
 def between(name: str, value: int, low: int, high: int) -> int:
@@ -68,48 +45,6 @@ def between(name: str, value: int, low: int, high: int) -> int:
     return value
 
 
-def finite(name: str, value: float) -> float:
-    """Refuse NaN and infinity; return the value."""
-    if not math.isfinite(value):
-        msg = f"{name} must be finite, got {value}"
-        raise InvalidSpec(msg, **{name: value})
-    return value
-
-
-def positive(name: str, value: float) -> float:
-    """Refuse what is not positive and finite; return the value."""
-    if not (value > 0 and math.isfinite(value)):
-        msg = f"{name} must be positive and finite, got {value}"
-        raise InvalidSpec(msg, **{name: value})
-    return value
-
-
-def tolerance(value: float) -> float:
-    """Fill in the default tolerance, and refuse what makes no sense."""
-    return positive("tolerance", value or 1e-6)
-
-
-def seed(value: int) -> int:
-    """Refuse a seed of 64 bits; return it."""
-    return between("seed", value, 0, 2**63 - 1)
-
-
-def limits(query: query_pb.Query) -> QueryLimits:
-    """Read what a query may use.
-
-    Args:
-        query: From a stranger.
-
-    Returns:
-        Its limits, defaults filled in.
-    """
-    products = query.max_products if query.HasField("max_products") else _PRODUCTS
-    time_limit_s = None
-    if query.HasField("time_limit_s"):
-        time_limit_s = positive("time_limit_s", query.time_limit_s)
-    return QueryLimits(between("max_products", products, 1, 2**62), time_limit_s)
-
-
 def basis_size(value: int, k: int, size: int) -> int:
     """Refuse a basis that holds no more than k.
 
@@ -126,33 +61,31 @@ def basis_size(value: int, k: int, size: int) -> int:
     return min(size, value)
 
 
-def accuracy(message: query_pb.Accuracy) -> tuple[Target, int]:
-    """Read when to stop.
+def target(
+    options: TraceOptions | DiagonalOptions | FrobeniusNormOptions | LogDetOptions,
+    samples: int,
+) -> Target:
+    """Say when an estimate is good enough, and what it may cost.
 
     Args:
-        message: From a stranger.
+        options: Of the query.
+        samples: What it may take, products or probes.
 
     Returns:
-        The target, and the seed.
+        The target.
     """
-    for name in ("relative_error", "absolute_error"):
-        value = getattr(message, name)
-        if not (value >= 0 and math.isfinite(value)):
-            msg = f"{name} must be finite and not negative, got {value}"
-            raise InvalidSpec(msg, **{name: value})
-    target = Target(
-        relative=message.relative_error,
-        absolute=message.absolute_error,
-        samples=between("samples", message.samples or 100, 1, 100_000),
+    return Target(
+        relative=options.relative_error,
+        absolute=options.absolute_error,
+        samples=samples,
     )
-    return target, seed(message.seed)
 
 
-def diagonal_estimator(value: int) -> Estimator:
+def diagonal_estimator(estimator: Estimator) -> Estimator:
     """Refuse Hutch++ for a diagonal.
 
     Args:
-        value: From a stranger.
+        estimator: From a stranger.
 
     Returns:
         The estimator.
@@ -160,7 +93,6 @@ def diagonal_estimator(value: int) -> Estimator:
     Raises:
         InvalidSpec: If it estimates traces only.
     """
-    estimator = convert_enums.estimator_from_proto(value)
     if estimator is Estimator.HUTCHPP:
         msg = "hutch++ estimates traces only; use hutchinson or exchangeable (XDiag)"
         raise InvalidSpec(msg, estimator=estimator)
@@ -184,38 +116,15 @@ def vectors_of(estimator: Estimator, samples: int, block: int) -> int:
     return 2 * block + 4 * (samples // 2)
 
 
-def density(message: query_pb.SpectralDensityRequest) -> Density:
-    """Read the options of SpectralDensity.
-
-    Args:
-        message: From a stranger.
-
-    Returns:
-        The options.
-    """
-    return Density(
-        samples=between("probes", message.probes or 8, 1, 1000),
-        steps=between("steps", message.steps or 64, 1, 1000),
-        points=between("points", message.points or 512, 2, 100_000),
-        width=positive("width", message.width) if message.HasField("width") else None,
-        logarithmic=message.logarithmic,
-        floor=positive("floor", message.floor) if message.HasField("floor") else None,
-        seed=seed(message.seed),
-    )
-
-
 def solve(
     header: query_pb.SolveHeader, solver: Solver, preconditioner: NDArray[Any] | None
-) -> Systems:
-    """Read the options of Solve.
+) -> None:
+    """Judge what options of Solve are worth together.
 
     Args:
         header: From a stranger.
         solver: Which.
         preconditioner: [P] or None.
-
-    Returns:
-        The options.
 
     Raises:
         InvalidSpec: If options do not fit each other.
@@ -234,24 +143,23 @@ def solve(
     if preconditioner is not None and not preconditioner.min() > 0:
         msg = f"the preconditioner must be positive; its smallest is {preconditioner.min()}"
         raise InvalidVector(msg, smallest=preconditioner.min())
-    return Systems(finite("damping", header.damping), tolerance(header.tolerance))
 
 
-def one_start(request: query_pb.EigshRequest) -> None:
+def one_start(options: EigshOptions) -> None:
     """Refuse a query that is told twice where to begin.
 
     Args:
-        request: With `warm_start`.
+        options: With `warm_start`.
 
     Raises:
         InvalidSpec: If it names stored vectors, too.
     """
-    if request.start:
+    if options.start:
         msg = (
-            f"warm_start and start ({request.start!r}) exclude each other: drop one of "
+            f"warm_start and start ({options.start!r}) exclude each other: drop one of "
             "them"
         )
-        raise InvalidSpec(msg, start=request.start)
+        raise InvalidSpec(msg, start=options.start)
 
 
 def stored(name: str, array: NDArray[Any], size: int) -> None:

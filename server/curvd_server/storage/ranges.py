@@ -12,10 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from curvd.contract import LONGEST_PATTERN, MOST_PATTERNS
+from curvd.contract import (
+    LONGEST_PATTERN,
+    MOST_PATTERNS,
+    QUERIES,
+    query_messages,
+    settings_of,
+)
 from curvd.errors import InvalidSpec, LimitExceeded
 
 LONGEST_LEASE_S = 10 * 365 * 24 * 3600
@@ -104,11 +111,29 @@ _BYTES = Number(0, 2**62, unit="bytes")
 _FINITE = Number(-_LARGEST, _LARGEST)
 _NOT_NEGATIVE = Number(0, _LARGEST)
 _POSITIVE = Number(0, _LARGEST, above=True)
-_LENGTH = Number(1e-290, 1e290)
-"""What is divided by, and what densities are the inverse of."""
 _LEASE = Number(0, LONGEST_LEASE_S, above=True, unit="s")
 _DIGEST = Text(64)
 _PATTERN = Text(LONGEST_PATTERN, most=MOST_PATTERNS)
+
+
+def _rules_of_queries() -> dict[str, Rule]:
+    """Make the rules of the fields that carry a query's options, as their settings say."""
+    rules: dict[str, Rule] = {}
+    for rpc, query in QUERIES.items():
+        message = query_messages.request_type(rpc).DESCRIPTOR
+        settings = settings_of(query.options)
+        for name, path in query_messages.carried(query.options, message).items():
+            field, known = settings[name]
+            if path[-1].cpp_type == FieldDescriptor.CPPTYPE_STRING:
+                rule: Rule = _NAME
+            elif ends := known.range_of(field):
+                unit = "s" if name.endswith("_s") else ""
+                rule = Number(*ends, above=known.positive, unit=unit)
+            else:
+                continue
+            rules[path[-1].full_name.removeprefix(_PACKAGE)] = rule
+    return rules
+
 
 RULES: Mapping[str, Rule] = {
     "RegisterModelHeader.builder": _NAME,
@@ -176,30 +201,9 @@ RULES: Mapping[str, Rule] = {
     "Query.session_id": _ID,
     "Query.expected_version": _VERSION,
     "Query.request_id": _ID,
-    "Query.max_products": Number(1, 2**62),
-    "Query.time_limit_s": Number(0, LONGEST_LEASE_S, above=True, unit="s"),
-    "EigshRequest.k": Number(1, 2**31 - 1),
-    "EigshRequest.tolerance": _POSITIVE,
-    "EigshRequest.basis_size": Number(0, 2**31 - 1),
-    "EigshRequest.seed": _SEED,
-    "EigshRequest.store_as": _NAME,
-    "EigshRequest.start": _NAME,
-    "Accuracy.relative_error": _NOT_NEGATIVE,
-    "Accuracy.absolute_error": _NOT_NEGATIVE,
-    "Accuracy.samples": Number(1, 100_000),
-    "Accuracy.seed": _SEED,
-    "SpectralDensityRequest.probes": Number(1, 1000),
-    "SpectralDensityRequest.steps": Number(1, 1000),
-    "SpectralDensityRequest.points": Number(2, 100_000),
-    "SpectralDensityRequest.width": _LENGTH,
-    "SpectralDensityRequest.floor": _LENGTH,
-    "SpectralDensityRequest.seed": _SEED,
-    "SolveHeader.damping": _FINITE,
-    "SolveHeader.tolerance": _POSITIVE,
     "SolveHeader.diagonal_samples": Number(0, 1000),
     "SolveHeader.seed": _SEED,
-    "LogDetRequest.damping": _FINITE,
-    "LogDetRequest.steps": Number(1, 1000),
+    **_rules_of_queries(),
 }
 """By message and field."""
 

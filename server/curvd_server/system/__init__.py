@@ -16,7 +16,6 @@ from curvd_server.system.host_memory import (
     default_bytes,
 )
 from curvd_server.system.logs import logger
-from curvd_server.system.settings import check, setting, settings_of
 
 __all__ = [
     "CALLS",
@@ -29,12 +28,9 @@ __all__ = [
     "Poll",
     "Threads",
     "alone",
-    "check",
     "default_bytes",
     "is_out_of_memory",
     "logger",
-    "setting",
-    "settings_of",
     "told",
     "yield_point",
 ]

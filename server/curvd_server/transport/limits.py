@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from curvd_server.system import check, setting
+from curvd.contract import check_settings, setting
 
 _LONGEST_S = 24 * 24 * 3600
 """Seconds that are, in milliseconds, a number that grpcio takes."""
@@ -55,4 +55,4 @@ class ConnectionLimits:
     )
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)

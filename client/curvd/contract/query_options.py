@@ -1,0 +1,308 @@
+"""Options of queries: a frozen dataclass for each, which says all that is known of them.
+
+A field is a `setting` with its default, its bounds and its help. Made of that are the keyword
+arguments of both clients' methods and their documentation (`curvd.remote.queries`), the
+request (`curvd.contract.query_messages`), the flags of the command line
+(`curvd.cli.query_commands`), what the server refuses (`curvd_server.storage.ranges`) and fills
+in, and the table of docs/client.md. A field of a message has the name of the option, unless
+`wire` says another; it lies in the request or in one of its parts (`Query`, `Accuracy`).
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+from curvd.contract.enums import Estimator, Solver, Which, member
+from curvd.contract.infos import QueryProgress, StoredVector
+from curvd.contract.settings import check_settings, setting
+
+_SEED = 2**63 - 1
+_SMALLEST, _LARGEST = 1e-290, 1e290
+"""Of what is divided by, and what densities are the inverse of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryOptions:
+    """What every query takes; values are judged when it is made, on either side."""
+
+    max_products: int | None = setting(
+        None,
+        "Stop after so many columns; None: the server's limit.",
+        least=1,
+        most=2**62,
+    )
+    time_limit_s: float | None = setting(
+        None,
+        "Start no product after so long; the result is the best so far.",
+        positive=True,
+    )
+    progress: Callable[[QueryProgress], None] | bool = setting(
+        False,
+        "Called with a `QueryProgress`; True draws a line on a terminal.",
+        wire="",
+    )
+
+    def __post_init__(self) -> None:
+        for name, kind in choices_of(type(self)).items():
+            chosen = member(kind, getattr(self, name), name)
+            object.__setattr__(self, name, chosen)
+        check_settings(self)
+
+
+@dataclass(frozen=True, slots=True)
+class EigshOptions(QueryOptions):
+    """Which eigenpairs, and how they are found."""
+
+    k: int = setting(6, "How many.", least=1, unset=0)
+    _: KW_ONLY
+    which: Which | str = setting(
+        Which.LARGEST, "``largest``, ``smallest``, ``both`` or ``largest_magnitude``."
+    )
+    tolerance: float = setting(
+        1e-6, "Residual relative to each eigenvalue's magnitude.", positive=True
+    )
+    basis_size: int = setting(
+        0,
+        "Vectors in the server's memory before a restart; 0: 2 k + 20, or as many small "
+        "ones (256 at most) as fit 64 MiB.",
+        least=0,
+    )
+    seed: int = setting(0, "Of the start vector.", least=0, most=_SEED)
+    warm_start: bool = setting(
+        False,
+        "Begin with what the last call of this kind found, at whatever version: it "
+        "tracks the eigenpairs of changing parameters. What the start lacks is searched "
+        "for, so this pays at tolerances of about 1e-3, or where the operator has moved "
+        "by little more than the tolerance.",
+    )
+    vectors: bool = setting(
+        True,
+        "Whether to fetch the eigenvectors; for values alone, False spares k vectors on "
+        "the wire.",
+        wire="",
+    )
+    start: StoredVector | str | None = setting(
+        None,
+        "Begin with vectors that the session stores, [P] or [s, P], instead; it pays "
+        "where `warm_start` does.",
+    )
+    store: str | None = setting(
+        None,
+        "Keep the eigenvectors in the session under this name, and fetch none: for "
+        "`start`, for products, or for ``session.get``.",
+        wire="store_as",
+    )
+
+
+def _relative_error(help: str = "Standard error at which to stop, relative") -> Any:
+    return setting(0.0, f"{help}; 0: never.", least=0)
+
+
+def _absolute_error(help: str = "Standard error at which to stop") -> Any:
+    return setting(0.0, f"{help}; 0: never.", least=0)
+
+
+def _samples() -> Any:
+    return setting(100, "Products at most.", least=1, most=100_000)
+
+
+def _seed(help: str = "Of the probes, see `curvd.tensors.random_probes`.") -> Any:
+    return setting(0, help, least=0, most=_SEED)
+
+
+def _steps(default: int, more: str = "") -> Any:
+    text = f"Lanczos steps per probe, each one product{more}."
+    return setting(default, text, least=1, most=1000)
+
+
+def _damping() -> Any:
+    return setting(0.0, "Added to every eigenvalue, beside the operator's own.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceOptions(QueryOptions):
+    """How the trace is estimated."""
+
+    estimator: Estimator | str = setting(
+        Estimator.EXCHANGEABLE,
+        "``exchangeable`` (XTrace), ``hutch++`` or ``hutchinson``. The first two gain "
+        "where eigenvalues decay, Hutch++ with a given number of samples and no error "
+        "to stop at, as it divides them in advance.",
+    )
+    relative_error: float = _relative_error()
+    absolute_error: float = _absolute_error()
+    samples: int = _samples()
+    seed: int = _seed()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiagonalOptions(QueryOptions):
+    """How the diagonal is estimated."""
+
+    estimator: Estimator | str = setting(
+        Estimator.EXCHANGEABLE, "``exchangeable`` (XDiag) or ``hutchinson``."
+    )
+    relative_error: float = _relative_error(
+        "Stop when the norm of the errors is so small, relative to the diagonal's"
+    )
+    absolute_error: float = _absolute_error("The same, absolute")
+    samples: int = _samples()
+    seed: int = _seed()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrobeniusNormOptions(QueryOptions):
+    """How the norm is estimated."""
+
+    relative_error: float = _relative_error()
+    absolute_error: float = _absolute_error()
+    samples: int = _samples()
+    seed: int = _seed()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpectralDensityOptions(QueryOptions):
+    """How the density is estimated, and on which axis."""
+
+    probes: int = setting(
+        8, "Random vectors that are averaged over.", least=1, most=1000
+    )
+    steps: int = _steps(
+        64,
+        ": what they do not resolve is not in the error, so take many of them rather "
+        "than many probes",
+    )
+    points: int = setting(512, "Of the grid.", least=2, most=100_000)
+    width: float | None = setting(
+        None,
+        "Of the smoothing Gaussian; None: 1 % of the axis.",
+        least=_SMALLEST,
+        most=_LARGEST,
+    )
+    logarithmic: bool = setting(
+        False,
+        "Whether the axis is the logarithm of the magnitude.",
+        option="log",
+    )
+    floor: float | None = setting(
+        None,
+        "Smallest magnitude on that axis; None: 1e-7 of the largest.",
+        least=_SMALLEST,
+        most=_LARGEST,
+    )
+    seed: int = _seed("Of the probes.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolveOptions(QueryOptions):
+    """How systems are solved."""
+
+    solver: Solver | str = setting(
+        Solver.CG, "``cg``, or ``minres`` for indefinite operators."
+    )
+    damping: float = _damping()
+    tolerance: float = setting(1e-6, "Residual relative to ``|b|``.", positive=True)
+    x0: Any = setting(None, "First guess, like b.", wire="")
+    preconditioner: Any = setting(
+        None,
+        "CG: the diagonal of the damped operator, positive [P]. It pays where "
+        "parameters have scales of their own, as with features in different units, and "
+        "only if it is accurate; elsewhere it costs iterations.",
+        wire="",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogDetOptions(QueryOptions):
+    """How the determinant is estimated."""
+
+    damping: float = _damping()
+    steps: int = _steps(32)
+    relative_error: float = _relative_error()
+    absolute_error: float = _absolute_error()
+    probes: int = setting(
+        30,
+        "Random vectors at most.",
+        least=1,
+        most=100_000,
+        wire="samples",
+        unset=100,
+    )
+    seed: int = _seed("Of the probes.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuerySpec:
+    """A query by its names."""
+
+    method: str
+    """Of both clients' operators."""
+    options: type[QueryOptions]
+    command: str = ""
+    """Of the command line; empty: it has none."""
+    terminal: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults of the command, where they are others: there somebody waits and reads."""
+
+
+QUERIES: Mapping[str, QuerySpec] = {
+    "Eigsh": QuerySpec(
+        method="eigsh",
+        options=EigshOptions,
+        command="eigs",
+        terminal={"k": 10, "vectors": False},
+    ),
+    "Trace": QuerySpec(
+        method="trace",
+        options=TraceOptions,
+        command="trace",
+        terminal={"relative_error": 0.01, "samples": 300},
+    ),
+    "Diagonal": QuerySpec(method="diagonal", options=DiagonalOptions),
+    "FrobeniusNorm": QuerySpec(
+        method="frobenius_norm",
+        options=FrobeniusNormOptions,
+        command="norm",
+        terminal={"relative_error": 0.01, "samples": 300},
+    ),
+    "SpectralDensity": QuerySpec(
+        method="spectral_density", options=SpectralDensityOptions, command="density"
+    ),
+    "Solve": QuerySpec(method="solve", options=SolveOptions),
+    "LogDet": QuerySpec(
+        method="logdet",
+        options=LogDetOptions,
+        command="logdet",
+        terminal={"relative_error": 0.01},
+    ),
+}
+"""By the name of the RPC."""
+
+
+def choices_of(options: type[QueryOptions]) -> Mapping[str, type[enum.StrEnum]]:
+    """Name the options that choose a member of an enumeration.
+
+    Args:
+        options: Of which query.
+
+    Returns:
+        The enumeration by option.
+    """
+    kind: Any = options  # a class is hashable, whatever mypy thinks of its instances
+    return _choices(kind)
+
+
+@functools.cache
+def _choices(options: Any) -> Mapping[str, type[enum.StrEnum]]:
+    hints = typing.get_type_hints(options)
+    parts = {name: (hint, *typing.get_args(hint)) for name, hint in hints.items()}
+    return {
+        name: kind
+        for name, found in parts.items()
+        for kind in found
+        if isinstance(kind, type) and issubclass(kind, enum.StrEnum)
+    }
