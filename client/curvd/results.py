@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +64,19 @@ class Result:
         """Parameter version that the result belongs to."""
         return self.info.version
 
+    def lines(self) -> Iterator[str]:
+        """Say what was found, for people; the command line prints it.
+
+        Yields:
+            The lines that `str` puts one below the other, but for what it cost.
+        """
+        yield from ()
+
+    def __str__(self) -> str:
+        i = self.info
+        cost = f"{i.stopped}: {i.products} products in {i.elapsed_s:.2f} s at version"
+        return "\n".join([*self.lines(), f"{cost} {i.version}"])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Eigenpairs(Result):
@@ -82,6 +97,11 @@ class Eigenpairs(Result):
     restarts: int
     warm: bool
     """Whether vectors of an earlier query, or stored ones, were the start."""
+
+    def lines(self) -> Iterator[str]:
+        """Say each eigenvalue with its residual."""
+        for value, residual in zip(self.values, self.residuals, strict=True):
+            yield f"{value: .9e}   residual {residual:.1e}"
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw the eigenvalues with their residuals as error bars.
@@ -133,6 +153,11 @@ class Estimate(Result):
     def __float__(self) -> float:
         return self.value
 
+    def lines(self) -> Iterator[str]:
+        """Say the value with its interval."""
+        low, high = self.interval
+        yield f"{self.value:.6e}   95 % interval [{low:.6e}, {high:.6e}]"
+
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw the value with its 95 % interval.
 
@@ -155,6 +180,12 @@ class LogDeterminant(Estimate):
     smallest: float
     """Smallest Ritz value met, damping included."""
 
+    def lines(self) -> Iterator[str]:
+        """Say the value with its interval, and why there is none."""
+        if math.isnan(self.value):
+            yield f"not positive definite: a Ritz value is {self.smallest:.6e}"
+        yield from Estimate.lines(self)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiagonalEstimate(Result):
@@ -172,6 +203,12 @@ class DiagonalEstimate(Result):
     def half_widths(self) -> Floats:
         """[P] Half of each element's 95 % interval."""
         return self.quantile * self.standard_errors
+
+    def lines(self) -> Iterator[str]:
+        """Say where the elements lie."""
+        low, high = self.values.min(), self.values.max()
+        error = self.half_widths.max()
+        yield f"elements from {low:.6e} to {high:.6e}, each within {error:.1e}"
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw a histogram of the elements.
@@ -207,6 +244,11 @@ class Density(Result):
     width: float
     """Standard deviation of the smoothing Gaussian, in the axis's units."""
     logarithmic: bool
+
+    def lines(self) -> Iterator[str]:
+        """Say where the eigenvalues lie."""
+        low, high = np.nanmin(self.nodes), np.nanmax(self.nodes)
+        yield f"Ritz values from {low:.6e} to {high:.6e}"
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw the density with its 95 % band.
@@ -251,6 +293,12 @@ class Solution(Result):
     column_stops: tuple[Stop, ...]
     """[K] Why each column ended."""
     iterations: int
+
+    def lines(self) -> Iterator[str]:
+        """Say how true each solution is."""
+        for column, residual in enumerate(self.relative_residuals):
+            stop = self.column_stops[column]
+            yield f"column {column}: {stop}, relative residual {residual:.1e}"
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw the relative residuals of the columns.

@@ -1,11 +1,15 @@
-"""``curvd eigs``, ``trace``, ``norm``, ``logdet``, ``density``: queries by hand."""
+"""``curvd eigs``, ``trace``, ``norm`` and so on: a command for each query that names one.
+
+Flags, their defaults and their help are the query's options.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,12 +17,28 @@ import click
 
 from curvd.cli.options import connection_options
 from curvd.config import ClientConfig
-from curvd.contract import Estimator, OperatorKind, OperatorSpec, Which
+from curvd.contract import (
+    QUERIES,
+    OperatorKind,
+    OperatorSpec,
+    QueryOptions,
+    QuerySpec,
+    Setting,
+    choices_of,
+    own_first,
+    query_messages,
+    settings_of,
+)
 from curvd.remote import RemoteOperator, connect
-from curvd.results import Density, Eigenpairs, Estimate
 
 F = TypeVar("F", bound=Callable[..., Any])
 ReadConfig = Callable[..., ClientConfig]
+
+_KINDS: dict[Any, Any] = {"int": click.INT, "float": click.FLOAT, "bool": click.BOOL}
+_FAR = 2**28
+"""Upper ends that hardly anybody reaches."""
+_SHARED = {"damping"}
+"""Options that every command has for the operator, where they do the same."""
 
 
 def add_to(group: click.Group, read_config: ReadConfig) -> None:
@@ -28,81 +48,72 @@ def add_to(group: click.Group, read_config: ReadConfig) -> None:
         group: The command line.
         read_config: Makes a configuration of the connection's options.
     """
+    for rpc, query in QUERIES.items():
+        if query.command:
+            group.add_command(_command(rpc, query, read_config))
 
-    @group.command()
-    @_query_options
-    @click.option("-k", type=int, default=10, show_default=True, help="How many.")
-    @_choice("--which", Which, "Which end of the spectrum.")
-    @click.option("--tolerance", type=float, default=1e-6, show_default=True)
-    def eigs(
-        picture: Path | None, k: int, which: str, tolerance: float, **options: Any
-    ) -> None:
-        """Compute extremal eigenvalues of a session's operator."""
-        with _operator(read_config, **options) as operator:
-            found = operator.eigsh(
-                k, which=which, tolerance=tolerance, vectors=False, progress=True
-            )
-        for value, residual in zip(found.values, found.residuals, strict=True):
-            click.echo(f"{value: .9e}   residual {residual:.1e}")
-        _finish(found, picture)
 
-    @group.command()
-    @_query_options
-    @_choice("--estimator", Estimator, "The method.", Estimator.EXCHANGEABLE)
-    @click.option("--relative-error", type=float, default=0.01, show_default=True)
-    @click.option("--samples", type=int, default=300, help="Products at most.")
-    def trace(picture: Path | None, **options: Any) -> None:
-        """Estimate the trace of a session's operator."""
-        names = ("estimator", "relative_error", "samples")
-        settings = {name: options.pop(name) for name in names}
-        with _operator(read_config, **options) as operator:
-            found = operator.trace(progress=True, **settings)
-        _tell(found, picture)
+def _command(rpc: str, query: QuerySpec, read_config: ReadConfig) -> click.Command:
+    flags = list(_flags(rpc, query))
 
-    @group.command()
-    @_query_options
-    @click.option("--relative-error", type=float, default=0.01, show_default=True)
-    @click.option("--samples", type=int, default=300, help="Products at most.")
-    def norm(picture: Path | None, **options: Any) -> None:
-        """Estimate the Frobenius norm of a session's operator."""
-        settings = {name: options.pop(name) for name in ("relative_error", "samples")}
-        with _operator(read_config, **options) as operator:
-            found = operator.frobenius_norm(progress=True, **settings)
-        _tell(found, picture)
+    def ask(picture: Path | None, **given: Any) -> None:
+        asked = {name: given.pop(name) for name, _ in flags}
+        with _operator(read_config, **given) as operator:
+            method = getattr(operator, query.method)
+            found = method(**{**query.terminal, **asked}, progress=True)
+        click.echo(found)
+        if picture is not None:
+            _draw(found, picture)
 
-    @group.command()
-    @_query_options
-    @click.option("--relative-error", type=float, default=0.01, show_default=True)
-    @click.option("--probes", type=int, default=30, show_default=True, help="At most.")
-    @click.option("--steps", type=int, default=32, show_default=True)
-    def logdet(picture: Path | None, **options: Any) -> None:
-        """Estimate the log-determinant of a session's operator, with its --damping."""
-        names = ("relative_error", "probes", "steps")
-        settings = {name: options.pop(name) for name in names}
-        with _operator(read_config, **options) as operator:
-            found = operator.logdet(progress=True, **settings)
-        if math.isnan(found.value):
-            click.echo(f"not positive definite: a Ritz value is {found.smallest:.6e}")
-        _tell(found, picture)
+    decorated = _operator_options(ask)
+    for _, flag in reversed(flags):
+        decorated = flag(decorated)
+    text = inspect.getdoc(getattr(RemoteOperator, query.method)) or ""
+    return click.command(query.command, help=text.partition("\n\n")[0])(decorated)
 
-    @group.command()
-    @_query_options
-    @click.option("--probes", type=int, default=8, show_default=True)
-    @click.option("--steps", type=int, default=64, show_default=True)
-    @click.option("--log", "logarithmic", is_flag=True, help="Logarithmic axis.")
-    def density(picture: Path | None, **options: Any) -> None:
-        """Estimate the spectral density of a session's operator."""
-        names = ("probes", "steps", "logarithmic")
-        settings = {name: options.pop(name) for name in names}
-        with _operator(read_config, **options) as operator:
-            found = operator.spectral_density(progress=True, **settings)
-        click.echo(
-            f"Ritz values from {found.nodes.min():.6e} to {found.nodes.max():.6e}"
+
+def _flags(rpc: str, query: QuerySpec) -> Iterator[tuple[str, Callable[[F], F]]]:
+    """Make a flag of each option that travels in the request.
+
+    Yields:
+        Name of the option, and what adds its flag to a command.
+    """
+    message = query_messages.request_type(rpc).DESCRIPTOR
+    settings, choices = settings_of(query.options), choices_of(query.options)
+    carried = query_messages.carried(query.options, message)
+    for name in own_first(query.options):
+        if name in _SHARED or name not in carried:
+            continue
+        field, known = settings[name]
+        default = query.terminal.get(name, field.default)
+        more: dict[str, Any] = {"type": _KINDS.get(str(field.type).split(" |")[0])}
+        if field.type == "bool":
+            more = {"is_flag": True}
+        elif name in choices:
+            more = {"type": click.Choice([member.value for member in choices[name]])}
+            default = default.value
+        spelled = (known.option or name).replace("_", "-")
+        flag = f"-{spelled}" if len(spelled) == 1 else f"--{spelled}"
+        yield (
+            name,
+            click.option(
+                flag,
+                name,
+                default=default,
+                show_default=default is not None,
+                help=_plain(known.help),
+                **more,
+            ),
         )
-        _finish(found, picture)
 
 
-def _query_options(command: F) -> F:
+def _plain(text: str) -> str:
+    """Take the marks of a docstring off a text."""
+    return text.replace("`", "")
+
+
+def _operator_options(command: F) -> F:
+    kinds = [kind.value for kind in OperatorKind]
     for decorate in (
         click.option(
             "--plot",
@@ -111,27 +122,24 @@ def _query_options(command: F) -> F:
             help="Draw the result into this file.",
         ),
         click.option(
-            "--damping", type=float, default=0.0, help="Added to the diagonal."
+            "--damping",
+            type=float,
+            default=0.0,
+            show_default=True,
+            help="Added to the diagonal.",
         ),
-        _choice("--operator", OperatorKind, "Which operator."),
+        click.option(
+            "--operator",
+            type=click.Choice(kinds),
+            default=kinds[0],
+            show_default=True,
+            help="Which operator.",
+        ),
         connection_options,
         click.argument("session"),
     ):
         command = decorate(command)
     return command
-
-
-def _choice(
-    name: str, kind: Any, help_text: str, default: Any = None
-) -> Callable[[F], F]:
-    values = [member.value for member in kind]
-    return click.option(
-        name,
-        type=click.Choice(values),
-        default=(default or next(iter(kind))).value,
-        show_default=True,
-        help=help_text,
-    )
 
 
 @contextlib.contextmanager
@@ -156,21 +164,52 @@ def _operator(
         raise
 
 
-def _tell(found: Estimate, picture: Path | None) -> None:
-    low, high = found.interval
-    click.echo(f"{found.value:.6e}   95 % interval [{low:.6e}, {high:.6e}]")
-    _finish(found, picture)
+def _draw(found: Any, picture: Path) -> None:
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    axes = found.plot()
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.savefig(picture, dpi=150)
+    click.echo(f"picture: {picture}")
 
 
-def _finish(found: Eigenpairs | Estimate | Density, picture: Path | None) -> None:
-    click.echo(
-        f"{found.info.stopped}: {found.products} products in "
-        f"{found.info.elapsed_s:.2f} s at version {found.version}"
-    )
-    if picture is not None:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        axes = found.plot()
-        figure = axes.get_figure(root=True)
-        assert figure is not None
-        figure.savefig(picture, dpi=150)
-        click.echo(f"picture: {picture}")
+def table() -> str:
+    """Print the table of options in docs/client.md.
+
+    Returns:
+        Markdown: what every query takes, then the options of each.
+    """
+    rows = [
+        "| query | option | default | range | what |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    common = settings_of(QueryOptions)
+    rows += _rows("all", common)
+    for query in QUERIES.values():
+        own = settings_of(query.options)
+        rows += _rows(f"`{query.method}`", {n: own[n] for n in own if n not in common})
+    return "\n".join(rows)
+
+
+def _rows(title: str, settings: Mapping[str, tuple[Field[Any], Setting]]) -> list[str]:
+    rows = []
+    for name, (field, known) in settings.items():
+        default = getattr(field.default, "value", field.default)
+        text = known.help.replace("``", "`").replace("|", "\\|")
+        rows.append(
+            f"| {title} | `{name}` | `{default}` | {_range(field, known)} | {text} |"
+        )
+        title = ""
+    return rows
+
+
+def _range(field: Field[Any], known: Setting) -> str:
+    """Write a range down; a far end, which only says what a type holds, is left out."""
+    ends = known.range_of(field)
+    if ends is None:
+        return ""
+    if ends[1] < _FAR:
+        return f"{ends[0]:g} to {ends[1]:g}"
+    if known.positive:
+        return "more than 0"
+    return "finite" if known.least is None else f"{ends[0]:g} or more"

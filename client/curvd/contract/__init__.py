@@ -49,6 +49,8 @@ from curvd.contract.query_options import (
     SolveOptions,
     SpectralDensityOptions,
     TraceOptions,
+    choices_of,
+    own_first,
 )
 from curvd.contract.rpcs import (
     BY_PATH,
@@ -139,7 +141,9 @@ __all__ = [
     "Which",
     "check_patterns",
     "check_settings",
+    "choices_of",
     "member",
+    "own_first",
     "read_varint",
     "select",
     "setting",

@@ -19,7 +19,7 @@ from typing import Any
 
 from curvd.contract.enums import Estimator, Solver, Which, member
 from curvd.contract.infos import QueryProgress, StoredVector
-from curvd.contract.settings import check_settings, setting
+from curvd.contract.settings import check_settings, setting, settings_of
 
 _SEED = 2**63 - 1
 _SMALLEST, _LARGEST = 1e-290, 1e290
@@ -281,6 +281,19 @@ QUERIES: Mapping[str, QuerySpec] = {
     ),
 }
 """By the name of the RPC."""
+
+
+def own_first(options: type[QueryOptions]) -> list[str]:
+    """Order options for people.
+
+    Args:
+        options: Of which query.
+
+    Returns:
+        Their names: the query's own, then what every query takes.
+    """
+    common = settings_of(QueryOptions)
+    return sorted(settings_of(options), key=lambda name: name in common)
 
 
 def choices_of(options: type[QueryOptions]) -> Mapping[str, type[enum.StrEnum]]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from curvd._calls import Observe, QueryCall
-from curvd.contract import QueryOptions, settings_of
+from curvd.contract import QueryOptions, own_first, settings_of
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -103,13 +103,12 @@ def awaited(
     return twin
 
 
-def _describe(method: Callable[..., Any], options: Callable[..., Any]) -> None:
+def _describe(method: Callable[..., Any], options: Any) -> None:
     """Give a method the signature and the documentation of its options."""
     made = inspect.signature(method.__wrapped__)  # type: ignore[attr-defined]
     *before, _ = made.parameters.values()
-    common = settings_of(QueryOptions)
-    own = list(inspect.signature(options).parameters.values())
-    own.sort(key=lambda p: p.name in common)  # what every query takes comes last
+    parameters = inspect.signature(options).parameters
+    own = [parameters[name] for name in own_first(options)]
     before = [p.replace(kind=p.POSITIONAL_ONLY) for p in before]
     if len(before) == 1:  # a method as it is written
         before = [before[0].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)]
