@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from curvd.errors import Cancelled, OutOfMemory, Unavailable
-from curvd_server.device.batcher import _MOST_LONG, Batcher
+from curvd_server.device.batcher import Batcher
+from curvd_server.device.lanes import MOST_LONG
 from curvd_server.system.cooperative import alone, yield_point
 
 
@@ -321,12 +322,12 @@ def test_only_so_many_openings_go_on_at_once(batcher, clock):
     let = held(batcher)
     tickets = [
         batcher.run_in_turns(lambda c, name=name: job(c, name), lane=name, room_bytes=0)
-        for name in range(3 * _MOST_LONG)
+        for name in range(3 * MOST_LONG)
     ]
     let()
     for ticket in tickets:
         result(ticket)
-    assert max(most) == _MOST_LONG
+    assert max(most) == MOST_LONG
 
 
 def test_an_error_of_long_work_reaches_its_caller(batcher):

@@ -6,8 +6,10 @@ device there is, and is imported where it is made.
 
 from __future__ import annotations
 
-from curvd_server.device.batcher import LONG_S, Batcher, Done, Reservation, Ticket
+from curvd_server.device.batcher import LONG_S, Batcher
 from curvd_server.device.protocols import Array, Device, Operator, Problem
+from curvd_server.device.requests import Done, Ticket
+from curvd_server.device.room import Reservation
 
 __all__ = [
     "LONG_S",

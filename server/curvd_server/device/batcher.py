@@ -21,21 +21,20 @@ import queue
 import threading
 import time
 import weakref
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from curvd.errors import Cancelled, OutOfMemory, Overloaded, Unavailable
+from curvd.errors import Cancelled, OutOfMemory, Unavailable
 from curvd.tensors import Pool
-from curvd_server.system import CALLS, HostMemory, LongWork, Poll, Threads
+from curvd_server.device.lanes import Lane, Lanes, Run
+from curvd_server.device.requests import Columns, Done, Multiplies, Ticket
+from curvd_server.device.room import Reservation, Room
+from curvd_server.system import HostMemory, LongWork, Poll, Threads
 
 T = TypeVar("T")
-Columns = NDArray[Any]
 
 _LITTLE_BYTES = 1 << 20
 """Operands up to here are joined even if their columns share nothing: each run has a cost
@@ -46,48 +45,12 @@ _SHORT_S = 0.3e-3
 """Products up to here may hold up an event loop."""
 _FORGET = 0.8
 """How much of an operator's slowest product lately still counts after one more."""
-_LONGEST_RETRY_S = 30.0
 LONG_S = 0.05
 """Products that take longer, or are not known yet, give way to others."""
 _TURN_S = (5e-3, 0.25)
 """Long work keeps the device for one step, or for several short ones: as long as the
 latest turn of a product took, within these bounds. So who multiplies all the time and
 who opens a session get half of the device each."""
-_MOST_LONG = 4
-"""Openings that have begun and not ended; more wait."""
-
-
-class Multiplies(Protocol):
-    """What products are asked from."""
-
-    @property
-    def shares(self) -> bool:
-        """Whether columns together cost less than one after the other."""
-
-    def apply(
-        self, columns: Columns, *, counts: Sequence[int] = (), cancelled: Poll
-    ) -> Columns:
-        """Multiply columns, and leave them as they are: [K, P] -> [K, P].
-
-        Args:
-            columns: [K, P].
-            counts: Columns of each request that is in them, whose result does not
-                depend, to the bit, on the others; none: it is one.
-            cancelled: Polled between mini-batches.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class Done(Generic[T]):
-    """A result, and what it took."""
-
-    value: T
-    queue_s: float
-    """Between submission and start."""
-    compute_s: float
-    """Of the run, shared with whoever was in it."""
-    run_columns: int
-    """Columns in the run, those of others included; 0 if it was no product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,99 +71,6 @@ class BatcherStatistics:
     """Columns of the requests under way."""
     reserved_bytes: int
     """Memory of the requests under way."""
-
-
-class Ticket(Future[Done[T]]):
-    """A request in the queue. Cancelling it also stops a run that nobody else needs."""
-
-    def __init__(
-        self, job: Callable[[Poll], T] | None, columns: Columns | None
-    ) -> None:
-        super().__init__()
-        self.job, self.columns = job, columns
-        self.abandoned = self.alone = self.in_turns = False
-        self.submitted_s = time.monotonic()
-        self.room_bytes: int | None = None
-        """Memory that there must be room for before it begins; None: it needs none."""
-
-    def cancel(self) -> bool:
-        """Give up. A run stops at the next mini-batch if all its members have."""
-        self.abandoned = True
-        return super().cancel()
-
-
-class Reservation:
-    """Room that a request has: columns in the queue, and memory.
-
-    Args:
-        hold: Is told of columns and bytes that are taken again, or given back if
-            negative.
-        columns: That the request has in the queue at once.
-        nbytes: Memory that it needs at once.
-    """
-
-    def __init__(
-        self, hold: Callable[[int, int], None], columns: int, nbytes: int
-    ) -> None:
-        self._hold, self._columns, self._nbytes = hold, columns, nbytes
-        self._held = (columns, nbytes)
-
-    def resume(self) -> None:
-        """Hold everything."""
-        self._change(self._columns, self._nbytes)
-
-    def suspend(self) -> None:
-        """Hold memory only: no column waits for the device at present."""
-        self._change(0, self._nbytes)
-
-    def close(self) -> None:
-        """Give everything back."""
-        self._change(0, 0)
-
-    def _change(self, columns: int, nbytes: int) -> None:
-        before, self._held = self._held, (columns, nbytes)
-        self._hold(columns - before[0], nbytes - before[1])
-
-
-@dataclass(eq=False, slots=True)
-class _Run:
-    """Requests that are worked off together."""
-
-    operator: Multiplies | None
-    tickets: list[Ticket[Any]]
-    work: LongWork[list[Any]]
-    in_turns: bool
-    """Whether it gives way to others."""
-    began_s: float
-    spent_s: float = 0.0
-
-    @property
-    def columns(self) -> int:
-        """Of all of them."""
-        return sum(map(_columns_of, self.tickets))
-
-
-@dataclass(eq=False, slots=True)
-class _Lane:
-    """Requests that run in order: products with one operator, or jobs."""
-
-    operator: Multiplies | None
-    tickets: deque[Ticket[Any]]
-    run: _Run | None = None
-    """The one that has begun; it may have given way."""
-
-    @property
-    def is_long(self) -> bool:
-        """Whether it is the turn of work that gives way to others."""
-        return self.tickets[0].in_turns if self.run is None else self.run.in_turns
-
-    @property
-    def waits_for_room(self) -> bool:
-        """Whether there must be room before it goes on."""
-        if self.run is not None:
-            return False
-        head = self.tickets[0]
-        return head.room_bytes is not None and not head.abandoned
 
 
 class Batcher:
@@ -230,14 +100,14 @@ class Batcher:
         name: str = "device",
     ) -> None:
         self._run_columns, self._run_bytes = run_columns, run_bytes
-        self._pending = (pending_columns, pending_bytes)
-        self._reserved, self._memory = [0, 0], memory or HostMemory()
-        self._long_bytes, self._clock = long_bytes, clock
-        self._in_room: list[Ticket[Any]] = []
+        self._clock = clock
+        self._room = Room(
+            pending_columns, pending_bytes, memory or HostMemory(), self._wait_s
+        )
+        self._lanes = Lanes(long_bytes)
         self._threads = Threads()
         self._latest_s = self._turn_end_s = 0.0
         self._pool = Pool(run_bytes)
-        self._lanes: OrderedDict[Hashable, _Lane] = OrderedDict()
         self._lock = threading.Lock()
         # Not a condition: its waiter would wake up only to wait for the lock.
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -249,45 +119,23 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    @contextlib.contextmanager
-    def reserve(self, columns: int, nbytes: int) -> Iterator[Reservation]:
+    def reserve(
+        self, columns: int, nbytes: int
+    ) -> contextlib.AbstractContextManager[Reservation]:
         """Make room for a request before anything is allocated for it.
 
         Args:
             columns: That it will have in the queue at once.
             nbytes: Memory that it will need at once.
 
-        Yields:
-            The room.
+        Returns:
+            The room, while the context is open.
 
         Raises:
             Overloaded: If others take the room. A request alone always gets it.
             LimitExceeded: If what is stored leaves the host no memory for it.
         """
-        wanted = (columns, nbytes)
-        with self._lock:
-            full = any(
-                have + want > limit
-                for have, want, limit in zip(
-                    self._reserved, wanted, self._pending, strict=True
-                )
-            )
-            if full and any(self._reserved):
-                raise self._overloaded(columns, nbytes)
-            self._memory.take(CALLS, nbytes)
-            self._reserved = [
-                a + b for a, b in zip(self._reserved, wanted, strict=True)
-            ]
-        reservation = Reservation(self._hold, columns, nbytes)
-        try:
-            yield reservation
-        finally:
-            reservation.close()
-
-    def _hold(self, columns: int, nbytes: int) -> None:
-        with self._lock:
-            self._reserved = [self._reserved[0] + columns, self._reserved[1] + nbytes]
-        self._memory.give(CALLS, -nbytes)
+        return self._room.reserve(columns, nbytes)
 
     def multiply(self, operator: Multiplies, columns: Columns) -> Ticket[Columns]:
         """Queue a product.
@@ -377,9 +225,9 @@ class Batcher:
                 requests=self._requests,
                 columns=self._columns,
                 cancelled=self._cancelled,
-                waiting=sum(len(lane.tickets) for lane in self._lanes.values()),
-                reserved_columns=self._reserved[0],
-                reserved_bytes=self._reserved[1],
+                waiting=sum(len(lane.tickets) for lane in self._lanes),
+                reserved_columns=self._room.taken[0],
+                reserved_bytes=self._room.taken[1],
             )
 
     def close(self) -> None:
@@ -396,8 +244,7 @@ class Batcher:
         with self._lock:
             if self._closed:
                 raise _shutting_down()
-            lane = self._lanes.setdefault(key, _Lane(operator, deque()))
-            lane.tickets.append(ticket)
+            self._lanes.add(key, operator, ticket)
             self._requests += 1
             asleep, self._asleep = self._asleep, False
         if asleep:
@@ -414,7 +261,7 @@ class Batcher:
             if self._closed:
                 self._refuse_all()
                 return False
-            key, lane = self._next()
+            key, lane = self._lanes.next()
             self._asleep = lane is None
             if lane is not None and lane.run is None:
                 lane.run = self._begun(lane)
@@ -425,61 +272,28 @@ class Batcher:
         if run is not None and self._advance(run):
             self._end(run, lane)
         with self._lock:
-            self._rotate(key, lane, after_long=run is not None and run.in_turns)
+            self._lanes.rotate(key, lane, after_long=run is not None and run.in_turns)
         return True
 
-    def _next(self) -> tuple[Hashable, _Lane | None]:
-        """Choose whose turn it is: the first, but some may have to wait for room.
-
-        What waits for room begins in the order in which it came.
-        """
-        full = False
-        for key, lane in self._lanes.items():
-            if not lane.waits_for_room:
-                return key, lane
-            full = full or not self._has_room(lane.tickets[0])
-            if not full:
-                return key, lane
-        return None, None
-
-    def _rotate(self, key: Hashable, lane: _Lane, *, after_long: bool) -> None:
-        """Put a lane that had its turn behind all others.
-
-        That is also behind those that came during the turn: a caller who comes now
-        waits for the turn under way at most, however many queue. After a turn of long
-        work all others come before more of it.
-        """
-        del self._lanes[key]
-        if after_long:
-            for other in [k for k, one in self._lanes.items() if one.is_long]:
-                self._lanes.move_to_end(other)
-        if lane.run is not None or lane.tickets:
-            self._lanes[key] = lane
-
-    def _has_room(self, ticket: Ticket[Any]) -> bool:
-        nbytes = sum(t.room_bytes or 0 for t in (*self._in_room, ticket))
-        fits = len(self._in_room) < _MOST_LONG and nbytes <= self._long_bytes
-        return fits or not self._in_room
-
-    def _begun(self, lane: _Lane) -> _Run | None:
+    def _begun(self, lane: Lane) -> Run | None:
         """Take what runs together off a lane; None if nobody wants it any more."""
         tickets, operator = self._take(lane), lane.operator
         if not tickets:
             return None
-        self._in_room += [t for t in tickets if t.room_bytes is not None]
+        self._lanes.begin(tickets)
         in_turns = tickets[0].in_turns
         if operator is not None:
             pace_s = self._paces.get(operator, math.inf)
-            in_turns = pace_s * sum(map(_columns_of, tickets)) > LONG_S
+            in_turns = pace_s * sum(ticket.width for ticket in tickets) > LONG_S
         work = LongWork(
             lambda poll: self._compute(operator, tickets, poll),
             stopped=lambda: self._closed or all(t.abandoned for t in tickets),
             gives_way=self._gives_way,
             threads=self._threads,
         )
-        return _Run(operator, tickets, work, in_turns, time.monotonic())
+        return Run(operator, tickets, work, in_turns, time.monotonic())
 
-    def _take(self, lane: _Lane) -> list[Ticket[Any]]:
+    def _take(self, lane: Lane) -> list[Ticket[Any]]:
         """Take what runs together from the front of a lane; skip the cancelled."""
         taken: list[Ticket[Any]] = []
         columns = nbytes = 0
@@ -505,7 +319,7 @@ class Batcher:
             columns, nbytes = columns + len(head), nbytes + head.nbytes
         return taken
 
-    def _advance(self, run: _Run) -> bool:
+    def _advance(self, run: Run) -> bool:
         """Let a run take its turn; return whether it has ended."""
         least_s, most_s = _TURN_S
         start_s = self._clock()
@@ -527,11 +341,11 @@ class Batcher:
             return True
         return len(self._lanes) > 1 and self._clock() >= self._turn_end_s
 
-    def _end(self, run: _Run, lane: _Lane) -> None:
+    def _end(self, run: Run, lane: Lane) -> None:
         """Tell the callers how their run ended."""
         with self._lock:
             lane.run = None
-            self._in_room = [t for t in self._in_room if t not in run.tickets]
+            self._lanes.end(run.tickets)
         try:
             values = run.work.result()
         except OutOfMemory as error:
@@ -598,8 +412,12 @@ class Batcher:
             slowest_s = self._paces.get(operator, 0.0)
             self._paces[operator] = max(pace_s, _FORGET * slowest_s)
 
+    def _wait_s(self, columns: int) -> float:
+        """Guess how long columns under way will take."""
+        return self._seconds_per_column * columns
+
     def _refuse_all(self) -> None:
-        for lane in self._lanes.values():
+        for lane in self._lanes:
             if lane.run is not None:
                 while not lane.run.work.resume():  # it stops at its next poll
                     pass
@@ -609,26 +427,6 @@ class Batcher:
                     ticket.set_exception(_shutting_down())
         self._lanes.clear()
 
-    def _overloaded(self, columns: int, nbytes: int) -> Overloaded:
-        retry_after_s = min(
-            _LONGEST_RETRY_S, 0.05 + self._seconds_per_column * self._reserved[0]
-        )
-        msg = (
-            f"the queue is full: {self._reserved[0]} columns and {self._reserved[1]} bytes "
-            f"are under way, {columns} and {nbytes} more would exceed the limits of "
-            f"{self._pending[0]} and {self._pending[1]}; retry in {retry_after_s:.1f} s"
-        )
-        return Overloaded(
-            msg,
-            retry_after_s=retry_after_s,
-            pending_columns=self._reserved[0],
-            pending_bytes=self._reserved[1],
-        )
-
 
 def _shutting_down() -> Unavailable:
     return Unavailable("the server is shutting down")
-
-
-def _columns_of(ticket: Ticket[Any]) -> int:
-    return 0 if ticket.columns is None else len(ticket.columns)

@@ -1,0 +1,145 @@
+"""Whose turn it is: requests in lanes, which take turns.
+
+What has the same operator, or belongs to the same caller, runs in order in one lane. A lane
+that had its turn goes behind all others, so whoever comes now waits for the turn under way
+at most, however many queue.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from curvd_server.device.requests import Multiplies, Ticket
+from curvd_server.system import LongWork
+
+MOST_LONG = 4
+"""Openings that have begun and not ended; more wait."""
+
+
+@dataclass(eq=False, slots=True)
+class Run:
+    """Requests that are worked off together."""
+
+    operator: Multiplies | None
+    tickets: list[Ticket[Any]]
+    work: LongWork[list[Any]]
+    in_turns: bool
+    """Whether it gives way to others."""
+    began_s: float
+    spent_s: float = 0.0
+
+    @property
+    def columns(self) -> int:
+        """Of all of them."""
+        return sum(ticket.width for ticket in self.tickets)
+
+
+@dataclass(eq=False, slots=True)
+class Lane:
+    """Requests that run in order: products with one operator, or jobs."""
+
+    operator: Multiplies | None
+    tickets: deque[Ticket[Any]]
+    run: Run | None = None
+    """The one that has begun; it may have given way."""
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it is the turn of work that gives way to others."""
+        return self.tickets[0].in_turns if self.run is None else self.run.in_turns
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether there must be room before it goes on."""
+        if self.run is not None:
+            return False
+        head = self.tickets[0]
+        return head.room_bytes is not None and not head.abandoned
+
+
+class Lanes:
+    """All lanes, in the order of their turns. Not for several threads at once.
+
+    Args:
+        long_bytes: Memory of openings that go on at once, unless one needs more.
+    """
+
+    def __init__(self, long_bytes: float) -> None:
+        self._long_bytes = long_bytes
+        self._lanes: OrderedDict[Hashable, Lane] = OrderedDict()
+        self._in_room: list[Ticket[Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    def __iter__(self) -> Iterator[Lane]:
+        return iter(self._lanes.values())
+
+    def add(
+        self, key: Hashable, operator: Multiplies | None, ticket: Ticket[Any]
+    ) -> None:
+        """Queue a request.
+
+        Args:
+            key: Its lane's.
+            operator: Which all products of the lane have; None for jobs.
+            ticket: The request.
+        """
+        lane = self._lanes.setdefault(key, Lane(operator, deque()))
+        lane.tickets.append(ticket)
+
+    def next(self) -> tuple[Hashable, Lane | None]:
+        """Choose whose turn it is: the first, but some may have to wait for room.
+
+        What waits for room begins in the order in which it came.
+
+        Returns:
+            The lane and its key; None if nobody can go on.
+        """
+        full = False
+        for key, lane in self._lanes.items():
+            if not lane.waits_for_room:
+                return key, lane
+            full = full or not self._has_room(lane.tickets[0])
+            if not full:
+                return key, lane
+        return None, None
+
+    def rotate(self, key: Hashable, lane: Lane, *, after_long: bool) -> None:
+        """Put a lane that had its turn behind all others.
+
+        That is also behind those that came during the turn: a caller who comes now
+        waits for the turn under way at most, however many queue. After a turn of long
+        work all others come before more of it.
+
+        Args:
+            key: Of the lane.
+            lane: Which goes, if nothing is left in it.
+            after_long: Whether the turn was one of long work.
+        """
+        del self._lanes[key]
+        if after_long:
+            for other in [k for k, one in self._lanes.items() if one.is_long]:
+                self._lanes.move_to_end(other)
+        if lane.run is not None or lane.tickets:
+            self._lanes[key] = lane
+
+    def begin(self, tickets: list[Ticket[Any]]) -> None:
+        """Count what needs room as going on."""
+        self._in_room += [t for t in tickets if t.room_bytes is not None]
+
+    def end(self, tickets: list[Ticket[Any]]) -> None:
+        """Count it no more."""
+        self._in_room = [t for t in self._in_room if t not in tickets]
+
+    def clear(self) -> None:
+        """Forget all lanes."""
+        self._lanes.clear()
+
+    def _has_room(self, ticket: Ticket[Any]) -> bool:
+        nbytes = sum(t.room_bytes or 0 for t in (*self._in_room, ticket))
+        fits = len(self._in_room) < MOST_LONG and nbytes <= self._long_bytes
+        return fits or not self._in_room

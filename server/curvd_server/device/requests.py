@@ -1,0 +1,73 @@
+"""What is asked of a device, what waits for it, and what it answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from numpy.typing import NDArray
+
+from curvd_server.system import Poll
+
+T = TypeVar("T")
+Columns = NDArray[Any]
+
+
+class Multiplies(Protocol):
+    """What products are asked from."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether columns together cost less than one after the other."""
+
+    def apply(
+        self, columns: Columns, *, counts: Sequence[int] = (), cancelled: Poll
+    ) -> Columns:
+        """Multiply columns, and leave them as they are: [K, P] -> [K, P].
+
+        Args:
+            columns: [K, P].
+            counts: Columns of each request that is in them, whose result does not
+                depend, to the bit, on the others; none: it is one.
+            cancelled: Polled between mini-batches.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[T]):
+    """A result, and what it took."""
+
+    value: T
+    queue_s: float
+    """Between submission and start."""
+    compute_s: float
+    """Of the run, shared with whoever was in it."""
+    run_columns: int
+    """Columns in the run, those of others included; 0 if it was no product."""
+
+
+class Ticket(Future[Done[T]]):
+    """A request in the queue. Cancelling it also stops a run that nobody else needs."""
+
+    def __init__(
+        self, job: Callable[[Poll], T] | None, columns: Columns | None
+    ) -> None:
+        super().__init__()
+        self.job, self.columns = job, columns
+        self.abandoned = self.alone = self.in_turns = False
+        self.submitted_s = time.monotonic()
+        self.room_bytes: int | None = None
+        """Memory that there must be room for before it begins; None: it needs none."""
+
+    @property
+    def width(self) -> int:
+        """Columns that it multiplies; 0 if it is no product."""
+        return 0 if self.columns is None else len(self.columns)
+
+    def cancel(self) -> bool:
+        """Give up. A run stops at the next mini-batch if all its members have."""
+        self.abandoned = True
+        return super().cancel()
