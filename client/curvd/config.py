@@ -272,7 +272,7 @@ def is_local(target: str) -> bool:
     """Tell whether a target is on this machine for certain.
 
     Args:
-        target: As for `check_target`.
+        target: The target, as for `check_target`.
 
     Returns:
         True for Unix sockets and loopback addresses.
@@ -290,7 +290,7 @@ def proxy_of(target: str) -> str | None:
     """Find the proxy by which grpcio would reach a target.
 
     Args:
-        target: As for `check_target`.
+        target: The target, as for `check_target`.
 
     Returns:
         What the environment says; None if it names none.
@@ -311,7 +311,7 @@ def pem(source: Pem | None, name: str) -> bytes | None:
 
     Args:
         source: The text, or the path of a file.
-        name: Of the setting, for the message.
+        name: The name of the setting, for the message.
 
     Returns:
         The text; None if there is none.

@@ -197,8 +197,8 @@ def prepare(
         data: Inputs as for `export`, and targets; for the module's own loss a dict
             with ``labels`` will do.
         output: Which of the module's results the loss takes.
-        mode: As for `export`.
-        batch_size: Of the session.
+        mode: The mode, as for `export`.
+        batch_size: The batch size of the session.
         check: Whether to prove that the graphs are module and loss.
 
     Returns:

@@ -162,7 +162,7 @@ def open_session(client: curvd.Client, net: Trained) -> curvd.Session:
 
     Args:
         client: Connected.
-        net: From `train`.
+        net: The net, from `train`.
 
     Returns:
         A float32 session of the mean cross-entropy.
@@ -183,8 +183,8 @@ def check_products(session: curvd.Session, net: Trained) -> list[tuple[str, floa
     """Ask for single, batched and block-diagonal products and check them.
 
     Args:
-        session: Of the trained net.
-        net: From `train`.
+        session: The session of the trained net.
+        net: The net, from `train`.
 
     Returns:
         What was asked for, and its relative error.
@@ -219,7 +219,7 @@ def difference_reference(net: Trained) -> Callable[[Vector], Vector]:
     """Make the truth: central differences of the gradient, float64, plain torch.
 
     Args:
-        net: From `train`.
+        net: The net, from `train`.
 
     Returns:
         Maps v: [P] to Hv: [P].
@@ -249,7 +249,7 @@ def eigenvalues(session: curvd.Session) -> tuple[Vector, list[float]]:
     """Let SciPy find the largest eigenvalues of the remote Hessian.
 
     Args:
-        session: Of the trained net.
+        session: The session of the trained net.
 
     Returns:
         The eigenvalues, largest first, and ``|Hx - λx|`` relative to the largest.

@@ -89,7 +89,7 @@ class TensorStream(Call[T]):
     """A stream that ends with the tensor ``result``.
 
     Args:
-        rpc: Which method.
+        rpc: The method.
         header: What to compute.
         operand: What to send; None if nothing travels.
         wanted: The result.
@@ -380,7 +380,7 @@ def expecting(
     """Make the check of a result's safetensors header.
 
     Args:
-        rpc: Whose result, for the message.
+        rpc: The RPC whose result it is, for the message.
         wire_type: Expected element type.
         shape: Expected shape.
         piece_bytes: How to cut it; 0: not.

@@ -47,7 +47,7 @@ class Deferred(click.Command):
     """A command of another package, imported when it is asked for.
 
     Args:
-        name: Of the command, and of the object in `module`.
+        name: The name of the command, and of the object in `module`.
         module: Where it is.
         short_help: One sentence, for the list of commands.
     """

@@ -122,7 +122,7 @@ def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
     """Make a TOML file the defaults of a command's options.
 
     Args:
-        ctx: Of the command.
+        ctx: The command's context.
         param: The option that names the file.
         path: The file.
 

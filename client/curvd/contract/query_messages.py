@@ -65,8 +65,8 @@ def read(options: type[O], message: Message) -> O:
     from that.
 
     Args:
-        options: Of which query.
-        message: From a stranger.
+        options: The options of a query.
+        message: The message that a caller gave, not checked yet.
 
     Returns:
         The options.
@@ -120,7 +120,7 @@ def carried(options: type[QueryOptions], message: Any) -> Mapping[str, Path]:
     """Find the fields of a request that carry options.
 
     Args:
-        options: Of which query.
+        options: The options of a query.
         message: Descriptor of its request, or of the header of its stream.
 
     Returns:

@@ -287,7 +287,7 @@ def own_first(options: type[QueryOptions]) -> list[str]:
     """Order options for people.
 
     Args:
-        options: Of which query.
+        options: The options of a query.
 
     Returns:
         Their names: the query's own, then what every query takes.
@@ -300,7 +300,7 @@ def choices_of(options: type[QueryOptions]) -> Mapping[str, type[enum.StrEnum]]:
     """Name the options that choose a member of an enumeration.
 
     Args:
-        options: Of which query.
+        options: The options of a query.
 
     Returns:
         The enumeration by option.

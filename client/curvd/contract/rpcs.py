@@ -67,7 +67,7 @@ class Codec:
         """Serialise a part without copying its tensors.
 
         Args:
-            part: As for `dump`.
+            part: The part, as for `dump`.
 
         Returns:
             The bytes of the protobuf message, in order.

@@ -18,7 +18,7 @@ def check_patterns(patterns: Sequence[str], what: str = "params") -> tuple[str, 
     """Refuse what no glob over names can be.
 
     Args:
-        patterns: From a stranger.
+        patterns: The patterns that a caller gave, not checked yet.
         what: The option that they belong to, for messages.
 
     Returns:

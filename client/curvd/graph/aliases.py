@@ -94,7 +94,7 @@ class Alias:
 
         Args:
             new: The new value, of the same shape and type.
-            position: Of the operator that writes.
+            position: The position of the operator that writes.
 
         Returns:
             Whether it could be done; if not, others see this memory in a way that

@@ -191,7 +191,7 @@ def translated(
     """Write what was traced as a graph.
 
     Args:
-        module: Whose tensors it uses, without the prefix ``module.`` of the wrapper.
+        module: The module whose tensors it uses, without the prefix ``module.`` of the wrapper.
         program: What was traced.
         rows: The example inputs.
 

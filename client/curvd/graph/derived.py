@@ -61,7 +61,7 @@ def uses_transforms(graph: fx.Graph) -> bool:
     """Tell whether exported code contains ``vmap`` or another transform as it is.
 
     Args:
-        graph: From torch.export.
+        graph: The graph, from torch.export.
 
     Returns:
         Whether it has to be traced below autograd instead.

@@ -76,7 +76,7 @@ class Run:
         """Differentiate as a training loop does, and take what is found.
 
         Args:
-            outputs: From `outputs`; can be differentiated again.
+            outputs: The outputs, from `outputs`; can be differentiated again.
             cotangent: What it is multiplied by: a scalar's is one.
 
         Returns:

@@ -42,7 +42,7 @@ def evaluate(
     of `tensors` and `inputs`, and in float64 all of them do.
 
     Args:
-        graph: From `curvd.graph.tape.write`.
+        graph: The graph, from `curvd.graph.tape.write`.
         inputs: Values of its inputs, in order.
         tensors: Values of its tensors, in order.
 
@@ -94,7 +94,7 @@ def types_in(graph: graph_pb.Graph) -> frozenset[torch.dtype]:
     """List the types of numbers that a graph computes in.
 
     Args:
-        graph: From `curvd.graph.tape.write`.
+        graph: The graph, from `curvd.graph.tape.write`.
 
     Returns:
         Those of its tensors, and those that its operators name.

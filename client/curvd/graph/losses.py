@@ -115,7 +115,7 @@ def capture_loss(
         outputs: Example outputs, [B, ...].
         targets: Example targets, [B, ...].
         normaliser: What it returns.
-        model: Whose outputs they are; its parameters must not be in the loss.
+        model: The model whose outputs they are; its parameters must not be in the loss.
         check: Whether to prove that the graph is the loss.
 
     Returns:
@@ -170,7 +170,7 @@ def recognised(
             function of outputs and targets that is their mean or sum.
         outputs: Example outputs, [B, ...].
         targets: Example targets, [B, ...].
-        model: Whose outputs they are; its parameters must not be in the loss.
+        model: The model whose outputs they are; its parameters must not be in the loss.
         check: Whether to prove that an exported graph is the loss.
 
     Returns:
@@ -214,8 +214,8 @@ def evaluated(spec: LossSpec, outputs: Tensor, targets: Tensor) -> Tensor:
     """Compute what a loss returns for a mini-batch, from its specification alone.
 
     Args:
-        spec: From `recognised`.
-        outputs: Of the model, [B, ...].
+        spec: The spec, from `recognised`.
+        outputs: The outputs of the model, [B, ...].
         targets: [B, ...].
 
     Returns:

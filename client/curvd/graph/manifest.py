@@ -36,8 +36,8 @@ def manifest(module: nn.Module, constants: Mapping[str, Tensor]) -> Manifest:
     """List parameters in order, then buffers, then constants of the code.
 
     Args:
-        module: Whose tensors they are. One object under several names is one tensor.
-        constants: By their traced names.
+        module: The module whose tensors they are. One object under several names is one tensor.
+        constants: The constants, by their traced names.
 
     Returns:
         The list.
@@ -84,8 +84,8 @@ def check_memory(module: nn.Module, constants: Mapping[str, Tensor]) -> None:
     """Refuse memory that trains under one name and is something else under another.
 
     Args:
-        module: Whose parameters train.
-        constants: Of its code, by their traced names.
+        module: The module whose parameters train.
+        constants: The constants of its code, by their traced names.
 
     Raises:
         InvalidGraph: With both names. Training would move both, and a server one.

@@ -44,7 +44,7 @@ def own_loss(
 
     Args:
         module: Returns ``loss`` beside its outputs when it is called with ``labels=``.
-        inputs: As for `curvd.export`, without the labels.
+        inputs: The inputs, as for `curvd.export`, without the labels.
         labels: [N, ...].
         output: Which of its results is the loss's.
         mode: Whose statistics BatchNorm uses.

@@ -54,7 +54,7 @@ def detached(result: Any) -> Any:
     """Cut a result off from what it was computed from.
 
     Args:
-        result: As for `packed`, or one tensor.
+        result: The result, as for `packed`, or one tensor.
 
     Returns:
         The same with other tensors.

@@ -27,10 +27,10 @@ def check_held(
 
     Args:
         loss: The caller's; if it is a module, its own parameters may be constants.
-        model: Whose outputs they are; None: unknown.
+        model: The model whose outputs they are; None: unknown.
         outputs: Some, [B, ...].
         targets: Some, [B, ...].
-        constants: Of the loss's graph, as far as it is known.
+        constants: The constants of the loss's graph, as far as it is known.
 
     Raises:
         InvalidSpec: With their names, and what to say instead of a penalty.

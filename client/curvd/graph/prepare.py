@@ -32,7 +32,7 @@ def example_outputs(module: nn.Module, inputs: Any, output: Output, mode: Mode) 
 
     Args:
         module: The model.
-        inputs: As for `curvd.export`.
+        inputs: The inputs, as for `curvd.export`.
         output: Which of its results.
         mode: Whose statistics BatchNorm uses.
 
@@ -84,13 +84,13 @@ def prove_module(
 
     Args:
         module: The model.
-        inputs: As for `curvd.export`.
+        inputs: The inputs, as for `curvd.export`.
         output: Which of its results.
         mode: In which it was exported.
         graph: What was exported.
         tensors: Its tensors by name.
         loss: The caller's, what a server makes of it, and all targets.
-        batch_size: Of the session; None: unknown, and all inputs are one mini-batch.
+        batch_size: The batch size of the session; None: unknown, and all inputs are one mini-batch.
 
     Raises:
         GradientMismatch: If outputs, loss or gradients differ.
@@ -134,7 +134,7 @@ def leaves_of(inputs: Any) -> list[Tensor]:
     """List the tensors of inputs, in the order of the graph's.
 
     Args:
-        inputs: As for `curvd.export`.
+        inputs: The inputs, as for `curvd.export`.
 
     Returns:
         The tensors, all rows of them.

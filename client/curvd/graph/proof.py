@@ -151,7 +151,7 @@ class _Proof:
         """Compare at the parameters as they are.
 
         Args:
-            outputs: Of the module.
+            outputs: The outputs of the module.
             objective: The loss; None: random gradients of the outputs.
         """
         self.functions = functions_in(outputs, self.run.outputs)

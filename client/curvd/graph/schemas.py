@@ -26,7 +26,7 @@ def positions(graph: fx.Graph) -> dict[fx.Node, int]:
     """Number the nodes of a graph.
 
     Args:
-        graph: Of torch.fx.
+        graph: The graph of torch.fx.
 
     Returns:
         Node -> its place in the order.

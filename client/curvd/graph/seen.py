@@ -74,7 +74,7 @@ def functions_in(outputs: Tensor, again: Callable[[], Tensor]) -> list[str]:
     """Name the functions with a backward of their own that outputs went through.
 
     Args:
-        outputs: Of a module.
+        outputs: The outputs of a module.
         again: Makes them once more.
 
     Returns:

@@ -37,7 +37,7 @@ class Selected(Alias):
 
         Args:
             alias: The tensor; it is not used any more.
-            other: Which.
+            other: The other one.
 
         Returns:
             The choice.
@@ -58,7 +58,7 @@ def selection(tape: Tape, base: Alias, mask: Alias, dim: int, axes: int) -> Sele
     Args:
         tape: Where operators go.
         base: The tensor.
-        mask: Which.
+        mask: The mask.
         dim: Axes of the tensor.
         axes: Axes of the mask.
 
@@ -94,7 +94,7 @@ def total(tape: Tape, values: Selected, shape: tuple[int, ...], *, mean: bool) -
     Args:
         tape: Where operators go.
         values: The elements.
-        shape: Of each of the rows that were chosen.
+        shape: The shape of each of the rows that were chosen.
         mean: Whether to divide by how many there are.
 
     Returns:

@@ -18,7 +18,7 @@ def source_of(node: Any) -> str:
     """Find the line of the user's module that a traced node comes from.
 
     Args:
-        node: Of torch.fx, with the stack of its call.
+        node: The node of torch.fx, with the stack of its call.
 
     Returns:
         For example ``net.py:12 in forward``; empty if only torch's code is to blame.

@@ -21,7 +21,7 @@ def in_mode(module: nn.Module, mode: Mode | None) -> Iterator[None]:
     """Hold normalisation layers in a mode, and leave them as they were.
 
     Args:
-        module: Whose layers.
+        module: The module whose layers are looked at.
         mode: Whether they use the running statistics or the mini-batch's. None: the
             running ones, which all layers must be set to already.
 

@@ -119,7 +119,7 @@ def write(
 
     Args:
         tape: The operators.
-        inputs: With their descriptions, in order.
+        inputs: The inputs, with their descriptions, in order.
         tensors: Likewise.
         outputs: What is returned.
         dtype: The floating point type of the model.

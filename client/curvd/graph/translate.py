@@ -98,7 +98,7 @@ class Translator:
     Args:
         tape: Where operators go.
         root: Holds the bodies of regions.
-        values: Of the placeholders; changed as the walk goes.
+        values: The values of the placeholders; changed as the walk goes.
         outer: Ids of memory cells that it sees but must not write to.
     """
 

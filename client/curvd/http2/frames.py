@@ -83,7 +83,7 @@ def named(code: int) -> str:
     """Say what an error code means.
 
     Args:
-        code: From a peer; it may be any number.
+        code: The code that a peer sent; it may be any number.
 
     Returns:
         Its name in RFC 9113, section 7.
@@ -193,7 +193,7 @@ def header_frames(stream: int, block: bytes, flags: int, longest: int) -> bytes:
 
     Args:
         stream: Its stream.
-        block: From HPACK.
+        block: The block, from HPACK.
         flags: END_STREAM or 0.
         longest: Payload that the peer takes in one frame.
 

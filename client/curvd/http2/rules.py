@@ -105,7 +105,7 @@ def check_window(window: int, increment: int) -> None:
 
     Args:
         window: Bytes.
-        increment: By which it was widened.
+        increment: The bytes by which it was widened.
 
     Raises:
         ProtocolError: If it is wider than windows can be.

@@ -66,7 +66,7 @@ class Sender:
         """Tell the peer that a stream is cut off.
 
         Args:
-            stream: Which.
+            stream: The stream.
             code: Why.
         """
         payload = frames.number(code)
@@ -76,7 +76,7 @@ class Sender:
         """Send what the socket and the windows take.
 
         Args:
-            stream: Whose outbox to empty.
+            stream: The stream whose outbox to empty.
 
         Returns:
             Whether the socket took everything that the windows allow.

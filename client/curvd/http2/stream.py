@@ -17,7 +17,7 @@ class ProtocolError(Exception):
     """The connection is of no use any more.
 
     Args:
-        why: For the message.
+        why: What is wrong, for the message.
         code: What the peer is told.
     """
 

@@ -88,7 +88,7 @@ def awaited(
     """Make the asyncio twin of a method: the same, but that `_ask` is to be awaited.
 
     Args:
-        method: Of the blocking client.
+        method: The method of the blocking client.
 
     Returns:
         The twin.
@@ -123,8 +123,8 @@ def documented(doc: str, names: list[str], options: Any) -> str:
     """Complete a docstring by what the options say of themselves.
 
     Args:
-        doc: With a section *Returns*, and *Args* if there are operands.
-        names: Of the options, in order.
+        doc: The docstring, with a section *Returns*, and *Args* if there are operands.
+        names: The names of the options, in order.
         options: Their class.
 
     Returns:

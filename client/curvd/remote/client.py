@@ -211,8 +211,8 @@ class Client:
         """Bring a model, a dataset and a loss together, verified and warm.
 
         Args:
-            model: From `register_model`, or its id.
-            dataset: From `register_dataset`, or its id.
+            model: The model, from `register_model`, or its id.
+            dataset: The dataset, from `register_dataset`, or its id.
             loss: A name, a `LossSpec`, or its keywords as a dict.
             weight_decay: Adds ``weight_decay / 2 * |p|^2`` over all parameters to the
                 objective; a dict has one for each glob over names, and the first that

@@ -33,7 +33,7 @@ class OperatorBase:
 
     Args:
         session: The session whose parameters it acts on.
-        spec: Which operator.
+        spec: The operator.
         expected_version: Refuse to compute at another parameter version.
     """
 
@@ -148,7 +148,7 @@ class RemoteOperator(QueryMethods, OperatorBase):
     Args:
         connection: To the server.
         session: The session whose parameters it acts on.
-        spec: Which operator.
+        spec: The operator.
         expected_version: Refuse to compute at another parameter version.
 
     Examples:
@@ -191,7 +191,7 @@ class RemoteOperator(QueryMethods, OperatorBase):
         """Multiply, and say how vectors travel, if they do.
 
         Args:
-            x: As for ``H @ x``; or a `Probe` or a `StoredVector`, which do not travel.
+            x: The operand, as for ``H @ x``; or a `Probe` or a `StoredVector`, which do not travel.
             wire: ``BF16`` or ``F16`` halve the bytes of float32 in both directions:
                 operand and result are rounded to nearest, the product is computed in
                 the session's own type. None: the session's own type.

@@ -44,7 +44,7 @@ class Session(SessionBase[RemoteOperator]):
         """Make any operator; `hessian` and the other methods name each kind.
 
         Args:
-            spec: Which.
+            spec: The operator.
             expected_version: Refuse to compute at another parameter version.
 
         Returns:
@@ -89,7 +89,7 @@ class Session(SessionBase[RemoteOperator]):
         """Replace some or all values of parameters and buffers.
 
         Args:
-            values: By name, shapes unchanged, or the path of a safetensors file.
+            values: The values, by name, shapes unchanged, or the path of a safetensors file.
             expected_version: The version that this update is based on; another
                 current version is refused.
             progress: Called with bytes done and in total; True draws a bar on stderr.
@@ -123,7 +123,7 @@ class Session(SessionBase[RemoteOperator]):
 
         Args:
             name: What to call it; one that exists is replaced.
-            value: As for ``H @ value``.
+            value: The value, as for ``H @ value``.
             wire: ``BF16`` or ``F16`` send half the bytes, rounded to nearest.
 
         Returns:

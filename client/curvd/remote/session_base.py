@@ -77,7 +77,7 @@ class SessionBase(ABC, Generic[O]):
         """Make any operator.
 
         Args:
-            spec: Which.
+            spec: The operator.
             expected_version: Refuse to compute at another parameter version.
 
         Returns:

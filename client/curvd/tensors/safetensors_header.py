@@ -203,7 +203,7 @@ def payload_bytes(header: Header) -> int:
     """Size of the payload that a header describes.
 
     Args:
-        header: From `load_header` or `header_of`.
+        header: The header, from `load_header` or `header_of`.
 
     Returns:
         Its bytes.

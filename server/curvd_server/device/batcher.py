@@ -82,9 +82,9 @@ class Batcher:
         pending_columns: Columns that may be under way before callers are turned away.
         pending_bytes: Memory that may be under way, likewise.
         long_bytes: Memory of openings that go on at once, unless one needs more.
-        memory: Of the host, which calls share with what is stored; None: no limit.
+        memory: The memory of the host, which calls share with what is stored; None: no limit.
         clock: Seconds; for tests.
-        name: Of the thread.
+        name: The name of the thread.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Batcher:
         """Make room for a request before anything is allocated for it.
 
         Args:
-            columns: That it will have in the queue at once.
+            columns: The columns that it will have in the queue at once.
             nbytes: Memory that it will need at once.
 
         Returns:
@@ -141,7 +141,7 @@ class Batcher:
         """Queue a product.
 
         Args:
-            operator: With whose other products it may run.
+            operator: The operator, with whose other products it may run.
             columns: V: [K, P].
 
         Returns:
@@ -206,7 +206,7 @@ class Batcher:
         Args:
             job: Called on a thread of its own; each poll is a yield point, and so is
                 `cooperative.yield_point`.
-            lane: As for `run`.
+            lane: The lane, as for `run`.
             room_bytes: Memory that it holds while it gives way; not too much such work
                 goes on at once. None: none worth counting.
 

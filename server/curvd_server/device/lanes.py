@@ -116,7 +116,7 @@ class Lanes:
         work all others come before more of it.
 
         Args:
-            key: Of the lane.
+            key: The key of the lane.
             lane: Which goes, if nothing is left in it.
             after_long: Whether the turn was one of long work.
         """

@@ -18,7 +18,7 @@ class Reservation:
     Args:
         hold: Is told of columns and bytes that are taken again, or given back if
             negative.
-        columns: That the request has in the queue at once.
+        columns: The columns that the request has in the queue at once.
         nbytes: Memory that it needs at once.
     """
 
@@ -51,7 +51,7 @@ class Room:
     Args:
         pending_columns: Columns that may be under way before callers are turned away.
         pending_bytes: Memory that may be under way, likewise.
-        memory: Of the host, which calls share with what is stored.
+        memory: The memory of the host, which calls share with what is stored.
         wait_s: Seconds that so many columns will take, as far as is known.
     """
 
@@ -77,7 +77,7 @@ class Room:
         """Make room for a request before anything is allocated for it.
 
         Args:
-            columns: That it will have in the queue at once.
+            columns: The columns that it will have in the queue at once.
             nbytes: Memory that it will need at once.
 
         Yields:

@@ -77,7 +77,7 @@ class TorchDevice:
 
     Args:
         entries: The operator's own builders: name to ``module:callable``.
-        device: For example ``cuda:0``.
+        device: The device, for example ``cuda:0``.
         plans: Plans of earlier operators; None: those of this object's life.
         compiler: Makes native code of what is used long enough; None: nothing does.
         allowed: Globs over models of libraries, for example ``timm:*``.
@@ -201,7 +201,7 @@ class TorchDevice:
             data: How it becomes mini-batches.
             loss: The loss.
             mode: How BatchNorm behaves.
-            dtype: Of the computation.
+            dtype: The dtype of the computation.
             params: Globs that choose the parameters; none choose all.
 
         Returns:
@@ -295,7 +295,7 @@ class TorchProblem:
         """Verify and warm an operator.
 
         Args:
-            spec: Which.
+            spec: The operator.
             budget_bytes: Memory for cached linearisations.
             cancelled: Polled between mini-batches.
 

@@ -40,7 +40,7 @@ def canonical(message: graph_pb.Graph) -> bytes:
     """Write a graph in the one form that its digest is of.
 
     Args:
-        message: From a client.
+        message: The message that a client gave.
 
     Returns:
         Its bytes, without what this version does not know.

@@ -71,7 +71,7 @@ class Band:
         products: The map A.
         size: Largest basis.
         start: [s, P] First directions, any scale; None: one random direction.
-        seed: Of random directions.
+        seed: The seed of random directions.
         window: Rows that are orthogonalised together, at most; 1: each by itself.
         complement: Where the rows are kept; None: anywhere.
     """

@@ -116,8 +116,8 @@ class Products:
         """Make a random vector like those of the map.
 
         Args:
-            seed: Of the probes.
-            index: Which of them.
+            seed: The seed of the probes.
+            index: The number of the probe.
 
         Returns:
             [P], elements of variance one.
@@ -162,7 +162,7 @@ def drain(query: Query[R]) -> R:
     """Run a query to its end.
 
     Args:
-        query: From one of the algorithms.
+        query: The query, from one of the algorithms.
 
     Returns:
         Its result.

@@ -42,7 +42,7 @@ def parts(band: Band, targets: Sequence[Target], wanted: Floats) -> list[Part]:
 
     Args:
         band: Settled. Its rows may turn, but what they span does not.
-        targets: Of one side or of both.
+        targets: The targets of one side or of both.
         wanted: [c, k] Coefficients of the wanted Ritz vectors.
 
     Returns:

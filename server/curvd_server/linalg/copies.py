@@ -66,7 +66,7 @@ def missing(
         part: The complement and the targets.
         tolerance: On residuals, relative to each eigenvalue.
         size: Vectors in memory.
-        seed: Of the random vector.
+        seed: The seed of the random vector.
         turn: How many searches there were before.
         progress: Makes progress of the query.
 
@@ -98,7 +98,7 @@ class _Run:
     """A Lanczos run in a complement, and what it has shown.
 
     Args:
-        band: With one pending direction.
+        band: The band, with one pending direction.
         targets: Where to look.
         free: Dimension of the complement.
         tolerance: On residuals.

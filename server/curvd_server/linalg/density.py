@@ -62,10 +62,10 @@ def spectral_density(
         samples: Probes, at least 1.
         steps: Lanczos steps per probe, each one product.
         points: G.
-        width: Of the Gaussian; None: 1 % of the axis.
+        width: The width of the Gaussian; None: 1 % of the axis.
         logarithmic: Whether the axis is ``log10 |λ|`` instead of λ.
         floor: Smallest magnitude on a logarithmic axis; None: 1e-7 of the largest.
-        seed: Of the probes.
+        seed: The seed of the probes.
         block: Probes that take each step together; the memory is
             ``block * steps * P``.
 
@@ -126,9 +126,9 @@ def smooth(
     Args:
         found: One per probe; none gives an empty result.
         points: G.
-        width: As for `spectral_density`.
+        width: The width, as for `spectral_density`.
         logarithmic: As for `spectral_density`.
-        floor: As for `spectral_density`.
+        floor: The floor, as for `spectral_density`.
         products: What they cost.
         stopped: Why there are not more.
 

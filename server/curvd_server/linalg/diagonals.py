@@ -65,7 +65,7 @@ def diagonal(
         estimator: Hutchinson or exchangeable (XDiag).
         target: When to stop; the error is the norm of the standard errors, the
             estimate the norm of the diagonal.
-        seed: Of the probes.
+        seed: The seed of the probes.
         block: Probes multiplied together.
 
     Returns:
@@ -96,7 +96,7 @@ def hutchinson_diagonal(
     Args:
         products: The map A.
         target: When to stop.
-        seed: Of the probes.
+        seed: The seed of the probes.
         block: Probes multiplied together.
 
     Yields:
@@ -141,7 +141,7 @@ def xdiag(
     Args:
         products: The map A.
         target: When to stop; ``samples`` counts products, two per probe.
-        seed: Of the probes.
+        seed: The seed of the probes.
         block: Probes multiplied together.
 
     Yields:

@@ -106,7 +106,7 @@ def eigsh(
             `default_basis`.
         start: [s, P] Vectors that are near the wanted ones, any scale; the memory is
             that of ``basis + s`` vectors.
-        seed: Of random vectors.
+        seed: The seed of random vectors.
         copies: Whether to search for what the start vectors cannot see.
 
     Yields:
@@ -191,7 +191,7 @@ class _Proof:
         k: Wanted pairs.
         which: Which end of the spectrum.
         tolerance: On residuals.
-        seed: Of random vectors.
+        seed: The seed of random vectors.
         generic: Whether the start is the random vector of this seed.
     """
 
@@ -219,7 +219,7 @@ class _Proof:
 
         Args:
             band: Settled.
-            pairs: Of the band, converged.
+            pairs: The pairs of the band, converged.
             progress: Makes progress of the query.
 
         Yields:

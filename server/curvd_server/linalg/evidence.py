@@ -53,7 +53,7 @@ class Evidence:
         """Bound the probability to have missed an eigenvalue.
 
         Args:
-            value: Of the eigenvalue.
+            value: The value of the eigenvalue.
 
         Returns:
             The bound, at most 1.
@@ -128,7 +128,7 @@ class Side:
         small component, which another random vector lacks as rarely.
 
         Args:
-            evidence: Of the first run; None: anything may be missing.
+            evidence: The evidence of the first run; None: anything may be missing.
 
         Returns:
             The targets.

@@ -28,7 +28,7 @@ def mean_of(samples: list[float], rounding: float = 0.0) -> Mean:
 
     Args:
         samples: At least one; errors are infinite below two.
-        rounding: Of a sample, relative to the largest: errors are no smaller.
+        rounding: The rounding of a sample, relative to the largest: errors are no smaller.
 
     Returns:
         Mean, standard error, and 95 % half width.
@@ -43,7 +43,7 @@ def widened(mean: Mean, least: float) -> Mean:
     """Let no error be smaller than rounding.
 
     Args:
-        mean: Of samples.
+        mean: The mean of samples.
         least: Absolute rounding.
 
     Returns:

@@ -43,7 +43,7 @@ def logdet(
         damping: Added to every eigenvalue.
         steps: Lanczos steps per probe.
         target: When to stop; ``samples`` counts probes.
-        seed: Of the probes.
+        seed: The seed of the probes.
         block: Probes that take each step together.
 
     Yields:

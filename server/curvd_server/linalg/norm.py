@@ -25,7 +25,7 @@ def frobenius_norm(
     Args:
         products: The map A.
         target: When to stop.
-        seed: Of the probes.
+        seed: The seed of the probes.
         block: Probes multiplied together.
 
     Returns:

@@ -35,7 +35,7 @@ def probes(
     """Make probes.
 
     Args:
-        distribution: Of the elements; independent, mean zero, variance one.
+        distribution: The distribution of the elements; independent, mean zero, variance one.
         seed: In [0, 2^63).
         indices: Which probes of the seed's sequence; K of them.
         size: P.

@@ -65,7 +65,7 @@ def sample_mean(
         products: The map A.
         sample: Maps W: [k, P] and AW: [k, P] to k samples.
         target: When to stop; with no tolerance, after `target.samples`.
-        seed: Of the probes.
+        seed: The seed of the probes.
         block: Probes multiplied together.
         project: Applied to the probes before they are multiplied.
         shift: Added to the mean.

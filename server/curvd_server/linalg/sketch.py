@@ -26,7 +26,7 @@ class Sketch:
 
     Args:
         products: The map A.
-        seed: Of the probes.
+        seed: The seed of the probes.
     """
 
     def __init__(self, products: Products, seed: int) -> None:

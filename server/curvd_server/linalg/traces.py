@@ -29,7 +29,7 @@ def trace(
             error falls with the square root of their number. The others spend part
             of them on the map's leading eigenspace and win when eigenvalues decay.
         target: When to stop.
-        seed: Of the probes.
+        seed: The seed of the probes.
         block: Probes multiplied together.
 
     Returns:
@@ -53,7 +53,7 @@ def hutchinson(
     Args:
         products: The map A.
         target: When to stop.
-        seed: Of the probes.
+        seed: The seed of the probes.
         block: Probes multiplied together.
 
     Returns:
@@ -81,7 +81,7 @@ def hutchpp(
     Args:
         products: The map A.
         target: When to stop; ``samples`` counts products.
-        seed: Of the probes.
+        seed: The seed of the probes.
         block: Probes multiplied together.
 
     Yields:
@@ -142,7 +142,7 @@ def xtrace(
     Args:
         products: The map.
         target: When to stop; ``samples`` counts products, two per probe.
-        seed: Of the probes.
+        seed: The seed of the probes.
         block: Probes multiplied together.
 
     Yields:

@@ -113,7 +113,7 @@ def orthogonalise(
     Args:
         basis: [m, P], orthonormal rows.
         vector: [P].
-        length: Of the vector, if known.
+        length: The vector's length, if known.
         passes: How many at most.
 
     Returns:
@@ -139,7 +139,7 @@ def rotate(basis: Tensor, turn: Tensor, first: int = 0) -> None:
     Args:
         basis: [m, P].
         turn: [l, m], l not above m - first.
-        first: Of the rows that are replaced.
+        first: The first row that is replaced.
     """
     turn = turn.to(basis)
     for part in _parts(basis):

@@ -18,7 +18,7 @@ def is_small(products: Products, target: Target) -> bool:
 
     Args:
         products: The map.
-        target: Of the estimate.
+        target: The target of the estimate.
 
     Returns:
         Whether they do, and are allowed.

@@ -78,7 +78,7 @@ def find(
     """Find a model of a library.
 
     Args:
-        name: From a stranger.
+        name: The name that a caller gave, not checked yet.
         allowed: Globs of the server's operator.
         limit_bytes: Largest parameters and buffers together.
 

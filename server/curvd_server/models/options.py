@@ -22,8 +22,8 @@ def checked(name: str, config: Config, known: Set[str]) -> dict[str, Any]:
     """Let options through that are known, and values that are plain.
 
     Args:
-        name: Of the builder, for messages.
-        config: From a stranger.
+        name: The name of the builder, for messages.
+        config: The config that a caller gave, not checked yet.
         known: The options.
 
     Returns:

@@ -34,7 +34,7 @@ def bounded(limit_bytes: int) -> Iterator[None]:
     """Stop whoever puts a model together in here when it becomes too large.
 
     Args:
-        limit_bytes: Of parameters and buffers; tied ones may count twice.
+        limit_bytes: The most bytes of parameters and buffers; tied ones may count twice.
 
     Yields:
         Nothing.

@@ -36,7 +36,7 @@ def transformers_model(library: Any, name: str, kind: str, config: Config) -> nn
 
     Args:
         library: transformers.
-        name: Of the builder, for messages.
+        name: The name of the builder, for messages.
         kind: A type of model that the library knows.
         config: ``head`` (which class), ``output`` (which field of its result) and the
             type's own options.

@@ -20,7 +20,7 @@ def try_builder(builder: str, config: Mapping[str, Any]) -> Architecture:
 
     Args:
         builder: One of `builders.BUILDERS`.
-        config: From a client.
+        config: The config that a client gave.
 
     Returns:
         The tensors of its state.

@@ -95,7 +95,7 @@ async def multiply(
 
     Args:
         request: The header.
-        operand: From `operand`.
+        operand: The operand, from `operand`.
         lease: The lease of the session, with the operator.
         spec: The operator, with scale and damping.
         dependencies: What products work with.

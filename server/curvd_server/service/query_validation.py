@@ -29,7 +29,7 @@ def between(name: str, value: int, low: int, high: int) -> int:
 
     Args:
         name: The name of the field.
-        value: From a stranger.
+        value: The value that a caller gave, not checked yet.
         low: Smallest.
         high: Largest.
 
@@ -49,7 +49,7 @@ def basis_size(value: int, k: int, size: int) -> int:
     """Refuse a basis that holds no more than k.
 
     Args:
-        value: From a stranger; 0 is the default.
+        value: The value that a caller gave, not checked yet; 0 is the default.
         k: Wanted pairs.
         size: P.
 
@@ -68,7 +68,7 @@ def target(
     """Say when an estimate is good enough, and what it may cost.
 
     Args:
-        options: Of the query.
+        options: The options of the query.
         samples: What it may take, products or probes.
 
     Returns:
@@ -85,7 +85,7 @@ def diagonal_estimator(estimator: Estimator) -> Estimator:
     """Refuse Hutch++ for a diagonal.
 
     Args:
-        estimator: From a stranger.
+        estimator: The estimator that a caller gave, not checked yet.
 
     Returns:
         The estimator.
@@ -103,7 +103,7 @@ def vectors_of(estimator: Estimator, samples: int, block: int) -> int:
     """Count the vectors that an estimator holds.
 
     Args:
-        estimator: Which.
+        estimator: The estimator.
         samples: Products at most.
         block: Probes at once.
 
@@ -122,8 +122,8 @@ def solve(
     """Judge what options of Solve are worth together.
 
     Args:
-        header: From a stranger.
-        solver: Which.
+        header: The header that a caller gave, not checked yet.
+        solver: The solver.
         preconditioner: [P] or None.
 
     Raises:
@@ -149,7 +149,7 @@ def one_start(options: EigshOptions) -> None:
     """Refuse a query that is told twice where to begin.
 
     Args:
-        options: With `warm_start`.
+        options: The options, with `warm_start`.
 
     Raises:
         InvalidSpec: If it names stored vectors, too.

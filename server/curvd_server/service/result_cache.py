@@ -125,7 +125,7 @@ class ResultCache:
         """Keep a result, unless it has no request id or is too large.
 
         Args:
-            key: Whose.
+            key: The key of the request.
             content: What was asked for.
             value: The result.
             nbytes: Its memory.
@@ -148,7 +148,7 @@ class ResultCache:
         """Find a result.
 
         Args:
-            key: Whose.
+            key: The key of the request.
             content: What is asked for; the operand counts if both know theirs.
 
         Returns:

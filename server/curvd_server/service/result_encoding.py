@@ -43,7 +43,7 @@ class Format:
         Args:
             request: A message with the fields `resume` and `checksum`, perhaps
                 `result_type`.
-            rpc: Whose request it is.
+            rpc: The RPC whose request it is.
             own: The session's vector type.
 
         Returns:

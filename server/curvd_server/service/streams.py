@@ -76,7 +76,7 @@ class OneMessage:
     """The parts of a response, put together into the one message of a unary RPC.
 
     Args:
-        rpc: Whose response it is.
+        rpc: The RPC whose response it is.
     """
 
     def __init__(self, rpc: Rpc) -> None:

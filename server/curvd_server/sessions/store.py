@@ -90,7 +90,7 @@ class SessionStore:
         """Describe a session as it is now; that renews its lease.
 
         Args:
-            session_id: Which.
+            session_id: The session's id.
 
         Returns:
             The session.
@@ -172,7 +172,7 @@ class SessionStore:
         meanwhile. Deleting the session cancels the task that holds it.
 
         Args:
-            session_id: Which.
+            session_id: The session's id.
             operator: Build this one first, unless it is there.
             expected_version: Refuse another version.
 
@@ -206,7 +206,7 @@ class SessionStore:
         """Move a session to new values. Running work finishes on its version.
 
         Args:
-            session_id: Which.
+            session_id: The session's id.
             update: The values; their blob must be complete and held.
 
         Returns:
@@ -224,7 +224,7 @@ class SessionStore:
         """Put off the end of a session.
 
         Args:
-            session_id: Which.
+            session_id: The session's id.
             lease_s: A new length of its lease; None: as before.
 
         Returns:
@@ -244,7 +244,7 @@ class SessionStore:
         """End a session: forget it, cancel its work, free its memory.
 
         Args:
-            session_id: Which.
+            session_id: The session's id.
 
         Raises:
             SessionNotFound: If there is none.

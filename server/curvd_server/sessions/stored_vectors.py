@@ -29,7 +29,7 @@ class Vectors:
     """What one session stores; it is lost with the process.
 
     Args:
-        session_id: Whose, for messages.
+        session_id: The session's id, for messages.
         budget_bytes: Memory of all together.
         memory: The host's memory, which all sessions share; None: no limit.
     """

@@ -51,7 +51,7 @@ class BlobStore:
         needed_by: Names what needs a blob, for whoever has to be told that it is lost.
         partial_bytes: Disk of all uploads that are not complete.
         partial_s: How long one is kept that nobody goes on with, or refers to.
-        memory: Of the host, which open blobs share with others; None: no limit.
+        memory: The memory of the host, which open blobs share with others; None: no limit.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class BlobStore:
         """Tell whether a blob is complete and undamaged; if not, it may be uploaded.
 
         Args:
-            digest: Of the blob. It is hashed, unless that was done since the start.
+            digest: The digest of the blob. It is hashed, unless that was done since the start.
 
         Returns:
             Whether it is there. If it was damaged, it has been moved aside.
@@ -136,7 +136,7 @@ class BlobStore:
         """Keep a blob from being removed before something refers to it.
 
         Args:
-            digest: Of the blob, which need not be there yet.
+            digest: The digest of the blob, which need not be there yet.
 
         Yields:
             Nothing.
@@ -196,7 +196,7 @@ class BlobStore:
         """Read a complete blob, unless somebody has it open.
 
         Args:
-            digest: Which.
+            digest: The digest.
 
         Returns:
             Its tensors.
@@ -226,7 +226,7 @@ class BlobStore:
         """Remove a blob that nothing needs any more.
 
         Args:
-            digest: Of the blob. One that is held goes at a later `sweep`.
+            digest: The digest of the blob. One that is held goes at a later `sweep`.
             needed: Finds the digests to keep. It is asked while nobody can begin to
                 hold the blob, so that a new reference is never missed.
         """

@@ -19,7 +19,7 @@ def check_digest(digest: str) -> str:
     """Refuse what is no SHA-256, and so could be a path.
 
     Args:
-        digest: From a stranger.
+        digest: The digest that a caller gave, not checked yet.
 
     Returns:
         The digest.

@@ -139,7 +139,7 @@ class Catalogue:
     """The records of one data directory.
 
     Args:
-        path: Of their file; made if the data directory has no blobs either.
+        path: The path of their file; made if the data directory has no blobs either.
 
     Raises:
         FailedPrecondition: If a newer curvd wrote it, or it is damaged beyond repair.

@@ -64,7 +64,7 @@ def private_folder(data_dir: Path) -> Iterator[Path]:
     has a short name, because the address of a Unix socket holds 107 bytes.
 
     Args:
-        data_dir: Of this server.
+        data_dir: The data directory of this server.
 
     Yields:
         The folder, under a name that is good in this process.
@@ -89,7 +89,7 @@ def torchs_folder(data_dir: Path) -> Iterator[None]:
     the machine can guess.
 
     Args:
-        data_dir: Of this server.
+        data_dir: The data directory of this server.
 
     Yields:
         Nothing.

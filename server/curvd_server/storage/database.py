@@ -84,7 +84,7 @@ class Database:
     """Two files with the same rows.
 
     Args:
-        path: Of the first; the second lies beside it.
+        path: The path of the first; the second lies beside it.
         schema: What is in them.
         is_new: Whether they may be missing; they are made then.
 
@@ -106,7 +106,7 @@ class Database:
         """Read rows in the order in which they were made.
 
         Args:
-            table: Of which table.
+            table: The table.
             **where: Columns and their values.
 
         Yields:

@@ -26,7 +26,7 @@ def check_finite_data(name: str, dtype: str, array: NDArray[Any]) -> None:
     """Refuse a tensor of a dataset that is not finite.
 
     Args:
-        name: Of the tensor.
+        name: The name of the tensor.
         dtype: safetensors element type; BF16 arrays are uint16 bits.
         array: The values; read in segments, which stay in the cache.
 
@@ -49,7 +49,7 @@ def check_finite_state(
     statistics of BatchNorm may not.
 
     Args:
-        name: Of the tensor.
+        name: The name of the tensor.
         dtype: safetensors element type; BF16 arrays are uint16 bits.
         array: The values.
         is_buffer: Whether it is no parameter.
@@ -82,8 +82,8 @@ def check_representable(
     """Refuse float64 and float32 values that are infinite in a session's own type.
 
     Args:
-        tensors: By name.
-        dtype: Of the session.
+        tensors: The tensors, by name.
+        dtype: The dtype of the session.
         what: They are, for the message.
 
     Raises:

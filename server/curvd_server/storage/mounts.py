@@ -26,7 +26,7 @@ def check_name(name: str) -> str:
     """Refuse what is no name, and so could be a path.
 
     Args:
-        name: From a stranger.
+        name: The name that a caller gave, not checked yet.
 
     Returns:
         The name.
@@ -56,7 +56,7 @@ class Mounts:
     """The datasets of one folder.
 
     Args:
-        root: Of the files ``<name>.safetensors``; None if there are none.
+        root: The root of the files ``<name>.safetensors``; None if there are none.
         directory: Where their digests are remembered; made when needed.
     """
 
@@ -75,7 +75,7 @@ class Mounts:
         """Hash a dataset, unless that was done.
 
         Args:
-            name: From a stranger.
+            name: The name that a caller gave, not checked yet.
 
         Returns:
             SHA-256 of its file, by which `path` finds it from now on.

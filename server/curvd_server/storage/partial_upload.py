@@ -22,7 +22,7 @@ class Partial:
     """A file that grows, and the hash of what is in it.
 
     Args:
-        path: Of the file; made if it is not there.
+        path: The path of the file; made if it is not there.
     """
 
     def __init__(self, path: Path) -> None:
@@ -169,9 +169,9 @@ def make_room(
 
     Args:
         path: Where it goes; perhaps a part of it is there.
-        total_bytes: That it will have.
+        total_bytes: The size that it will have.
         busy: Uploads under way, and what they will have.
-        limit_bytes: Of all uploads in that folder together.
+        limit_bytes: The most bytes of all uploads in that folder together.
 
     Raises:
         LimitExceeded: If others under way leave it no room.

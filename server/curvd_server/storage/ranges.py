@@ -220,7 +220,7 @@ def check(message: Message) -> None:
     """Refuse a request with a value that is out of range.
 
     Args:
-        message: From a stranger.
+        message: The message that a caller gave, not checked yet.
 
     Raises:
         InvalidSpec: If a number or a text is; the message names field and range.

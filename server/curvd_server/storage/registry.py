@@ -93,7 +93,7 @@ class Registry:
 
         Args:
             spec: Builder and configuration, or graph.
-            digest: Of the state's safetensors file.
+            digest: The digest of the state's safetensors file.
             architecture: The tensors of its state, if that was found out before.
 
         Returns:
@@ -141,8 +141,8 @@ class Registry:
 
         Args:
             spec: How its tensors become mini-batches.
-            digest: Of their safetensors file.
-            name: Of the file, if it lies on the server.
+            digest: The digest of their safetensors file.
+            name: The name of the file, if it lies on the server.
             partial: Whether the file may have further tensors.
 
         Returns:

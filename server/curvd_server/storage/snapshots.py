@@ -48,7 +48,7 @@ class Snapshot:
     """A copy of a file.
 
     Args:
-        path: Of the file.
+        path: The path of the file.
         digest: Whether to hash the bytes while they are copied.
 
     Raises:
@@ -116,7 +116,7 @@ def digest_of(path: Path) -> tuple[str, Stamp]:
     """Hash a file without keeping it.
 
     Args:
-        path: Of the file.
+        path: The path of the file.
 
     Returns:
         Its SHA-256, and its stamp from before it was read.

@@ -166,7 +166,7 @@ def alone(lock: threading.Lock) -> Iterator[None]:
     on, as if the section had called it.
 
     Args:
-        lock: Of the section.
+        lock: The lock of the section.
 
     Yields:
         Nothing.

@@ -35,7 +35,7 @@ class HostMemory:
     """What is held, and by what.
 
     Args:
-        limit_bytes: Of all together; none by default.
+        limit_bytes: The most bytes of all together; none by default.
     """
 
     def __init__(self, limit_bytes: float = math.inf) -> None:

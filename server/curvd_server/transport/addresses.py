@@ -138,7 +138,7 @@ def peer_of(sock: socket.socket, address: object) -> str:
 
     Args:
         sock: The connection.
-        address: From `accept`.
+        address: The address, from `accept`.
 
     Returns:
         Scheme and address; a number for Unix sockets.

@@ -62,7 +62,7 @@ class Calls:
         """Start a call.
 
         Args:
-            connection: Whose.
+            connection: The connection that it came by.
             stream: Its headers have come.
 
         Returns:
@@ -185,7 +185,7 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
     """What a handler may ask of its call, and tell it.
 
     Args:
-        connection: Whose call it is.
+        connection: The connection whose call it is.
         stream: The call.
         format_: How responses are written.
     """

@@ -39,7 +39,7 @@ class ServerConnection:
         sock: Connected, non-blocking; TLS already spoken.
         peer: Who calls, as gRPC writes it.
         begin: Called with this and a stream whose headers came; gives the call's task.
-        uploads: Whose large request is read first.
+        uploads: Say whose large request is read first.
         allowance: When it is read, as long as nobody vouches for the client.
         header_bytes: Bytes of the headers of one call.
     """

@@ -41,7 +41,7 @@ class StallGuard:
 
         Args:
             awaited: Ends when it has.
-            peer: Whose message, for the log.
+            peer: The peer whose message it is, for the log.
             task: What the peer has to do, for its error.
 
         Returns:

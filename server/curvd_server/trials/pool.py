@@ -92,7 +92,7 @@ class Trials:
 
         Args:
             builder: One of `builders.BUILDERS`.
-            config: From a client.
+            config: The config that a client gave.
 
         Returns:
             The tensors of the model's state.

@@ -51,9 +51,9 @@ def cut(
     """Cut the dataset into fixed mini-batches, the last one maybe smaller.
 
     Args:
-        arrays: By name, each with the leading axis ``N``.
+        arrays: The arrays, by name, each with the leading axis ``N``.
         data: Which are inputs and targets, and the batch size.
-        dtype: Of floating point arrays.
+        dtype: The dtype of floating point arrays.
         device: Where they go.
         prepare: Brings the targets, all of them, into the form that the loss wants.
         pin: Whether they are to lie in memory that a CUDA device reads by itself.

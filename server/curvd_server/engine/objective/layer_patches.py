@@ -155,7 +155,7 @@ def take_apart(
         module: Copied, never modified.
         mode: How BatchNorm behaves.
         state: Values by name; those missing are the module's own.
-        dtype: Of floating point tensors.
+        dtype: The dtype of floating point tensors.
         device: Where they go.
         chosen: Names of the parameters to differentiate.
 

@@ -47,7 +47,7 @@ class Loss:
         """Bring a dataset's targets into the form that the other methods want.
 
         Args:
-            dtype: Of numbers.
+            dtype: The dtype of numbers.
             targets: ``[N, ...]``, as they were registered.
 
         Returns:
@@ -154,8 +154,8 @@ class Loss:
         """Refuse targets that do not fit the outputs.
 
         Args:
-            outputs: Of the first rows, to learn their shape.
-            targets: Of a mini-batch, ``[B, ...]``.
+            outputs: The outputs of the first rows, to learn their shape.
+            targets: The targets of a mini-batch, ``[B, ...]``.
 
         Raises:
             InvalidSpec: If shapes, types or class indices do not fit.

@@ -170,7 +170,7 @@ class Problem:
             data: How the arrays become mini-batches.
             loss: The loss and its reduction.
             mode: How BatchNorm behaves.
-            dtype: Of parameters, buffers and floating point data.
+            dtype: The dtype of parameters, buffers and floating point data.
             device: Where to compute.
             params: Globs that choose the parameters and their order; the others are
                 constants. Empty: all.
@@ -273,7 +273,7 @@ class Problem:
         """Make the same objective as a function of an operator's parameters alone.
 
         Args:
-            spec: Which operator.
+            spec: The operator.
 
         Returns:
             A problem in whose model all other parameters are constants.

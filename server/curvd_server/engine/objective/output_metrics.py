@@ -32,7 +32,7 @@ def loss_hessian(problem: Problem, z: Tensor, batch: Batch) -> OutputMetric:
     Args:
         problem: Gives the loss and the normaliser.
         z: The outputs, without a graph, in float32 at least.
-        batch: Whose outputs they are.
+        batch: The batch whose outputs they are.
 
     Returns:
         The metric; it holds tensors of the size of the outputs only.

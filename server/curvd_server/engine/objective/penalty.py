@@ -33,7 +33,7 @@ class WeightDecay:
 
         Args:
             pairs: Globs and coefficients; the first that matches a parameter counts.
-            names: Of the parameters.
+            names: The names of the parameters.
             aliases: Further name of a tied parameter -> the name that it goes by.
 
         Returns:

@@ -35,7 +35,7 @@ def sampled_loss_hessian(
         problem: Gives the loss and the normaliser.
         spec: Gives the seed and the samples per loss term.
         z: The outputs, without a graph, in float32 at least.
-        batch: Whose outputs they are.
+        batch: The batch whose outputs they are.
 
     Returns:
         The metric; it holds tensors of the size of the outputs only.
@@ -100,7 +100,7 @@ def _uniforms(spec: OperatorSpec, batch: Batch, terms: int) -> Tensor:
 
     Args:
         spec: Gives the seed and the samples ``S`` per term.
-        batch: Whose data points.
+        batch: The batch whose targets are sampled.
         terms: Loss terms per data point.
 
     Returns:

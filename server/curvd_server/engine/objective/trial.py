@@ -94,7 +94,7 @@ def check_batch_axis(shape: Sequence[int], rows: int) -> None:
     """Refuse outputs that are not one row per data point.
 
     Args:
-        shape: Of the outputs.
+        shape: The shape of the outputs.
         rows: Data points that they belong to.
 
     Raises:

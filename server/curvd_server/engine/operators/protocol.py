@@ -118,7 +118,7 @@ class Definition(Protocol):
         """Multiply the direction of differences: the truth that products must reproduce.
 
         Args:
-            differences: Of outputs and gradients.
+            differences: The differences of outputs and gradients.
             spec: The operator.
             step: Width of the central difference.
 

@@ -77,7 +77,7 @@ class SimplifiedGraph:
         Args:
             inputs: Indices of the tangents that are not zero.
             outputs: Indices of the rows that are wanted.
-            constants: By name.
+            constants: The constants, by name.
             batched: Whether the tangents have a leading column axis.
 
         Returns:

@@ -101,7 +101,7 @@ def ranked(
 
     Args:
         timer: Times one plan.
-        known: From an earlier session; comes first, and nothing is timed if it is right.
+        known: The plan, from an earlier session; comes first, and nothing is timed if it is right.
         cancelled: Polled between plans.
 
     Yields:

@@ -46,7 +46,7 @@ class Direction:
         """Walk along a parameter, or something of its shape.
 
         Args:
-            index: Of the parameter.
+            index: The index of the parameter.
             tensor: On the CPU.
 
         Yields:

@@ -68,7 +68,7 @@ class Interpreter:
     """A graph whose operators are found; immutable, shared by all copies of a module.
 
     Args:
-        graph: Whose operators are looked up.
+        graph: The graph whose operators are looked up.
 
     Raises:
         InvalidGraph: If one is not allowed, or does not take its arguments.
@@ -269,8 +269,8 @@ def filled(argument: Any, values: list[Any]) -> Any:
     """Look the references of an argument up.
 
     Args:
-        argument: From a `Step`.
-        values: By number.
+        argument: The argument, from a `Step`.
+        values: The values, by number.
 
     Returns:
         What the operator is called with.

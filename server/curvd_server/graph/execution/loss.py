@@ -38,8 +38,8 @@ class CustomLoss:
         """Check a graph, and try it without memory.
 
         Args:
-            data: From a client.
-            dtype: Of floating point constants.
+            data: The data that a client gave.
+            dtype: The dtype of floating point constants.
             device: Where they go.
 
         Returns:

@@ -72,7 +72,7 @@ def resolve(node: Node) -> Callable[..., Any]:
     """Find the function of a node and fit its arguments.
 
     Args:
-        node: From `decode`.
+        node: The node, from `decode`.
 
     Returns:
         A function of the node's arguments.
@@ -104,7 +104,7 @@ def given_to(
     """Name the arguments of a call.
 
     Args:
-        node: Whose operator is called.
+        node: The node whose operator is called.
         arguments: Its positional arguments.
         options: The others.
 
@@ -181,7 +181,7 @@ def batch_norm(
         running_mean: ``[C]``; None if there is none, then `input` has its own.
         running_var: Likewise.
         training: What the graph says; passed over.
-        momentum: Of running statistics; not used.
+        momentum: The momentum of running statistics; not used.
         eps: Added to the variance.
         cudnn_enabled: Whether cuDNN may compute it.
 
@@ -207,7 +207,7 @@ def single_value(shape: Sequence[int]) -> InvalidSpec:
     """Refuse statistics of one value: its variance is zero, whatever it is.
 
     Args:
-        shape: Of BatchNorm's input.
+        shape: The shape of BatchNorm's input.
 
     Returns:
         The error.
@@ -240,7 +240,7 @@ def instance_norm(
         running_mean: ``[C]`` or None; used unless `use_input_stats`.
         running_var: Likewise.
         use_input_stats: Whether the data point's own statistics are used.
-        momentum: Of running statistics; not used.
+        momentum: The momentum of running statistics; not used.
         eps: Added to the variance.
         cudnn_enabled: Whether cuDNN may compute it.
 
