@@ -23,7 +23,6 @@ from curvd_server.app import serve_in_thread
 from curvd_server.config import ServerConfig, TlsConfig
 from curvd_server.transport import addresses, connection, greeting, listener
 from curvd_server.transport.detect import is_ours
-from curvd_server.transport.limits import ConnectionLimits
 
 GREETING = frames.PREFACE + frames.settings({Setting.DIRECT: 1})
 ONCE = curvd.RetryConfig(give_up_s=0.0)
@@ -266,14 +265,6 @@ def test_a_file_that_is_no_socket_is_not_removed(tmp_path):
         with serving(tmp_path, listen=f"unix:{path}"):
             pass
     assert path.read_text() == "data"
-
-
-def test_who_says_nothing_is_sent_away(tmp_path):
-    limits = ConnectionLimits(greeting_s=0.05)
-    with serving(tmp_path, connections=limits) as target:
-        host, port = target.split(":")
-        with socket.create_connection((host, int(port)), timeout=300) as silent:
-            assert silent.recv(1) == b""
 
 
 @pytest.mark.parametrize(

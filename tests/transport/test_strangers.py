@@ -7,12 +7,14 @@ import os
 import socket
 import ssl
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import raw
 import trustme
 from support.fake_device import FakeDevice
+from support.loop_clock import LoopClock
 from support.served import server, stub
 
 import curvd
@@ -27,16 +29,25 @@ from curvd_server.transport.limits import ConnectionLimits
 
 GREETING = frames.PREFACE + frames.settings({Setting.DIRECT: 1})
 INFO = session_pb.GetServerInfoRequest()
+NEVER_S = 1e6
+PATIENT = {"greeting_s": NEVER_S, "idle_connection_s": NEVER_S, "stall_s": NEVER_S}
+LIMIT_S = 1000.0
+"""What a limit is set to that a test lets pass: no machine is so slow."""
+
+
+@pytest.fixture
+def loop_clock(monkeypatch):
+    return LoopClock(monkeypatch)
 
 
 @contextlib.contextmanager
 def serving(tmp_path, limits=None, **options):
-    """A real server on a fake device: where it listens."""
+    """A real server on a fake device, whose patience ends only where that is asked."""
     config = ServerConfig(
         listen="127.0.0.1:0",
         drain_s=0.0,
         data_dir=tmp_path / "data",
-        connections=ConnectionLimits(**(limits or {})),
+        connections=ConnectionLimits(**PATIENT | (limits or {})),
         **options,
     )
     with serve_in_thread(config, device=FakeDevice()) as target:
@@ -62,6 +73,23 @@ def ended(sock):
     came = b""
     with contextlib.suppress(ConnectionResetError):
         while data := sock.recv(1 << 16):
+            came += data
+    return came
+
+
+def sent_away(sock, loop_clock):
+    """Let time pass until the server closes; return what it said."""
+    came = b""
+    sock.setblocking(False)
+    with contextlib.suppress(ConnectionResetError):
+        while True:
+            try:
+                data = sock.recv(1 << 16)
+            except BlockingIOError:
+                loop_clock.advance(LIMIT_S)
+                continue
+            if not data:
+                break
             came += data
     return came
 
@@ -162,16 +190,19 @@ def test_a_greeting_that_is_cut_is_waited_for_and_understood(tmp_path, dial):
 
 
 @pytest.mark.parametrize("beginning", [b"", GREETING[:20], GREETING])
-def test_who_makes_no_call_is_sent_away(tmp_path, dial, caplog, beginning):
-    with serving(tmp_path, {"greeting_s": 0.2}) as address:
-        came = ended(dial(address, beginning))
+def test_who_makes_no_call_is_sent_away(tmp_path, dial, caplog, loop_clock, beginning):
+    with serving(tmp_path, {"greeting_s": LIMIT_S}) as address:
+        sock = dial(address, beginning)
+        if beginning == GREETING:
+            assert sock.recv(frames.HEAD_BYTES)[3] == Kind.SETTINGS
+        came = sent_away(sock, loop_clock)
         goodbye = frames.frame(Kind.GOAWAY, 0, 0, bytes(8))
         assert came.endswith(goodbye) is (beginning == GREETING)
         assert answers(address)
     assert reasons(caplog) == {"greeting"}
 
 
-def test_who_never_ends_a_handshake_is_sent_away(tmp_path, dial, caplog):
+def test_who_never_ends_a_handshake_is_sent_away(tmp_path, dial, caplog, loop_clock):
     authority = trustme.CA()
     issued = authority.issue_cert("localhost")
     files = {name: tmp_path / name for name in ("cert", "key")}
@@ -184,19 +215,22 @@ def test_who_never_ends_a_handshake_is_sent_away(tmp_path, dial, caplog):
     with pytest.raises(ssl.SSLWantReadError):
         begun.do_handshake()
     hello = sent.read()
-    with serving(tmp_path, {"greeting_s": 0.3}, tls=TlsConfig(**files)) as address:
+    limits = {"greeting_s": LIMIT_S}
+    with serving(tmp_path, limits, tls=TlsConfig(**files)) as address:
         for beginning in (hello[:100], hello):
-            ended(dial(address, beginning))
+            sent_away(dial(address, beginning), loop_clock)
         ended(dial(address, hello[:5] + bytes(4) + hello[9:]))
     assert reasons(caplog) == {"greeting", "handshake"}
 
 
-def test_an_idle_connection_is_closed_and_its_client_connects_anew(tmp_path, caplog):
-    with serving(tmp_path, {"idle_connection_s": 0.1}) as address:
+def test_an_idle_connection_is_closed_and_its_client_connects_anew(
+    tmp_path, caplog, loop_clock
+):
+    with serving(tmp_path, {"idle_connection_s": LIMIT_S}) as address:
         with curvd.connect(f"{address[0]}:{address[1]}") as client:
             client.server_info()
             while "idle" not in reasons(caplog):
-                assert answers(address)
+                loop_clock.advance(LIMIT_S)
             client.server_info()
     assert reasons(caplog) == {"idle"}
 
@@ -306,7 +340,7 @@ def reader_that_stops(channel, session):
     """A call whose client reads one part and no more."""
     file = raw.file_of({"v": np.ones((400_000, 5))})
     request = raw.product("MatMat", session.id, file)
-    answers = stub(channel, "MatMat")(iter(request), timeout=300)
+    answers = stub(channel, "MatMat")(iter(request), timeout=NEVER_S)
     next(answers)
     return answers
 
@@ -317,27 +351,34 @@ ON_BOTH_WAYS_IN = pytest.mark.parametrize(
 
 
 @ON_BOTH_WAYS_IN
-def test_who_does_not_read_is_given_up(tmp_path, caplog, answers):
-    limits = ConnectionLimits(stall_s=0.3)
+def test_who_does_not_read_is_given_up(tmp_path, caplog, loop_clock, answers):
+    limits = ConnectionLimits(**PATIENT | {"stall_s": LIMIT_S})
     with server(tmp_path, connections=limits) as channel:
         session = raw.fake_session(channel)
         results = reader_that_stops(channel, session)
         ask = session_pb.DeleteSessionRequest(session_id=session.id)
         while "stalled" not in reasons(caplog):
             assert raw.call(channel, "GetServerInfo", INFO)
+            loop_clock.advance(LIMIT_S)
         raw.call(channel, "DeleteSession", ask)  # waits for leases
         results.cancel()
     assert reasons(caplog) == {"stalled"}
 
 
 @ON_BOTH_WAYS_IN
-def test_who_does_not_go_on_with_a_request_is_told(tmp_path, answers):
-    limits = ConnectionLimits(stall_s=0.2)
-    with server(tmp_path, connections=limits) as channel:
+def test_who_does_not_go_on_with_a_request_is_told(tmp_path, loop_clock, answers):
+    limits = ConnectionLimits(**PATIENT | {"stall_s": LIMIT_S})
+    with (
+        server(tmp_path, connections=limits) as channel,
+        ThreadPoolExecutor(1) as pool,
+    ):
         session = raw.fake_session(channel)
         parts = raw.product("MatMat", session.id, raw.file_of({"v": np.ones((9, 5))}))
         for count in (0, 1):
             feed = raw.Feed(*parts[:count])
+            told = pool.submit(raw.call, channel, "MatMat", feed, timeout=NEVER_S)
+            while not told.done():
+                loop_clock.advance(LIMIT_S)
             with pytest.raises(curvd.Unavailable, match=r"did not go on .*stall_s"):
-                raw.call(channel, "MatMat", feed)
+                told.result()
             feed.end()
