@@ -18,7 +18,7 @@ from importlib import metadata
 import psutil
 
 from curvd.contract import OperatorKind, ServerInfo
-from curvd.tensors import tune_allocator
+from curvd.tensors import trim_allocator, tune_allocator
 from curvd_server.config import ServerConfig
 from curvd_server.device import Batcher, Device, torch_device
 from curvd_server.engine import Compiler
@@ -54,6 +54,8 @@ _SWEEP_S = 1.0
 _SWITCH_S = 1e-3
 _SWEEP_BLOBS = 300
 """Sweeps after which uploads are looked at, too."""
+_TRIM = 60
+"""Sweeps after which memory that a crowd has left is given back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +239,8 @@ async def _expire(
             for session_id in await sessions.expire():
                 logs.logger().info("expired", session=session_id)
             curvature.expire()
+            if second % _TRIM == 0:
+                await asyncio.to_thread(trim_allocator)
             if second % _SWEEP_BLOBS == 0:
                 await asyncio.to_thread(
                     blobs.sweep,

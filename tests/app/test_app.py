@@ -13,6 +13,7 @@ import raw
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.fake_device import FakeDevice
+from support.loop_clock import LoopClock
 from support.served import NOT_SERVING, SERVING, Channels, healthy, server, stub
 
 from curvd.contract.rpcs import RPCS
@@ -26,6 +27,7 @@ from curvd.errors import (
 from curvd.tensors import safetensors_header
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import session_service_pb2 as session_pb
+from curvd_server import app
 from curvd_server.app import running
 from curvd_server.config import LimitsConfig, ServerConfig
 
@@ -392,3 +394,14 @@ def test_a_call_is_one_line_of_log(tmp_path, caplog):
     assert (line["rpc"], line["code"]) == ("GetSession", "NOT_FOUND")
     assert {"seconds", "peer", "timestamp"} <= line.keys()
     assert "secret" not in caplog.text
+
+
+def test_memory_that_was_freed_goes_back_to_the_system_every_minute(
+    tmp_path, monkeypatch
+):
+    loop_clock, trimmed = LoopClock(monkeypatch), []
+    monkeypatch.setattr(app, "trim_allocator", lambda: trimmed.append(True))
+    with server(tmp_path) as channel:
+        while len(trimmed) < 3:
+            loop_clock.advance(1.0)
+        assert raw.call(channel, "GetServerInfo", session_pb.GetServerInfoRequest())

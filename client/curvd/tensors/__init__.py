@@ -6,7 +6,7 @@ no connection.
 
 from __future__ import annotations
 
-from curvd.tensors.allocator import tune_allocator
+from curvd.tensors.allocator import trim_allocator, tune_allocator
 from curvd.tensors.buffer_pool import Buffer, Pool
 from curvd.tensors.finite import first_beyond, first_nan, first_not_finite
 from curvd.tensors.half_precision import ITEM_BYTES, NARROW, narrow, widen
@@ -40,6 +40,7 @@ __all__ = [
     "operand",
     "probes",
     "to_numpy",
+    "trim_allocator",
     "tune_allocator",
     "vector_dtype",
     "widen",

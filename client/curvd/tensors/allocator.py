@@ -38,3 +38,21 @@ def tune_allocator() -> bool:
     except (OSError, AttributeError):
         return False  # musl
     return all([mallopt(parameter, value) == 1 for parameter, value in _SETTINGS])
+
+
+def trim_allocator() -> bool:
+    """Give memory that is free back to the system, wherever on the heap it is.
+
+    With the settings above glibc keeps what was freed, and gives nothing back of what
+    lies below a block in use. A server that was crowded for a moment would be as large
+    ever after. Nothing is allocated meanwhile: some milliseconds for 100 MB.
+
+    Returns:
+        Whether there was something to give back.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        return bool(ctypes.CDLL("libc.so.6").malloc_trim(0))
+    except (OSError, AttributeError):
+        return False  # musl
