@@ -7,7 +7,8 @@ import pytest
 torch = pytest.importorskip("torch")
 from curvd.contract.enums import Dtype  # noqa: E402
 from curvd.contract.specs import DatasetSpec, LossSpec, OperatorSpec  # noqa: E402
-from curvd_server.engine.objective.objective import Problem, tangents_of  # noqa: E402
+from curvd_server.engine.objective.objective import Problem  # noqa: E402
+from curvd_server.engine.objective.parameter_slices import tangents_of  # noqa: E402
 from curvd_server.engine.operators import linearize  # noqa: E402
 from curvd_server.engine.operators.linearize import program  # noqa: E402
 from curvd_server.models import builders  # noqa: E402

@@ -5,17 +5,13 @@ Imports graphs and torch; knows no operator on it.
 
 from __future__ import annotations
 
+from curvd_server.engine.objective.cancellation import check_cancelled, never
 from curvd_server.engine.objective.chunked import chunks, distance, dot, norm
 from curvd_server.engine.objective.data import Array, Batch, rows_of
 from curvd_server.engine.objective.layer_patches import use_differentiable_attention
-from curvd_server.engine.objective.objective import (
-    Problem,
-    add_rows,
-    check_cancelled,
-    never,
-    tangents_of,
-)
+from curvd_server.engine.objective.objective import Problem
 from curvd_server.engine.objective.output_metrics import OutputMetric, loss_hessian
+from curvd_server.engine.objective.parameter_slices import add_rows, tangents_of
 from curvd_server.engine.objective.prefetch import on_host
 from curvd_server.engine.objective.sampled_metrics import (
     check_samples,

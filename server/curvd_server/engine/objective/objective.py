@@ -10,12 +10,11 @@ device's turn evaluates it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,14 +23,14 @@ from torch import Tensor, nn
 from curvd.contract import (
     DatasetSpec,
     Dtype,
-    InputStyle,
     LossSpec,
     Mode,
     OperatorSpec,
     ParameterLayout,
     select,
 )
-from curvd.errors import Cancelled, InvalidSpec
+from curvd.errors import InvalidSpec
+from curvd_server.engine.objective.cancellation import check_cancelled, never
 from curvd_server.engine.objective.data import (
     TORCH_DTYPES,
     Array,
@@ -43,84 +42,18 @@ from curvd_server.engine.objective.data import (
     tensor_of,
 )
 from curvd_server.engine.objective.layer_patches import (
-    WideFloats,
     aliased,
     aliases,
     fixed_rows,
     take_apart,
 )
 from curvd_server.engine.objective.losses import Loss
+from curvd_server.engine.objective.model import Model
+from curvd_server.engine.objective.parameter_slices import add_rows
 from curvd_server.engine.objective.penalty import WeightDecay
 from curvd_server.engine.objective.prefetch import Streamed
 from curvd_server.engine.objective.trial import tried
 from curvd_server.system import yield_point
-
-
-def never() -> bool:
-    """Never cancel."""
-    return False
-
-
-def check_cancelled(cancelled: Callable[[], bool]) -> None:
-    """Raise `Cancelled` if the caller gave up; called between mini-batches."""
-    if cancelled():
-        msg = "the caller gave up; the product stopped between two mini-batches"
-        raise Cancelled(msg)
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """The architecture, with everything that is not differentiated."""
-
-    skeleton: nn.Module
-    """In evaluation mode; its own parameters have no memory (device ``meta``)."""
-    constants: Mapping[str, Tensor]
-    """Frozen parameters and buffers by name."""
-    names: tuple[str, ...]
-    """Names of the differentiated parameters, in order."""
-    data: DatasetSpec
-    fixed: tuple[tuple[str, int], ...] = ()
-    """Rows of parameters that carry no derivative (padding), by name and index."""
-    programs: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What was traced of this architecture; shared by all models that have it."""
-
-    def __call__(self, parameters: Sequence[Tensor], batch: Batch) -> Tensor:
-        """Run the model.
-
-        Args:
-            parameters: One tensor per name.
-            batch: The data.
-
-        Returns:
-            Its outputs; of a structured result, the field ``logits``.
-
-        Raises:
-            InvalidSpec: If the result is neither a tensor nor has ``logits``.
-        """
-        state = dict(self.constants)
-        state.update(zip(self.names, parameters, strict=True))
-        args: tuple[Any, ...] = batch.inputs
-        kwargs: dict[str, Tensor] = {}
-        if self.data.input_style is InputStyle.KEYWORDS:
-            args, kwargs = (), self._named(batch)
-        elif self.data.input_style is InputStyle.MAPPING:
-            args = (self._named(batch),)
-        wide = parameters[0].dtype is torch.float64
-        with WideFloats() if wide else contextlib.nullcontext():
-            result = torch.func.functional_call(self.skeleton, state, args, kwargs)
-        if isinstance(result, Mapping):
-            result = result.get("logits", result)
-        result = getattr(result, "logits", result)
-        if not isinstance(result, Tensor):
-            msg = (
-                f"the model returned {type(result).__name__}; it must return a tensor "
-                "or something with a field 'logits'"
-            )
-            raise InvalidSpec(msg, returned=type(result).__name__)
-        return result
-
-    def _named(self, batch: Batch) -> dict[str, Tensor]:
-        return dict(zip(self.data.inputs, batch.inputs, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,35 +364,3 @@ def _own(parameter: Tensor) -> Tensor:
     """Copy a parameter to the CPU in float64."""
     yield_point()
     return parameter.to("cpu", torch.float64, copy=True)
-
-
-def tangents_of(columns: Tensor, layout: ParameterLayout) -> list[Tensor]:
-    """View flat vectors as one tensor per parameter.
-
-    Args:
-        columns: ``[..., P]``.
-        layout: Where each parameter lies.
-
-    Returns:
-        Per parameter its shape behind the leading axes.
-    """
-    lead = columns.shape[:-1]
-    return [
-        columns[..., p.offset : p.offset + p.size].view((*lead, *p.shape))
-        for p in layout.parameters
-    ]
-
-
-def add_rows(
-    vectors: Tensor, layout: ParameterLayout, rows: Sequence[Tensor | None]
-) -> None:
-    """Add per-parameter tensors into flat vectors.
-
-    Args:
-        vectors: ``[..., P]``, written to.
-        layout: Where each parameter lies.
-        rows: One tensor per parameter, with the same leading axes; None adds nothing.
-    """
-    for place, row in zip(tangents_of(vectors, layout), rows, strict=True):
-        if row is not None:
-            place.add_(row)

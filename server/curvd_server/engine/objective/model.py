@@ -1,0 +1,71 @@
+"""The architecture as a function of its parameters and of a mini-batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvd.contract import DatasetSpec, InputStyle
+from curvd.errors import InvalidSpec
+from curvd_server.engine.objective.data import Batch
+from curvd_server.engine.objective.layer_patches import WideFloats
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The architecture, with everything that is not differentiated."""
+
+    skeleton: nn.Module
+    """In evaluation mode; its own parameters have no memory (device ``meta``)."""
+    constants: Mapping[str, Tensor]
+    """Frozen parameters and buffers by name."""
+    names: tuple[str, ...]
+    """Names of the differentiated parameters, in order."""
+    data: DatasetSpec
+    fixed: tuple[tuple[str, int], ...] = ()
+    """Rows of parameters that carry no derivative (padding), by name and index."""
+    programs: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What was traced of this architecture; shared by all models that have it."""
+
+    def __call__(self, parameters: Sequence[Tensor], batch: Batch) -> Tensor:
+        """Run the model.
+
+        Args:
+            parameters: One tensor per name.
+            batch: The data.
+
+        Returns:
+            Its outputs; of a structured result, the field ``logits``.
+
+        Raises:
+            InvalidSpec: If the result is neither a tensor nor has ``logits``.
+        """
+        state = dict(self.constants)
+        state.update(zip(self.names, parameters, strict=True))
+        args: tuple[Any, ...] = batch.inputs
+        kwargs: dict[str, Tensor] = {}
+        if self.data.input_style is InputStyle.KEYWORDS:
+            args, kwargs = (), self._named(batch)
+        elif self.data.input_style is InputStyle.MAPPING:
+            args = (self._named(batch),)
+        wide = parameters[0].dtype is torch.float64
+        with WideFloats() if wide else contextlib.nullcontext():
+            result = torch.func.functional_call(self.skeleton, state, args, kwargs)
+        if isinstance(result, Mapping):
+            result = result.get("logits", result)
+        result = getattr(result, "logits", result)
+        if not isinstance(result, Tensor):
+            msg = (
+                f"the model returned {type(result).__name__}; it must return a tensor "
+                "or something with a field 'logits'"
+            )
+            raise InvalidSpec(msg, returned=type(result).__name__)
+        return result
+
+    def _named(self, batch: Batch) -> dict[str, Tensor]:
+        return dict(zip(self.data.inputs, batch.inputs, strict=True))
