@@ -17,7 +17,7 @@ SHOWN = re.findall(
 
 
 def test_the_reference_has_every_public_name_once():
-    modules = {"aio", "errors", "__version__"}
+    modules = {"aio", "errors", "queries", "__version__"}
     errors = {e.__name__ for e in curvd.errors.BY_REASON.values()}
     wanted = [
         f"curvd.aio.{name}" if name.startswith("Async") else f"curvd.{name}"

@@ -36,6 +36,7 @@ from curvd.contract import (
     ParameterSpec,
     PlanReport,
     Probe,
+    QueryInfo,
     QueryProgress,
     Reduction,
     ResultInfo,
@@ -87,14 +88,13 @@ from curvd.errors import (
     VersionMismatch,
 )
 from curvd.exported import ExportedModel, export, export_loss
-from curvd.remote import Client, RemoteOperator, Session, connect
-from curvd.results import (
+from curvd.remote import Client, RemoteOperator, Session, connect, queries
+from curvd.remote.queries import (
     Density,
     DiagonalEstimate,
     Eigenpairs,
     Estimate,
     LogDeterminant,
-    QueryInfo,
     Solution,
 )
 from curvd.tensors import tune_allocator
@@ -144,6 +144,7 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "StoredVector",
     "TensorInfo",
     # queries
+    "queries",
     "Density",
     "DiagonalEstimate",
     "Distribution",

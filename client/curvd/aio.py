@@ -37,8 +37,9 @@ from curvd.contract import (
 from curvd.errors import SessionNotFound, VectorNotFound
 from curvd.exported import ExportedModel, prepare
 from curvd.remote import (
-    AsyncQueryMethods,
+    AsyncAsks,
     OperatorBase,
+    OperatorQueries,
     SessionBase,
     configured,
     name_of,
@@ -357,7 +358,7 @@ class AsyncSession(SessionBase["AsyncOperator"]):
                 await self.delete()
 
 
-class AsyncOperator(AsyncQueryMethods, OperatorBase):
+class AsyncOperator(OperatorQueries, AsyncAsks, OperatorBase):
     """``scale * A + damping * I`` on a session's parameters; see `curvd.RemoteOperator`.
 
     ``H @ x`` and ``x @ H`` check the operand at once and return what is to be awaited.

@@ -14,7 +14,11 @@ def test_all_is_what_there_is():
     modules = {n for n in names if inspect.ismodule(getattr(curvd, n))} | {
         "annotations"
     }
-    assert set(curvd.__all__) - {"__version__"} == (names - modules) | {"aio", "errors"}
+    assert set(curvd.__all__) - {"__version__"} == (names - modules) | {
+        "aio",
+        "errors",
+        "queries",
+    }
     assert len(set(curvd.__all__)) == len(curvd.__all__)
 
 

@@ -172,7 +172,7 @@ def test_a_type_checker_sees_the_options(tmp_path):
     ).stdout
     eigsh, trace, *rest = checked.splitlines()
     assert "k: int =, *" in eigsh and "which: " in eigsh and "Eigenpairs" in eigsh
-    assert "samples: int =" in trace and "Coroutine[Any, Any, curvd.results.Es" in trace
+    assert "samples: int =" in trace and "Coroutine[Any, Any, curvd.remote.qu" in trace
     unknown, missing, wrong = (line for line in rest if "error:" in line)
     assert 'Unexpected keyword argument "relative_errors"' in unknown
     assert "Too few arguments" in missing

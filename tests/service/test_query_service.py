@@ -349,13 +349,13 @@ def test_ctrl_c_on_the_command_line_prints_the_best_so_far(
     from click.testing import CliRunner
 
     from curvd.cli.commands import main
-    from curvd.remote import queries
+    from curvd.remote import asking
 
     @contextlib.contextmanager
     def interrupted(progress, what):
         yield interrupt
 
-    monkeypatch.setattr(queries, "watched", interrupted)
+    monkeypatch.setattr(asking, "watched", interrupted)
     args = ["trace", session.id, live_target, "--samples", "100000"]
     done = CliRunner().invoke(
         main, [*args, "--estimator", "hutchinson", "--relative-error", "0"]

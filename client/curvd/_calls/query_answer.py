@@ -11,10 +11,9 @@ import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 from numpy.typing import NDArray
 
-from curvd.contract import convert, convert_enums, query_messages
-from curvd.results import QueryInfo, Result
+from curvd.contract import QueryInfo, convert, convert_enums, query_messages
 
-R = TypeVar("R", bound=Result)
+R = TypeVar("R")
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -30,7 +29,7 @@ class Answer:
         """Make a result of the tensors and of the summary, by the names of its fields.
 
         Args:
-            kind: The result's class.
+            kind: The result's dataclass.
             **own: Fields that are neither a tensor nor in the summary.
 
         Returns:
@@ -40,10 +39,10 @@ class Answer:
             LookupError: If a field is nowhere.
         """
         values: dict[str, Any] = {"info": self._info(), **self.arrays, **own}
-        for field in dataclasses.fields(kind):
+        for field in _fields(kind):
             if field.name not in values:
                 values[field.name] = self._summarised(field.name)
-        return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})
+        return kind(**{field.name: values[field.name] for field in _fields(kind)})
 
     def _summarised(self, name: str) -> Any:
         value, field = query_messages.find(name, self.summary)
@@ -71,3 +70,7 @@ class Answer:
             queue_s=summary.queue_s,
             compute_s=summary.compute_s,
         )
+
+
+def _fields(kind: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(kind)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from curvd.contract.enums import Dtype, Mode
+from curvd.contract.enums import Dtype, Mode, Stop
 from curvd.contract.layout import ParameterLayout
 from curvd.contract.specs import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
 
@@ -210,3 +210,28 @@ class QueryProgress:
         if self.residuals:
             parts.append("errors " + " ".join(f"{x:.1e}" for x in self.residuals))
         return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryInfo:
+    """Where a result comes from, why the query ended, and what it cost.
+
+    Examples:
+        >>> found = session.hessian().trace(samples=10)
+        >>> found.products, found.version, found.info.stopped
+        (10, 1, <Stop.CONVERGED: 'converged'>)
+    """
+
+    version: int
+    """Parameter version that the result belongs to."""
+    parameters_digest: str
+    model_id: str
+    dataset_id: str
+    plan: PlanReport
+    stopped: Stop
+    products: int
+    """Columns multiplied, exactly."""
+    elapsed_s: float
+    queue_s: float
+    """Seconds that products waited for the device."""
+    compute_s: float

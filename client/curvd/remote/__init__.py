@@ -7,17 +7,19 @@ A client, its sessions, their operators and queries; `curvd.aio` has the same na
 
 from __future__ import annotations
 
+from curvd.remote.asking import AsyncAsks
 from curvd.remote.client import Client, configured, connect
 from curvd.remote.operator import OperatorBase, RemoteOperator
 from curvd.remote.progress import shown
-from curvd.remote.queries import AsyncQueryMethods
+from curvd.remote.queries import OperatorQueries
 from curvd.remote.session import Session
 from curvd.remote.session_base import SessionBase, name_of
 
 __all__ = [
-    "AsyncQueryMethods",
+    "AsyncAsks",
     "Client",
     "OperatorBase",
+    "OperatorQueries",
     "RemoteOperator",
     "Session",
     "SessionBase",

@@ -10,10 +10,12 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Coroutine
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 from curvd._calls import Observe, QueryCall
+from curvd._transport import AsyncConnection, Connection
 from curvd.contract import QueryOptions, own_first, settings_of
+from curvd.remote.progress import watched
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -21,16 +23,67 @@ O = TypeVar("O", bound=QueryOptions)  # noqa: E741 - options
 _WIDTH = 88
 
 
-class Asks(Protocol):
-    """What can ask: an operator or a session of either client."""
+class Asks:
+    """What asks and waits: a base of the blocking client's operators and sessions."""
+
+    _connection: Connection
 
     def _ask(self, call: QueryCall[T], progress: Observe | bool) -> T:
-        """Make the call; of the asyncio client, to be awaited."""
+        with call.explained(), watched(progress, call.rpc.name) as observe:
+            call.observe = observe
+            return self._connection.run(call)
+
+
+class AsyncAsks:
+    """What asks and is awaited: a base of the asyncio client's."""
+
+    _connection: AsyncConnection
+
+    async def _ask(self, call: QueryCall[T], progress: Observe | bool) -> T:
+        with call.explained(), watched(progress, call.rpc.name) as observe:
+            call.observe = observe
+            return await self._connection.run(call)
+
+
+class QueryMethod(Generic[P, T]):
+    """A method that asks a query: it answers one client, and is awaited by the other.
+
+    Args:
+        blocking: The method of an `Asks`.
+        awaited: The method of an `AsyncAsks`.
+    """
+
+    def __init__(
+        self,
+        blocking: Callable[Concatenate[Any, P], T],
+        awaited: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]],
+    ) -> None:
+        self._blocking, self._awaited = blocking, awaited
+        self.__wrapped__, self.__module__ = blocking, blocking.__module__
+        self.__doc__ = blocking.__doc__
+
+    @overload
+    def __get__(
+        self, owner: AsyncAsks, kind: Any = None
+    ) -> Callable[P, Coroutine[Any, Any, T]]: ...
+
+    @overload
+    def __get__(self, owner: Asks, kind: Any = None) -> Callable[P, T]: ...
+
+    @overload
+    def __get__(
+        self, owner: None, kind: Any = None
+    ) -> Callable[Concatenate[Any, P], T]: ...
+
+    def __get__(self, owner: Any, kind: Any = None) -> Any:
+        waits = not issubclass(kind or type(owner), AsyncAsks)
+        function: Any = self._blocking if waits else self._awaited
+        return function if owner is None else function.__get__(owner, kind)
 
 
 def asks(
     options: Callable[P, O],
-) -> Callable[[Callable[[Any, O], QueryCall[T]]], Callable[Concatenate[Any, P], T]]:
+) -> Callable[[Callable[[Any, O], QueryCall[T]]], QueryMethod[P, T]]:
     """Make a method that takes a query's options as keyword arguments.
 
     Args:
@@ -40,16 +93,19 @@ def asks(
         The decorator of a function that takes the options and makes the call.
     """
 
-    def decorate(
-        make: Callable[[Any, O], QueryCall[T]],
-    ) -> Callable[Concatenate[Any, P], T]:
+    def decorate(make: Callable[[Any, O], QueryCall[T]]) -> QueryMethod[P, T]:
         @functools.wraps(make)
-        def method(self: Asks, /, *args: P.args, **given: P.kwargs) -> T:
+        def blocking(self: Asks, /, *args: P.args, **given: P.kwargs) -> T:
             asked = options(*args, **given)
             return self._ask(make(self, asked), asked.progress)
 
-        _describe(method, options)
-        return method
+        @functools.wraps(make)
+        async def awaited(self: AsyncAsks, /, *args: P.args, **given: P.kwargs) -> T:
+            asked = options(*args, **given)
+            return await self._ask(make(self, asked), asked.progress)
+
+        _describe(make, options, blocking, awaited)
+        return QueryMethod(blocking, awaited)
 
     return decorate
 
@@ -57,7 +113,7 @@ def asks(
 def asks_about(
     options: Callable[P, O],
 ) -> Callable[
-    [Callable[[Any, Any, O], QueryCall[T]]], Callable[Concatenate[Any, Any, P], T]
+    [Callable[[Any, Any, O], QueryCall[T]]], QueryMethod[Concatenate[Any, P], T]
 ]:
     """Make a method that takes one operand, by position, and options.
 
@@ -70,53 +126,46 @@ def asks_about(
 
     def decorate(
         make: Callable[[Any, Any, O], QueryCall[T]],
-    ) -> Callable[Concatenate[Any, Any, P], T]:
+    ) -> QueryMethod[Concatenate[Any, P], T]:
         @functools.wraps(make)
-        def method(self: Asks, operand: Any, /, *args: P.args, **given: P.kwargs) -> T:
+        def blocking(
+            self: Asks, operand: Any, /, *args: P.args, **given: P.kwargs
+        ) -> T:
             asked = options(*args, **given)
             return self._ask(make(self, operand, asked), asked.progress)
 
-        _describe(method, options)
-        return method
+        @functools.wraps(make)
+        async def awaited(
+            self: AsyncAsks, operand: Any, /, *args: P.args, **given: P.kwargs
+        ) -> T:
+            asked = options(*args, **given)
+            return await self._ask(make(self, operand, asked), asked.progress)
+
+        _describe(make, options, blocking, awaited)
+        return QueryMethod(blocking, awaited)
 
     return decorate
 
 
-def awaited(
-    method: Callable[Concatenate[Any, P], T],
-) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
-    """Make the asyncio twin of a method: the same, but that `_ask` is to be awaited.
-
-    Args:
-        method: The method of the blocking client.
-
-    Returns:
-        The twin.
-    """
-
-    @functools.wraps(method)
-    async def twin(self: Any, /, *args: P.args, **given: P.kwargs) -> T:
-        asking: Any = method(self, *args, **given)
-        result: T = await asking
-        return result
-
-    return twin
-
-
-def _describe(method: Callable[..., Any], options: Any) -> None:
-    """Give a method the signature and the documentation of its options."""
-    made = inspect.signature(method.__wrapped__)  # type: ignore[attr-defined]
-    *before, _ = made.parameters.values()
-    parameters = inspect.signature(options).parameters
-    own = [parameters[name] for name in own_first(options)]
-    before = [p.replace(kind=p.POSITIONAL_ONLY) for p in before]
-    if len(before) == 1:  # a method as it is written
-        before = [before[0].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-    returned = str(made.return_annotation).removeprefix("QueryCall[").removesuffix("]")
-    method.__signature__ = made.replace(  # type: ignore[attr-defined]
-        parameters=[*before, *own], return_annotation=returned
+def _describe(
+    make: Callable[..., Any], options: Any, *methods: Callable[..., Any]
+) -> None:
+    """Give methods the signature and the documentation of a query's options."""
+    made = inspect.signature(make)
+    (owner, *operands, _), given = made.parameters.values(), inspect.signature(options)
+    own = [given.parameters[name] for name in own_first(options)]
+    if operands:  # they go by position, and so must what stands before them
+        owner, *operands = (
+            p.replace(kind=p.POSITIONAL_ONLY) for p in (owner, *operands)
+        )
+    signature = made.replace(
+        parameters=[owner, *operands, *own],
+        return_annotation=made.return_annotation[len("QueryCall[") : -1],
     )
-    method.__doc__ = documented(method.__doc__ or "", [p.name for p in own], options)
+    doc = documented(make.__doc__ or "", [p.name for p in own], options)
+    for method in methods:
+        method.__signature__ = signature  # type: ignore[attr-defined]
+        method.__doc__ = doc
 
 
 def documented(doc: str, names: list[str], options: Any) -> str:

@@ -19,7 +19,8 @@ from curvd.contract import (
     StoredVector,
 )
 from curvd.errors import InvalidSpec, InvalidVector
-from curvd.remote.queries import QueryMethods
+from curvd.remote.asking import Asks
+from curvd.remote.queries import OperatorQueries
 from curvd.tensors import Operand, operand, vector_dtype
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class OperatorBase:
         return self._product(value, columns=True, block=columns)
 
 
-class RemoteOperator(QueryMethods, OperatorBase):
+class RemoteOperator(OperatorQueries, Asks, OperatorBase):
     """``scale * A + damping * I`` on the parameters of a session.
 
     ``H @ x`` takes one vector or K columns, as one array [P] or [P, K], or as a list,

@@ -1,0 +1,201 @@
+"""Numbers and diagonals from random probes: the queries and their results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from curvd._calls import Answer, Queries, QueryCall
+from curvd.contract import (
+    DiagonalOptions,
+    FrobeniusNormOptions,
+    LogDetOptions,
+    TraceOptions,
+)
+from curvd.remote.asking import asks
+from curvd.remote.queries.base import Floats, Result, drawn_on
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["DiagonalEstimate", "Estimate", "EstimateQueries", "LogDeterminant"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate(Result):
+    """A number with its uncertainty.
+
+    Examples:
+        >>> found = session.ggn().trace(samples=12, seed=1)
+        >>> float(found) == found.value
+        True
+        >>> low, high = found.interval
+        >>> bool(np.isclose(high - low, 2 * found.half_width))
+        True
+    """
+
+    value: float
+    standard_error: float
+    half_width: float
+    """Half of the 95 % confidence interval."""
+    samples: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval."""
+        return self.value - self.half_width, self.value + self.half_width
+
+    def __float__(self) -> float:
+        return self.value
+
+    def lines(self) -> Iterator[str]:
+        """Say the value with its interval."""
+        low, high = self.interval
+        yield f"{self.value:.6e}   95 % interval [{low:.6e}, {high:.6e}]"
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw the value with its 95 % interval.
+
+        Args:
+            axes: Where to; None makes a figure.
+
+        Returns:
+            The axes.
+        """
+        axes = drawn_on(axes)
+        axes.errorbar([0], [self.value], yerr=[self.half_width], fmt="o", capsize=6)
+        axes.set(xticks=[], ylabel="estimate, 95 % interval")
+        return axes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogDeterminant(Estimate):
+    """A logarithm of a determinant; NaN where the operator is not positive definite."""
+
+    smallest: float
+    """Smallest Ritz value met, damping included."""
+
+    def lines(self) -> Iterator[str]:
+        """Say the value with its interval, and why there is none."""
+        if math.isnan(self.value):
+            yield f"not positive definite: a Ritz value is {self.smallest:.6e}"
+        yield from Estimate.lines(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiagonalEstimate(Result):
+    """A diagonal, element by element with its uncertainty."""
+
+    values: Floats
+    """[P]."""
+    standard_errors: Floats
+    """[P]."""
+    samples: int
+    quantile: float
+    """Standard errors that the 95 % interval of an element reaches to either side."""
+
+    @property
+    def half_widths(self) -> Floats:
+        """[P] Half of each element's 95 % interval."""
+        return self.quantile * self.standard_errors
+
+    def lines(self) -> Iterator[str]:
+        """Say where the elements lie."""
+        low, high = self.values.min(), self.values.max()
+        error = self.half_widths.max()
+        yield f"elements from {low:.6e} to {high:.6e}, each within {error:.1e}"
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw a histogram of the elements.
+
+        Args:
+            axes: Where to; None makes a figure.
+
+        Returns:
+            The axes.
+        """
+        axes = drawn_on(axes)
+        axes.hist(self.values, bins=min(100, max(10, len(self.values) // 20)))
+        axes.set(xlabel="diagonal element", ylabel="count", yscale="log")
+        return axes
+
+
+class EstimateQueries:
+    """Queries for what random probes tell."""
+
+    _queries: Queries
+
+    @asks(TraceOptions)
+    def trace(self, options: TraceOptions) -> QueryCall[Estimate]:
+        """Estimate the trace.
+
+        Returns:
+            The trace with its error.
+
+        Examples:
+            >>> found = session.ggn().trace(samples=43)
+            >>> exact = np.trace(session.ggn() @ np.eye(43))
+            >>> low, high = found.interval
+            >>> bool(low - 1e-9 <= exact <= high + 1e-9)
+            True
+        """
+        return self._queries.call("Trace", options, _estimate)
+
+    @asks(DiagonalOptions)
+    def diagonal(self, options: DiagonalOptions) -> QueryCall[DiagonalEstimate]:
+        """Estimate the diagonal.
+
+        Returns:
+            The diagonal [P] with its errors.
+
+        Examples:
+            >>> found = session.ggn().diagonal(samples=20)
+            >>> found.values.shape, found.half_widths.shape, found.products
+            ((43,), (43,), 20)
+        """
+
+        def read(answer: Answer) -> DiagonalEstimate:
+            return answer.result(DiagonalEstimate, values=answer.arrays["diagonal"])
+
+        nbytes = 2 * self._queries.column_bytes
+        return self._queries.call("Diagonal", options, read, max_bytes=nbytes)
+
+    @asks(FrobeniusNormOptions)
+    def frobenius_norm(self, options: FrobeniusNormOptions) -> QueryCall[Estimate]:
+        """Estimate the Frobenius norm.
+
+        Returns:
+            The norm with its error.
+
+        Examples:
+            >>> found = session.hessian().frobenius_norm(relative_error=0.05, samples=400)
+            >>> found.standard_error <= 0.05 * found.value, found.converged
+            (True, True)
+        """
+        return self._queries.call("FrobeniusNorm", options, _estimate)
+
+    @asks(LogDetOptions)
+    def logdet(self, options: LogDetOptions) -> QueryCall[LogDeterminant]:
+        """Estimate ``log det(A + damping * I)``.
+
+        Returns:
+            The number with its error; NaN, with the Ritz value that proves it, if the
+            operator is not positive definite.
+
+        Examples:
+            >>> found = session.ggn().logdet(damping=1.0, probes=20, steps=20)
+            >>> exact = np.linalg.slogdet(session.ggn(damping=1.0) @ np.eye(43)).logabsdet
+            >>> bool(abs(found.value - exact) <= found.half_width)
+            True
+            >>> session.hessian().logdet().value, session.hessian().logdet().smallest < 0
+            (nan, True)
+        """
+        return self._queries.call(
+            "LogDet", options, lambda answer: answer.result(LogDeterminant)
+        )
+
+
+def _estimate(answer: Answer) -> Estimate:
+    return answer.result(Estimate)
