@@ -1,12 +1,14 @@
 """Algorithms on a linear map that is only given by its products: eigenvalues, traces, solves.
 
-Generators that ask for products and are sent them. Imports torch, and of curvd enumerations
-and errors alone; knows no network, no session and no model.
+Generators that ask for products and are sent them; the `DEFINITION` of a file is how a server
+runs its query. Imports torch, and of curvd enumerations, options and errors alone; knows no
+network, no session and no model.
 """
 
 from __future__ import annotations
 
 from curvd_server.linalg.base import Products, Progress, Query
+from curvd_server.linalg.definition import Definition, Room, Tensors
 from curvd_server.linalg.density import spectral_density
 from curvd_server.linalg.diagonals import diagonal
 from curvd_server.linalg.eigenpairs import (
@@ -18,18 +20,23 @@ from curvd_server.linalg.eigenpairs import (
 from curvd_server.linalg.linear_systems import SolveResult, solve
 from curvd_server.linalg.log_determinants import logdet
 from curvd_server.linalg.norm import frobenius_norm
+from curvd_server.linalg.registry import definitions_in
 from curvd_server.linalg.sampling import Estimate, Target
 from curvd_server.linalg.traces import trace
 
 __all__ = [
+    "Definition",
     "EigshResult",
     "Estimate",
     "Products",
     "Progress",
     "Query",
+    "Room",
     "SolveResult",
     "Target",
+    "Tensors",
     "default_basis",
+    "definitions_in",
     "diagonal",
     "eigsh",
     "frobenius_norm",

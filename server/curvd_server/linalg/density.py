@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from curvd.contract import Distribution, Stop
+from curvd.contract import Distribution, SpectralDensityOptions, Stop
 from curvd_server.linalg.base import Products, Progress, Query
+from curvd_server.linalg.definition import Definition, Room
 from curvd_server.linalg.intervals import uncertainty
 from curvd_server.linalg.lanczos import Quadrature, quadratures
 from curvd_server.linalg.probes import probes
@@ -199,3 +200,40 @@ def _gaussians(
         heights = np.exp(-0.5 * distance**2)
     curve: NDArray[np.float64] = heights @ weights / scale
     return curve
+
+
+def _begin(
+    products: Products, options: SpectralDensityOptions, room: Room
+) -> Query[DensityResult]:
+    steps = min(options.steps, products.size)
+    return spectral_density(
+        products,
+        samples=options.probes,
+        steps=steps,
+        points=options.points,
+        width=options.width,
+        logarithmic=options.logarithmic,
+        floor=options.floor,
+        seed=options.seed,
+        block=room.krylov_block(steps, options.probes),
+    )
+
+
+def _vectors(options: SpectralDensityOptions, room: Room) -> int:
+    steps = min(options.steps, room.size)
+    return room.krylov_block(steps, options.probes) * (steps + 3)
+
+
+DEFINITION = Definition(
+    options=SpectralDensityOptions,
+    vectors=_vectors,
+    begin=_begin,
+    tensors=lambda result: {
+        "grid": result.grid,
+        "density": result.density,
+        "standard_error": result.standard_error,
+        "half_width": result.half_width,
+        "nodes": result.nodes,
+        "weights": result.weights,
+    },
+)

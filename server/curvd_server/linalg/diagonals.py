@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvd.contract import Distribution, Estimator, Stop
+from curvd.contract import DiagonalOptions, Distribution, Estimator, Stop
+from curvd.errors import InvalidSpec
 from curvd_server.linalg.base import Products, Progress, Query
+from curvd_server.linalg.definition import Definition, Room
 from curvd_server.linalg.intervals import student_975
 from curvd_server.linalg.probes import probes
-from curvd_server.linalg.sampling import LEAST_SAMPLES, Target
+from curvd_server.linalg.sampling import LEAST_SAMPLES, Target, vectors_of
 from curvd_server.linalg.sketch import Sketch
 from curvd_server.linalg.vectors import norms
 from curvd_server.linalg.whole import is_small, matrix, rounding_of
@@ -241,3 +243,34 @@ class _Moments:
             products=self._products.done,
             stopped=stopped,
         )
+
+
+def _begin(
+    products: Products, options: DiagonalOptions, room: Room
+) -> Query[DiagonalResult]:
+    return diagonal(
+        products,
+        estimator=Estimator(options.estimator),
+        target=Target.of(options, options.samples),
+        seed=options.seed,
+        block=room.block,
+    )
+
+
+def _vectors(options: DiagonalOptions, room: Room) -> int:
+    estimator = Estimator(options.estimator)
+    if estimator is Estimator.HUTCHPP:
+        msg = "hutch++ estimates traces only; use hutchinson or exchangeable (XDiag)"
+        raise InvalidSpec(msg, estimator=estimator)
+    return vectors_of(estimator, options.samples, room.block)
+
+
+DEFINITION = Definition(
+    options=DiagonalOptions,
+    vectors=_vectors,
+    begin=_begin,
+    tensors=lambda result: {
+        "diagonal": result.values,
+        "standard_errors": result.standard_errors,
+    },
+)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curvd.contract import Distribution, Stop
+from curvd.contract import Distribution, LogDetOptions, Stop
 from curvd_server.linalg.base import Products, Progress, Query
+from curvd_server.linalg.definition import Definition, Room
 from curvd_server.linalg.intervals import Mean, mean_of, widened
 from curvd_server.linalg.lanczos import quadratures
 from curvd_server.linalg.probes import probes
@@ -107,3 +108,25 @@ def logdet(
         stopped=stopped,
         smallest=smallest,
     )
+
+
+def _begin(
+    products: Products, options: LogDetOptions, room: Room
+) -> Query[LogDetResult]:
+    steps = min(options.steps, products.size)
+    return logdet(
+        products,
+        damping=options.damping,
+        steps=steps,
+        target=Target.of(options, options.probes),
+        seed=options.seed,
+        block=room.krylov_block(steps, options.probes),
+    )
+
+
+def _vectors(options: LogDetOptions, room: Room) -> int:
+    steps = min(options.steps, room.size)
+    return room.krylov_block(steps, options.probes) * (steps + 3)
+
+
+DEFINITION = Definition(options=LogDetOptions, vectors=_vectors, begin=_begin)

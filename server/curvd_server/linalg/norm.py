@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from curvd.contract import FrobeniusNormOptions
 from curvd_server.linalg.base import Products, Query
+from curvd_server.linalg.definition import Definition, Room
 from curvd_server.linalg.sampling import Estimate, Target, sample_mean
 from curvd_server.linalg.vectors import norms
 from curvd_server.linalg.whole import is_small, number_of
@@ -70,3 +72,21 @@ def _sampled(
 
 def _halved(error: float, root: float) -> float:
     return error / (2 * root) if root else error
+
+
+def _begin(
+    products: Products, options: FrobeniusNormOptions, room: Room
+) -> Query[Estimate]:
+    return frobenius_norm(
+        products,
+        target=Target.of(options, options.samples),
+        seed=options.seed,
+        block=room.block,
+    )
+
+
+DEFINITION = Definition(
+    options=FrobeniusNormOptions,
+    vectors=lambda options, room: 2 * room.block,
+    begin=_begin,
+)

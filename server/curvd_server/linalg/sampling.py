@@ -5,16 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from curvd.contract import Distribution, Stop
+from curvd.contract import Distribution, Estimator, Stop
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.intervals import Mean, mean_of
 from curvd_server.linalg.probes import probes
 
 LEAST_SAMPLES = 10
 """Below this many samples a standard error is too rough to stop on."""
+
+
+class Accuracy(Protocol):
+    """Options that say when an estimate is good enough."""
+
+    @property
+    def relative_error(self) -> float:
+        """Standard error relative to the estimate's magnitude; 0: never."""
+
+    @property
+    def absolute_error(self) -> float:
+        """Standard error; 0: never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +41,45 @@ class Target:
     samples: int = 100
     """Samples after which to stop in any case."""
 
+    @classmethod
+    def of(cls, options: Accuracy, samples: int) -> Target:
+        """Read a target off a query's options.
+
+        Args:
+            options: The options of a query that estimates.
+            samples: What it may take, products or probes.
+
+        Returns:
+            The target.
+        """
+        return cls(
+            relative=options.relative_error,
+            absolute=options.absolute_error,
+            samples=samples,
+        )
+
     def reached(self, mean: Mean) -> bool:
         """Say whether the standard error is small enough."""
         return mean.standard_error <= max(
             self.absolute, self.relative * abs(mean.value)
         )
+
+
+def vectors_of(estimator: Estimator, samples: int, block: int) -> int:
+    """Count the vectors that an estimator holds.
+
+    Args:
+        estimator: The estimator.
+        samples: Products at most.
+        block: Probes at once.
+
+    Returns:
+        How many: two blocks, and for a sketch the probes, their products, an
+        orthonormal basis and its products.
+    """
+    if estimator is Estimator.HUTCHINSON:
+        return 2 * block + 2
+    return 2 * block + 4 * (samples // 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

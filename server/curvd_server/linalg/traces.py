@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import math
 
-from curvd.contract import Estimator, Stop
+from curvd.contract import Estimator, Stop, TraceOptions
 from curvd_server.linalg.base import Products, Progress, Query
+from curvd_server.linalg.definition import Definition, Room
 from curvd_server.linalg.intervals import Mean, mean_of, student_975
-from curvd_server.linalg.sampling import LEAST_SAMPLES, Estimate, Target, sample_mean
+from curvd_server.linalg.sampling import (
+    LEAST_SAMPLES,
+    Estimate,
+    Target,
+    sample_mean,
+    vectors_of,
+)
 from curvd_server.linalg.sketch import Sketch
 from curvd_server.linalg.vectors import dots
 from curvd_server.linalg.whole import is_small, number_of
@@ -195,3 +202,22 @@ def _estimate(products: Products, mean: Mean, samples: int, stopped: Stop) -> Es
         products=products.done,
         stopped=stopped,
     )
+
+
+def _begin(products: Products, options: TraceOptions, room: Room) -> Query[Estimate]:
+    return trace(
+        products,
+        estimator=Estimator(options.estimator),
+        target=Target.of(options, options.samples),
+        seed=options.seed,
+        block=room.block,
+    )
+
+
+DEFINITION = Definition(
+    options=TraceOptions,
+    vectors=lambda options, room: vectors_of(
+        Estimator(options.estimator), options.samples, room.block
+    ),
+    begin=_begin,
+)

@@ -49,10 +49,15 @@ def generic_handlers(
 
 
 def _method(services: list[object], rpc: Rpc) -> Callable[..., Awaitable[Any]]:
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", rpc.name).lower()
+    name = method_name(rpc.name)
     (method,) = (getattr(s, name) for s in services if hasattr(s, name))
     bound: Callable[..., Awaitable[Any]] = method
     return bound
+
+
+def method_name(rpc: str) -> str:
+    """Spell the name of the method for an RPC: ``mat_vec`` for ``MatVec``."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", rpc).lower()
 
 
 class _Requests(ReceivesInPlace, AsyncIterator[Part]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,11 +19,11 @@ from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import query_service_pb2 as query_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.device import Batcher
-from curvd_server.linalg import Estimate, Progress, Query
+from curvd_server.linalg import Products, Progress, Query, Tensors
 from curvd_server.service import query_validation as check
-from curvd_server.service.query_run import Cost, QueryRun, vectors_bytes
+from curvd_server.service.query_run import Cost, QueryRun
 from curvd_server.service.streams import Send
-from curvd_server.service.validation import check_finite
+from curvd_server.service.validation import check_finite, vector_dtype
 from curvd_server.sessions import Lease, Vector
 
 R = TypeVar("R")
@@ -36,50 +36,66 @@ class QueryCall:
     name: str
     lease: Lease
     spec: OperatorSpec
-    run: QueryRun[Any]
+    """The operator; of a query about data points, none that is built."""
+    run: QueryRun
     batcher: Batcher
     limits: LimitsConfig
     stack: contextlib.ExitStack
     send: Send
 
     @property
-    def block(self) -> int:
-        """Probes that are multiplied together."""
-        at_once: int = self._report.columns_at_once
-        return max(8, at_once)
+    def products(self) -> Products:
+        """The map of a query about an operator."""
+        assert isinstance(self.run.subject, Products)
+        return self.run.subject
 
     @property
-    def _report(self) -> Any:
+    def size(self) -> int:
+        """P, the length of a vector."""
+        return self.lease.info.layout.size
+
+    @property
+    def block(self) -> int:
+        """Probes that are multiplied together."""
+        return max(8, self._at_once)
+
+    @property
+    def _at_once(self) -> int:
         assert self.lease.operator is not None
-        return self.lease.operator.report
+        return self.lease.operator.report.columns_at_once
+
+    def vectors_bytes(self, count: int) -> int:
+        """Compute the memory of so many vectors."""
+        return count * self.size * vector_dtype(self.lease.info.dtype).itemsize
+
+    def fitting(self, each: int, most: int) -> int:
+        """Count what takes so many vectors each and may be in memory together."""
+        # It is as much "under way" as the operands of a MatMat.
+        fits = self.limits.pending_bytes // 8 // max(1, self.vectors_bytes(each))
+        return max(1, min(fits, most))
 
     def krylov_block(self, steps: int, samples: int) -> int:
         """Count the Krylov spaces that may be in memory together."""
-        # A Krylov space is as much "under way" as the operands of a MatMat.
-        fitting = (
-            self.limits.pending_bytes // 8 // max(1, vectors_bytes(self.run, steps + 3))
-        )
-        at_once: int = self._report.columns_at_once
-        return max(1, min(fitting, samples, at_once))
+        return self.fitting(steps + 3, min(samples, self._at_once))
 
     async def begin(self) -> None:
         """Send the header."""
-        info = self.lease.info
+        info, operator = self.lease.info, self.lease.operator
         await self._part(
             header=curvature_pb.ResultHeader(
                 version=info.version,
                 parameters_digest=info.parameters_digest,
                 model_id=info.model_id,
                 dataset_id=info.dataset_id,
-                plan=convert.plan_to_proto(self._report),
+                plan=None
+                if operator is None
+                else convert.plan_to_proto(operator.report),
             )
         )
 
     def reserve(self, vectors: int) -> None:
         """Make room for so many vectors until the call ends."""
-        self.stack.enter_context(
-            self.batcher.reserve(1, vectors_bytes(self.run, vectors))
-        )
+        self.stack.enter_context(self.batcher.reserve(1, self.vectors_bytes(vectors)))
 
     async def operands(
         self, chunks: AsyncIterator[memoryview]
@@ -130,20 +146,20 @@ class QueryCall:
             compute_s=cost.compute_s,
         )
 
-    def estimate(self, result: Estimate) -> query_pb.EstimateSummary:
-        """Describe an estimate."""
-        return query_pb.EstimateSummary(
-            query=self.summary(result.stopped),
-            value=result.value,
-            standard_error=result.standard_error,
-            half_width=result.half_width,
-            samples=result.samples,
-        )
+    async def answer(self, result: Any, tensors: Tensors) -> None:
+        """Send the tensors of a result, and a summary of its attributes by their names."""
+        cost = self.summary(result.stopped)
+        if tensors:
+            await self.send_tensors({n: to_numpy(t) for n, t in tensors.items()})
+        response: Any = RPCS[self.name].response.message()
+        summary = type(response.summary)()
+        _summarise(result, summary, cost)
+        await self.finish(summary)
 
     def stored(self, name: str) -> Tensor:
         """Bring vectors that the session stores to the device: [s, P]."""
         array = self.lease.vectors.get(name).array
-        check.stored(name, array, self.run.products.size)
+        check.stored(name, array, self.size)
         return self.tensor(array.reshape(-1, array.shape[-1]))
 
     def store(self, name: str, vectors: Tensor) -> None:
@@ -153,7 +169,7 @@ class QueryCall:
 
     def tensor(self, array: NDArray[Any]) -> Tensor:
         """Bring an operand to the device."""
-        products = self.run.products
+        products = self.products
         return torch.from_numpy(array).to(products.device, products.dtype)
 
     async def _progress(self, progress: Progress, cost: Cost) -> None:
@@ -171,6 +187,22 @@ class QueryCall:
         await self.send(RPCS[self.name].response.message(**part))
 
 
-def to_numpy(vectors: Tensor) -> NDArray[Any]:
+def to_numpy(vectors: Tensor | NDArray[Any]) -> NDArray[Any]:
     """Bring vectors to where they are sent from."""
-    return np.ascontiguousarray(vectors.cpu().numpy())
+    if isinstance(vectors, Tensor):
+        vectors = vectors.cpu().numpy()
+    return np.ascontiguousarray(vectors)
+
+
+def _summarise(result: Any, summary: Any, cost: query_pb.QuerySummary) -> None:
+    for field in summary.DESCRIPTOR.fields:
+        if field.name == "query":
+            summary.query.CopyFrom(cost)
+        elif field.message_type is not None:  # a part, of the same result
+            _summarise(result, getattr(summary, field.name), cost)
+        else:
+            value = getattr(result, field.name)
+            if isinstance(value, Sequence):
+                getattr(summary, field.name).extend(value)
+            else:
+                setattr(summary, field.name, value)

@@ -13,7 +13,7 @@ import concurrent.futures
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from curvd_server.linalg import Products, Progress, Query
 from curvd_server.system import Poll
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 _LANE = "queries"
 _REPORT_S = 0.05
@@ -40,51 +41,47 @@ class Cost:
     compute_s: float
 
 
-class QueryRun(Generic[R]):
+class Counted(Protocol):
+    """What a query spends: products, or data points."""
+
+    @property
+    def done(self) -> int:
+        """How many it has taken so far."""
+
+
+class QueryRun:
     """Runs one query.
 
     Args:
-        operator: Built; must stay so until `drive` returns.
-        spec: Its scale and damping are applied here.
         batcher: The queue of the device.
         threads: Where algorithms run.
-        max_products: Columns that may be multiplied.
-        time_limit_s: Start no product after so long.
+        time_limit_s: Start nothing on the device after so long; None: no limit.
+        chunk_s: Seconds that one step on the device takes, as far as is known.
     """
 
     def __init__(
         self,
-        operator: Operator,
-        spec: OperatorSpec,
         *,
         batcher: Batcher,
         threads: concurrent.futures.Executor,
-        max_products: int,
         time_limit_s: float | None,
+        chunk_s: float,
     ) -> None:
-        self._operator, self._spec = operator, spec
         self._batcher, self._threads = batcher, threads
-        self._at_once = max(1, operator.report.columns_at_once)
         self._start_s = time.monotonic()
         self._limit_s = time_limit_s
         self._queue_s = self._compute_s = 0.0
-        self._chunk_s = operator.report.seconds_per_product
+        self._chunk_s = chunk_s
         self._given_up = False
-        self._ticket: Ticket[Tensor] | None = None
-        self.products = Products(
-            self._multiply,
-            size=operator.size,
-            dtype=operator.dtype,
-            device=operator.device,
-            limit=max_products,
-            expired=self._expired,
-        )
+        self._ticket: Ticket[Any] | None = None
+        self.subject: Counted = _Nothing()
+        """What the query is about; set before it is driven."""
 
     @property
     def cost(self) -> Cost:
         """What it has taken so far."""
         return Cost(
-            products=self.products.done,
+            products=self.subject.done,
             elapsed_s=time.monotonic() - self._start_s,
             queue_s=self._queue_s,
             compute_s=self._compute_s,
@@ -132,18 +129,18 @@ class QueryRun(Generic[R]):
                     return progress, (end.value,)
         return progress, ()
 
-    def _multiply(self, V: Tensor) -> Tensor:
-        parts = [self._product(part) for part in V.split(self._at_once)]  # type: ignore[no-untyped-call]
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-        scale, damping = self._spec.scale, self._spec.damping
-        if scale != 1.0:
-            rows = rows * scale
-        return rows.add(V, alpha=damping) if damping else rows
+    def compute(self, job: Callable[[Poll], T]) -> T:
+        """Take a step on the device, in its turn; on the thread of the algorithm.
 
-    def _product(self, V: Tensor) -> Tensor:
-        def job(cancelled: Poll) -> Tensor:
-            return self._operator.multiply(V, cancelled=cancelled)
+        Args:
+            job: Takes what it polls for cancellation.
 
+        Returns:
+            What the job returned.
+
+        Raises:
+            Cancelled: If the query was given up.
+        """
         if self._chunk_s > LONG_S:
             ticket = self._batcher.run_in_turns(job, lane=(_LANE, id(self)))
         else:
@@ -166,7 +163,12 @@ class QueryRun(Generic[R]):
         if self._ticket is not None:
             self._ticket.cancel()
 
-    def _expired(self) -> bool:
+    def expired(self) -> bool:
+        """Tell whether its time is up.
+
+        Raises:
+            Cancelled: If the query was given up.
+        """
         if self._given_up:
             msg = "the query was given up"
             raise Cancelled(msg)
@@ -174,6 +176,42 @@ class QueryRun(Generic[R]):
         return self._limit_s is not None and age_s >= self._limit_s
 
 
-def vectors_bytes(run: QueryRun[Any], count: int) -> int:
-    """Compute the memory of so many vectors."""
-    return count * run.products.size * run.products.dtype.itemsize
+@dataclass(frozen=True, slots=True)
+class _Nothing:
+    done: int = 0
+
+
+def products_of(
+    run: QueryRun, operator: Operator, spec: OperatorSpec, *, max_products: int
+) -> Products:
+    """Make the map that an algorithm multiplies by, with scale and damping.
+
+    Args:
+        run: Where it multiplies.
+        operator: The operator, built; must stay so until the query has ended.
+        spec: Its scale and damping are applied here.
+        max_products: Columns that may be multiplied.
+
+    Returns:
+        The map.
+    """
+    at_once = max(1, operator.report.columns_at_once)
+
+    def product(V: Tensor) -> Tensor:
+        return run.compute(lambda cancelled: operator.multiply(V, cancelled=cancelled))
+
+    def multiply(V: Tensor) -> Tensor:
+        parts = [product(part) for part in V.split(at_once)]  # type: ignore[no-untyped-call]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if spec.scale != 1.0:
+            rows = rows * spec.scale
+        return rows.add(V, alpha=spec.damping) if spec.damping else rows
+
+    return Products(
+        multiply,
+        size=operator.size,
+        dtype=operator.dtype,
+        device=operator.device,
+        limit=max_products,
+        expired=run.expired,
+    )

@@ -7,21 +7,15 @@ from typing import Any
 from numpy.typing import NDArray
 
 from curvd.contract import (
-    DiagonalOptions,
     Dtype,
     EigshOptions,
-    Estimator,
-    FrobeniusNormOptions,
-    LogDetOptions,
     ParameterLayout,
     Solver,
-    TraceOptions,
 )
 from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded
 from curvd.tensors import Header
 from curvd.v1 import query_service_pb2 as query_pb
 from curvd_server.config import LimitsConfig
-from curvd_server.linalg import Target
 
 
 def between(name: str, value: int, low: int, high: int) -> int:
@@ -59,61 +53,6 @@ def basis_size(value: int, k: int, size: int) -> int:
     if value:
         between("basis_size", value, k + 2, max(size, k + 2))
     return min(size, value)
-
-
-def target(
-    options: TraceOptions | DiagonalOptions | FrobeniusNormOptions | LogDetOptions,
-    samples: int,
-) -> Target:
-    """Say when an estimate is good enough, and what it may cost.
-
-    Args:
-        options: The options of the query.
-        samples: What it may take, products or probes.
-
-    Returns:
-        The target.
-    """
-    return Target(
-        relative=options.relative_error,
-        absolute=options.absolute_error,
-        samples=samples,
-    )
-
-
-def diagonal_estimator(estimator: Estimator) -> Estimator:
-    """Refuse Hutch++ for a diagonal.
-
-    Args:
-        estimator: The estimator that a caller gave, not checked yet.
-
-    Returns:
-        The estimator.
-
-    Raises:
-        InvalidSpec: If it estimates traces only.
-    """
-    if estimator is Estimator.HUTCHPP:
-        msg = "hutch++ estimates traces only; use hutchinson or exchangeable (XDiag)"
-        raise InvalidSpec(msg, estimator=estimator)
-    return estimator
-
-
-def vectors_of(estimator: Estimator, samples: int, block: int) -> int:
-    """Count the vectors that an estimator holds.
-
-    Args:
-        estimator: The estimator.
-        samples: Products at most.
-        block: Probes at once.
-
-    Returns:
-        How many: two blocks, and for a sketch the probes, their products, an
-        orthonormal basis and its products.
-    """
-    if estimator is Estimator.HUTCHINSON:
-        return 2 * block + 2
-    return 2 * block + 4 * (samples // 2)
 
 
 def solve(
