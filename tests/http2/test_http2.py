@@ -1,5 +1,6 @@
 """HTTP/2 as gRPC uses it: what is sent is what arrives, and no bytes do harm."""
 
+import itertools
 import socket
 import threading
 from collections import deque
@@ -370,6 +371,9 @@ FLOODS = {
     "data of one byte": frames.frame(Kind.DATA, 0, 1, b"\0"),
     "small windows": frames.frame(Kind.WINDOW_UPDATE, 0, 1, frames.number(1)),
     "resets again": given_up(1),
+    "goodbyes": frames.frame(Kind.GOAWAY, 0, 0, bytes(8)),
+    "goodbyes for a reason": frames.frame(Kind.GOAWAY, 0, 0, bytes(7) + b"\2why"),
+    "priorities of another kind": frames.frame(0x10, 0, 0, bytes(4) + b"u=1"),
     "calls that are refused": b"",
     "calls that are reset": b"",
     "empty continuations": b"",
@@ -415,6 +419,28 @@ def test_a_flood_of_what_brings_nothing_ends_the_connection(wire, name):
             connection.pull()
             connection.push()
     assert caught.value.code is Code.ENHANCE_YOUR_CALM
+
+
+def test_one_pull_decodes_few_fields_however_few_bytes_they_take(wire):
+    bare, connection = wire
+    remembered, again = b"\x40\x01x\x01v", b"\xbe" * 250
+    blocks = [frames.frame(Kind.HEADERS, 5, n, again) for n in range(3, 131, 2)]
+    bare.sendall(begin(frames.frame(Kind.HEADERS, 5, 3, remembered)))
+    connection.pull()
+    decode, decoded = connection._blocks._decoder.decode, []
+
+    def counted(block, raw):
+        pairs = decode(block, raw=raw)
+        decoded.append(len(pairs))
+        return pairs
+
+    connection._blocks._decoder.decode = counted
+    bare.sendall(b"".join(blocks[1:]))
+    pulls = [0]
+    while sum(decoded) < 63 * 250:
+        connection.pull()
+        pulls.append(sum(decoded))
+    assert max(b - a for a, b in itertools.pairwise(pulls)) <= 3 * 250
 
 
 def test_useful_work_and_time_pay_for_glitches():

@@ -19,6 +19,12 @@ _MOST_BLOCKS, _REMEMBERED_BYTES = 16, 1 << 12
 """Blocks that are not decoded again, and how long they are."""
 _MOST_RESIZINGS = 2
 """Changes of the table's size that one block may begin with (RFC 7541, 4.2)."""
+_SMALL_BLOCK = 256
+"""Bytes of headers that count as the frame they came in."""
+_BYTES_PER_STEP = 4
+"""Decoding so many bytes of headers takes as long as handling a frame."""
+_FIELDS_PER_STEP = 8
+"""Likewise so many fields: one byte each is enough for those that a table remembers."""
 
 
 class Blocks:
@@ -26,10 +32,11 @@ class Blocks:
 
     Args:
         longest: Bytes of a block, and of the fields that come out of it.
+        spend: Is told how long a block took, in frames.
     """
 
-    def __init__(self, longest: int) -> None:
-        self._longest = longest
+    def __init__(self, longest: int, spend: Callable[[int], None]) -> None:
+        self._longest, self._spend = longest, spend
         self._block = bytearray()
         self._ends = False
         self.open_on: int | None = None
@@ -116,13 +123,15 @@ class Blocks:
             return known
         resizes = _resizes(block)
         try:
-            pairs = self._decoder.decode(block, raw=True)
+            pairs = list(self._decoder.decode(block, raw=True))
         except hpack.OversizedHeaderListError as error:
             msg = f"too many headers: {error}"
             raise ProtocolError(msg, Code.ENHANCE_YOUR_CALM) from error
         except hpack.HPACKError as error:
             msg = f"headers that cannot be read: {error}"
             raise ProtocolError(msg, Code.COMPRESSION_ERROR) from error
+        steps = len(block) // _BYTES_PER_STEP if len(block) > _SMALL_BLOCK else 0
+        self._spend(max(steps, len(pairs) // _FIELDS_PER_STEP))
         found: dict[str, str] | Malformed
         try:
             found = reading((bytes(name), bytes(value)) for name, value in pairs)

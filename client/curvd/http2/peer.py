@@ -27,10 +27,6 @@ CLIENT_HEADER_BYTES = 256 << 10
 """Longest block of headers of a response: an error may name very many tensors."""
 _TINY_BYTES = 64
 """Data that is a glitch if there is more of it to come."""
-_SMALL_BLOCK = 256
-"""Bytes of headers that count as one frame."""
-_BYTES_PER_STEP = 4
-"""Decoding so many bytes of headers takes as long as handling a frame."""
 
 
 class Incoming:
@@ -59,7 +55,7 @@ class Incoming:
         self._receiver = Receiver(sock, self, introduced=client)
         usual = CLIENT_HEADER_BYTES if client else SERVER_HEADER_BYTES
         self._header_bytes = header_bytes or usual
-        self._blocks = Blocks(self._header_bytes)
+        self._blocks = Blocks(self._header_bytes, self._receiver.spend)
         self._first_window = frames.DEFAULT_WINDOW
         self._share = CLIENT_WINDOW if client else SERVER_WINDOW
         self._unused = self._used = 0
@@ -153,8 +149,6 @@ class Incoming:
         if whole is None:
             return
         block, ends = whole
-        if len(block) > _SMALL_BLOCK:
-            self._receiver.spend(len(block) // _BYTES_PER_STEP)
         stream = self.stream
         if stream is not None and stream.number == number:
             self._more_headers(stream, block, ends=ends)
@@ -282,6 +276,7 @@ class Incoming:
 
     def _left(self, payload: bytes) -> None:
         """Begin no further call; one that the peer has not taken up is over."""
+        self._glitches.add()  # a peer may say it twice (RFC 9113, 6.8), and has said it
         self.is_going_away = True
         last = int.from_bytes(payload[:4], "big") & frames.LARGEST_WINDOW
         code = int.from_bytes(payload[4:8], "big")
