@@ -241,8 +241,10 @@ class QuerySpec:
     """A query by its names."""
 
     method: str
-    """Of both clients' operators."""
+    """The method of both clients' operators, or sessions."""
     options: type[QueryOptions]
+    of_session: bool = False
+    """Whether it asks about the data points of a session, not about an operator."""
     command: str = ""
     """Of the command line; empty: it has none."""
     terminal: Mapping[str, Any] = field(default_factory=dict)
