@@ -6,8 +6,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # A folder with `build`, `compose` and `podman` commands to use in place of docker's.
 CONTAINERS ?=
 
+# Where tests are that compute on other devices than the CPU (tests/support/places.py).
+OFF_THE_CPU = tests/device tests/engine tests/linalg
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test lint types proto proto-check docs hooks release-check image-test bench big-test storm-net soak fuzz fuzz-http2 fuzz-modules cases clean
+.PHONY: help demo test standin-test gpu-test lint types proto proto-check docs hooks release-check image-test bench big-test storm-net soak fuzz fuzz-http2 fuzz-modules cases clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
@@ -30,10 +33,14 @@ demo: $(VENV)/demo.stamp ## the main job on real data, in about a minute
 	$(BIN)/curvd demo
 
 test: $(VENV)/dev.stamp lint types proto-check docs ## everything that must pass
-	$(BIN)/pytest -m 'not gpu' -n 2 --dist loadfile
+	$(BIN)/pytest -m 'not gpu and not standin' -n 2 --dist loadfile
+	$(BIN)/pytest -m standin $(OFF_THE_CPU)
+
+standin-test: $(VENV)/dev.stamp ## what must hold off the CPU, on a stand-in for a device
+	$(BIN)/pytest -m standin $(OFF_THE_CPU)
 
 gpu-test: $(VENV)/dev.stamp ## what needs a CUDA device
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest -m gpu $(OFF_THE_CPU)
 
 lint: $(VENV)/dev.stamp ## style of the code, the contract and the imports
 	$(BIN)/ruff check .
@@ -81,7 +88,7 @@ image-test: $(VENV)/dev.stamp ## build both images, compose the server, ask it f
 	CONTAINERS='$(CONTAINERS)' PYTHON='$(BIN)/python' tests/images.sh
 
 bench: $(VENV)/dev.stamp ## every ratio against its peers, with targets
-	for script in bench/engine.py bench/engine_nets.py bench/graph.py bench/smoke.py bench/wire.py bench/service.py bench/queries.py bench/solves.py; do $(BIN)/python $$script --check || exit 1; done
+	for script in bench/engine.py bench/graph.py bench/smoke.py bench/wire.py bench/service.py bench/queries.py; do $(BIN)/python $$script --check || exit 1; done
 
 fuzz: $(VENV)/dev.stamp ## a hundred thousand hostile graphs, in about ten minutes
 	PYTHONPATH=tests $(BIN)/python tests/fuzz_graphs.py

@@ -9,7 +9,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 
-pytest_plugins = ["support.client_fixtures", "support.server_fixtures"]
+pytest_plugins = [
+    "support.client_fixtures",
+    "support.places",
+    "support.server_fixtures",
+]
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,6 @@ from curvd.errors import SessionNotFound, VectorNotFound
 from curvd.exported import ExportedModel, prepare
 from curvd.remote import (
     AsyncAsks,
-    DataPointQueries,
     OperatorBase,
     OperatorQueries,
     SessionBase,
@@ -241,7 +240,7 @@ class AsyncClient:
         return f"<{type(self).__name__} of {self._connection.target}>"
 
 
-class AsyncSession(DataPointQueries, AsyncAsks, SessionBase["AsyncOperator"]):
+class AsyncSession(SessionBase["AsyncOperator"]):
     """A model, a dataset and a loss on a device of the server; see `curvd.Session`.
 
     Args:

@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+from support.places import everywhere, here
 
 pytest.importorskip("torch")
 from curvd.contract.enums import Dtype, LossName, Mode
@@ -15,11 +16,11 @@ from curvd_server.engine.tuning.autotune import Plan
 
 
 @pytest.fixture
-def operator(monkeypatch):
+def operator(place, monkeypatch):
     """The Hessian of a small net, whose plan takes eight columns at once."""
     monkeypatch.setattr(plans, "ranked", lambda *_: iter([Plan("program", 8)]))
     rng = np.random.default_rng(0)
-    problem = TorchDevice({}, "cpu").load(
+    problem = TorchDevice({}, here()).load(
         ModelSpec(builder="mlp", config={"widths": [8, 16, 3], "activation": "tanh"}),
         {
             "1.weight": rng.standard_normal((16, 8)),
@@ -36,6 +37,7 @@ def operator(monkeypatch):
     return problem.build(OperatorSpec(), budget_bytes=1 << 30, cancelled=lambda: False)
 
 
+@everywhere
 def test_who_asks_for_the_same_gets_the_same_bits_whoever_else_asks(operator):
     rng = np.random.default_rng(1)
     requests = [rng.standard_normal((count, 195)) for count in (1, 3, 1, 1, 9, 1)]

@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from support.places import everywhere, here
 from support.reference import central_difference, columns, error, flat, problem_of
 from support.zoo import ANIMALS
 
@@ -59,6 +60,7 @@ def test_any_number_of_columns(mode: str, count: int):
     assert error(got, want[:count]) < 1e-12 or not count
 
 
+@everywhere
 def test_numpy_columns_are_taken():
     operator = make()
     V = columns(operator.problem, 2)
@@ -66,6 +68,7 @@ def test_numpy_columns_are_taken():
     assert torch.equal(operator.apply(np.asfortranarray(V)), operator.apply(V))
 
 
+@everywhere
 def test_columns_of_the_wrong_shape_are_refused():
     operator = make()
     for bad in (torch.zeros(3), torch.zeros(2, 3), torch.zeros(1, 39).long()):
@@ -99,10 +102,11 @@ def test_rows_that_are_added_one_by_one_are_the_same(animal, kind, monkeypatch):
             assert torch.equal(operator.apply(V), want)
 
 
+@everywhere
 def test_scale_and_damping():
     plain, both = make(), make(scale=-2.0, damping=0.5)
     V = columns(plain.problem, 2)
-    assert error(both.apply(V), -2.0 * plain.apply(V) + 0.5 * V) < 1e-14
+    assert error(both.apply(V), -2.0 * plain.apply(V).cpu() + 0.5 * V) < 1e-14
 
 
 @pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.FLOAT64])
@@ -140,6 +144,7 @@ def test_memory_of_a_result_is_used_again_once_nobody_looks_at_it(dtype: Dtype):
     assert torch.equal(again, want)
 
 
+@everywhere
 def test_results_stream_in_order_as_they_are_ready():
     operator = make()
     V = columns(operator.problem, 5)
@@ -192,12 +197,14 @@ class TestMemory:
             name = operator.report.mode
             assert name.startswith({0: "recomputed", BATCHES: "kept"}.get(kept, "part"))
 
+    @everywhere
     def test_recomputed_batches_share_one_graph_among_columns(self):
         operator = make(budget=0)
         before = operator.counters.linearisations
         operator.apply(columns(operator.problem, 8))
         assert operator.counters.linearisations - before == BATCHES
 
+    @everywhere
     def test_out_of_memory_halves_the_chunk_and_goes_on(self, monkeypatch):
         operator = make(width=8)
         V = columns(operator.problem, 8)
@@ -265,6 +272,7 @@ class TestCancellation:
             operator.apply(V, cancelled=lambda: True)
         assert torch.equal(operator.apply(V), want)
 
+    @everywhere
     def test_stops_a_build_and_a_gradient(self):
         problem = problem_of(GELU)
         with pytest.raises(Cancelled):
@@ -273,6 +281,7 @@ class TestCancellation:
             problem.gradient(cancelled=lambda: True)
 
 
+@everywhere
 class TestVersions:
     @pytest.mark.parametrize("mode", KEPT)
     def test_a_new_version_is_exact_and_the_old_one_stays(self, mode: str):
@@ -303,7 +312,7 @@ class TestVersions:
 
     def test_the_callers_array_may_change_afterwards(self):
         problem = problem_of(GELU)
-        value = problem.parameters[0].numpy().copy()
+        value = problem.parameters[0].cpu().numpy().copy()
         moved = problem.with_parameters({problem.layout.names[0]: value})
         value += 1.0
         assert torch.equal(moved.parameters[0], problem.parameters[0])
@@ -320,6 +329,7 @@ def _named(problem) -> dict[str, torch.Tensor]:
     return dict(zip(problem.layout.names, problem.parameters, strict=True))
 
 
+@everywhere
 class TestPrecision:
     def test_float32_is_accurate(self):
         truth = make(CONV).apply(columns(problem_of(CONV), 2))
@@ -342,6 +352,7 @@ class TestPrecision:
         return error(got.double(), truth)
 
 
+@everywhere
 def test_frozen_parameters_are_no_part_of_the_operator():
     class Frozen(type(GELU.module())):
         pass
@@ -352,7 +363,15 @@ def test_frozen_parameters_are_no_part_of_the_operator():
 
     whole = problem_of(GELU)
     data = whole.model.data
-    part = Problem.load(module, {}, GELU.arrays(), data, GELU.loss, dtype=Dtype.FLOAT64)
+    part = Problem.load(
+        module,
+        {},
+        GELU.arrays(),
+        data,
+        GELU.loss,
+        dtype=Dtype.FLOAT64,
+        device=here(),
+    )
     assert part.layout.names == whole.layout.names[1:]
     v = columns(part, 1)
     rows = build(part, OperatorSpec(), budget_bytes=HUGE, tuning_s=0.0).apply(v)
@@ -361,6 +380,7 @@ def test_frozen_parameters_are_no_part_of_the_operator():
     assert error(rows, full[:, 16:]) < 1e-12
 
 
+@everywhere
 def test_gradients_are_torchs():
     problem = problem_of(CONV, batch_size=2)
     loss, gradient = problem.gradient()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from support.places import here
 from support.zoo import Animal
 from torch import Tensor
 
@@ -20,7 +21,14 @@ def problem_of(animal: Animal, batch_size: int = 4, dtype=Dtype.FLOAT64) -> Prob
     """The animal's problem, by default with a ragged last mini-batch."""
     data = DatasetSpec(inputs=("x",), target="y", batch_size=batch_size)
     return Problem.load(
-        animal.module(), {}, animal.arrays(), data, animal.loss, animal.mode, dtype
+        animal.module(),
+        {},
+        animal.arrays(),
+        data,
+        animal.loss,
+        animal.mode,
+        dtype,
+        here(),
     )
 
 
@@ -38,7 +46,7 @@ def unflat(problem: Problem, vector: Tensor) -> dict[str, Tensor]:
 
 
 def columns(problem: Problem, count: int) -> Tensor:
-    """Some columns ``[K, P]``."""
+    """Some columns ``[K, P]``, on the CPU."""
     g = torch.Generator().manual_seed(3)
     size = (count, problem.layout.size)
     return torch.randn(size, generator=g, dtype=torch.float64).to(problem.result_dtype)
@@ -50,7 +58,7 @@ def central_difference(problem: Problem, v: Tensor) -> Tensor:
     A padding row is a constant by definition, so it is not moved.
     """
     theta = flat(problem.parameters)
-    v = v.clone()
+    v = v.to(theta.device, copy=True)
     for name, row in problem.model.fixed:
         unflat(problem, v)[name][row] = 0.0
 
@@ -85,9 +93,15 @@ def jacobian(problem: Problem, index: int) -> tuple[Tensor, Tensor]:
     return z.detach(), torch.stack(rows).reshape(*z.shape, -1)
 
 
+def _square(problem: Problem) -> Tensor:
+    """Zeros ``[P, P]``."""
+    shape = (problem.layout.size, problem.layout.size)
+    return torch.zeros(shape, dtype=torch.float64, device=problem.device)
+
+
 def dense_ggn(problem: Problem) -> Tensor:
     """``sum_b J_b^T (d²loss/dz²) J_b`` with the middle by automatic differentiation."""
-    total = torch.zeros(problem.layout.size, problem.layout.size, dtype=torch.float64)
+    total = _square(problem)
     for index, batch in enumerate(problem.data):
         z, J = jacobian(problem, index)
 
@@ -102,7 +116,7 @@ def dense_ggn(problem: Problem) -> Tensor:
 
 def dense_empirical_fisher(problem: Problem) -> Tensor:
     """``sum_n g_n g_n^T / normaliser`` over the data points' own losses."""
-    total = torch.zeros(problem.layout.size, problem.layout.size, dtype=torch.float64)
+    total = _square(problem)
     for index, batch in enumerate(problem.data):
         z, J = jacobian(problem, index)
         leaf = z.requires_grad_()
@@ -127,4 +141,5 @@ def block_diagonal(problem: Problem, sizes: Sequence[int], matrix: Tensor) -> Te
 
 def error(got: Tensor, want: Tensor) -> float:
     """Relative error; absolute where the truth is zero."""
+    got, want = got.cpu(), want.cpu()
     return float((got - want).norm() / (want.norm() + 1e-12))

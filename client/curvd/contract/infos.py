@@ -227,8 +227,7 @@ class QueryInfo:
     parameters_digest: str
     model_id: str
     dataset_id: str
-    plan: PlanReport | None
-    """None where no operator was asked."""
+    plan: PlanReport
     stopped: Stop
     products: int
     """Columns multiplied, exactly."""

@@ -81,8 +81,9 @@ class LinearizationCache:
         """Bytes of each linearisation: the first is measured, the others by rows."""
         if self.measured_sizes is None:
             data = on_host(self._problem.data)
-            first = cached_bytes(self._mode, self._problem, self._spec, data[0])
-            rows = len(data[0].targets)
+            batch = self._problem.data[0]
+            first = cached_bytes(self._mode, self._problem, self._spec, batch)
+            rows = len(batch.targets)
             self.measured_sizes = [-(-first * len(b.targets) // rows) for b in data]
         return self.measured_sizes
 

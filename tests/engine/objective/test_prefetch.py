@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from support.places import everywhere, here
 from support.reference import columns, problem_of
 from support.zoo import ANIMALS
 
@@ -26,24 +27,29 @@ def streamed(batch_size: int = 2) -> Problem:
         GELU.loss,
         GELU.mode,
         Dtype.FLOAT64,
+        here(),
         resident_bytes=0,
     )
 
 
+@everywhere
 def test_products_and_gradients_are_those_of_resident_data():
-    there, here = streamed(), problem_of(GELU, batch_size=2)
+    there, resident = streamed(), problem_of(GELU, batch_size=2)
     assert isinstance(there.data, Streamed)
-    V = columns(here, 3)
-    assert there.gradient()[0] == here.gradient()[0]
-    assert torch.equal(there.gradient()[1], here.gradient()[1])
+    V = columns(resident, 3)
+    assert there.gradient()[0] == resident.gradient()[0]
+    assert torch.equal(there.gradient()[1], resident.gradient()[1])
     for kind in ("hessian", "ggn"):
         for plan in (Plan("program"), Plan("double_backward", 1, 3)):
             spec = OperatorSpec(kind=kind)
             options = {"budget_bytes": 0, "plan": plan}  # nothing kept, all sent again
-            want = build(here, spec, **options).apply(V)
-            assert torch.equal(build(there, spec, **options).apply(V), want)
+            want = build(resident, spec, **options).apply(V)
+            got = build(there, spec, **options).apply(V)
+            assert got.device.type == here()
+            assert torch.equal(got, want)
 
 
+@everywhere
 def test_the_next_mini_batch_is_sent_while_one_is_used():
     data = streamed().data
     assert isinstance(data, Streamed)
@@ -57,12 +63,14 @@ def test_the_next_mini_batch_is_sent_while_one_is_used():
     data._sent = watched
     for batch, host in zip(data, data.host, strict=True):
         assert batch.start == host.start
-        assert torch.equal(batch.inputs[0], host.inputs[0])
+        assert batch.inputs[0].device.type == here()
+        assert torch.equal(batch.inputs[0].cpu(), host.inputs[0])
     assert sent == [1, 2, 0]  # the first was there: loading ended with it
     assert data[-1].start == data.host[-1].start
     assert data[1:].host == data.host[1:]
 
 
+@everywhere
 def test_looking_at_shapes_moves_nothing():
     problem = streamed()
     assert on_host(problem.data) is problem.data.host

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curvd.contract import QueryInfo, Stop
-from curvd.errors import missing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +71,8 @@ def drawn_on(axes: Axes | None) -> Axes:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise missing(what="plot()", module="matplotlib", extra="plot") from error
+        msg = "plot() needs matplotlib: pip install 'curvd[plot]'"
+        raise ModuleNotFoundError(msg, name="matplotlib") from error
     # Not pyplot: it keeps every figure alive and chooses a backend.
     made: Axes = Figure(figsize=(6, 4), layout="constrained").subplots()
     return made

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvd.contract import Mode
 from curvd_server.engine.objective.data import Array, tensor_of
-from curvd_server.graph.execution import GraphModule, without_onednn
+from curvd_server.graph.execution import GraphModule
 from curvd_server.system import yield_point
 
 
@@ -52,15 +52,6 @@ class PaddedEmbedding(nn.Embedding):
         return torch.where(padded, rows.detach(), rows)
 
 
-class DifferentiableLSTM(nn.LSTM):
-    """An LSTM with derivatives in both AD modes, see `curvd_server.graph.execution`."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer as torch defines it, without oneDNN's kernel."""
-        with without_onednn():
-            return super().forward(*args, **kwargs)
-
-
 class WideFloats(TorchFunctionMode):
     """Reads float32 as float64 wherever a model names it.
 
@@ -82,6 +73,43 @@ class WideFloats(TorchFunctionMode):
         return func(*map(_widened, args), **named)
 
 
+class PlainRecurrence(TorchFunctionMode):
+    """Runs recurrent layers by elementary operations, as torch takes them apart.
+
+    On devices other than the CPU torch has fused ones: cuDNN's have a first derivative
+    in training mode alone and no second one, and those of a cell no forward mode.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch, or what stands for it."""
+        plain = _PLAIN_RECURRENCE.get(getattr(func, "__name__", ""))
+        # Sequences of several lengths have their sizes where others have their state.
+        if plain is not None and not isinstance(args[3], Sequence):
+            func = getattr(
+                importlib.import_module("torch._decomp.decompositions"), plain
+            )
+        return func(*args, **(kwargs or {}))
+
+
+_PLAIN_RECURRENCE = {
+    f"{name}{overload}": plain
+    for name, plain in (
+        ("lstm", "lstm_impl"),
+        ("gru", "gru_impl"),
+        ("rnn_tanh", "rnn_tanh_input"),
+        ("rnn_relu", "rnn_relu_input"),
+    )
+    for overload in ("", ".input")
+}
+"""Functions of torch and of its dispatcher by name, and their stand-ins there."""
+
+
 def _widened(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
@@ -96,8 +124,6 @@ def rewrite(module: nn.Module) -> None:
     for layer in module.modules():
         if weight_norm is not None and type(layer) is weight_norm:
             layer.__class__ = PlainWeightNorm
-        elif type(layer) is nn.LSTM:
-            layer.__class__ = DifferentiableLSTM
         elif type(layer) is nn.Embedding and _is_plain_padding(layer):
             layer.__class__ = PaddedEmbedding
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from curvd.contract import DatasetSpec, InputStyle
 from curvd.errors import InvalidSpec
 from curvd_server.engine.objective.data import Batch
-from curvd_server.engine.objective.layer_patches import WideFloats
+from curvd_server.engine.objective.layer_patches import PlainRecurrence, WideFloats
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,12 @@ class Model:
             args, kwargs = (), self._named(batch)
         elif self.data.input_style is InputStyle.MAPPING:
             args = (self._named(batch),)
-        wide = parameters[0].dtype is torch.float64
-        with WideFloats() if wide else contextlib.nullcontext():
+        first = parameters[0]
+        with contextlib.ExitStack() as modes:
+            if first.dtype is torch.float64:
+                modes.enter_context(WideFloats())
+            if first.device.type != "cpu":
+                modes.enter_context(PlainRecurrence())
             result = torch.func.functional_call(self.skeleton, state, args, kwargs)
         if isinstance(result, Mapping):
             result = result.get("logits", result)
