@@ -28,6 +28,16 @@ def test_the_reference_has_every_public_name_once():
     assert set(wanted) - set(SHOWN) == set()
 
 
+def test_methods_are_shown_with_the_options_of_their_queries():
+    griffe = pytest.importorskip("griffe")
+    hooks = griffe.load_extensions(ROOT / "docs/hooks/options.py")
+    package = griffe.load("curvd", search_paths=[ROOT / "client"], extensions=hooks)
+    eigsh = package["remote.queries.eigenpairs.EigenpairQueries.eigsh"]
+    assert [p.name for p in eigsh.parameters][:3] == ["self", "k", "which"]
+    assert (eigsh.parameters["k"].default, eigsh.returns) == ("6", "Eigenpairs")
+    assert "tolerance: Residual relative to" in eigsh.docstring.value
+
+
 def hook(name):
     pytest.importorskip("mkdocs")
     return runpy.run_path(str(ROOT / f"docs/hooks/{name}.py"))
