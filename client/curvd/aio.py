@@ -38,6 +38,7 @@ from curvd.errors import SessionNotFound, VectorNotFound
 from curvd.exported import ExportedModel, prepare
 from curvd.remote import (
     AsyncAsks,
+    DataPointQueries,
     OperatorBase,
     OperatorQueries,
     SessionBase,
@@ -240,7 +241,7 @@ class AsyncClient:
         return f"<{type(self).__name__} of {self._connection.target}>"
 
 
-class AsyncSession(SessionBase["AsyncOperator"]):
+class AsyncSession(DataPointQueries, AsyncAsks, SessionBase["AsyncOperator"]):
     """A model, a dataset and a loss on a device of the server; see `curvd.Session`.
 
     Args:

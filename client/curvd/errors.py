@@ -47,6 +47,33 @@ DOMAIN = "curvd"
 """``ErrorInfo.domain`` of every error in this module."""
 
 
+def missing(*, what: str, module: str, extra: str) -> ModuleNotFoundError:
+    """Say how to get a package that the base install does not bring.
+
+    Args:
+        what: What needs it, as the beginning of a sentence.
+        module: The package that is not installed.
+        extra: The extra of curvd that brings it; the README has the command.
+
+    Returns:
+        The exception to raise.
+    """
+    msg = f"{what} needs {module}: {install(extra)}"
+    return ModuleNotFoundError(msg, name=module)
+
+
+def install(extra: str) -> str:
+    """Say how to install an extra, as the README does, from a checkout.
+
+    Args:
+        extra: Its name.
+
+    Returns:
+        The command.
+    """
+    return f"pip install -c constraints.txt '.[{extra}]' in a checkout of curvd"
+
+
 class CurvdError(Exception):
     """Root of everything curvd raises on purpose.
 

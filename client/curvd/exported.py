@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from curvd.contract import Dtype, LossSpec, Mode, Normaliser, Output, member
-from curvd.errors import InvalidSpec
+from curvd.errors import InvalidSpec, missing
 from curvd.v1 import graph_pb2 as graph_pb
 
 if TYPE_CHECKING:
@@ -101,21 +101,30 @@ def export(
         ['0.weight', '0.bias']
     """
     _need_torch()
+    from curvd.graph.fitting import check_module, explained
     from curvd.graph.prepare import prove_module
 
+    check_module(module)
     model = _captured(module, inputs, output, mode)
     if check:
-        prove_module(module, inputs, output, model.mode, model.graph, model.state)
+        with explained(module, inputs, model.mode):
+            prove_module(module, inputs, output, model.mode, model.graph, model.state)
     return model
 
 
 def _captured(
-    module: nn.Module, inputs: Any, output: Output, mode: Mode | str | None
+    module: nn.Module,
+    inputs: Any,
+    output: Output,
+    mode: Mode | str | None,
+    targets: Any = None,
 ) -> ExportedModel:
     from curvd.graph.capture import capture
+    from curvd.graph.fitting import explained
 
     chosen = None if mode is None else member(Mode, mode, "mode")
-    graph, state, needed = capture(module, inputs, output, chosen)
+    with explained(module, inputs, chosen, targets):
+        graph, state, needed = capture(module, inputs, output, chosen)
     parameters = tuple(
         tensor.names[0]
         for tensor in graph.tensors
@@ -205,25 +214,38 @@ def prepare(
         What is to be registered.
 
     Raises:
-        InvalidSpec: If `data` is no pair, or the module is in half precision.
+        InvalidSpec: If `data` is no pair, module, loss and data do not fit one another,
+            or the module is in half precision.
         ModuleNotFoundError: If torch is not installed.
     """
     _need_torch()
+    from curvd.graph.fitting import (
+        check_lengths,
+        check_loss,
+        check_module,
+        explained,
+    )
     from curvd.graph.losses import recognised
     from curvd.graph.own_loss import own_loss
     from curvd.graph.packing import OfSeveral, is_several, packed
     from curvd.graph.prepare import example_outputs, leaves_of, prove_module
 
+    check_module(module)
+    is_own = not isinstance(loss, str | Mapping | LossSpec | None)
+    if is_own:
+        check_loss(loss)
     inputs, targets = _pair(data, by_itself=loss is None)
-    model = _captured(module, inputs, output, mode)
+    check_lengths(leaves_of(inputs), targets)
+    model = _captured(module, inputs, output, mode, targets)
     if model.graph.dtype not in (d.value for d in Dtype):
         msg = f"no session computes in {model.graph.dtype}: export module.float()"
         raise InvalidSpec(msg, dtype=model.graph.dtype)
     spec, known = loss, None
     if loss is None:
         spec, targets = own_loss(module, inputs, targets, output, model.mode)
-    elif not isinstance(loss, str | Mapping | LossSpec):
-        outputs = example_outputs(module, inputs, output, model.mode)
+    elif is_own:
+        with explained(module, inputs, model.mode, targets):
+            outputs = example_outputs(module, inputs, output, model.mode)
         if is_several(output):
             loss, outputs = OfSeveral(loss, outputs), packed(outputs)
         spec = recognised(loss, outputs, targets, model=module, check=check)
@@ -253,5 +275,4 @@ def _pair(data: Any, *, by_itself: bool) -> tuple[Any, Any]:
 
 def _need_torch() -> None:
     if importlib.util.find_spec("torch") is None:
-        msg = "exporting a module needs torch: pip install 'curvd[torch]'"
-        raise ModuleNotFoundError(msg, name="torch")
+        raise missing(what="exporting a module", module="torch", extra="torch")

@@ -41,7 +41,7 @@ def test_serving_without_the_server_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "curvd_server.cli", None)
     result = run("serve")
     assert result.exit_code == 1
-    assert "pip install 'curvd[server]'" in result.output
+    assert "pip install -c constraints.txt '.[server]'" in result.output
 
 
 def test_health_is_the_exit_status(target, service):

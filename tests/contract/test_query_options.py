@@ -19,6 +19,7 @@ from curvd.contract import QUERIES, RPCS, choices_of, query_messages, settings_o
 ROOT = Path(__file__).parents[2]
 PAIRS = [
     (curvd.RemoteOperator, curvd.AsyncOperator),
+    (curvd.Session, curvd.AsyncSession),
 ]
 
 
@@ -143,7 +144,7 @@ def test_help_shows_every_flag_with_its_default(query):
 
 
 def test_the_documents_show_the_options():
-    """`python -m curvd.cli.query_commands` prints the table."""
+    """`python -c "from curvd.cli import query_commands as q; print(q.table())"` prints it."""
     text = (ROOT / "docs/client.md").read_text()
     shown = re.search(r"<!-- options -->\n(.*?)\n<!-- end -->", text, re.S)
     assert shown is not None

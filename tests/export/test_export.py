@@ -263,5 +263,6 @@ def test_without_torch_exporting_says_what_to_install():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout == (
-        "exporting a module needs torch: pip install 'curvd[torch]'\nFalse\n"
+        "exporting a module needs torch: "
+        "pip install -c constraints.txt '.[torch]' in a checkout of curvd\nFalse\n"
     )

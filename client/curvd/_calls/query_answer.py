@@ -63,7 +63,11 @@ class Answer:
             parameters_digest=header.parameters_digest,
             model_id=header.model_id,
             dataset_id=header.dataset_id,
-            plan=convert.plan_from_proto(header.plan),
+            plan=(
+                convert.plan_from_proto(header.plan)
+                if header.HasField("plan")
+                else None
+            ),
             stopped=convert_enums.stop_from_proto(summary.stopped),
             products=summary.products,
             elapsed_s=summary.elapsed_s,

@@ -1,4 +1,4 @@
-"""Queries of one operator as calls: any of them, from its options; see `curvd._calls.query`."""
+"""Queries of an operator or a session as calls, made of their options."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ T = TypeVar("T")
 
 
 class Queries:
-    """Makes the calls of one operator.
+    """Makes the calls of one operator, or of a session.
 
     Args:
         session: The session whose parameters it acts on.
-        spec: Which operator.
+        spec: The operator; None: queries are about the session's data points.
         expected_version: Refuse to compute at another parameter version.
     """
 
     def __init__(
-        self, session: SessionInfo, spec: OperatorSpec, expected_version: int | None
+        self,
+        session: SessionInfo,
+        spec: OperatorSpec | None = None,
+        expected_version: int | None = None,
     ) -> None:
         self.session, self._spec = session, spec
         self._expected_version = expected_version
@@ -68,9 +71,10 @@ class Queries:
         Returns:
             The call.
         """
+        spec = self._spec
         query = query_pb.Query(
             session_id=self.session.id,
-            operator=convert.operator_to_proto(self._spec),
+            operator=None if spec is None else convert.operator_to_proto(spec),
             expected_version=self._expected_version,
             request_id=uuid.uuid4().hex,
         )

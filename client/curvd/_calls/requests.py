@@ -337,6 +337,13 @@ def _new_id() -> str:
 def _loss(loss: LossSpec | Mapping[str, Any] | str) -> LossSpec:
     if isinstance(loss, Mapping):
         return _from_keywords(LossSpec, loss)
+    if not isinstance(loss, str | LossSpec):
+        named = getattr(loss, "__name__", type(loss).__name__)
+        msg = (
+            f"create_session takes a loss by name, as a dict or as a LossSpec, got "
+            f"{named}: pass it to session_for, or what curvd.export_loss makes of it"
+        )
+        raise InvalidSpec(msg, loss=named)
     return loss if isinstance(loss, LossSpec) else LossSpec(name=loss)  # type: ignore[arg-type]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -157,6 +158,13 @@ def register_model(
     progress: Progress | None,
 ) -> Upload[ModelInfo]:
     """Register an architecture with its state."""
+    if not isinstance(model, str | ExportedModel):
+        what = type(model).__name__
+        msg = (
+            f"register_model takes the name of a builder or what curvd.export returns, "
+            f"got a {what}: pass curvd.export(module, inputs), or use session_for"
+        )
+        raise InvalidSpec(msg, model=what)
     if isinstance(model, ExportedModel):
         if config:
             msg = f"an exported model takes no config; got {sorted(config)}"
@@ -247,6 +255,8 @@ def update_parameters(
 def _blob(tensors: Tensors) -> Blob:
     if isinstance(tensors, str | os.PathLike):
         return _mapped(Path(tensors))
+    if not isinstance(tensors, Mapping):
+        raise _no_mapping(tensors)
     arrays = {}
     for name, value in tensors.items():
         array = to_numpy(value)
@@ -260,6 +270,32 @@ def _blob(tensors: Tensors) -> Blob:
     header = safetensors_header.header_of(arrays)
     first = memoryview(safetensors_header.dump_header(header))
     return Blob(header, (first, *map(wire.bytes_of, arrays.values())))
+
+
+def _no_mapping(given: Any) -> InvalidTensors:
+    """Say how values without names get theirs."""
+    what, remedy = f"a {type(given).__name__}", "pass a dict"
+    if hasattr(given, "state_dict"):
+        remedy = f"pass {_name_of(given)}.state_dict()"
+    elif inspect.isgenerator(given):
+        what = f"the generator {given.__name__}"
+        remedy = (
+            "a generator is spent once it is read: pass module.state_dict(), or a dict "
+            "such as dict(module.named_parameters())"
+        )
+    elif isinstance(given, Iterable):
+        remedy = "pass a dict such as {name: value}, or module.state_dict()"
+    msg = (
+        f"tensors are arrays by name or the path of a safetensors file, got {what}; "
+        f"{remedy}"
+    )
+    return InvalidTensors(msg, type=type(given).__name__)
+
+
+def _name_of(given: Any) -> str:
+    return (
+        "module" if hasattr(given, "named_parameters") else type(given).__name__.lower()
+    )
 
 
 def _mapped(path: Path) -> Blob:

@@ -22,7 +22,7 @@ from curvd.cli.options import (
 )
 from curvd.config import ClientConfig, RetryConfig, TlsConfig, Transport
 from curvd.contract import ServerInfo, SessionInfo
-from curvd.errors import CurvdError
+from curvd.errors import CurvdError, install
 from curvd.remote import connect
 
 
@@ -121,7 +121,7 @@ def _server(module: str, extra: str = "server") -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        msg = f"{error.name} is missing: pip install 'curvd[{extra}]'"
+        msg = f"{error.name} is missing: {install(extra)}"
         raise click.ClickException(msg) from error
 
 

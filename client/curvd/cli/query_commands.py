@@ -29,7 +29,7 @@ from curvd.contract import (
     query_messages,
     settings_of,
 )
-from curvd.remote import RemoteOperator, connect
+from curvd.remote import RemoteOperator, Session, connect
 
 F = TypeVar("F", bound=Callable[..., Any])
 ReadConfig = Callable[..., ClientConfig]
@@ -58,17 +58,20 @@ def _command(rpc: str, query: QuerySpec, read_config: ReadConfig) -> click.Comma
 
     def ask(picture: Path | None, **given: Any) -> None:
         asked = {name: given.pop(name) for name, _ in flags}
-        with _operator(read_config, **given) as operator:
-            method = getattr(operator, query.method)
+        with _asked(read_config, **given) as asks:
+            method = getattr(asks, query.method)
             found = method(**{**query.terminal, **asked}, progress=True)
         click.echo(found)
         if picture is not None:
             _draw(found, picture)
 
-    decorated = _operator_options(ask)
+    decorated = _common_options(ask)
+    owner: type[Any] = Session
+    if not query.of_session:
+        decorated, owner = _operator_options(decorated), RemoteOperator
     for _, flag in reversed(flags):
         decorated = flag(decorated)
-    text = inspect.getdoc(getattr(RemoteOperator, query.method)) or ""
+    text = inspect.getdoc(getattr(owner, query.method)) or ""
     return click.command(query.command, help=text.partition("\n\n")[0])(decorated)
 
 
@@ -112,15 +115,19 @@ def _plain(text: str) -> str:
     return text.replace("`", "")
 
 
+def _common_options(command: F) -> F:
+    command = click.option(
+        "--plot",
+        "picture",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Draw the result into this file.",
+    )(command)
+    return click.argument("session")(connection_options(command))
+
+
 def _operator_options(command: F) -> F:
     kinds = [kind.value for kind in OperatorKind]
     for decorate in (
-        click.option(
-            "--plot",
-            "picture",
-            type=click.Path(dir_okay=False, path_type=Path),
-            help="Draw the result into this file.",
-        ),
         click.option(
             "--damping",
             type=float,
@@ -135,29 +142,32 @@ def _operator_options(command: F) -> F:
             show_default=True,
             help="Which operator.",
         ),
-        connection_options,
-        click.argument("session"),
     ):
         command = decorate(command)
     return command
 
 
 @contextlib.contextmanager
-def _operator(
+def _asked(
     read_config: ReadConfig,
     *,
     session: str,
     target: str,
-    operator: str,
-    damping: float,
+    operator: str | None = None,
+    damping: float = 0.0,
     **connection: Any,
-) -> Iterator[RemoteOperator]:
+) -> Iterator[RemoteOperator | Session]:
+    """Find the session, and the operator if the command has one."""
     # A query takes as long as it takes; Ctrl-C stops it on the server, too.
     config = dataclasses.replace(read_config(**connection), deadline_s=None)
-    spec = OperatorSpec(kind=OperatorKind(operator), damping=damping)
     try:
         with connect(target, config=config) as client:
-            yield client.session(session).operator(spec)
+            found = client.session(session)
+            if operator is None:
+                yield found
+                return
+            spec = OperatorSpec(kind=OperatorKind(operator), damping=damping)
+            yield found.operator(spec)
     except KeyboardInterrupt as stopped:
         for note in getattr(stopped, "__notes__", ()):
             click.echo(note, err=True)

@@ -227,7 +227,8 @@ class QueryInfo:
     parameters_digest: str
     model_id: str
     dataset_id: str
-    plan: PlanReport
+    plan: PlanReport | None
+    """None where no operator was asked."""
     stopped: Stop
     products: int
     """Columns multiplied, exactly."""

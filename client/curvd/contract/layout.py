@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -118,8 +119,19 @@ class ParameterLayout:
         if block_sizes is not None and sum(block_sizes) != len(self.parameters):
             msg = (
                 f"block_sizes sum to {sum(block_sizes)}, but the operator acts on "
-                f"{len(self.parameters)} parameters; they must be equal"
+                f"{len(self.parameters)} parameters (tensors), and they say how many of "
+                f"these each block has, in order; {self._meant(block_sizes)}"
             )
             raise InvalidSpec(
                 msg, block_sizes=block_sizes, parameters=len(self.parameters)
             )
+
+    def _meant(self, sizes: tuple[int, ...]) -> str:
+        """Say what block sizes that do not sum up should perhaps have been."""
+        ends = {p.offset + p.size: n for n, p in enumerate(self.parameters, 1)}
+        cuts = [ends.get(cut) for cut in itertools.accumulate(sizes)]
+        if sum(sizes) == self.size and None not in cuts:
+            found = [n for n in cuts if n is not None]
+            counts = [n - before for before, n in zip([0, *found], found, strict=False)]
+            return f"these are counts of elements: pass block_sizes={counts}"
+        return f"for a block per tensor pass block_sizes=[1] * {len(self.parameters)}"

@@ -237,12 +237,39 @@ class LogDetOptions(QueryOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GradientNormsOptions(QueryOptions):
+    """Which gradients of single data points have their norms computed."""
+
+    max_products: int | None = setting(
+        None, "Stop after so many data points; None: all.", least=1, most=2**62
+    )
+    time_limit_s: float | None = setting(
+        None,
+        "Differentiate no more after so long; the result has the first data points.",
+        positive=True,
+    )
+    by_parameter: bool = setting(
+        False,
+        "Whether each parameter's part of the gradients has its norm, too; the norm of a "
+        "block is the root of its parts' sum of squares.",
+    )
+    expected_version: int | None = setting(
+        None,
+        "Refuse to compute at another parameter version.",
+        least=0,
+        most=2**63 - 1,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuerySpec:
     """A query by its names."""
 
     method: str
-    """Of both clients' operators."""
+    """The method of both clients' operators, or sessions."""
     options: type[QueryOptions]
+    of_session: bool = False
+    """Whether it asks about the data points of a session, not about an operator."""
     command: str = ""
     """Of the command line; empty: it has none."""
     terminal: Mapping[str, Any] = field(default_factory=dict)
@@ -278,6 +305,12 @@ QUERIES: Mapping[str, QuerySpec] = {
         options=LogDetOptions,
         command="logdet",
         terminal={"relative_error": 0.01},
+    ),
+    "GradientNorms": QuerySpec(
+        method="gradient_norms",
+        options=GradientNormsOptions,
+        of_session=True,
+        command="gradient-norms",
     ),
 }
 """By the name of the RPC."""

@@ -153,7 +153,9 @@ def _pick(result: Any, output: Any) -> Tensor:
     except (KeyError, IndexError, AttributeError, TypeError):
         found = getattr(result, str(output), None)
         if found is None:
-            msg = f"the module's {_kind(result)} has no output {output!r}"
+            msg = (
+                f"the module's {_kind(result)} has no output {output!r}; {_has(result)}"
+            )
             raise InvalidSpec(msg, output=output) from None
     return _tensor(result, found, output)
 
@@ -174,15 +176,33 @@ def _usual(result: Any) -> Tensor:
 def _tensor(result: Any, found: Any, output: Any) -> Tensor:
     if not isinstance(found, Tensor):
         msg = (
-            f"the module's {_kind(result)} has no tensor at output={output!r}; "
-            "name one that it has"
+            f"the module's {_kind(result)} has no tensor at output={output!r}: "
+            f"{_has(result)}"
         )
         raise InvalidSpec(msg, output=output)
     return found
 
 
 def _kind(result: Any) -> str:
-    return f"result of type {type(result).__name__}"
+    name = "Tensor" if isinstance(result, Tensor) else type(result).__name__
+    return f"result of type {name}"
+
+
+def _has(result: Any) -> str:
+    """Say which outputs a result has, and how one is chosen."""
+    if isinstance(result, Tensor):
+        return "it is one tensor, so leave output= out"
+    names = list(result) if isinstance(result, Mapping) else []
+    names = names or list(getattr(result, "_fields", ())) or _attributes(result)
+    if not names and isinstance(result, list | tuple):
+        names = list(range(len(result)))
+    said = ", ".join(map(repr, names)) or "none"
+    return f"it has {said}: name one of these as output="
+
+
+def _attributes(result: Any) -> list[str]:
+    """List the fields of a dataclass, or what another object holds."""
+    return [n for n in getattr(result, "__dict__", {}) if not n.startswith("_")]
 
 
 def translated(
@@ -342,4 +362,5 @@ def _refusal(error: Exception, what: str) -> InvalidGraph:
     else:
         first = text.strip().partition("\n")[0][:300]
         why = f"cannot be traced by torch.export: {type(error).__name__}: {first}"
+        return InvalidGraph(f"{what}{at} {why}", source=where, failed="trace")
     return InvalidGraph(f"{what}{at} {why}", source=where)

@@ -154,7 +154,7 @@ def failure(what: str, error: Exception) -> InvalidGraph:
     """Say that a module cannot be compared with its graph."""
     first = str(error).strip().partition("\n")[0][:300]
     msg = f"the module was exported, but {what}: {type(error).__name__}: {first}"
-    return InvalidGraph(msg)
+    return InvalidGraph(msg, failed="run")
 
 
 def _copied(

@@ -24,6 +24,7 @@ from curvd.errors import CurvdError, InvalidGraph, InvalidSpec
 from curvd.graph.capture import traced, translated
 from curvd.graph.evaluate import constant, evaluate
 from curvd.graph.examples import few, spread
+from curvd.graph.fitting import check_targets
 from curvd.graph.loss_proof import prove_loss
 from curvd.graph.manifest import inputs_of
 from curvd.graph.penalties import check_held
@@ -180,6 +181,8 @@ def recognised(
         InvalidSpec: If it is neither a mean nor a sum over data points.
     """
     named = _named(loss)
+    if named is not None:
+        check_targets(named, outputs, targets)
     if named is not None and not _is_ambiguous(named, outputs, targets):
         if not named.name.has_classes and outputs.shape[1:] != targets.shape[1:]:
             msg = (

@@ -46,7 +46,10 @@ def to_curvlinops(operator: RemoteOperator, device: str = "cpu") -> Any:
             "curvlinops",
         ):
             raise
-        msg = "to_curvlinops needs both: pip install torch curvlinops-for-pytorch"
+        msg = (
+            "to_curvlinops needs torch and curvlinops: pip install -c constraints.txt "
+            "'.[torch]' curvlinops-for-pytorch in a checkout of curvd"
+        )
         raise ModuleNotFoundError(msg, name=error.name) from error
 
     shapes = list(operator.layout.shapes)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curvd.errors import InvalidVector
+from curvd.errors import InvalidVector, missing
 from curvd.tensors import Array
 
 try:
@@ -14,8 +14,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "scipy":
         raise
-    msg = "to_scipy needs SciPy: pip install 'curvd[scipy]'"
-    raise ModuleNotFoundError(msg, name="scipy") from error
+    raise missing(what="to_scipy()", module="scipy", extra="scipy") from error
 
 if TYPE_CHECKING:
     from curvd.remote import RemoteOperator

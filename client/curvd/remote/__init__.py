@@ -11,13 +11,14 @@ from curvd.remote.asking import AsyncAsks
 from curvd.remote.client import Client, configured, connect
 from curvd.remote.operator import OperatorBase, RemoteOperator
 from curvd.remote.progress import shown
-from curvd.remote.queries import OperatorQueries
+from curvd.remote.queries import DataPointQueries, OperatorQueries
 from curvd.remote.session import Session
 from curvd.remote.session_base import SessionBase, name_of
 
 __all__ = [
     "AsyncAsks",
     "Client",
+    "DataPointQueries",
     "OperatorBase",
     "OperatorQueries",
     "RemoteOperator",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from curvd._calls import Progress
 from curvd.contract import QueryProgress
+from curvd.errors import missing
 
 
 @contextlib.contextmanager
@@ -35,8 +36,7 @@ def shown(progress: Progress | bool, what: str) -> Iterator[Progress | None]:
         from rich import console
         from rich import progress as bars
     except ModuleNotFoundError as error:
-        msg = "progress=True needs rich: pip install 'curvd[progress]'"
-        raise ModuleNotFoundError(msg, name="rich") from error
+        raise missing(what="progress=True", module="rich", extra="progress") from error
     columns = (
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
@@ -76,8 +76,7 @@ def watched(
         from rich import console
         from rich import progress as bars
     except ModuleNotFoundError as error:
-        msg = "progress=True needs rich: pip install 'curvd[progress]'"
-        raise ModuleNotFoundError(msg, name="rich") from error
+        raise missing(what="progress=True", module="rich", extra="progress") from error
     columns = (
         bars.SpinnerColumn(),
         bars.TextColumn("{task.description}"),

@@ -11,13 +11,15 @@ from curvd._calls import Progress, Tensors, requests, upload
 from curvd._transport import Connection
 from curvd.contract import OperatorSpec, SessionInfo, StoredVector
 from curvd.errors import SessionNotFound, VectorNotFound
+from curvd.remote.asking import Asks
 from curvd.remote.operator import RemoteOperator
 from curvd.remote.progress import shown
+from curvd.remote.queries import DataPointQueries
 from curvd.remote.session_base import SessionBase, name_of
 from curvd.tensors import Layout, operand
 
 
-class Session(SessionBase[RemoteOperator]):
+class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
     """A model, a dataset and a loss on a device of the server.
 
     It outlives this object and the client. In a ``with`` it is deleted at the end.

@@ -373,3 +373,29 @@ class LogDetSummary(_message.Message):
     estimate: EstimateSummary
     smallest: float
     def __init__(self, estimate: _Optional[_Union[EstimateSummary, _Mapping]] = ..., smallest: _Optional[float] = ...) -> None: ...
+
+class GradientNormsRequest(_message.Message):
+    __slots__ = ("query", "by_parameter")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    BY_PARAMETER_FIELD_NUMBER: _ClassVar[int]
+    query: Query
+    by_parameter: bool
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., by_parameter: bool = ...) -> None: ...
+
+class GradientNormsResponse(_message.Message):
+    __slots__ = ("header", "chunk", "summary", "progress")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    header: _curvature_service_pb2.ResultHeader
+    chunk: bytes
+    summary: GradientNormsSummary
+    progress: QueryProgress
+    def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., summary: _Optional[_Union[GradientNormsSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
+
+class GradientNormsSummary(_message.Message):
+    __slots__ = ("query",)
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    query: QuerySummary
+    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ...) -> None: ...

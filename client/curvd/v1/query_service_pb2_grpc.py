@@ -78,6 +78,11 @@ class QueryServiceStub(object):
                 request_serializer=curvd_dot_v1_dot_query__service__pb2.LogDetRequest.SerializeToString,
                 response_deserializer=curvd_dot_v1_dot_query__service__pb2.LogDetResponse.FromString,
                 _registered_method=True)
+        self.GradientNorms = channel.unary_stream(
+                '/curvd.v1.QueryService/GradientNorms',
+                request_serializer=curvd_dot_v1_dot_query__service__pb2.GradientNormsRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_query__service__pb2.GradientNormsResponse.FromString,
+                _registered_method=True)
 
 
 class QueryServiceServicer(object):
@@ -148,6 +153,16 @@ class QueryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GradientNorms(self, request, context):
+        """Norms of the gradients of the data points' own losses: that of data point n is the sum
+        of its loss terms, whatever the reduction, without weight decay. About no operator.
+        Tensors: "norms" [N]; "parameter_norms" [N, T] of each of the T parameters (tensors),
+        if by_parameter. Refused where the losses depend on each other (batch statistics).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_QueryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -185,6 +200,11 @@ def add_QueryServiceServicer_to_server(servicer, server):
                     servicer.LogDet,
                     request_deserializer=curvd_dot_v1_dot_query__service__pb2.LogDetRequest.FromString,
                     response_serializer=curvd_dot_v1_dot_query__service__pb2.LogDetResponse.SerializeToString,
+            ),
+            'GradientNorms': grpc.unary_stream_rpc_method_handler(
+                    servicer.GradientNorms,
+                    request_deserializer=curvd_dot_v1_dot_query__service__pb2.GradientNormsRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_query__service__pb2.GradientNormsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -385,6 +405,33 @@ class QueryService(object):
             '/curvd.v1.QueryService/LogDet',
             curvd_dot_v1_dot_query__service__pb2.LogDetRequest.SerializeToString,
             curvd_dot_v1_dot_query__service__pb2.LogDetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GradientNorms(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/curvd.v1.QueryService/GradientNorms',
+            curvd_dot_v1_dot_query__service__pb2.GradientNormsRequest.SerializeToString,
+            curvd_dot_v1_dot_query__service__pb2.GradientNormsResponse.FromString,
             options,
             channel_credentials,
             insecure,

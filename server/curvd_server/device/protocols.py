@@ -7,7 +7,7 @@ torch's tensors, which are named here and never looked at.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
@@ -32,6 +32,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Array = NDArray[Any]
+
+
+class Counted(Protocol):
+    """What a query spends: products, or data points."""
+
+    @property
+    def done(self) -> int:
+        """How many it has taken so far."""
 
 
 class Operator(Protocol):
@@ -97,6 +105,24 @@ class Problem(Protocol):
 
     def gradient(self, *, cancelled: Poll) -> tuple[float, Array]:
         """Compute the loss and its gradient [P]."""
+
+    def points(
+        self,
+        compute: Callable[[Callable[[Poll], Any]], Any],
+        *,
+        limit: int | None,
+        expired: Callable[[], bool],
+    ) -> Counted:
+        """Name its data points as what a query is about.
+
+        Args:
+            compute: Runs a job on the device, in its turn.
+            limit: Most data points; None: all.
+            expired: Whether the time is up.
+
+        Raises:
+            InvalidSpec: If a data point's loss depends on others.
+        """
 
     def build(
         self, spec: OperatorSpec, *, budget_bytes: int, cancelled: Poll

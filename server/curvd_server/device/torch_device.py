@@ -10,7 +10,7 @@ import importlib
 import math
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from curvd.errors import InvalidSpec, OutOfMemory
 from curvd.tensors import Pool
 from curvd_server.engine import Compiler, Memory, Problem, use_differentiable_attention
 from curvd_server.engine import operator as engine
+from curvd_server.engine.data_points import Points
 from curvd_server.models import BUILDERS, Models
 from curvd_server.storage import Architecture
 from curvd_server.system import Poll, is_out_of_memory
@@ -288,6 +289,33 @@ class TorchProblem:
         with _translated():
             loss, gradient = self._problem.gradient(cancelled=cancelled)
             return loss, gradient.cpu().numpy()
+
+    def points(
+        self,
+        compute: Callable[[Callable[[Poll], Any]], Any],
+        *,
+        limit: int | None,
+        expired: Callable[[], bool],
+    ) -> Points:
+        """Name its data points as what a query is about.
+
+        Args:
+            compute: Runs a job on the device, in its turn.
+            limit: Most data points; None: all.
+            expired: Whether the time is up.
+
+        Returns:
+            The data points.
+        """
+
+        def translated(job: Callable[[Poll], Any]) -> Any:
+            def inside(cancelled: Poll) -> Any:
+                with _translated():
+                    return job(cancelled)
+
+            return compute(inside)
+
+        return Points(self._problem, compute=translated, limit=limit, expired=expired)
 
     def build(
         self, spec: OperatorSpec, *, budget_bytes: int, cancelled: Poll

@@ -19,7 +19,9 @@ from curvd_server.linalg.eigenpairs import (
 )
 from curvd_server.linalg.linear_systems import SolveResult, solve
 from curvd_server.linalg.log_determinants import logdet
+from curvd_server.linalg.low_rank import LowRank
 from curvd_server.linalg.norm import frobenius_norm
+from curvd_server.linalg.nystrom import NystromResult, nystrom
 from curvd_server.linalg.registry import definitions_in
 from curvd_server.linalg.sampling import Estimate, Target
 from curvd_server.linalg.traces import trace
@@ -28,6 +30,8 @@ __all__ = [
     "Definition",
     "EigshResult",
     "Estimate",
+    "LowRank",
+    "NystromResult",
     "Products",
     "Progress",
     "Query",
@@ -41,6 +45,7 @@ __all__ = [
     "eigsh",
     "frobenius_norm",
     "logdet",
+    "nystrom",
     "search_basis",
     "solve",
     "spectral_density",

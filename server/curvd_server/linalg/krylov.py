@@ -27,8 +27,8 @@ class System:
     """Says why so many more columns must not be multiplied."""
     progress: Callable[[Tensor], Progress]
     """Makes progress from the residual norms [k]."""
-    inverse: Tensor | None
-    """[P] What the residuals are multiplied by (CG): a preconditioner's inverse."""
+    inverse: Callable[[Tensor], Tensor] | None
+    """Applies the inverse of a positive definite preconditioner: [k, P] -> [k, P]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def cg(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
     """
     R = R.clone()
     D = torch.zeros_like(R)
-    Z = R if system.inverse is None else R * system.inverse
+    Z = R if system.inverse is None else system.inverse(R)
     direction = Z.clone()
     rz = dots(R, Z)
     length = norms(R)
@@ -107,7 +107,7 @@ def cg(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
         yield system.progress(length)
         active = active[length[active] > limits[active]]
         rest = R[active]
-        Z = rest if system.inverse is None else rest * system.inverse
+        Z = rest if system.inverse is None else system.inverse(rest)
         new = dots(rest, Z)
         direction[active] = (
             Z + (new / rz[active])[:, None].to(R.dtype) * direction[active]
@@ -118,13 +118,15 @@ def cg(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
 
 
 def minres(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
-    """Run MINRES (Paige & Saunders, SIAM J. Numer. Anal. 12, 1975).
+    """Run MINRES (Paige & Saunders, SIAM J. Numer. Anal. 12, 1975), preconditioned.
 
     The pivots of the tridiagonal matrix's factorisation show whether the map is
-    indefinite (Sylvester's law of inertia); that is reported, not an obstacle.
+    indefinite (Sylvester's law of inertia); that is reported, not an obstacle. With a
+    preconditioner the recurrence minimises another norm than the residual's, which is
+    followed by a recurrence of its own.
 
     Args:
-        system: The damped map.
+        system: The damped map and its preconditioner.
         R: [k, P] Right-hand sides.
         limits: [k] Residual norms to reach, float64.
 
@@ -134,17 +136,20 @@ def minres(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
     Returns:
         The solutions.
     """
-    k, dtype = len(R), R.dtype
+    k, dtype, inverse = len(R), R.dtype, system.inverse
     D, w, w_old = torch.zeros_like(R), torch.zeros_like(R), torch.zeros_like(R)
-    y, r_old, r_new = R.clone(), torch.zeros_like(R), R.clone()
-    beta = norms(R)
+    r_old, r_new = torch.zeros_like(R), R.clone()
+    y = R.clone() if inverse is None else inverse(R)
+    beta = norms(R) if inverse is None else dots(R, y).sqrt()
+    residual = None if inverse is None else R.clone()
+    length = norms(R)
     zero = torch.zeros_like(beta)
     beta_old, dbar, epsilon = zero.clone(), zero.clone(), zero.clone()
     phibar, cs, sn = beta.clone(), zero - 1, zero.clone()
     pivot = zero.clone()
     curvature = torch.full_like(beta, torch.inf)
     indefinite = torch.zeros(k, dtype=torch.bool, device=R.device)
-    active = torch.nonzero(phibar > limits).flatten()
+    active = torch.nonzero(length > limits).flatten()
     iterations, stopped = 0, None
     while len(active):
         stopped = system.refusal(len(active))
@@ -157,11 +162,14 @@ def minres(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
             u = u - (beta[a] / beta_old[a])[:, None].to(dtype) * r_old[a]
         alpha = dots(v, u)
         u = u - (alpha / beta[a])[:, None].to(dtype) * r_new[a]
-        r_old[a], r_new[a], y[a] = r_new[a], u, u
-        curvature[a] = torch.minimum(curvature[a], alpha)
+        r_old[a], r_new[a] = r_new[a], u
+        y[a] = u if inverse is None else inverse(u)
+        quotient = alpha if inverse is None else alpha / dots(v, v)
+        curvature[a] = torch.minimum(curvature[a], quotient)
         pivot[a] = alpha - (beta[a] ** 2 / pivot[a] if iterations else 0.0)
         indefinite[a] |= pivot[a] <= 0
-        beta_old[a], beta[a] = beta[a], norms(u)
+        beta_old[a] = beta[a]
+        beta[a] = norms(u) if inverse is None else dots(u, y[a]).clamp_min(0).sqrt()
         epsilon_old = epsilon[a]
         delta = cs[a] * dbar[a] + sn[a] * alpha
         gbar = sn[a] * dbar[a] - cs[a] * alpha
@@ -178,8 +186,17 @@ def minres(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
         w_old[a], w[a] = w[a], w_next
         D[a] += phi[:, None].to(dtype) * w_next
         iterations += 1
-        yield system.progress(phibar)
-        alive = (phibar[a] > limits[a]) & (beta[a] > 0)
+        if residual is None:
+            length[a] = phibar[a]
+        else:
+            # r = sn^2 r - (phi sn / gamma ...) u
+            share = torch.where(beta[a] > 0, phibar[a] * cs[a] / beta[a], 0.0)
+            residual[a] = (sn[a] ** 2)[:, None].to(dtype) * residual[a] - share[
+                :, None
+            ].to(dtype) * u
+            length[a] = norms(residual[a])
+        yield system.progress(length)
+        alive = (length[a] > limits[a]) & (beta[a] > 0)
         active = a[alive]
     drift = torch.full_like(phibar, torch.inf)
-    return Steps(D, curvature, indefinite, phibar, drift, iterations, stopped)
+    return Steps(D, curvature, indefinite, length, drift, iterations, stopped)

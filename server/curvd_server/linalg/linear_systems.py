@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from curvd.contract import Solver, Stop
 from curvd_server.linalg.base import Products, Progress, Query
+from curvd_server.linalg.block_krylov import block_cg
 from curvd_server.linalg.krylov import Steps, System, cg, minres
+from curvd_server.linalg.low_rank import LowRank
 from curvd_server.linalg.vectors import norms
 
 _SLACK = 16
@@ -51,13 +54,14 @@ def solve(
     damping: float = 0.0,
     tolerance: float = 1e-6,
     start: Tensor | None = None,
-    preconditioner: Tensor | None = None,
+    preconditioner: Tensor | LowRank | None = None,
+    block: int | None = None,
 ) -> Query[SolveResult]:
     """Solve ``(A + damping * I) x = b`` for every column.
 
-    When the recurrence claims convergence and rounding may have betrayed it, the
-    residual is computed from a product; if it is larger than claimed, the iteration
-    starts again from there, until a round no longer halves it.
+    Where an iteration cannot answer for its residual, that is computed from a product; if
+    it is larger than claimed, the iteration starts again from there, until a round no
+    longer halves it.
 
     Args:
         products: The map A.
@@ -66,8 +70,9 @@ def solve(
         damping: Added to every eigenvalue.
         tolerance: On the residual relative to ``|b|``.
         start: [K, P] First guess; None: zero, which saves K products.
-        preconditioner: [P] Positive; approximates the diagonal of the damped map. CG
-            only.
+        preconditioner: [P] Positive, approximates the diagonal of the damped map; or what
+            is known of the largest eigenvalues of A, or of a map like it.
+        block: Columns that CG minimises together, at most; None: all; 1: each alone.
 
     Yields:
         Relative residuals.
@@ -75,145 +80,191 @@ def solve(
     Returns:
         The solutions; the best so far if products or time ran out.
     """
-
-    def damped(V: Tensor) -> Tensor:
-        result = products(V)
-        return result + damping * V if damping else result
-
-    X = torch.zeros_like(B) if start is None else start.to(B).clone()
-    sizes = norms(B)
-    R = B.clone() if start is None else B - damped(X)
-    limits = tolerance * sizes
-    length = norms(R)
-    state = _State(B, products)
-    inner = cg if solver is Solver.CG else minres
-    stopped: Stop | None = None
-    rounds = 0
-    while stopped is None:
-        open_ = state.open(length, limits)
-        if not len(open_):
-            break
-        system = System(
-            apply=damped,
-            # The closing residuals need one product per column.
-            refusal=lambda n: products.refusal(n + len(B)),
-            progress=state.progress(length, sizes, open_),
-            inverse=None if preconditioner is None else 1 / preconditioner,
-        )
-        # Rounding hides what a recurrence says about more digits than it has.
-        rounding = torch.finfo(B.dtype).eps * length
-        reach = torch.maximum(limits - _SLACK * rounding, _DIGITS * rounding)
-        steps = yield from inner(system, R[open_], reach[open_])
-        stopped = steps.stopped
-        before = length.clone()
-        if steps.iterations:
-            X[open_] += steps.solution
-            length[open_] = steps.length
-            doubtful = steps.drift > _TRUE * steps.length
-            # Rounding of earlier rounds is not in the drift, and R must be renewed.
-            doubtful |= (steps.length > limits[open_]) | (
-                start is not None or rounds > 0
-            )
-            if len(again := open_[doubtful]):
-                R[again] = B[again] - damped(X[again])
-                length[again] = norms(R[again])
-        state.record(open_, steps, solver)
-        state.stagnated |= (length > limits) & (length > 0.5 * before) & (rounds > 0)
-        rounds += 1
-    return state.result(X, length, sizes, limits, stopped)
+    systems = _Systems(products, B, solver, damping, tolerance, start)
+    inverse = _inverse(preconditioner, damping)
+    # Columns that do not see each other can as well be multiplied together.
+    alone = solver is Solver.MINRES or block == 1
+    width = len(B) if alone or block is None else block
+    for part in torch.split(torch.arange(len(B), device=B.device), max(1, width)):
+        rounds = 0
+        while len(open_ := systems.open(part)):
+            yield from systems.iterate(open_, inverse, alone=alone, again=rounds > 0)
+            rounds += 1
+    return systems.result()
 
 
-class _State:
-    """What is known of every column beside its solution."""
+class _Systems:
+    """The columns, and what is known of each.
 
-    def __init__(self, B: Tensor, products: Products) -> None:
-        count, device = len(B), B.device
-        self._products = products
-        self.curvature = torch.full(
-            (count,), torch.inf, dtype=torch.float64, device=device
-        )
-        self.indefinite = torch.zeros(count, dtype=torch.bool, device=device)
-        self.blocked = self.indefinite.clone()
-        """Columns that met curvature which their solver cannot handle."""
-        self.stagnated = self.indefinite.clone()
-        self.iterations = 0
+    Args:
+        products: The map A.
+        B: [K, P] Right-hand sides.
+        solver: CG or MINRES.
+        damping: Added to every eigenvalue.
+        tolerance: On the residual relative to ``|b|``.
+        start: [K, P] First guess; None: zero.
+    """
 
-    def open(self, length: Tensor, limits: Tensor) -> Tensor:
-        """Find the columns that are not done: their indices."""
-        return torch.nonzero(
-            (length > limits) & ~self.blocked & ~self.stagnated
-        ).flatten()
-
-    def record(self, columns: Tensor, steps: Steps, solver: Solver) -> None:
-        """Take note of what an inner iteration found."""
-        self.iterations += steps.iterations
-        self.curvature[columns] = torch.minimum(
-            self.curvature[columns], steps.curvature
-        )
-        self.indefinite[columns] |= steps.indefinite
-        if solver is Solver.CG:
-            self.blocked[columns] |= steps.indefinite
-
-    def progress(self, length: Tensor, sizes: Tensor, columns: Tensor) -> _ProgressOf:
-        """Make the function that turns residual norms into progress."""
-        return _ProgressOf(self, length.clone(), sizes, columns)
-
-    @property
-    def done(self) -> int:
-        """Columns multiplied so far."""
-        return self._products.done
-
-    def result(
+    def __init__(
         self,
-        X: Tensor,
-        length: Tensor,
-        sizes: Tensor,
-        limits: Tensor,
-        stopped: Stop | None,
-    ) -> SolveResult:
+        products: Products,
+        B: Tensor,
+        solver: Solver,
+        damping: float,
+        tolerance: float,
+        start: Tensor | None,
+    ) -> None:
+        self._products, self._B, self._solver = products, B, solver
+        self._damping, self._cold = damping, start is None
+        self._X = torch.zeros_like(B) if start is None else start.to(B).clone()
+        self._R = B.clone() if start is None else B - self._damped(self._X)
+        self._sizes, self._length = norms(B), norms(self._R)
+        self._limits = tolerance * self._sizes
+        self._curvature = torch.full_like(self._sizes, torch.inf)
+        self._indefinite = torch.zeros_like(self._sizes, dtype=torch.bool)
+        self._blocked = self._indefinite.clone()
+        """Columns that met curvature which their solver cannot handle."""
+        self._stagnated = self._indefinite.clone()
+        self._iterations = 0
+        self._stopped: Stop | None = None
+
+    def open(self, columns: Tensor) -> Tensor:
+        """Find those of the columns that are not done: their indices."""
+        far = self._length > self._limits
+        done = ~far | self._blocked | self._stagnated
+        return columns[~done[columns]] if self._stopped is None else columns[:0]
+
+    def iterate(
+        self,
+        columns: Tensor,
+        inverse: Callable[[Tensor], Tensor] | None,
+        *,
+        alone: bool,
+        again: bool,
+    ) -> Query[None]:
+        """Iterate from where the columns are until they seem to be done.
+
+        Args:
+            columns: Their indices.
+            inverse: Of the preconditioner.
+            alone: Whether each has a Krylov space of its own.
+            again: Whether this is not their first round.
+        """
+        system = System(
+            apply=self._damped,
+            # The closing residuals need one product per column.
+            refusal=lambda n: self._products.refusal(n + len(columns)),
+            progress=_ProgressOf(self, columns),
+            inverse=inverse,
+        )
+        inner = cg if alone or len(columns) == 1 else block_cg
+        if self._solver is Solver.MINRES:
+            inner = minres
+        # Rounding hides what a recurrence says about more digits than it has.
+        before = self._length[columns]
+        rounding = torch.finfo(self._B.dtype).eps * before
+        least = self._limits[columns] - _SLACK * rounding
+        reach = torch.maximum(least, _DIGITS * rounding)
+        steps = yield from inner(system, self._R[columns], reach)
+        self._record(columns, steps)
+        if steps.iterations:
+            self._X[columns] += steps.solution
+            self._length[columns] = steps.length
+            self._renew(columns, steps, every=again or not self._cold)
+        length = self._length[columns]
+        slow = (length > self._limits[columns]) & (length > 0.5 * before)
+        self._stagnated[columns] |= slow & again
+
+    def result(self) -> SolveResult:
         """Sum up."""
-        stops = []
-        for column in range(len(X)):
-            if length[column] <= limits[column]:
-                stops.append(Stop.CONVERGED)
-            elif self.blocked[column]:
-                stops.append(Stop.NEGATIVE_CURVATURE)
-            elif self.stagnated[column]:
-                stops.append(Stop.STAGNATED)
-            else:
-                stops.append(stopped or Stop.STAGNATED)
+        stops = [self._stop_of(column) for column in range(len(self._X))]
         severity = list(Stop)
         return SolveResult(
-            solution=X,
-            residuals=tuple(length.tolist()),
-            relative_residuals=tuple(_relative(length, sizes).tolist()),
-            curvatures=tuple(self.curvature.tolist()),
-            indefinite=tuple(self.indefinite.tolist()),
+            solution=self._X,
+            residuals=tuple(self._length.tolist()),
+            relative_residuals=tuple(self.relative(self._length).tolist()),
+            curvatures=tuple(self._curvature.tolist()),
+            indefinite=tuple(self._indefinite.tolist()),
             column_stops=tuple(stops),
-            iterations=self.iterations,
+            iterations=self._iterations,
             products=self._products.done,
             stopped=max(stops, key=severity.index, default=Stop.CONVERGED),
         )
+
+    def progress(self, iteration: int, length: Tensor) -> Progress:
+        """Say where the query is, from residual norms."""
+        return Progress(
+            iteration=self._iterations + iteration,
+            products=self._products.done,
+            residuals=tuple(self.relative(length).tolist()),
+        )
+
+    def relative(self, length: Tensor) -> Tensor:
+        """Divide residual norms by those of the right-hand sides."""
+        return torch.where(self._sizes > 0, length / self._sizes, length)
+
+    @property
+    def length(self) -> Tensor:
+        """[K] Residual norms, float64."""
+        return self._length
+
+    def _damped(self, V: Tensor) -> Tensor:
+        result = self._products(V)
+        return result + self._damping * V if self._damping else result
+
+    def _record(self, columns: Tensor, steps: Steps) -> None:
+        """Take note of what an inner iteration found."""
+        self._stopped = steps.stopped
+        self._iterations += steps.iterations
+        self._curvature[columns] = torch.minimum(
+            self._curvature[columns], steps.curvature
+        )
+        self._indefinite[columns] |= steps.indefinite
+        if self._solver is Solver.CG:
+            self._blocked[columns] |= steps.indefinite
+
+    def _renew(self, columns: Tensor, steps: Steps, *, every: bool) -> None:
+        """Compute the residuals that the iteration cannot answer for."""
+        doubtful = steps.drift > _TRUE * steps.length
+        # In double precision the bound on the drift can be trusted, but it does not know
+        # the rounding of earlier rounds; and what is not done must go on from the truth.
+        doubtful |= steps.length > self._limits[columns]
+        if every or self._B.dtype is not torch.float64:
+            doubtful[:] = True
+        if len(again := columns[doubtful]):
+            self._R[again] = self._B[again] - self._damped(self._X[again])
+            self._length[again] = norms(self._R[again])
+
+    def _stop_of(self, column: int) -> Stop:
+        if self._length[column] <= self._limits[column]:
+            return Stop.CONVERGED
+        if self._blocked[column]:
+            return Stop.NEGATIVE_CURVATURE
+        if self._stagnated[column]:
+            return Stop.STAGNATED
+        return self._stopped or Stop.STAGNATED
 
 
 class _ProgressOf:
     """Progress of an inner iteration that works on some of the columns."""
 
-    def __init__(
-        self, state: _State, length: Tensor, sizes: Tensor, columns: Tensor
-    ) -> None:
-        self._state, self._length, self._sizes = state, length, sizes
-        self._columns, self._steps = columns, state.iterations
+    def __init__(self, systems: _Systems, columns: Tensor) -> None:
+        self._systems, self._columns = systems, columns
+        self._length, self._steps = systems.length.clone(), 0
 
     def __call__(self, length: Tensor) -> Progress:
         self._length[self._columns] = length
         self._steps += 1
-        return Progress(
-            iteration=self._steps,
-            products=self._state.done,
-            residuals=tuple(_relative(self._length, self._sizes).tolist()),
-        )
+        return self._systems.progress(self._steps, self._length)
 
 
-def _relative(length: Tensor, sizes: Tensor) -> Tensor:
-    return torch.where(sizes > 0, length / sizes, length)
+def _inverse(
+    preconditioner: Tensor | LowRank | None, damping: float
+) -> Callable[[Tensor], Tensor] | None:
+    """Make what applies a preconditioner's inverse."""
+    if preconditioner is None:
+        return None
+    if isinstance(preconditioner, LowRank):
+        return preconditioner.at(damping).inverse
+    scale = 1 / preconditioner
+    return lambda V: V * scale

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from curvd.errors import CurvdError, FailedPrecondition, InvalidSpec
+from curvd.errors import CurvdError, FailedPrecondition, InvalidSpec, install
 from curvd_server.models.options import Config, checked
 from curvd_server.models.size_limit import bounded
 from curvd_server.models.transformers import transformers_model
@@ -66,7 +66,7 @@ def check_allowed(patterns: Sequence[str]) -> tuple[str, ...]:
         if importlib.util.find_spec(library) is None:
             msg = (
                 f"library {pattern!r} is allowed, but {library} is not installed: "
-                f"pip install 'curvd[{library}]'"
+                f"{install(library)}"
             )
             raise InvalidSpec(msg, library=pattern, extra=library)
     return tuple(patterns)
@@ -160,7 +160,7 @@ def _imported(library: str) -> Any:
     except ImportError as error:
         msg = (
             f"this server cannot import {library} ({error}); its operator can install "
-            f"curvd[{library}]"
+            f"it: {install(library)}"
         )
         raise FailedPrecondition(msg, library=library) from error
     if library == "transformers":

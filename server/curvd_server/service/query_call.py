@@ -35,8 +35,8 @@ class QueryCall:
 
     name: str
     lease: Lease
-    spec: OperatorSpec
-    """The operator; of a query about data points, none that is built."""
+    spec: OperatorSpec | None
+    """The operator; None: the query is about data points."""
     run: QueryRun
     batcher: Batcher
     limits: LimitsConfig

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from curvd.contract import OperatorSpec
 from curvd.errors import Cancelled
-from curvd_server.device import LONG_S, Batcher, Operator, Ticket
+from curvd_server.device import LONG_S, Batcher, Counted, Operator, Ticket
 from curvd_server.linalg import Products, Progress, Query
+from curvd_server.sessions import Lease
 from curvd_server.system import Poll
 
 R = TypeVar("R")
@@ -29,6 +31,8 @@ T = TypeVar("T")
 
 _LANE = "queries"
 _REPORT_S = 0.05
+_PRODUCTS = 10_000
+"""Columns that a query may multiply, unless it says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +45,6 @@ class Cost:
     compute_s: float
 
 
-class Counted(Protocol):
-    """What a query spends: products, or data points."""
-
-    @property
-    def done(self) -> int:
-        """How many it has taken so far."""
-
-
 class QueryRun:
     """Runs one query.
 
@@ -56,7 +52,6 @@ class QueryRun:
         batcher: The queue of the device.
         threads: Where algorithms run.
         time_limit_s: Start nothing on the device after so long; None: no limit.
-        chunk_s: Seconds that one step on the device takes, as far as is known.
     """
 
     def __init__(
@@ -65,13 +60,13 @@ class QueryRun:
         batcher: Batcher,
         threads: concurrent.futures.Executor,
         time_limit_s: float | None,
-        chunk_s: float,
     ) -> None:
         self._batcher, self._threads = batcher, threads
         self._start_s = time.monotonic()
         self._limit_s = time_limit_s
         self._queue_s = self._compute_s = 0.0
-        self._chunk_s = chunk_s
+        self.chunk_s = math.inf
+        """Seconds that one step on the device takes, as far as is known."""
         self._given_up = False
         self._ticket: Ticket[Any] | None = None
         self.subject: Counted = _Nothing()
@@ -141,7 +136,7 @@ class QueryRun:
         Raises:
             Cancelled: If the query was given up.
         """
-        if self._chunk_s > LONG_S:
+        if self.chunk_s > LONG_S:
             ticket = self._batcher.run_in_turns(job, lane=(_LANE, id(self)))
         else:
             ticket = self._batcher.run(job, lane=_LANE)
@@ -155,7 +150,7 @@ class QueryRun:
             raise Cancelled(msg) from None
         self._queue_s += done.queue_s
         self._compute_s += done.compute_s
-        self._chunk_s = done.compute_s
+        self.chunk_s = done.compute_s
         return done.value
 
     def _give_up(self) -> None:
@@ -181,20 +176,31 @@ class _Nothing:
     done: int = 0
 
 
-def products_of(
-    run: QueryRun, operator: Operator, spec: OperatorSpec, *, max_products: int
-) -> Products:
-    """Make the map that an algorithm multiplies by, with scale and damping.
+def subject_of(
+    run: QueryRun, lease: Lease, spec: OperatorSpec | None, limit: int | None
+) -> Counted:
+    """Find out what a query is about.
 
     Args:
-        run: Where it multiplies.
-        operator: The operator, built; must stay so until the query has ended.
-        spec: Its scale and damping are applied here.
-        max_products: Columns that may be multiplied.
+        run: The run that computes it.
+        lease: The session, with the operator if there is one.
+        spec: The operator; None: the query is about data points.
+        limit: Most products or data points; None: 10,000 products, all data points.
 
     Returns:
-        The map.
+        The map that it multiplies by, or the data points.
     """
+    if spec is None:
+        return lease.problem.points(run.compute, limit=limit, expired=run.expired)
+    assert lease.operator is not None
+    run.chunk_s = lease.operator.report.seconds_per_product
+    return _products(run, lease.operator, spec, limit or _PRODUCTS)
+
+
+def _products(
+    run: QueryRun, operator: Operator, spec: OperatorSpec, max_products: int
+) -> Products:
+    """Make the map that an algorithm multiplies by, with scale and damping."""
     at_once = max(1, operator.report.columns_at_once)
 
     def product(V: Tensor) -> Tensor:

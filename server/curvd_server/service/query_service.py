@@ -18,7 +18,6 @@ from curvd.contract import (
     SolveOptions,
     Solver,
     Which,
-    convert,
     convert_enums,
     query_messages,
 )
@@ -38,16 +37,17 @@ from curvd_server.linalg import (
 from curvd_server.service import query_validation as check
 from curvd_server.service.handlers import method_name
 from curvd_server.service.query_call import QueryCall, to_numpy
-from curvd_server.service.query_run import QueryRun, products_of
+from curvd_server.service.query_run import QueryRun, subject_of
 from curvd_server.service.streams import Send, opened
 from curvd_server.service.warm_starts import WarmStarts
 from curvd_server.sessions import SessionStore
 
 _QUERIES_AT_ONCE = 32
 """Threads that algorithms run in; they wait for the device most of the time."""
-_DEFINITIONS = definitions_in("curvd_server.linalg")
-_PRODUCTS = 10_000
-"""Columns that a query may multiply, unless it says otherwise."""
+_DEFINITIONS = {
+    **definitions_in("curvd_server.linalg"),
+    **definitions_in("curvd_server.engine.data_points"),
+}
 
 
 class QueryService:
@@ -88,6 +88,7 @@ class QueryService:
             basis = check.basis_size(options.basis_size, k, size) or default_basis(
                 k, size, call.products.vector_bytes
             )
+            assert call.spec is not None
             key = (request.query.session_id, call.spec, which)
             if options.store:
                 call.lease.vectors.check_room(options.store, call.vectors_bytes(k))
@@ -182,26 +183,19 @@ class QueryService:
         structlog.contextvars.bind_contextvars(
             session=query.session_id, request_id=query.request_id
         )
-        spec = convert.operator_from_proto(query.operator)
+        spec = check.operator_of(name, query)
         expected = (
             query.expected_version if query.HasField("expected_version") else None
         )
         async with self._sessions.lease(
             query.session_id, operator=spec, expected_version=expected
         ) as lease:
-            assert lease.operator is not None
             run = QueryRun(
                 batcher=self._batcher,
                 threads=self._threads,
                 time_limit_s=options.time_limit_s,
-                chunk_s=lease.operator.report.seconds_per_product,
             )
-            run.subject = products_of(
-                run,
-                lease.operator,
-                spec,
-                max_products=options.max_products or _PRODUCTS,
-            )
+            run.subject = subject_of(run, lease, spec, options.max_products)
             with contextlib.ExitStack() as stack:
                 call = QueryCall(
                     name, lease, spec, run, self._batcher, self._limits, stack, send

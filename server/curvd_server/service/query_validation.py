@@ -7,10 +7,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from curvd.contract import (
+    QUERIES,
     Dtype,
     EigshOptions,
+    OperatorSpec,
     ParameterLayout,
     Solver,
+    convert,
 )
 from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded
 from curvd.tensors import Header
@@ -37,6 +40,28 @@ def between(name: str, value: int, low: int, high: int) -> int:
         msg = f"{name} must be in [{low}, {high}], got {value}"
         raise InvalidSpec(msg, **{name: value})
     return value
+
+
+def operator_of(rpc: str, query: query_pb.Query) -> OperatorSpec | None:
+    """Read what a query is about.
+
+    Args:
+        rpc: The name of its method.
+        query: What the query names.
+
+    Returns:
+        The operator; None if it is about data points.
+
+    Raises:
+        InvalidSpec: If it is, and names an operator.
+    """
+    if not QUERIES[rpc].of_session:
+        return convert.operator_from_proto(query.operator)
+    if query.HasField("operator"):
+        kind = convert.operator_from_proto(query.operator).kind
+        msg = f"{rpc} is about data points, not about an operator, got {kind}: leave it out"
+        raise InvalidSpec(msg, operator=kind)
+    return None
 
 
 def basis_size(value: int, k: int, size: int) -> int:

@@ -7,6 +7,7 @@ clients (`curvd.remote.asking`). Imports calls; knows no operator and no session
 from __future__ import annotations
 
 from curvd.remote.queries.base import *  # noqa: F403 - each file lists what is public
+from curvd.remote.queries.data_points import *  # noqa: F403
 from curvd.remote.queries.density import *  # noqa: F403
 from curvd.remote.queries.density import DensityQueries
 from curvd.remote.queries.eigenpairs import *  # noqa: F403

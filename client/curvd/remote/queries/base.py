@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curvd.contract import QueryInfo, Stop
+from curvd.errors import missing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,8 +72,7 @@ def drawn_on(axes: Axes | None) -> Axes:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        msg = "plot() needs matplotlib: pip install 'curvd[plot]'"
-        raise ModuleNotFoundError(msg, name="matplotlib") from error
+        raise missing(what="plot()", module="matplotlib", extra="plot") from error
     # Not pyplot: it keeps every figure alive and chooses a backend.
     made: Axes = Figure(figsize=(6, 4), layout="constrained").subplots()
     return made

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvd.contract import Mode
 from curvd_server.engine.objective.data import Array, tensor_of
-from curvd_server.graph.execution import GraphModule
+from curvd_server.graph.execution import GraphModule, without_onednn
 from curvd_server.system import yield_point
 
 
@@ -50,6 +50,15 @@ class PaddedEmbedding(nn.Embedding):
         rows = F.embedding(input, self.weight)
         padded = torch.eq(input, int(self.padding_idx or 0)).unsqueeze(-1)
         return torch.where(padded, rows.detach(), rows)
+
+
+class DifferentiableLSTM(nn.LSTM):
+    """An LSTM with derivatives in both AD modes, see `curvd_server.graph.execution`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer as torch defines it, without oneDNN's kernel."""
+        with without_onednn():
+            return super().forward(*args, **kwargs)
 
 
 class WideFloats(TorchFunctionMode):
@@ -124,6 +133,8 @@ def rewrite(module: nn.Module) -> None:
     for layer in module.modules():
         if weight_norm is not None and type(layer) is weight_norm:
             layer.__class__ = PlainWeightNorm
+        elif type(layer) is nn.LSTM:
+            layer.__class__ = DifferentiableLSTM
         elif type(layer) is nn.Embedding and _is_plain_padding(layer):
             layer.__class__ = PaddedEmbedding
 

@@ -10,10 +10,12 @@ from curvd_server.graph.execution.dryrun import dry_run
 from curvd_server.graph.execution.interpret import Interpreter
 from curvd_server.graph.execution.loss import CustomLoss
 from curvd_server.graph.execution.module import GraphModule
+from curvd_server.graph.execution.operators import without_onednn
 
 __all__ = [
     "CustomLoss",
     "GraphModule",
     "Interpreter",
     "dry_run",
+    "without_onednn",
 ]

@@ -6,8 +6,9 @@ have a schema that is pure and plain, and the arguments must fit that schema.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -94,6 +95,8 @@ def resolve(node: Node) -> Callable[..., Any]:
         return padded_embedding
     if node.operator == "aten.instance_norm.default":
         return instance_norm
+    if node.operator == "aten.lstm.input":
+        return lstm
     function: Callable[..., Any] = overload
     return function
 
@@ -254,6 +257,38 @@ def instance_norm(
         *(use_input_stats, 0.0, eps, cudnn_enabled),
     )
     return result
+
+
+def lstm(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """Run a recurrent layer by operators that can be differentiated in both AD modes.
+
+    oneDNN's layer, which torch takes on the CPU, has no derivative forwards, and none of
+    its gradient's operators can be traced apart.
+
+    Args:
+        *args: As for ``aten.lstm.input``.
+        **kwargs: The same by name.
+
+    Returns:
+        The outputs, and the last states.
+    """
+    with without_onednn():
+        result: tuple[Tensor, ...] = torch.ops.aten.lstm.input(*args, **kwargs)
+    return result
+
+
+@contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """Let torch take its own operators, not oneDNN's.
+
+    The switch is the process's; whoever computes has the device's turn meanwhile.
+    """
+    onednn: Any = torch.backends.mkldnn
+    before, onednn.enabled = onednn.enabled, False
+    try:
+        yield
+    finally:
+        onednn.enabled = before
 
 
 @functools.cache

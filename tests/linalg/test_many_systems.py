@@ -1,0 +1,331 @@
+"""Block CG, sketches and what they precondition: against dense float64 algebra."""
+
+import pytest
+import torch
+
+from curvd.contract.enums import Solver, Stop
+from curvd_server.linalg import LowRank, Products, nystrom, solve
+from curvd_server.linalg.base import drain
+from curvd_server.linalg.block_krylov import factors
+
+SIZE = 160
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def semidefinite(size=SIZE, seed=0, decay=6.0):
+    """Like a Gauss-Newton matrix: a few large eigenvalues, and a long tail to zero."""
+    basis = torch.linalg.qr(normal(size, size, seed=seed))[0]
+    values = torch.logspace(0, -decay, size, dtype=torch.float64)
+    values[3 * size // 4 :] = 0
+    return (basis * values) @ basis.T
+
+
+def map_of(A, **options):
+    return Products(lambda V: V @ A, size=len(A), dtype=A.dtype, **options)
+
+
+def residuals(A, damping, B, X):
+    return (B - X @ A - damping * X).double().norm(dim=1) / B.double().norm(dim=1)
+
+
+def exact(A, damping, B):
+    return torch.linalg.solve(A + damping * torch.eye(len(A), dtype=A.dtype), B.T).T
+
+
+@pytest.mark.parametrize("damping", [1e-1, 1e-3, 1e-5])
+@pytest.mark.parametrize("columns", [2, 16, 64])
+def test_a_block_is_solved_as_dense_algebra_does_in_no_more_products(columns, damping):
+    A, B = semidefinite(), normal(columns, SIZE, seed=1)
+    alone = drain(solve(map_of(A), B, damping=damping, tolerance=1e-8, block=1))
+    found = drain(solve(map_of(A), B, damping=damping, tolerance=1e-8))
+    torch.testing.assert_close(
+        found.solution, exact(A, damping, B), rtol=0, atol=1e-6 / damping
+    )
+    assert found.stopped is Stop.CONVERGED
+    assert found.products <= 1.05 * alone.products
+    true = residuals(A, damping, B, found.solution)
+    torch.testing.assert_close(
+        torch.tensor(found.relative_residuals, dtype=A.dtype), true, rtol=0.01, atol=0
+    )
+
+
+def test_sixty_four_columns_together_take_a_fifth_of_the_products():
+    A, B = semidefinite(1000), normal(64, 1000, seed=1)
+    alone = drain(solve(map_of(A), B, damping=1e-4, tolerance=1e-3, block=1))
+    found = drain(solve(map_of(A), B, damping=1e-4, tolerance=1e-3))
+    assert found.products <= 0.2 * alone.products
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-6, 1e-10])
+def test_columns_that_depend_on_each_other_are_no_obstacle(tolerance):
+    A = semidefinite()
+    b = normal(3, SIZE, seed=2)
+    B = torch.stack([
+        b[0],
+        b[0],
+        1e-6 * b[1],
+        1e6 * b[1],
+        torch.zeros(SIZE, dtype=torch.float64),
+        b[0] + 1e-9 * b[2],
+        b[0] - b[1],
+        A[0],
+    ])
+    found = drain(solve(map_of(A), B, damping=1e-3, tolerance=tolerance))
+    assert found.stopped is Stop.CONVERGED
+    true = (B - found.solution @ A - 1e-3 * found.solution).norm(dim=1)
+    assert (true <= 1.01 * tolerance * B.norm(dim=1)).all()
+    assert found.solution[4].count_nonzero() == 0
+
+
+def test_more_columns_than_dimensions_are_solved_in_one_step():
+    A, B = semidefinite(12), normal(30, 12, seed=3)
+    found = drain(solve(map_of(A), B, damping=1e-2, tolerance=1e-10))
+    torch.testing.assert_close(found.solution, exact(A, 1e-2, B))
+    assert found.iterations == 1
+    assert found.products <= 12 + 30  # and their residuals, if in doubt
+
+
+def test_a_column_that_has_converged_leaves_the_block_and_costs_no_more():
+    A = semidefinite()
+    vectors = torch.linalg.eigh(A)[1]
+    easy = vectors[:, -1] + 1e-3 * vectors[:, -2]  # done after two steps
+    B = torch.stack([easy, normal(SIZE, seed=4)])
+    alone = drain(solve(map_of(A), B, damping=1e-4, tolerance=1e-6, block=1))
+    found = drain(solve(map_of(A), B, damping=1e-4, tolerance=1e-6))
+    assert found.stopped is Stop.CONVERGED
+    assert found.products <= alone.products
+
+
+def test_blocks_that_fit_memory_solve_the_same():
+    A, B = semidefinite(), normal(20, SIZE, seed=5)
+    widths = []
+
+    def multiply(V):
+        widths.append(len(V))
+        return V @ A
+
+    products = Products(multiply, size=SIZE, dtype=A.dtype)
+    found = drain(solve(products, B, damping=1e-2, tolerance=1e-9, block=8))
+    assert max(widths) == 8
+    torch.testing.assert_close(found.solution, exact(A, 1e-2, B), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [0, 7, 40, 111])
+def test_residuals_are_true_when_products_run_out_in_the_middle_of_a_block(limit):
+    A, B = semidefinite(), normal(6, SIZE, seed=6)
+    found = drain(
+        solve(map_of(A, limit=limit), B, damping=1e-6, tolerance=1e-12, block=4)
+    )
+    assert found.stopped is Stop.PRODUCTS
+    assert found.products <= limit
+    torch.testing.assert_close(
+        torch.tensor(found.relative_residuals, dtype=A.dtype),
+        residuals(A, 1e-6, B, found.solution),
+    )
+
+
+@pytest.mark.parametrize("columns", [1, 5])
+@pytest.mark.parametrize("damping", [1e-1, 1e-3, 1e-5])
+def test_float32_residuals_are_recomputed_from_the_solution_that_is_returned(
+    columns, damping
+):
+    A, B = semidefinite().float(), normal(columns, SIZE, seed=7).float()
+    seen = []
+
+    def multiply(V):
+        seen.append(V.clone())
+        return V @ A
+
+    products = Products(multiply, size=SIZE, dtype=A.dtype, limit=20_000)
+    found = drain(solve(products, B, damping=damping, tolerance=1e-6))
+    rows = torch.cat(seen)
+    for x in found.solution:
+        assert (rows == x).all(dim=1).any()
+    recomputed = residuals(A, damping, B, found.solution)
+    reported = torch.tensor(found.relative_residuals, dtype=torch.float64)
+    torch.testing.assert_close(reported, recomputed, rtol=1e-2, atol=1e-6)
+
+
+def test_negative_curvature_is_reported_of_the_columns_that_met_it():
+    A = torch.diag(torch.linspace(-1, 3, SIZE, dtype=torch.float64))
+    B = torch.zeros(3, SIZE, dtype=torch.float64)
+    B[0, 0], B[1, -20:], B[2, -1] = 1, 1, 1
+    found = drain(solve(map_of(A), B))
+    assert found.indefinite == (True, False, False)
+    assert found.column_stops == (
+        Stop.NEGATIVE_CURVATURE,
+        Stop.CONVERGED,
+        Stop.CONVERGED,
+    )
+    assert found.curvatures[0] == pytest.approx(-1)
+    assert min(found.curvatures[1:]) > 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_indefinite_block_stops_with_finite_solutions_and_says_so(seed):
+    A = semidefinite(seed=seed) - 1e-2 * torch.eye(SIZE, dtype=torch.float64)
+    B = normal(8, SIZE, seed=seed + 10)
+    found = drain(solve(map_of(A), B, tolerance=1e-8))
+    assert found.stopped is Stop.NEGATIVE_CURVATURE
+    assert all(found.indefinite) and min(found.curvatures) < 0
+    assert torch.isfinite(found.solution).all()
+    # A truncated step still goes downhill on the quadratic model.
+    model = ((found.solution @ A) * found.solution).sum(1) / 2
+    assert (model - (found.solution * B).sum(1) <= 1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rank", [0, 1, 7, 10])
+def test_factors_multiply_to_what_was_given_and_reveal_its_rank(rank, dtype):
+    W = (normal(10, rank, seed=1) @ normal(rank, 5000, seed=2)).to(dtype)
+    Q, Z, T = factors(W, W)
+    eps = torch.finfo(dtype).eps
+    assert Z is Q and len(Q) == rank
+    torch.testing.assert_close(
+        Q.double() @ Q.double().T,
+        torch.eye(rank, dtype=torch.float64),
+        rtol=0,
+        atol=1e3 * eps,
+    )
+    torch.testing.assert_close(
+        T.T @ Q.double(), W.double(), rtol=0, atol=1e3 * eps * float(W.norm() + 1)
+    )
+
+
+def test_factors_tell_directions_apart_down_to_rounding():
+    basis = torch.linalg.qr(normal(2000, 6, seed=3))[0].T
+    W = torch.logspace(0, -12, 6, dtype=torch.float64)[:, None] * basis
+    mixed = normal(6, 6, seed=4) @ W
+    Q = factors(mixed, mixed)[0]
+    torch.testing.assert_close(Q @ Q.T, torch.eye(6, dtype=Q.dtype), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("rank", [5, 20, 60])
+def test_a_sketch_is_as_near_as_its_theory_says(rank):
+    A = semidefinite(decay=3)
+    values = torch.linalg.eigvalsh(A).flip(0)
+    errors = []
+    for seed in range(5):
+        sketch = drain(nystrom(map_of(A), rank, seed=seed)).sketch
+        low = (sketch.vectors.T * sketch.values) @ sketch.vectors
+        gram = sketch.vectors @ sketch.vectors.T
+        torch.testing.assert_close(
+            gram, torch.eye(len(gram), dtype=A.dtype), rtol=0, atol=1e-8
+        )
+        # From below: the rest is positive semi-definite.
+        assert float(torch.linalg.eigvalsh(A - low)[0]) > -1e-9
+        errors.append(float(torch.linalg.matrix_norm(A - low, 2)))
+    # Corollary 2.3 of Frangella, Tropp & Udell, with p = 2 rank - 1 in place of the rank.
+    best = (rank + 1) // 2
+    bound = 3 * values[best - 1] + 2 * torch.e**2 / rank * values[best - 1 :].sum()
+    assert sum(errors) / len(errors) <= float(bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("solver", Solver)
+@pytest.mark.parametrize("columns", [1, 6])
+def test_one_sketch_preconditions_every_damping(columns, solver, dtype):
+    A, B = semidefinite(), normal(columns, SIZE, seed=8)
+    sketch = drain(nystrom(map_of(A.to(dtype)), 40)).sketch
+    for damping in (1e-1, 1e-2, 1e-3):
+        tolerance = 1e-5 if dtype is torch.float64 else 3e-4
+        given = {"solver": solver, "damping": damping, "tolerance": tolerance}
+        C, D = A.to(dtype), B.to(dtype)
+        plain = drain(solve(map_of(C), D, **given))
+        found = drain(solve(map_of(C), D, preconditioner=sketch, **given))
+        assert found.stopped is Stop.CONVERGED
+        assert found.iterations < plain.iterations
+        true = residuals(A, damping, B, found.solution.double())
+        assert float(true.max()) <= 1.1 * tolerance
+
+
+def test_a_preconditioned_minres_solves_indefinite_systems():
+    A = semidefinite() - 3e-3 * torch.eye(SIZE, dtype=torch.float64)
+    b = normal(2, SIZE, seed=9)
+    sketch = drain(nystrom(map_of(semidefinite()), 40)).sketch
+    given = {"solver": Solver.MINRES, "tolerance": 1e-8}
+    plain = drain(solve(map_of(A), b, **given))
+    found = drain(solve(map_of(A), b, preconditioner=sketch, **given))
+    assert found.indefinite == (True, True)
+    assert float(residuals(A, 0, b, found.solution).max()) <= 1.01e-8
+    assert found.products < plain.products
+
+
+def test_eigenvectors_with_values_are_as_good_as_a_sketch():
+    A, B = semidefinite(), normal(4, SIZE, seed=8)
+    values, vectors = torch.linalg.eigh(A)
+    known = LowRank(vectors[:, -20:].T.flip(0), values[-20:].flip(0))
+    plain = drain(solve(map_of(A), B, damping=1e-3, tolerance=1e-6, block=1))
+    found = drain(
+        solve(map_of(A), B, damping=1e-3, tolerance=1e-6, block=1, preconditioner=known)
+    )
+    assert found.iterations < 0.6 * plain.iterations
+    assert float(residuals(A, 1e-3, B, found.solution).max()) <= 1.01e-6
+
+
+def test_values_that_are_not_positive_do_not_precondition():
+    vectors = torch.eye(4, dtype=torch.float64)[:3]
+    known = LowRank(vectors, torch.tensor([3.0, 0.0, -2.0], dtype=torch.float64))
+    at = known.at(0.5)
+    assert at.weights.tolist() == [1.0]
+    V = normal(2, 4)
+    torch.testing.assert_close(at.inverse(V), V)
+
+
+def test_a_preconditioner_inverts_what_it_knows_and_leaves_the_rest():
+    A = semidefinite(40, decay=2)
+    sketch = drain(nystrom(map_of(A), 10)).sketch
+    at = sketch.at(1e-2)
+    eye = torch.eye(40, dtype=torch.float64)
+    least = sketch.values[-1] + 1e-2
+    outside = eye - sketch.vectors.T @ sketch.vectors
+    P = (sketch.vectors.T * ((sketch.values + 1e-2) / least)) @ sketch.vectors + outside
+    torch.testing.assert_close(at.inverse(eye), torch.linalg.inv(P))
+    torch.testing.assert_close(at.root(at.root(eye)), torch.linalg.inv(P))
+    assert at.log_determinant == pytest.approx(float(torch.linalg.slogdet(P)[1]))
+
+
+def test_a_sketch_grows_until_more_would_not_pay():
+    A = semidefinite(decay=4)
+    counts = {}
+    for damping in (1e-1, 1e-2, 1e-3):
+        found = drain(nystrom(map_of(A), SIZE, damping=damping))
+        counts[damping] = found.products
+        assert found.stopped is Stop.CONVERGED
+        assert float(found.sketch.values[-1]) <= 10 * damping
+    assert counts[1e-1] <= counts[1e-2] <= counts[1e-3] < SIZE
+    few = drain(nystrom(map_of(A), SIZE, damping=1e-3, columns=1, tolerance=0.1))
+    assert few.products < counts[1e-3]
+
+
+def test_a_sketch_of_an_indefinite_map_is_refused_and_of_a_zero_map_is_empty():
+    A = semidefinite() - 0.1 * torch.eye(SIZE, dtype=torch.float64)
+    found = drain(nystrom(map_of(A), 20))
+    assert found.stopped is Stop.NEGATIVE_CURVATURE
+    assert found.smallest < 0 and found.sketch.rank == 0
+    zero = drain(nystrom(map_of(0 * A), 20))
+    assert zero.stopped is Stop.CONVERGED and zero.sketch.rank == 0
+    # What knows nothing changes nothing.
+    B = normal(3, SIZE)
+    solved = drain(solve(map_of(0 * A), B, damping=2.0, preconditioner=zero.sketch))
+    torch.testing.assert_close(solved.solution, B / 2)
+
+
+def test_a_sketch_takes_as_many_probes_as_products_are_left():
+    found = drain(nystrom(map_of(semidefinite(), limit=10), 30))
+    assert found.stopped is Stop.PRODUCTS
+    assert found.products == 10 and found.sketch.rank == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_sketch_of_every_dimension_solves_at_once(dtype):
+    A, B = semidefinite(30).to(dtype), normal(4, 30).to(dtype)
+    sketch = drain(nystrom(map_of(A), 1000)).sketch
+    found = drain(
+        solve(map_of(A), B, damping=1e-2, tolerance=1e-4, preconditioner=sketch)
+    )
+    assert found.iterations <= 2
