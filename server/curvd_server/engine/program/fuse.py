@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from curvd_server.engine.program.simplify import drop_unused, shape_of
+from curvd_server.engine.program.constants import shape_of
+from curvd_server.engine.program.simplify import drop_unused
 from curvd_server.system import yield_point
 
 aten = torch.ops.aten

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from curvd_server.engine.program.simplify import drop_unused, shape_of
+from curvd_server.engine.program.constants import shape_of
+from curvd_server.engine.program.simplify import drop_unused
 from curvd_server.system import yield_point
 
 aten = torch.ops.aten

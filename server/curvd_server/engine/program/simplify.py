@@ -7,12 +7,21 @@ between products. All keep the result up to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Set
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from curvd_server.engine.program.constants import (
+    DerivedConstants,
+    Values,
+    is_constant,
+    named,
+    new_constant,
+    shape_of,
+)
+from curvd_server.engine.program.join_products import join_products
 from curvd_server.system import yield_point
 
 aten = torch.ops.aten
@@ -29,10 +38,6 @@ _SCALES = {
 """Elementwise and linear in the first operand: a fixed factor in disguise."""
 _COPIES = {aten.expand.default, aten._to_copy.default}
 """What forward mode inserts where a tangent might be another's view, and is not."""
-
-Values = Mapping[str, Any]
-DerivedConstants = dict[str, Callable[[Values], Tensor]]
-"""How to compute new constants from earlier ones, by name, in order."""
 
 
 def simplify(graph: fx.Graph, zeros: Set[str]) -> tuple[fx.Graph, DerivedConstants]:
@@ -66,6 +71,7 @@ def simplify(graph: fx.Graph, zeros: Set[str]) -> tuple[fx.Graph, DerivedConstan
         yield_point()
         if node.target is _MUL:
             _gather_factors(graph, node, derived)
+    join_products(graph, derived)
     drop_unused(graph)
     graph.lint()
     return graph, derived
@@ -104,31 +110,6 @@ def addends(graph: fx.Graph) -> frozenset[str]:
     )
 
 
-def _constant(node: object) -> bool:
-    return not isinstance(node, fx.Node) or node.op == "get_attr"
-
-
-def shape_of(node: Any) -> tuple[int, ...]:
-    """Read the shape of a node's value; that of a plain number is ()."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def _new_constant(
-    graph: fx.Graph,
-    at: fx.Node,
-    derived: DerivedConstants,
-    like: Tensor,
-    compute: Callable[[Values], Tensor],
-) -> fx.Node:
-    name = f"f{len(derived)}"
-    derived[name] = compute
-    with graph.inserting_before(at):
-        node = graph.get_attr(name)
-    node.meta["val"] = like
-    return node
-
-
 def _replace(
     graph: fx.Graph, old: fx.Node, target: Any, args: tuple[Any, ...]
 ) -> fx.Node:
@@ -144,7 +125,7 @@ def _drop_zero(graph: fx.Graph, node: fx.Node, zeros: Set[str]) -> None:
     """``t + 0 -> t``: tangents of what does not depend on the parameters."""
     pairs: Any = (node.args, node.args[::-1])
     for tangent, other in pairs:
-        if _constant(tangent) or not _constant(other) or node.kwargs:
+        if is_constant(tangent) or not is_constant(other) or node.kwargs:
             continue
         zero = other == 0 or (isinstance(other, fx.Node) and other.target in zeros)
         if zero and shape_of(tangent) == shape_of(node):
@@ -173,13 +154,13 @@ def _drop_copy(graph: fx.Graph, node: fx.Node, source: int) -> None:
 def _fold_factor(graph: fx.Graph, node: fx.Node, derived: DerivedConstants) -> None:
     """``gelu_backward(t, h) -> t * gelu'(h)``, the factor computed once."""
     tangent, *others = node.args
-    if _constant(tangent) or not all(map(_constant, others)):
+    if is_constant(tangent) or not all(map(is_constant, others)):
         return
     target: Any = node.target
     first = next(o for o in others if isinstance(o, fx.Node))
     # note: a name, not a node, because a graph must not be kept alive by derived constants.
-    names = [_named(o) for o in others]
-    extra = {k: _named(v) for k, v in node.kwargs.items()}
+    names = [named(o) for o in others]
+    extra = {k: named(v) for k, v in node.kwargs.items()}
 
     def factor(values: Values) -> Tensor:
         known = [read(values) for read in names]
@@ -188,7 +169,7 @@ def _fold_factor(graph: fx.Graph, node: fx.Node, derived: DerivedConstants) -> N
         return result
 
     at = others.index(first)
-    constant = _new_constant(graph, node, derived, first.meta["val"], factor)
+    constant = new_constant(graph, node, derived, first.meta["val"], factor)
     _replace(graph, node, _MUL, (tangent, constant))
 
 
@@ -209,27 +190,17 @@ def _gather_factors(graph: fx.Graph, node: fx.Node, derived: DerivedConstants) -
         if shape_of(node) != whole or math.prod(shape) > math.prod(whole):
             return
         like = torch.empty(shape, dtype=node.meta["val"].dtype, device="meta")
-        left, right = _named(factor), _named(outer)
-        product = _new_constant(
-            graph, node, derived, like, lambda v: left(v) * right(v)
-        )
+        left, right = named(factor), named(outer)
+        product = new_constant(graph, node, derived, like, lambda v: left(v) * right(v))
     _replace(graph, node, _MUL, (tangent, product))
     graph.erase_node(inner)
-
-
-def _named(operand: Any) -> Callable[[Values], Any]:
-    """Read an operand, a constant by name or a plain value."""
-    if not isinstance(operand, fx.Node):
-        return lambda _: operand
-    name = str(operand.target)
-    return lambda values: values[name]
 
 
 def _split_factors(node: fx.Node) -> tuple[fx.Node | None, Any]:
     """Tell the tangent from the constant of a product."""
     a, b = node.args[:2]
-    if _constant(b) and isinstance(a, fx.Node) and not _constant(a):
+    if is_constant(b) and isinstance(a, fx.Node) and not is_constant(a):
         return a, b
-    if _constant(a) and isinstance(b, fx.Node) and not _constant(b):
+    if is_constant(a) and isinstance(b, fx.Node) and not is_constant(b):
         return b, a
     return None, None
