@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -104,7 +104,7 @@ class AsyncClient:
 
     async def register_dataset(
         self,
-        tensors: Tensors | None = None,
+        tensors: Tensors | Iterable[Any] | None = None,
         *,
         name: str | None = None,
         digest: str | None = None,
@@ -168,7 +168,7 @@ class AsyncClient:
         loss: Any,
         data: Any,
         *,
-        batch_size: int,
+        batch_size: int | None = None,
         output: Output = None,
         dtype: Any = None,
         mode: Mode | str | None = None,
@@ -190,7 +190,7 @@ class AsyncClient:
             ready.data,
             inputs=ready.model.inputs,
             target=ready.target,
-            batch_size=batch_size,
+            batch_size=ready.batch_size,
         )
         return await self.create_session(
             await self.register_model(ready.model),

@@ -6,7 +6,8 @@ Importing this costs nothing: torch is imported when something is exported.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,8 @@ class Prepared:
     loss: LossSpec | Mapping[str, Any] | str
     dtype: Dtype
     """What the module computes in."""
+    batch_size: int
+    """``B``."""
 
 
 def export(
@@ -66,8 +69,9 @@ def export(
 
     Args:
         module: Anything that torch.export traces: no branches on values, no chance.
-        inputs: What it is called with: a tensor, a tuple of arguments, or a dict of
-            keyword arguments; each tensor has the leading axis N. The server binds a
+        inputs: What it is called with: a tensor, a tuple of arguments, or a mapping of
+            keyword arguments, such as a tokenizer's batch; each has the leading axis N.
+            Arrays of NumPy become tensors of the module's type. The server binds a
             dataset's tensors by order, or by these names.
         output: Which of its results, by name or index, [B, ...]. None: ``logits`` if
             there is such a field, else the first tensor. Several, in a list, or all of
@@ -101,10 +105,12 @@ def export(
         ['0.weight', '0.bias']
     """
     _need_torch()
+    from curvd.graph.data import tensors_of
     from curvd.graph.fitting import check_module, explained
     from curvd.graph.prepare import prove_module
 
     check_module(module)
+    inputs = tensors_of(inputs, module)
     model = _captured(module, inputs, output, mode)
     if check:
         with explained(module, inputs, model.mode):
@@ -195,7 +201,7 @@ def prepare(
     output: Output,
     mode: Mode | str | None,
     *,
-    batch_size: int,
+    batch_size: int | None,
     check: bool,
 ) -> Prepared:
     """Export all that a session of a module needs.
@@ -203,22 +209,22 @@ def prepare(
     Args:
         module: The model.
         loss: A specification, a loss of torch, or a function; None: the module's own.
-        data: Inputs as for `export`, and targets; for the module's own loss a dict
-            with ``labels`` will do.
+        data: Inputs and targets, in whatever way `curvd.graph.data` reads.
         output: Which of the module's results the loss takes.
         mode: The mode, as for `export`.
-        batch_size: The batch size of the session.
+        batch_size: The batch size of the session; None: that of the data.
         check: Whether to prove that the graphs are module and loss.
 
     Returns:
         What is to be registered.
 
     Raises:
-        InvalidSpec: If `data` is no pair, module, loss and data do not fit one another,
-            or the module is in half precision.
+        InvalidSpec: If `data` has no targets or no batch size, if module, loss and data
+            do not fit one another, or the module is in half precision.
         ModuleNotFoundError: If torch is not installed.
     """
     _need_torch()
+    from curvd.graph.data import opened
     from curvd.graph.fitting import (
         check_lengths,
         check_loss,
@@ -234,7 +240,15 @@ def prepare(
     is_own = not isinstance(loss, str | Mapping | LossSpec | None)
     if is_own:
         check_loss(loss)
-    inputs, targets = _pair(data, by_itself=loss is None)
+    held = opened(data, module)
+    inputs, targets = held.inputs, held.targets
+    size = batch_size if batch_size is not None else held.batch_size
+    if size is None:
+        msg = (
+            f"data that comes whole, here a {type(data).__name__}, needs batch_size=; a "
+            "DataLoader or an iterable of mini-batches has one of its own"
+        )
+        raise InvalidSpec(msg)
     check_lengths(leaves_of(inputs), targets)
     model = _captured(module, inputs, output, mode, targets)
     if model.graph.dtype not in (d.value for d in Dtype):
@@ -252,25 +266,37 @@ def prepare(
         known = loss, spec, targets
     if check:
         graph, state = model.graph, model.state
-        prove_module(
-            module, inputs, output, model.mode, graph, state, known, batch_size
-        )
+        prove_module(module, inputs, output, model.mode, graph, state, known, size)
     target = next(n for n in ("target", "targets", "y_target") if n not in model.inputs)
-    named = dict(zip(model.inputs, leaves_of(inputs), strict=True))
+    leaves = dict(zip(model.inputs, leaves_of(inputs), strict=True))
     dtype = Dtype(model.graph.dtype)
-    return Prepared(model, {**named, target: targets}, target, spec, dtype)
+    return Prepared(model, {**leaves, target: targets}, target, spec, dtype, size)
 
 
-def _pair(data: Any, *, by_itself: bool) -> tuple[Any, Any]:
-    """Take inputs and targets apart."""
-    if by_itself and isinstance(data, Mapping) and "labels" in data:
-        return {k: v for k, v in data.items() if k != "labels"}, data["labels"]
-    if not isinstance(data, tuple | list) or len(data) != 2:
-        msg = f"data must be (inputs, targets), got {type(data).__name__}"
-        if by_itself:
-            msg += "; without a loss= also a dict with labels"
-        raise InvalidSpec(msg)
-    return data[0], data[1]
+def named(
+    data: Any, inputs: Sequence[str], target: str
+) -> Mapping[str, Any] | str | os.PathLike[str]:
+    """Give the tensors of a dataset their names.
+
+    Args:
+        data: Arrays by name, or the path of a file, which is what it is; a loader, a data
+            set, a pair or an iterable of mini-batches, as for `Client.session_for`.
+        inputs: Names of the inputs, in order.
+        target: Name of the target.
+
+    Returns:
+        The tensors by name, or the path.
+
+    Raises:
+        InvalidSpec: If there are more names than inputs, or fewer.
+        ModuleNotFoundError: If torch is needed and not installed.
+    """
+    if isinstance(data, Mapping | str | os.PathLike):
+        return data
+    _need_torch()
+    from curvd.graph.data import by_name
+
+    return by_name(data, tuple(inputs), target)
 
 
 def _need_torch() -> None:

@@ -73,6 +73,27 @@ def test_a_config_shapes_the_model():
     assert found.tensors["fc.weight"].shape == (7, 512)
 
 
+def test_the_whole_config_of_transformers_is_a_config():
+    needs("transformers")
+    import transformers
+
+    own = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 11, "num_labels": 5}
+    own |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    whole = transformers.GPT2Config(**own).to_dict()
+    for head in ("causal_lm", "sequence_classification"):
+        found = describe("transformers:gpt2", {**whole, "head": head})
+        brief = describe("transformers:gpt2", {**own, "head": head})
+        assert found.tensors == brief.tensors
+        assert found.ties == brief.ties
+    assert found.tensors["score.weight"].shape == (5, 8)
+    with pytest.raises(
+        InvalidSpec, match=r"a 'gpt2'; register it as 'transformers:gpt2'"
+    ):
+        describe("transformers:bert", whole)
+    with pytest.raises(InvalidSpec, match="unknown key 'quantization_config'"):
+        describe("transformers:gpt2", {**whole, "quantization_config": {"bits": 4}})
+
+
 @pytest.mark.parametrize("source", ["timm:vit_*", "timm:resnet18", "transformers:gpt2"])
 def test_only_what_the_operator_allows_is_found(source):
     needs(source.partition(":")[0])
@@ -215,14 +236,14 @@ def test_an_operator_learns_of_a_library_that_is_missing(monkeypatch):
     with pytest.raises(InvalidSpec, match="a colon, and a glob"):
         libraries.check_allowed(["timm"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InvalidSpec, match=r"pip install 'curvd\[timm\]'"):
+    with pytest.raises(InvalidSpec, match=r"pip install .* '\.\[timm\]'"):
         libraries.check_allowed(["timm:*"])
 
 
 def test_a_library_that_does_not_load_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     libraries._imported.cache_clear()
-    with pytest.raises(FailedPrecondition, match=r"curvd\[transformers\]"):
+    with pytest.raises(FailedPrecondition, match=r"pip install .*\.\[transformers\]"):
         libraries._imported("transformers")
     libraries._imported.cache_clear()
 

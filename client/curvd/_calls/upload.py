@@ -26,7 +26,7 @@ from curvd.contract import (
     enums,
 )
 from curvd.errors import InvalidSpec, InvalidTensors, Unavailable
-from curvd.exported import ExportedModel
+from curvd.exported import ExportedModel, named
 from curvd.tensors import chunks as wire
 from curvd.tensors import safetensors_header, to_numpy
 from curvd.v1 import session_service_pb2 as session_pb
@@ -189,7 +189,7 @@ def register_model(
 
 
 def register_dataset(
-    tensors: Tensors | None,
+    tensors: Tensors | Iterable[Any] | None,
     *,
     name: str | None,
     digest: str | None,
@@ -221,7 +221,7 @@ def register_dataset(
         if digest is not None:
             header.tensors.digest = digest
         return Unary(rpc, rpc.request.message(header=header), _dataset)
-    blob = _blob(tensors)
+    blob = _blob(named(tensors, spec.inputs, spec.target))
     _check_dataset(blob.header, spec)
     return Upload(rpc, header, "tensors", blob, _dataset, progress)
 
@@ -263,7 +263,7 @@ def _blob(tensors: Tensors) -> Blob:
         if array is None:
             msg = (
                 f"tensor {name!r} is a {type(value).__name__}, "
-                "not a NumPy array or torch tensor"
+                "not a NumPy array or torch tensor: pass np.asarray(...) of numbers"
             )
             raise InvalidTensors(msg, tensor=name, type=type(value).__name__)
         arrays[name] = array

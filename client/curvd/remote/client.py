@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -145,7 +145,7 @@ class Client:
 
     def register_dataset(
         self,
-        tensors: Tensors | None = None,
+        tensors: Tensors | Iterable[Any] | None = None,
         *,
         name: str | None = None,
         digest: str | None = None,
@@ -158,8 +158,9 @@ class Client:
         """Register named tensors as fixed mini-batches. Same content, same dataset.
 
         Args:
-            tensors: Inputs and target by name, [N, ...] each, or the path of a
-                safetensors file.
+            tensors: Inputs and target by name, [N, ...] each; the path of a safetensors
+                file; or a pair, a DataLoader, a Dataset or an iterable of mini-batches,
+                whose entries are the inputs in order and the target after them.
             name: One of `ServerInfo.datasets`, in place of tensors: a file that lies on
                 the server, and may have more tensors than are used here.
             digest: SHA-256 of a safetensors file that the server has, because it was
@@ -263,7 +264,7 @@ class Client:
         loss: Any,
         data: Any,
         *,
-        batch_size: int,
+        batch_size: int | None = None,
         output: Output = None,
         dtype: Any = None,
         mode: Mode | str | None = None,
@@ -283,10 +284,13 @@ class Client:
                 (or returns a sum and its weight), or what `create_session` takes. None:
                 the loss that the module itself returns as ``loss`` when it is called
                 with ``labels=``, as those of transformers do.
-            data: Inputs (a tensor, a tuple, or a dict of keyword arguments) and targets,
-                each with the leading axis N; for a module's own loss also one dict with
-                ``labels``.
-            batch_size: ``B``; the last mini-batch may be smaller.
+            data: A pair of inputs (an array, a tuple of arguments, or a mapping of keyword
+                arguments) and targets, each with the leading axis N; or one mapping with
+                ``labels``, such as a tokenizer's batch; or a Dataset, a DataLoader or an
+                iterable of mini-batches, which are read to their end once. Arrays are
+                torch's, NumPy's or lists of numbers.
+            batch_size: ``B``; the last mini-batch may be smaller. None: that of the
+                loader or of the first mini-batch.
             output: Which of the module's results the loss takes, by name or index. A
                 list of them: the loss takes a tuple; ``...``: all that the module
                 returns, as it returns it. None: see `curvd.export`.
@@ -316,7 +320,7 @@ class Client:
             ready.data,
             inputs=ready.model.inputs,
             target=ready.target,
-            batch_size=batch_size,
+            batch_size=ready.batch_size,
         )
         return self.create_session(
             self.register_model(ready.model),

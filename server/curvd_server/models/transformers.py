@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -29,6 +29,12 @@ _HEADS = {
 _ATTENTION = "curvd"
 _FOREIGN = re.compile("_.*|backbone|.*_path|.*_config")
 """Options that refer to files and other models."""
+
+
+_OF_WHOLE = "transformers_version"
+"""Stands in what ``config.to_dict()`` of the library returns, and is no option."""
+_SAID = {"_name_or_path", "model_type", "output_attentions"}
+"""What else ``to_dict()`` adds; the options that all types share are the library's."""
 
 
 def transformers_model(library: Any, name: str, kind: str, config: Config) -> nn.Module:
@@ -59,6 +65,8 @@ def transformers_model(library: Any, name: str, kind: str, config: Config) -> nn
     shared = {f.name for f in dataclasses.fields(library.PreTrainedConfig)}
     known = {f.name for f in dataclasses.fields(own)} - shared
     known = {n for n in known if _FOREIGN.fullmatch(n) is None} | {"num_labels"}
+    if _OF_WHOLE in options:
+        options = _architecture(name, kind, options, shared | _SAID, known, own)
     options = checked(name, options, known)
     if "use_cache" in known:
         options["use_cache"] = False  # a cache for generating costs, and gains nothing
@@ -70,6 +78,45 @@ def transformers_model(library: Any, name: str, kind: str, config: Config) -> nn
     _use_traceable_attention(module)
     module.register_forward_hook(functools.partial(_one_output, name, output))
     return module
+
+
+def _architecture(
+    name: str, kind: str, whole: Config, shared: Set[str], known: Set[str], own: Any
+) -> dict[str, Any]:
+    """Take from ``config.to_dict()`` what shapes the architecture.
+
+    Args:
+        name: The name of the builder, for messages.
+        kind: The type of model that the builder makes.
+        whole: What ``to_dict()`` returned.
+        shared: Names of what every configuration has: labels, paths, types, outputs.
+        known: The type's own options.
+        own: The type's configuration class.
+
+    Returns:
+        The type's own options, the number of labels, and what no builder knows unless it
+        is as the type has it anyway.
+
+    Raises:
+        InvalidSpec: If it is the configuration of another type.
+    """
+    told = whole.get("model_type", kind)
+    if told != kind:
+        msg = (
+            f"{name}: this is the configuration of a {told!r}; register it as "
+            f"'transformers:{told}'"
+        )
+        raise InvalidSpec(msg, builder=name, key="model_type", value=told)
+    usual = own().to_dict()
+    options = {
+        key: value
+        for key, value in whole.items()
+        if key not in shared and (key in known or value != usual.get(key))
+    }
+    labels = whole.get("id2label")
+    if isinstance(labels, Mapping):
+        options.setdefault("num_labels", len(labels))
+    return options
 
 
 def _use_traceable_attention(module: Any) -> None:
