@@ -21,6 +21,8 @@ from curvd_server.transport import ConnectionLimits
 DEFAULT_LISTEN = "127.0.0.1:50551"
 MESSAGE_BYTES = 4 << 20
 """Longest message that is accepted. Chunks stay 64 KiB below it."""
+_WAITING_CALLS = 512
+"""Calls of clients that are not ours that wait for the event loop."""
 _MOST_PORT = 65535
 _UNIX = ("unix:", "unix-abstract:")
 
@@ -345,6 +347,9 @@ class ServerConfig:
                 "grpc.server_handshake_timeout_ms",
                 round(1e3 * self.connections.greeting_s),
             ),
+            # A call that waits here holds 0.7 MB of headers, if it is meant to.
+            ("grpc.server.max_pending_requests", _WAITING_CALLS),
+            ("grpc.server.max_pending_requests_hard_limit", _WAITING_CALLS),
             ("grpc.http2.max_frame_size", (1 << 24) - 1),
             ("grpc.http2.lookahead_bytes", 16 << 20),
         ]

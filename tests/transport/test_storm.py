@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import resource
+import selectors
 import shutil
 import socket
 import subprocess
@@ -20,9 +21,11 @@ from support.fake_device import FakeDevice
 from support.served import Channels
 
 import curvd
+from curvd.http2 import frames
 from curvd_server.app import serve_in_thread
 from curvd_server.config import ServerConfig
 from curvd_server.transport import greeting
+from curvd_server.transport.interceptors import TokenInterceptor
 from curvd_server.transport.limits import ConnectionLimits
 
 CALLS = 4
@@ -182,6 +185,44 @@ def test_what_was_acknowledged_without_rights_and_descriptors_is_not_lost(tmp_pa
         assert session.refresh().version == 2
         assert session.gradient()[0] == loss
         np.testing.assert_array_equal(session.gradient()[1], gradient)
+
+
+def test_calls_that_nobody_takes_up_yet_are_few(tmp_path, monkeypatch):
+    taken, go_on = threading.Event(), threading.Event()
+    intercept = TokenInterceptor.intercept_service
+
+    async def busy(*args):
+        taken.set()
+        go_on.wait()  # and the event loop with it
+        return await intercept(*args)
+
+    monkeypatch.setattr(TokenInterceptor, "intercept_service", busy)
+    calls = [hostile.headers(n, flags=frames.END_STREAM) for n in range(1, 200, 2)]
+    begin = frames.PREFACE + frames.settings({}) + b"".join(calls)
+    config = ServerConfig(
+        listen="127.0.0.1:0",
+        drain_s=0.0,
+        data_dir=tmp_path,
+        token="secret",
+        transport="grpcio",
+    )
+    with (
+        serve_in_thread(config, device=FakeDevice()) as target,
+        contextlib.ExitStack() as stack,
+        selectors.DefaultSelector() as selector,
+    ):
+        stack.callback(go_on.set)
+        host, _, port = target.rpartition(":")
+        for _ in range(8):
+            sock = stack.enter_context(socket.create_connection((host, int(port))))
+            sock.sendall(begin)
+            selector.register(sock, selectors.EVENT_READ)
+        assert taken.wait(300)
+        heard = b""
+        while b"CANCELLED" not in heard:
+            for key, _ in selector.select():
+                heard += key.fileobj.recv(1 << 16)
+        assert b"needs a token" not in heard
 
 
 def test_watching_the_health_takes_nobodys_place(tmp_path, monkeypatch):
