@@ -69,6 +69,24 @@ def _unfinished_block():
     return begun + frames.frame(Kind.CONTINUATION, 0, 1, bytes(16000)) * 3
 
 
+def _provoked(stream):
+    """What has to be answered by a reset."""
+    return headers(stream) + frames.frame(
+        Kind.WINDOW_UPDATE, 0, stream, frames.number(0)
+    )
+
+
+_FOREIGN = frames.PREFACE + frames.settings({})
+_REMEMBERED = frames.frame(Kind.HEADERS, 5, 1, b"\x40\x01x\x7f\xa1\x1e" + bytes(4000))
+"""A field of 4,000 bytes; from now on one byte stands for it."""
+
+
+def _bomb(stream, flags=5):
+    """Headers that are a thousand times as long as they look."""
+    block = frames.literals(((":method", "POST"), (":path", PREFIX + "MatMat")))
+    return frames.frame(Kind.HEADERS, flags, stream, block + b"\xbe" * 15_000)
+
+
 FLOODS: dict[str, Callable[[], Iterator[bytes]]] = {
     "unknown frames": lambda: _after(b"", repeated(frames.frame(0xBB, 0, 0))),
     "PRIORITY": lambda: _after(
@@ -97,13 +115,20 @@ FLOODS: dict[str, Callable[[], Iterator[bytes]]] = {
         b"", repeated(frames.frame(Kind.WINDOW_UPDATE, 0, 0, frames.number(1)))
     ),
     "rapid reset": lambda: _after(b"", calls(lambda n: headers(n) + reset(n))),
+    "provoked resets": lambda: _after(b"", calls(_provoked)),
+    "goodbyes": lambda: _after(
+        b"", repeated(frames.frame(Kind.GOAWAY, 0, 0, bytes(8)))
+    ),
     "large headers": lambda: _after(b"", calls(_large_headers)),
     "calls without token": lambda: _after(
         b"", calls(lambda n: headers(n, flags=frames.END_STREAM))
     ),
     "random bytes": lambda: _after(b"", itertools.repeat(bytes(range(256)) * 256)),
     "foreign useless frames": lambda: itertools.chain(
-        [frames.PREFACE + frames.settings({})], repeated(frames.frame(0xBB, 0, 0))
+        [_FOREIGN], repeated(frames.frame(0xBB, 0, 0))
+    ),
+    "foreign header bombs": lambda: itertools.chain(
+        [_FOREIGN + _REMEMBERED], calls(lambda number: _bomb(number + 2))
     ),
     "greetings, byte by byte": lambda: (bytes([byte]) for byte in GREETING),
     "churn": lambda: iter([b""]),
@@ -115,7 +140,8 @@ HOARDS: dict[str, bytes] = {
     "silent": b"",
     "half greetings": GREETING[:30],
     "idle": GREETING,
-    "foreign idle": frames.PREFACE + frames.settings({}),
+    "foreign idle": _FOREIGN,
+    "foreign half headers": _FOREIGN + _REMEMBERED + _bomb(3, flags=0),
     "half calls": GREETING + headers(1),
     "large header blocks": GREETING + _unfinished_block(),
 }
