@@ -88,7 +88,16 @@ from curvd.errors import (
     VersionMismatch,
 )
 from curvd.exported import ExportedModel, export, export_loss
-from curvd.remote import Client, RemoteOperator, Session, connect, queries
+from curvd.remote import (
+    Client,
+    Identity,
+    OperatorSum,
+    RemoteOperator,
+    Session,
+    Submatrix,
+    connect,
+    queries,
+)
 from curvd.remote.queries import (
     Density,
     DiagonalEstimate,
@@ -105,6 +114,9 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "Client",
     "Session",
     "RemoteOperator",
+    "Identity",
+    "OperatorSum",
+    "Submatrix",
     "ClientConfig",
     "RetryConfig",
     "TlsConfig",

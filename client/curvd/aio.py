@@ -18,6 +18,8 @@ from collections.abc import AsyncGenerator, Awaitable, Iterable, Mapping, Sequen
 from types import TracebackType
 from typing import Any, TypeVar
 
+import numpy as np
+
 from curvd._calls import Progress, Tensors, TensorStream, requests, upload
 from curvd._transport import AsyncConnection
 from curvd.config import ClientConfig, Pem, TlsConfig
@@ -37,12 +39,17 @@ from curvd.contract import (
 from curvd.errors import SessionNotFound, VectorNotFound
 from curvd.exported import ExportedModel, prepare
 from curvd.remote import (
+    Algebra,
     AsyncAsks,
+    AsyncOperatorSum,
+    AsyncSubmatrix,
     DataPointQueries,
+    Indices,
     OperatorBase,
     OperatorQueries,
     SessionBase,
     configured,
+    dense_bytes,
     name_of,
     shown,
 )
@@ -359,7 +366,12 @@ class AsyncSession(DataPointQueries, AsyncAsks, SessionBase["AsyncOperator"]):
                 await self.delete()
 
 
-class AsyncOperator(OperatorQueries, AsyncAsks, OperatorBase):
+class AsyncOperator(
+    OperatorQueries,
+    AsyncAsks,
+    OperatorBase,
+    Algebra["AsyncOperator", AsyncOperatorSum, AsyncSubmatrix],
+):
     """``scale * A + damping * I`` on a session's parameters; see `curvd.RemoteOperator`.
 
     ``H @ x`` and ``x @ H`` check the operand at once and return what is to be awaited.
@@ -417,6 +429,27 @@ class AsyncOperator(OperatorQueries, AsyncAsks, OperatorBase):
             async for block in blocks:
                 yield call.wanted.finish(block)
         self.last = call.info
+
+    async def to_dense(self) -> np.ndarray[Any, Any]:
+        """Multiply it out; see `curvd.RemoteOperator`."""
+        dense_bytes(self.shape, self.dtype)
+        return await self.matmat(np.eye(self.shape[0], dtype=self.dtype))
+
+    @property
+    def _place(self) -> tuple[Any, ...]:
+        return self._connection.target, self._session.id, self.expected_version
+
+    def _like(self, spec: OperatorSpec) -> AsyncOperator:
+        version = self.expected_version
+        return AsyncOperator(self._connection, self._session, spec, version)
+
+    def _sum_of(self, terms: tuple[Any, ...]) -> AsyncOperatorSum:
+        return AsyncOperatorSum(terms)
+
+    def _submatrix_of(
+        self, operator: Any, rows: Indices, columns: Indices
+    ) -> AsyncSubmatrix:
+        return AsyncSubmatrix(operator, rows, columns)
 
     async def _run(self, call: TensorStream[T]) -> T:
         return self._taken(call, await self._connection.run(call))

@@ -5,14 +5,17 @@ import inspect
 import pytest
 
 import curvd
+from curvd.remote import AsyncOperatorSum, AsyncSubmatrix
 
 PAIRS = [
     (curvd.Client, curvd.AsyncClient),
     (curvd.Session, curvd.AsyncSession),
     (curvd.RemoteOperator, curvd.AsyncOperator),
+    (curvd.OperatorSum, AsyncOperatorSum),
+    (curvd.Submatrix, AsyncSubmatrix),
 ]
 ONLY_BLOCKING = {"to_scipy"}  # SciPy calls, and does not await
-IN_MEMORY = {"operator", "probe", *curvd.OperatorKind}
+IN_MEMORY = {"adjoint", "operator", "probe", *curvd.OperatorKind}
 
 
 def surface(kind):

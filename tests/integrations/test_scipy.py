@@ -54,5 +54,5 @@ def test_without_scipy_the_extra_is_named(operator, monkeypatch):
     for name in [n for n in sys.modules if n.partition(".")[0] == "scipy"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'curvd\[scipy\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install .*'\.\[scipy\]'"):
         operator.to_scipy()

@@ -17,21 +17,23 @@ except ModuleNotFoundError as error:
     raise missing(what="to_scipy()", module="scipy", extra="scipy") from error
 
 if TYPE_CHECKING:
-    from curvd.remote import RemoteOperator
+    from curvd.remote import OperatorSum, RemoteOperator, Submatrix
 
 
-def linear_operator(operator: RemoteOperator, dtype: Any) -> LinearOperator:
+def linear_operator(
+    operator: RemoteOperator | OperatorSum | Submatrix, dtype: Any
+) -> LinearOperator:
     """Wrap an operator for SciPy.
 
     Args:
-        operator: Symmetric, [P, P].
+        operator: Symmetric, [P, P], or a submatrix of one, [R, C].
         dtype: What SciPy computes in.
 
     Returns:
         An operator that casts to what the session takes, and back.
     """
 
-    def multiply(x: Array) -> Array:
+    def multiply(x: Array, operator: Any = operator) -> Array:
         # SciPy hands over [P], [P, 1] or [P, K]; the seed answers in the operand's type.
         if not np.can_cast(x.dtype, operator.dtype, "same_kind"):
             msg = f"a product of {x.dtype} is not defined; this operator is {operator.dtype}"
@@ -39,11 +41,14 @@ def linear_operator(operator: RemoteOperator, dtype: Any) -> LinearOperator:
         product: Array = operator @ x.astype(operator.dtype, copy=False)
         return product.astype(x.dtype, copy=False)
 
+    def multiply_transposed(x: Array) -> Array:
+        return multiply(x, operator.T)
+
     return LinearOperator(
         operator.shape,
         matvec=multiply,
-        rmatvec=multiply,
+        rmatvec=multiply_transposed,
         matmat=multiply,
-        rmatmat=multiply,
+        rmatmat=multiply_transposed,
         dtype=np.dtype(dtype),
     )

@@ -7,25 +7,36 @@ A client, its sessions, their operators and queries; `curvd.aio` has the same na
 
 from __future__ import annotations
 
+from curvd.remote.algebra import Algebra, Identity, Indices, dense_bytes
 from curvd.remote.asking import AsyncAsks
 from curvd.remote.client import Client, configured, connect
 from curvd.remote.operator import OperatorBase, RemoteOperator
+from curvd.remote.operator_sum import AsyncOperatorSum, OperatorSum
 from curvd.remote.progress import shown
 from curvd.remote.queries import DataPointQueries, OperatorQueries
 from curvd.remote.session import Session
 from curvd.remote.session_base import SessionBase, name_of
+from curvd.remote.submatrix import AsyncSubmatrix, Submatrix
 
 __all__ = [
+    "Algebra",
     "AsyncAsks",
+    "AsyncOperatorSum",
+    "AsyncSubmatrix",
     "Client",
     "DataPointQueries",
+    "Identity",
+    "Indices",
     "OperatorBase",
     "OperatorQueries",
+    "OperatorSum",
     "RemoteOperator",
     "Session",
     "SessionBase",
+    "Submatrix",
     "configured",
     "connect",
+    "dense_bytes",
     "name_of",
     "shown",
 ]

@@ -19,8 +19,11 @@ from curvd.contract import (
     StoredVector,
 )
 from curvd.errors import InvalidSpec, InvalidVector
+from curvd.remote.algebra import Algebra, Indices, dense_bytes
 from curvd.remote.asking import Asks
+from curvd.remote.operator_sum import OperatorSum
 from curvd.remote.queries import OperatorQueries
+from curvd.remote.submatrix import Submatrix
 from curvd.tensors import Operand, operand, vector_dtype
 
 if TYPE_CHECKING:
@@ -70,12 +73,27 @@ class OperatorBase:
         """Names, shapes and order of the parameters that a vector consists of."""
         return self._session.layout
 
+    @property
+    def session_id(self) -> str:
+        """The session whose parameters it acts on."""
+        return self._session.id
+
+    @property
+    def said(self) -> str:
+        """What it is as a formula, for people."""
+        spec = self.spec
+        scale = "" if spec.scale == 1 else f"{spec.scale:g} * "
+        shift = f" + {spec.damping:g} * I" if spec.damping else ""
+        return f"{scale}{spec.kind}{shift}"
+
     def __repr__(self) -> str:
-        kind = type(self).__name__
         return (
-            f"<{kind} {self.spec.kind} {self.shape} {self.dtype} "
-            f"of session {self._session.id!r}>"
+            f"<{type(self).__name__} {self.said}, {list(self.shape)} {self.dtype}, "
+            f"session {self._session.id!r}>"
         )
+
+    def _parts(self) -> tuple[Any, ...]:
+        return (self,)
 
     def _product(
         self,
@@ -135,13 +153,22 @@ class OperatorBase:
         return self._product(value, columns=True, block=columns)
 
 
-class RemoteOperator(OperatorQueries, Asks, OperatorBase):
+class RemoteOperator(
+    OperatorQueries,
+    Asks,
+    OperatorBase,
+    Algebra["RemoteOperator", OperatorSum, Submatrix],
+):
     """``scale * A + damping * I`` on the parameters of a session.
 
     ``H @ x`` takes one vector or K columns, as one array [P] or [P, K], or as a list,
     tuple or dict with one array per parameter, [*shape] or [*shape, K], and answers in
     the same layout: NumPy for NumPy, torch for torch (on the same device). ``x @ H``
     has columns leading: [P], [K, P], [*shape] or [K, *shape]. Operators are symmetric.
+
+    Operators are written as matrices are: ``H + G``, ``2 * H``, ``H - s * I`` with
+    ``I = curvd.Identity()``, ``H.T``, and ``H[rows, columns]`` by names of parameters or by
+    index. Nothing is computed before such an expression is multiplied.
 
     Shapes, element types, names and values are checked before a byte is sent. An
     operator costs nothing to make; give each thread its own if `last` matters.
@@ -267,6 +294,22 @@ class RemoteOperator(OperatorQueries, Asks, OperatorBase):
             yield call.wanted.finish(block)
         self.last = call.info
 
+    def to_dense(self) -> np.ndarray[Any, Any]:
+        """Multiply it out.
+
+        Returns:
+            [P, P], up to 1 GiB, by P products.
+
+        Raises:
+            LimitExceeded: If it is larger.
+
+        Examples:
+            >>> np.allclose(session.hessian().to_dense(), session.hessian() @ np.eye(43))
+            True
+        """
+        dense_bytes(self.shape, self.dtype)
+        return self.matmat(np.eye(self.shape[0], dtype=self.dtype))
+
     def to_scipy(self, dtype: Any = np.float64) -> LinearOperator:
         """Make a SciPy operator of it, for `eigsh`, `cg` and the like.
 
@@ -286,6 +329,22 @@ class RemoteOperator(OperatorQueries, Asks, OperatorBase):
         from curvd.integrations.scipy import linear_operator  # needs curvd[scipy]
 
         return linear_operator(self, dtype)
+
+    @property
+    def _place(self) -> tuple[Any, ...]:
+        return self._connection.target, self._session.id, self.expected_version
+
+    def _like(self, spec: OperatorSpec) -> RemoteOperator:
+        version = self.expected_version
+        return RemoteOperator(self._connection, self._session, spec, version)
+
+    def _sum_of(self, terms: tuple[Any, ...]) -> OperatorSum:
+        return OperatorSum(terms)
+
+    def _submatrix_of(
+        self, operator: Any, rows: Indices, columns: Indices
+    ) -> Submatrix:
+        return Submatrix(operator, rows, columns)
 
     def _run(self, call: TensorStream[T]) -> T:
         return self._taken(call, self._connection.run(call))
