@@ -47,6 +47,7 @@ from curvd.contract import (
     Stop,
     StoredVector,
     TensorInfo,
+    Tier,
     Which,
 )
 from curvd.errors import (
@@ -169,6 +170,7 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "Solution",
     "Solver",
     "Stop",
+    "Tier",
     "Which",
     # errors
     "errors",

@@ -35,6 +35,7 @@ from curvd.contract import (
     ServerInfo,
     SessionInfo,
     StoredVector,
+    Tier,
 )
 from curvd.errors import SessionNotFound, VectorNotFound
 from curvd.exported import ExportedModel, prepare
@@ -145,12 +146,13 @@ class AsyncClient:
         weight_decay: float | Mapping[str, float] | None = None,
         dtype: Any = Dtype.FLOAT32,
         mode: Mode | str = Mode.EVAL,
-        operators: Sequence[OperatorSpec | str] = (),
+        operators: Sequence[OperatorSpec | str] | None = (),
         params: Sequence[str] | str = (),
         budget_bytes: int | None = None,
         lease_s: float | None = None,
         name: str = "",
         validate_only: bool = False,
+        plan: Tier | str | None = None,
     ) -> AsyncSession:
         """Bring a model, a dataset and a loss together; see `curvd.Client`."""
         call = requests.create_session(
@@ -166,6 +168,7 @@ class AsyncClient:
             lease_s=lease_s,
             name=name,
             validate_only=validate_only,
+            plan=plan,
         )
         return AsyncSession(self._connection, await self._connection.run(call))
 
@@ -205,7 +208,7 @@ class AsyncClient:
             loss=ready.loss,
             dtype=ready.dtype if dtype is None else dtype,
             mode=ready.model.mode,
-            **options,
+            **{"operators": None, **options},
         )
 
     async def session(self, session_id: str) -> AsyncSession:

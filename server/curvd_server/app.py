@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import itertools
 import signal
@@ -17,7 +18,7 @@ from importlib import metadata
 
 import psutil
 
-from curvd.contract import OperatorKind, ServerInfo
+from curvd.contract import OperatorKind, ServerInfo, Tier
 from curvd.tensors import trim_allocator, tune_allocator
 from curvd_server.config import ServerConfig
 from curvd_server.device import Batcher, Device, torch_device
@@ -91,6 +92,9 @@ def serve_in_thread(
 ) -> Iterator[str]:
     """Serve from a thread of this process; for tests, examples and benchmarks.
 
+    Its plans are final: a last tier that is prepared in the background is traced, which
+    torch can do in one thread of a process at a time, and this process has others.
+
     Args:
         config: Everything about the server; port 0 takes a free one.
         device: What computes; None: the one that `config` names.
@@ -104,7 +108,8 @@ def serve_in_thread(
     async def main() -> None:
         logs.report_unhandled(asyncio.get_running_loop())
         try:
-            async with running(config, device=device) as server:
+            final = dataclasses.replace(config, plan="final")
+            async with running(final, device=device) as server:
                 started.set_result(server.target)
                 await asyncio.wrap_future(stop)
         except BaseException as error:
@@ -188,6 +193,7 @@ async def running(
             memory=memory,
             clock=time.time,
             monotonic=time.monotonic,
+            plan=Tier(config.plan),
         )
         sessions = SessionStore(dependencies)
         stack.push_async_callback(sessions.close)

@@ -224,6 +224,12 @@ class ServerConfig:
         option="library",
         metavar="LIBRARY:GLOB",
     )
+    plan: str = setting(
+        "first",
+        "Which tier the first answer of an operator waits for, in sessions that do not "
+        "say: first, the quickest to build, or final, the fastest, which nothing replaces.",
+        choices=("first", "final"),
+    )
     compile_after_s: float = setting(
         60.0,
         "Seconds that an operator must have computed before native code is made for it, "

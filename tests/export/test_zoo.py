@@ -88,13 +88,29 @@ def difference(animal, v):
     )
 
 
+@pytest.mark.parametrize("plan", ["first", "final"])
 @pytest.mark.parametrize("animal", ANIMALS, ids=lambda a: a.name)
-def test_products_match_central_differences(client, animal):
-    session = open_session(client, animal)
+def test_products_match_central_differences(client, animal, plan):
+    session = open_session(client, animal, plan=plan)
     v = np.random.default_rng(0).standard_normal(session.info.layout.size)
     if animal.name == "padding":
         v[4:8] = 0  # row 1 of the embedding: a constant, whatever its values
-    assert relative(session.hessian() @ v, difference(animal, v)) <= 1e-6
+    hessian = session.hessian()
+    assert relative(hessian @ v, difference(animal, v)) <= 1e-6
+    assert hessian.last.plan.tier == session.info.plan == plan
+    session.delete()
+
+
+def test_a_last_tier_takes_over_and_is_as_right(client):
+    animal = ANIMALS[0]
+    session = open_session(client, animal, plan="first")
+    hessian = session.hessian()
+    v = np.random.default_rng(0).standard_normal(hessian.shape[0])
+    tiers = set()
+    while curvd.Tier.FINAL not in tiers:
+        if session.refresh().operators[0][1].tier is curvd.Tier.FINAL:
+            assert relative(hessian @ v, difference(animal, v)) <= 1e-6
+            tiers.add(hessian.last.plan.tier)
     session.delete()
 
 
@@ -112,9 +128,10 @@ def test_blocks_are_the_diagonal_of_the_whole(client, animal):
     session.delete()
 
 
-def test_a_model_that_no_mode_gets_right_is_refused_by_parameter_name(client):
+@pytest.mark.parametrize("plan", ["first", "final"])
+def test_a_model_that_no_mode_gets_right_is_refused_by_parameter_name(client, plan):
     with pytest.raises(curvd.CurvatureUnverified, match="direction") as refusal:
-        open_session(client, REFUSED)
+        open_session(client, REFUSED, plan=plan)
     assert "direction" in refusal.value.metadata["parameters"]
 
 

@@ -3,15 +3,16 @@
 import contextlib
 import hashlib
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from curvd.contract.enums import LossName
+from curvd.contract.enums import LossName, Tier
 from curvd.contract.infos import DeviceInfo, PlanReport, TensorInfo
 from curvd.contract.layout import ParameterLayout
 from curvd.contract.specs import DatasetSpec, LossSpec, ModelSpec
-from curvd.errors import BuilderNotFound, Cancelled
+from curvd.errors import BuilderNotFound, Cancelled, CurvatureUnverified
 from curvd.tensors import chunks
 from curvd_server.config import LimitsConfig
 from curvd_server.device.batcher import Batcher
@@ -28,6 +29,7 @@ MSE = LossSpec(name=LossName.MSE)
 def report(**changes):
     """A plan report that means nothing."""
     values = dict.fromkeys(PlanReport.__slots__, 0) | {
+        "tier": Tier.FINAL,
         "mode": "fake",
         "compiled": False,
     }
@@ -40,7 +42,7 @@ class FakeOperator:
     def __init__(self, problem, spec):
         self.problem, self.spec = problem, spec
         self.report = report(kept_bytes=problem.device.kept_bytes)
-        self.closed = False
+        self.closed, self.spent_s = False, 0.0
         self.started, self.gate = threading.Event(), threading.Event()
         self.gate.set()
         self.seen = []
@@ -79,18 +81,33 @@ class FakeProblem:
     def gradient(self, *, cancelled):
         return self.factor, np.full(self.layout.size, self.factor)
 
-    def build(self, spec, *, budget_bytes, cancelled):
+    def build(self, spec, *, budget_bytes, cancelled, tier=Tier.FINAL):
         self.device.built.append((spec, budget_bytes))
         self.device.building.set()
         while not self.device.held_up_by.wait(0.001):
             if cancelled():
                 raise Cancelled("stopped between two steps")
         operator = FakeOperator(self, spec)
+        operator.report = replace(
+            operator.report, tier=tier if self.device.has_tiers else Tier.FINAL
+        )
         self.device.operators.append(operator)
         return operator
 
+    def improve(self, operator, *, budget_bytes, cancelled):
+        self.device.improved.append((operator.spec, budget_bytes))
+        while not self.device.improving.wait(0.001):
+            if cancelled():
+                raise Cancelled("stopped between two steps")
+        if self.device.fails_to_improve:
+            raise CurvatureUnverified("no mode is right", parameters="a")
+        final = FakeOperator(self, operator.spec)
+        self.device.operators.append(final)
+        return final
+
     def move(self, operator):
         moved = FakeOperator(self, operator.spec)
+        moved.report = operator.report
         self.device.operators.append(moved)
         return moved
 
@@ -107,6 +124,8 @@ class FakeDevice:
         self.loads, self.built, self.operators, self.tried = 0, [], [], []
         self.building, self.held_up_by = threading.Event(), threading.Event()
         self.held_up_by.set()
+        self.has_tiers = self.fails_to_improve = False
+        self.improved, self.improving = [], threading.Event()
 
     def describe(self):
         return DeviceInfo(

@@ -247,12 +247,13 @@ def create_session(
     weight_decay: float | Mapping[str, float] | None,
     dtype: Any,
     mode: enums.Mode | str,
-    operators: Sequence[OperatorSpec | str],
+    operators: Sequence[OperatorSpec | str] | None,
     params: Sequence[str] | str,
     budget_bytes: int | None,
     lease_s: float | None,
     name: str,
     validate_only: bool,
+    plan: enums.Tier | str | None,
 ) -> Unary[SessionInfo]:
     """Bring model, dataset and loss together."""
     if isinstance(operators, str):
@@ -260,18 +261,21 @@ def create_session(
     chosen = _loss(loss)
     if weight_decay is not None:
         chosen = dataclasses.replace(chosen, weight_decay=weight_decay)  # type: ignore[arg-type]
+    tier = None if plan is None else enums.member(enums.Tier, plan, "plan")
     request = session_pb.CreateSessionRequest(
         model_id=model if isinstance(model, str) else model.id,
         dataset_id=dataset if isinstance(dataset, str) else dataset.id,
         loss=convert.loss_to_proto(chosen),
         dtype=convert_enums.dtype_to_proto(_dtype(dtype)),
         mode=convert_enums.mode_to_proto(enums.member(enums.Mode, mode, "mode")),
-        operators=[convert.operator_to_proto(_operator(o)) for o in operators],
+        operators=[convert.operator_to_proto(_operator(o)) for o in operators or ()],
         params=[params] if isinstance(params, str) else params,
         budget_bytes=budget_bytes,
         name=name,
         request_id=_new_id(),
         validate_only=validate_only,
+        plan=None if tier is None else convert_enums.tier_to_proto(tier),
+        build_later=operators is None,
     )
     _set_lease(request, lease_s)
     return Unary(RPCS["CreateSession"], request, _session)

@@ -19,6 +19,7 @@ from curvd.contract.enums import (
     Reduction,
     Solver,
     Stop,
+    Tier,
     Which,
     member,
 )
@@ -139,6 +140,7 @@ __all__ = [
     "Stop",
     "StoredVector",
     "TensorInfo",
+    "Tier",
     "TraceOptions",
     "Which",
     "check_patterns",

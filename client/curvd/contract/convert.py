@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
@@ -137,13 +137,16 @@ def layout_from_proto(messages: Sequence[types_pb.Parameter]) -> ParameterLayout
 @lru_cache(maxsize=64)
 def plan_to_proto(plan: infos.PlanReport) -> types_pb.Plan:
     """Convert a plan; every result carries one, so do not write to the message."""
-    return types_pb.Plan(**asdict(plan))
+    tier = convert_enums.tier_to_proto(plan.tier)
+    return types_pb.Plan(**(asdict(plan) | {"tier": tier}))
 
 
 @_remembering
 def plan_from_proto(message: types_pb.Plan) -> infos.PlanReport:
-    """Convert a plan."""
-    return _same_names(infos.PlanReport, message)
+    """Convert a plan; those of older servers are all final."""
+    plan = _same_names(infos.PlanReport, message)
+    tier = message.tier or types_pb.TIER_FINAL
+    return replace(plan, tier=convert_enums.tier_from_proto(tier))
 
 
 def tensors_to_proto(
@@ -298,6 +301,7 @@ def session_to_proto(info: infos.SessionInfo) -> session_pb.Session:
             None if info.expire_time_s is None else _timestamp(info.expire_time_s)
         ),
         params=info.params,
+        plan=convert_enums.tier_to_proto(info.plan),
     )
 
 
@@ -327,6 +331,7 @@ def session_from_proto(message: session_pb.Session) -> infos.SessionInfo:
         create_time_s=message.create_time.ToNanoseconds() / 1e9,
         expire_time_s=message.expire_time.ToNanoseconds() / 1e9 if expires else None,
         params=tuple(message.params),
+        plan=convert_enums.tier_from_proto(message.plan),
     )
 
 

@@ -81,6 +81,8 @@ kind_from_proto = enum_from(
     enums.OperatorKind,
     enums.OperatorKind.HESSIAN,
 )
+tier_to_proto = _enum_to("TIER")
+tier_from_proto = enum_from(types_pb.Tier, "TIER", enums.Tier, enums.Tier.FIRST)
 distribution_to_proto = _enum_to("DISTRIBUTION")
 distribution_from_proto = enum_from(
     types_pb.Distribution,

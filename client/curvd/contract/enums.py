@@ -94,6 +94,15 @@ class OperatorKind(enum.StrEnum):
         return {OperatorKind.GGN: 0, OperatorKind.FISHER: 1}.get(self)
 
 
+class Tier(enum.StrEnum):
+    """How much was prepared before an operator answered."""
+
+    FIRST = "first"
+    """The quickest to build: verified, with nothing traced or timed for it."""
+    FINAL = "final"
+    """The fastest of all that were timed."""
+
+
 class Which(enum.StrEnum):
     """Which end of a spectrum."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from curvd.contract.enums import Dtype, Mode, Stop
+from curvd.contract.enums import Dtype, Mode, Stop, Tier
 from curvd.contract.layout import ParameterLayout
 from curvd.contract.specs import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
 
@@ -33,6 +33,8 @@ class PlanReport:
     """Measured for one column when the operator was built."""
     peak_bytes: int
     """Predicted peak device memory of one product, parameters and data included."""
+    tier: Tier = Tier.FINAL
+    """Which tier this is; one that takes over is as right, and may round differently."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,8 @@ class SessionInfo:
     """When the lease ends unless a call renews it; None: never."""
     params: tuple[str, ...] = ()
     """The globs that chose the parameters; empty: all of them."""
+    plan: Tier = Tier.FIRST
+    """Which tier the first answer of an operator waits for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from curvd.contract import (
     Output,
     ServerInfo,
     SessionInfo,
+    Tier,
 )
 from curvd.exported import ExportedModel, prepare
 from curvd.remote.progress import shown
@@ -202,12 +203,13 @@ class Client:
         weight_decay: float | Mapping[str, float] | None = None,
         dtype: Any = Dtype.FLOAT32,
         mode: Mode | str = Mode.EVAL,
-        operators: Sequence[OperatorSpec | str] = (),
+        operators: Sequence[OperatorSpec | str] | None = (),
         params: Sequence[str] | str = (),
         budget_bytes: int | None = None,
         lease_s: float | None = None,
         name: str = "",
         validate_only: bool = False,
+        plan: Tier | str | None = None,
     ) -> Session:
         """Bring a model, a dataset and a loss together, verified and warm.
 
@@ -220,7 +222,8 @@ class Client:
                 matches a parameter counts. None: the loss's own.
             dtype: What to compute in: ``"F32"``, ``np.float64``, ``torch.bfloat16``, …
             mode: Whether layers evaluate or use the statistics of the mini-batches.
-            operators: What to build before the answer; empty: the Hessian.
+            operators: What to build before the answer; empty: the Hessian. None: nothing;
+                each operator is built, and verified, when it is first used.
             params: Globs over parameter names, such as ``["blocks.*.attn.*", "head.*"]``:
                 operators act on those that match, in this order; the others are
                 constants. Empty: all.
@@ -229,6 +232,11 @@ class Client:
             name: A label for people.
             validate_only: Check and predict only: `Session.info` has the plans, and
                 its id is empty.
+            plan: Which tier the first answer of an operator waits for. ``first``: the
+                quickest to build; a faster one takes over later, which rounds
+                differently, and results say which one computed them. ``final``: the last
+                one, and nothing takes over, so equal requests have equal bits
+                throughout. None: as the server is set, by default ``first``.
 
         Returns:
             The session.
@@ -255,6 +263,7 @@ class Client:
             lease_s=lease_s,
             name=name,
             validate_only=validate_only,
+            plan=plan,
         )
         return Session(self._connection, self._connection.run(call))
 
@@ -298,7 +307,7 @@ class Client:
             mode: Whose statistics BatchNorm uses; see `curvd.export`.
             check: Whether to prove that what is exported has the module's and the
                 loss's values and gradients; see `curvd.export`.
-            **options: As for `create_session`.
+            **options: As for `create_session`; ``operators`` is None unless it is given.
 
         Returns:
             The session.
@@ -328,7 +337,7 @@ class Client:
             loss=ready.loss,
             dtype=ready.dtype if dtype is None else dtype,
             mode=ready.model.mode,
-            **options,
+            **{"operators": None, **options},
         )
 
     def session(self, session_id: str) -> Session:

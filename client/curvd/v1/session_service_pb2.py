@@ -28,15 +28,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63urvd/v1/session_service.proto\x12\x08\x63urvd.v1\x1a\x14\x63urvd/v1/graph.proto\x1a\x14\x63urvd/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"=\n\x06Upload\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06offset\x18\x03 \x01(\x03\"\'\n\x0cUploadNeeded\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x03\"\x8b\x01\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x62uilder\x18\x02 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x03 \x01(\t\x12%\n\x07tensors\x18\x04 \x03(\x0b\x32\x14.curvd.v1.TensorInfo\x12\x13\n\x0bstate_bytes\x18\x05 \x01(\x03\x12\x14\n\x0cgraph_digest\x18\x06 \x01(\t\"\xd3\x01\n\x07\x44\x61taset\x12\n\n\x02id\x18\x01 \x01(\t\x12%\n\x07tensors\x18\x02 \x03(\x0b\x32\x14.curvd.v1.TensorInfo\x12\x0e\n\x06inputs\x18\x03 \x03(\t\x12\x0e\n\x06target\x18\x04 \x01(\t\x12\x12\n\nbatch_size\x18\x05 \x01(\x03\x12)\n\x0binput_style\x18\x06 \x01(\x0e\x32\x14.curvd.v1.InputStyle\x12\x13\n\x0b\x64\x61ta_points\x18\x07 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x08 \x01(\x03\x12\x0c\n\x04name\x18\t \x01(\t\"\xb9\x04\n\x07Session\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x12\n\ndataset_id\x18\x04 \x01(\t\x12\x1c\n\x04loss\x18\x05 \x01(\x0b\x32\x0e.curvd.v1.Loss\x12\x1e\n\x05\x64type\x18\x06 \x01(\x0e\x32\x0f.curvd.v1.Dtype\x12\x1c\n\x04mode\x18\x07 \x01(\x0e\x32\x0e.curvd.v1.Mode\x12\x0f\n\x07version\x18\x08 \x01(\x03\x12\x19\n\x11parameters_digest\x18\t \x01(\t\x12\'\n\nparameters\x18\n \x03(\x0b\x32\x13.curvd.v1.Parameter\x12\x17\n\x0fparameter_count\x18\x0b \x01(\x03\x12\x13\n\x0b\x64\x61ta_points\x18\x0c \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\r \x01(\x05\x12\x0e\n\x06\x64\x65vice\x18\x0e \x01(\t\x12\x14\n\x0c\x62udget_bytes\x18\x0f \x01(\x03\x12*\n\toperators\x18\x10 \x03(\x0b\x32\x17.curvd.v1.BuiltOperator\x12%\n\x05state\x18\x11 \x01(\x0e\x32\x16.curvd.v1.SessionState\x12/\n\x0b\x63reate_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x0b\x65xpire_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x88\x01\x01\x12\x0e\n\x06params\x18\x14 \x03(\tB\x0e\n\x0c_expire_time\"|\n\x13RegisterModelHeader\x12\x0f\n\x07\x62uilder\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x02 \x01(\t\x12\x1f\n\x05state\x18\x03 \x01(\x0b\x32\x10.curvd.v1.Upload\x12\x1e\n\x05graph\x18\x04 \x01(\x0b\x32\x0f.curvd.v1.Graph\"`\n\x14RegisterModelRequest\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1d.curvd.v1.RegisterModelHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"u\n\x15RegisterModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x0f.curvd.v1.ModelH\x00\x12/\n\rupload_needed\x18\x02 \x01(\x0b\x32\x16.curvd.v1.UploadNeededH\x00\x42\t\n\x07outcome\"\xa7\x01\n\x15RegisterDatasetHeader\x12\x0e\n\x06inputs\x18\x01 \x03(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x12\n\nbatch_size\x18\x03 \x01(\x03\x12)\n\x0binput_style\x18\x04 \x01(\x0e\x32\x14.curvd.v1.InputStyle\x12!\n\x07tensors\x18\x05 \x01(\x0b\x32\x10.curvd.v1.Upload\x12\x0c\n\x04name\x18\x06 \x01(\t\"d\n\x16RegisterDatasetRequest\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.curvd.v1.RegisterDatasetHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"{\n\x17RegisterDatasetResponse\x12$\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x11.curvd.v1.DatasetH\x00\x12/\n\rupload_needed\x18\x02 \x01(\x0b\x32\x16.curvd.v1.UploadNeededH\x00\x42\t\n\x07outcome\"\xde\x02\n\x14\x43reateSessionRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x12\n\ndataset_id\x18\x02 \x01(\t\x12\x1c\n\x04loss\x18\x03 \x01(\x0b\x32\x0e.curvd.v1.Loss\x12\x1e\n\x05\x64type\x18\x04 \x01(\x0e\x32\x0f.curvd.v1.Dtype\x12\x1c\n\x04mode\x18\x05 \x01(\x0e\x32\x0e.curvd.v1.Mode\x12%\n\toperators\x18\x06 \x03(\x0b\x32\x12.curvd.v1.Operator\x12\x19\n\x0c\x62udget_bytes\x18\x07 \x01(\x03H\x00\x88\x01\x01\x12(\n\x05lease\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04name\x18\t \x01(\t\x12\x12\n\nrequest_id\x18\n \x01(\t\x12\x15\n\rvalidate_only\x18\x0b \x01(\x08\x12\x0e\n\x06params\x18\x0c \x03(\tB\x0f\n\r_budget_bytes\";\n\x15\x43reateSessionResponse\x12\"\n\x07session\x18\x01 \x01(\x0b\x32\x11.curvd.v1.Session\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"8\n\x12GetSessionResponse\x12\"\n\x07session\x18\x01 \x01(\x0b\x32\x11.curvd.v1.Session\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"T\n\x14ListSessionsResponse\x12#\n\x08sessions\x18\x01 \x03(\x0b\x32\x11.curvd.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"S\n\x13RenewSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12(\n\x05lease\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\":\n\x14RenewSessionResponse\x12\"\n\x07session\x18\x01 \x01(\x0b\x32\x11.curvd.v1.Session\"*\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteSessionResponse\"\x96\x01\n\x16UpdateParametersHeader\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12 \n\x06values\x18\x02 \x01(\x0b\x32\x10.curvd.v1.Upload\x12\x1d\n\x10\x65xpected_version\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x04 \x01(\tB\x13\n\x11_expected_version\"f\n\x17UpdateParametersRequest\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32 .curvd.v1.UpdateParametersHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\">\n\x10ParameterVersion\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x19\n\x11parameters_digest\x18\x02 \x01(\t\"\x85\x01\n\x18UpdateParametersResponse\x12-\n\x07version\x18\x01 \x01(\x0b\x32\x1a.curvd.v1.ParameterVersionH\x00\x12/\n\rupload_needed\x18\x02 \x01(\x0b\x32\x16.curvd.v1.UploadNeededH\x00\x42\t\n\x07outcome\"\x16\n\x14GetServerInfoRequest\"\xa5\x01\n\x06Limits\x12\x14\n\x0cupload_bytes\x18\x01 \x01(\x03\x12\x15\n\roperand_bytes\x18\x02 \x01(\x03\x12\x14\n\x0cheader_bytes\x18\x03 \x01(\x03\x12\x0f\n\x07\x63olumns\x18\x04 \x01(\x03\x12\x17\n\x0fpending_columns\x18\x05 \x01(\x03\x12\x10\n\x08sessions\x18\x06 \x01(\x05\x12\x1c\n\x14\x64\x65\x66\x61ult_budget_bytes\x18\x07 \x01(\x03\"T\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\x12\x12\n\nfree_bytes\x18\x04 \x01(\x03\"\xbe\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x15\n\rtorch_version\x18\x02 \x01(\t\x12 \n\x06limits\x18\x03 \x01(\x0b\x32\x10.curvd.v1.Limits\x12!\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x10.curvd.v1.Device\x12\x10\n\x08\x62uilders\x18\x05 \x03(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x06 \x03(\t\x12\x10\n\x08\x64\x61tasets\x18\x07 \x03(\t*^\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13SESSION_STATE_READY\x10\x01\x12\x16\n\x12SESSION_STATE_COLD\x10\x02\x32\xf8\x05\n\x0eSessionService\x12R\n\rRegisterModel\x12\x1e.curvd.v1.RegisterModelRequest\x1a\x1f.curvd.v1.RegisterModelResponse(\x01\x12X\n\x0fRegisterDataset\x12 .curvd.v1.RegisterDatasetRequest\x1a!.curvd.v1.RegisterDatasetResponse(\x01\x12P\n\rCreateSession\x12\x1e.curvd.v1.CreateSessionRequest\x1a\x1f.curvd.v1.CreateSessionResponse\x12G\n\nGetSession\x12\x1b.curvd.v1.GetSessionRequest\x1a\x1c.curvd.v1.GetSessionResponse\x12M\n\x0cListSessions\x12\x1d.curvd.v1.ListSessionsRequest\x1a\x1e.curvd.v1.ListSessionsResponse\x12M\n\x0cRenewSession\x12\x1d.curvd.v1.RenewSessionRequest\x1a\x1e.curvd.v1.RenewSessionResponse\x12P\n\rDeleteSession\x12\x1e.curvd.v1.DeleteSessionRequest\x1a\x1f.curvd.v1.DeleteSessionResponse\x12[\n\x10UpdateParameters\x12!.curvd.v1.UpdateParametersRequest\x1a\".curvd.v1.UpdateParametersResponse(\x01\x12P\n\rGetServerInfo\x12\x1e.curvd.v1.GetServerInfoRequest\x1a\x1f.curvd.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63urvd/v1/session_service.proto\x12\x08\x63urvd.v1\x1a\x14\x63urvd/v1/graph.proto\x1a\x14\x63urvd/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"=\n\x06Upload\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06offset\x18\x03 \x01(\x03\"\'\n\x0cUploadNeeded\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x03\"\x8b\x01\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x62uilder\x18\x02 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x03 \x01(\t\x12%\n\x07tensors\x18\x04 \x03(\x0b\x32\x14.curvd.v1.TensorInfo\x12\x13\n\x0bstate_bytes\x18\x05 \x01(\x03\x12\x14\n\x0cgraph_digest\x18\x06 \x01(\t\"\xd3\x01\n\x07\x44\x61taset\x12\n\n\x02id\x18\x01 \x01(\t\x12%\n\x07tensors\x18\x02 \x03(\x0b\x32\x14.curvd.v1.TensorInfo\x12\x0e\n\x06inputs\x18\x03 \x03(\t\x12\x0e\n\x06target\x18\x04 \x01(\t\x12\x12\n\nbatch_size\x18\x05 \x01(\x03\x12)\n\x0binput_style\x18\x06 \x01(\x0e\x32\x14.curvd.v1.InputStyle\x12\x13\n\x0b\x64\x61ta_points\x18\x07 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x08 \x01(\x03\x12\x0c\n\x04name\x18\t \x01(\t\"\xd7\x04\n\x07Session\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x12\n\ndataset_id\x18\x04 \x01(\t\x12\x1c\n\x04loss\x18\x05 \x01(\x0b\x32\x0e.curvd.v1.Loss\x12\x1e\n\x05\x64type\x18\x06 \x01(\x0e\x32\x0f.curvd.v1.Dtype\x12\x1c\n\x04mode\x18\x07 \x01(\x0e\x32\x0e.curvd.v1.Mode\x12\x0f\n\x07version\x18\x08 \x01(\x03\x12\x19\n\x11parameters_digest\x18\t \x01(\t\x12\'\n\nparameters\x18\n \x03(\x0b\x32\x13.curvd.v1.Parameter\x12\x17\n\x0fparameter_count\x18\x0b \x01(\x03\x12\x13\n\x0b\x64\x61ta_points\x18\x0c \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\r \x01(\x05\x12\x0e\n\x06\x64\x65vice\x18\x0e \x01(\t\x12\x14\n\x0c\x62udget_bytes\x18\x0f \x01(\x03\x12*\n\toperators\x18\x10 \x03(\x0b\x32\x17.curvd.v1.BuiltOperator\x12%\n\x05state\x18\x11 \x01(\x0e\x32\x16.curvd.v1.SessionState\x12/\n\x0b\x63reate_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x0b\x65xpire_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x88\x01\x01\x12\x0e\n\x06params\x18\x14 \x03(\t\x12\x1c\n\x04plan\x18\x15 \x01(\x0e\x32\x0e.curvd.v1.TierB\x0e\n\x0c_expire_time\"|\n\x13RegisterModelHeader\x12\x0f\n\x07\x62uilder\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x02 \x01(\t\x12\x1f\n\x05state\x18\x03 \x01(\x0b\x32\x10.curvd.v1.Upload\x12\x1e\n\x05graph\x18\x04 \x01(\x0b\x32\x0f.curvd.v1.Graph\"`\n\x14RegisterModelRequest\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1d.curvd.v1.RegisterModelHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"u\n\x15RegisterModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x0f.curvd.v1.ModelH\x00\x12/\n\rupload_needed\x18\x02 \x01(\x0b\x32\x16.curvd.v1.UploadNeededH\x00\x42\t\n\x07outcome\"\xa7\x01\n\x15RegisterDatasetHeader\x12\x0e\n\x06inputs\x18\x01 \x03(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x12\n\nbatch_size\x18\x03 \x01(\x03\x12)\n\x0binput_style\x18\x04 \x01(\x0e\x32\x14.curvd.v1.InputStyle\x12!\n\x07tensors\x18\x05 \x01(\x0b\x32\x10.curvd.v1.Upload\x12\x0c\n\x04name\x18\x06 \x01(\t\"d\n\x16RegisterDatasetRequest\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.curvd.v1.RegisterDatasetHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"{\n\x17RegisterDatasetResponse\x12$\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x11.curvd.v1.DatasetH\x00\x12/\n\rupload_needed\x18\x02 \x01(\x0b\x32\x16.curvd.v1.UploadNeededH\x00\x42\t\n\x07outcome\"\x91\x03\n\x14\x43reateSessionRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x12\n\ndataset_id\x18\x02 \x01(\t\x12\x1c\n\x04loss\x18\x03 \x01(\x0b\x32\x0e.curvd.v1.Loss\x12\x1e\n\x05\x64type\x18\x04 \x01(\x0e\x32\x0f.curvd.v1.Dtype\x12\x1c\n\x04mode\x18\x05 \x01(\x0e\x32\x0e.curvd.v1.Mode\x12%\n\toperators\x18\x06 \x03(\x0b\x32\x12.curvd.v1.Operator\x12\x19\n\x0c\x62udget_bytes\x18\x07 \x01(\x03H\x00\x88\x01\x01\x12(\n\x05lease\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04name\x18\t \x01(\t\x12\x12\n\nrequest_id\x18\n \x01(\t\x12\x15\n\rvalidate_only\x18\x0b \x01(\x08\x12\x0e\n\x06params\x18\x0c \x03(\t\x12\x1c\n\x04plan\x18\r \x01(\x0e\x32\x0e.curvd.v1.Tier\x12\x13\n\x0b\x62uild_later\x18\x0e \x01(\x08\x42\x0f\n\r_budget_bytes\";\n\x15\x43reateSessionResponse\x12\"\n\x07session\x18\x01 \x01(\x0b\x32\x11.curvd.v1.Session\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"8\n\x12GetSessionResponse\x12\"\n\x07session\x18\x01 \x01(\x0b\x32\x11.curvd.v1.Session\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"T\n\x14ListSessionsResponse\x12#\n\x08sessions\x18\x01 \x03(\x0b\x32\x11.curvd.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"S\n\x13RenewSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12(\n\x05lease\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\":\n\x14RenewSessionResponse\x12\"\n\x07session\x18\x01 \x01(\x0b\x32\x11.curvd.v1.Session\"*\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteSessionResponse\"\x96\x01\n\x16UpdateParametersHeader\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12 \n\x06values\x18\x02 \x01(\x0b\x32\x10.curvd.v1.Upload\x12\x1d\n\x10\x65xpected_version\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x04 \x01(\tB\x13\n\x11_expected_version\"f\n\x17UpdateParametersRequest\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32 .curvd.v1.UpdateParametersHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\">\n\x10ParameterVersion\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x19\n\x11parameters_digest\x18\x02 \x01(\t\"\x85\x01\n\x18UpdateParametersResponse\x12-\n\x07version\x18\x01 \x01(\x0b\x32\x1a.curvd.v1.ParameterVersionH\x00\x12/\n\rupload_needed\x18\x02 \x01(\x0b\x32\x16.curvd.v1.UploadNeededH\x00\x42\t\n\x07outcome\"\x16\n\x14GetServerInfoRequest\"\xa5\x01\n\x06Limits\x12\x14\n\x0cupload_bytes\x18\x01 \x01(\x03\x12\x15\n\roperand_bytes\x18\x02 \x01(\x03\x12\x14\n\x0cheader_bytes\x18\x03 \x01(\x03\x12\x0f\n\x07\x63olumns\x18\x04 \x01(\x03\x12\x17\n\x0fpending_columns\x18\x05 \x01(\x03\x12\x10\n\x08sessions\x18\x06 \x01(\x05\x12\x1c\n\x14\x64\x65\x66\x61ult_budget_bytes\x18\x07 \x01(\x03\"T\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\x12\x12\n\nfree_bytes\x18\x04 \x01(\x03\"\xbe\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x15\n\rtorch_version\x18\x02 \x01(\t\x12 \n\x06limits\x18\x03 \x01(\x0b\x32\x10.curvd.v1.Limits\x12!\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x10.curvd.v1.Device\x12\x10\n\x08\x62uilders\x18\x05 \x03(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x06 \x03(\t\x12\x10\n\x08\x64\x61tasets\x18\x07 \x03(\t*^\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13SESSION_STATE_READY\x10\x01\x12\x16\n\x12SESSION_STATE_COLD\x10\x02\x32\xf8\x05\n\x0eSessionService\x12R\n\rRegisterModel\x12\x1e.curvd.v1.RegisterModelRequest\x1a\x1f.curvd.v1.RegisterModelResponse(\x01\x12X\n\x0fRegisterDataset\x12 .curvd.v1.RegisterDatasetRequest\x1a!.curvd.v1.RegisterDatasetResponse(\x01\x12P\n\rCreateSession\x12\x1e.curvd.v1.CreateSessionRequest\x1a\x1f.curvd.v1.CreateSessionResponse\x12G\n\nGetSession\x12\x1b.curvd.v1.GetSessionRequest\x1a\x1c.curvd.v1.GetSessionResponse\x12M\n\x0cListSessions\x12\x1d.curvd.v1.ListSessionsRequest\x1a\x1e.curvd.v1.ListSessionsResponse\x12M\n\x0cRenewSession\x12\x1d.curvd.v1.RenewSessionRequest\x1a\x1e.curvd.v1.RenewSessionResponse\x12P\n\rDeleteSession\x12\x1e.curvd.v1.DeleteSessionRequest\x1a\x1f.curvd.v1.DeleteSessionResponse\x12[\n\x10UpdateParameters\x12!.curvd.v1.UpdateParametersRequest\x1a\".curvd.v1.UpdateParametersResponse(\x01\x12P\n\rGetServerInfo\x12\x1e.curvd.v1.GetServerInfoRequest\x1a\x1f.curvd.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'curvd.v1.session_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SESSIONSTATE']._serialized_start=3728
-  _globals['_SESSIONSTATE']._serialized_end=3822
+  _globals['_SESSIONSTATE']._serialized_start=3809
+  _globals['_SESSIONSTATE']._serialized_end=3903
   _globals['_UPLOAD']._serialized_start=153
   _globals['_UPLOAD']._serialized_end=214
   _globals['_UPLOADNEEDED']._serialized_start=216
@@ -46,55 +46,55 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DATASET']._serialized_start=400
   _globals['_DATASET']._serialized_end=611
   _globals['_SESSION']._serialized_start=614
-  _globals['_SESSION']._serialized_end=1183
-  _globals['_REGISTERMODELHEADER']._serialized_start=1185
-  _globals['_REGISTERMODELHEADER']._serialized_end=1309
-  _globals['_REGISTERMODELREQUEST']._serialized_start=1311
-  _globals['_REGISTERMODELREQUEST']._serialized_end=1407
-  _globals['_REGISTERMODELRESPONSE']._serialized_start=1409
-  _globals['_REGISTERMODELRESPONSE']._serialized_end=1526
-  _globals['_REGISTERDATASETHEADER']._serialized_start=1529
-  _globals['_REGISTERDATASETHEADER']._serialized_end=1696
-  _globals['_REGISTERDATASETREQUEST']._serialized_start=1698
-  _globals['_REGISTERDATASETREQUEST']._serialized_end=1798
-  _globals['_REGISTERDATASETRESPONSE']._serialized_start=1800
-  _globals['_REGISTERDATASETRESPONSE']._serialized_end=1923
-  _globals['_CREATESESSIONREQUEST']._serialized_start=1926
-  _globals['_CREATESESSIONREQUEST']._serialized_end=2276
-  _globals['_CREATESESSIONRESPONSE']._serialized_start=2278
-  _globals['_CREATESESSIONRESPONSE']._serialized_end=2337
-  _globals['_GETSESSIONREQUEST']._serialized_start=2339
-  _globals['_GETSESSIONREQUEST']._serialized_end=2378
-  _globals['_GETSESSIONRESPONSE']._serialized_start=2380
-  _globals['_GETSESSIONRESPONSE']._serialized_end=2436
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=2438
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=2498
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=2500
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=2584
-  _globals['_RENEWSESSIONREQUEST']._serialized_start=2586
-  _globals['_RENEWSESSIONREQUEST']._serialized_end=2669
-  _globals['_RENEWSESSIONRESPONSE']._serialized_start=2671
-  _globals['_RENEWSESSIONRESPONSE']._serialized_end=2729
-  _globals['_DELETESESSIONREQUEST']._serialized_start=2731
-  _globals['_DELETESESSIONREQUEST']._serialized_end=2773
-  _globals['_DELETESESSIONRESPONSE']._serialized_start=2775
-  _globals['_DELETESESSIONRESPONSE']._serialized_end=2798
-  _globals['_UPDATEPARAMETERSHEADER']._serialized_start=2801
-  _globals['_UPDATEPARAMETERSHEADER']._serialized_end=2951
-  _globals['_UPDATEPARAMETERSREQUEST']._serialized_start=2953
-  _globals['_UPDATEPARAMETERSREQUEST']._serialized_end=3055
-  _globals['_PARAMETERVERSION']._serialized_start=3057
-  _globals['_PARAMETERVERSION']._serialized_end=3119
-  _globals['_UPDATEPARAMETERSRESPONSE']._serialized_start=3122
-  _globals['_UPDATEPARAMETERSRESPONSE']._serialized_end=3255
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=3257
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=3279
-  _globals['_LIMITS']._serialized_start=3282
-  _globals['_LIMITS']._serialized_end=3447
-  _globals['_DEVICE']._serialized_start=3449
-  _globals['_DEVICE']._serialized_end=3533
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=3536
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=3726
-  _globals['_SESSIONSERVICE']._serialized_start=3825
-  _globals['_SESSIONSERVICE']._serialized_end=4585
+  _globals['_SESSION']._serialized_end=1213
+  _globals['_REGISTERMODELHEADER']._serialized_start=1215
+  _globals['_REGISTERMODELHEADER']._serialized_end=1339
+  _globals['_REGISTERMODELREQUEST']._serialized_start=1341
+  _globals['_REGISTERMODELREQUEST']._serialized_end=1437
+  _globals['_REGISTERMODELRESPONSE']._serialized_start=1439
+  _globals['_REGISTERMODELRESPONSE']._serialized_end=1556
+  _globals['_REGISTERDATASETHEADER']._serialized_start=1559
+  _globals['_REGISTERDATASETHEADER']._serialized_end=1726
+  _globals['_REGISTERDATASETREQUEST']._serialized_start=1728
+  _globals['_REGISTERDATASETREQUEST']._serialized_end=1828
+  _globals['_REGISTERDATASETRESPONSE']._serialized_start=1830
+  _globals['_REGISTERDATASETRESPONSE']._serialized_end=1953
+  _globals['_CREATESESSIONREQUEST']._serialized_start=1956
+  _globals['_CREATESESSIONREQUEST']._serialized_end=2357
+  _globals['_CREATESESSIONRESPONSE']._serialized_start=2359
+  _globals['_CREATESESSIONRESPONSE']._serialized_end=2418
+  _globals['_GETSESSIONREQUEST']._serialized_start=2420
+  _globals['_GETSESSIONREQUEST']._serialized_end=2459
+  _globals['_GETSESSIONRESPONSE']._serialized_start=2461
+  _globals['_GETSESSIONRESPONSE']._serialized_end=2517
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=2519
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=2579
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=2581
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=2665
+  _globals['_RENEWSESSIONREQUEST']._serialized_start=2667
+  _globals['_RENEWSESSIONREQUEST']._serialized_end=2750
+  _globals['_RENEWSESSIONRESPONSE']._serialized_start=2752
+  _globals['_RENEWSESSIONRESPONSE']._serialized_end=2810
+  _globals['_DELETESESSIONREQUEST']._serialized_start=2812
+  _globals['_DELETESESSIONREQUEST']._serialized_end=2854
+  _globals['_DELETESESSIONRESPONSE']._serialized_start=2856
+  _globals['_DELETESESSIONRESPONSE']._serialized_end=2879
+  _globals['_UPDATEPARAMETERSHEADER']._serialized_start=2882
+  _globals['_UPDATEPARAMETERSHEADER']._serialized_end=3032
+  _globals['_UPDATEPARAMETERSREQUEST']._serialized_start=3034
+  _globals['_UPDATEPARAMETERSREQUEST']._serialized_end=3136
+  _globals['_PARAMETERVERSION']._serialized_start=3138
+  _globals['_PARAMETERVERSION']._serialized_end=3200
+  _globals['_UPDATEPARAMETERSRESPONSE']._serialized_start=3203
+  _globals['_UPDATEPARAMETERSRESPONSE']._serialized_end=3336
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=3338
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=3360
+  _globals['_LIMITS']._serialized_start=3363
+  _globals['_LIMITS']._serialized_end=3528
+  _globals['_DEVICE']._serialized_start=3530
+  _globals['_DEVICE']._serialized_end=3614
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=3617
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=3807
+  _globals['_SESSIONSERVICE']._serialized_start=3906
+  _globals['_SESSIONSERVICE']._serialized_end=4666
 # @@protoc_insertion_point(module_scope)

@@ -20,6 +20,12 @@ class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MODE_EVAL: _ClassVar[Mode]
     MODE_BATCH_STATISTICS: _ClassVar[Mode]
 
+class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TIER_UNSPECIFIED: _ClassVar[Tier]
+    TIER_FIRST: _ClassVar[Tier]
+    TIER_FINAL: _ClassVar[Tier]
+
 class InputStyle(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     INPUT_STYLE_UNSPECIFIED: _ClassVar[InputStyle]
@@ -64,6 +70,9 @@ DTYPE_BFLOAT16: Dtype
 MODE_UNSPECIFIED: Mode
 MODE_EVAL: Mode
 MODE_BATCH_STATISTICS: Mode
+TIER_UNSPECIFIED: Tier
+TIER_FIRST: Tier
+TIER_FINAL: Tier
 INPUT_STYLE_UNSPECIFIED: InputStyle
 INPUT_STYLE_POSITIONAL: InputStyle
 INPUT_STYLE_KEYWORDS: InputStyle
@@ -147,7 +156,7 @@ class Parameter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("mode", "columns_at_once", "batches", "kept_batches", "kept_bytes", "compiled", "symmetry_gap", "difference_gap", "seconds_per_product", "peak_bytes")
+    __slots__ = ("mode", "columns_at_once", "batches", "kept_batches", "kept_bytes", "compiled", "symmetry_gap", "difference_gap", "seconds_per_product", "peak_bytes", "tier")
     MODE_FIELD_NUMBER: _ClassVar[int]
     COLUMNS_AT_ONCE_FIELD_NUMBER: _ClassVar[int]
     BATCHES_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +167,7 @@ class Plan(_message.Message):
     DIFFERENCE_GAP_FIELD_NUMBER: _ClassVar[int]
     SECONDS_PER_PRODUCT_FIELD_NUMBER: _ClassVar[int]
     PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
     mode: str
     columns_at_once: int
     batches: int
@@ -168,7 +178,8 @@ class Plan(_message.Message):
     difference_gap: float
     seconds_per_product: float
     peak_bytes: int
-    def __init__(self, mode: _Optional[str] = ..., columns_at_once: _Optional[int] = ..., batches: _Optional[int] = ..., kept_batches: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., compiled: bool = ..., symmetry_gap: _Optional[float] = ..., difference_gap: _Optional[float] = ..., seconds_per_product: _Optional[float] = ..., peak_bytes: _Optional[int] = ...) -> None: ...
+    tier: Tier
+    def __init__(self, mode: _Optional[str] = ..., columns_at_once: _Optional[int] = ..., batches: _Optional[int] = ..., kept_batches: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., compiled: bool = ..., symmetry_gap: _Optional[float] = ..., difference_gap: _Optional[float] = ..., seconds_per_product: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ...) -> None: ...
 
 class BuiltOperator(_message.Message):
     __slots__ = ("operator", "plan")

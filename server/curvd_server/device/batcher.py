@@ -9,6 +9,9 @@ Work that takes long, such as the opening of a session or a product over many
 mini-batches, is done in turns (`cooperative`): whoever comes waits for one step of it, not
 for all, however much of it goes on.
 
+What nobody waits for, such as a better plan for an operator that answers already, runs
+when the device is idle (`run_when_idle`), and gives way at its next step to whoever comes.
+
 Waking the thread and being woken takes a tenth of a millisecond or two. A lone caller
 whose product is as short has it computed by his own thread, if the device is idle.
 """
@@ -51,6 +54,8 @@ _TURN_S = (5e-3, 0.25)
 """Long work keeps the device for one step, or for several short ones: as long as the
 latest turn of a product took, within these bounds. So who multiplies all the time and
 who opens a session get half of the device each."""
+IDLE_S = 0.1
+"""A device that nobody has asked for so long is idle: solvers come back at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +112,9 @@ class Batcher:
         self._lanes = Lanes(long_bytes)
         self._threads = Threads()
         self._latest_s = self._turn_end_s = 0.0
+        self._busy_s = -math.inf  # when somebody was last waited for
+        self._patient = False  # whether what runs waits for an idle device
+        self._borrowed = False  # whether a caller's own thread computes
         self._pool = Pool(run_bytes)
         self._lock = threading.Lock()
         # Not a condition: its waiter would wake up only to wait for the lock.
@@ -168,7 +176,7 @@ class Batcher:
             if not idle or pace_s * len(columns) > _SHORT_S:
                 return None
             # As if the thread were awake: whoever comes now is waited for below.
-            self._asleep = False
+            self._asleep, self._borrowed = False, True
             self._requests += 1
         start_s = time.monotonic()
         try:
@@ -177,7 +185,8 @@ class Batcher:
             seconds = time.monotonic() - start_s
             self._count(operator, len(columns), seconds)
             with self._lock:
-                self._asleep = not self._lanes and not self._closed
+                self._borrowed, self._busy_s = False, self._clock()
+                self._asleep = not self._lanes.is_wanted() and not self._closed
                 if not self._asleep:
                     self._bell.put(None)
         return Done(value, 0.0, seconds, len(columns))
@@ -217,6 +226,31 @@ class Batcher:
         ticket.in_turns, ticket.room_bytes = True, room_bytes
         return self._submit(("job", lane), None, ticket)
 
+    def run_when_idle(
+        self,
+        job: Callable[[Poll], T],
+        *,
+        due: Poll,
+        lane: Hashable = None,
+        room_bytes: int | None = None,
+    ) -> Ticket[T]:
+        """Queue long work that nobody waits for.
+
+        Args:
+            job: As for `run_in_turns`.
+            due: Says whether it need not wait for an idle device any more, and takes
+                turns with products from now on.
+            lane: As for `run`.
+            room_bytes: As for `run_in_turns`.
+
+        Returns:
+            Its result, to come.
+        """
+        ticket = Ticket(job, None)
+        ticket.in_turns, ticket.room_bytes = True, room_bytes
+        ticket.waits = lambda: not due()
+        return self._submit(("job", lane), None, ticket)
+
     def statistics(self) -> BatcherStatistics:
         """Report what was done, and what waits."""
         with self._lock:
@@ -225,7 +259,9 @@ class Batcher:
                 requests=self._requests,
                 columns=self._columns,
                 cancelled=self._cancelled,
-                waiting=sum(len(lane.tickets) for lane in self._lanes),
+                waiting=sum(
+                    t.waits is None for lane in self._lanes for t in lane.tickets
+                ),
                 reserved_columns=self._room.taken[0],
                 reserved_bytes=self._room.taken[1],
             )
@@ -261,13 +297,16 @@ class Batcher:
             if self._closed:
                 self._refuse_all()
                 return False
-            key, lane = self._lanes.next()
-            self._asleep = lane is None
+            idle = self._clock() - self._busy_s >= IDLE_S
+            key, lane = (None, None) if self._borrowed else self._lanes.next(idle=idle)
+            self._asleep = lane is None and not self._borrowed
             if lane is not None and lane.run is None:
                 lane.run = self._begun(lane)
             run = None if lane is None else lane.run
+            patience_s = IDLE_S if self._lanes else None
         if lane is None:
-            self._bell.get()
+            with contextlib.suppress(queue.Empty):
+                self._bell.get(timeout=patience_s)
             return True
         if run is not None and self._advance(run):
             self._end(run, lane)
@@ -322,6 +361,8 @@ class Batcher:
     def _advance(self, run: Run) -> bool:
         """Let a run take its turn; return whether it has ended."""
         least_s, most_s = _TURN_S
+        waits = run.tickets[0].waits
+        self._patient = waits is not None and waits()
         start_s = self._clock()
         self._turn_end_s = start_s + min(max(least_s, self._latest_s), most_s)
         if run.in_turns:
@@ -329,8 +370,11 @@ class Batcher:
         else:
             run.work.complete()
             ended = True
-        seconds = self._clock() - start_s
+        end_s = self._clock()
+        seconds = end_s - start_s
         run.spent_s += seconds
+        if run.tickets[0].waits is None:
+            self._busy_s = end_s
         if run.tickets[0].room_bytes is None:
             self._latest_s = seconds
         return ended
@@ -339,7 +383,12 @@ class Batcher:
         """Tell long work whether its turn is over: if others wait, and it took a while."""
         if self._closed:
             return True
-        return len(self._lanes) > 1 and self._clock() >= self._turn_end_s
+        if len(self._lanes) < 2:
+            return False
+        if self._patient:
+            with self._lock:
+                return self._lanes.is_wanted()
+        return self._clock() >= self._turn_end_s
 
     def _end(self, run: Run, lane: Lane) -> None:
         """Tell the callers how their run ended."""

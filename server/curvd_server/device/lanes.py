@@ -52,6 +52,12 @@ class Lane:
         return self.tickets[0].in_turns if self.run is None else self.run.in_turns
 
     @property
+    def waits_for_idleness(self) -> bool:
+        """Whether it goes on only when nobody else wants the device."""
+        head = self.tickets[0] if self.run is None else self.run.tickets[0]
+        return head.waits is not None and not head.abandoned and head.waits()
+
+    @property
     def waits_for_room(self) -> bool:
         """Whether there must be room before it goes on."""
         if self.run is not None:
@@ -91,22 +97,38 @@ class Lanes:
         lane = self._lanes.setdefault(key, Lane(operator, deque()))
         lane.tickets.append(ticket)
 
-    def next(self) -> tuple[Hashable, Lane | None]:
+    def next(self, *, idle: bool) -> tuple[Hashable, Lane | None]:
         """Choose whose turn it is: the first, but some may have to wait for room.
 
-        What waits for room begins in the order in which it came.
+        What waits for room begins in the order in which it came. What waits for an idle
+        device goes on one after the other, because what has begun holds memory.
+
+        Args:
+            idle: Whether nobody has asked for the device for a while.
 
         Returns:
             The lane and its key; None if nobody can go on.
         """
         full = False
+        patient: list[tuple[Hashable, Lane]] = []
         for key, lane in self._lanes.items():
+            if lane.waits_for_idleness:
+                patient.append((key, lane))
+                continue
             if not lane.waits_for_room:
                 return key, lane
             full = full or not self._has_room(lane.tickets[0])
             if not full:
                 return key, lane
+        for key, lane in sorted(patient, key=lambda item: item[1].run is None):
+            fits = not lane.waits_for_room or self._has_room(lane.tickets[0])
+            if idle and fits:
+                return key, lane
         return None, None
+
+    def is_wanted(self) -> bool:
+        """Tell whether anybody waits who does not wait for an idle device."""
+        return any(not lane.waits_for_idleness for lane in self._lanes.values())
 
     def rotate(self, key: Hashable, lane: Lane, *, after_long: bool) -> None:
         """Put a lane that had its turn behind all others.
@@ -141,5 +163,6 @@ class Lanes:
 
     def _has_room(self, ticket: Ticket[Any]) -> bool:
         nbytes = sum(t.room_bytes or 0 for t in (*self._in_room, ticket))
-        fits = len(self._in_room) < MOST_LONG and nbytes <= self._long_bytes
+        openings = sum(t.waits is None for t in self._in_room)
+        fits = openings < MOST_LONG and nbytes <= self._long_bytes
         return fits or not self._in_room

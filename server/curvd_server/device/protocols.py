@@ -23,6 +23,7 @@ from curvd.contract import (
     ParameterLayout,
     PlanReport,
     SerializedGraph,
+    Tier,
 )
 from curvd_server.storage import Architecture
 from curvd_server.system import Poll
@@ -48,6 +49,10 @@ class Operator(Protocol):
     @property
     def report(self) -> PlanReport:
         """How it is computed; costs nothing."""
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds that it has computed, at earlier versions included."""
 
     @property
     def shares(self) -> bool:
@@ -125,9 +130,31 @@ class Problem(Protocol):
         """
 
     def build(
-        self, spec: OperatorSpec, *, budget_bytes: int, cancelled: Poll
+        self,
+        spec: OperatorSpec,
+        *,
+        budget_bytes: int,
+        cancelled: Poll,
+        tier: Tier = Tier.FINAL,
     ) -> Operator:
-        """Verify and warm an operator."""
+        """Verify and warm an operator.
+
+        Args:
+            spec: Which.
+            budget_bytes: Memory for cached linearisations.
+            cancelled: Polled between mini-batches.
+            tier: ``first``: as soon as can be, for `improve` to go on with. ``final``:
+                for good; nothing takes over later.
+        """
+
+    def improve(self, operator: Any, *, budget_bytes: int, cancelled: Poll) -> Operator:
+        """Make the last tier of an operator; verified and warm.
+
+        Args:
+            operator: The first tier, which stays valid.
+            budget_bytes: Memory for cached linearisations, in its place.
+            cancelled: Polled between mini-batches.
+        """
 
     def move(self, operator: Any) -> Operator:
         """Make another version's operator for this one; nothing is computed yet.

@@ -59,6 +59,8 @@ class Ticket(Future[Done[T]]):
         self.job, self.columns = job, columns
         self.abandoned = self.alone = self.in_turns = False
         self.submitted_s = time.monotonic()
+        self.waits: Poll | None = None
+        """Whether it still waits for an idle device; None: it takes its turn."""
         self.room_bytes: int | None = None
         """Memory that there must be room for before it begins; None: it needs none."""
 

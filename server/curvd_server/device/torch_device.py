@@ -31,6 +31,7 @@ from curvd.contract import (
     ParameterLayout,
     PlanReport,
     SerializedGraph,
+    Tier,
 )
 from curvd.errors import InvalidSpec, OutOfMemory
 from curvd.tensors import Pool
@@ -318,17 +319,16 @@ class TorchProblem:
         return Points(self._problem, compute=translated, limit=limit, expired=expired)
 
     def build(
-        self, spec: OperatorSpec, *, budget_bytes: int, cancelled: Poll
+        self,
+        spec: OperatorSpec,
+        *,
+        budget_bytes: int,
+        cancelled: Poll,
+        tier: Tier = Tier.FINAL,
     ) -> TorchOperator:
-        """Verify and warm an operator.
+        """Verify and warm an operator; see `Problem.build` of the protocols.
 
-        Args:
-            spec: The operator.
-            budget_bytes: Memory for cached linearisations.
-            cancelled: Polled between mini-batches.
-
-        Returns:
-            The operator.
+        Native code takes over where a first tier did, and nowhere else.
         """
         with _translated():
             built = engine.build(
@@ -336,11 +336,19 @@ class TorchProblem:
                 spec,
                 budget_bytes=budget_bytes,
                 memory=self._tools.plans,
-                compiler=self._tools.compiler,
+                compiler=self._tools.compiler if tier is Tier.FIRST else None,
                 results=self._tools.results,
+                tier=tier,
                 cancelled=cancelled,
             )
             return TorchOperator(built)
+
+    def improve(
+        self, operator: TorchOperator, *, budget_bytes: int, cancelled: Poll
+    ) -> TorchOperator:
+        """Make the last tier of an operator; see `Problem.improve` of the protocols."""
+        with _translated():
+            return operator.improved(self._tools.plans, budget_bytes, cancelled)
 
     def move(self, operator: TorchOperator) -> TorchOperator:
         """Make the same operator for this version; nothing is computed yet."""
@@ -370,6 +378,11 @@ class TorchOperator:
         return self._report
 
     @property
+    def spent_s(self) -> float:
+        """Seconds that it has computed, at earlier versions included."""
+        return self._operator.spent_s
+
+    @property
     def shares(self) -> bool:
         """Whether columns go together, or share what is linearised for them."""
         report = self._report
@@ -390,6 +403,24 @@ class TorchOperator:
     def device(self) -> torch.device:
         """Where its products are made."""
         return self._operator.problem.device
+
+    def improved(
+        self, plans: Memory, budget_bytes: int, cancelled: Poll
+    ) -> TorchOperator:
+        """Make its last tier.
+
+        Args:
+            plans: Plans of earlier operators.
+            budget_bytes: Memory for cached linearisations.
+            cancelled: Polled between mini-batches.
+        """
+        final = engine.improve(
+            self._operator,
+            budget_bytes=budget_bytes,
+            memory=plans,
+            cancelled=cancelled,
+        )
+        return TorchOperator(final)
 
     def at(self, problem: Problem) -> TorchOperator:
         """Make the same operator at another version of its problem.

@@ -3,6 +3,8 @@
     problem = Problem.load(module, parameters, arrays, data, loss)
     operator = build(problem, OperatorSpec(), budget_bytes=2**30)
     rows = operator.apply(columns)            # [K, P] -> [K, P]
+    first = build(problem, OperatorSpec(), budget_bytes=2**30, tier=Tier.FIRST)
+    operator = improve(first, budget_bytes=2**30)
     operator = operator.at(problem.with_parameters(new))
 
 Everything here is synchronous and belongs to whoever has the turn of its device.
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvd.contract import OperatorSpec, PlanReport
+from curvd.contract import OperatorSpec, PlanReport, Tier
 from curvd.errors import InvalidVector, OutOfMemory
 from curvd.tensors import Pool
 from curvd_server.engine.batch_product import BatchProduct, DoesNotFit
@@ -29,11 +31,23 @@ from curvd_server.engine.native_code import NativeCode
 from curvd_server.engine.objective import Array, Problem, check_cancelled, never
 from curvd_server.engine.operators import definition
 from curvd_server.engine.program import Compiler, Interruptible
-from curvd_server.engine.tuning import Choice, Memory, Plan, choose, is_alike, steps
-from curvd_server.engine.verification import check_objective, check_repeatable
+from curvd_server.engine.tuning import (
+    Choice,
+    Memory,
+    Plan,
+    begin,
+    choose,
+    is_alike,
+    steps,
+)
+from curvd_server.engine.verification import (
+    Reference,
+    check_objective,
+    check_repeatable,
+)
 from curvd_server.system import yield_point
 
-__all__ = ["TUNING_S", "Counters", "Operator", "build"]
+__all__ = ["TUNING_S", "Counters", "Operator", "build", "improve"]
 
 TUNING_S = 6.0
 """Default time for measuring candidate plans."""
@@ -51,6 +65,7 @@ def build(
     compiler: Compiler | None = None,
     results: Pool | None = None,
     tuning_s: float = TUNING_S,
+    tier: Tier = Tier.FINAL,
     cancelled: Callable[[], bool] = never,
 ) -> Operator:
     """Verify an operator, choose its plan and warm it up.
@@ -64,6 +79,8 @@ def build(
         compiler: Makes native code of what is used long enough; None: nothing does.
         results: Memory of results on the host; None: fresh for each.
         tuning_s: Time for timing candidates.
+        tier: ``first``: take the first mode that is right and needs no preparation, and
+            time nothing; where there is none the plan is final all the same.
         cancelled: Polled between mini-batches and candidates.
 
     Returns:
@@ -79,19 +96,64 @@ def build(
     definition(spec.kind).check_loss(problem.loss.spec.name, spec)
     check_objective(problem)
     check_cancelled(cancelled)
+    reference = Reference(problem, spec)
+    choice = begin(reference, cancelled) if tier is Tier.FIRST else None
+    if choice is None:
+        choice = choose(
+            problem,
+            spec,
+            reference=reference,
+            plan=plan,
+            memory={} if memory is None else memory,
+            budget_bytes=budget_bytes,
+            budget_s=tuning_s,
+            cancelled=cancelled,
+        )
+    operator = Operator(problem, spec, choice, budget_bytes, compiler, results)
+    if choice.tier is Tier.FIRST:
+        operator.reference = reference
+    operator.make_ready(cancelled=cancelled)
+    return operator
+
+
+def improve(
+    first: Operator,
+    *,
+    budget_bytes: int,
+    memory: Memory | None = None,
+    tuning_s: float = TUNING_S,
+    cancelled: Callable[[], bool] = never,
+) -> Operator:
+    """Choose the final plan of an operator that answers already.
+
+    Args:
+        first: The operator; it stays valid, and gives its linearisations back before
+            those of the other are made, so that there is memory for one of them.
+        budget_bytes: Memory for cached linearisations.
+        memory: Plans of earlier operators, and where this one's is kept.
+        tuning_s: Time for timing candidates.
+        cancelled: Polled between mini-batches and candidates.
+
+    Returns:
+        The same operator in its last tier, verified and warm.
+
+    Raises:
+        CurvatureUnverified: If no AD mode is right any more.
+    """
+    problem, spec = first.problem, first.spec
     choice = choose(
         problem,
         spec,
-        plan=plan,
+        reference=first.reference or Reference(problem, spec),
+        plan=None,
         memory={} if memory is None else memory,
         budget_bytes=budget_bytes,
         budget_s=tuning_s,
         cancelled=cancelled,
     )
-    operator = Operator(problem, spec, choice, budget_bytes, compiler, results)
-    operator.warm(cancelled=cancelled)
-    operator.check_repeatable()
-    operator.examine_company(cancelled=cancelled)
+    operator = first.with_choice(choice, budget_bytes)
+    first.close()
+    operator.make_ready(cancelled=cancelled)
     return operator
 
 
@@ -135,6 +197,8 @@ class Operator:
         )
         self._seconds = 0.0
         self._compiler, self._results = compiler, results
+        self.reference: Reference | None = None
+        """Of a first tier: what its successor is compared with, too."""
         penalised = definition(spec.kind).adds_weight_decay
         self._decay = problem.decay if penalised else problem.decay.none()
         self.mixes = not choice.plan.batched
@@ -144,6 +208,16 @@ class Operator:
     def plan(self) -> Plan:
         """How products are computed; hand it to `build` for a similar problem."""
         return self._choice.plan
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds that it has computed, at earlier versions and tiers included."""
+        return self._native.spent_s
+
+    @property
+    def tier(self) -> Tier:
+        """How much was prepared."""
+        return self._choice.tier
 
     @property
     def report(self) -> PlanReport:
@@ -169,6 +243,7 @@ class Operator:
             + cached_total
             + transient
             + 3 * width * column_bytes,
+            tier=self.tier,
         )
 
     @property
@@ -197,9 +272,40 @@ class Operator:
         moved.mixes = self.mixes
         return moved
 
+    def with_choice(self, choice: Choice, budget_bytes: int) -> Operator:
+        """Make this operator with another plan; nothing is computed yet.
+
+        Args:
+            choice: The plan and its evidence.
+            budget_bytes: Memory for cached linearisations.
+        """
+        made = Operator(
+            self.problem,
+            self.spec,
+            choice,
+            budget_bytes,
+            self._compiler,
+            self._results,
+        )
+        made._native.spent_s = self._native.spent_s
+        return made
+
     def close(self) -> None:
         """Return the memory of all cached linearisations, now."""
         self._cache.clear()
+
+    def make_ready(self, *, cancelled: Callable[[], bool] = never) -> None:
+        """Warm up, and find out what holds for products of this plan.
+
+        Args:
+            cancelled: Polled between mini-batches.
+
+        Raises:
+            NotDeterministic: If two products disagree.
+        """
+        self.warm(cancelled=cancelled)
+        self.check_repeatable()
+        self.examine_company(cancelled=cancelled)
 
     def warm(self, *, cancelled: Callable[[], bool] = never) -> None:
         """Linearise the mini-batches that fit the budget, and time a product."""

@@ -167,6 +167,8 @@ class SessionService:
             mode=convert_enums.mode_from_proto(request.mode),
             operators=tuple(map(convert.operator_from_proto, request.operators)),
             params=check_patterns(request.params),
+            build_later=request.build_later,
+            plan=convert_enums.tier_from_proto(request.plan) if request.plan else None,
             budget_bytes=budget,
             lease_s=_lease_s(request),
             name=request.name,

@@ -1,5 +1,8 @@
 """What a session has on the device: its objective, and the operators that are built.
 
+An operator answers in its first tier while its last one is prepared: when the device is
+idle, or in turns with products once these have taken so long that it is repaid.
+
 Nothing here is locked; the session's lock is held by whoever calls a method that
 changes something.
 """
@@ -11,12 +14,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from curvd.contract import OperatorSpec, PlanReport
-from curvd_server.device import Array, Batcher, Done, Operator, Problem
-from curvd_server.system import Poll
+from curvd.contract import OperatorSpec, PlanReport, Tier
+from curvd.errors import CurvdError
+from curvd_server.device import Array, Batcher, Done, Operator, Problem, Ticket
+from curvd_server.system import Poll, logger
 
 T = TypeVar("T")
 
+REPAID_S = 5.0
+"""Seconds of products in the first tier after which the last one, which takes about as
+long to prepare, waits for an idle device no longer."""
 _VERIFIED_BYTES = 24
 """Memory that verifying an operator takes per parameter: three float64 vectors."""
 
@@ -37,11 +44,20 @@ class OperatorCache:
         batcher: The queue of the device.
         budget_bytes: Memory for cached linearisations, of all operators together.
         operators: How many are kept built.
+        plan: Which tier the first answer of an operator waits for.
     """
 
-    def __init__(self, batcher: Batcher, *, budget_bytes: int, operators: int) -> None:
+    def __init__(
+        self,
+        batcher: Batcher,
+        *,
+        budget_bytes: int,
+        operators: int,
+        plan: Tier = Tier.FIRST,
+    ) -> None:
         self._batcher, self._budget_bytes = batcher, budget_bytes
-        self._capacity = operators
+        self._capacity, self._plan = operators, plan
+        self._improving: dict[OperatorSpec, asyncio.Task[None]] = {}
         self.problem: Problem | None = None
         # The longest unused first.
         self._built: dict[OperatorSpec, CachedOperator] = {}
@@ -88,11 +104,14 @@ class OperatorCache:
         built = self._built.pop(spec, None)
         if built is None:
             assert self.problem is not None
-            nbytes = _VERIFIED_BYTES * self.problem.layout.of_operator(spec).size
+            nbytes = self._verified_bytes(spec)
             built = CachedOperator(await self._run(self._building(spec), nbytes))
-            self._retire(list(self._built)[: len(self._built) + 1 - self._capacity])
+            oldest = list(self._built)[: len(self._built) + 1 - self._capacity]
+            self._stop_improving(oldest)
+            self._retire(oldest)
         self._built[spec] = built
         built.users += 1
+        self._improve(spec)
         return built
 
     def release(self, built: CachedOperator) -> None:
@@ -125,12 +144,19 @@ class OperatorCache:
         def change_over() -> None:
             self._retire(list(self._built))
             self.problem, self._built = problem, moved
+            for spec in moved:
+                self._improve(spec)
 
         return change_over
 
     async def close(self) -> None:
         """Give everything back; returns when the memory is free."""
         self.problem = None
+        if self._improving:
+            self._stop_improving(list(self._improving))
+            # It runs when what was stopped has let go of its memory.
+            last = self._batcher.run(lambda cancelled: None, lane=self._lane)
+            self._closing.add(asyncio.wrap_future(last))
         self._retire(list(self._built))
         if self._closing:
             await asyncio.wait(self._closing)
@@ -138,11 +164,91 @@ class OperatorCache:
     def _building(self, spec: OperatorSpec) -> Callable[[Poll], Operator]:
         problem = self.problem
         assert problem is not None
-        taken = sum(b.operator.report.kept_bytes for b in self._built.values())
-        budget_bytes = max(0, self._budget_bytes - taken)
+        budget_bytes = self._budget_beside(spec)
         return lambda cancelled: problem.build(
-            spec, budget_bytes=budget_bytes, cancelled=cancelled
+            spec, budget_bytes=budget_bytes, cancelled=cancelled, tier=self._plan
         )
+
+    def _budget_beside(self, spec: OperatorSpec) -> int:
+        """Memory that all other operators leave for the linearisations of one."""
+        others = [b.operator for s, b in self._built.items() if s != spec]
+        taken = sum(operator.report.kept_bytes for operator in others)
+        return max(0, self._budget_bytes - taken)
+
+    def _verified_bytes(self, spec: OperatorSpec) -> int:
+        assert self.problem is not None
+        return _VERIFIED_BYTES * self.problem.layout.of_operator(spec).size
+
+    @property
+    def _lane(self) -> tuple[str, int]:
+        """Where last tiers are prepared, one after the other."""
+        return "improving", id(self)
+
+    def _improve(self, spec: OperatorSpec) -> None:
+        """Have the last tier of an operator prepared, unless it is there or on its way."""
+        problem, operator = self.problem, self._built[spec].operator
+        if operator.report.tier is Tier.FINAL or spec in self._improving:
+            return
+        assert problem is not None
+
+        def improve(cancelled: Poll) -> Operator:
+            budget_bytes = self._budget_beside(spec)
+            return problem.improve(
+                operator, budget_bytes=budget_bytes, cancelled=cancelled
+            )
+
+        def is_due() -> bool:
+            now = self._built.get(spec)
+            return now is not None and now.operator.spent_s >= REPAID_S
+
+        ticket = self._batcher.run_when_idle(
+            improve,
+            due=is_due,
+            lane=self._lane,
+            room_bytes=self._verified_bytes(spec),
+        )
+        task = asyncio.ensure_future(self._take_over(spec, problem, ticket))
+        self._improving[spec] = task
+
+    async def _take_over(
+        self, spec: OperatorSpec, problem: Problem, ticket: Ticket[Operator]
+    ) -> None:
+        """Put the last tier into the place of the first one, once it is there.
+
+        Args:
+            spec: Which operator.
+            problem: The version at which it is prepared; there may be a later one since.
+            ticket: The last tier, to come.
+        """
+        try:
+            done = await asyncio.wrap_future(ticket)
+        except CurvdError as error:  # the first tier goes on
+            logger().warning("no last tier", operator=str(spec.kind), error=str(error))
+            return
+        finally:
+            if self._improving.get(spec) is asyncio.current_task():
+                del self._improving[spec]
+        final, first = done.value, self._built.get(spec)
+        if first is None or first.operator.report.tier is Tier.FINAL:
+            self._close_unused([CachedOperator(final, retired=True)])
+            return
+        assert self.problem is not None
+        if self.problem is not problem:
+            final = self.problem.move(final)
+        self._retire([spec])
+        self._built[spec] = CachedOperator(final)
+        logger().info(
+            "last tier took over",
+            operator=str(spec.kind),
+            mode=final.report.mode,
+            seconds=round(done.compute_s, 2),
+        )
+
+    def _stop_improving(self, specs: Iterable[OperatorSpec]) -> None:
+        for spec in specs:
+            task = self._improving.pop(spec, None)
+            if task is not None:
+                task.cancel()
 
     def _retire(self, specs: Iterable[OperatorSpec]) -> None:
         retired = [self._built.pop(spec) for spec in specs]

@@ -13,7 +13,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from curvd.contract import OperatorSpec, SerializedGraph, SessionInfo, SessionState
+from curvd.contract import (
+    OperatorSpec,
+    SerializedGraph,
+    SessionInfo,
+    SessionState,
+    Tier,
+)
 from curvd.errors import Cancelled, CurvdError, VersionMismatch
 from curvd_server.config import LimitsConfig
 from curvd_server.device import Batcher, Device, Operator, Problem
@@ -56,6 +62,8 @@ class SessionDependencies:
     """Seconds since the epoch, for people: someone may set it."""
     monotonic: Callable[[], float]
     """Seconds that nobody can set, for leases."""
+    plan: Tier = Tier.FIRST
+    """Which tier first answers wait for, in sessions that do not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +111,7 @@ class Session:
             dependencies.batcher,
             budget_bytes=stored.info.budget_bytes,
             operators=dependencies.limits.operators,
+            plan=stored.info.plan,
         )
         self.vectors = Vectors(
             stored.info.id, dependencies.limits.stored_bytes, dependencies.memory

@@ -16,6 +16,7 @@ from curvd.contract import (
     ParameterLayout,
     SessionInfo,
     SessionState,
+    Tier,
 )
 from curvd.errors import CurvdError, LimitExceeded, SessionNotFound
 from curvd_server.sessions.parameters import state_of
@@ -41,7 +42,11 @@ class NewSession:
     dtype: Dtype = Dtype.FLOAT32
     mode: Mode = Mode.EVAL
     operators: tuple[OperatorSpec, ...] = ()
-    """Operators to build before the answer; empty: the Hessian."""
+    """Operators to build before the answer; empty: the Hessian, unless `build_later`."""
+    build_later: bool = False
+    """Whether nothing is built before the answer if no operator is named."""
+    plan: Tier | None = None
+    """Which tier the first answer of an operator waits for; None: the server's."""
     params: tuple[str, ...] = ()
     """Globs that choose the parameters; empty: all of them."""
     budget_bytes: int | None = None
@@ -301,7 +306,8 @@ class SessionStore:
         session = Session(self._dependencies, stored)
         try:
             problem = await session.warm()
-            for spec in new.operators or (OperatorSpec(),):
+            usual = () if new.build_later else (OperatorSpec(),)
+            for spec in new.operators or usual:
                 session.operator_cache.release(
                     await session.operator_cache.acquire(spec)
                 )
@@ -355,6 +361,7 @@ class SessionStore:
             create_time_s=self._dependencies.clock(),
             expire_time_s=None,
             params=new.params,
+            plan=new.plan or self._dependencies.plan,
         )
         return StoredSession(
             info=info,

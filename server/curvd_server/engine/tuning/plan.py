@@ -1,5 +1,8 @@
 """How an operator is computed: the fastest of the plans that is right.
 
+Finding it takes seconds, most of them for tracing. Who cannot wait has the first tier
+meanwhile: the first mode that is right among those that need no preparation (`begin`).
+
 A plan is remembered by structure (architecture, shapes, loss, operator, device), so
 the next session of that structure, or the same one after a restart, verifies one plan
 instead of timing many, and rounds as before.
@@ -16,14 +19,26 @@ from typing import Protocol
 
 import torch
 
-from curvd.contract import OperatorSpec
+from curvd.contract import OperatorSpec, Tier
 from curvd.errors import CurvatureUnverified, OutOfMemory
 from curvd_server.engine.objective import Problem, check_cancelled
 from curvd_server.engine.operators import MODES
 from curvd_server.engine.tuning.autotune import Plan, PlanTimer, ranked
 from curvd_server.engine.verification import Evidence, Reference, disagreements
 
-__all__ = ["Choice", "Memory", "Plan", "choose", "recall", "remember", "structure"]
+__all__ = [
+    "Choice",
+    "Memory",
+    "Plan",
+    "begin",
+    "choose",
+    "recall",
+    "remember",
+    "structure",
+]
+
+UNPREPARED = ("double_backward", "forward_over_reverse")
+"""Modes that trace nothing, the usually faster first."""
 
 _NAMED = 5
 """Lines that a message names."""
@@ -35,6 +50,7 @@ class Choice:
 
     plan: Plan
     evidence: Evidence
+    tier: Tier = Tier.FINAL
 
 
 class Memory(Protocol):
@@ -87,10 +103,29 @@ def remember(memory: Memory, key: str, plan: Plan) -> None:
     memory[key] = json.dumps(dataclasses.asdict(plan))
 
 
+def begin(reference: Reference, cancelled: Callable[[], bool]) -> Choice | None:
+    """Find a plan that is right without preparing anything.
+
+    Args:
+        reference: What it is compared with.
+        cancelled: Polled between modes.
+
+    Returns:
+        The plan and its evidence; None if no mode that traces nothing is right.
+    """
+    for mode in UNPREPARED:
+        check_cancelled(cancelled)
+        evidence = reference.examine(mode, batched=False)
+        if evidence.ok:
+            return Choice(Plan(mode), evidence, Tier.FIRST)
+    return None
+
+
 def choose(
     problem: Problem,
     spec: OperatorSpec,
     *,
+    reference: Reference,
     plan: Plan | None,
     memory: Memory,
     budget_bytes: int,
@@ -102,6 +137,7 @@ def choose(
     Args:
         problem: The objective.
         spec: The operator.
+        reference: What plans are compared with.
         plan: Taken if it verifies, without timing anything.
         memory: Plans of earlier sessions; likewise.
         budget_bytes: Memory for cached linearisations.
@@ -115,7 +151,6 @@ def choose(
         CurvatureUnverified: If no mode reproduces finite differences.
         OutOfMemory: If one did not for want of memory.
     """
-    reference = Reference(problem, spec)
     timer = PlanTimer(problem, spec, budget_bytes, budget_s)
     found: dict[str, Evidence] = {}
     key = structure(problem, spec)

@@ -46,6 +46,8 @@ A correct mode reaches 1e-9; the wrong ones known to us are off by 1e-2 and more
 """
 AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.5}
 """How far two correct modes may differ in a session's own precision."""
+KEPT_BYTES = 64 << 20
+"""Difference quotients up to here are kept for the next mode."""
 HELD = 3
 """Float64 vectors of all parameters that an examination holds at once, on the host.
 
@@ -77,7 +79,8 @@ class Evidence:
 class Reference:
     """The reference for one problem and operator.
 
-    It holds nothing of the parameters' size between two examinations.
+    Modes are compared with the same differences, so these are made once: they are kept
+    between two examinations as far as they are small (`KEPT_BYTES`).
 
     Args:
         problem: The objective.
@@ -96,6 +99,9 @@ class Reference:
         self._perturbation, *self._directions = (
             Direction(k, scales, fixed) for k in range(3)
         )
+        self._found: dict[tuple[str, bool], Evidence] = {}
+        self._quotients: dict[float, list[Tensor]] = {}
+        self._keeps = 8 * len(STEPS) * problem.layout.size <= KEPT_BYTES
 
     def examine(self, mode: str, *, batched: bool) -> Evidence:
         """Compare a mode with the truth.
@@ -107,6 +113,15 @@ class Reference:
         Returns:
             The gaps and the parameters that disagree.
         """
+        key = mode, batched
+        if key not in self._found:
+            evidence = self._tried(mode, batched=batched)
+            if evidence.out_of_memory:  # there may be more the next time
+                return evidence
+            self._found[key] = evidence
+        return self._found[key]
+
+    def _tried(self, mode: str, *, batched: bool) -> Evidence:
         # A mode fails in whatever way torch chooses to say "not implemented".
         try:
             return self._examine(mode, batched=batched)
@@ -183,11 +198,19 @@ class Reference:
         """Best relative error per parameter over the step widths."""
         best = [math.inf] * len(rows)
         for step in STEPS:
-            gaps = _gaps(rows, differences.quotient(self._spec, step))
+            gaps = _gaps(rows, self._quotient(differences, step))
             best = [min(b, g) for b, g in zip(best, gaps, strict=True)]
             if max(best) <= EXCELLENT:
                 break
         return best
+
+    def _quotient(self, differences: FiniteDifferences, step: float) -> list[Tensor]:
+        if step in self._quotients:
+            return self._quotients[step]
+        quotient = differences.quotient(self._spec, step)
+        if self._keeps:
+            self._quotients[step] = quotient
+        return quotient
 
     def _probed_blocks(self) -> list[range]:
         """Choose the first, a middle and the last block of a block-diagonal operator."""

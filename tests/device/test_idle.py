@@ -1,0 +1,157 @@
+"""Work that nobody waits for: it begins on an idle device, and gives way at once."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from curvd_server.device import batcher as batching
+from curvd_server.device.batcher import Batcher
+from curvd_server.system import yield_point
+
+
+class Doubles:
+    """Multiplies by two and notes it."""
+
+    shares = True
+
+    def __init__(self, log):
+        self.log = log
+
+    def apply(self, columns, *, counts=(), cancelled):
+        self.log.append("product")
+        return columns * 2
+
+
+@pytest.fixture
+def clock():
+    return [0.0]
+
+
+@pytest.fixture
+def batcher(clock, monkeypatch):
+    monkeypatch.setattr(batching, "IDLE_S", 0.01)
+    made = Batcher(
+        run_columns=4,
+        run_bytes=1 << 20,
+        pending_columns=8,
+        pending_bytes=1000,
+        clock=lambda: clock[0],
+    )
+    yield made
+    made.close()
+
+
+def steps(log, gates, begun=None):
+    """Work of several steps, each of which waits for its gate."""
+
+    def job(cancelled):
+        if begun is not None:
+            begun.set()
+        for gate in gates:
+            assert gate.wait(300)
+            log.append("step")
+            yield_point()
+        return "done"
+
+    return job
+
+
+def opened(count):
+    gates = [threading.Event() for _ in range(count)]
+    for gate in gates:
+        gate.set()
+    return gates
+
+
+V = np.ones((1, 2))
+
+
+def result(ticket):
+    return ticket.result(timeout=300).value
+
+
+def never():
+    return False
+
+
+def test_a_device_that_nobody_asked_yet_is_idle(batcher):
+    log = []
+    ticket = batcher.run_when_idle(steps(log, opened(3)), due=never)
+    assert result(ticket) == "done"
+
+
+def test_it_waits_until_nobody_has_asked_for_a_while(batcher, clock):
+    log = []
+    result(batcher.multiply(Doubles(log), V))
+    ticket = batcher.run_when_idle(steps(log, opened(1)), due=never)
+    result(batcher.multiply(Doubles(log), V))
+    assert (log, ticket.done()) == (["product"] * 2, False)
+    clock[0] += 0.02
+    assert result(ticket) == "done"
+
+
+def test_it_gives_way_between_two_steps_and_does_not_come_back_at_once(batcher, clock):
+    begun, *gates = [threading.Event() for _ in range(3)]
+    log = []
+    ticket = batcher.run_when_idle(steps(log, gates, begun), due=never)
+    assert begun.wait(300)
+    product = batcher.multiply(Doubles(log), V)
+    gates[0].set()
+    result(product)
+    gates[1].set()
+    result(batcher.multiply(Doubles(log), V))
+    assert log == ["step", "product", "product"]
+    clock[0] += 0.02
+    assert result(ticket) == "done"
+
+
+def test_what_is_due_takes_turns_with_products(batcher):
+    log, due = [], []
+    result(batcher.multiply(Doubles(log), V))
+    ticket = batcher.run_when_idle(steps(log, opened(2)), due=lambda: bool(due))
+    result(batcher.multiply(Doubles(log), V))
+    assert not ticket.done()
+    due.append(True)
+    result(batcher.multiply(Doubles(log), V))
+    assert result(ticket) == "done"
+
+
+def test_it_counts_as_nobody_who_waits(batcher, clock):
+    result(batcher.multiply(Doubles([]), V))
+    ticket = batcher.run_when_idle(steps([], opened(1)), due=never)
+    assert batcher.statistics().waiting == 0
+    ticket.cancel()
+
+
+def test_short_products_stay_on_their_callers_threads_meanwhile(batcher, clock):
+    threads = []
+
+    class Noted(Doubles):
+        def apply(self, columns, *, counts=(), cancelled):
+            threads.append(threading.current_thread())
+            return columns * 2
+
+    operator = Noted([])
+    result(batcher.multiply(operator, V))
+    ticket = batcher.run_when_idle(steps([], opened(1)), due=never)
+    while batcher.multiply_now(operator, V) is None:
+        pass
+    assert threads[-1] is threading.current_thread()
+    assert not ticket.done()
+    clock[0] += 0.02
+    assert result(ticket) == "done"
+
+
+def test_a_server_that_stops_ends_it(batcher):
+    begun = threading.Event()
+
+    def job(cancelled):
+        begun.set()
+        while not cancelled():
+            pass
+
+    ticket = batcher.run_when_idle(job, due=never)
+    assert begun.wait(300)
+    batcher.close()
+    assert ticket.done()

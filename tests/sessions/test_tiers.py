@@ -1,0 +1,137 @@
+"""Sessions answer in the first tier, and in the last one as soon as it is there."""
+
+import asyncio
+
+import numpy as np
+import pytest
+from support.fake_device import middle, put
+
+from curvd.contract.enums import OperatorKind, Tier
+from curvd.contract.specs import OperatorSpec
+from curvd_server.device import batcher as batching
+from curvd_server.sessions.operator_cache import REPAID_S
+from curvd_server.sessions.session import Update
+
+HESSIAN = OperatorSpec()
+GGN = OperatorSpec(kind=OperatorKind.GGN)
+
+
+@pytest.fixture
+def server(tmp_path):
+    with middle(tmp_path) as it:
+        it.device.has_tiers = True
+        yield it
+
+
+def tier_of(server, session_id, spec=HESSIAN):
+    """Which tier answers now."""
+    return dict(server.sessions.get(session_id).operators)[spec].tier
+
+
+async def until(holds):
+    """Let others go on until something holds."""
+    async with asyncio.timeout(300):
+        while not holds():  # noqa: ASYNC110 - threads change it, too
+            await asyncio.sleep(0)
+
+
+async def lease_of(server, session_id, spec=HESSIAN):
+    """The operator that a call would have."""
+    async with server.sessions.lease(session_id, operator=spec) as lease:
+        return lease.operator
+
+
+async def product(server, operator):
+    """Multiply, as a call does."""
+    await asyncio.wrap_future(server.batcher.multiply(operator, np.ones((1, 5))))
+
+
+async def test_the_last_tier_takes_over_when_the_device_is_idle(server):
+    info = await server.sessions.create(server.new())
+    assert dict(info.operators)[HESSIAN].tier is Tier.FIRST
+    first = await lease_of(server, info.id)
+    server.device.improving.set()
+    await until(lambda: tier_of(server, info.id) is Tier.FINAL)
+    await until(lambda: first.closed)
+    assert (await lease_of(server, info.id)).report.tier is Tier.FINAL
+
+
+async def test_a_call_under_way_keeps_the_tier_that_it_began_with(server):
+    info = await server.sessions.create(server.new())
+    async with server.sessions.lease(info.id, operator=HESSIAN) as lease:
+        server.device.improving.set()
+        await until(lambda: tier_of(server, info.id) is Tier.FINAL)
+        assert lease.operator.report.tier is Tier.FIRST
+        assert not lease.operator.closed
+    await until(lambda: lease.operator.closed)
+
+
+async def test_a_session_that_asked_for_the_last_tier_never_has_another(server):
+    info = await server.sessions.create(server.new(plan=Tier.FINAL))
+    assert dict(info.operators)[HESSIAN].tier is Tier.FINAL
+    assert server.device.improved == []
+    assert server.sessions.get(info.id).plan is Tier.FINAL
+
+
+async def test_an_operator_that_cannot_be_improved_goes_on_as_it_is(server):
+    server.device.fails_to_improve = True
+    server.device.improving.set()
+    info = await server.sessions.create(server.new())
+    session = server.sessions._sessions[info.id]
+    await until(lambda: server.device.improved)
+    await until(lambda: not session.operator_cache._improving)
+    operator = await lease_of(server, info.id)
+    assert (operator.report.tier, operator.closed) == (Tier.FIRST, False)
+
+
+async def test_new_parameters_do_not_stop_the_last_tier(server):
+    info = await server.sessions.create(server.new())
+    await until(lambda: server.device.improved)
+    digest = put(server.blobs, {"a": np.full(2, 5.0)})
+    with server.blobs.held(digest):
+        await server.sessions.update(info.id, Update(digest=digest))
+    assert tier_of(server, info.id) is Tier.FIRST
+    server.device.improving.set()
+    await until(lambda: tier_of(server, info.id) is Tier.FINAL)
+    operator = await lease_of(server, info.id)
+    assert operator.problem.factor == 13.0
+    assert len(server.device.improved) == 1
+
+
+async def test_a_session_that_ends_stops_what_is_prepared_for_it(server):
+    info = await server.sessions.create(server.new())
+    await until(lambda: server.device.improved)
+    await server.sessions.delete(info.id)
+    assert all(operator.closed for operator in server.device.operators)
+    assert server.batcher.statistics().waiting == 0
+
+
+async def test_a_last_tier_has_the_memory_of_the_first(server):
+    info = await server.sessions.create(server.new(budget_bytes=100))
+    await until(lambda: server.device.improved)
+    assert server.device.improved == [(HESSIAN, 100)]
+    server.device.improving.set()
+    await lease_of(server, info.id, GGN)
+    await until(lambda: tier_of(server, info.id, GGN) is Tier.FINAL)
+    assert server.device.improved[1] == (GGN, 100 - server.device.kept_bytes)
+
+
+async def test_nothing_is_built_that_nobody_asked_for(server):
+    info = await server.sessions.create(server.new(build_later=True))
+    assert (info.operators, server.device.built) == ((), [])
+    await lease_of(server, info.id, GGN)
+    assert [spec for spec, _ in server.device.built] == [GGN]
+
+
+async def test_what_was_used_enough_does_not_wait_for_an_idle_device(
+    server, monkeypatch
+):
+    monkeypatch.setattr(batching, "IDLE_S", 1e6)
+    info = await server.sessions.create(server.new())
+    operator = await lease_of(server, info.id)
+    await product(server, operator)
+    assert server.device.improved == []
+    server.device.improving.set()
+    operator.spent_s = REPAID_S
+    await product(server, operator)
+    await until(lambda: tier_of(server, info.id) is Tier.FINAL)
