@@ -139,9 +139,9 @@ def loaded(case, dtype=Dtype.FLOAT64):
     return module, problem
 
 
-def asked(problem, *, rows=3, **options):
+def asked(problem, *, rows=3, by_parameter=True, **options):
     points = Points(problem, compute=lambda job: job(lambda: False), **options)
-    return drain(gradient_norms(points, rows=rows, by_parameter=True)), points
+    return drain(gradient_norms(points, rows=rows, by_parameter=by_parameter)), points
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -235,6 +235,14 @@ def test_a_limit_leaves_the_first_data_points(limit):
     assert points.done == len(found.norms) == limit
     assert found.stopped is Stop.PRODUCTS
     np.testing.assert_allclose(found.norms, whole.norms[:limit], rtol=1e-12)
+
+
+def test_norms_alone_are_the_same():
+    _, problem = loaded("tokens")
+    both, _ = asked(problem)
+    found, _ = asked(problem, by_parameter=False)
+    assert found.parameter_norms is None
+    np.testing.assert_allclose(found.norms, both.norms, rtol=1e-14)
 
 
 def test_time_that_is_up_leaves_one_part():

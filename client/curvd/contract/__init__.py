@@ -46,14 +46,11 @@ from curvd.contract.query_options import (
     EigshOptions,
     FrobeniusNormOptions,
     LogDetOptions,
-    QueryOptions,
-    QuerySpec,
     SolveOptions,
     SpectralDensityOptions,
     TraceOptions,
-    choices_of,
-    own_first,
 )
+from curvd.contract.query_spec import QueryOptions, QuerySpec, choices_of, own_first
 from curvd.contract.rpcs import (
     BY_PATH,
     BYTES_TAG,

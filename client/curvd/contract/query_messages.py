@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from curvd.contract.convert_enums import enum_from
 from curvd.contract.infos import StoredVector
-from curvd.contract.query_options import QueryOptions, choices_of
+from curvd.contract.query_spec import QueryOptions, choices_of
 from curvd.contract.rpcs import RPCS
 from curvd.contract.settings import settings_of
 

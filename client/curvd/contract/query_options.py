@@ -10,48 +10,18 @@ in, and the table of docs/client.md. A field of a message has the name of the op
 
 from __future__ import annotations
 
-import enum
-import functools
-import typing
-from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from curvd.contract.enums import Estimator, Solver, Which, member
-from curvd.contract.infos import QueryProgress, StoredVector
-from curvd.contract.settings import check_settings, setting, settings_of
+from curvd.contract.enums import Estimator, Solver, Which
+from curvd.contract.infos import StoredVector
+from curvd.contract.query_spec import QueryOptions, QuerySpec
+from curvd.contract.settings import setting
 
 _SEED = 2**63 - 1
 _SMALLEST, _LARGEST = 1e-290, 1e290
 """Of what is divided by, and what densities are the inverse of."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueryOptions:
-    """What every query takes; values are judged when it is made, on either side."""
-
-    max_products: int | None = setting(
-        None,
-        "Stop after so many columns; None: the server's limit.",
-        least=1,
-        most=2**62,
-    )
-    time_limit_s: float | None = setting(
-        None,
-        "Start no product after so long; the result is the best so far.",
-        positive=True,
-    )
-    progress: Callable[[QueryProgress], None] | bool = setting(
-        False,
-        "Called with a `QueryProgress`; True draws a line on a terminal.",
-        wire="",
-    )
-
-    def __post_init__(self) -> None:
-        for name, kind in choices_of(type(self)).items():
-            chosen = member(kind, getattr(self, name), name)
-            object.__setattr__(self, name, chosen)
-        check_settings(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,21 +231,6 @@ class GradientNormsOptions(QueryOptions):
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuerySpec:
-    """A query by its names."""
-
-    method: str
-    """The method of both clients' operators, or sessions."""
-    options: type[QueryOptions]
-    of_session: bool = False
-    """Whether it asks about the data points of a session, not about an operator."""
-    command: str = ""
-    """Of the command line; empty: it has none."""
-    terminal: Mapping[str, Any] = field(default_factory=dict)
-    """Defaults of the command, where they are others: there somebody waits and reads."""
-
-
 QUERIES: Mapping[str, QuerySpec] = {
     "Eigsh": QuerySpec(
         method="eigsh",
@@ -314,41 +269,3 @@ QUERIES: Mapping[str, QuerySpec] = {
     ),
 }
 """By the name of the RPC."""
-
-
-def own_first(options: type[QueryOptions]) -> list[str]:
-    """Order options for people.
-
-    Args:
-        options: The options of a query.
-
-    Returns:
-        Their names: the query's own, then what every query takes.
-    """
-    common = settings_of(QueryOptions)
-    return sorted(settings_of(options), key=lambda name: name in common)
-
-
-def choices_of(options: type[QueryOptions]) -> Mapping[str, type[enum.StrEnum]]:
-    """Name the options that choose a member of an enumeration.
-
-    Args:
-        options: The options of a query.
-
-    Returns:
-        The enumeration by option.
-    """
-    kind: Any = options  # a class is hashable, whatever mypy thinks of its instances
-    return _choices(kind)
-
-
-@functools.cache
-def _choices(options: Any) -> Mapping[str, type[enum.StrEnum]]:
-    hints = typing.get_type_hints(options)
-    parts = {name: (hint, *typing.get_args(hint)) for name, hint in hints.items()}
-    return {
-        name: kind
-        for name, found in parts.items()
-        for kind in found
-        if isinstance(kind, type) and issubclass(kind, enum.StrEnum)
-    }

@@ -27,6 +27,14 @@ class Room(Protocol):
         """P, the length of a vector."""
 
     @property
+    def data_points(self) -> int:
+        """N, how many the session has."""
+
+    @property
+    def parameters(self) -> int:
+        """T, how many tensors a vector consists of."""
+
+    @property
     def block(self) -> int:
         """Probes that are multiplied together."""
 

@@ -55,6 +55,16 @@ class QueryCall:
         return self.lease.info.layout.size
 
     @property
+    def data_points(self) -> int:
+        """N, how many the session has."""
+        return self.lease.info.data_points
+
+    @property
+    def parameters(self) -> int:
+        """T, how many tensors a vector consists of."""
+        return len(self.lease.info.layout.parameters)
+
+    @property
     def block(self) -> int:
         """Probes that are multiplied together."""
         return max(8, self._at_once)

@@ -8,6 +8,7 @@ they do not, or a model does what cannot be vectorised, each point is differenti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,13 @@ def gradient_norms(
     Returns:
         The norms.
     """
-    squares, stopped = yield from points.each(SquaredGradients(points.problem), rows)
+    squared = SquaredGradients(points.problem)
+
+    def kept(batch: Batch) -> Tensor:
+        squares = squared(batch)
+        return squares if by_parameter else squares.sum(1, keepdim=True)
+
+    squares, stopped = yield from points.each(kept, rows)
     return GradientNormsResult(
         norms=squares.sum(1).sqrt(),
         parameter_norms=squares.sqrt() if by_parameter else None,
@@ -138,6 +145,13 @@ def _rows(room: Room) -> int:
     return room.fitting(2, _TOGETHER)  # a gradient, and what its square takes
 
 
+def _vectors(options: query_options.GradientNormsOptions, room: Room) -> int:
+    numbers = room.parameters if options.by_parameter else 1
+    # The squares, their roots, and a copy on the way out.
+    answer = 3 * room.data_points * numbers
+    return 2 * _rows(room) + math.ceil(answer / room.size)
+
+
 def _begin(
     points: Points, options: query_options.GradientNormsOptions, room: Room
 ) -> Query[GradientNormsResult]:
@@ -152,7 +166,7 @@ def _tensors(result: GradientNormsResult) -> dict[str, Tensor]:
 
 DEFINITION = Definition(
     options=query_options.GradientNormsOptions,
-    vectors=lambda options, room: 2 * _rows(room),
+    vectors=_vectors,
     begin=_begin,
     tensors=_tensors,
 )
