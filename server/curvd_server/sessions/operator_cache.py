@@ -17,7 +17,7 @@ from typing import TypeVar
 from curvd.contract import OperatorSpec, PlanReport, Tier
 from curvd.errors import CurvdError
 from curvd_server.device import Array, Batcher, Done, Operator, Problem, Ticket
-from curvd_server.system import Poll, logger
+from curvd_server.system import Poll, logger, look_at_all, none_while_building
 
 T = TypeVar("T")
 
@@ -62,6 +62,7 @@ class OperatorCache:
         # The longest unused first.
         self._built: dict[OperatorSpec, CachedOperator] = {}
         self._closing: set[asyncio.Future[Done[None]]] = set()
+        self._is_large = False  # enough for garbage to be looked for at its end
 
     @property
     def reports(self) -> tuple[tuple[OperatorSpec, PlanReport], ...]:
@@ -88,7 +89,7 @@ class OperatorCache:
             The objective.
         """
         if self.problem is None:
-            self.problem = await self._run(lambda cancelled: load())
+            self.problem = await self._run(self._staying(lambda cancelled: load()))
         return self.problem
 
     async def acquire(self, spec: OperatorSpec) -> CachedOperator:
@@ -105,7 +106,8 @@ class OperatorCache:
         if built is None:
             assert self.problem is not None
             nbytes = self._verified_bytes(spec)
-            built = CachedOperator(await self._run(self._building(spec), nbytes))
+            building = self._staying(self._building(spec))
+            built = CachedOperator(await self._run(building, nbytes))
             oldest = list(self._built)[: len(self._built) + 1 - self._capacity]
             self._stop_improving(oldest)
             self._retire(oldest)
@@ -160,6 +162,11 @@ class OperatorCache:
         self._retire(list(self._built))
         if self._closing:
             await asyncio.wait(self._closing)
+        if self._is_large:
+            self._is_large = False
+            await asyncio.wrap_future(
+                self._batcher.run(lambda cancelled: look_at_all())
+            )
 
     def _building(self, spec: OperatorSpec) -> Callable[[Poll], Operator]:
         problem = self.problem
@@ -202,7 +209,7 @@ class OperatorCache:
             return now is not None and now.operator.spent_s >= REPAID_S
 
         ticket = self._batcher.run_when_idle(
-            improve,
+            self._staying(improve),
             due=is_due,
             lane=self._lane,
             room_bytes=self._verified_bytes(spec),
@@ -267,6 +274,17 @@ class OperatorCache:
             closing = asyncio.wrap_future(self._batcher.run(close))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
+
+    def _staying(self, make: Callable[[Poll], T]) -> Callable[[Poll], T]:
+        """Keep full collections of garbage away from what stays until the end."""
+
+        def made(cancelled: Poll) -> T:
+            with none_while_building() as aside:
+                value = make(cancelled)
+            self._is_large = self._is_large or aside.some
+            return value
+
+        return made
 
     async def _run(self, job: Callable[[Poll], T], nbytes: int = 0) -> T:
         """Do long work on the device, in turns with others."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from curvd_server.system.cooperative import LongWork, Poll, Threads, alone, yield_point
 from curvd_server.system.faults import FREE_SOME, is_out_of_memory, told
+from curvd_server.system.garbage import look_at_all, none_while_building
 from curvd_server.system.host_memory import (
     CALLS,
     RESULTS,
@@ -31,6 +32,8 @@ __all__ = [
     "default_bytes",
     "is_out_of_memory",
     "logger",
+    "look_at_all",
+    "none_while_building",
     "told",
     "yield_point",
 ]
