@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import threading
 
@@ -15,6 +16,7 @@ import curvd  # noqa: E402
 from curvd_server import app  # noqa: E402
 from curvd_server.config import ServerConfig  # noqa: E402
 from curvd_server.device import batcher  # noqa: E402
+from curvd_server.models import builders  # noqa: E402
 
 MOST_TURNS = 2
 """Which a product may wait for: the one under way, and one that came before it."""
@@ -175,3 +177,38 @@ def test_a_product_waits_for_two_turns_at_most(target, turns, work):
         work(client, turns)
     assert turns.begun > 10
     assert max(turns.waited) <= MOST_TURNS
+
+
+@pytest.fixture
+def full_collections():
+    """Counts collections that look at every object, while nobody else has the GIL."""
+    counted = []
+
+    def note(phase, info):
+        if phase == "start" and info["generation"] == 2:
+            counted.append(phase)
+
+    gc.callbacks.append(note)
+    yield counted
+    gc.callbacks.remove(note)
+
+
+def test_an_opening_of_many_layers_stops_nobody_to_look_for_garbage(
+    target, full_collections
+):
+    widths = {"activation": "tanh", "widths": [2] * 81}
+    state = builders.BUILDERS["mlp"](widths).double().state_dict()
+    points = {"x": np.ones((2, 2)), "y": np.zeros(2, int)}
+    with curvd.connect(target) as client:
+        model = client.register_model("mlp", widths, state)
+        dataset = client.register_dataset(
+            points, inputs=["x"], target="y", batch_size=2
+        )
+        open_session(client).delete()  # imports what it needs
+        gc.collect()
+        full_collections.clear()
+        session = client.create_session(
+            model, dataset, loss="cross_entropy", dtype="F64"
+        )
+        assert not full_collections
+        session.delete()
