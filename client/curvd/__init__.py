@@ -105,6 +105,7 @@ from curvd.remote.queries import (
     Eigenpairs,
     Estimate,
     LogDeterminant,
+    Sketch,
     Solution,
 )
 from curvd.tensors import tune_allocator
@@ -167,6 +168,7 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "LogDeterminant",
     "QueryInfo",
     "QueryProgress",
+    "Sketch",
     "Solution",
     "Solver",
     "Stop",

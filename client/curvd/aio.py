@@ -54,6 +54,7 @@ from curvd.remote import (
     name_of,
     shown,
 )
+from curvd.remote.queries import Sketch
 from curvd.tensors import Layout, operand
 
 T = TypeVar("T")
@@ -270,15 +271,25 @@ class AsyncSession(DataPointQueries, AsyncAsks, SessionBase["AsyncOperator"]):
         return AsyncOperator(self._connection, self._info, spec, expected_version)
 
     async def gradient(
-        self, *, layout: Layout = "flat", expected_version: int | None = None
+        self,
+        *,
+        layout: Layout = "flat",
+        expected_version: int | None = None,
+        store: str | None = None,
     ) -> tuple[float, Any]:
         """Compute the objective and its gradient; see `curvd.Session`."""
         call = requests.gradient(
-            self._info, layout=layout, expected_version=expected_version
+            self._info, layout=layout, expected_version=expected_version, store=store
         )
         gradient = await self._connection.run(call)
         self.last = call.info
+        if store is not None:
+            gradient = requests.at_version(gradient, call.info)
         return requests.loss_of(call.info), gradient
+
+    async def sketch(self, name: str = "sketch", **options: Any) -> Sketch:
+        """Sketch the GGN, to precondition systems; see `curvd.Session`."""
+        return await self.ggn().sketch(name, **options)
 
     async def update_parameters(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from curvd._calls.query import QueryCall, Read
@@ -43,6 +43,12 @@ class Queries:
         """Memory of one vector of the operator."""
         itemsize: int = vector_dtype(self.session.dtype).itemsize
         return self.session.layout.size * itemsize
+
+    def without_scale(self, values: Iterable[float]) -> tuple[float, ...]:
+        """Take the operator's scale and damping off eigenvalues, as the server does."""
+        assert self._spec is not None
+        scale, damping = self._spec.scale, self._spec.damping
+        return tuple((value - damping) / scale for value in values if scale)
 
     def operand(self, value: Any) -> Operand:
         """Check an operand against the operator's layout and type."""

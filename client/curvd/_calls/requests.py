@@ -126,19 +126,31 @@ def product(
 
 
 def gradient(
-    session: SessionInfo, *, layout: Layout, expected_version: int | None
+    session: SessionInfo,
+    *,
+    layout: Layout,
+    expected_version: int | None,
+    store: str | None = None,
 ) -> TensorStream[Any]:
-    """Compute the objective's gradient, laid out as the caller wants it."""
+    """Compute the objective's gradient, laid out as the caller wants it, or stored."""
+    if store == "":
+        msg = "a stored vector needs a name, at least one character"
+        raise InvalidSpec(msg, store=store)
     arrange(np.empty(session.layout.size), session.layout, layout)  # refuse it early
     request = curvature_pb.GradientRequest(
         session_id=session.id,
         expected_version=expected_version,
         request_id=_new_id(),
+        store_as=store or "",
     )
-    wanted = Wanted(
-        shape=(session.layout.size,),
-        dtype=vector_dtype(session.dtype),
-        finish=lambda vector: arrange(vector, session.layout, layout),
+    shape, dtype = (session.layout.size,), vector_dtype(session.dtype)
+    finish: Callable[[Array], Any] = lambda vector: arrange(  # noqa: E731
+        vector, session.layout, layout
+    )
+    if store is not None:
+        finish = _stored_as(store, shape, dtype)
+    wanted: Wanted[Any] = Wanted(
+        shape=None if store else shape, dtype=dtype, finish=finish
     )
     return TensorStream(RPCS["Gradient"], request, None, wanted)
 
@@ -225,6 +237,11 @@ def _stored_as(
     return lambda nothing: StoredVector(
         name=name, shape=shape, dtype=OWN_TYPE[dtype], version=0
     )
+
+
+def at_version(stored: StoredVector, info: ResultInfo | None) -> StoredVector:
+    """Add the version that a result belongs to, to what stands for it."""
+    return stored if info is None else dataclasses.replace(stored, version=info.version)
 
 
 def loss_of(info: ResultInfo | None) -> float:

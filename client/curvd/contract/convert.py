@@ -398,6 +398,7 @@ def vector_from_proto(message: curvature_pb.StoredVector) -> infos.StoredVector:
         shape=tuple(message.shape),
         dtype=message.dtype,
         version=message.version,
+        values=tuple(message.values),
     )
 
 

@@ -163,6 +163,9 @@ class StoredVector:
     """safetensors element type."""
     version: int
     """Parameter version that was current when it was stored."""
+    values: tuple[float, ...] = ()
+    """[K] Eigenvalues that belong to the vectors, if a query made them: of the operator
+    without its scale and damping. What has them may precondition."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -177,14 +177,54 @@ class SolveOptions(QueryOptions):
     )
     damping: float = _damping()
     tolerance: float = setting(1e-6, "Residual relative to ``|b|``.", positive=True)
-    x0: Any = setting(None, "First guess, like b.", wire="")
+    x0: Any = setting(
+        None, "First guess, like b: values, or what the session stores.", wire=""
+    )
     preconditioner: Any = setting(
         None,
-        "CG: the diagonal of the damped operator, positive [P]. It pays where "
-        "parameters have scales of their own, as with features in different units, and "
-        "only if it is accurate; elsewhere it costs iterations.",
+        "What `sketch` or ``eigsh(store=…)`` stored, at any version: it pays at small "
+        "dampings, below 16 columns or for several calls. Or, for CG, the diagonal of "
+        "the damped operator, positive [P]: it pays where parameters have scales of "
+        "their own, as with features in different units, and only if it is accurate; "
+        "elsewhere it costs iterations.",
         wire="",
     )
+    block: int = setting(
+        0,
+        "Columns that CG minimises over the Krylov space of all of them, at most; 0: as "
+        "many as fit; 1: each alone, which takes several times the products.",
+        least=0,
+    )
+    store: str | None = setting(
+        None,
+        "Keep x in the session under this name, and fetch none.",
+        wire="store_as",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SketchOptions(QueryOptions):
+    """How much of the largest eigenvalues is to be known, and for what."""
+
+    name: str = setting("sketch", "Under which the session keeps it.", wire="store_as")
+    _: KW_ONLY
+    rank: int = setting(
+        100, "Vectors at most, each one product.", least=1, most=10_000, unset=100
+    )
+    damping: float = setting(
+        0.0,
+        "Of the systems to come, beside the operator's own: the rank grows until the "
+        "smallest value is below ten times it, or until more would not pay; 0 together: "
+        "all of the rank.",
+        least=0,
+    )
+    columns: int = setting(
+        0,
+        "Right-hand sides to come at that damping, for what pays; 0: many.",
+        least=0,
+    )
+    tolerance: float = setting(1e-6, "Of the systems to come.", positive=True)
+    seed: int = _seed("Of the probes.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +232,11 @@ class LogDetOptions(QueryOptions):
     """How the determinant is estimated."""
 
     damping: float = _damping()
+    preconditioner: StoredVector | str | None = setting(
+        None,
+        "What `sketch` or ``eigsh(store=…)`` stored, at any version: its part is exact, "
+        "and only the rest is estimated.",
+    )
     steps: int = _steps(32)
     relative_error: float = _relative_error()
     absolute_error: float = _absolute_error()
@@ -255,6 +300,7 @@ QUERIES: Mapping[str, QuerySpec] = {
         method="spectral_density", options=SpectralDensityOptions, command="density"
     ),
     "Solve": QuerySpec(method="solve", options=SolveOptions),
+    "Sketch": QuerySpec(method="sketch", options=SketchOptions, command="sketch"),
     "LogDet": QuerySpec(
         method="logdet",
         options=LogDetOptions,

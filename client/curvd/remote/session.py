@@ -14,7 +14,7 @@ from curvd.errors import SessionNotFound, VectorNotFound
 from curvd.remote.asking import Asks
 from curvd.remote.operator import RemoteOperator
 from curvd.remote.progress import shown
-from curvd.remote.queries import DataPointQueries
+from curvd.remote.queries import DataPointQueries, Sketch
 from curvd.remote.session_base import SessionBase, name_of
 from curvd.tensors import Layout, operand
 
@@ -55,16 +55,21 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
         return RemoteOperator(self._connection, self._info, spec, expected_version)
 
     def gradient(
-        self, *, layout: Layout = "flat", expected_version: int | None = None
+        self,
+        *,
+        layout: Layout = "flat",
+        expected_version: int | None = None,
+        store: str | None = None,
     ) -> tuple[float, Any]:
         """Compute the objective and its gradient.
 
         Args:
             layout: ``flat`` [P], or per parameter: ``list`` or ``dict``.
             expected_version: Refuse to compute at another parameter version.
+            store: Keep the gradient in the session under this name, and fetch nothing.
 
         Returns:
-            The loss, and the gradient in NumPy.
+            The loss, and the gradient in NumPy, or what stands for it.
 
         Examples:
             >>> loss, gradient = session.gradient()
@@ -73,13 +78,37 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
             >>> loss, gradient = session.gradient(layout="dict")
             >>> gradient["3.weight"].shape
             (3, 5)
+            >>> loss, stored = session.gradient(store="g")
+            >>> stored.shape
+            (43,)
         """
         call = requests.gradient(
-            self._info, layout=layout, expected_version=expected_version
+            self._info, layout=layout, expected_version=expected_version, store=store
         )
         gradient = self._connection.run(call)
         self.last = call.info
+        if store is not None:
+            gradient = requests.at_version(gradient, call.info)
         return requests.loss_of(call.info), gradient
+
+    def sketch(self, name: str = "sketch", **options: Any) -> Sketch:
+        """Sketch the GGN, to precondition systems of it and of the Hessian.
+
+        Args:
+            name: Under which the session keeps it.
+            **options: Those of [`sketch`][curvd.RemoteOperator.sketch] of an operator.
+
+        Returns:
+            The values, and what the session stores.
+
+        Examples:
+            >>> session.sketch("top", rank=30).stored.name
+            'top'
+            >>> b = session.gradient()[1]
+            >>> session.hessian().solve(b, damping=1.0, preconditioner="top").converged
+            True
+        """
+        return self.ggn().sketch(name, **options)
 
     def update_parameters(
         self,

@@ -117,18 +117,20 @@ class MultiplyResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[ResultHeader, _Mapping]] = ..., tensors: _Optional[bytes] = ..., summary: _Optional[_Union[ResultSummary, _Mapping]] = ...) -> None: ...
 
 class GradientRequest(_message.Message):
-    __slots__ = ("session_id", "expected_version", "request_id", "resume", "checksum")
+    __slots__ = ("session_id", "expected_version", "request_id", "resume", "checksum", "store_as")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_VERSION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    STORE_AS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     expected_version: int
     request_id: str
     resume: Resume
     checksum: bool
-    def __init__(self, session_id: _Optional[str] = ..., expected_version: _Optional[int] = ..., request_id: _Optional[str] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., checksum: bool = ...) -> None: ...
+    store_as: str
+    def __init__(self, session_id: _Optional[str] = ..., expected_version: _Optional[int] = ..., request_id: _Optional[str] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., checksum: bool = ..., store_as: _Optional[str] = ...) -> None: ...
 
 class GradientResponse(_message.Message):
     __slots__ = ("header", "chunk", "summary")
@@ -173,16 +175,18 @@ class ResultSummary(_message.Message):
     def __init__(self, queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., runs: _Optional[int] = ..., run_columns: _Optional[int] = ..., crc32: _Optional[int] = ...) -> None: ...
 
 class StoredVector(_message.Message):
-    __slots__ = ("name", "shape", "dtype", "version")
+    __slots__ = ("name", "shape", "dtype", "version", "values")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
     name: str
     shape: _containers.RepeatedScalarFieldContainer[int]
     dtype: str
     version: int
-    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., version: _Optional[int] = ..., values: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class PutVectorHeader(_message.Message):
     __slots__ = ("session_id", "name", "request_id")

@@ -291,20 +291,30 @@ class SpectralDensitySummary(_message.Message):
     def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., width: _Optional[float] = ...) -> None: ...
 
 class SolveHeader(_message.Message):
-    __slots__ = ("query", "solver", "damping", "tolerance", "diagonal_samples", "seed")
+    __slots__ = ("query", "solver", "damping", "tolerance", "diagonal_samples", "seed", "b", "x0", "preconditioner", "store_as", "block")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     SOLVER_FIELD_NUMBER: _ClassVar[int]
     DAMPING_FIELD_NUMBER: _ClassVar[int]
     TOLERANCE_FIELD_NUMBER: _ClassVar[int]
     DIAGONAL_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    B_FIELD_NUMBER: _ClassVar[int]
+    X0_FIELD_NUMBER: _ClassVar[int]
+    PRECONDITIONER_FIELD_NUMBER: _ClassVar[int]
+    STORE_AS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
     query: Query
     solver: Solver
     damping: float
     tolerance: float
     diagonal_samples: int
     seed: int
-    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., solver: _Optional[_Union[Solver, str]] = ..., damping: _Optional[float] = ..., tolerance: _Optional[float] = ..., diagonal_samples: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+    b: str
+    x0: str
+    preconditioner: str
+    store_as: str
+    block: int
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., solver: _Optional[_Union[Solver, str]] = ..., damping: _Optional[float] = ..., tolerance: _Optional[float] = ..., diagonal_samples: _Optional[int] = ..., seed: _Optional[int] = ..., b: _Optional[str] = ..., x0: _Optional[str] = ..., preconditioner: _Optional[str] = ..., store_as: _Optional[str] = ..., block: _Optional[int] = ...) -> None: ...
 
 class SolveRequest(_message.Message):
     __slots__ = ("header", "chunk")
@@ -344,17 +354,55 @@ class SolveSummary(_message.Message):
     iterations: int
     def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., residuals: _Optional[_Iterable[float]] = ..., relative_residuals: _Optional[_Iterable[float]] = ..., curvatures: _Optional[_Iterable[float]] = ..., indefinite: _Optional[_Iterable[bool]] = ..., column_stops: _Optional[_Iterable[_Union[Stop, str]]] = ..., iterations: _Optional[int] = ...) -> None: ...
 
+class SketchRequest(_message.Message):
+    __slots__ = ("query", "rank", "damping", "columns", "tolerance", "seed", "store_as")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    DAMPING_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    STORE_AS_FIELD_NUMBER: _ClassVar[int]
+    query: Query
+    rank: int
+    damping: float
+    columns: int
+    tolerance: float
+    seed: int
+    store_as: str
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., rank: _Optional[int] = ..., damping: _Optional[float] = ..., columns: _Optional[int] = ..., tolerance: _Optional[float] = ..., seed: _Optional[int] = ..., store_as: _Optional[str] = ...) -> None: ...
+
+class SketchResponse(_message.Message):
+    __slots__ = ("header", "summary", "progress")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    header: _curvature_service_pb2.ResultHeader
+    summary: SketchSummary
+    progress: QueryProgress
+    def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., summary: _Optional[_Union[SketchSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
+
+class SketchSummary(_message.Message):
+    __slots__ = ("query", "values")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    query: QuerySummary
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., values: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class LogDetRequest(_message.Message):
-    __slots__ = ("query", "damping", "steps", "accuracy")
+    __slots__ = ("query", "damping", "steps", "accuracy", "preconditioner")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     DAMPING_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    PRECONDITIONER_FIELD_NUMBER: _ClassVar[int]
     query: Query
     damping: float
     steps: int
     accuracy: Accuracy
-    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., damping: _Optional[float] = ..., steps: _Optional[int] = ..., accuracy: _Optional[_Union[Accuracy, _Mapping]] = ...) -> None: ...
+    preconditioner: str
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., damping: _Optional[float] = ..., steps: _Optional[int] = ..., accuracy: _Optional[_Union[Accuracy, _Mapping]] = ..., preconditioner: _Optional[str] = ...) -> None: ...
 
 class LogDetResponse(_message.Message):
     __slots__ = ("header", "summary", "progress")

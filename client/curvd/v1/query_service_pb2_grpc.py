@@ -73,6 +73,11 @@ class QueryServiceStub(object):
                 request_serializer=curvd_dot_v1_dot_query__service__pb2.SolveRequest.SerializeToString,
                 response_deserializer=curvd_dot_v1_dot_query__service__pb2.SolveResponse.FromString,
                 _registered_method=True)
+        self.Sketch = channel.unary_stream(
+                '/curvd.v1.QueryService/Sketch',
+                request_serializer=curvd_dot_v1_dot_query__service__pb2.SketchRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_query__service__pb2.SketchResponse.FromString,
+                _registered_method=True)
         self.LogDet = channel.unary_stream(
                 '/curvd.v1.QueryService/LogDet',
                 request_serializer=curvd_dot_v1_dot_query__service__pb2.LogDetRequest.SerializeToString,
@@ -139,8 +144,18 @@ class QueryServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Solve(self, request_iterator, context):
-        """Linear systems. Tensors of the request: "b" [K, P]; optional "x0" [K, P], a first
-        guess; optional "preconditioner" [P], positive, CG only. Tensor: "x" [K, P].
+        """Linear systems. Tensors of the request: "b" [K, P], unless the header names stored
+        ones; optional "x0" like it, a first guess; optional "preconditioner" [P], positive,
+        CG only. Tensor: "x", like b, unless it is stored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Sketch(self, request, context):
+        """A Nystroem sketch of a positive semi-definite operator, without its scale and
+        damping: approximate eigenvectors of its largest eigenvalues, which the session
+        stores with their values. They precondition Solve and LogDet.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -195,6 +210,11 @@ def add_QueryServiceServicer_to_server(servicer, server):
                     servicer.Solve,
                     request_deserializer=curvd_dot_v1_dot_query__service__pb2.SolveRequest.FromString,
                     response_serializer=curvd_dot_v1_dot_query__service__pb2.SolveResponse.SerializeToString,
+            ),
+            'Sketch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Sketch,
+                    request_deserializer=curvd_dot_v1_dot_query__service__pb2.SketchRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_query__service__pb2.SketchResponse.SerializeToString,
             ),
             'LogDet': grpc.unary_stream_rpc_method_handler(
                     servicer.LogDet,
@@ -378,6 +398,33 @@ class QueryService(object):
             '/curvd.v1.QueryService/Solve',
             curvd_dot_v1_dot_query__service__pb2.SolveRequest.SerializeToString,
             curvd_dot_v1_dot_query__service__pb2.SolveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Sketch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/curvd.v1.QueryService/Sketch',
+            curvd_dot_v1_dot_query__service__pb2.SketchRequest.SerializeToString,
+            curvd_dot_v1_dot_query__service__pb2.SketchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvd.contract import QueryOptions
 from curvd_server.linalg.base import Query
+from curvd_server.linalg.low_rank import LowRank
 
 S = TypeVar("S")
 O = TypeVar("O", bound=QueryOptions)  # noqa: E741 - options
@@ -48,6 +49,9 @@ class Room(Protocol):
         Returns:
             At least 1.
         """
+
+    def known(self, name: Any) -> LowRank:
+        """Bring what the session stores of the operator's largest eigenvalues."""
 
     def krylov_block(self, steps: int, samples: int) -> int:
         """Count the Krylov spaces of so many steps that may be in memory together."""

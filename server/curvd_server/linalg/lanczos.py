@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvd_server.linalg.base import Products, Progress, Query
+from curvd_server.linalg.base import Multiply, Products, Progress, Query
 from curvd_server.linalg.vectors import dots, norms, orthogonalise
 
 
@@ -24,7 +24,12 @@ class Quadrature:
 
 
 def quadratures(
-    products: Products, W: Tensor, steps: int, *, iteration: int = 0
+    products: Products,
+    W: Tensor,
+    steps: int,
+    *,
+    iteration: int = 0,
+    multiply: Multiply | None = None,
 ) -> Query[list[Quadrature] | None]:
     """Run Lanczos from each probe, with full reorthogonalisation.
 
@@ -36,6 +41,8 @@ def quadratures(
         W: [k, P] Probes; all take each step together.
         steps: m, at most P.
         iteration: Steps taken before, for the progress.
+        multiply: What the quadrature is of, if not of the map itself, by a product with
+            it for each column.
 
     Yields:
         Progress after each step.
@@ -43,7 +50,7 @@ def quadratures(
     Returns:
         One quadrature per probe; None if products or time did not suffice.
     """
-    steps = min(steps, products.size)
+    steps, multiply = min(steps, products.size), multiply or products
     basis = torch.empty(
         len(W), steps, products.size, dtype=W.dtype, device=W.device
     )  # [k, m, P]
@@ -59,7 +66,7 @@ def quadratures(
         if products.refusal(len(alive)):
             return None
         index = torch.as_tensor(alive, device=W.device)
-        U = products(basis[index, j])
+        U = multiply(basis[index, j])
         alpha[alive, j] = dots(basis[index, j], U).cpu().numpy()
         for row, probe in enumerate(alive):
             used = basis[probe, : j + 1]

@@ -6,12 +6,15 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from curvd.contract import Distribution, LogDetOptions, Stop
-from curvd_server.linalg.base import Products, Progress, Query
+from curvd_server.linalg.base import Multiply, Products, Progress, Query
 from curvd_server.linalg.definition import Definition, Room
 from curvd_server.linalg.intervals import Mean, mean_of, widened
 from curvd_server.linalg.lanczos import quadratures
+from curvd_server.linalg.low_rank import LowRank, Preconditioner
 from curvd_server.linalg.probes import probes
 from curvd_server.linalg.sampling import LEAST_SAMPLES, Estimate, Target
 
@@ -21,7 +24,8 @@ class LogDetResult(Estimate):
     """A logarithm of a determinant; NaN where the map is not positive definite."""
 
     smallest: float
-    """Smallest Ritz value met, damping included; positive unless curvature stopped."""
+    """Smallest Ritz value met, damping included, of the preconditioned map if there is a
+    preconditioner; positive unless curvature stopped."""
 
 
 def logdet(
@@ -32,12 +36,15 @@ def logdet(
     target: Target,
     seed: int = 0,
     block: int = 1,
+    known: LowRank | None = None,
 ) -> Query[LogDetResult]:
     """Estimate ``log det(A + damping * I)`` of a positive definite map.
 
     ``P`` times the mean over probes of the quadrature of ``log(λ + damping)`` (Ubaru,
     Chen & Saad, SIAM J. Matrix Anal. Appl. 38, 2017). Rademacher probes have length
-    ``sqrt(P)`` exactly, which removes the variance of a constant shift.
+    ``sqrt(P)`` exactly, which removes the variance of a constant shift. What is known of
+    the largest eigenvalues is exact: ``log det P + log det(P^-1/2 (A + damping * I)
+    P^-1/2)`` with its preconditioner P (Wenger et al., ICML 2022).
 
     Args:
         products: The map A.
@@ -46,6 +53,7 @@ def logdet(
         target: When to stop; ``samples`` counts probes.
         seed: The seed of the probes.
         block: Probes that take each step together.
+        known: Of the largest eigenvalues of A, or of a map like it.
 
     Yields:
         The estimate and its standard error, after each block.
@@ -54,6 +62,10 @@ def logdet(
         The estimate. A Ritz value that is not positive ends the query: it proves that
         the damped map is not positive definite.
     """
+    at = None if known is None else known.at(damping)
+    exact = 0.0 if at is None else at.log_determinant
+    seen = _seen(products, damping, at)
+    shift = damping if at is None else 0.0
     values: list[float] = []
     smallest, rounding = math.inf, 0.0
     stopped = Stop.CONVERGED
@@ -67,11 +79,13 @@ def logdet(
             dtype=products.dtype,
             device=products.device,
         )
-        found = yield from quadratures(products, W, steps, iteration=products.done)
+        found = yield from quadratures(
+            products, W, steps, iteration=products.done, multiply=seen
+        )
         if found is None:
             stopped = products.refusal(len(indices)) or Stop.TIME
             break
-        smallest = min(smallest, *(float(q.nodes[0]) + damping for q in found))
+        smallest = min(smallest, *(float(q.nodes[0]) + shift for q in found))
         if smallest <= 0:
             stopped, values = Stop.NEGATIVE_CURVATURE, []
             break
@@ -80,10 +94,11 @@ def logdet(
             rounding,
             products.rounding
             * products.size
-            * max(float(np.abs(np.log(q.nodes + damping)).max()) for q in found),
+            * max(float(np.abs(np.log(q.nodes + shift)).max()) for q in found),
         )
         values += [
-            products.size * float(q.weights @ np.log(q.nodes + damping)) for q in found
+            exact + products.size * float(q.weights @ np.log(q.nodes + shift))
+            for q in found
         ]
         mean = widened(mean_of(values), rounding)
         yield Progress(
@@ -110,6 +125,20 @@ def logdet(
     )
 
 
+def _seen(
+    products: Products, damping: float, at: Preconditioner | None
+) -> Multiply | None:
+    """Make the map whose logarithm is estimated, if it is not the map itself."""
+    if at is None:
+        return None
+
+    def multiply(V: Tensor) -> Tensor:
+        W = at.root(V)
+        return at.root(torch.add(products(W), W, alpha=damping))
+
+    return multiply
+
+
 def _begin(
     products: Products, options: LogDetOptions, room: Room
 ) -> Query[LogDetResult]:
@@ -121,6 +150,7 @@ def _begin(
         target=Target.of(options, options.probes),
         seed=options.seed,
         block=room.krylov_block(steps, options.probes),
+        known=room.known(options.preconditioner) if options.preconditioner else None,
     )
 
 

@@ -112,7 +112,13 @@ class CurvatureService:
         async with self._sessions.lease(
             request.session_id, expected_version=_expected(request)
         ) as lease:
-            sink = sinks.StreamSink(send, _format(request, "Gradient", lease))
+            format_ = _format(request, "Gradient", lease)
+            sink: Sink = sinks.StreamSink(send, format_)
+            if request.store_as:
+                # It is a function of the parameters: a retry may compute it again.
+                sink = sinks.StoreSink(
+                    lease.vectors, request.store_as, "", "", send, format_
+                )
             dtype, layout = validation.vector_dtype(lease.info.dtype), lease.info.layout
             batcher = self._dependencies.batcher
             with batcher.reserve(1, layout.size * dtype.itemsize):

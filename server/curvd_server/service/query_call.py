@@ -19,7 +19,7 @@ from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import query_service_pb2 as query_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.device import Batcher
-from curvd_server.linalg import Products, Progress, Query, Tensors
+from curvd_server.linalg import LowRank, Products, Progress, Query, Tensors
 from curvd_server.service import query_validation as check
 from curvd_server.service.query_run import Cost, QueryRun
 from curvd_server.service.streams import Send
@@ -27,6 +27,13 @@ from curvd_server.service.validation import check_finite, vector_dtype
 from curvd_server.sessions import Lease, Vector
 
 R = TypeVar("R")
+
+_OF_SYSTEM = 3
+"""Vectors that are held of a system: its solution, its residual, and a closing product."""
+_OF_BLOCK = 11
+"""Vectors that an iteration holds of a column: block CG; MINRES and CG hold fewer."""
+_ENOUGH = 16
+"""So many columns together have most of what a block gains."""
 
 
 @dataclass
@@ -88,6 +95,18 @@ class QueryCall:
         """Count the Krylov spaces that may be in memory together."""
         return self.fitting(steps + 3, min(samples, self._at_once))
 
+    def together(self, columns: int, block: int) -> int:
+        """Count the columns of a system that are minimised together.
+
+        Args:
+            columns: How many there are.
+            block: How many the caller wants at most; 0: as many as fit.
+
+        Returns:
+            At least 1.
+        """
+        return min(columns, block or max(_ENOUGH, self.fitting(_OF_BLOCK, columns)))
+
     async def begin(self) -> None:
         """Send the header."""
         info, operator = self.lease.info, self.lease.operator
@@ -108,17 +127,34 @@ class QueryCall:
         self.stack.enter_context(self.batcher.reserve(1, self.vectors_bytes(vectors)))
 
     async def operands(
-        self, chunks: AsyncIterator[memoryview]
+        self, chunks: AsyncIterator[memoryview], names: Mapping[str, str], block: int
     ) -> Mapping[str, NDArray[Any]]:
-        """Receive the tensors of Solve."""
+        """Receive the tensors of Solve.
+
+        Args:
+            chunks: The file of those that travel.
+            names: Names of stored ones, by what they are; empty: they are not stored.
+            block: Columns that are to be solved together; 0: as many as fit.
+
+        Returns:
+            All of them.
+        """
         layout, dtype = self.lease.info.layout, self.lease.info.dtype
+        stored = {
+            what: self.lease.vectors.get(name).array
+            for what, name in names.items()
+            if name
+        }
 
         def accept(header: safetensors_header.Header) -> int:
             columns = check.systems(
-                header, layout=layout, dtype=dtype, limits=self.limits
+                header, stored, layout=layout, dtype=dtype, limits=self.limits
             )
-            # The operands, and what MINRES holds of each column.
-            self.reserve(len(header) * columns + 10 * columns)
+            together = self.together(columns, block)
+            own = len(header) + len(stored) + _OF_SYSTEM
+            # Alone, all columns take each step at once.
+            at_once = columns if together == 1 else together
+            self.reserve(own * columns + _OF_BLOCK * at_once)
             return 0
 
         assembler = wire.Assembler(accept, max_bytes=2 * self.limits.operand_bytes)
@@ -129,7 +165,7 @@ class QueryCall:
         tensors = {n: t.view(payload) for n, t in assembler.finish().items()}
         for tensor in tensors.values():
             check_finite(tensor.reshape(-1, layout.size), layout=layout)
-        return tensors
+        return {**tensors, **stored}
 
     async def drive(self, query: Query[R]) -> R:
         """Run an algorithm and send its progress."""
@@ -172,10 +208,47 @@ class QueryCall:
         check.stored(name, array, self.size)
         return self.tensor(array.reshape(-1, array.shape[-1]))
 
-    def store(self, name: str, vectors: Tensor) -> None:
-        """Keep vectors in the session."""
-        vector = Vector(to_numpy(vectors), self.lease.info.version)
+    def known(self, name: Any) -> LowRank:
+        """Bring what the session stores of the operator's largest eigenvalues.
+
+        Args:
+            name: The name of vectors with values, of any parameter version.
+
+        Returns:
+            The vectors, and the values with the operator's scale and damping.
+
+        Raises:
+            InvalidSpec: If the vectors have no values.
+        """
+        stored, spec = self.lease.vectors.get(name), self.spec
+        assert spec is not None
+        check.with_values(name, stored.values)
+        vectors = self.stored(name)
+        self.reserve(len(vectors))
+        values = torch.tensor(stored.values, dtype=torch.float64)
+        return LowRank(vectors, values * spec.scale + spec.damping)
+
+    def store(
+        self, name: str, vectors: Tensor, values: Sequence[float] | None = None
+    ) -> None:
+        """Keep vectors in the session.
+
+        Args:
+            name: Their name.
+            vectors: [P] or [K, P].
+            values: [K] Eigenvalues that belong to them, as the operator has them.
+        """
+        spec = self.spec
+        assert spec is not None
+        own = [
+            (value - spec.damping) / spec.scale for value in values or () if spec.scale
+        ]
+        vector = Vector(to_numpy(vectors), self.lease.info.version, values=tuple(own))
         self.lease.vectors.put(name, vector)
+
+    def columns(self, array: NDArray[Any]) -> Tensor:
+        """Bring an operand to the device, [K, P] whether it had columns or not."""
+        return self.tensor(array.reshape(-1, array.shape[-1]))
 
     def tensor(self, array: NDArray[Any]) -> Tensor:
         """Bring an operand to the device."""

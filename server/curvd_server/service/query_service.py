@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
 import structlog
+from torch import Tensor
 
 from curvd.contract import (
     QUERIES,
     EigshOptions,
     Part,
     QueryOptions,
+    SketchOptions,
     SolveOptions,
     Solver,
     Which,
@@ -27,10 +31,13 @@ from curvd_server.device import Batcher
 from curvd_server.linalg import (
     Definition,
     EigshResult,
+    LowRank,
+    NystromResult,
     SolveResult,
     default_basis,
     definitions_in,
     eigsh,
+    nystrom,
     search_basis,
     solve,
 )
@@ -114,7 +121,7 @@ class QueryService:
             self._warm.put(key, result.vectors)
             cost = call.summary(result.stopped)
             if options.store:
-                call.store(options.store, result.vectors)
+                call.store(options.store, result.vectors, result.values)
             if not request.values_only:
                 await call.send_tensors({"vectors": to_numpy(result.vectors)})
             await call.finish(
@@ -135,23 +142,37 @@ class QueryService:
         options = query_messages.read(SolveOptions, header)
         async with self._open("Solve", header.query, options, send) as call:
             solver = Solver(options.solver)
-            tensors = await call.operands(chunks)
+            names = {"b": header.b, "x0": header.x0}
+            tensors = await call.operands(chunks, names, options.block)
             given = tensors.get("preconditioner")
             check.solve(header, solver, given)
-            b = call.tensor(tensors["b"])
+            known: Tensor | LowRank | None = None
+            if header.preconditioner:
+                known = call.known(header.preconditioner)
+            elif given is not None:
+                known = call.tensor(given)
+            shape = tensors["b"].shape
+            columns = math.prod(shape[:-1])
+            if options.store:
+                call.lease.vectors.check_room(options.store, tensors["b"].nbytes)
             result: SolveResult = await call.drive(
                 solve(
                     call.products,
-                    b,
+                    call.columns(tensors["b"]),
                     solver=solver,
                     damping=options.damping,
                     tolerance=options.tolerance,
-                    start=call.tensor(tensors["x0"]) if "x0" in tensors else None,
-                    preconditioner=None if given is None else call.tensor(given),
+                    start=call.columns(tensors["x0"]) if "x0" in tensors else None,
+                    preconditioner=known,
+                    block=call.together(columns, options.block),
                 )
             )
             cost = call.summary(result.stopped)
-            await call.send_tensors({"x": to_numpy(result.solution)})
+            x = result.solution.reshape(shape)
+            if options.store:
+                call.store(options.store, x)
+            else:
+                await call.send_tensors({"x": to_numpy(x)})
             await call.finish(
                 query_pb.SolveSummary(
                     query=cost,
@@ -162,6 +183,36 @@ class QueryService:
                     column_stops=map(convert_enums.stop_to_proto, result.column_stops),
                     iterations=result.iterations,
                 )
+            )
+
+    async def sketch(self, request: query_pb.SketchRequest, send: Send) -> None:
+        """Sketch the largest eigenvalues, for later systems."""
+        options = query_messages.read(SketchOptions, request)
+        async with self._open(
+            "Sketch", request.query, options, send, plain=True
+        ) as call:
+            asked = check.operator_of("Sketch", request.query)
+            assert asked is not None
+            rank = min(options.rank, call.size)
+            call.lease.vectors.check_room(options.name, call.vectors_bytes(rank))
+            call.reserve(4 * rank)  # probes and products; factors and vectors
+            result: NystromResult = await call.drive(
+                nystrom(
+                    call.products,
+                    rank,
+                    # That of the systems to come, in the scale of the sketch.
+                    damping=max(0.0, options.damping + asked.damping)
+                    / (abs(asked.scale) or 1.0),
+                    columns=options.columns or None,
+                    tolerance=options.tolerance,
+                    seed=options.seed,
+                )
+            )
+            check.semidefinite(result, call.spec)
+            sketch, cost = result.sketch, call.summary(result.stopped)
+            call.store(options.name, sketch.vectors, sketch.values.tolist())
+            await call.finish(
+                query_pb.SketchSummary(query=cost, values=sketch.values.tolist())
             )
 
     async def _answer(
@@ -177,13 +228,32 @@ class QueryService:
 
     @contextlib.asynccontextmanager
     async def _open(
-        self, name: str, query: query_pb.Query, options: QueryOptions, send: Send
+        self,
+        name: str,
+        query: query_pb.Query,
+        options: QueryOptions,
+        send: Send,
+        *,
+        plain: bool = False,
     ) -> AsyncIterator[QueryCall]:
-        """Lease the session and send the header."""
+        """Lease the session and send the header.
+
+        Args:
+            name: The name of the RPC.
+            query: What the request names.
+            options: The options of the query.
+            send: Sends one part.
+            plain: Whether the operator's scale and damping are left out.
+
+        Yields:
+            The call.
+        """
         structlog.contextvars.bind_contextvars(
             session=query.session_id, request_id=query.request_id
         )
         spec = check.operator_of(name, query)
+        if plain and spec is not None:
+            spec = dataclasses.replace(spec, scale=1.0, damping=0.0)
         expected = (
             query.expected_version if query.HasField("expected_version") else None
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -13,12 +15,14 @@ from curvd.contract import (
     OperatorSpec,
     ParameterLayout,
     Solver,
+    Stop,
     convert,
 )
 from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded
 from curvd.tensors import Header
 from curvd.v1 import query_service_pb2 as query_pb
 from curvd_server.config import LimitsConfig
+from curvd_server.linalg import NystromResult
 
 
 def between(name: str, value: int, low: int, high: int) -> int:
@@ -102,8 +106,17 @@ def solve(
         )
         raise InvalidSpec(msg, diagonal_samples=header.diagonal_samples)
     if preconditioner is not None and solver is not Solver.CG:
-        msg = f"preconditioners are for cg, not {solver}; leave them out"
+        msg = (
+            f"preconditioners that are a diagonal are for cg, not {solver}; leave it out, "
+            "or name what sketch() stored"
+        )
         raise InvalidSpec(msg, solver=solver)
+    if preconditioner is not None and header.preconditioner:
+        msg = (
+            f"the stored preconditioner {header.preconditioner!r} and a diagonal exclude "
+            "each other: drop one of them"
+        )
+        raise InvalidSpec(msg, preconditioner=header.preconditioner)
     if preconditioner is not None and not preconditioner.min() > 0:
         msg = f"the preconditioner must be positive; its smallest is {preconditioner.min()}"
         raise InvalidVector(msg, smallest=preconditioner.min())
@@ -145,13 +158,57 @@ def stored(name: str, array: NDArray[Any], size: int) -> None:
         raise InvalidVector(msg, vector=name, parameter_count=size)
 
 
+def semidefinite(result: NystromResult, spec: OperatorSpec | None) -> None:
+    """Refuse a sketch of an operator that has negative eigenvalues.
+
+    Args:
+        result: What was found of it.
+        spec: The operator.
+
+    Raises:
+        InvalidSpec: If it has.
+    """
+    assert spec is not None
+    if result.stopped is Stop.NEGATIVE_CURVATURE:
+        msg = (
+            f"the {spec.kind} has an eigenvalue of {result.smallest:.3g} or less, and a sketch "
+            "needs an operator without negative ones: sketch the ggn, which serves "
+            "systems of the hessian, too"
+        )
+        raise InvalidSpec(msg, smallest=result.smallest)
+
+
+def with_values(name: str, values: Sequence[float]) -> None:
+    """Refuse stored vectors of which no eigenvalues are known.
+
+    Args:
+        name: The name of the vectors.
+        values: What is stored with them.
+
+    Raises:
+        InvalidSpec: If that is nothing.
+    """
+    if not values:
+        msg = (
+            f"stored vectors {name!r} have no eigenvalues, so they precondition nothing; "
+            "make some with sketch() or eigsh(store=...)"
+        )
+        raise InvalidSpec(msg, vector=name)
+
+
 def systems(
-    header: Header, *, layout: ParameterLayout, dtype: Dtype, limits: LimitsConfig
+    header: Header,
+    stored: Mapping[str, NDArray[Any]],
+    *,
+    layout: ParameterLayout,
+    dtype: Dtype,
+    limits: LimitsConfig,
 ) -> int:
     """Judge the tensors of Solve by their header.
 
     Args:
         header: The header of the safetensors file that was announced.
+        stored: What the session stores of them, by name.
         layout: The layout of the session.
         dtype: The element type of the session.
         limits: The limits of the server.
@@ -163,20 +220,20 @@ def systems(
         InvalidVector: If a tensor is missing, unknown, or of the wrong type or shape.
         LimitExceeded: If there are too many columns.
     """
-    if "b" not in header or set(header) - {"b", "x0", "preconditioner"}:
-        names = ", ".join(map(repr, header)) or "none"
+    names = [*header, *stored]
+    known = {"b", "x0", "preconditioner"}
+    if "b" not in names or len(names) > len(set(names)) or set(names) - known:
+        given = ", ".join(map(repr, names)) or "none"
         msg = (
-            "Solve takes a tensor 'b' and, optionally, 'x0' and 'preconditioner'; the "
-            f"tensors sent are {names}"
+            "Solve takes a tensor 'b' and, optionally, 'x0' and 'preconditioner', each "
+            f"sent or stored; the tensors given are {given}"
         )
-        raise InvalidVector(msg, tensors=names)
-    columns = header["b"].shape[0] if header["b"].shape else 0
+        raise InvalidVector(msg, tensors=given)
+    shape = stored["b"].shape if "b" in stored else header["b"].shape
+    columns = math.prod(shape[:-1]) if len(shape) < 3 else 0
     name = "F64" if dtype is Dtype.FLOAT64 else "F32"
-    shapes = {
-        "b": (columns, layout.size),
-        "x0": (columns, layout.size),
-        "preconditioner": (layout.size,),
-    }
+    whole = (layout.size,) if len(shape) == 1 else (columns, layout.size)
+    shapes = {"b": whole, "x0": whole, "preconditioner": (layout.size,)}
     for what, tensor in header.items():
         if (tensor.dtype, tensor.shape) != (name, shapes[what]):
             msg = (
@@ -184,7 +241,15 @@ def systems(
                 f"{name} {list(shapes[what])}"
             )
             raise InvalidVector(msg, tensor=what, parameter_count=layout.size)
-    if columns > limits.columns or header["b"].nbytes > limits.operand_bytes:
+    for what, array in stored.items():
+        if array.shape != shapes[what]:
+            msg = (
+                f"stored {what!r} is {list(array.shape)}; it must be "
+                f"{list(shapes[what])}"
+            )
+            raise InvalidVector(msg, tensor=what, parameter_count=layout.size)
+    nbytes = columns * layout.size * (8 if dtype is Dtype.FLOAT64 else 4)
+    if columns > limits.columns or nbytes > limits.operand_bytes:
         msg = (
             f"{columns} right-hand sides exceed the limits of {limits.columns} columns "
             f"and {limits.operand_bytes} bytes; send fewer per call"

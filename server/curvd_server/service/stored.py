@@ -73,4 +73,5 @@ def described(name: str, vector: Vector) -> curvature_pb.StoredVector:
         shape=vector.array.shape,
         dtype=OWN_TYPE[vector.array.dtype],
         version=vector.version,
+        values=vector.values,
     )

@@ -23,6 +23,9 @@ class Vector:
     """The id of the request that made it; a retry of it must not multiply once more."""
     content: str = ""
     """What that product was asked for."""
+    values: tuple[float, ...] = ()
+    """[K] Eigenvalues that belong to the vectors: of the operator without its scale and
+    damping. Empty: they are just vectors."""
 
 
 class Vectors:

@@ -188,6 +188,7 @@ RULES: Mapping[str, Rule] = {
     "GradientRequest.session_id": _ID,
     "GradientRequest.expected_version": _VERSION,
     "GradientRequest.request_id": _ID,
+    "GradientRequest.store_as": _NAME,
     "PutVectorHeader.session_id": _ID,
     "PutVectorHeader.name": _NAME,
     "PutVectorHeader.request_id": _ID,
@@ -203,6 +204,9 @@ RULES: Mapping[str, Rule] = {
     "Query.request_id": _ID,
     "SolveHeader.diagonal_samples": Number(0, 1000),
     "SolveHeader.seed": _SEED,
+    "SolveHeader.b": _NAME,
+    "SolveHeader.x0": _NAME,
+    "SolveHeader.preconditioner": _NAME,
     **_rules_of_queries(),
 }
 """By message and field."""

@@ -15,10 +15,12 @@ from curvd.remote.queries.eigenpairs import EigenpairQueries
 from curvd.remote.queries.estimates import *  # noqa: F403
 from curvd.remote.queries.estimates import EstimateQueries
 from curvd.remote.queries.systems import *  # noqa: F403
-from curvd.remote.queries.systems import SystemQueries
+from curvd.remote.queries.systems import SketchQueries, SystemQueries
 
 
-class OperatorQueries(EigenpairQueries, EstimateQueries, DensityQueries, SystemQueries):
+class OperatorQueries(
+    EigenpairQueries, EstimateQueries, DensityQueries, SystemQueries, SketchQueries
+):
     """Whole computations that run on the server; a base of `curvd.RemoteOperator`.
 
     Results say what they cost (`products`), to which parameter `version` they belong

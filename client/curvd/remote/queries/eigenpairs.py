@@ -121,4 +121,5 @@ def _stored(name: str | None, queries: Queries, answer: Answer) -> StoredVector 
         shape=(len(answer.summary.values), layout.size),
         dtype=OWN_TYPE[dtype],
         version=answer.header.version,
+        values=queries.without_scale(answer.summary.values),
     )

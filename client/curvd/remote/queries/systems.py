@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curvd._calls import Answer, Queries, QueryCall
-from curvd.contract import SolveOptions, Stop
+from curvd._calls import OWN_TYPE, Answer, Queries, QueryCall
+from curvd.contract import SketchOptions, SolveOptions, Stop, StoredVector
 from curvd.errors import InvalidSpec, InvalidVector
-from curvd.remote.asking import asks_about
+from curvd.remote.asking import asks, asks_about
 from curvd.remote.queries.base import Floats, Result, drawn_on
-from curvd.tensors import Operand
+from curvd.tensors import Operand, vector_dtype
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Solution", "SystemQueries"]
+__all__ = ["Sketch", "SketchQueries", "Solution", "SystemQueries"]
+
+_MOST_COLUMNS = 2**16
+"""Columns of stored right-hand sides that are known by name alone: a server takes fewer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +30,9 @@ class Solution(Result):
     """Solutions of ``(A + damping * I) x = b``, column by column."""
 
     x: Any
-    """In the layout and type of b."""
+    """In the layout and type of b; None if it stays in the session."""
+    stored: StoredVector | None
+    """x, if it stays in the session."""
     residuals: Floats
     """[K] ``|b - (A + damping * I) x|``, from products, true to a percent."""
     relative_residuals: Floats
@@ -61,6 +67,36 @@ class Solution(Result):
         return axes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sketch(Result):
+    """Approximate eigenvalues, from below, of vectors that the session stores."""
+
+    values: Floats
+    """[r], largest first."""
+    stored: StoredVector
+    """The vectors with their values: a preconditioner, at any damping and version."""
+
+    def lines(self) -> Iterator[str]:
+        """Say how far down it reaches."""
+        name, rank = self.stored.name, len(self.values)
+        reach = f", from {self.values[0]:.3e} to {self.values[-1]:.3e}" if rank else ""
+        yield f"{name!r}: {rank} values{reach}"
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw the values.
+
+        Args:
+            axes: Where to; None makes a figure.
+
+        Returns:
+            The axes.
+        """
+        axes = drawn_on(axes)
+        axes.semilogy(np.arange(1, len(self.values) + 1), self.values, "o")
+        axes.set(xlabel="rank", ylabel="eigenvalue, from below")
+        return axes
+
+
 class SystemQueries:
     """The query for solutions of linear systems."""
 
@@ -72,8 +108,12 @@ class SystemQueries:
     ) -> QueryCall[Solution]:
         """Solve ``(A + damping * I) x = b``.
 
+        Right-hand sides are solved together: conjugate gradients minimise each over the
+        Krylov space of all, which takes a fraction of the products.
+
         Args:
-            b: [P] or [P, K], or per parameter; any layout that `@` takes.
+            b: [P] or [P, K], or per parameter; any layout that `@` takes. Or what the
+                session stores, or its name.
 
         Returns:
             The solutions, and how true they are. Check `Solution.converged`: CG stops,
@@ -87,49 +127,132 @@ class SystemQueries:
             True
             >>> np.allclose(G @ found.x + 0.1 * found.x, gradient, atol=1e-7)
             True
+            >>> loss, b = session.gradient(store="b")  # nothing of length P travels
+            >>> step = G.solve("b", damping=0.1, store="x").stored
+            >>> np.allclose(session.get("x"), found.x, atol=1e-5)
+            True
         """
-        operands, target = _systems(self._queries, b, options)
+        if options.store == "":
+            msg = "stored vectors need a name, at least one character"
+            raise InvalidSpec(msg, store=options.store)
+        names, shapes = _systems(self._queries, b, options)
+        sent = shapes.get("b")
 
         def read(answer: Answer) -> Solution:
-            x = answer.arrays["x"].reshape(target.shape)
-            return answer.result(Solution, x=target.restore(x))
+            x, stored = answer.arrays.get("x"), None
+            if options.store is not None:
+                stored = _kept(options.store, self._queries, sent, b, answer)
+            elif sent is not None:
+                x = sent[0].restore(answer.arrays["x"].reshape(sent[0].shape))
+            else:
+                x = np.ascontiguousarray(answer.arrays["x"].T)
+            return answer.result(Solution, x=x, stored=stored)
 
-        columns = 1 if target.columns is None else target.columns
+        columns = _MOST_COLUMNS if sent is None else sent[0].columns or 1
         nbytes = columns * self._queries.column_bytes
         return self._queries.call(
-            "Solve", options, read, operands=operands, max_bytes=nbytes
+            "Solve", options, read, operands=shapes, max_bytes=nbytes, **names
         )
+
+
+class SketchQueries:
+    """The query for what precondition systems."""
+
+    _queries: Queries
+
+    @asks(SketchOptions)
+    def sketch(self, options: SketchOptions) -> QueryCall[Sketch]:
+        """Sketch the largest eigenvalues, to precondition systems and determinants.
+
+        Nystroem's approximation of the operator without its scale and damping, which must
+        have no negative eigenvalue: sketch the GGN for systems of the Hessian. It serves
+        every damping, and stays good while training goes on.
+
+        Returns:
+            The values, and what the session stores: give its name as ``preconditioner``.
+
+        Examples:
+            >>> G = session.ggn()
+            >>> sketch = G.sketch("top", rank=20)
+            >>> gradient = session.gradient()[1]
+            >>> found = G.solve(gradient, damping=1e-3, preconditioner=sketch.stored)
+            >>> found.converged, found.products < G.solve(gradient, damping=1e-3).products
+            (True, True)
+        """
+
+        def read(answer: Answer) -> Sketch:
+            stored = _vector(
+                options.name, (len(answer.summary.values),), self._queries, answer
+            )
+            values = tuple(answer.summary.values)
+            return answer.result(
+                Sketch, stored=dataclasses.replace(stored, values=values)
+            )
+
+        return self._queries.call("Sketch", options, read)
+
+
+def _kept(
+    name: str,
+    queries: Queries,
+    sent: tuple[Operand, tuple[int, ...]] | None,
+    b: Any,
+    answer: Answer,
+) -> StoredVector:
+    """Describe the solutions that the session stores."""
+    if sent is None:
+        many = len(answer.summary.residuals)
+        leading = b.shape[:-1] if isinstance(b, StoredVector) else (many,)[many == 1 :]
+    else:
+        leading = sent[1][:-1]
+    return _vector(name, leading, queries, answer)
+
+
+def _vector(
+    name: str, leading: tuple[int, ...], queries: Queries, answer: Answer
+) -> StoredVector:
+    return StoredVector(
+        name=name,
+        shape=(*leading, queries.session.layout.size),
+        dtype=OWN_TYPE[vector_dtype(queries.session.dtype)],
+        version=answer.header.version,
+    )
 
 
 def _systems(
     queries: Queries, b: Any, options: SolveOptions
-) -> tuple[dict[str, tuple[Operand, tuple[int, ...]]], Operand]:
+) -> tuple[dict[str, str], dict[str, tuple[Operand, tuple[int, ...]]]]:
     """Check the operands of linear systems.
 
     Returns:
-        What is sent, by name and with its shape; and the right-hand sides.
+        What is stored, its name by what it is; and what is sent, with its shape.
     """
     if isinstance(options.preconditioner, int):
         msg = (
-            f"preconditioner must be a diagonal, [P], got {options.preconditioner}: one "
-            "that is estimated from products made CG slower; leave it out"
+            f"preconditioner must be a diagonal, [P], or what sketch() stored, got "
+            f"{options.preconditioner}: a diagonal that is estimated from products made "
+            "CG slower; leave it out"
         )
         raise InvalidSpec(msg, preconditioner=options.preconditioner)
-    given = {"b": queries.operand(b)}
-    target = given["b"]
-    if options.x0 is not None:
-        given["x0"] = queries.operand(options.x0)
-        if given["x0"].columns != target.columns:
-            msg = (
-                f"x0 has {given['x0'].columns} columns and b has {target.columns}; they "
-                "must be alike"
-            )
-            raise InvalidVector(msg, columns=given["x0"].columns)
+    given = {"b": b, "x0": options.x0, "preconditioner": options.preconditioner}
+    names: dict[str, str] = {}
+    shapes: dict[str, tuple[Operand, tuple[int, ...]]] = {}
     size = queries.session.layout.size
-    columns = 1 if target.columns is None else target.columns
-    shapes: dict[str, tuple[Operand, tuple[int, ...]]] = {
-        name: (value, (columns, size)) for name, value in given.items()
-    }
-    if options.preconditioner is not None:
-        shapes["preconditioner"] = (queries.operand(options.preconditioner), (size,))
-    return shapes, target
+    for what, value in given.items():
+        if isinstance(value, str | StoredVector):
+            names[what] = value if isinstance(value, str) else value.name
+        elif value is not None:
+            found = queries.operand(value)
+            shapes[what] = (
+                found,
+                (size,) if found.columns is None else (found.columns, size),
+            )
+    if "b" in shapes and "x0" in shapes:
+        _check_alike(shapes["b"][0], shapes["x0"][0])
+    return names, shapes
+
+
+def _check_alike(b: Operand, x0: Operand) -> None:
+    if x0.columns != b.columns:
+        msg = f"x0 has {x0.columns} columns and b has {b.columns}; they must be alike"
+        raise InvalidVector(msg, columns=x0.columns)
