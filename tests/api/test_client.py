@@ -289,7 +289,7 @@ def test_the_repr_of_everything_helps(client, session):
     assert "127.0.0.1" in repr(getattr(client, "inner", client))
     assert "P=27 N=100 F64" in repr(getattr(session, "inner", session))
     H = session.hessian()
-    assert "hessian (27, 27) float64" in repr(getattr(H, "inner", H))
+    assert "hessian, [27, 27] float64" in repr(getattr(H, "inner", H))
 
 
 @pytest.mark.parametrize("small", [-1, 1 << 20])

@@ -30,6 +30,7 @@ class QueryCall(Call[T]):
         read: Makes the result.
         operands: Tensors to send, by name, with their shapes.
         max_bytes: Largest result.
+        total: Products at most; None: unknown.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class QueryCall(Call[T]):
         *,
         operands: Mapping[str, tuple[Operand, tuple[int, ...]]] | None = None,
         max_bytes: int = 0,
+        total: int | None = None,
     ) -> None:
         super().__init__(RPCS[name])
         self._message, self._read = request, read
@@ -47,6 +49,7 @@ class QueryCall(Call[T]):
         self.observe: Observe = lambda progress: None
         """Called with the progress as it arrives."""
         self._latest: QueryProgress | None = None
+        self._total = total
 
     def restart(self) -> None:
         """Ask for the whole result again."""
@@ -55,6 +58,7 @@ class QueryCall(Call[T]):
         self._summary: Any = None
         self._payload = np.empty(0, np.uint8)
         self._assembler: chunks.Assembler | None = None
+        self._history: list[QueryProgress] = []
 
     def feed(self, part: Part) -> Iterator[Any]:
         """Take one part of the response."""
@@ -74,7 +78,8 @@ class QueryCall(Call[T]):
             elif kind == "summary":
                 self._summary = getattr(part, kind)
             elif kind == "progress":
-                self._latest = _progress(getattr(part, kind))
+                self._latest = _progress(getattr(part, kind), self._total)
+                self._history.append(self._latest)
                 self.observe(self._latest)
         yield from ()
 
@@ -90,7 +95,9 @@ class QueryCall(Call[T]):
         try:
             tensors = self._assembler.finish() if self._assembler else {}
             arrays = {n: t.view(self._payload) for n, t in tensors.items()}
-            self._result = self._read(Answer(self._header, self._summary, arrays))
+            history = tuple(self._history)
+            answer = Answer(self._header, self._summary, arrays, history)
+            self._result = self._read(answer)
         except (CurvdError, LookupError) as error:
             raise self._malformed(error) from error
         self.done = True
@@ -133,11 +140,12 @@ class QueryCall(Call[T]):
         return Internal(msg, rpc=self.rpc.name)
 
 
-def _progress(message: Any) -> QueryProgress:
+def _progress(message: Any, total: int | None) -> QueryProgress:
     return QueryProgress(
         iteration=message.iteration,
         products=message.products,
         estimates=tuple(message.estimates),
         residuals=tuple(message.residuals),
         elapsed_s=message.elapsed_s,
+        total=total,
     )

@@ -11,7 +11,13 @@ import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 from numpy.typing import NDArray
 
-from curvd.contract import QueryInfo, convert, convert_enums, query_messages
+from curvd.contract import (
+    QueryInfo,
+    QueryProgress,
+    convert,
+    convert_enums,
+    query_messages,
+)
 
 R = TypeVar("R")
 Arrays = Mapping[str, NDArray[Any]]
@@ -24,6 +30,8 @@ class Answer:
     header: Any
     summary: Any
     arrays: Arrays
+    history: tuple[QueryProgress, ...] = ()
+    """What was known on the way."""
 
     def result(self, kind: type[R], **own: Any) -> R:
         """Make a result of the tensors and of the summary, by the names of its fields.
@@ -38,7 +46,8 @@ class Answer:
         Raises:
             LookupError: If a field is nowhere.
         """
-        values: dict[str, Any] = {"info": self._info(), **self.arrays, **own}
+        values: dict[str, Any] = {"info": self._info(), "history": self.history}
+        values |= {**self.arrays, **own}
         for field in _fields(kind):
             if field.name not in values:
                 values[field.name] = self._summarised(field.name)

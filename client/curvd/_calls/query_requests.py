@@ -13,6 +13,7 @@ from curvd.contract import (
     SessionInfo,
     convert,
     query_messages,
+    query_options,
 )
 from curvd.tensors import Operand, operand, vector_dtype
 from curvd.v1 import query_service_pb2 as query_pb
@@ -86,4 +87,33 @@ class Queries:
         )
         request = query_messages.request_type(rpc)(query=query, **fields)
         query_messages.write(options, request)
-        return QueryCall(rpc, request, read, operands=operands, max_bytes=max_bytes)
+        return QueryCall(
+            rpc,
+            request,
+            read,
+            operands=operands,
+            max_bytes=max_bytes,
+            total=most_products(options, self.session),
+        )
+
+
+def most_products(options: QueryOptions, session: SessionInfo) -> int | None:
+    """Tell how many products a query makes at most, if its options say so.
+
+    Args:
+        options: What is asked for.
+        session: Where; queries about data points count these.
+
+    Returns:
+        The number; None if it ends when it is good enough.
+    """
+    known = [options.max_products]
+    if isinstance(options, query_options.GradientNormsOptions):
+        known.append(session.data_points)
+    else:
+        samples: int | None = getattr(options, "samples", None)
+        known.append(samples)
+        probes, steps = getattr(options, "probes", 0), getattr(options, "steps", 0)
+        if probes and steps:
+            known.append(probes * steps)
+    return min((n for n in known if n is not None), default=None)

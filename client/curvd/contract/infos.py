@@ -58,6 +58,13 @@ class ModelInfo:
     graph_digest: str = ""
     """SHA-256 of the graph; empty: a builder made it."""
 
+    def __repr__(self) -> str:
+        made = repr(self.spec.builder) if self.spec.builder else "graph"
+        return (
+            f"<ModelInfo {made} of {len(self.tensors)} tensors, {self.state_bytes} bytes, "
+            f"id {self.id!r}>"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetInfo:
@@ -71,6 +78,13 @@ class DatasetInfo:
     total_bytes: int
     name: str = ""
     """Its name on the server; empty if it was uploaded."""
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{t.name} {list(t.shape)}" for t in self.tensors)
+        return (
+            f"<DatasetInfo N={self.data_points} B={self.spec.batch_size}: {shapes}, "
+            f"id {self.id!r}>"
+        )
 
 
 class SessionState(enum.StrEnum):
@@ -114,6 +128,14 @@ class SessionInfo:
     plan: Tier = Tier.FIRST
     """Which tier the first answer of an operator waits for."""
 
+    def __repr__(self) -> str:
+        name = f"{self.name!r} " if self.name else ""
+        return (
+            f"<SessionInfo {name}P={self.layout.size} N={self.data_points} {self.dtype} "
+            f"{self.loss.name} on {self.device}, version {self.version}, {self.state}, "
+            f"{len(self.operators)} operators, id {self.id!r}>"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -150,6 +172,13 @@ class ServerInfo:
     capabilities: tuple[str, ...]
     datasets: tuple[str, ...] = ()
     """Names of the datasets that lie on the server."""
+
+    def __repr__(self) -> str:
+        devices = ", ".join(d.name for d in self.devices)
+        return (
+            f"<ServerInfo curvd {self.version}, torch {self.torch_version}, {devices}, "
+            f"{len(self.builders)} builders, {len(self.datasets)} datasets>"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,9 +238,19 @@ class QueryProgress:
     residuals: tuple[float, ...]
     """Residual norms or standard errors that belong to the estimates."""
     elapsed_s: float
+    total: int | None = None
+    """Products at most; None if the query ends when it is good enough."""
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds that remain at most, at the pace so far; None if nothing tells."""
+        if not self.total or not self.products:
+            return None
+        return self.elapsed_s * max(0, self.total - self.products) / self.products
 
     def __str__(self) -> str:
-        parts = [f"{self.products} products"]
+        of = "" if self.total is None else f" of {self.total}"
+        parts = [f"{self.products}{of} products"]
         if self.estimates:
             parts.append("estimates " + " ".join(f"{x:.6g}" for x in self.estimates))
         if self.residuals:

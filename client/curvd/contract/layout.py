@@ -41,6 +41,12 @@ class ParameterLayout:
 
     parameters: tuple[ParameterSpec, ...]
 
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{p.name} {list(p.shape)}" for p in self.parameters[:3])
+        more = len(self.parameters) - 3
+        rest = f", … {more} more" if more > 0 else ""
+        return f"<ParameterLayout P={self.size}: {shown}{rest}>"
+
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> ParameterLayout:
         """Lay out parameters in the mapping's order.

@@ -80,16 +80,34 @@ def watched(
     columns = (
         bars.SpinnerColumn(),
         bars.TextColumn("{task.description}"),
+        bars.BarColumn(bar_width=20),
         bars.TimeElapsedColumn(),
+        bars.TextColumn("{task.fields[left]}"),
     )
     with bars.Progress(*columns, console=console.Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda p: bar.update(task, description=_line(what, p))
+        task = bar.add_task(what, total=None, left="")
+        yield lambda p: bar.update(
+            task,
+            description=_line(what, p),
+            completed=p.products,
+            total=p.total,
+            left=_left(p),
+        )
+
+
+def _left(progress: QueryProgress) -> str:
+    """Say how long it will take at most; it ends before if it is good enough."""
+    seconds = progress.left_s
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"at most {minutes}:{rest:02} left"
 
 
 def _line(what: str, progress: QueryProgress) -> str:
     # One line: the first estimate and the worst error, not all of them.
-    parts = [what, f"{progress.products} products"]
+    of = "" if progress.total is None else f" of {progress.total}"
+    parts = [what, f"{progress.products}{of} products"]
     if progress.estimates:
         parts.append(f"estimate {progress.estimates[0]:.6g}")
     if progress.residuals:

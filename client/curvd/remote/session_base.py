@@ -348,9 +348,10 @@ class SessionBase(ABC, Generic[O]):
 
     def __repr__(self) -> str:
         i = self._info
+        name = f"{i.name!r} " if i.name else ""
         return (
-            f"<{type(self).__name__} {i.id!r} {i.name!r} P={i.layout.size} "
-            f"N={i.data_points} {i.dtype} on {i.device}, version {i.version}>"
+            f"<{type(self).__name__} {name}P={i.layout.size} N={i.data_points} {i.dtype} "
+            f"{i.loss.name} on {i.device}, version {i.version}, id {i.id!r}>"
         )
 
     def _chosen(self, params: Sequence[str] | str | None) -> tuple[str, ...] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 
 from curvd.contract import QueryInfo, Stop
 from curvd.errors import missing
+from curvd.tensors import to_numpy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +23,7 @@ __all__ = ["Result"]
 Floats = NDArray[np.floating[Any]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Result:
     """What all results have."""
 
@@ -41,6 +44,16 @@ class Result:
         """Parameter version that the result belongs to."""
         return self.info.version
 
+    def to_dict(self) -> dict[str, Any]:
+        """Say everything in values that JSON has.
+
+        Returns:
+            Fields by name: numbers, texts, lists; None for what is no finite number.
+        """
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        found: dict[str, Any] = {"converged": self.converged, **_plain(fields)}
+        return found
+
     def lines(self) -> Iterator[str]:
         """Say what was found, for people; the command line prints it.
 
@@ -49,10 +62,52 @@ class Result:
         """
         yield from ()
 
+    def brief(self) -> str:
+        """Say the value and its error in a line.
+
+        Returns:
+            What `repr` begins with.
+        """
+        return next(iter(self.lines()), "")
+
+    def __repr__(self) -> str:
+        i = self.info
+        return (
+            f"<{type(self).__name__} {self.brief()}; {i.stopped}: {i.products} products "
+            f"in {i.elapsed_s:.2g} s at version {i.version}>"
+        )
+
     def __str__(self) -> str:
         i = self.info
         cost = f"{i.stopped}: {i.products} products in {i.elapsed_s:.2f} s at version"
         return "\n".join([*self.lines(), f"{cost} {i.version}"])
+
+
+def _plain(value: Any) -> Any:
+    """Make what JSON has of a value."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    array = to_numpy(value)
+    if array is not None:
+        return _plain(array.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def ranks_only(axes: Axes) -> None:
+    """Number the horizontal axis by whole numbers.
+
+    Args:
+        axes: What is drawn on.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def drawn_on(axes: Axes | None) -> Axes:

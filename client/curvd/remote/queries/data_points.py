@@ -22,7 +22,7 @@ _SHOWN = 10
 """Data points that are named on a terminal."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class GradientNorms(Result):
     """Norms of the gradients of the data points' own losses, in the data's order."""
 
@@ -48,8 +48,18 @@ class GradientNorms(Result):
             The axes.
         """
         axes = drawn_on(axes)
-        axes.hist(self.norms, bins=min(100, max(10, len(self.norms) // 20)))
-        axes.set(xlabel="norm of a data point's gradient", ylabel="count", yscale="log")
+        bins = min(100, max(10, len(self.norms) // 20))
+        axes.hist(self.norms, bins=bins, label="data points")
+        axes.axvline(
+            float(np.median(self.norms)), color="0.3", linestyle="--", label="median"
+        )
+        axes.set(
+            xlabel="norm of a data point's gradient",
+            ylabel="count",
+            yscale="log",
+            title=f"gradients of {len(self.norms)} data points, version {self.version}",
+        )
+        axes.legend()
         return axes
 
 

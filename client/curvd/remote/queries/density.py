@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Density", "DensityQueries"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Density(Result):
     """A density of eigenvalues, and the quadratures it was made from."""
 
@@ -57,16 +57,22 @@ class Density(Result):
         # What the tails of the smoothing leave is noise: hide it on the log axis.
         floor = 1e-6 * float(np.max(self.density, initial=1e-300))
         seen = np.where(self.density > floor, self.density, np.nan)
-        axes.plot(self.grid, seen, linewidth=1.2)
+        probes, steps = self.nodes.shape
+        axes.plot(self.grid, seen, linewidth=1.2, label=f"mean of {probes} probes")
         if np.isfinite(self.half_width).all():
             low = np.maximum(self.density - self.half_width, floor)
             high = np.where(seen > floor, self.density + self.half_width, np.nan)
-            axes.fill_between(self.grid, low, high, alpha=0.25, linewidth=0)
-        axes.set(yscale="log", ylabel="density")
+            axes.fill_between(
+                self.grid, low, high, alpha=0.25, linewidth=0, label="95 % interval"
+            )
+        title = f"density of eigenvalues, {steps} steps a probe, version {self.version}"
+        axes.set(yscale="log", title=title)
         if self.logarithmic:
             axes.set(xscale="log", xlabel="magnitude of eigenvalue")
+            axes.set(ylabel="density per decade")
         else:
-            axes.set(xlabel="eigenvalue")
+            axes.set(xlabel="eigenvalue", ylabel="density")
+        axes.legend()
         return axes
 
 

@@ -12,7 +12,7 @@ from curvd._calls import OWN_TYPE, Answer, Queries, QueryCall
 from curvd.contract import EigshOptions, StoredVector
 from curvd.errors import InvalidSpec
 from curvd.remote.asking import asks
-from curvd.remote.queries.base import Floats, Result, drawn_on
+from curvd.remote.queries.base import Floats, Result, drawn_on, ranks_only
 from curvd.tensors import vector_dtype
 
 if TYPE_CHECKING:
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["EigenpairQueries", "Eigenpairs"]
 
+_SHOWN = 3
+"""Eigenvalues in a line."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Eigenpairs(Result):
     """Extremal eigenpairs, largest eigenvalue first."""
 
@@ -46,6 +49,13 @@ class Eigenpairs(Result):
         for value, residual in zip(self.values, self.residuals, strict=True):
             yield f"{value: .9e}   residual {residual:.1e}"
 
+    def brief(self) -> str:
+        """Say the first eigenvalues with their residuals."""
+        pairs = zip(self.values[:_SHOWN], self.residuals[:_SHOWN], strict=True)
+        said = ", ".join(f"{value:.6g} ± {error:.1g}" for value, error in pairs)
+        more = len(self.values) - _SHOWN
+        return said + (f", … {more} more" if more > 0 else "")
+
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw the eigenvalues with their residuals as error bars.
 
@@ -63,9 +73,22 @@ class Eigenpairs(Result):
         axes = drawn_on(axes)
         rank = np.arange(1, len(self.values) + 1)
         # An interval of this half width around each value contains an eigenvalue.
-        axes.errorbar(rank, self.values, yerr=self.residuals, fmt="o", capsize=3)
+        axes.errorbar(
+            rank,
+            self.values,
+            yerr=self.residuals,
+            fmt="o",
+            capsize=3,
+            label="eigenvalue, ± its residual",
+        )
         axes.axhline(0.0, color="0.7", linewidth=0.8, zorder=0)
-        axes.set(xlabel="rank", ylabel="eigenvalue")
+        axes.set(
+            xlabel="rank",
+            ylabel="eigenvalue",
+            title=f"{len(rank)} eigenvalues, version {self.version}",
+        )
+        ranks_only(axes)
+        axes.legend()
         return axes
 
 

@@ -12,10 +12,11 @@ from curvd.contract import (
     DiagonalOptions,
     FrobeniusNormOptions,
     LogDetOptions,
+    QueryProgress,
     TraceOptions,
 )
 from curvd.remote.asking import asks
-from curvd.remote.queries.base import Floats, Result, drawn_on
+from curvd.remote.queries.base import Floats, Result, drawn_on, ranks_only
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["DiagonalEstimate", "Estimate", "EstimateQueries", "LogDeterminant"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Estimate(Result):
     """A number with its uncertainty.
 
@@ -41,6 +42,8 @@ class Estimate(Result):
     half_width: float
     """Half of the 95 % confidence interval."""
     samples: int
+    history: tuple[QueryProgress, ...] = ()
+    """What was known on the way, at most every 50 ms; empty for a quick query."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -55,8 +58,12 @@ class Estimate(Result):
         low, high = self.interval
         yield f"{self.value:.6e}   95 % interval [{low:.6e}, {high:.6e}]"
 
+    def brief(self) -> str:
+        """Say the value with half of its interval."""
+        return f"{self.value:.6g} ± {self.half_width:.2g} (95 %)"
+
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw the value with its 95 % interval.
+        """Draw the estimate as its samples came in, and what it is in the end.
 
         Args:
             axes: Where to; None makes a figure.
@@ -65,12 +72,36 @@ class Estimate(Result):
             The axes.
         """
         axes = drawn_on(axes)
-        axes.errorbar([0], [self.value], yerr=[self.half_width], fmt="o", capsize=6)
-        axes.set(xticks=[], ylabel="estimate, 95 % interval")
+        known = [p for p in self.history if p.estimates and p.residuals]
+        if known:
+            axes.errorbar(
+                [p.products for p in known],
+                [p.estimates[0] for p in known],
+                yerr=[p.residuals[0] for p in known],
+                fmt=".",
+                color="0.5",
+                capsize=2,
+                label="on the way, ± its standard error",
+            )
+        axes.errorbar(
+            [self.products],
+            [self.value],
+            yerr=[self.half_width],
+            fmt="o",
+            capsize=6,
+            label=f"{self.value:.6g}, 95 % interval",
+        )
+        axes.set(
+            xlabel="products",
+            ylabel="estimate",
+            title=f"{self.samples} samples, version {self.version}",
+        )
+        ranks_only(axes)
+        axes.legend()
         return axes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class LogDeterminant(Estimate):
     """A logarithm of a determinant; NaN where the operator is not positive definite."""
 
@@ -83,8 +114,14 @@ class LogDeterminant(Estimate):
             yield f"not positive definite: a Ritz value is {self.smallest:.6e}"
         yield from Estimate.lines(self)
 
+    def brief(self) -> str:
+        """Say the value, or why there is none."""
+        if math.isnan(self.value):
+            return f"nan, as a Ritz value is {self.smallest:.6g}"
+        return Estimate.brief(self)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class DiagonalEstimate(Result):
     """A diagonal, element by element with its uncertainty."""
 
@@ -117,8 +154,16 @@ class DiagonalEstimate(Result):
             The axes.
         """
         axes = drawn_on(axes)
-        axes.hist(self.values, bins=min(100, max(10, len(self.values) // 20)))
-        axes.set(xlabel="diagonal element", ylabel="count", yscale="log")
+        bins = min(100, max(10, len(self.values) // 20))
+        axes.hist(self.values, bins=bins, label="elements")
+        error = float(self.half_widths.max())
+        axes.set(
+            xlabel=f"diagonal element, each ± {error:.1g} or less",
+            ylabel="count",
+            yscale="log",
+            title=f"diagonal, {len(self.values)} elements, version {self.version}",
+        )
+        axes.legend()
         return axes
 
 

@@ -13,7 +13,7 @@ from curvd._calls import OWN_TYPE, Answer, Queries, QueryCall
 from curvd.contract import SketchOptions, SolveOptions, Stop, StoredVector
 from curvd.errors import InvalidSpec, InvalidVector
 from curvd.remote.asking import asks, asks_about
-from curvd.remote.queries.base import Floats, Result, drawn_on
+from curvd.remote.queries.base import Floats, Result, drawn_on, ranks_only
 from curvd.tensors import Operand, vector_dtype
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _MOST_COLUMNS = 2**16
 """Columns of stored right-hand sides that are known by name alone: a server takes fewer."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Solution(Result):
     """Solutions of ``(A + damping * I) x = b``, column by column."""
 
@@ -51,6 +51,12 @@ class Solution(Result):
             stop = self.column_stops[column]
             yield f"column {column}: {stop}, relative residual {residual:.1e}"
 
+    def brief(self) -> str:
+        """Say the largest relative residual."""
+        columns, worst = len(self.relative_residuals), max(self.relative_residuals)
+        more = "" if columns == 1 else f" of the worst of {columns} columns"
+        return f"relative residual {worst:.1e}{more}"
+
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw the relative residuals of the columns.
 
@@ -61,13 +67,20 @@ class Solution(Result):
             The axes.
         """
         axes = drawn_on(axes)
-        rank = np.arange(len(self.relative_residuals))
-        axes.bar(rank, self.relative_residuals)
-        axes.set(xlabel="column", ylabel="relative residual", yscale="log")
+        column = np.arange(len(self.relative_residuals))
+        axes.bar(column, self.relative_residuals, label="|b - A x| / |b|")
+        axes.set(
+            xlabel="column",
+            ylabel="relative residual",
+            yscale="log",
+            title=f"residuals after {self.products} products, version {self.version}",
+        )
+        ranks_only(axes)
+        axes.legend()
         return axes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Sketch(Result):
     """Approximate eigenvalues, from below, of vectors that the session stores."""
 
@@ -92,8 +105,15 @@ class Sketch(Result):
             The axes.
         """
         axes = drawn_on(axes)
-        axes.semilogy(np.arange(1, len(self.values) + 1), self.values, "o")
-        axes.set(xlabel="rank", ylabel="eigenvalue, from below")
+        ranks = np.arange(1, len(self.values) + 1)
+        axes.semilogy(ranks, self.values, "o", label="eigenvalue, from below")
+        axes.set(
+            xlabel="rank",
+            ylabel="eigenvalue, from below",
+            title=f"{len(ranks)} values of a sketch, version {self.version}",
+        )
+        ranks_only(axes)
+        axes.legend()
         return axes
 
 
