@@ -1,14 +1,17 @@
 """Norms of single data points' gradients are those of torch.func, and of differences."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from curvd.contract import DatasetSpec, Dtype, LossSpec, Stop
+from curvd.contract import DatasetSpec, Dtype, LossSpec, Stop, query_options
 from curvd_server.engine.data_points import Points
 from curvd_server.engine.data_points.gradient_norms import (
+    DEFINITION,
     SquaredGradients,
     gradient_norms,
 )
@@ -243,6 +246,15 @@ def test_norms_alone_are_the_same():
     found, _ = asked(problem, by_parameter=False)
     assert found.parameter_norms is None
     np.testing.assert_allclose(found.norms, both.norms, rtol=1e-14)
+
+
+@pytest.mark.parametrize(("by_parameter", "numbers"), [(False, 1), (True, 10)])
+def test_memory_is_counted_of_the_gradients_and_of_the_answer(by_parameter, numbers):
+    room = SimpleNamespace(
+        fitting=lambda each, most: 4, data_points=1000, parameters=10, size=100
+    )
+    options = query_options.GradientNormsOptions(by_parameter=by_parameter)
+    assert DEFINITION.vectors(options, room) == 2 * 4 + 3 * 1000 * numbers / 100
 
 
 def test_time_that_is_up_leaves_one_part():
