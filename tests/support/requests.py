@@ -100,11 +100,15 @@ class Requests:
     def _query(self, message):
         message.query.session_id, message.query.max_products = self.session, 40
 
-    _Trace = _Diagonal = _FrobeniusNorm = _query
+    _Trace = _Diagonal = _FrobeniusNorm = _GradientNorms = _query
 
     def _SpectralDensity(self, message):
         self._query(message)
         message.probes, message.steps, message.points = 2, 4, 10
+
+    def _Sketch(self, message):
+        self._query(message)
+        message.rank = 4
 
     def _Eigsh(self, message):
         self._query(message)

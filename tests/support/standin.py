@@ -169,8 +169,13 @@ def _copy_from(source: Tensor, target: StandIn, non_blocking: bool = False) -> S
 # All three last as long as the process: torch keeps no reference, and cannot take it back.
 _guard = _Guard()
 _setup_privateuseone_for_python_backend(NAME, device_guard=_guard)
+# Checkpoints ask every backend; nobody casts automatically here.
+getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]
 _library = torch.library.Library("aten", "IMPL")
-for _op in (aten.empty.memory_format, aten.empty_strided.default):
+for _op in (
+    *(aten.empty.memory_format, aten.empty_strided.default),
+    *(aten.eye.default, aten.eye.m),  # torch's own resizes an empty tensor
+):
     _library.impl(_op, _kernel(_op), "PrivateUse1")
 _library.impl("_efficientzerotensor", _kernel(aten.zeros.default), "PrivateUse1")
 _library.impl("_copy_from", _copy_from, "PrivateUse1")
