@@ -81,7 +81,7 @@ def serve(config: ServerConfig) -> None:
     gc.freeze()
     # Who computes waits for the event loop's thread no longer than this, and vice versa.
     sys.setswitchinterval(_SWITCH_S)
-    logs.set_up(config.log_level)
+    logs.set_up(config.log_level, config.log_style)
     raise_descriptor_limit()
     asyncio.run(_serve(config))
 

@@ -253,6 +253,12 @@ class ServerConfig:
         "How much is logged.",
         choices=("debug", "info", "warning", "error"),
     )
+    log_style: str = setting(
+        "auto",
+        "How lines look: `text` for people, `json` for programs; `auto` is text on a "
+        "terminal and JSON in a pipe.",
+        choices=("auto", "text", "json"),
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)

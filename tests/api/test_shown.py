@@ -133,6 +133,7 @@ MOST = {
     "samples": (curvd.contract.TraceOptions(samples=7), 7),
     "a limit": (curvd.contract.TraceOptions(samples=70, max_products=9), 9),
     "probes and steps": (curvd.contract.SpectralDensityOptions(probes=3, steps=5), 15),
+    "a rank": (curvd.contract.SketchOptions(rank=8), 8),
     "until it is good": (curvd.contract.EigshOptions(k=3), None),
     "data points": (query_options.GradientNormsOptions(), 20),
 }

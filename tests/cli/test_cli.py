@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -82,9 +83,10 @@ def test_a_token_for_another_machine_needs_tls():
 
 def test_the_demo_is_the_servers(monkeypatch):
     demo = types.ModuleType("curvd_server.demo")
-    demo.main = lambda picture: 3 if picture == Path("p.png") else 4
+    demo.main = lambda picture, as_json: (picture == Path("p.png")) + 2 * as_json
     monkeypatch.setitem(sys.modules, "curvd_server.demo", demo)
-    assert run("demo", "--picture", "p.png").exit_code == 3
+    assert run("demo", "--picture", "p.png").exit_code == 1
+    assert run("demo", "--json").exit_code == 2
 
 
 @pytest.mark.parametrize("command", [["info"], ["health", "gpu-7:1"]])
@@ -93,3 +95,65 @@ def test_a_token_on_the_command_line_is_refused_and_not_repeated(command):
     assert result.exit_code == 2
     assert "--token-file" in result.output and "CURVD_TOKEN" in result.output
     assert "secret" not in result.output
+
+
+def commands():
+    """All commands; that of the server as it is when it is asked for."""
+    pytest.importorskip("curvd_server.cli")
+    from curvd_server.cli import serve
+
+    return {**main.commands, "serve": serve}
+
+
+def test_help_shows_every_default():
+    for name, command in commands().items():
+        for option in command.params:
+            if isinstance(option, click.Option) and not option.is_flag:
+                told = "[default: " in (option.help or "") or option.show_default
+                none = option.default is None or "UNSET" in repr(option.default)
+                assert told or (none and name != "serve") or option.is_eager or (
+                    option.name in ("token", "token_file")
+                ), (name, option.name)  # fmt: skip
+
+
+def test_every_command_prints_json_if_asked():
+    assert {*commands()} > {"info", "health", "demo", "eigs", "trace", "density"}
+    for name, command in commands().items():
+        flags = {flag for option in command.params for flag in option.opts}
+        assert ("--json" in flags) is (name != "serve"), name  # its lines are JSON
+        assert name != "serve" or "--log-style" in flags
+
+
+def test_health_in_json_says_what_the_exit_status_says(target, service):
+    result = run("health", target, "--json")
+    assert json.loads(result.stdout) == {"target": target, "serving": True}
+    service.serving = False
+    result = run("health", target, "--json")
+    assert (result.exit_code, json.loads(result.stdout)["serving"]) == (1, False)
+
+
+def test_a_query_in_json_is_its_result(live_target, tanh_session):
+    words = (tanh_session.id, live_target, "--operator", "ggn", "--samples", 10)
+    told = json.loads(run("trace", *words, "--json").stdout)
+    found = tanh_session.ggn().trace(samples=10)
+    assert (told["value"], told["half_width"]) == (found.value, found.half_width)
+    assert told["info"]["products"] == 10
+    assert f"{found.value:.6e}" in run("trace", *words).stdout
+
+
+def test_a_picture_is_known_to_be_impossible_before_anything_is_computed(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    picture = tmp_path / "density.png"
+    result = run("density", "s", "127.0.0.1:1", "--plot", picture)
+    assert result.exit_code == 1
+    assert "--plot needs matplotlib: pip install" in result.output
+    assert "no curvd server answers" not in result.output  # nobody was asked
+    assert not picture.exists()
+
+
+@pytest.mark.parametrize("transport", curvd.config.Transport)
+def test_a_transport_is_chosen_by_the_name_that_documents_have(target, transport):
+    result = run("health", target, "--transport", transport.value)
+    assert result.output == "serving\n"

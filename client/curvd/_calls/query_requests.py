@@ -111,8 +111,7 @@ def most_products(options: QueryOptions, session: SessionInfo) -> int | None:
     if isinstance(options, query_options.GradientNormsOptions):
         known.append(session.data_points)
     else:
-        samples: int | None = getattr(options, "samples", None)
-        known.append(samples)
+        known += [getattr(options, name, None) for name in ("samples", "rank")]
         probes, steps = getattr(options, "probes", 0), getattr(options, "steps", 0)
         if probes and steps:
             known.append(probes * steps)

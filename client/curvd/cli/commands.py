@@ -17,9 +17,7 @@ import click
 
 from curvd._version import VERSION
 from curvd.cli import query_commands
-from curvd.cli.options import (
-    connection_options,
-)
+from curvd.cli.options import connection_options, json_option
 from curvd.config import ClientConfig, RetryConfig, TlsConfig, Transport
 from curvd.contract import ServerInfo, SessionInfo
 from curvd.errors import CurvdError, install
@@ -75,7 +73,7 @@ main.add_command(
 
 @main.command()
 @connection_options
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@json_option
 def info(target: str, as_json: bool, **options: Any) -> None:
     """Describe a server, its sessions and their plans."""
     with connect(target, config=_config(**options)) as client:
@@ -93,15 +91,26 @@ def info(target: str, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @connection_options
-@click.option("--timeout-s", type=float, default=5.0, help="When to give up.")
-def health(target: str, timeout_s: float, **options: Any) -> None:
+@click.option(
+    "--timeout-s",
+    type=float,
+    default=5.0,
+    show_default=True,
+    help="Seconds after which to give up.",
+)
+@json_option
+def health(target: str, timeout_s: float, as_json: bool, **options: Any) -> None:
     """Exit with 0 if a server is serving, else with 1."""
     config = dataclasses.replace(_config(**options), deadline_s=timeout_s)
     with connect(target, config=config) as client:
-        if not client.healthy():
-            msg = f"the server at {target} is not serving"
-            raise click.ClickException(msg)
-    click.echo("serving")
+        serving = client.healthy()
+    if as_json:
+        click.echo(json.dumps({"target": target, "serving": serving}))
+    if not serving:
+        msg = f"the server at {target} is not serving"
+        raise click.ClickException(msg)
+    if not as_json:
+        click.echo("serving")
 
 
 @main.command()
@@ -112,9 +121,11 @@ def health(target: str, timeout_s: float, **options: Any) -> None:
     show_default=True,
     help="Where the picture of the spectrum goes.",
 )
-def demo(picture: Path) -> None:
+@json_option
+def demo(picture: Path, as_json: bool) -> None:
     """Train a small net on real digits, serve it, and check its curvature."""
-    raise SystemExit(_server("curvd_server.demo", extra="demo").main(picture))
+    run = _server("curvd_server.demo", extra="demo").main
+    raise SystemExit(run(picture, as_json=as_json))
 
 
 def _server(module: str, extra: str = "server") -> ModuleType:

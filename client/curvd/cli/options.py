@@ -91,6 +91,19 @@ def _not_on_the_command_line(
     return token
 
 
+def json_option(command: F) -> F:
+    """Add the choice to print JSON to a command.
+
+    Args:
+        command: Takes ``as_json``.
+
+    Returns:
+        The command.
+    """
+    text = "Print one JSON object, for programs."
+    return click.option("--json", "as_json", is_flag=True, help=text)(command)
+
+
 def connection_options(command: F) -> F:
     """Add the target and what it takes to reach it to a command.
 
@@ -104,7 +117,9 @@ def connection_options(command: F) -> F:
         option(
             "--transport",
             "Who speaks HTTP/2: curvd itself, or grpcio with its resolvers and proxies.",
-            type=click.Choice([*Transport]),
+            type=click.Choice([member.value for member in Transport]),
+            default=Transport.DIRECT.value,
+            show_default=True,
         ),
         option("--tls-server-name", "Name that the server's certificate carries."),
         option("--tls-client-key", "The key of --tls-client-cert.", type=FILE),

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any, TypeVar
 
 import click
 
-from curvd.cli.options import connection_options
+from curvd.cli.options import connection_options, json_option
 from curvd.config import ClientConfig
 from curvd.contract import (
     QUERIES,
@@ -29,12 +31,14 @@ from curvd.contract import (
     query_messages,
     settings_of,
 )
-from curvd.remote import RemoteOperator, Session, connect
+from curvd.remote import RemoteOperator, Session, check_drawable, connect
 
 F = TypeVar("F", bound=Callable[..., Any])
 ReadConfig = Callable[..., ClientConfig]
 
 _KINDS: dict[Any, Any] = {"int": click.INT, "float": click.FLOAT, "bool": click.BOOL}
+_CAN_SHOW = importlib.util.find_spec("rich") is not None
+"""Whether progress can be drawn; a command does not need it."""
 _FAR = 2**28
 """Upper ends that hardly anybody reaches."""
 _SHARED = {"damping"}
@@ -56,12 +60,14 @@ def add_to(group: click.Group, read_config: ReadConfig) -> None:
 def _command(rpc: str, query: QuerySpec, read_config: ReadConfig) -> click.Command:
     flags = list(_flags(rpc, query))
 
-    def ask(picture: Path | None, **given: Any) -> None:
+    def ask(picture: Path | None, as_json: bool, **given: Any) -> None:
+        if picture is not None:
+            _check_drawable()  # before anything is computed
         asked = {name: given.pop(name) for name, _ in flags}
         with _asked(read_config, **given) as asks:
             method = getattr(asks, query.method)
-            found = method(**{**query.terminal, **asked}, progress=True)
-        click.echo(found)
+            found = method(**{**query.terminal, **asked}, progress=_CAN_SHOW)
+        click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found)
         if picture is not None:
             _draw(found, picture)
 
@@ -115,7 +121,16 @@ def _plain(text: str) -> str:
     return text.replace("`", "")
 
 
+def _check_drawable() -> None:
+    try:
+        check_drawable()
+    except ModuleNotFoundError as error:
+        msg = str(error).replace("plot()", "--plot", 1)
+        raise click.ClickException(msg) from error
+
+
 def _common_options(command: F) -> F:
+    command = json_option(command)
     command = click.option(
         "--plot",
         "picture",
@@ -180,7 +195,7 @@ def _draw(found: Any, picture: Path) -> None:
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.savefig(picture, dpi=150)
-    click.echo(f"picture: {picture}")
+    click.echo(f"picture: {picture}", err=True)
 
 
 def table() -> str:

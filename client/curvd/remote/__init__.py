@@ -14,6 +14,7 @@ from curvd.remote.operator import OperatorBase, RemoteOperator
 from curvd.remote.operator_sum import AsyncOperatorSum, OperatorSum
 from curvd.remote.progress import shown
 from curvd.remote.queries import DataPointQueries, OperatorQueries
+from curvd.remote.queries.base import check_drawable
 from curvd.remote.session import Session
 from curvd.remote.session_base import SessionBase, name_of
 from curvd.remote.submatrix import AsyncSubmatrix, Submatrix
@@ -34,6 +35,7 @@ __all__ = [
     "Session",
     "SessionBase",
     "Submatrix",
+    "check_drawable",
     "configured",
     "connect",
     "dense_bytes",

@@ -37,6 +37,33 @@ _SHARED: list[structlog.typing.Processor] = [
 ]
 
 
+_JSON = structlog.processors.JSONRenderer()
+_render: structlog.typing.Processor = _JSON
+"""How this process writes a line; `set_up` chooses it, whenever loggers were made."""
+
+
+def _rendered(log: Any, method: str, event: structlog.typing.EventDict) -> Any:
+    return _render(log, method, event)
+
+
+def _text(*, colors: bool) -> structlog.typing.Processor:
+    """Make the renderer for people: time of day, level, event, and what belongs to it."""
+    pretty = structlog.dev.ConsoleRenderer(
+        colors=colors,
+        pad_event_to=0,
+        # A stranger's text cannot move the cursor or begin a line of its own.
+        repr_native_str=True,
+        exception_formatter=structlog.dev.plain_traceback,
+    )
+
+    def line(log: Any, method: str, event: structlog.typing.EventDict) -> str:
+        moment = str(event.get("timestamp", ""))
+        event["timestamp"] = moment.partition("T")[2].partition(".")[0]
+        return pretty(log, method, event)
+
+    return line
+
+
 class _Logger(structlog.stdlib.BoundLogger):
     """Writes a traceback once: `logging` would add it to the line that has it already."""
 
@@ -50,22 +77,28 @@ def logger() -> structlog.stdlib.BoundLogger:
     """Make the server's logger.
 
     Returns:
-        One whose lines are JSON objects in the logger ``curvd_server``.
+        One whose lines are JSON objects in the logger ``curvd_server``, or for people
+        where `set_up` says so.
     """
     bound: structlog.stdlib.BoundLogger = structlog.wrap_logger(
         logging.getLogger("curvd_server"),
-        processors=[*_SHARED, structlog.processors.JSONRenderer()],
+        processors=[*_SHARED, _rendered],
         wrapper_class=_Logger,
     )
     return bound
 
 
-def set_up(level: str) -> None:
+def set_up(level: str, style: str = "auto") -> None:
     """Print the server's lines to stderr.
 
     Args:
         level: ``debug``, ``info``, ``warning`` or ``error``.
+        style: ``json``, ``text`` for people, or ``auto``: text where stderr is a
+            terminal, JSON in a pipe or a file.
     """
+    global _render
+    for_people = style == "text" or (style == "auto" and sys.stderr.isatty())
+    _render = _text(colors=sys.stderr.isatty()) if for_people else _JSON
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("curvd_server")

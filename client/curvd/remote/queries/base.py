@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -110,6 +111,16 @@ def ranks_only(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
+def check_drawable() -> None:
+    """Refuse to draw where there is nothing to draw with.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise missing(what="plot()", module="matplotlib", extra="plot")
+
+
 def drawn_on(axes: Axes | None) -> Axes:
     """Find where to draw.
 
@@ -124,10 +135,9 @@ def drawn_on(axes: Axes | None) -> Axes:
     """
     if axes is not None:
         return axes
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise missing(what="plot()", module="matplotlib", extra="plot") from error
+    check_drawable()
+    from matplotlib.figure import Figure
+
     # Not pyplot: it keeps every figure alive and chooses a backend.
     made: Axes = Figure(figsize=(6, 4), layout="constrained").subplots()
     return made
