@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from curvd.contract.enums import Solver, Stop
-from curvd_server.linalg import LowRank, Products, nystrom, solve
+from curvd_server.linalg import LowRank, Products, nystrom, solve, solve_dampings
 from curvd_server.linalg.base import drain
 from curvd_server.linalg.block_krylov import factors
 
@@ -329,3 +329,54 @@ def test_a_sketch_of_every_dimension_solves_at_once(dtype):
         solve(map_of(A), B, damping=1e-2, tolerance=1e-4, preconditioner=sketch)
     )
     assert found.iterations <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("columns", [1, 3, 20])
+def test_several_dampings_take_about_the_products_of_the_smallest(columns, dtype):
+    A, B = semidefinite(600), normal(columns, 600, seed=11)
+    C, D = A.to(dtype), B.to(dtype)
+    dampings = (1e-3, 1.0, 1e-2, 1e-1)
+    tolerance = 1e-7 if dtype is torch.float64 else 1e-4
+    found = drain(solve_dampings(map_of(C), D, dampings, tolerance=tolerance))
+    counts = []
+    for damping, one in zip(dampings, found, strict=True):
+        assert one.stopped is Stop.CONVERGED
+        true = residuals(A, damping, B, one.solution.double())
+        assert float(true.max()) <= 1.05 * tolerance
+        alone = drain(solve(map_of(C), D, damping=damping, tolerance=tolerance))
+        counts.append(alone.products)
+    closing = len(dampings) * columns
+    assert found[-1].products < sum(counts)
+    assert found[-1].products <= 1.3 * max(counts) + 2 * closing
+
+
+def test_dampings_of_columns_that_depend_on_each_other_and_of_none():
+    A, b = semidefinite(), normal(1, SIZE, seed=12)
+    B = torch.cat((b, 1e5 * b, 0 * b))
+    found = drain(solve_dampings(map_of(A), B, (0.5, 0.1), tolerance=1e-8, block=2))
+    for damping, one in zip((0.5, 0.1), found, strict=True):
+        torch.testing.assert_close(
+            one.solution, exact(A, damping, B), rtol=1e-6, atol=1e-6
+        )
+
+
+def test_an_indefinite_damping_does_not_spoil_the_others():
+    A = semidefinite() - 0.05 * torch.eye(SIZE, dtype=torch.float64)
+    B = normal(3, SIZE, seed=13)
+    low, high = drain(solve_dampings(map_of(A), B, (0.0, 0.2), tolerance=1e-8))
+    assert low.stopped is Stop.NEGATIVE_CURVATURE and all(low.indefinite)
+    assert high.stopped is Stop.CONVERGED
+    torch.testing.assert_close(high.solution, exact(A, 0.2, B), rtol=1e-6, atol=1e-6)
+
+
+def test_dampings_stop_where_products_do_with_true_residuals():
+    A, B = semidefinite(), normal(2, SIZE, seed=14)
+    found = drain(solve_dampings(map_of(A, limit=40), B, (1e-6, 1e-5), tolerance=1e-12))
+    assert found[-1].products <= 40
+    for damping, one in zip((1e-6, 1e-5), found, strict=True):
+        assert one.stopped is Stop.PRODUCTS
+        torch.testing.assert_close(
+            torch.tensor(one.relative_residuals, dtype=A.dtype),
+            residuals(A, damping, B, one.solution),
+        )

@@ -411,7 +411,7 @@ def test_every_result_can_be_drawn(session):
 def test_a_diagonal_from_samples_is_refused_whoever_asks():
     header = query_pb.SolveHeader(diagonal_samples=20)
     with pytest.raises(curvd.InvalidSpec, match="diagonal_samples must be 0, got 20"):
-        query_validation.solve(header, curvd.Solver.CG, None)
+        query_validation.solve(header, curvd.Solver.CG, {})
 
 
 def test_repeated_eigenvalues_of_a_session_are_all_found(live_target):

@@ -241,6 +241,24 @@ def test_stored_columns_are_solved_and_stored_as_columns(session):
     assert named.shape == (5, SIZE)
 
 
+@pytest.mark.parametrize("columns", [0, 3])
+def test_several_dampings_are_solved_in_one_run(session, columns):
+    b = sides(columns) if columns else sides(1)[:, 0]
+    G, dampings = session.ggn(damping=0.01), (1.0, 1e-3, 1e-1)
+    found = G.solve(b, dampings=dampings, tolerance=1e-8)
+    each = [G.solve(b, damping=d, tolerance=1e-8).products for d in dampings]
+    assert found.converged and found.products < sum(each)
+    for x, damping in zip(found.x, dampings, strict=True):
+        np.testing.assert_allclose(
+            x, exact(dense_ggn(), damping + 0.01, b), rtol=1e-5, atol=1e-5
+        )
+    assert len(found.residuals) == len(dampings) * max(1, columns)
+    kept = G.solve(b, dampings=dampings, tolerance=1e-8, store="X").stored
+    assert kept.shape == (3 * max(1, columns), SIZE)
+    rows = session.get("X").T.reshape(3, -1, SIZE)
+    np.testing.assert_allclose(rows[1], np.atleast_2d(found.x[1].T), atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("ask", "error", "message"),
     [
@@ -259,6 +277,21 @@ def test_stored_columns_are_solved_and_stored_as_columns(session):
             lambda s: s.ggn(params="3.*").solve("plain"),
             curvd.InvalidArgument,
             "57",
+        ),
+        (
+            lambda s: s.ggn().solve(np.ones(SIZE), dampings=(1, 2), x0="plain"),
+            curvd.InvalidArgument,
+            r"several dampings in one run .* \['x0'\]; solve them one by one",
+        ),
+        (
+            lambda s: s.ggn().solve(np.ones(SIZE), dampings=[1.0], solver="minres"),
+            curvd.InvalidArgument,
+            "got minres.*neither of the others",
+        ),
+        (
+            lambda s: s.ggn().solve(np.ones(SIZE), dampings=[], damping=1.0),
+            curvd.InvalidArgument,
+            "dampings must be at least one",
         ),
         (
             lambda s: s.ggn().solve(np.ones(SIZE), store=""),
@@ -299,7 +332,9 @@ def test_a_diagonal_and_a_stored_preconditioner_exclude_each_other():
 
     header = query_pb.SolveHeader(preconditioner="top")
     with pytest.raises(curvd.InvalidSpec, match="'top' and a diagonal exclude"):
-        query_validation.solve(header, curvd.Solver.CG, np.ones(SIZE))
+        query_validation.solve(
+            header, curvd.Solver.CG, {"preconditioner": np.ones(SIZE)}
+        )
     assert query_messages.request_type("Solve") is query_pb.SolveHeader
 
 

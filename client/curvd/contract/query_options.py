@@ -189,6 +189,13 @@ class SolveOptions(QueryOptions):
         "elsewhere it costs iterations.",
         wire="",
     )
+    dampings: Any = setting(
+        None,
+        "Several in place of `damping`, 64 at most, in one run for about the products of "
+        "the smallest; x is a list then, a solution for each. CG, without `x0` and "
+        "`preconditioner`.",
+        wire="",
+    )
     block: int = setting(
         0,
         "Columns that CG minimises over the Krylov space of all of them, at most; 0: as "

@@ -291,7 +291,7 @@ class SpectralDensitySummary(_message.Message):
     def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., width: _Optional[float] = ...) -> None: ...
 
 class SolveHeader(_message.Message):
-    __slots__ = ("query", "solver", "damping", "tolerance", "diagonal_samples", "seed", "b", "x0", "preconditioner", "store_as", "block")
+    __slots__ = ("query", "solver", "damping", "tolerance", "diagonal_samples", "seed", "b", "x0", "preconditioner", "store_as", "block", "dampings")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     SOLVER_FIELD_NUMBER: _ClassVar[int]
     DAMPING_FIELD_NUMBER: _ClassVar[int]
@@ -303,6 +303,7 @@ class SolveHeader(_message.Message):
     PRECONDITIONER_FIELD_NUMBER: _ClassVar[int]
     STORE_AS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
+    DAMPINGS_FIELD_NUMBER: _ClassVar[int]
     query: Query
     solver: Solver
     damping: float
@@ -314,7 +315,8 @@ class SolveHeader(_message.Message):
     preconditioner: str
     store_as: str
     block: int
-    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., solver: _Optional[_Union[Solver, str]] = ..., damping: _Optional[float] = ..., tolerance: _Optional[float] = ..., diagonal_samples: _Optional[int] = ..., seed: _Optional[int] = ..., b: _Optional[str] = ..., x0: _Optional[str] = ..., preconditioner: _Optional[str] = ..., store_as: _Optional[str] = ..., block: _Optional[int] = ...) -> None: ...
+    dampings: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., solver: _Optional[_Union[Solver, str]] = ..., damping: _Optional[float] = ..., tolerance: _Optional[float] = ..., diagonal_samples: _Optional[int] = ..., seed: _Optional[int] = ..., b: _Optional[str] = ..., x0: _Optional[str] = ..., preconditioner: _Optional[str] = ..., store_as: _Optional[str] = ..., block: _Optional[int] = ..., dampings: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class SolveRequest(_message.Message):
     __slots__ = ("header", "chunk")

@@ -24,6 +24,7 @@ from curvd_server.linalg.norm import frobenius_norm
 from curvd_server.linalg.nystrom import NystromResult, nystrom
 from curvd_server.linalg.registry import definitions_in
 from curvd_server.linalg.sampling import Estimate, Target
+from curvd_server.linalg.shifted import joined, solve_dampings
 from curvd_server.linalg.traces import trace
 
 __all__ = [
@@ -44,10 +45,12 @@ __all__ = [
     "diagonal",
     "eigsh",
     "frobenius_norm",
+    "joined",
     "logdet",
     "nystrom",
     "search_basis",
     "solve",
+    "solve_dampings",
     "spectral_density",
     "trace",
 ]

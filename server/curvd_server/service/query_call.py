@@ -127,7 +127,11 @@ class QueryCall:
         self.stack.enter_context(self.batcher.reserve(1, self.vectors_bytes(vectors)))
 
     async def operands(
-        self, chunks: AsyncIterator[memoryview], names: Mapping[str, str], block: int
+        self,
+        chunks: AsyncIterator[memoryview],
+        names: Mapping[str, str],
+        block: int,
+        dampings: int,
     ) -> Mapping[str, NDArray[Any]]:
         """Receive the tensors of Solve.
 
@@ -135,6 +139,7 @@ class QueryCall:
             chunks: The file of those that travel.
             names: Names of stored ones, by what they are; empty: they are not stored.
             block: Columns that are to be solved together; 0: as many as fit.
+            dampings: How many there are, if several in one run; else 0.
 
         Returns:
             All of them.
@@ -154,7 +159,8 @@ class QueryCall:
             own = len(header) + len(stored) + _OF_SYSTEM
             # Alone, all columns take each step at once.
             at_once = columns if together == 1 else together
-            self.reserve(own * columns + _OF_BLOCK * at_once)
+            each = _OF_BLOCK + 2 * dampings
+            self.reserve((own + dampings) * columns + each * at_once)
             return 0
 
         assembler = wire.Assembler(accept, max_bytes=2 * self.limits.operand_bytes)

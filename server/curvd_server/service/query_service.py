@@ -6,11 +6,11 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import structlog
+from numpy.typing import NDArray
 from torch import Tensor
 
 from curvd.contract import (
@@ -33,13 +33,16 @@ from curvd_server.linalg import (
     EigshResult,
     LowRank,
     NystromResult,
+    Query,
     SolveResult,
     default_basis,
     definitions_in,
     eigsh,
+    joined,
     nystrom,
     search_basis,
     solve,
+    solve_dampings,
 )
 from curvd_server.service import query_validation as check
 from curvd_server.service.handlers import method_name
@@ -141,38 +144,25 @@ class QueryService:
         header, chunks = await opened(requests)
         options = query_messages.read(SolveOptions, header)
         async with self._open("Solve", header.query, options, send) as call:
-            solver = Solver(options.solver)
             names = {"b": header.b, "x0": header.x0}
-            tensors = await call.operands(chunks, names, options.block)
-            given = tensors.get("preconditioner")
-            check.solve(header, solver, given)
-            known: Tensor | LowRank | None = None
-            if header.preconditioner:
-                known = call.known(header.preconditioner)
-            elif given is not None:
-                known = call.tensor(given)
-            shape = tensors["b"].shape
-            columns = math.prod(shape[:-1])
+            dampings = len(header.dampings)
+            tensors = await call.operands(chunks, names, options.block, dampings)
+            check.solve(header, Solver(options.solver), tensors)
             if options.store:
-                call.lease.vectors.check_room(options.store, tensors["b"].nbytes)
-            result: SolveResult = await call.drive(
-                solve(
-                    call.products,
-                    call.columns(tensors["b"]),
-                    solver=solver,
-                    damping=options.damping,
-                    tolerance=options.tolerance,
-                    start=call.columns(tensors["x0"]) if "x0" in tensors else None,
-                    preconditioner=known,
-                    block=call.together(columns, options.block),
-                )
-            )
+                nbytes = tensors["b"].nbytes * max(1, dampings)
+                call.lease.vectors.check_room(options.store, nbytes)
+            result = await call.drive(_systems(call, header, options, tensors))
             cost = call.summary(result.stopped)
-            x = result.solution.reshape(shape)
+            x, shape = result.solution, tensors["b"].shape
             if options.store:
-                call.store(options.store, x)
+                flat = dampings or len(shape) > 1
+                call.store(
+                    options.store,
+                    x.reshape(-1, shape[-1]) if flat else x.reshape(shape),
+                )
             else:
-                await call.send_tensors({"x": to_numpy(x)})
+                shape = (dampings, *shape) if dampings else shape
+                await call.send_tensors({"x": to_numpy(x.reshape(shape))})
             await call.finish(
                 query_pb.SolveSummary(
                     query=cost,
@@ -272,3 +262,49 @@ class QueryService:
                 )
                 await call.begin()
                 yield call
+
+
+def _systems(
+    call: QueryCall,
+    header: query_pb.SolveHeader,
+    options: SolveOptions,
+    tensors: Mapping[str, NDArray[Any]],
+) -> Query[SolveResult]:
+    """Make the algorithm of Solve, not begun.
+
+    Args:
+        call: The call.
+        header: What is to be solved.
+        options: The options in it.
+        tensors: The operands, by what they are.
+
+    Returns:
+        The algorithm; it returns the solutions, of several dampings damping by damping.
+    """
+    B = call.columns(tensors["b"])
+    together = call.together(len(B), options.block)
+    if header.dampings:
+        return joined(
+            solve_dampings(
+                call.products,
+                B,
+                header.dampings,
+                tolerance=options.tolerance,
+                block=together,
+            )
+        )
+    known: Tensor | LowRank | None = None
+    if header.preconditioner:
+        known = call.known(header.preconditioner)
+    elif "preconditioner" in tensors:
+        known = call.tensor(tensors["preconditioner"])
+    return solve(
+        call.products,
+        B,
+        solver=Solver(options.solver),
+        damping=options.damping,
+        tolerance=options.tolerance,
+        start=call.columns(tensors["x0"]) if "x0" in tensors else None,
+        preconditioner=known,
+        block=together,
+    )

@@ -85,19 +85,20 @@ def basis_size(value: int, k: int, size: int) -> int:
 
 
 def solve(
-    header: query_pb.SolveHeader, solver: Solver, preconditioner: NDArray[Any] | None
+    header: query_pb.SolveHeader, solver: Solver, tensors: Mapping[str, NDArray[Any]]
 ) -> None:
     """Judge what options of Solve are worth together.
 
     Args:
         header: The header that a caller gave, not checked yet.
         solver: The solver.
-        preconditioner: [P] or None.
+        tensors: What came, or is stored: "b", "x0", and "preconditioner" [P].
 
     Raises:
         InvalidSpec: If options do not fit each other.
         InvalidVector: If the preconditioner is not positive.
     """
+    preconditioner = tensors.get("preconditioner")
     if header.diagonal_samples:
         msg = (
             f"diagonal_samples must be 0, got {header.diagonal_samples}: a diagonal "
@@ -117,6 +118,15 @@ def solve(
             "each other: drop one of them"
         )
         raise InvalidSpec(msg, preconditioner=header.preconditioner)
+    beside = {"x0": header.x0, "preconditioner": header.preconditioner}
+    given = [what for what in beside if beside[what] or what in tensors]
+    if header.dampings and (given or header.damping or solver is not Solver.CG):
+        msg = (
+            "several dampings in one run are for cg, without damping, x0 and "
+            f"preconditioner, got {solver}, damping {header.damping} and "
+            f"{given or 'neither of the others'}; solve them one by one, or leave that out"
+        )
+        raise InvalidSpec(msg, dampings=len(header.dampings))
     if preconditioner is not None and not preconditioner.min() > 0:
         msg = f"the preconditioner must be positive; its smallest is {preconditioner.min()}"
         raise InvalidVector(msg, smallest=preconditioner.min())

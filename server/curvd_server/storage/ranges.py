@@ -205,6 +205,7 @@ RULES: Mapping[str, Rule] = {
     "SolveHeader.diagonal_samples": Number(0, 1000),
     "SolveHeader.seed": _SEED,
     "SolveHeader.b": _NAME,
+    "SolveHeader.dampings": Number(-_LARGEST, _LARGEST, most=64),
     "SolveHeader.x0": _NAME,
     "SolveHeader.preconditioner": _NAME,
     **_rules_of_queries(),

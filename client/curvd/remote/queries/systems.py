@@ -30,7 +30,8 @@ class Solution(Result):
     """Solutions of ``(A + damping * I) x = b``, column by column."""
 
     x: Any
-    """In the layout and type of b; None if it stays in the session."""
+    """In the layout and type of b, a list of one for each of several dampings; None if it
+    stays in the session."""
     stored: StoredVector | None
     """x, if it stays in the session."""
     residuals: Floats
@@ -156,22 +157,27 @@ class SystemQueries:
             msg = "stored vectors need a name, at least one character"
             raise InvalidSpec(msg, store=options.store)
         names, shapes = _systems(self._queries, b, options)
-        sent = shapes.get("b")
+        sent, dampings = shapes.get("b"), _dampings(options)
 
         def read(answer: Answer) -> Solution:
-            x, stored = answer.arrays.get("x"), None
             if options.store is not None:
-                stored = _kept(options.store, self._queries, sent, b, answer)
-            elif sent is not None:
-                x = sent[0].restore(answer.arrays["x"].reshape(sent[0].shape))
-            else:
-                x = np.ascontiguousarray(answer.arrays["x"].T)
-            return answer.result(Solution, x=x, stored=stored)
+                stored = _kept(options, self._queries, sent, b, answer)
+                return answer.result(Solution, x=None, stored=stored)
+            found: Any = answer.arrays["x"]
+            solutions = [_restored(x, sent) for x in (found if dampings else [found])]
+            x = solutions if dampings else solutions[0]
+            return answer.result(Solution, x=x, stored=None)
 
         columns = _MOST_COLUMNS if sent is None else sent[0].columns or 1
-        nbytes = columns * self._queries.column_bytes
+        nbytes = columns * self._queries.column_bytes * max(1, len(dampings))
         return self._queries.call(
-            "Solve", options, read, operands=shapes, max_bytes=nbytes, **names
+            "Solve",
+            options,
+            read,
+            operands=shapes,
+            max_bytes=nbytes,
+            dampings=dampings,
+            **names,
         )
 
 
@@ -212,8 +218,29 @@ class SketchQueries:
         return self._queries.call("Sketch", options, read)
 
 
+def _dampings(options: SolveOptions) -> list[float]:
+    """Read the dampings of a run for several."""
+    if options.dampings is None:
+        return []
+    dampings = [float(damping) for damping in options.dampings]
+    if not dampings or options.damping:
+        msg = (
+            f"dampings must be at least one, in place of damping, got {dampings} beside "
+            f"damping {options.damping}"
+        )
+        raise InvalidSpec(msg, dampings=dampings)
+    return dampings
+
+
+def _restored(x: Any, sent: tuple[Operand, tuple[int, ...]] | None) -> Any:
+    """Bring a solution into the layout of b; of a stored one, columns last."""
+    if sent is None:
+        return np.ascontiguousarray(x.T)
+    return sent[0].restore(x.reshape(sent[0].shape))
+
+
 def _kept(
-    name: str,
+    options: SolveOptions,
     queries: Queries,
     sent: tuple[Operand, tuple[int, ...]] | None,
     b: Any,
@@ -225,7 +252,9 @@ def _kept(
         leading = b.shape[:-1] if isinstance(b, StoredVector) else (many,)[many == 1 :]
     else:
         leading = sent[1][:-1]
-    return _vector(name, leading, queries, answer)
+    if options.dampings is not None:
+        leading = (len(answer.summary.residuals),)
+    return _vector(options.store or "", leading, queries, answer)
 
 
 def _vector(
