@@ -21,7 +21,7 @@ from curvd.http2.messages import framed
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.app import serve_in_thread
 from curvd_server.config import ServerConfig, TlsConfig
-from curvd_server.transport import addresses, connection, greeting, listener
+from curvd_server.transport import addresses, connection, listener
 from curvd_server.transport.detect import is_ours
 
 GREETING = frames.PREFACE + frames.settings({Setting.DIRECT: 1})
@@ -334,14 +334,22 @@ def test_calls_that_are_reset_in_the_same_read_do_nothing(tmp_path):
     [(b"\0" * (5 << 20), "RESOURCE_EXHAUSTED"), (b"\x0a\xff\xff", "INTERNAL")],
 )
 def test_a_request_that_cannot_be_read_is_refused(
-    tmp_path, monkeypatch, request_, code
+    tmp_path, caplog, answers, request_, code
 ):
-    monkeypatch.setattr(greeting, "is_ours", lambda beginning, *, tls: True)
     with serving(tmp_path) as target, grpc.insecure_channel(target) as channel:
-        for name in ("SessionService/GetServerInfo", "SessionService/RegisterModel"):
+        for name, shape in (
+            ("SessionService/GetServerInfo", "unary_unary"),
+            ("SessionService/RegisterModel", "stream_unary"),
+            ("CurvatureService/MatMat", "stream_stream"),
+        ):
+            sent = request_ if shape == "unary_unary" else iter([request_])
             with pytest.raises(grpc.RpcError) as caught:
-                channel.unary_unary(f"/curvd.v1.{name}")(request_, timeout=300)
+                answer = getattr(channel, shape)(f"/curvd.v1.{name}")(sent, timeout=300)
+                list(answer)
             assert caught.value.code().name == code
+            if code == "INTERNAL":
+                assert "none of its kind" in caught.value.details()
+    assert "defect" not in caplog.text
 
 
 def test_a_method_that_is_not_there_is_named(tmp_path):

@@ -10,9 +10,10 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from curvd.contract import RPCS, Part, Rpc
-from curvd.errors import Overloaded
+from curvd.contract import RPCS, Codec, Framed, Part, Rpc
+from curvd.errors import Internal, Overloaded
 from curvd.http2 import BufferProvider, ReceivesInPlace
 from curvd_server.service.streams import CALLER
 from curvd_server.storage import ranges
@@ -87,7 +88,9 @@ class _Requests(ReceivesInPlace, AsyncIterator[Part]):
     async def __anext__(self) -> Part:
         """Wait for the next part."""
         awaited = anext(self._parts)
-        return await self._stalls.watch(awaited, self._peer, "go on with its request")
+        part = await self._stalls.watch(awaited, self._peer, "go on with its request")
+        _check_readable(part)
+        return part
 
 
 class _Responses:
@@ -141,6 +144,24 @@ def _nothing() -> None:
     pass
 
 
+def _loader(codec: Codec) -> Callable[[bytes], Part | Framed | Internal]:
+    """Parse messages of grpcio's, which hides what its deserializers raise."""
+
+    def load(data: bytes) -> Part | Framed | Internal:
+        try:
+            return codec.load(data)
+        except DecodeError as error:
+            return Internal(f"a message that is none of its kind: {error}")
+
+    return load
+
+
+def _check_readable(part: object) -> None:
+    """Raise what a message could not be read for."""
+    if isinstance(part, Internal):
+        raise part
+
+
 def _handler(
     rpc: Rpc,
     method: Callable[..., Awaitable[Any]],
@@ -157,6 +178,7 @@ def _handler(
         responses = _Responses(context, stalls)
         async with gate.call(rpc, context):
             if not rpc.client_streams:
+                _check_readable(request)
                 ranges.check(request.message if rpc.request.framed else request)
             try:
                 if rpc.server_streams:
@@ -177,7 +199,7 @@ def _handler(
     factory = getattr(grpc, f"{rpc.shape}_rpc_method_handler")
     handler: grpc.RpcMethodHandler[Any, Any] = factory(
         serve,
-        request_deserializer=rpc.request.load,
+        request_deserializer=_loader(rpc.request),
         response_serializer=rpc.response.dump,
     )
     return handler
