@@ -10,7 +10,7 @@ import pytest
 
 import curvd
 from curvd._calls.query_requests import most_products
-from curvd.contract import query_options
+from curvd.contract import QUERIES, query_options
 from curvd.remote import progress
 
 
@@ -141,7 +141,8 @@ MOST = {
 
 @pytest.mark.parametrize(("options", "most"), MOST.values(), ids=MOST)
 def test_progress_knows_its_end(tanh_session, options, most):
-    assert most_products(options, tanh_session.info) == most
+    rpc = next(rpc for rpc, query in QUERIES.items() if query.options is type(options))
+    assert most_products(rpc, options, tanh_session.info) == most
 
 
 def test_progress_says_how_far_it_is_and_what_is_left():

@@ -178,3 +178,23 @@ def test_a_type_checker_sees_the_options(tmp_path):
     assert 'Unexpected keyword argument "relative_errors"' in unknown
     assert "Too few arguments" in missing
     assert 'incompatible type "str"; expected "int"' in wrong
+
+
+def test_a_query_stands_in_four_files():
+    """Those that CONTRIBUTING.md names; generated code, tests and documents aside."""
+    files = [
+        *ROOT.glob("proto/**/*.proto"),
+        *(f for f in ROOT.glob("client/curvd/**/*.py") if f.parent.name != "v1"),
+        *ROOT.glob("server/curvd_server/**/*.py"),
+    ]
+    found = {
+        str(f.relative_to(ROOT))
+        for f in files
+        if re.search(r"gradient_?norms", f.read_text(), re.I)
+    }
+    assert found == {
+        "proto/curvd/v1/query_service.proto",
+        "client/curvd/contract/query_options.py",
+        "client/curvd/remote/queries/data_points.py",
+        "server/curvd_server/engine/data_points/gradient_norms.py",
+    }

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 from curvd._calls.query import QueryCall, Read
 from curvd.contract import (
+    QUERIES,
     OperatorSpec,
     QueryOptions,
     SessionInfo,
     convert,
     query_messages,
-    query_options,
 )
 from curvd.tensors import Operand, operand, vector_dtype
 from curvd.v1 import query_service_pb2 as query_pb
@@ -93,14 +93,15 @@ class Queries:
             read,
             operands=operands,
             max_bytes=max_bytes,
-            total=most_products(options, self.session),
+            total=most_products(rpc, options, self.session),
         )
 
 
-def most_products(options: QueryOptions, session: SessionInfo) -> int | None:
+def most_products(rpc: str, options: QueryOptions, session: SessionInfo) -> int | None:
     """Tell how many products a query makes at most, if its options say so.
 
     Args:
+        rpc: The name of its method.
         options: What is asked for.
         session: Where; queries about data points count these.
 
@@ -108,7 +109,7 @@ def most_products(options: QueryOptions, session: SessionInfo) -> int | None:
         The number; None if it ends when it is good enough.
     """
     known = [options.max_products]
-    if isinstance(options, query_options.GradientNormsOptions):
+    if QUERIES[rpc].of_session:
         known.append(session.data_points)
     else:
         known += [getattr(options, name, None) for name in ("samples", "rank")]
