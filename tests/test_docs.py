@@ -21,7 +21,7 @@ def test_the_reference_has_every_public_name_once():
     errors = {e.__name__ for e in curvd.errors.BY_REASON.values()}
     wanted = [
         f"curvd.aio.{name}" if name.startswith("Async") else f"curvd.{name}"
-        for name in set(curvd.__all__) - modules - errors
+        for name in set(curvd._public) - modules - errors
     ]
     assert "curvd.errors" in SHOWN
     assert len(set(SHOWN)) == len(SHOWN)

@@ -1,13 +1,34 @@
 """curvd: remote curvature queries on neural networks.
 
     with curvd.connect("127.0.0.1:50551") as client:
-        model = client.register_model("mlp", {"widths": [8, 3]}, state)
-        dataset = client.register_dataset(data, inputs=["x"], target="y", batch_size=32)
-        session = client.create_session(model, dataset, loss="cross_entropy")
-        product = session.hessian() @ v
+        session = client.session_for(net, nn.CrossEntropyLoss(), (x, y), batch_size=32)
+        H = session.hessian()
+        product = H @ v
+        print(H.eigsh(k=3), H.trace(relative_error=0.01))
+        session.update_parameters(net.state_dict())
 
-This module is the door: what it does not name may change without notice. `curvd.aio` is
-the same client for asyncio, `curvd.errors` draws the tree of exceptions.
+Each of these has a help of its own, such as ``help(curvd.Session)``:
+
+    connect, Client                  to a server: models, datasets, sessions
+    Session                          a model, data and a loss: gradients, operators, updates
+    RemoteOperator                   a Hessian or one of its relatives: products and queries
+    OperatorSum, Submatrix, Identity what H + G, H[rows, columns] and H - s * I are
+    export, export_loss              any nn.Module, any loss; ExportedModel
+    aio                              the same for asyncio: AsyncClient, AsyncSession,
+                                     AsyncOperator
+    errors                           every exception, as a tree; all are CurvdError
+
+    ClientConfig, RetryConfig, TlsConfig, tune_allocator       how to reach a server
+    ModelSpec, DatasetSpec, LossSpec, OperatorSpec, Probe      what is asked for
+    Dtype, Mode, LossName, Reduction, InputStyle, OperatorKind, Which, Estimator, Solver,
+    Distribution, Tier                                         choices; their values will do
+    ServerInfo, ModelInfo, DatasetInfo, SessionInfo, SessionState, TensorInfo, DeviceInfo,
+    Limits, PlanReport, ResultInfo, StoredVector, ParameterLayout, ParameterSpec
+                                                               what a server says
+    queries: Eigenpairs, Estimate, DiagonalEstimate, Density, Solution, Sketch,
+    LogDeterminant, QueryInfo, QueryProgress, Stop             what queries return
+
+What is not named here may change without notice.
 """
 
 from __future__ import annotations
@@ -215,3 +236,8 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     # this package
     "__version__",
 ]
+
+_public = tuple(__all__)
+# For readers of the source `__all__` is what is public. At run time pydoc would take it for
+# a wish to read every class in full: help(curvd) had 13,000 lines.
+del __all__

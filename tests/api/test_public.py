@@ -1,6 +1,8 @@
 """The door: what it names exists, is documented, and costs nothing heavy."""
 
 import inspect
+import pydoc
+import re
 import subprocess
 import sys
 
@@ -14,21 +16,29 @@ def test_all_is_what_there_is():
     modules = {n for n in names if inspect.ismodule(getattr(curvd, n))} | {
         "annotations"
     }
-    assert set(curvd.__all__) - {"__version__"} == (names - modules) | {
+    assert set(curvd._public) - {"__version__"} == (names - modules) | {
         "aio",
         "errors",
         "queries",
     }
-    assert len(set(curvd.__all__)) == len(curvd.__all__)
+    assert len(set(curvd._public)) == len(curvd._public)
 
 
 def test_every_error_is_at_the_door():
-    assert {e.__name__ for e in curvd.errors.BY_REASON.values()} <= set(curvd.__all__)
+    assert {e.__name__ for e in curvd.errors.BY_REASON.values()} <= set(curvd._public)
 
 
-@pytest.mark.parametrize("name", sorted(set(curvd.__all__) - {"__version__"}))
+@pytest.mark.parametrize("name", sorted(set(curvd._public) - {"__version__"}))
 def test_every_name_is_documented(name):
     assert inspect.getdoc(getattr(curvd, name))
+
+
+def test_help_fits_two_screens_and_names_everything():
+    lines = pydoc.plain(pydoc.render_doc(curvd)).splitlines()
+    assert len(lines) <= 100
+    errors = {e.__name__ for e in curvd.errors.BY_REASON.values()} - {"CurvdError"}
+    words = set(re.findall(r"\w+", curvd.__doc__))
+    assert set(curvd._public) - errors - words == {"__version__"}
 
 
 @pytest.mark.parametrize("module", ["curvd", "curvd.cli.commands", "curvd.aio"])
