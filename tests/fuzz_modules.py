@@ -116,19 +116,19 @@ def attempt(client: curvd.Client, seed: int) -> str:
     case = derive(seed)
     warnings.simplefilter("ignore")
     options = {"batch_size": case.batch_size, "mode": case.mode, "dtype": "F64"}
+    generator = torch.Generator().manual_seed(seed)
     try:
         session = client.session_for(
             case.module, case.loss, (case.inputs, case.targets), **options
         )
+        value, gradient = session.gradient()
+        v = torch.randn(len(gradient), generator=generator, dtype=torch.float64)
+        v[padding(case.module)] = 0.0
+        product = session.hessian() @ v.numpy()
     except curvd.CurvdError as error:
         if isinstance(error, curvd.Internal) or case.honest:
             return f"REFUSED {type(error).__name__}: {error}"
         return type(error).__name__
-    value, gradient = session.gradient()
-    generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(len(gradient), generator=generator, dtype=torch.float64)
-    v[padding(case.module)] = 0.0
-    product = session.hessian() @ v.numpy()
     truth = Reference(case)
     want, slope = truth.gradient()
     errors = {
