@@ -10,7 +10,7 @@ CONTAINERS ?=
 OFF_THE_CPU = tests/device tests/engine tests/linalg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test standin-test gpu-test lint types proto proto-check docs hooks release-check image-test bench big-test storm-net soak fuzz fuzz-http2 fuzz-modules cases clean
+.PHONY: help demo test standin-test gpu-test gpu-check lint types proto proto-check docs hooks release-check image-test bench big-test storm-net soak fuzz fuzz-http2 fuzz-modules cases clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
@@ -41,6 +41,10 @@ standin-test: $(VENV)/dev.stamp ## what must hold off the CPU, on a stand-in for
 
 gpu-test: $(VENV)/dev.stamp ## what needs a CUDA device
 	$(BIN)/pytest -m gpu $(OFF_THE_CPU)
+
+gpu-check: ## on a machine with CUDA: tests and times, one table, one JSON; needs no network
+	@test -x $(BIN)/python || { echo "run make test once, where there is a network"; exit 1; }
+	$(BIN)/python bench/gpu_check.py --json gpu-check.json
 
 lint: $(VENV)/dev.stamp ## style of the code, the contract and the imports
 	$(BIN)/ruff check .

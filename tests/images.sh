@@ -19,6 +19,10 @@ fi
 
 build client curvd-client
 build server curvd-server
+for image in curvd-client curvd-server; do
+  bytes=$(engine image inspect --format '{{.Size}}' "$prefix$image")
+  echo "$image: $((bytes / 1000000)) MB"
+done
 
 echo "the client image answers and holds no torch"
 engine run --rm --read-only --cap-drop ALL "${prefix}curvd-client" --help | grep -q serve
@@ -26,10 +30,16 @@ engine run --rm --read-only --cap-drop ALL "${prefix}curvd-client" --help | grep
 
 export CURVD_IMAGE="${prefix}curvd-server"
 export CURVD_PUBLISH="127.0.0.1:${PORT:-50551}"
+mounted=$(mktemp -d)
+trap 'rm -rf "$mounted"' EXIT
+chmod 755 "$mounted"
+"$python" tests/images_client.py "$mounted"
+export CURVD_DATASETS="$mounted" CURVD_BUILDERS="$PWD/tests/images_builders"
+export CURVD_BUILDER=deep=deep:build CURVD_COMPILE_AFTER_S=1
 compose --profile cpu up --detach --no-build cpu
-trap 'compose --profile cpu down --volumes' EXIT
+trap 'compose --profile cpu down --volumes; rm -rf "$mounted"' EXIT
 
-echo "a client on the host gets a right product from the composed server"
+echo "a client on the host gets right products from the composed server, in native code too"
 "$python" tests/images_client.py "$CURVD_PUBLISH"
 container=$(engine ps --filter "ancestor=${prefix}curvd-server" --format '{{.ID}}' | head -n 1)
 engine exec "$container" curvd health 127.0.0.1:50551

@@ -1,38 +1,107 @@
-"""Asks the server at argv[1] for a product whose value is known in closed form.
+"""Asks the server at argv[1] for products whose values are known without it.
 
-A linear model under squared error has the Hessian 2/(N·M) XᵀX per output.
+A linear model under squared error has the Hessian 2/(N·M) XᵀX per output. Then, with a
+builder and a dataset from the mounted folders, it multiplies until native code computes
+the product, and compares with double backward in torch. If argv[1] is a folder, it writes
+that dataset there.
 """
 
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
+import torch
+from images_builders import deep
+from safetensors.numpy import save_file
 
 import curvd
 
+PATIENCE_S = 1800
+CONFIG = {"channels": 16, "side": 16}
+ROWS = 64
 
-def main(target: str) -> None:
+
+def points() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    side = CONFIG["side"]
+    x, y = rng.standard_normal((ROWS, 1, side, side)), rng.standard_normal((ROWS, 2))
+    return {"x": x.astype(np.float32), "y": y.astype(np.float32)}
+
+
+def check_closed_form(client: curvd.Client) -> None:
     rng = np.random.default_rng(0)
     inputs, targets = rng.standard_normal((50, 7)), rng.standard_normal((50, 3))
     weight = rng.standard_normal((3, 7))
-    with curvd.connect(target) as client:
-        session = client.create_session(
-            model=client.register_model(
-                "mlp", {"widths": [7, 3], "bias": False}, {"1.weight": weight}
-            ),
-            dataset=client.register_dataset(
-                {"x": inputs, "y": targets}, inputs=["x"], target="y", batch_size=16
-            ),
-            loss="mse",
-            dtype="F64",
-        )
-        v = rng.standard_normal(21)
-        product = session.hessian() @ v
-        exact = v.reshape(3, 7) @ inputs.T @ inputs * 2 / (50 * 3)
-        error = np.abs(product - exact.ravel()).max()
-        session.delete()
+    session = client.create_session(
+        model=client.register_model(
+            "mlp", {"widths": [7, 3], "bias": False}, {"1.weight": weight}
+        ),
+        dataset=client.register_dataset(
+            {"x": inputs, "y": targets}, inputs=["x"], target="y", batch_size=16
+        ),
+        loss="mse",
+        dtype="F64",
+    )
+    v = rng.standard_normal(21)
+    product = session.hessian() @ v
+    exact = v.reshape(3, 7) @ inputs.T @ inputs * 2 / (50 * 3)
+    error = np.abs(product - exact.ravel()).max()
+    session.delete()
     assert error < 1e-12, error
-    print(f"MatVec through {target}: largest error {error:.1e}")
+    print(f"MatVec: largest error {error:.1e}")
+
+
+def product_of_torch(net: torch.nn.Module, v: np.ndarray) -> np.ndarray:
+    """``H v`` by double backward in float64."""
+    x, y = (torch.from_numpy(a).double() for a in points().values())
+    parameters = list(net.parameters())
+    loss = torch.nn.functional.mse_loss(net(x), y)
+    rows = torch.autograd.grad(loss, parameters, create_graph=True)
+    gradient = torch.cat([r.reshape(-1) for r in rows])
+    pulled = torch.autograd.grad(gradient @ torch.from_numpy(v).double(), parameters)
+    return torch.cat([r.reshape(-1) for r in pulled]).numpy()
+
+
+def check_native_code(client: curvd.Client) -> None:
+    torch.manual_seed(0)
+    net = deep.build(CONFIG)
+    dataset = client.register_dataset(
+        name="points", inputs=["x"], target="y", batch_size=ROWS
+    )
+    model = client.register_model("deep", CONFIG, net.state_dict())
+    session = client.create_session(model, dataset, loss="mse")
+    H = session.hessian()
+    v = np.random.default_rng(1).standard_normal(H.shape[0]).astype(np.float32)
+    exact = product_of_torch(net.double(), v)
+
+    def error() -> float:
+        return float(np.linalg.norm(H @ v - exact) / np.linalg.norm(exact))
+
+    before, products, until_s = error(), 1, time.monotonic() + PATIENCE_S
+    while not H.last.plan.compiled:
+        assert time.monotonic() < until_s, f"no native code after {products} products"
+        H @ v
+        products += 1
+    after = error()
+    session.delete()
+    assert max(before, after) < 1e-4, (before, after)
+    print(
+        f"native code was taken over after {products} products ({H.last.plan.mode}); "
+        f"errors beside torch {before:.1e} before, {after:.1e} after"
+    )
+
+
+def main(target: str) -> None:
+    with curvd.connect(target) as client:
+        check_closed_form(client)
+        check_native_code(client)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if Path(sys.argv[1]).is_dir():
+        path = Path(sys.argv[1], "points.safetensors")
+        save_file(points(), path)
+        path.chmod(0o644)  # the server has another user
+    else:
+        main(sys.argv[1])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from curvd_server.engine.operators.linearize import (
     MODES,
+    TRACED,
     block_ranges,
     cached_bytes,
 )
@@ -19,6 +20,7 @@ from curvd_server.engine.operators.registry import definition
 
 __all__ = [
     "MODES",
+    "TRACED",
     "Definition",
     "Differences",
     "Linearisation",

@@ -5,6 +5,7 @@ multiplies any number of vectors at the cost of the linear part alone. There
 are several modes, equal in exact arithmetic:
 
 * ``program``: ``jvp(grad)`` traced once and evaluated up to the tangents; see `program`.
+* ``replayed_program``: the same, captured as a CUDA graph; only where there is CUDA.
 * ``double_backward``: the graph of the gradient is kept; a product walks it backwards
   (Pearlmutter, Neural Computation 6, 1994, as reverse over reverse). It runs in C++
   without Python or the GIL, which wins where operations are tiny.
@@ -27,7 +28,12 @@ from curvd.contract import OperatorSpec
 from curvd_server.engine.objective import Batch, Problem
 from curvd_server.engine.operators.protocol import Linearisation
 from curvd_server.engine.operators.registry import definition
-from curvd_server.engine.program import HessianProgram, JacobianProgram, held_bytes
+from curvd_server.engine.program import (
+    HessianProgram,
+    JacobianProgram,
+    ReplayedProgram,
+    held_bytes,
+)
 from curvd_server.system import yield_point
 
 ADMode = Callable[[Problem, OperatorSpec, Batch], Linearisation]
@@ -38,6 +44,13 @@ def program(
 ) -> HessianProgram | JacobianProgram:
     """Linearise by partial evaluation."""
     return definition(spec.kind).program(problem, spec, batch)
+
+
+def replayed_program(
+    problem: Problem, spec: OperatorSpec, batch: Batch
+) -> ReplayedProgram:
+    """Linearise by partial evaluation, and launch the linear rest as one."""
+    return ReplayedProgram(program(problem, spec, batch))
 
 
 def double_backward(
@@ -73,8 +86,10 @@ def cached_bytes(mode: str, problem: Problem, spec: OperatorSpec, batch: Batch) 
         return 0
     own = (*problem.parameters, *problem.model.constants.values(), *batch.inputs)
     known = {t.untyped_storage().data_ptr() for t in own}
-    if mode == "program":
-        return held_bytes(program(problem, spec, batch), known)
+    if mode in TRACED:
+        held = held_bytes(program(problem, spec, batch), known)
+        places = 2 * sum(p.nbytes for p in problem.parameters)  # tangents and rows
+        return held + (places if mode == "replayed_program" else 0)
     seen: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -106,3 +121,7 @@ MODES: dict[str, ADMode] = {
     "forward_over_reverse": forward_over_reverse,
 }
 """By name, the usually fastest first."""
+if torch.cuda.is_available():
+    MODES["replayed_program"] = replayed_program
+TRACED = frozenset({"program", "replayed_program"})
+"""Those whose work depends on the shapes of a mini-batch, and on the block."""

@@ -17,6 +17,7 @@ from curvd_server.engine.program.linear_program import (
     hessian_program,
     jacobian_program,
 )
+from curvd_server.engine.program.replay import ReplayedProgram
 
 __all__ = [
     "Compilable",
@@ -26,6 +27,7 @@ __all__ = [
     "HessianProgram",
     "Interruptible",
     "JacobianProgram",
+    "ReplayedProgram",
     "Rows",
     "held_bytes",
     "hessian_program",

@@ -22,7 +22,7 @@ import torch
 from curvd.contract import OperatorSpec, Tier
 from curvd.errors import CurvatureUnverified, OutOfMemory
 from curvd_server.engine.objective import Problem, check_cancelled
-from curvd_server.engine.operators import MODES
+from curvd_server.engine.operators import MODES, TRACED
 from curvd_server.engine.tuning.autotune import Plan, PlanTimer, ranked
 from curvd_server.engine.verification import Evidence, Reference, disagreements
 
@@ -161,7 +161,7 @@ def choose(
         evidence = reference.examine(candidate.mode, batched=False)
         if evidence.ok and candidate.batched:
             evidence = reference.examine(candidate.mode, batched=True)
-        if evidence.ok and candidate.mode == "program":
+        if evidence.ok and candidate.mode in TRACED:
             work = problem.joined(candidate.batches_at_once)
             evidence = _compared(work, spec, reference, candidate, evidence)
         if evidence.ok:
