@@ -78,6 +78,9 @@ class FakeProblem:
     def with_parameters(self, values):
         return FakeProblem(self.device, self.state | dict(values))
 
+    def check(self, *, cancelled):
+        pass
+
     def gradient(self, *, cancelled):
         return self.factor, np.full(self.layout.size, self.factor)
 

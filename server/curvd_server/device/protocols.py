@@ -111,6 +111,13 @@ class Problem(Protocol):
     def gradient(self, *, cancelled: Poll) -> tuple[float, Array]:
         """Compute the loss and its gradient [P]."""
 
+    def check(self, *, cancelled: Poll) -> None:
+        """Compute a gradient of all data, and find out whether it is that of the loss.
+
+        Raises:
+            CurvatureUnverified: If it is not.
+        """
+
     def points(
         self,
         compute: Callable[[Callable[[Poll], Any]], Any],

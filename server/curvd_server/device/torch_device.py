@@ -35,7 +35,13 @@ from curvd.contract import (
 )
 from curvd.errors import InvalidSpec, OutOfMemory
 from curvd.tensors import Pool
-from curvd_server.engine import Compiler, Memory, Problem, use_differentiable_attention
+from curvd_server.engine import (
+    Compiler,
+    Memory,
+    Problem,
+    check_gradient,
+    use_differentiable_attention,
+)
 from curvd_server.engine import operator as engine
 from curvd_server.engine.data_points import Points
 from curvd_server.models import BUILDERS, Models
@@ -290,6 +296,11 @@ class TorchProblem:
         with _translated():
             loss, gradient = self._problem.gradient(cancelled=cancelled)
             return loss, gradient.cpu().numpy()
+
+    def check(self, *, cancelled: Poll) -> None:
+        """Compute a gradient of all data, and find out whether it is that of the loss."""
+        with _translated():
+            check_gradient(self._problem, cancelled)
 
     def points(
         self,

@@ -14,11 +14,13 @@ from curvd_server.engine.objective import (
 )
 from curvd_server.engine.program import Compiler
 from curvd_server.engine.tuning import Memory
+from curvd_server.engine.verification import check_gradient
 
 __all__ = [
     "Compiler",
     "Memory",
     "Problem",
     "check_batch_axis",
+    "check_gradient",
     "use_differentiable_attention",
 ]

@@ -92,6 +92,12 @@ class OperatorCache:
             self.problem = await self._run(self._staying(lambda cancelled: load()))
         return self.problem
 
+    async def check(self) -> None:
+        """Find out whether the objective can be computed, before operators are asked for."""
+        problem = self.problem
+        assert problem is not None
+        await self._run(lambda cancelled: problem.check(cancelled=cancelled))
+
     async def acquire(self, spec: OperatorSpec) -> CachedOperator:
         """Find or build an operator, and keep it until `release`.
 

@@ -307,6 +307,8 @@ class SessionStore:
         try:
             problem = await session.warm()
             usual = () if new.build_later else (OperatorSpec(),)
+            if not (new.operators or usual):
+                await session.operator_cache.check()
             for spec in new.operators or usual:
                 session.operator_cache.release(
                     await session.operator_cache.acquire(spec)

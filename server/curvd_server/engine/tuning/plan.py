@@ -24,7 +24,12 @@ from curvd.errors import CurvatureUnverified, OutOfMemory
 from curvd_server.engine.objective import Problem, check_cancelled
 from curvd_server.engine.operators import MODES, TRACED
 from curvd_server.engine.tuning.autotune import Plan, PlanTimer, ranked
-from curvd_server.engine.verification import Evidence, Reference, disagreements
+from curvd_server.engine.verification import (
+    Evidence,
+    Reference,
+    disagreements,
+    explanation,
+)
 
 __all__ = [
     "Choice",
@@ -39,9 +44,6 @@ __all__ = [
 
 UNPREPARED = ("double_backward", "forward_over_reverse")
 """Modes that trace nothing, the usually faster first."""
-
-_NAMED = 5
-"""Lines that a message names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,22 +207,7 @@ def _unverified(
         for mode, e in found.items()
     ]
     wrong = sorted({name for e in found.values() for name in e.wrong})
-    if cut_off:
-        places = ", ".join(cut_off[:_NAMED])
-        why = (
-            "Values that depend on parameters become constants, by detach(), .data or "
-            f"no_grad(), at: {places}. So the gradient may be that of no function (a "
-            "straight-through estimator's is), and then there is no Hessian: take it "
-            "out, or freeze the parameters that act there (requires_grad=False)"
-        )
-    else:
-        why = (
-            "A layer that owns these parameters has no right second derivative in torch: "
-            "write it with elementary operations, freeze them (requires_grad=False), or "
-            "leave them out of params. Where parameters also act through detach() or "
-            "no_grad() (a straight-through estimator does), the gradient is that of no "
-            "function, and there is no Hessian"
-        )
+    why = explanation(cut_off)
     msg = (
         "no AD mode reproduces central differences of the gradient "
         f"({'; '.join(details)}). {why}"

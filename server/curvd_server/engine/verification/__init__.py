@@ -9,12 +9,15 @@ from curvd_server.engine.verification.determinism import (
     check_objective,
     check_repeatable,
 )
+from curvd_server.engine.verification.gradient import check_gradient, explanation
 from curvd_server.engine.verification.verify import Evidence, Reference, disagreements
 
 __all__ = [
     "Evidence",
     "Reference",
+    "check_gradient",
     "check_objective",
     "check_repeatable",
     "disagreements",
+    "explanation",
 ]

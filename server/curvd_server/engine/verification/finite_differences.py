@@ -152,6 +152,33 @@ class FiniteDifferences:
             self._add_gradient(leaves, rows_of(whole, cut), -1.0)
         return [norm(row) for row in _gradients(leaves)], norms
 
+    def slopes(self, step: float) -> tuple[float, float]:
+        """Give the loss's slope along the direction twice.
+
+        Args:
+            step: Width of the central difference.
+
+        Returns:
+            The central difference of the loss, and the gradient's share of the direction.
+        """
+        batch = self.problem.data[0]
+        ends = []
+        for sign in (1.0, -1.0):
+            self._move(sign * step)
+            yield_point()
+            with torch.no_grad():
+                loss = self.problem.objective(self.problem.parameters, batch)
+            ends.append(float(loss))
+        leaves = self._leaves()
+        self._move(0.0)
+        self._add_gradient(leaves, batch, 1.0)
+        share = sum(
+            dot(chunk, entries)
+            for index, row in enumerate(_gradients(leaves))
+            for chunk, entries in self._direction.along(index, row)
+        )
+        return (ends[0] - ends[1]) / (2 * step), share
+
     def _move(self, step: float) -> None:
         pairs = zip(self.problem.parameters, self._origin.parameters, strict=True)
         for index, (parameter, origin) in enumerate(pairs):

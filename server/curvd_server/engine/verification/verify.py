@@ -137,6 +137,23 @@ class Reference:
         except (ValueError, InvalidSpec):  # of statistics that one data point has not
             return False
 
+    def slopes(self) -> tuple[float, float]:
+        """Give the loss's slope along a random direction twice, as alike as they get.
+
+        Returns:
+            The central difference of the loss, and what the gradient says.
+        """
+        differences = self._differences()
+        best, gap = (math.inf, 0.0), math.inf
+        for step in STEPS:
+            pair = differences.slopes(step)
+            found = abs(pair[0] - pair[1]) / max(*map(abs, pair), 1e-300)
+            if not found >= gap:
+                best, gap = pair, found
+            if gap <= TOLERANCE:
+                break
+        return best
+
     def _differences(self) -> FiniteDifferences:
         return FiniteDifferences(self._problem, self._perturbation, self._directions[0])
 

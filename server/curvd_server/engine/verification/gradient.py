@@ -1,0 +1,67 @@
+"""Whether an objective can be computed at all, and its gradient is that of its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from curvd.contract import OperatorSpec
+from curvd.errors import CurvatureUnverified
+from curvd_server.engine.objective import Problem
+from curvd_server.engine.verification.verify import TOLERANCE, Reference
+
+_NAMED = 5
+"""Places that a message names."""
+_STRAY = 10 * TOLERANCE
+"""How far two slopes may part; a gradient of something else is off by a tenth or more."""
+
+
+def check_gradient(problem: Problem, cancelled: Callable[[], bool]) -> None:
+    """Compute a gradient of all data, and compare one of a few points with differences.
+
+    It costs a gradient, and finds at once what every operator would stumble over: an index
+    that is out of range, values that become constants and have slopes all the same.
+
+    Args:
+        problem: The objective.
+        cancelled: Polled between mini-batches.
+
+    Raises:
+        CurvatureUnverified: If central differences of the loss are something else.
+    """
+    problem.gradient(cancelled=cancelled)
+    difference, slope = Reference(problem, OperatorSpec()).slopes()
+    gap = abs(difference - slope)
+    if gap <= _STRAY * max(abs(difference), abs(slope)) or gap < 1e-9:
+        return
+    cut_off: Sequence[str] = getattr(problem.model.skeleton, "cut_off", ())
+    msg = (
+        f"the gradient is not that of the loss: along a random direction it says {slope:.3g}, "
+        f"and central differences of the loss {difference:.3g}. {explanation(cut_off)}"
+    )
+    raise CurvatureUnverified(msg, slope=slope, difference=difference)
+
+
+def explanation(cut_off: Sequence[str]) -> str:
+    """Say why a gradient has no right derivative, or is none, and what to do.
+
+    Args:
+        cut_off: Where values that depend on parameters become constants.
+
+    Returns:
+        Sentences for a message.
+    """
+    if cut_off:
+        places = ", ".join(cut_off[:_NAMED])
+        return (
+            "Values that depend on parameters become constants, by detach(), .data or "
+            f"no_grad(), at: {places}. So the gradient may be that of no function (a "
+            "straight-through estimator's is), and then there is no Hessian: take it "
+            "out, or freeze the parameters that act there (requires_grad=False)"
+        )
+    return (
+        "A layer that owns these parameters has no right second derivative in torch: "
+        "write it with elementary operations, freeze them (requires_grad=False), or "
+        "leave them out of params. Where parameters also act through detach() or "
+        "no_grad() (a straight-through estimator does), the gradient is that of no "
+        "function, and there is no Hessian"
+    )
