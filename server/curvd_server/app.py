@@ -83,6 +83,7 @@ def serve(config: ServerConfig) -> None:
     sys.setswitchinterval(_SWITCH_S)
     logs.set_up(config.log_level, config.log_style)
     raise_descriptor_limit()
+    torch_device.set_threads(config.threads)
     asyncio.run(_serve(config))
 
 

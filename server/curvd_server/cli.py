@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
@@ -155,6 +156,9 @@ def serve(**given: Any) -> None:
     """Run a server until SIGTERM or Ctrl-C."""
     tune_allocator()
     config = configured(given)
+    # Before torch is imported: its threads wait for each other asleep, so that they take
+    # no core from those that compute.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from curvd_server.trials import start
 
     start()  # it imports torch while the server does

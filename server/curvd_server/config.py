@@ -224,6 +224,12 @@ class ServerConfig:
         option="library",
         metavar="LIBRARY:GLOB",
     )
+    threads: int | None = setting(
+        None,
+        "Threads that compute one product at most; none: as many as cores may be used "
+        "(affinity, cgroup quota, OMP_NUM_THREADS). Small nets are computed by one.",
+        least=1,
+    )
     plan: str = setting(
         "first",
         "Which tier the first answer of an operator waits for, in sessions that do not "

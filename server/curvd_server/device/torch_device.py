@@ -41,12 +41,13 @@ from curvd_server.engine import (
     Problem,
     check_gradient,
     use_differentiable_attention,
+    use_threads,
 )
 from curvd_server.engine import operator as engine
 from curvd_server.engine.data_points import Points
 from curvd_server.models import BUILDERS, Models
 from curvd_server.storage import Architecture
-from curvd_server.system import Poll, is_out_of_memory
+from curvd_server.system import Poll, is_out_of_memory, usable_cores
 from curvd_server.trials import Trials
 
 _CANNOT_RUN = (
@@ -78,6 +79,15 @@ class Tools:
     """Makes native code of what is used long enough."""
     results: Pool
     """Memory of results on the host."""
+
+
+def set_threads(count: int | None) -> None:
+    """Set how many threads of this process compute one product at most.
+
+    Args:
+        count: How many; None: as many as cores may be used, or as OMP_NUM_THREADS says.
+    """
+    use_threads(count or min(usable_cores(), torch.get_num_threads()))
 
 
 class TorchDevice:

@@ -13,6 +13,7 @@ from curvd_server.engine.objective import (
     use_differentiable_attention,
 )
 from curvd_server.engine.program import Compiler
+from curvd_server.engine.threads import use_threads
 from curvd_server.engine.tuning import Memory
 from curvd_server.engine.verification import check_gradient
 
@@ -23,4 +24,5 @@ __all__ = [
     "check_batch_axis",
     "check_gradient",
     "use_differentiable_attention",
+    "use_threads",
 ]

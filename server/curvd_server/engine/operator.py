@@ -31,6 +31,7 @@ from curvd_server.engine.native_code import NativeCode
 from curvd_server.engine.objective import Array, Problem, check_cancelled, never
 from curvd_server.engine.operators import definition
 from curvd_server.engine.program import Compiler, Interruptible
+from curvd_server.engine.threads import computing_with
 from curvd_server.engine.tuning import (
     Choice,
     Memory,
@@ -97,7 +98,9 @@ def build(
     check_objective(problem)
     check_cancelled(cancelled)
     reference = Reference(problem, spec)
-    choice = begin(reference, cancelled) if tier is Tier.FIRST else None
+    choice = None
+    if tier is Tier.FIRST:
+        choice = begin(problem, spec, reference, cancelled)
     if choice is None:
         choice = choose(
             problem,
@@ -470,9 +473,10 @@ class Operator:
         self._consider_compiling()
 
     def _consider_compiling(self) -> None:
-        self._native.consider(
-            self._cache.peek(0), self._product.blocks, self._product.width
-        )
+        with computing_with(self.plan.threads):
+            self._native.consider(
+                self._cache.peek(0), self._product.blocks, self._product.width
+            )
 
     def _batch_product(
         self,
@@ -485,7 +489,8 @@ class Operator:
         """Add one mini-batch's product; see `BatchProduct.add`."""
         width = self._product.width
         try:
-            self._product.add(index, V, out, sizes, cancelled)
+            with computing_with(self.plan.threads):
+                self._product.add(index, V, out, sizes, cancelled)
         except DoesNotFit as error:
             need = self.report.peak_bytes
             msg = (

@@ -6,6 +6,7 @@ At the bottom of the server: imports nothing of it, and knows neither torch nor 
 from __future__ import annotations
 
 from curvd_server.system.cooperative import LongWork, Poll, Threads, alone, yield_point
+from curvd_server.system.cores import usable_cores
 from curvd_server.system.faults import FREE_SOME, is_out_of_memory, told
 from curvd_server.system.garbage import look_at_all, none_while_building
 from curvd_server.system.host_memory import (
@@ -35,5 +36,6 @@ __all__ = [
     "look_at_all",
     "none_while_building",
     "told",
+    "usable_cores",
     "yield_point",
 ]

@@ -84,6 +84,8 @@ class Plan:
     """Columns that go through the linear part together; 1 walks them one by one."""
     batches_at_once: int = 1
     """Consecutive mini-batches that are computed as one."""
+    threads: int = 0
+    """Threads that compute it on a CPU; 0: as many as there are."""
 
     @property
     def batched(self) -> bool:

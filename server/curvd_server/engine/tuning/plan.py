@@ -24,6 +24,7 @@ from curvd.errors import CurvatureUnverified, OutOfMemory
 from curvd_server.engine.objective import Problem, check_cancelled
 from curvd_server.engine.operators import MODES, TRACED
 from curvd_server.engine.tuning.autotune import Plan, PlanTimer, ranked
+from curvd_server.engine.tuning.thread_count import measured_threads
 from curvd_server.engine.verification import (
     Evidence,
     Reference,
@@ -105,10 +106,17 @@ def remember(memory: Memory, key: str, plan: Plan) -> None:
     memory[key] = json.dumps(dataclasses.asdict(plan))
 
 
-def begin(reference: Reference, cancelled: Callable[[], bool]) -> Choice | None:
+def begin(
+    problem: Problem,
+    spec: OperatorSpec,
+    reference: Reference,
+    cancelled: Callable[[], bool],
+) -> Choice | None:
     """Find a plan that is right without preparing anything.
 
     Args:
+        problem: The objective.
+        spec: The operator.
         reference: What it is compared with.
         cancelled: Polled between modes.
 
@@ -119,7 +127,10 @@ def begin(reference: Reference, cancelled: Callable[[], bool]) -> Choice | None:
         check_cancelled(cancelled)
         evidence = reference.examine(mode, batched=False)
         if evidence.ok:
-            return Choice(Plan(mode), evidence, Tier.FIRST)
+            plan = Plan(mode)
+            threads = measured_threads(problem, spec, plan)
+            plan = dataclasses.replace(plan, threads=threads)
+            return Choice(plan, evidence, Tier.FIRST)
     return None
 
 
@@ -156,7 +167,8 @@ def choose(
     timer = PlanTimer(problem, spec, budget_bytes, budget_s)
     found: dict[str, Evidence] = {}
     key = structure(problem, spec)
-    for candidate in ranked(timer, plan or recall(memory, key), cancelled):
+    known = plan or recall(memory, key)
+    for candidate in ranked(timer, known, cancelled):
         check_cancelled(cancelled)
         if candidate.batches_at_once > 1 and not reference.is_sum_over_data():
             candidate = dataclasses.replace(candidate, batches_at_once=1)
@@ -167,6 +179,9 @@ def choose(
             work = problem.joined(candidate.batches_at_once)
             evidence = _compared(work, spec, reference, candidate, evidence)
         if evidence.ok:
+            if candidate != known:
+                threads = measured_threads(problem, spec, candidate)
+                candidate = dataclasses.replace(candidate, threads=threads)
             remember(memory, key, candidate)
             return Choice(candidate, evidence)
         found[candidate.mode] = evidence
