@@ -109,7 +109,8 @@ def lives(target, folder, end_s):
                 seen.append((time.monotonic() - start_s, storm_net.held(process)))
             if time.monotonic() < end_s:
                 process.kill()
-        yield seen
+        if seen:
+            yield seen
 
 
 def least(seen, begin_s, end_s):
