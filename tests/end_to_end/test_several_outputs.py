@@ -298,5 +298,5 @@ def test_an_own_loss_that_is_not_known_is_refused(client):
         client.session_for(strange, None, (x, whole()), batch_size=4)
     with pytest.raises(curvd.InvalidSpec, match="no scalar `loss` when it is called"):
         client.session_for(Own(lambda z, y: None), None, (x, whole()), batch_size=4)
-    with pytest.raises(curvd.InvalidSpec, match="also a dict with labels"):
+    with pytest.raises(curvd.InvalidSpec, match="has the targets as 'labels'"):
         client.session_for(strange, None, {"x": x}, batch_size=4)
