@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
@@ -290,7 +292,7 @@ def traced(
         InvalidGraph: If it cannot be traced.
     """
     try:
-        with torch.enable_grad(), unchecked(), plain_checkpoints(), quiet():
+        with torch.enable_grad(), unchecked(), plain_checkpoints(), quiet(), _unsaved():
             try:
                 found = _exported(wrapper, rows)
                 if not uses_transforms(found.graph):
@@ -304,6 +306,18 @@ def traced(
         raise
     except Exception as error:
         raise _refusal(error, what) from error
+
+
+def _unsaved() -> contextlib.AbstractContextManager[None]:
+    """Compute shapes without remembering them.
+
+    With an open batch size an operator's shapes hardly come twice, and to remember them
+    takes longer than to compute them: a tenth of an export.
+    """
+    found: contextlib.AbstractContextManager[None] = config.patch(
+        fake_tensor_cache_enabled=False
+    )
+    return found
 
 
 def _derived(wrapper: nn.Module, rows: Inputs, error: Exception) -> Program:
