@@ -36,6 +36,7 @@ chmod 755 "$mounted"
 "$python" tests/images_client.py "$mounted"
 export CURVD_DATASETS="$mounted" CURVD_BUILDERS="$PWD/tests/images_builders"
 export CURVD_BUILDER=deep=deep:build CURVD_COMPILE_AFTER_S=1
+export OMP_NUM_THREADS=1 # so that the plan is the same on every machine
 compose --profile cpu up --detach --no-build cpu
 trap 'compose --profile cpu down --volumes; rm -rf "$mounted"' EXIT
 

@@ -93,7 +93,9 @@ def check_native_code(client: curvd.Client) -> None:
 
 
 def main(target: str) -> None:
-    with curvd.connect(target) as client:
+    # The composed server starts in its own time.
+    patient = curvd.ClientConfig(retry=curvd.RetryConfig(give_up_s=PATIENCE_S))
+    with curvd.connect(target, config=patient) as client:
         check_closed_form(client)
         check_native_code(client)
 
