@@ -87,7 +87,7 @@ class Echo:
     def load(self, model, *rest):
         return Echo(model.config["size"])
 
-    def build(self, spec, *, budget_bytes, cancelled):
+    def build(self, spec, *, budget_bytes, cancelled, tier=None):
         return Identity()
 
     def with_parameters(self, values):

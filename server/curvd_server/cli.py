@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
@@ -141,6 +142,17 @@ def _with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     return token_options(command)
 
 
+def silence_grpcio() -> None:
+    """Begin anew with grpcio's own log turned off, unless somebody has set it.
+
+    It repeats what strangers say, 100 MB in a second if they like, and reads this variable
+    only when it is imported, which `import curvd` does.
+    """
+    if "GRPC_VERBOSITY" not in os.environ:
+        os.environ["GRPC_VERBOSITY"] = "NONE"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 @click.command()
 @click.option(
     "--config",
@@ -154,6 +166,7 @@ def _with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
 @_with_settings
 def serve(**given: Any) -> None:
     """Run a server until SIGTERM or Ctrl-C."""
+    silence_grpcio()
     tune_allocator()
     config = configured(given)
     # Before torch is imported: its threads wait for each other asleep, so that they take

@@ -30,6 +30,7 @@ def served(monkeypatch):
     monkeypatch.setattr(curvd_server.app, "serve", seen.append)
     monkeypatch.setattr(curvd_server.trials, "start", lambda: None)
     monkeypatch.setattr(cli, "tune_allocator", lambda: True)
+    monkeypatch.setattr(cli, "silence_grpcio", lambda: None)
     return seen
 
 

@@ -22,6 +22,7 @@ from support.served import Channels
 
 import curvd
 from curvd.http2 import frames
+from curvd.http2.frames import Kind
 from curvd_server.app import serve_in_thread
 from curvd_server.config import ServerConfig
 from curvd_server.transport import greeting
@@ -185,6 +186,19 @@ def test_what_was_acknowledged_without_rights_and_descriptors_is_not_lost(tmp_pa
         assert session.refresh().version == 2
         assert session.gradient()[0] == loss
         np.testing.assert_array_equal(session.gradient()[1], gradient)
+
+
+def test_what_strangers_say_fills_no_log(tmp_path):
+    said = frames.frame(Kind.GOAWAY, 0, 0, bytes(7) + b"\2" + b"words" * 1000)
+    ping = frames.frame(Kind.PING, 0, 0, bytes(8))
+    with process(tmp_path) as target:
+        host, _, port = target.rpartition(":")
+        with socket.create_connection((host, int(port)), 300) as sock:
+            sock.sendall(frames.PREFACE + frames.settings({}) + said * 20 + ping)
+            came = b""
+            while frames.frame(Kind.PING, frames.ACK, 0, bytes(8)) not in came:
+                came += sock.recv(1 << 16)
+    assert "words" not in (tmp_path / "log").read_text()
 
 
 def test_calls_that_nobody_takes_up_yet_are_few(tmp_path, monkeypatch):
