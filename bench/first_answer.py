@@ -133,7 +133,9 @@ def peer(name: str, kind: str) -> dict[str, float]:
     batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
     make = HessianLinearOperator if kind == "hessian" else GGNLinearOperator
     torch.func.jvp(torch.func.grad(torch.sin), (vector[0],), (vector[0],))  # imports
-    # note: the attention that torch takes on a CPU has no forward mode.
+    # note: neither the attention nor the encoder's layer that torch takes on a CPU has a
+    # forward mode.
+    torch.backends.mha.set_fastpath_enabled(False)
     with sdpa_kernel(SDPBackend.MATH):
         before_s = time.process_time()
         operator = make(module, loss, list(module.parameters()), batches)
