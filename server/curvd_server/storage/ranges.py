@@ -135,6 +135,16 @@ def _rules_of_queries() -> dict[str, Rule]:
     return rules
 
 
+COMMON: Mapping[str, Rule] = {
+    "session_id": _ID,
+    "request_id": _ID,
+    "expected_version": _VERSION,
+    "store_as": _NAME,
+    "result_type": Text(8),
+    "lease": _LEASE,
+}
+"""By field, in whatever message: these mean the same everywhere."""
+
 RULES: Mapping[str, Rule] = {
     "RegisterModelHeader.builder": _NAME,
     "Upload.digest": _DIGEST,
@@ -148,9 +158,7 @@ RULES: Mapping[str, Rule] = {
     "CreateSessionRequest.dataset_id": _ID,
     "CreateSessionRequest.operators": Count(100),
     "CreateSessionRequest.budget_bytes": _BYTES,
-    "CreateSessionRequest.lease": _LEASE,
     "CreateSessionRequest.name": _NAME,
-    "CreateSessionRequest.request_id": _ID,
     "CreateSessionRequest.params": _PATTERN,
     "Loss.ignore_index": Number(-(2**62), 2**62),
     "Loss.class_weights": _NOT_NEGATIVE,
@@ -165,43 +173,17 @@ RULES: Mapping[str, Rule] = {
     "Operator.mc_samples": Number(0, 100_000),
     "Operator.seed": _SEED,
     "Operator.parameters": _TENSOR,
-    "GetSessionRequest.session_id": _ID,
     "ListSessionsRequest.page_size": Number(0, 2**31 - 1),
     "ListSessionsRequest.page_token": _ID,
-    "RenewSessionRequest.session_id": _ID,
-    "RenewSessionRequest.lease": _LEASE,
-    "DeleteSessionRequest.session_id": _ID,
-    "UpdateParametersHeader.session_id": _ID,
-    "UpdateParametersHeader.expected_version": _VERSION,
-    "UpdateParametersHeader.request_id": _ID,
-    "ProductHeader.session_id": _ID,
-    "ProductHeader.expected_version": _VERSION,
-    "ProductHeader.request_id": _ID,
-    "ProductHeader.result_type": Text(8),
-    "ProductHeader.store_as": _NAME,
     "Resume.offset": _BYTES,
     "Resume.sha256": Text(32),
     "Operand.stored": _NAME,
     "ProbeOperand.seed": _SEED,
     "ProbeOperand.first_index": _SEED,
     "ProbeOperand.columns": Number(0, 2**32 - 1),
-    "GradientRequest.session_id": _ID,
-    "GradientRequest.expected_version": _VERSION,
-    "GradientRequest.request_id": _ID,
-    "GradientRequest.store_as": _NAME,
-    "PutVectorHeader.session_id": _ID,
     "PutVectorHeader.name": _NAME,
-    "PutVectorHeader.request_id": _ID,
-    "GetVectorRequest.session_id": _ID,
     "GetVectorRequest.name": _NAME,
-    "GetVectorRequest.request_id": _ID,
-    "GetVectorRequest.result_type": Text(8),
-    "ListVectorsRequest.session_id": _ID,
-    "DeleteVectorRequest.session_id": _ID,
     "DeleteVectorRequest.name": _NAME,
-    "Query.session_id": _ID,
-    "Query.expected_version": _VERSION,
-    "Query.request_id": _ID,
     "SolveHeader.diagonal_samples": Number(0, 1000),
     "SolveHeader.seed": _SEED,
     "SolveHeader.b": _NAME,
@@ -210,7 +192,7 @@ RULES: Mapping[str, Rule] = {
     "SolveHeader.preconditioner": _NAME,
     **_rules_of_queries(),
 }
-"""By message and field."""
+"""By message and field, of those that are not `COMMON`."""
 
 ELSEWHERE: Mapping[str, str] = {
     "RegisterModelHeader.config_json": "registration.model_spec: 1 MiB, a JSON object",
@@ -219,6 +201,12 @@ ELSEWHERE: Mapping[str, str] = {
     "MultiplyRequest.tensors": "the transport: one message; then wire.Assembler",
 }
 """What has its rule in another place, and where."""
+
+
+def rule_of(field: FieldDescriptor) -> Rule | None:
+    """Find the rule of a field; None if it is judged elsewhere."""
+    found = RULES.get(field.full_name.removeprefix(_PACKAGE))
+    return COMMON.get(field.name) if found is None else found
 
 
 def check(message: Message) -> None:
@@ -235,7 +223,7 @@ def check(message: Message) -> None:
         kind = field.message_type
         if kind is not None and kind.full_name == f"{_PACKAGE}Graph":
             continue
-        rule = RULES.get(field.full_name.removeprefix(_PACKAGE))
+        rule = rule_of(field)
         if isinstance(value, str | bytes | int | float | Message):
             _check_one(field.name, rule, value)
             continue
