@@ -146,9 +146,10 @@ def silence_grpcio() -> None:
     """Begin anew with grpcio's own log turned off, unless somebody has set it.
 
     It repeats what strangers say, 100 MB in a second if they like, and reads this variable
-    only when it is imported, which `import curvd` does.
+    only when it is imported, which `import curvd` does. A process whose own command line is
+    another one, and calls the command as a function, is left alone.
     """
-    if "GRPC_VERBOSITY" not in os.environ:
+    if sys.argv[1:2] == ["serve"] and "GRPC_VERBOSITY" not in os.environ:
         os.environ["GRPC_VERBOSITY"] = "NONE"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
