@@ -86,7 +86,8 @@ class PlainRecurrence(TorchFunctionMode):
     """Runs recurrent layers by elementary operations, as torch takes them apart.
 
     On devices other than the CPU torch has fused ones: cuDNN's have a first derivative
-    in training mode alone and no second one, and those of a cell no forward mode.
+    in training mode alone and no second one, and those of a cell no forward mode. On the
+    CPU only an LSTM has one, and these stand-ins would choose it: see `DifferentiableLSTM`.
     """
 
     def __torch_function__(
