@@ -87,15 +87,10 @@ class Room:
             Overloaded: If others take the room. A request alone always gets it.
             LimitExceeded: If what is stored leaves the host no memory for it.
         """
-        wanted = (columns, nbytes)
         with self._lock:
-            full = any(
-                have + want > limit
-                for have, want, limit in zip(
-                    self._taken, wanted, self._limits, strict=True
-                )
-            )
-            if full and any(self._taken):
+            taken, most = self._taken, self._limits
+            full = taken[0] + columns > most[0] or taken[1] + nbytes > most[1]
+            if full and any(taken):
                 raise self._overloaded(columns, nbytes)
             self._memory.take(CALLS, nbytes)
             self._add(columns, nbytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from curvd_server.device import Done
 from curvd_server.sessions import Lease
 
 Columns = NDArray[Any]
+
+_QUEUE_S, _COMPUTE_S = attrgetter("queue_s"), attrgetter("compute_s")
+_RUN_COLUMNS = attrgetter("run_columns")
 
 
 def scaled_and_damped(
@@ -80,8 +84,8 @@ def summary_of(blocks: list[Done[Any]]) -> curvature_pb.ResultSummary:
         The summary.
     """
     return curvature_pb.ResultSummary(
-        queue_s=sum(b.queue_s for b in blocks),
-        compute_s=sum(b.compute_s for b in blocks),
+        queue_s=sum(map(_QUEUE_S, blocks)),
+        compute_s=sum(map(_COMPUTE_S, blocks)),
         runs=len(blocks),
-        run_columns=sum(b.run_columns for b in blocks),
+        run_columns=sum(map(_RUN_COLUMNS, blocks)),
     )

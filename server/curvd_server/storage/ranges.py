@@ -8,7 +8,8 @@ checked where that is known; what a field leaves out is the default, and never w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,25 +221,48 @@ def check(message: Message) -> None:
         LimitExceeded: If a field has too many values.
     """
     for field, value in message.ListFields():
-        kind = field.message_type
-        if kind is not None and kind.full_name == f"{_PACKAGE}Graph":
-            continue
-        rule = rule_of(field)
-        if isinstance(value, str | bytes | int | float | Message):
-            _check_one(field.name, rule, value)
-            continue
-        most = _MOST if rule is None else rule.most
-        if len(value) > most:
-            msg = f"{field.name} has {len(value)} values; the limit is {most}"
-            raise LimitExceeded(msg, values=len(value), limit=most)
-        for one in value:
-            _check_one(field.name, rule, one)
+        check_value = _check_of(field)
+        if check_value is not None:
+            check_value(value)
 
 
-def _check_one(name: str, rule: Rule | None, value: Any) -> None:
-    if isinstance(value, Duration):
-        value = value.seconds + value.nanos / 1e9
-    if isinstance(value, Message):
-        check(value)
-    elif rule is not None and not isinstance(rule, Count):
-        rule.check(name, value)
+@functools.cache
+def _check_of(field: FieldDescriptor) -> Callable[[Any], None] | None:
+    """Find what checks a field's value; every call asks, so the answers are kept.
+
+    Args:
+        field: A field of the contract, of which there are finitely many.
+
+    Returns:
+        The check; None if nothing is to be checked here.
+    """
+    rule, kind = rule_of(field), field.message_type
+    each: Callable[[Any], None] | None = None
+    if kind is not None and kind.full_name == f"{_PACKAGE}Graph":
+        return None
+    if kind is not None and kind.full_name == Duration.DESCRIPTOR.full_name:
+        if isinstance(rule, Number):
+            each = functools.partial(_check_duration, field.name, rule)
+    elif kind is not None:
+        each = check
+    elif isinstance(rule, Number | Text):
+        each = functools.partial(rule.check, field.name)
+    if not isinstance(field.default_value, list):  # it is not repeated
+        return each
+    most = _MOST if rule is None else rule.most
+    return functools.partial(_check_all, field.name, most, each)
+
+
+def _check_duration(name: str, rule: Number, value: Duration) -> None:
+    rule.check(name, value.seconds + value.nanos / 1e9)
+
+
+def _check_all(
+    name: str, most: int, each: Callable[[Any], None] | None, values: Any
+) -> None:
+    if len(values) > most:
+        msg = f"{name} has {len(values)} values; the limit is {most}"
+        raise LimitExceeded(msg, values=len(values), limit=most)
+    if each is not None:
+        for value in values:
+            each(value)

@@ -42,6 +42,7 @@ class HostMemory:
         self.limit_bytes = limit_bytes
         self._lock = threading.Lock()
         self._held: Counter[str] = Counter()
+        self._total = 0
         # Given back by finalizers, which may run within `take`: no lock for them.
         self._back: deque[tuple[str, int]] = deque()
         self._cached: dict[str, Callable[[], int]] = {}
@@ -59,9 +60,9 @@ class HostMemory:
         """
         with self._lock:
             self._settle()
-            if self._held.total() + nbytes > self.limit_bytes:
+            if self._total + nbytes > self.limit_bytes:
                 raise self._refused(kind, nbytes)
-            self._held[kind] += nbytes
+            self._add(kind, nbytes)
 
     def give(self, kind: str, nbytes: int) -> None:
         """Give memory back; from anywhere, finalizers included."""
@@ -80,8 +81,10 @@ class HostMemory:
         """Tell what a cache may still take; negative: it is to let go of so much."""
         with self._lock:
             self._settle()
-            held = self._held.total()
-        return self.limit_bytes - held - sum(size() for size in self._cached.values())
+            free = self.limit_bytes - self._total
+        for size in self._cached.values():
+            free -= size()
+        return free
 
     def held(self) -> dict[str, int]:
         """Tell who holds how much."""
@@ -93,7 +96,11 @@ class HostMemory:
     def _settle(self) -> None:
         while self._back:
             kind, nbytes = self._back.popleft()
-            self._held[kind] -= nbytes
+            self._add(kind, -nbytes)
+
+    def _add(self, kind: str, nbytes: int) -> None:
+        self._held[kind] += nbytes
+        self._total += nbytes
 
     def _refused(self, kind: str, nbytes: int) -> CurvdError:
         held = ", ".join(f"{k} {n}" for k, n in sorted(self._held.items()) if n)
@@ -102,7 +109,7 @@ class HostMemory:
             f"{self.limit_bytes} bytes of its host's memory (memory_bytes); it holds "
             f"{held or 'nothing'}"
         )
-        kept = self._held.total() - self._held[CALLS]
+        kept = self._total - self._held[CALLS]
         if kept + nbytes <= self.limit_bytes:
             msg += f"; retry in {_RETRY_S} s"
             return Overloaded(msg, retry_after_s=_RETRY_S, limit=self.limit_bytes)

@@ -86,11 +86,14 @@ class Calls:
         *,
         raw: bool,
     ) -> None:
+        remaining_s = context.time_remaining()
+        answering = self._answer(connection, path, requests, context, raw=raw)
         try:
-            async with asyncio.timeout(context.time_remaining()):
-                if connection.is_ending_calls:
-                    await connection.ended_calls()
-                await self._answer(path, requests, context, raw=raw)
+            if remaining_s is None:
+                await answering
+            else:
+                async with asyncio.timeout(remaining_s):
+                    await answering
         except grpc.aio.AbortError:
             pass  # the context knows the status
         except TimeoutError:
@@ -106,8 +109,16 @@ class Calls:
             context.end()
 
     async def _answer(
-        self, path: str, requests: Requests, context: Context, *, raw: bool
+        self,
+        connection: ServerConnection,
+        path: str,
+        requests: Requests,
+        context: Context,
+        *,
+        raw: bool,
     ) -> None:
+        if connection.is_ending_calls:
+            await connection.ended_calls()
         await context.check()
         details = _Details(path, context.invocation_metadata())
         handler = await self._find(details, list(self._interceptors))
@@ -146,6 +157,8 @@ class Calls:
 
     async def _only(self, requests: Requests, context: Context) -> Any:
         """Wait for the message that is all of a request."""
+        if requests.is_here:
+            return await anext(requests)
         try:
             request = await self._stalls.watch(
                 anext(requests, None), context.peer(), "send its request"

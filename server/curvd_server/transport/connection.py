@@ -350,6 +350,11 @@ class Requests(ReceivesInPlace, AsyncIterator[Any]):
         self._connection, self._stream = connection, stream
         self.buffer_for = _anywhere
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the next part has come."""
+        return bool(self._stream.inbox)
+
     def place(self, nbytes: int) -> memoryview | None:
         """Find the place of the next chunk."""
         return self.buffer_for(nbytes)
