@@ -176,7 +176,9 @@ def _handler(
         if rpc.client_streams:
             request = _Requests(request, stalls, peer)
         responses = _Responses(context, stalls)
-        async with gate.call(rpc, context):
+
+        async def answer() -> Any:
+            nonlocal stalled
             if not rpc.client_streams:
                 _check_readable(request)
                 ranges.check(request.message if rpc.request.framed else request)
@@ -195,6 +197,8 @@ def _handler(
                 raise
             finally:
                 await responses.settle(stalled=stalled)
+
+        return await gate.call(rpc, context, answer)
 
     factory = getattr(grpc, f"{rpc.shape}_rpc_method_handler")
     handler: grpc.RpcMethodHandler[Any, Any] = factory(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from curvd.errors import Cancelled, CurvdError, VersionMismatch
 from curvd_server.config import LimitsConfig
 from curvd_server.device import Batcher, Device, Operator, Problem
 from curvd_server.sessions.leases import Remaining
-from curvd_server.sessions.operator_cache import OperatorCache
+from curvd_server.sessions.operator_cache import CachedOperator, OperatorCache
 from curvd_server.sessions.parameters import architecture_of, home_names, state_of
 from curvd_server.sessions.stored_vectors import Vectors, check_same
 from curvd_server.storage import (
@@ -212,24 +212,31 @@ class Session:
         self, operator: OperatorSpec | None, expected_version: int | None
     ) -> AsyncIterator[Lease]:
         """Use it at its current version; see `SessionStore.lease`."""
-        async with self._used():
-            built = None
+        with self._used():
+            # What is there can be had while something else is built.
+            if self.operator_cache.has(operator):
+                lease, built = await self._lease(operator, expected_version)
+            else:
+                async with self._lock:
+                    lease, built = await self._lease(operator, expected_version)
             try:
-                # What is there can be had while something else is built.
-                waits = not self.operator_cache.has(operator)
-                async with self._lock if waits else contextlib.nullcontext():
-                    self._check_version(expected_version)
-                    problem, info = await self.warm(), self.stored.info
-                    if operator is not None:
-                        built = await self.operator_cache.acquire(operator)
-                        layout = info.layout.of_operator(operator)
-                        if layout is not info.layout:
-                            info = replace(info, layout=layout)
-                ready = built.operator if built else None
-                yield Lease(info, problem, ready, self.vectors)
+                yield lease
             finally:
                 if built is not None:
                     self.operator_cache.release(built)
+
+    async def _lease(
+        self, operator: OperatorSpec | None, expected_version: int | None
+    ) -> tuple[Lease, CachedOperator | None]:
+        self._check_version(expected_version)
+        problem, info = await self.warm(), self.stored.info
+        if operator is None:
+            return Lease(info, problem, None, self.vectors), None
+        layout = info.layout.of_operator(operator)
+        if layout is not info.layout:
+            info = replace(info, layout=layout)
+        built = await self.operator_cache.acquire(operator)
+        return Lease(info, problem, built.operator, self.vectors), built
 
     async def made_by(self, update: Update) -> StoredVersion | None:
         """Find the version that the same request made; see `SessionStore.made_by`."""
@@ -244,12 +251,13 @@ class Session:
 
     async def update(self, update: Update) -> StoredVersion:
         """Move to new values; see `SessionStore.update`."""
-        async with self._used(), self._lock:
-            known = await self.made_by(update)
-            if known is not None:
-                return known
-            self._check_version(update.expected_version)
-            return await self._update(update)
+        with self._used():
+            async with self._lock:
+                known = await self.made_by(update)
+                if known is not None:
+                    return known
+                self._check_version(update.expected_version)
+                return await self._update(update)
 
     async def end(self) -> None:
         """Forget it, cancel its work, free its memory."""
@@ -325,8 +333,8 @@ class Session:
             msg = f"session {self.id} is at version {have}, not {expected}"
             raise VersionMismatch(msg, version=have, expected_version=expected)
 
-    @contextlib.asynccontextmanager
-    async def _used(self) -> AsyncIterator[None]:
+    @contextlib.contextmanager
+    def _used(self) -> Iterator[None]:
         """Keep it from expiring; its end cancels the task that is in here."""
         task = asyncio.current_task()
         assert task is not None

@@ -7,8 +7,8 @@ import contextlib
 import functools
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeAlias
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
@@ -36,6 +36,7 @@ _OPEN = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
 """What needs no token: whether the server serves, for probes that have none."""
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+T = TypeVar("T")
 
 
 class Gate:
@@ -60,18 +61,21 @@ class Gate:
                     self._idle.clear()
                     await self._idle.wait()
 
-    @contextlib.asynccontextmanager
     async def call(
-        self, rpc: Rpc, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[None]:
-        """Surround one call.
+        self,
+        rpc: Rpc,
+        context: grpc.aio.ServicerContext[Any, Any],
+        answer: Callable[[], Awaitable[T]],
+    ) -> T:
+        """Let one call through.
 
         Args:
             rpc: Which method.
             context: gRPC's.
+            answer: Answers it.
 
-        Yields:
-            Nothing.
+        Returns:
+            The answer; errors end the call with their status.
         """
         start_s, code = time.monotonic(), "OK"
         structlog.contextvars.clear_contextvars()
@@ -80,7 +84,7 @@ class Gate:
             if self._draining:
                 msg = "this server is shutting down; retry, another may answer"
                 raise Unavailable(msg)
-            yield
+            return await answer()
         except asyncio.CancelledError:
             code = "CANCELLED"
             raise
@@ -152,7 +156,9 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         return self._refusal
 
 
-async def abort(context: grpc.aio.ServicerContext[Any, Any], error: CurvdError) -> None:
+async def abort(
+    context: grpc.aio.ServicerContext[Any, Any], error: CurvdError
+) -> NoReturn:
     """End a call with an error.
 
     Args:
