@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CONTAINERS ?=
 
 # Where tests are that compute on other devices than the CPU (tests/support/places.py).
-OFF_THE_CPU = tests/device tests/engine tests/linalg
+OFF_THE_CPU = tests/device tests/engine tests/linalg tests/watching
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test standin-test gpu-test gpu-check lint types proto proto-check docs hooks release-check image-test bench big-test storm-net soak fuzz fuzz-http2 fuzz-modules cases clean

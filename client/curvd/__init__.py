@@ -14,6 +14,7 @@ Each of these has a help of its own, such as ``help(curvd.Session)``:
     RemoteOperator                   a Hessian or one of its relatives: products and queries
     OperatorSum, Submatrix, Identity what H + G, H[rows, columns] and H - s * I are
     export, export_loss              any nn.Module, any loss; ExportedModel
+    watch, Watch, Reading            a training's curvature, without holding it up
     aio                              the same for asyncio: AsyncClient, AsyncSession,
                                      AsyncOperator
     errors                           every exception, as a tree; all are CurvdError
@@ -130,6 +131,7 @@ from curvd.remote.queries import (
     Solution,
 )
 from curvd.tensors import tune_allocator
+from curvd.watching import Reading, Watch, watch
 
 __all__ = [  # noqa: RUF022 - grouped, not sorted
     # the client
@@ -148,6 +150,10 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "export",
     "export_loss",
     "ExportedModel",
+    # a training's curvature
+    "watch",
+    "Watch",
+    "Reading",
     # the same for asyncio
     "aio",
     "AsyncClient",
