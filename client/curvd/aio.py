@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from curvd._calls import Progress, Tensors, TensorStream, requests, upload
+from curvd._calls import Progress, Tensors, TensorStream, Values, requests, upload
 from curvd._transport import AsyncConnection
 from curvd.config import ClientConfig, Pem, TlsConfig
 from curvd.contract import (
@@ -39,6 +39,7 @@ from curvd.contract import (
 )
 from curvd.errors import SessionNotFound, VectorNotFound
 from curvd.exported import ExportedModel, prepare
+from curvd.parameters import unwrapped
 from curvd.remote import (
     Algebra,
     AsyncAsks,
@@ -189,7 +190,7 @@ class AsyncClient:
         """Bring a module, a loss and data into a session; see `curvd.Client`."""
         ready = await asyncio.to_thread(
             prepare,
-            module,
+            unwrapped(module),
             loss,
             data,
             output,
@@ -293,20 +294,22 @@ class AsyncSession(DataPointQueries, AsyncAsks, SessionBase["AsyncOperator"]):
 
     async def update_parameters(
         self,
-        values: Tensors,
+        values: Values,
         *,
         expected_version: int | None = None,
         progress: Progress | bool = False,
+        copy: bool = True,
     ) -> int:
         """Replace some or all values; see `curvd.Session`."""
         with shown(progress, "parameters") as callback:
             call = await asyncio.to_thread(
                 upload.update_parameters,
-                self.id,
+                self._info,
                 values,
                 expected_version=expected_version,
                 request_id=uuid.uuid4().hex,
                 progress=callback,
+                copy=copy,
             )
             return self._advance(*await self._connection.run(call))
 

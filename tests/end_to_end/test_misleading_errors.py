@@ -250,11 +250,11 @@ MISTAKES = {
         r"what curvd\.export returns",
         r"curvd\.export\(module, inputs\)",
     ),
-    "a module as an update": (
-        given(lambda: NET),
-        "got a Sequential",
-        "arrays by name",
-        r"module\.state_dict\(\)",
+    "two names of one parameter as an update": (
+        given(lambda: {"_orig_mod.0.bias": Y, "0.bias": Y}),
+        "'_orig_mod.0.bias' and '0.bias'",
+        "both are parameter '0.bias'",
+        "give one of them",
     ),
     "a generator as an update": (
         given(lambda: NET.named_parameters()),

@@ -11,7 +11,7 @@ from curvd._calls.query import Observe, QueryCall
 from curvd._calls.query_answer import Answer
 from curvd._calls.query_requests import Queries
 from curvd._calls.tensor_stream import OWN_TYPE, TensorStream
-from curvd._calls.upload import Progress, Tensors
+from curvd._calls.upload import Progress, Tensors, Values
 
 __all__ = [
     "OWN_TYPE",
@@ -23,4 +23,5 @@ __all__ = [
     "QueryCall",
     "TensorStream",
     "Tensors",
+    "Values",
 ]

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
+from curvd import parameters
 from curvd._calls.base import Call, Unary
 from curvd.contract import (
     RPCS,
@@ -21,6 +23,7 @@ from curvd.contract import (
     ModelInfo,
     Part,
     Rpc,
+    SessionInfo,
     convert,
     convert_enums,
     enums,
@@ -35,6 +38,9 @@ T = TypeVar("T")
 
 Tensors = Mapping[str, Any] | str | os.PathLike[str]
 """NumPy arrays or torch tensors by name, or the path of a safetensors file."""
+
+Values = Any
+"""`Tensors`, or a torch module, wrapped or not: what `session.update_parameters` takes."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total, perhaps from another thread."""
@@ -231,35 +237,51 @@ def _dataset(response: session_pb.RegisterDatasetResponse) -> DatasetInfo:
 
 
 def update_parameters(
-    session_id: str,
-    values: Tensors,
+    session: SessionInfo,
+    values: Values,
     *,
     expected_version: int | None,
     request_id: str,
     progress: Progress | None,
+    copy: bool,
 ) -> Upload[tuple[int, str]]:
     """Replace parameter values; the result is the new version and its digest."""
     header = session_pb.UpdateParametersHeader(
-        session_id=session_id, expected_version=expected_version, request_id=request_id
+        session_id=session.id, expected_version=expected_version, request_id=request_id
     )
     return Upload(
         RPCS["UpdateParameters"],
         header,
         "values",
-        _blob(values),
+        _values(values, session, copy=copy),
         lambda r: (r.version.version, r.version.parameters_digest),
         progress,
     )
 
 
-def _blob(tensors: Tensors) -> Blob:
+def _values(values: Values, session: SessionInfo, *, copy: bool) -> Blob:
+    """Copy what an optimiser may write to, under the session's names."""
+    values = parameters.state_of(values)
+    if not isinstance(values, Mapping):
+        return _blob(values)
+    names = parameters.plain_names(values, set(session.layout.names))
+    plain = {names[name]: value for name, value in values.items()}
+    if not copy:
+        return _blob(plain)
+    with parameters.between_steps():
+        return _blob(plain, see=parameters.copied)
+
+
+def _blob(
+    tensors: Tensors, see: Callable[[Any], NDArray[Any] | None] = to_numpy
+) -> Blob:
     if isinstance(tensors, str | os.PathLike):
         return _mapped(Path(tensors))
     if not isinstance(tensors, Mapping):
         raise _no_mapping(tensors)
     arrays = {}
     for name, value in tensors.items():
-        array = to_numpy(value)
+        array = see(value)
         if array is None:
             msg = (
                 f"tensor {name!r} is a {type(value).__name__}, "

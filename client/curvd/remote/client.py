@@ -24,6 +24,7 @@ from curvd.contract import (
     Tier,
 )
 from curvd.exported import ExportedModel, prepare
+from curvd.parameters import unwrapped
 from curvd.remote.progress import shown
 from curvd.remote.session import Session
 
@@ -323,7 +324,13 @@ class Client:
             torch.Size([15])
         """
         ready = prepare(
-            module, loss, data, output, mode, batch_size=batch_size, check=check
+            unwrapped(module),
+            loss,
+            data,
+            output,
+            mode,
+            batch_size=batch_size,
+            check=check,
         )
         dataset = self.register_dataset(
             ready.data,

@@ -7,7 +7,7 @@ import uuid
 from types import TracebackType
 from typing import Any
 
-from curvd._calls import Progress, Tensors, requests, upload
+from curvd._calls import Progress, Values, requests, upload
 from curvd._transport import Connection
 from curvd.contract import OperatorSpec, SessionInfo, StoredVector
 from curvd.errors import SessionNotFound, VectorNotFound
@@ -112,18 +112,25 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
 
     def update_parameters(
         self,
-        values: Tensors,
+        values: Values,
         *,
         expected_version: int | None = None,
         progress: Progress | bool = False,
+        copy: bool = True,
     ) -> int:
         """Replace some or all values of parameters and buffers.
 
+        The values are copied first, while no optimiser of torch is in a step: training
+        may go on beside this call. Other writers need a lock of their own.
+
         Args:
-            values: The values, by name, shapes unchanged, or the path of a safetensors file.
+            values: A module, or values by name, shapes unchanged, such as a state dict,
+                or the path of a safetensors file. Modules may be wrapped (DDP,
+                torch.compile), and names have the wrappers' prefixes.
             expected_version: The version that this update is based on; another
                 current version is refused.
             progress: Called with bytes done and in total; True draws a bar on stderr.
+            copy: Whether to copy; False spares the memory where nobody writes.
 
         Returns:
             The new version.
@@ -139,11 +146,12 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
         """
         with shown(progress, "parameters") as callback:
             call = upload.update_parameters(
-                self.id,
+                self._info,
                 values,
                 expected_version=expected_version,
                 request_id=uuid.uuid4().hex,
                 progress=callback,
+                copy=copy,
             )
             return self._advance(*self._connection.run(call))
 

@@ -1,0 +1,14 @@
+"""Parameters as training jobs hold them: copied between two steps, under plain names.
+
+May import tensors; knows neither calls nor connections. torch is imported only where the
+caller's values are torch's, so that the base install does without it.
+"""
+
+from __future__ import annotations
+
+from curvd.parameters.copies import copied
+from curvd.parameters.names import plain_names
+from curvd.parameters.steps import between_steps
+from curvd.parameters.wrappers import state_of, unwrapped
+
+__all__ = ["between_steps", "copied", "plain_names", "state_of", "unwrapped"]
