@@ -24,8 +24,8 @@ Each of these has a help of its own, such as ``help(curvd.Session)``:
     Dtype, Mode, LossName, Reduction, InputStyle, OperatorKind, Which, Estimator, Solver,
     Distribution, Tier                                         choices; their values will do
     ServerInfo, ModelInfo, DatasetInfo, SessionInfo, SessionState, TensorInfo, DeviceInfo,
-    Limits, PlanReport, ResultInfo, StoredVector, ParameterLayout, ParameterSpec
-                                                               what a server says
+    Limits, PlanReport, ResultInfo, StoredVector, ParameterLayout, ParameterSpec, Activity,
+    Work, StageProgress, Stage                                 what a server says
     queries: Eigenpairs, Estimate, DiagonalEstimate, Density, Solution, Sketch,
     LogDeterminant, QueryInfo, QueryProgress, Stop             what queries return
 
@@ -39,6 +39,7 @@ from curvd._version import VERSION as __version__
 from curvd.aio import AsyncClient, AsyncOperator, AsyncSession
 from curvd.config import ClientConfig, RetryConfig, TlsConfig
 from curvd.contract import (
+    Activity,
     DatasetInfo,
     DatasetSpec,
     DeviceInfo,
@@ -66,11 +67,14 @@ from curvd.contract import (
     SessionInfo,
     SessionState,
     Solver,
+    Stage,
+    StageProgress,
     Stop,
     StoredVector,
     TensorInfo,
     Tier,
     Which,
+    Work,
 )
 from curvd.errors import (
     BuilderNotFound,
@@ -160,6 +164,7 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "AsyncSession",
     "AsyncOperator",
     # words of the domain
+    "Activity",
     "DatasetInfo",
     "DatasetSpec",
     "DeviceInfo",
@@ -182,6 +187,8 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "ServerInfo",
     "SessionInfo",
     "SessionState",
+    "Stage",
+    "StageProgress",
     "StoredVector",
     "TensorInfo",
     # queries
@@ -201,6 +208,7 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "Stop",
     "Tier",
     "Which",
+    "Work",
     # errors
     "errors",
     "BuilderNotFound",

@@ -20,7 +20,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from curvd._calls import Progress, Tensors, TensorStream, Values, requests, upload
+from curvd._calls import (
+    ObserveOpening,
+    Progress,
+    Tensors,
+    TensorStream,
+    Values,
+    requests,
+    upload,
+)
 from curvd._transport import AsyncConnection
 from curvd.config import ClientConfig, Pem, TlsConfig
 from curvd.contract import (
@@ -45,6 +53,7 @@ from curvd.remote import (
     AsyncAsks,
     AsyncOperatorSum,
     AsyncSubmatrix,
+    ClientStages,
     DataPointQueries,
     Indices,
     OperatorBase,
@@ -53,6 +62,7 @@ from curvd.remote import (
     configured,
     dense_bytes,
     name_of,
+    opening,
     shown,
 )
 from curvd.remote.queries import Sketch
@@ -155,6 +165,7 @@ class AsyncClient:
         name: str = "",
         validate_only: bool = False,
         plan: Tier | str | None = None,
+        progress: ObserveOpening | bool = False,
     ) -> AsyncSession:
         """Bring a model, a dataset and a loss together; see `curvd.Client`."""
         call = requests.create_session(
@@ -172,7 +183,9 @@ class AsyncClient:
             validate_only=validate_only,
             plan=plan,
         )
-        return AsyncSession(self._connection, await self._connection.run(call))
+        with opening(progress) as observe:
+            info = await self._connection.run(call.observed(observe))
+        return AsyncSession(self._connection, info)
 
     async def session_for(
         self,
@@ -185,33 +198,42 @@ class AsyncClient:
         dtype: Any = None,
         mode: Mode | str | None = None,
         check: bool = True,
+        progress: ObserveOpening | bool = False,
         **options: Any,
     ) -> AsyncSession:
         """Bring a module, a loss and data into a session; see `curvd.Client`."""
-        ready = await asyncio.to_thread(
-            prepare,
-            unwrapped(module),
-            loss,
-            data,
-            output,
-            mode,
-            batch_size=batch_size,
-            check=check,
-        )
-        dataset = await self.register_dataset(
-            ready.data,
-            inputs=ready.model.inputs,
-            target=ready.target,
-            batch_size=ready.batch_size,
-        )
-        return await self.create_session(
-            await self.register_model(ready.model),
-            dataset,
-            loss=ready.loss,
-            dtype=ready.dtype if dtype is None else dtype,
-            mode=ready.model.mode,
-            **{"operators": None, **options},
-        )
+        with opening(progress) as observe:
+            stages = ClientStages(observe)
+            stages.exporting()
+            ready = await asyncio.to_thread(
+                prepare,
+                unwrapped(module),
+                loss,
+                data,
+                output,
+                mode,
+                batch_size=batch_size,
+                check=check,
+            )
+            dataset = await self.register_dataset(
+                ready.data,
+                inputs=ready.model.inputs,
+                target=ready.target,
+                batch_size=ready.batch_size,
+                progress=stages.registering("dataset"),
+            )
+            model = await self.register_model(
+                ready.model, progress=stages.registering("model")
+            )
+            return await self.create_session(
+                model,
+                dataset,
+                loss=ready.loss,
+                dtype=ready.dtype if dtype is None else dtype,
+                mode=ready.model.mode,
+                progress=observe or False,
+                **{"operators": None, **options},
+            )
 
     async def session(self, session_id: str) -> AsyncSession:
         """Find a session that exists; see `curvd.Client`."""

@@ -33,7 +33,7 @@ from curvd_server.storage import (
     owned,
     torchs_folder,
 )
-from curvd_server.system import HostMemory, default_bytes, logs
+from curvd_server.system import Activities, HostMemory, default_bytes, logs
 from curvd_server.transport import raise_descriptor_limit
 
 CAPABILITIES = tuple(
@@ -42,6 +42,7 @@ CAPABILITIES = tuple(
         "block_diagonal",
         "mounted_datasets",
         "narrow_vectors",
+        "opening_progress",
         "probe_operands",
         "resumable_results",
         "resumable_uploads",
@@ -149,11 +150,12 @@ async def running(
         stack.enter_context(owned(config.data_dir))
         catalogue = Catalogue(config.data_dir / "catalogue.sqlite")
         stack.callback(catalogue.close)
+        activities = Activities()
         if device is None:
             compiler = None
             if config.compile_after_s:
                 compiler = Compiler(
-                    config.data_dir / "compiled", config.compile_after_s
+                    config.data_dir / "compiled", config.compile_after_s, activities
                 )
                 stack.callback(compiler.close)
             device = torch_device.TorchDevice(
@@ -195,6 +197,7 @@ async def running(
             clock=time.time,
             monotonic=time.monotonic,
             plan=Tier(config.plan),
+            activities=activities,
         )
         sessions = SessionStore(dependencies)
         stack.push_async_callback(sessions.close)
@@ -210,7 +213,7 @@ async def running(
                 blobs=blobs,
                 mounts=mounts,
                 limits=limits,
-                describe=lambda: _describe(config, device, mounts),
+                describe=lambda: _describe(config, device, mounts, activities),
                 try_model=device.try_model,
             ),
             curvature,
@@ -259,7 +262,9 @@ async def _expire(
             logs.logger().exception("defect", task="expire")
 
 
-def _describe(config: ServerConfig, device: Device, mounts: Mounts) -> ServerInfo:
+def _describe(
+    config: ServerConfig, device: Device, mounts: Mounts, activities: Activities
+) -> ServerInfo:
     return ServerInfo(
         version=_version(),
         torch_version=device.torch_version,
@@ -268,6 +273,7 @@ def _describe(config: ServerConfig, device: Device, mounts: Mounts) -> ServerInf
         builders=device.builders,
         capabilities=CAPABILITIES,
         datasets=mounts.names(),
+        activities=activities.listed(),
     )
 
 

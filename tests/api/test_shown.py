@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import curvd
-from curvd._calls.query_requests import most_products
-from curvd.contract import QUERIES, query_options
+from curvd.contract import QUERIES, most_products, query_options
 from curvd.remote import progress
 
 
@@ -142,7 +141,7 @@ MOST = {
 @pytest.mark.parametrize(("options", "most"), MOST.values(), ids=MOST)
 def test_progress_knows_its_end(tanh_session, options, most):
     rpc = next(rpc for rpc, query in QUERIES.items() if query.options is type(options))
-    assert most_products(rpc, options, tanh_session.info) == most
+    assert most_products(rpc, options, tanh_session.info.data_points) == most
 
 
 def test_progress_says_how_far_it_is_and_what_is_left():
@@ -159,5 +158,5 @@ def test_progress_says_how_far_it_is_and_what_is_left():
     assert progress._line("Trace", at).startswith(
         "Trace, 25 of 100 products, estimate 2"
     )
-    assert progress._left(at) == "at most 2:30 left"
-    assert progress._left(dataclasses.replace(at, total=None)) == ""
+    assert progress._left(at.left_s) == "at most 2:30 left"
+    assert progress._left(dataclasses.replace(at, total=None).left_s) == ""

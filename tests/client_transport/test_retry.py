@@ -65,6 +65,14 @@ def test_a_session_is_created_once_however_often_it_is_asked_for(client, service
     assert len({header.request_id for _, header, _ in service.calls}) == 1
 
 
+def test_so_is_one_whose_opening_is_watched(client, service):
+    service.fail("OpenSession", AWAY, after_out=1)
+    service.fail("OpenSession", AWAY, after_out=2)
+    client.create_session("m", "d", loss="mse", progress=lambda progress: None)
+    assert len(service.sessions) == 1
+    assert len({header.session.request_id for _, header, _ in service.calls}) == 1
+
+
 def test_two_sessions_are_two(client, service):
     client.create_session("m", "d", loss="mse")
     client.create_session("m", "d", loss="mse")

@@ -156,7 +156,9 @@ def defects(server, name):
             if type(error) is CurvdError:
                 found.append(f"{what}: {error}")
         else:
-            if name == "CreateSession" and answer.session.id:
+            if name == "OpenSession":
+                answer = answer[-1]
+            if name in ("CreateSession", "OpenSession") and answer.session.id:
                 delete = session_pb.DeleteSessionRequest(session_id=answer.session.id)
                 with contextlib.suppress(SessionNotFound):  # a lease of a nanosecond
                     raw.call(server.channel, "DeleteSession", delete)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from curvd.contract.enums import LossName, Tier
+from curvd.contract.enums import LossName, Stage, Tier
 from curvd.contract.infos import DeviceInfo, PlanReport, TensorInfo
 from curvd.contract.layout import ParameterLayout
 from curvd.contract.specs import DatasetSpec, LossSpec, ModelSpec
@@ -21,6 +21,7 @@ from curvd_server.sessions.store import NewSession, SessionStore
 from curvd_server.storage.blob_store import BlobStore
 from curvd_server.storage.catalogue import Catalogue
 from curvd_server.storage.registry import Architecture, Registry
+from curvd_server.system import advance, enter_stage
 from curvd_server.system.host_memory import HostMemory
 
 MSE = LossSpec(name=LossName.MSE)
@@ -87,6 +88,8 @@ class FakeProblem:
     def build(self, spec, *, budget_bytes, cancelled, tier=Tier.FINAL):
         self.device.built.append((spec, budget_bytes))
         self.device.building.set()
+        enter_stage(Stage.VERIFYING, "fake", total=2)
+        advance()
         while not self.device.held_up_by.wait(0.001):
             if cancelled():
                 raise Cancelled("stopped between two steps")
@@ -99,6 +102,7 @@ class FakeProblem:
 
     def improve(self, operator, *, budget_bytes, cancelled):
         self.device.improved.append((operator.spec, budget_bytes))
+        enter_stage(Stage.TUNING, total=4)
         while not self.device.improving.wait(0.001):
             if cancelled():
                 raise Cancelled("stopped between two steps")

@@ -12,7 +12,14 @@ from concurrent import futures
 import grpc
 import numpy as np
 
-from curvd.contract import convert, convert_enums, enums, layout, specs
+from curvd.contract import (
+    convert,
+    convert_activities,
+    convert_enums,
+    enums,
+    layout,
+    specs,
+)
 from curvd.contract import infos as reports
 from curvd.contract.rpcs import RPCS, Framed
 from curvd.contract.statuses import DETAILS_KEY, dump
@@ -69,6 +76,15 @@ INFO = reports.ServerInfo(
     builders=("mlp",),
     capabilities=(),
 )
+
+
+OPENING = (
+    reports.StageProgress(stage=enums.Stage.CHECKING, done=2, total=3, elapsed_s=0.5),
+    reports.StageProgress(
+        stage=enums.Stage.VERIFYING, detail="known_matrix", done=1, total=7
+    ),
+)
+"""What an opening says of itself."""
 
 
 @dataclasses.dataclass
@@ -175,6 +191,15 @@ class FakeService:
             self.by_request[request.request_id] = self._create(request)
         info = self.by_request[request.request_id]
         yield session_pb.CreateSessionResponse(session=convert.session_to_proto(info))
+
+    def OpenSession(self, parts):
+        request = next(parts).session
+        for progress in OPENING:
+            yield session_pb.OpenSessionResponse(
+                progress=convert_activities.progress_to_proto(progress)
+            )
+        for response in self.CreateSession(iter([request])):
+            yield session_pb.OpenSessionResponse(session=response.session)
 
     def _create(self, request):
         session_id = "" if request.validate_only else f"s{len(self.sessions)}"

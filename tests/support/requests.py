@@ -61,6 +61,9 @@ class Requests:
         message.loss.name, message.loss.reduction = "LOSS_NAME_MSE", "REDUCTION_MEAN"
         message.dtype = "DTYPE_FLOAT64"
 
+    def _OpenSession(self, message):
+        self._CreateSession(message.session)
+
     def _ListSessions(self, message):
         message.page_size = 10
 

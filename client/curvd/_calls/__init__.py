@@ -7,6 +7,7 @@ values and tensors; knows no connection and never waits.
 from __future__ import annotations
 
 from curvd._calls.base import Call
+from curvd._calls.opening import ObserveOpening
 from curvd._calls.query import Observe, QueryCall
 from curvd._calls.query_answer import Answer
 from curvd._calls.query_requests import Queries
@@ -18,6 +19,7 @@ __all__ = [
     "Answer",
     "Call",
     "Observe",
+    "ObserveOpening",
     "Progress",
     "Queries",
     "QueryCall",

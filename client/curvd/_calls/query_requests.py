@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 from curvd._calls.query import QueryCall, Read
 from curvd.contract import (
-    QUERIES,
     OperatorSpec,
     QueryOptions,
     SessionInfo,
     convert,
+    most_products,
     query_messages,
 )
 from curvd.tensors import Operand, operand, vector_dtype
@@ -93,27 +93,5 @@ class Queries:
             read,
             operands=operands,
             max_bytes=max_bytes,
-            total=most_products(rpc, options, self.session),
+            total=most_products(rpc, options, self.session.data_points),
         )
-
-
-def most_products(rpc: str, options: QueryOptions, session: SessionInfo) -> int | None:
-    """Tell how many products a query makes at most, if its options say so.
-
-    Args:
-        rpc: The name of its method.
-        options: What is asked for.
-        session: Where; queries about data points count these.
-
-    Returns:
-        The number; None if it ends when it is good enough.
-    """
-    known = [options.max_products]
-    if QUERIES[rpc].of_session:
-        known.append(session.data_points)
-    else:
-        known += [getattr(options, name, None) for name in ("samples", "rank")]
-        probes, steps = getattr(options, "probes", 0), getattr(options, "steps", 0)
-        if probes and steps:
-            known.append(probes * steps)
-    return min((n for n in known if n is not None), default=None)

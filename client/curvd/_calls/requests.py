@@ -12,6 +12,7 @@ from google.protobuf import wrappers_pb2
 
 from curvd._calls.base import Unary
 from curvd._calls.column_stream import ColumnStream
+from curvd._calls.opening import CreateSession
 from curvd._calls.tensor_stream import (
     OWN_TYPE,
     PutVector,
@@ -271,7 +272,7 @@ def create_session(
     name: str,
     validate_only: bool,
     plan: enums.Tier | str | None,
-) -> Unary[SessionInfo]:
+) -> CreateSession:
     """Bring model, dataset and loss together."""
     if isinstance(operators, str):
         operators = [operators]
@@ -295,7 +296,7 @@ def create_session(
         build_later=operators is None,
     )
     _set_lease(request, lease_s)
-    return Unary(RPCS["CreateSession"], request, _session)
+    return CreateSession(request)
 
 
 def get_session(session_id: str) -> Unary[SessionInfo]:

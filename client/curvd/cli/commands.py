@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,7 @@ from curvd._version import VERSION
 from curvd.cli import query_commands
 from curvd.cli.options import connection_options, json_option
 from curvd.config import ClientConfig, RetryConfig, TlsConfig, Transport
-from curvd.contract import ServerInfo, SessionInfo
+from curvd.contract import Activity, ServerInfo, SessionInfo
 from curvd.errors import CurvdError, install
 from curvd.remote import connect
 
@@ -75,7 +76,7 @@ main.add_command(
 @connection_options
 @json_option
 def info(target: str, as_json: bool, **options: Any) -> None:
-    """Describe a server, its sessions and their plans."""
+    """Describe a server, what it is doing, its sessions and their plans."""
     with connect(target, config=_config(**options)) as client:
         server, sessions = client.server_info(), client.sessions()
     if as_json:
@@ -86,7 +87,12 @@ def info(target: str, as_json: bool, **options: Any) -> None:
         # What JSON cannot say is a graph; its digest names it, if there is one.
         click.echo(json.dumps(facts, indent=2, default=lambda g: g.digest or None))
     else:
-        click.echo("\n".join([*_server_lines(server), *_session_lines(sessions)]))
+        lines = [
+            *_server_lines(server),
+            *_activity_lines(server.activities),
+            *_session_lines(sessions),
+        ]
+        click.echo("\n".join(lines))
 
 
 @main.command()
@@ -182,6 +188,17 @@ def _server_lines(info: ServerInfo) -> list[str]:
         ),
         f"  builders {', '.join(info.builders)}",
     ]
+
+
+def _activity_lines(activities: Sequence[Activity]) -> list[str]:
+    lines = [f"{len(activities)} at work"] if activities else []
+    for a in activities:
+        session = a.session_id or repr(a.session_name)
+        subject = f" {a.subject}" if a.subject else ""
+        lines.append(
+            f"  {a.work}{subject} of {session}: {a.progress}, {a.elapsed_s:.1f} s"
+        )
+    return lines
 
 
 def _session_lines(sessions: list[SessionInfo]) -> list[str]:

@@ -18,13 +18,16 @@ from curvd.contract.enums import (
     Output,
     Reduction,
     Solver,
+    Stage,
     Stop,
     Tier,
     Which,
+    Work,
     member,
 )
 from curvd.contract.graph_ops import COMPLEX, MAX_INLINE_BYTES
 from curvd.contract.infos import (
+    Activity,
     DatasetInfo,
     DeviceInfo,
     Limits,
@@ -36,8 +39,10 @@ from curvd.contract.infos import (
     ServerInfo,
     SessionInfo,
     SessionState,
+    StageProgress,
     StoredVector,
     TensorInfo,
+    left_s,
 )
 from curvd.contract.layout import ParameterLayout, ParameterSpec
 from curvd.contract.query_options import (
@@ -50,6 +55,7 @@ from curvd.contract.query_options import (
     SolveOptions,
     SpectralDensityOptions,
     TraceOptions,
+    most_products,
 )
 from curvd.contract.query_spec import QueryOptions, QuerySpec, choices_of, own_first
 from curvd.contract.rpcs import (
@@ -91,6 +97,7 @@ __all__ = [
     "MOST_PATTERNS",
     "QUERIES",
     "RPCS",
+    "Activity",
     "Codec",
     "DatasetInfo",
     "DatasetSpec",
@@ -136,16 +143,21 @@ __all__ = [
     "SolveOptions",
     "Solver",
     "SpectralDensityOptions",
+    "Stage",
+    "StageProgress",
     "Stop",
     "StoredVector",
     "TensorInfo",
     "Tier",
     "TraceOptions",
     "Which",
+    "Work",
     "check_patterns",
     "check_settings",
     "choices_of",
+    "left_s",
     "member",
+    "most_products",
     "own_first",
     "read_varint",
     "select",

@@ -16,6 +16,7 @@ from google.protobuf import timestamp_pb2
 from google.protobuf.message import Message
 
 from curvd.contract import convert_enums, infos, specs
+from curvd.contract.convert_activities import activities_from_proto, activity_to_proto
 from curvd.contract.layout import ParameterLayout, ParameterSpec
 from curvd.errors import InvalidSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
@@ -345,6 +346,7 @@ def server_info_to_proto(info: infos.ServerInfo) -> session_pb.GetServerInfoResp
         builders=info.builders,
         capabilities=info.capabilities,
         datasets=info.datasets,
+        activities=map(activity_to_proto, info.activities),
     )
 
 
@@ -360,6 +362,7 @@ def server_info_from_proto(
         builders=tuple(message.builders),
         capabilities=tuple(message.capabilities),
         datasets=tuple(message.datasets),
+        activities=activities_from_proto(message.activities),
     )
 
 

@@ -83,6 +83,10 @@ kind_from_proto = enum_from(
 )
 tier_to_proto = _enum_to("TIER")
 tier_from_proto = enum_from(types_pb.Tier, "TIER", enums.Tier, enums.Tier.FIRST)
+stage_to_proto = _enum_to("STAGE")
+stage_from_proto = enum_from(session_pb.Stage, "STAGE", enums.Stage)
+work_to_proto = _enum_to("WORK")
+work_from_proto = enum_from(session_pb.Work, "WORK", enums.Work)
 distribution_to_proto = _enum_to("DISTRIBUTION")
 distribution_from_proto = enum_from(
     types_pb.Distribution,

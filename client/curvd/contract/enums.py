@@ -103,6 +103,43 @@ class Tier(enum.StrEnum):
     """The fastest of all that were timed."""
 
 
+class Stage(enum.StrEnum):
+    """What takes long, as a user sees it."""
+
+    EXPORTING = "exporting"
+    """The client writes a module as a graph, and proves that it is the module."""
+    REGISTERING = "registering"
+    """Model and dataset travel; counted in bytes."""
+    WAITING = "waiting"
+    """For a turn on the device, or for room there."""
+    CHECKING = "checking"
+    """Graphs are tried without memory, model and data are brought onto the device, and
+    the gradient is compared with the loss; counted in these three."""
+    VERIFYING = "verifying"
+    """An AD mode, the detail, is compared with central differences in float64; counted in
+    comparisons, of which most modes need few."""
+    TUNING = "tuning"
+    """Plans are traced and timed, the latest of which is the detail; counted in plans."""
+    WARMING = "warming"
+    """Linearisations are made and kept; counted in mini-batches, or joined ones."""
+    COMPILING = "compiling"
+    """Native code is made, beside whatever else goes on."""
+    MULTIPLYING = "multiplying"
+    """Products are computed; counted in columns, or data points."""
+
+
+class Work(enum.StrEnum):
+    """Why something takes long."""
+
+    OPENING = "opening"
+    """A session is created, or comes back onto the device."""
+    BUILDING = "building"
+    """An operator is built that a call waits for."""
+    IMPROVING = "improving"
+    """The last tier of an operator is prepared, or native code; nobody waits for it."""
+    QUERY = "query"
+
+
 class Which(enum.StrEnum):
     """Which end of a spectrum."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from curvd.contract.enums import Dtype, Mode, Stop, Tier
+from curvd.contract.enums import Dtype, Mode, Stage, Stop, Tier, Work
 from curvd.contract.layout import ParameterLayout
 from curvd.contract.specs import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
 
@@ -161,6 +161,56 @@ class DeviceInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageProgress:
+    """How far one stage of an opening is, or of other work that takes long.
+
+    Examples:
+        >>> progress = curvd.StageProgress(stage="tuning", done=2, total=8, elapsed_s=3.0)
+        >>> print(progress)
+        tuning, 2 of 8
+        >>> progress.left_s
+        9.0
+    """
+
+    stage: Stage
+    detail: str = ""
+    """What it is about right now, for people."""
+    done: int = 0
+    total: int | None = None
+    """How much there is at most; None: nobody knows."""
+    elapsed_s: float = 0.0
+    """Since this stage, with this detail, began."""
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds that remain at most, at the pace so far; None if nothing tells."""
+        return left_s(self.done, self.total, self.elapsed_s)
+
+    def __str__(self) -> str:
+        what = f"{self.stage} {self.detail}".rstrip()
+        if self.total is None:
+            return f"{what}, {self.done}" if self.done else what
+        unit = " bytes" if self.stage is Stage.REGISTERING else ""
+        return f"{what}, {self.done} of {self.total}{unit}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activity:
+    """Something that goes on right now at a server, and takes long."""
+
+    work: Work
+    session_id: str
+    """Empty while a session is created."""
+    session_name: str
+    """The caller's label of the session."""
+    subject: str
+    """The kind of the operator, or the name of the query; may be empty."""
+    progress: StageProgress
+    elapsed_s: float
+    """Since it began."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo:
     """What a server is and offers."""
 
@@ -172,6 +222,8 @@ class ServerInfo:
     capabilities: tuple[str, ...]
     datasets: tuple[str, ...] = ()
     """Names of the datasets that lie on the server."""
+    activities: tuple[Activity, ...] = ()
+    """What takes long and goes on right now, the oldest first."""
 
     def __repr__(self) -> str:
         devices = ", ".join(d.name for d in self.devices)
@@ -218,6 +270,22 @@ class ResultInfo:
     """Columns in those runs, other callers' included."""
 
 
+def left_s(done: int, total: int | None, elapsed_s: float) -> float | None:
+    """Say how long the rest takes at most, at the pace so far.
+
+    Args:
+        done: How much is done.
+        total: How much there is at most; None: nobody knows.
+        elapsed_s: Seconds that it has taken.
+
+    Returns:
+        Seconds; None if nothing tells.
+    """
+    if not total or not done:
+        return None
+    return elapsed_s * max(0, total - done) / done
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueryProgress:
     """Where a running query is.
@@ -244,9 +312,7 @@ class QueryProgress:
     @property
     def left_s(self) -> float | None:
         """Seconds that remain at most, at the pace so far; None if nothing tells."""
-        if not self.total or not self.products:
-            return None
-        return self.elapsed_s * max(0, self.total - self.products) / self.products
+        return left_s(self.products, self.total, self.elapsed_s)
 
     def __str__(self) -> str:
         of = "" if self.total is None else f" of {self.total}"

@@ -322,3 +322,25 @@ QUERIES: Mapping[str, QuerySpec] = {
     ),
 }
 """By the name of the RPC."""
+
+
+def most_products(rpc: str, options: QueryOptions, data_points: int) -> int | None:
+    """Tell how many products a query makes at most, if its options say so.
+
+    Args:
+        rpc: The name of its method.
+        options: What is asked for.
+        data_points: N; queries about data points count these.
+
+    Returns:
+        The number; None if it ends when it is good enough.
+    """
+    known = [options.max_products]
+    if QUERIES[rpc].of_session:
+        known.append(data_points)
+    else:
+        known += [getattr(options, name, None) for name in ("samples", "rank")]
+        probes, steps = getattr(options, "probes", 0), getattr(options, "steps", 0)
+        if probes and steps:
+            known.append(probes * steps)
+    return min((n for n in known if n is not None), default=None)

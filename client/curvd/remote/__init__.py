@@ -12,7 +12,7 @@ from curvd.remote.asking import AsyncAsks
 from curvd.remote.client import Client, configured, connect
 from curvd.remote.operator import OperatorBase, RemoteOperator
 from curvd.remote.operator_sum import AsyncOperatorSum, OperatorSum
-from curvd.remote.progress import shown
+from curvd.remote.progress import ClientStages, opening, shown
 from curvd.remote.queries import DataPointQueries, OperatorQueries
 from curvd.remote.queries.base import check_drawable
 from curvd.remote.session import Session
@@ -25,6 +25,7 @@ __all__ = [
     "AsyncOperatorSum",
     "AsyncSubmatrix",
     "Client",
+    "ClientStages",
     "DataPointQueries",
     "Identity",
     "Indices",
@@ -40,5 +41,6 @@ __all__ = [
     "connect",
     "dense_bytes",
     "name_of",
+    "opening",
     "shown",
 ]

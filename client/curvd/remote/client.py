@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from curvd._calls import Progress, Tensors, requests, upload
+from curvd._calls import ObserveOpening, Progress, Tensors, requests, upload
 from curvd._transport import Connection
 from curvd.config import ClientConfig, Pem, TlsConfig
 from curvd.contract import (
@@ -25,7 +25,7 @@ from curvd.contract import (
 )
 from curvd.exported import ExportedModel, prepare
 from curvd.parameters import unwrapped
-from curvd.remote.progress import shown
+from curvd.remote.progress import ClientStages, opening, shown
 from curvd.remote.session import Session
 
 
@@ -211,6 +211,7 @@ class Client:
         name: str = "",
         validate_only: bool = False,
         plan: Tier | str | None = None,
+        progress: ObserveOpening | bool = False,
     ) -> Session:
         """Bring a model, a dataset and a loss together, verified and warm.
 
@@ -238,6 +239,8 @@ class Client:
                 differently, and results say which one computed them. ``final``: the last
                 one, and nothing takes over, so equal requests have equal bits
                 throughout. None: as the server is set, by default ``first``.
+            progress: Called with a `StageProgress` on the way; True draws a line on a
+                terminal.
 
         Returns:
             The session.
@@ -266,7 +269,10 @@ class Client:
             validate_only=validate_only,
             plan=plan,
         )
-        return Session(self._connection, self._connection.run(call))
+        with opening(progress) as observe:
+            return Session(
+                self._connection, self._connection.run(call.observed(observe))
+            )
 
     def session_for(
         self,
@@ -279,6 +285,7 @@ class Client:
         dtype: Any = None,
         mode: Mode | str | None = None,
         check: bool = True,
+        progress: ObserveOpening | bool = False,
         **options: Any,
     ) -> Session:
         """Bring a module, a loss and data into a session, in one call.
@@ -308,6 +315,8 @@ class Client:
             mode: Whose statistics BatchNorm uses; see `curvd.export`.
             check: Whether to prove that what is exported has the module's and the
                 loss's values and gradients; see `curvd.export`.
+            progress: Called with a `StageProgress` on the way; True draws a line on a
+                terminal.
             **options: As for `create_session`; ``operators`` is None unless it is given.
 
         Returns:
@@ -323,29 +332,37 @@ class Client:
             >>> (session.fisher() @ torch.ones(15)).shape
             torch.Size([15])
         """
-        ready = prepare(
-            unwrapped(module),
-            loss,
-            data,
-            output,
-            mode,
-            batch_size=batch_size,
-            check=check,
-        )
-        dataset = self.register_dataset(
-            ready.data,
-            inputs=ready.model.inputs,
-            target=ready.target,
-            batch_size=ready.batch_size,
-        )
-        return self.create_session(
-            self.register_model(ready.model),
-            dataset,
-            loss=ready.loss,
-            dtype=ready.dtype if dtype is None else dtype,
-            mode=ready.model.mode,
-            **{"operators": None, **options},
-        )
+        with opening(progress) as observe:
+            stages = ClientStages(observe)
+            stages.exporting()
+            ready = prepare(
+                unwrapped(module),
+                loss,
+                data,
+                output,
+                mode,
+                batch_size=batch_size,
+                check=check,
+            )
+            dataset = self.register_dataset(
+                ready.data,
+                inputs=ready.model.inputs,
+                target=ready.target,
+                batch_size=ready.batch_size,
+                progress=stages.registering("dataset"),
+            )
+            model = self.register_model(
+                ready.model, progress=stages.registering("model")
+            )
+            return self.create_session(
+                model,
+                dataset,
+                loss=ready.loss,
+                dtype=ready.dtype if dtype is None else dtype,
+                mode=ready.model.mode,
+                progress=observe or False,
+                **{"operators": None, **options},
+            )
 
     def session(self, session_id: str) -> Session:
         """Find a session that exists.

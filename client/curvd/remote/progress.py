@@ -1,13 +1,14 @@
-"""Progress of uploads and queries; needs the extra ``curvd[progress]``."""
+"""Progress of uploads, openings and queries; bars need the extra ``curvd[progress]``."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 
-from curvd._calls import Progress
-from curvd.contract import QueryProgress
+from curvd._calls import ObserveOpening, Progress
+from curvd.contract import QueryProgress, Stage, StageProgress
 from curvd.errors import missing
 
 
@@ -69,9 +70,97 @@ def watched(
     if not isinstance(progress, bool):
         yield progress
         return
-    if not progress or not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+    if not progress or not _is_seen():
         yield lambda progress: None
         return
+    with _line_of(what) as draw:
+        yield lambda p: draw(_line(what, p), p.products, p.total, p.left_s)
+
+
+@contextlib.contextmanager
+def opening(progress: ObserveOpening | bool) -> Iterator[ObserveOpening | None]:
+    """Show how far the opening of a session is.
+
+    Args:
+        progress: A callback to pass on, or whether to draw a line on stderr; none is
+            drawn where stderr is no terminal.
+
+    Yields:
+        The callback; None if nobody looks.
+
+    Raises:
+        ModuleNotFoundError: If a line is to be drawn and rich is not installed.
+    """
+    if not isinstance(progress, bool):
+        yield progress
+        return
+    if not progress or not _is_seen():
+        yield None
+        return
+    with _line_of("opening") as draw:
+        yield lambda p: draw(str(p), p.done, p.total, p.left_s)
+
+
+class ClientStages:
+    """The stages of an opening that the client does, told as the server tells its own.
+
+    Args:
+        observe: Is told; None: nobody is.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        observe: ObserveOpening | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._observe, self._clock = observe, clock
+
+    def exporting(self) -> None:
+        """Say that the module is being exported."""
+        if self._observe is not None:
+            self._observe(StageProgress(stage=Stage.EXPORTING))
+
+    def registering(self, what: str) -> Progress | bool:
+        """Say that something is being registered.
+
+        Args:
+            what: What.
+
+        Returns:
+            ``progress=`` of the upload.
+        """
+        observe, began_s = self._observe, self._clock()
+        if observe is None:
+            return False
+
+        def told(done: int, total: int | None) -> None:
+            observe(
+                StageProgress(
+                    stage=Stage.REGISTERING,
+                    detail=what,
+                    done=done,
+                    total=total,
+                    elapsed_s=self._clock() - began_s,
+                )
+            )
+
+        told(0, None)
+        return told
+
+
+_Draw = Callable[[str, int, int | None, float | None], None]
+"""Takes what is written, how much is done, the total, and the seconds left at most."""
+
+
+def _is_seen() -> bool:
+    """Tell whether somebody would see a line."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+@contextlib.contextmanager
+def _line_of(what: str) -> Iterator[_Draw]:
+    """Draw a line on stderr, with a bar in it."""
     try:
         from rich import console
         from rich import progress as bars
@@ -86,18 +175,17 @@ def watched(
     )
     with bars.Progress(*columns, console=console.Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None, left="")
-        yield lambda p: bar.update(
-            task,
-            description=_line(what, p),
-            completed=p.products,
-            total=p.total,
-            left=_left(p),
-        )
+
+        def draw(line: str, done: int, total: int | None, left_s: float | None) -> None:
+            bar.update(task, description=line, completed=done, left=_left(left_s))
+            # As `update` takes it, None would leave the total of the stage before.
+            bar.tasks[0].total = total
+
+        yield draw
 
 
-def _left(progress: QueryProgress) -> str:
+def _left(seconds: float | None) -> str:
     """Say how long it will take at most; it ends before if it is good enough."""
-    seconds = progress.left_s
     if seconds is None:
         return ""
     minutes, rest = divmod(round(seconds), 60)

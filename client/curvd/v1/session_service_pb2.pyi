@@ -15,9 +15,41 @@ class SessionState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SESSION_STATE_UNSPECIFIED: _ClassVar[SessionState]
     SESSION_STATE_READY: _ClassVar[SessionState]
     SESSION_STATE_COLD: _ClassVar[SessionState]
+
+class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STAGE_UNSPECIFIED: _ClassVar[Stage]
+    STAGE_WAITING: _ClassVar[Stage]
+    STAGE_CHECKING: _ClassVar[Stage]
+    STAGE_VERIFYING: _ClassVar[Stage]
+    STAGE_TUNING: _ClassVar[Stage]
+    STAGE_WARMING: _ClassVar[Stage]
+    STAGE_COMPILING: _ClassVar[Stage]
+    STAGE_MULTIPLYING: _ClassVar[Stage]
+
+class Work(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WORK_UNSPECIFIED: _ClassVar[Work]
+    WORK_OPENING: _ClassVar[Work]
+    WORK_BUILDING: _ClassVar[Work]
+    WORK_IMPROVING: _ClassVar[Work]
+    WORK_QUERY: _ClassVar[Work]
 SESSION_STATE_UNSPECIFIED: SessionState
 SESSION_STATE_READY: SessionState
 SESSION_STATE_COLD: SessionState
+STAGE_UNSPECIFIED: Stage
+STAGE_WAITING: Stage
+STAGE_CHECKING: Stage
+STAGE_VERIFYING: Stage
+STAGE_TUNING: Stage
+STAGE_WARMING: Stage
+STAGE_COMPILING: Stage
+STAGE_MULTIPLYING: Stage
+WORK_UNSPECIFIED: Work
+WORK_OPENING: Work
+WORK_BUILDING: Work
+WORK_IMPROVING: Work
+WORK_QUERY: Work
 
 class Upload(_message.Message):
     __slots__ = ("digest", "total_bytes", "offset")
@@ -217,6 +249,50 @@ class CreateSessionResponse(_message.Message):
     session: Session
     def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
+class StageProgress(_message.Message):
+    __slots__ = ("stage", "detail", "done", "total", "elapsed_s")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
+    stage: Stage
+    detail: str
+    done: int
+    total: int
+    elapsed_s: float
+    def __init__(self, stage: _Optional[_Union[Stage, str]] = ..., detail: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., elapsed_s: _Optional[float] = ...) -> None: ...
+
+class Activity(_message.Message):
+    __slots__ = ("work", "session_id", "session_name", "subject", "progress", "elapsed_s")
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_NAME_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
+    work: Work
+    session_id: str
+    session_name: str
+    subject: str
+    progress: StageProgress
+    elapsed_s: float
+    def __init__(self, work: _Optional[_Union[Work, str]] = ..., session_id: _Optional[str] = ..., session_name: _Optional[str] = ..., subject: _Optional[str] = ..., progress: _Optional[_Union[StageProgress, _Mapping]] = ..., elapsed_s: _Optional[float] = ...) -> None: ...
+
+class OpenSessionRequest(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: CreateSessionRequest
+    def __init__(self, session: _Optional[_Union[CreateSessionRequest, _Mapping]] = ...) -> None: ...
+
+class OpenSessionResponse(_message.Message):
+    __slots__ = ("progress", "session")
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    progress: StageProgress
+    session: Session
+    def __init__(self, progress: _Optional[_Union[StageProgress, _Mapping]] = ..., session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
+
 class GetSessionRequest(_message.Message):
     __slots__ = ("session_id",)
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -340,7 +416,7 @@ class Device(_message.Message):
     def __init__(self, name: _Optional[str] = ..., description: _Optional[str] = ..., total_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "torch_version", "limits", "devices", "builders", "capabilities", "datasets")
+    __slots__ = ("version", "torch_version", "limits", "devices", "builders", "capabilities", "datasets", "activities")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
@@ -348,6 +424,7 @@ class GetServerInfoResponse(_message.Message):
     BUILDERS_FIELD_NUMBER: _ClassVar[int]
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     DATASETS_FIELD_NUMBER: _ClassVar[int]
+    ACTIVITIES_FIELD_NUMBER: _ClassVar[int]
     version: str
     torch_version: str
     limits: Limits
@@ -355,4 +432,5 @@ class GetServerInfoResponse(_message.Message):
     builders: _containers.RepeatedScalarFieldContainer[str]
     capabilities: _containers.RepeatedScalarFieldContainer[str]
     datasets: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[str] = ..., torch_version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., builders: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., datasets: _Optional[_Iterable[str]] = ...) -> None: ...
+    activities: _containers.RepeatedCompositeFieldContainer[Activity]
+    def __init__(self, version: _Optional[str] = ..., torch_version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., builders: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., datasets: _Optional[_Iterable[str]] = ..., activities: _Optional[_Iterable[_Union[Activity, _Mapping]]] = ...) -> None: ...

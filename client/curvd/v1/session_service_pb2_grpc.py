@@ -55,6 +55,11 @@ class SessionServiceStub(object):
                 request_serializer=curvd_dot_v1_dot_session__service__pb2.CreateSessionRequest.SerializeToString,
                 response_deserializer=curvd_dot_v1_dot_session__service__pb2.CreateSessionResponse.FromString,
                 _registered_method=True)
+        self.OpenSession = channel.unary_stream(
+                '/curvd.v1.SessionService/OpenSession',
+                request_serializer=curvd_dot_v1_dot_session__service__pb2.OpenSessionRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_session__service__pb2.OpenSessionResponse.FromString,
+                _registered_method=True)
         self.GetSession = channel.unary_unary(
                 '/curvd.v1.SessionService/GetSession',
                 request_serializer=curvd_dot_v1_dot_session__service__pb2.GetSessionRequest.SerializeToString,
@@ -113,6 +118,14 @@ class SessionServiceServicer(object):
     def CreateSession(self, request, context):
         """Brings a model, a dataset and a loss together on a device, verifies the Hessian
         and the requested operators, and warms them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenSession(self, request, context):
+        """The same, and says on the way how far it is: progress as often as it changes, but
+        not more than twenty times a second beside new stages, and then the session, last.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -177,6 +190,11 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.CreateSession,
                     request_deserializer=curvd_dot_v1_dot_session__service__pb2.CreateSessionRequest.FromString,
                     response_serializer=curvd_dot_v1_dot_session__service__pb2.CreateSessionResponse.SerializeToString,
+            ),
+            'OpenSession': grpc.unary_stream_rpc_method_handler(
+                    servicer.OpenSession,
+                    request_deserializer=curvd_dot_v1_dot_session__service__pb2.OpenSessionRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_session__service__pb2.OpenSessionResponse.SerializeToString,
             ),
             'GetSession': grpc.unary_unary_rpc_method_handler(
                     servicer.GetSession,
@@ -296,6 +314,33 @@ class SessionService(object):
             '/curvd.v1.SessionService/CreateSession',
             curvd_dot_v1_dot_session__service__pb2.CreateSessionRequest.SerializeToString,
             curvd_dot_v1_dot_session__service__pb2.CreateSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/curvd.v1.SessionService/OpenSession',
+            curvd_dot_v1_dot_session__service__pb2.OpenSessionRequest.SerializeToString,
+            curvd_dot_v1_dot_session__service__pb2.OpenSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

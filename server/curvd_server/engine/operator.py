@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvd.contract import OperatorSpec, PlanReport, Tier
+from curvd.contract import OperatorSpec, PlanReport, Stage, Tier
 from curvd.errors import InvalidVector, OutOfMemory
 from curvd.tensors import Pool
 from curvd_server.engine.batch_product import BatchProduct, DoesNotFit
@@ -46,7 +46,7 @@ from curvd_server.engine.verification import (
     check_objective,
     check_repeatable,
 )
-from curvd_server.system import yield_point
+from curvd_server.system import advance, enter_stage, yield_point
 
 __all__ = ["TUNING_S", "Counters", "Operator", "build", "improve"]
 
@@ -312,9 +312,12 @@ class Operator:
 
     def warm(self, *, cancelled: Callable[[], bool] = never) -> None:
         """Linearise the mini-batches that fit the budget, and time a product."""
-        for index in self._cache.indices():
+        indices = self._cache.indices()
+        enter_stage(Stage.WARMING, total=len(indices))
+        for index in indices:
             check_cancelled(cancelled)
             self._cache.get(index)
+            advance()
         check_cancelled(cancelled)
         column = torch.ones(
             1, self.problem.layout.size, dtype=self.problem.result_dtype

@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from curvd.contract import OperatorSpec
+from curvd.contract import OperatorSpec, Work
 from curvd.errors import Cancelled
 from curvd_server.device import LONG_S, Batcher, Counted, Operator, Ticket
 from curvd_server.linalg import Products, Progress, Query
 from curvd_server.sessions import Lease
-from curvd_server.system import Poll
+from curvd_server.system import Ongoing, Poll
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -71,6 +71,8 @@ class QueryRun:
         self._ticket: Ticket[Any] | None = None
         self.subject: Counted = _Nothing()
         """What the query is about; set before it is driven."""
+        self.ongoing = Ongoing(Work.QUERY)
+        """Tells how far it is; likewise."""
 
     @property
     def cost(self) -> Cost:
@@ -107,6 +109,7 @@ class QueryRun:
                 await asyncio.wait([step])
                 step.exception()
                 raise
+            self.ongoing.advance(self.subject.done)
             if result:
                 return result[0]
             if progress is not None:

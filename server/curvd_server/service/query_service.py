@@ -21,8 +21,11 @@ from curvd.contract import (
     SketchOptions,
     SolveOptions,
     Solver,
+    Stage,
     Which,
+    Work,
     convert_enums,
+    most_products,
     query_messages,
 )
 from curvd.v1 import query_service_pb2 as query_pb
@@ -51,6 +54,7 @@ from curvd_server.service.query_run import QueryRun, subject_of
 from curvd_server.service.streams import Send, opened
 from curvd_server.service.warm_starts import WarmStarts
 from curvd_server.sessions import SessionStore
+from curvd_server.system import Ongoing
 
 _QUERIES_AT_ONCE = 32
 """Threads that algorithms run in; they wait for the device most of the time."""
@@ -256,7 +260,16 @@ class QueryService:
                 time_limit_s=options.time_limit_s,
             )
             run.subject = subject_of(run, lease, spec, options.max_products)
-            with contextlib.ExitStack() as stack:
+            info = lease.info
+            run.ongoing = Ongoing(
+                Work.QUERY,
+                name,
+                session=lambda: (info.id, info.name),
+                activities=self._sessions.activities,
+            )
+            most = most_products(name, options, info.data_points)
+            run.ongoing.enter(Stage.MULTIPLYING, total=most)
+            with run.ongoing, contextlib.ExitStack() as stack:
                 call = QueryCall(
                     name, lease, spec, run, self._batcher, self._limits, stack, send
                 )

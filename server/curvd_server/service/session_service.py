@@ -20,13 +20,14 @@ from curvd.contract import (
     SessionInfo,
     check_patterns,
     convert,
+    convert_activities,
     convert_enums,
 )
 from curvd.errors import CurvdError, DatasetNotFound, InvalidSpec
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.service import uploads
-from curvd_server.service.streams import opened
+from curvd_server.service.streams import Send, opened
 from curvd_server.sessions import NewSession, SessionStore, Update
 from curvd_server.storage import (
     Architecture,
@@ -42,6 +43,8 @@ T = TypeVar("T")
 _PAGE, _LARGEST_PAGE = 100, 1000
 _PAGE_BYTES = 2 << 20
 """A page that would be larger ends sooner, so that it fits into a message."""
+_REPORT_S = 0.05
+"""Between two reports of how far an opening is."""
 
 
 class SessionService:
@@ -158,26 +161,37 @@ class SessionService:
         self, request: session_pb.CreateSessionRequest
     ) -> session_pb.CreateSessionResponse:
         """Bring a model, a dataset and a loss together."""
-        budget = request.budget_bytes if request.HasField("budget_bytes") else None
-        new = NewSession(
-            model_id=request.model_id,
-            dataset_id=request.dataset_id,
-            loss=convert.loss_from_proto(request.loss),
-            dtype=convert_enums.dtype_from_proto(request.dtype),
-            mode=convert_enums.mode_from_proto(request.mode),
-            operators=tuple(map(convert.operator_from_proto, request.operators)),
-            params=check_patterns(request.params),
-            build_later=request.build_later,
-            plan=convert_enums.tier_from_proto(request.plan) if request.plan else None,
-            budget_bytes=budget,
-            lease_s=_lease_s(request),
-            name=request.name,
-            request_id=request.request_id,
-            fingerprint=_fingerprint(request),
-        )
+        new = _new_session(request)
         info = await self._sessions.create(new, validate_only=request.validate_only)
         structlog.contextvars.bind_contextvars(session=info.id)
         return session_pb.CreateSessionResponse(session=_shown(info))
+
+    async def open_session(
+        self, request: session_pb.OpenSessionRequest, send: Send
+    ) -> None:
+        """Do the same, and say on the way how far it is."""
+        new = _new_session(request.session)
+        opening = self._sessions.opening(new)
+        making = asyncio.ensure_future(
+            self._sessions.create(
+                new, validate_only=request.session.validate_only, opening=opening
+            )
+        )
+        try:
+            while not making.done():
+                await asyncio.wait([making], timeout=_REPORT_S)
+                for progress in opening.news():
+                    message = convert_activities.progress_to_proto(progress)
+                    await send(session_pb.OpenSessionResponse(progress=message))
+        finally:
+            # Who has left, or does not read, ends it as he ends CreateSession.
+            making.cancel()
+            await asyncio.wait([making])
+            if not making.cancelled():
+                making.exception()  # so that asyncio does not miss that anyone looked
+        info = making.result()
+        structlog.contextvars.bind_contextvars(session=info.id)
+        await send(session_pb.OpenSessionResponse(session=_shown(info)))
 
     async def get_session(
         self, request: session_pb.GetSessionRequest
@@ -282,6 +296,27 @@ def _shown(info: SessionInfo) -> session_pb.Session:
     message = convert.session_to_proto(info)
     message.loss.ClearField("graph")
     return message
+
+
+def _new_session(request: session_pb.CreateSessionRequest) -> NewSession:
+    """Read what a session is to be."""
+    budget = request.budget_bytes if request.HasField("budget_bytes") else None
+    return NewSession(
+        model_id=request.model_id,
+        dataset_id=request.dataset_id,
+        loss=convert.loss_from_proto(request.loss),
+        dtype=convert_enums.dtype_from_proto(request.dtype),
+        mode=convert_enums.mode_from_proto(request.mode),
+        operators=tuple(map(convert.operator_from_proto, request.operators)),
+        params=check_patterns(request.params),
+        build_later=request.build_later,
+        plan=convert_enums.tier_from_proto(request.plan) if request.plan else None,
+        budget_bytes=budget,
+        lease_s=_lease_s(request),
+        name=request.name,
+        request_id=request.request_id,
+        fingerprint=_fingerprint(request),
+    )
 
 
 def _lease_s(request: Any) -> float | None:

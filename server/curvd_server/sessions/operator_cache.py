@@ -10,14 +10,21 @@ changes something.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from curvd.contract import OperatorSpec, PlanReport, Tier
+from curvd.contract import OperatorSpec, PlanReport, Tier, Work
 from curvd.errors import CurvdError
 from curvd_server.device import Array, Batcher, Done, Operator, Problem, Ticket
-from curvd_server.system import Poll, logger, look_at_all, none_while_building
+from curvd_server.system import (
+    Ongoing,
+    Poll,
+    logger,
+    look_at_all,
+    none_while_building,
+)
 
 T = TypeVar("T")
 
@@ -45,6 +52,7 @@ class OperatorCache:
         budget_bytes: Memory for cached linearisations, of all operators together.
         operators: How many are kept built.
         plan: Which tier the first answer of an operator waits for.
+        begin: Makes what tells how far long work on a subject is.
     """
 
     def __init__(
@@ -54,9 +62,10 @@ class OperatorCache:
         budget_bytes: int,
         operators: int,
         plan: Tier = Tier.FIRST,
+        begin: Callable[[Work, str], Ongoing] = Ongoing,
     ) -> None:
         self._batcher, self._budget_bytes = batcher, budget_bytes
-        self._capacity, self._plan = operators, plan
+        self._capacity, self._plan, self._begin = operators, plan, begin
         self._improving: dict[OperatorSpec, asyncio.Task[None]] = {}
         self.problem: Problem | None = None
         # The longest unused first.
@@ -98,11 +107,14 @@ class OperatorCache:
         assert problem is not None
         await self._run(lambda cancelled: problem.check(cancelled=cancelled))
 
-    async def acquire(self, spec: OperatorSpec) -> CachedOperator:
+    async def acquire(
+        self, spec: OperatorSpec, opening: Ongoing | None = None
+    ) -> CachedOperator:
         """Find or build an operator, and keep it until `release`.
 
         Args:
             spec: Which; its scale and damping do not matter, see `unscaled`.
+            opening: What it is built for; None: a call that waits.
 
         Returns:
             The operator.
@@ -111,9 +123,14 @@ class OperatorCache:
         built = self._built.pop(spec, None)
         if built is None:
             assert self.problem is not None
-            nbytes = self._verified_bytes(spec)
-            building = self._staying(self._building(spec))
-            built = CachedOperator(await self._run(building, nbytes))
+            with (
+                self._begin(Work.BUILDING, str(spec.kind))
+                if opening is None
+                else contextlib.nullcontext(opening)
+            ) as ongoing:
+                building = _heard(ongoing, self._staying(self._building(spec)))
+                nbytes = self._verified_bytes(spec)
+                built = CachedOperator(await self._run(building, nbytes))
             oldest = list(self._built)[: len(self._built) + 1 - self._capacity]
             self._stop_improving(oldest)
             self._retire(oldest)
@@ -214,17 +231,22 @@ class OperatorCache:
             now = self._built.get(spec)
             return now is not None and now.operator.spent_s >= REPAID_S
 
+        ongoing = self._begin(Work.IMPROVING, str(spec.kind))
         ticket = self._batcher.run_when_idle(
-            self._staying(improve),
+            _heard(ongoing, self._staying(improve)),
             due=is_due,
             lane=self._lane,
             room_bytes=self._verified_bytes(spec),
         )
-        task = asyncio.ensure_future(self._take_over(spec, problem, ticket))
+        task = asyncio.ensure_future(self._take_over(spec, problem, ticket, ongoing))
         self._improving[spec] = task
 
     async def _take_over(
-        self, spec: OperatorSpec, problem: Problem, ticket: Ticket[Operator]
+        self,
+        spec: OperatorSpec,
+        problem: Problem,
+        ticket: Ticket[Operator],
+        ongoing: Ongoing,
     ) -> None:
         """Put the last tier into the place of the first one, once it is there.
 
@@ -232,9 +254,11 @@ class OperatorCache:
             spec: Which operator.
             problem: The version at which it is prepared; there may be a later one since.
             ticket: The last tier, to come.
+            ongoing: Tells how far it is.
         """
         try:
-            done = await asyncio.wrap_future(ticket)
+            with ongoing:
+                done = await asyncio.wrap_future(ticket)
         except CurvdError as error:  # the first tier goes on
             logger().warning("no last tier", operator=str(spec.kind), error=str(error))
             return
@@ -296,6 +320,16 @@ class OperatorCache:
         """Do long work on the device, in turns with others."""
         ticket = self._batcher.run_in_turns(job, lane=id(self), room_bytes=nbytes)
         return (await asyncio.wrap_future(ticket)).value
+
+
+def _heard(ongoing: Ongoing, job: Callable[[Poll], T]) -> Callable[[Poll], T]:
+    """Have long work tell how far it is."""
+
+    def heard(cancelled: Poll) -> T:
+        with ongoing.here():
+            return job(cancelled)
+
+    return heard
 
 
 def unscaled(spec: OperatorSpec) -> OperatorSpec:

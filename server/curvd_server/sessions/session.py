@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from curvd.contract import (
@@ -18,7 +18,9 @@ from curvd.contract import (
     SerializedGraph,
     SessionInfo,
     SessionState,
+    Stage,
     Tier,
+    Work,
 )
 from curvd.errors import Cancelled, CurvdError, VersionMismatch
 from curvd_server.config import LimitsConfig
@@ -35,12 +37,14 @@ from curvd_server.storage import (
     check_representable,
     check_state,
 )
-from curvd_server.system import HostMemory
+from curvd_server.system import Activities, HostMemory, Ongoing
 
 T = TypeVar("T")
 
 _PATIENCE_S = 5.0
 """How long the end of a session waits for calls that were cancelled."""
+_CHECKS = 3
+"""Graphs are tried, all is brought onto the device, and the gradient is that of the loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,8 @@ class SessionDependencies:
     """Seconds that nobody can set, for leases."""
     plan: Tier = Tier.FIRST
     """Which tier first answers wait for, in sessions that do not say."""
+    activities: Activities = field(default_factory=Activities)
+    """What takes long and goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +118,7 @@ class Session:
             budget_bytes=stored.info.budget_bytes,
             operators=dependencies.limits.operators,
             plan=stored.info.plan,
+            begin=self.begin,
         )
         self.vectors = Vectors(
             stored.info.id, dependencies.limits.stored_bytes, dependencies.memory
@@ -173,10 +180,37 @@ class Session:
             ),
         )
 
-    async def warm(self) -> Problem:
-        """Bring it onto the device, unless it is there."""
+    def begin(self, work: Work, subject: str = "") -> Ongoing:
+        """Make what tells how far long work for it is.
+
+        Args:
+            work: Why it takes long.
+            subject: The kind of the operator, or the name of the query.
+
+        Returns:
+            A context in which the work is listed.
+        """
+        return Ongoing(
+            work,
+            subject,
+            session=lambda: (self.id, self.stored.info.name),
+            activities=self._dependencies.activities,
+        )
+
+    async def warm(self, opening: Ongoing | None = None) -> Problem:
+        """Bring it onto the device, unless it is there.
+
+        Args:
+            opening: Tells how far that is; None: it is listed by itself.
+        """
         if self.operator_cache.problem is not None:
             return self.operator_cache.problem
+        if opening is None:
+            with self.begin(Work.OPENING) as opening:
+                return await self._warm(opening)
+        return await self._warm(opening)
+
+    async def _warm(self, opening: Ongoing) -> Problem:
         stored, dependencies = self.stored, self._dependencies
 
         info = stored.info
@@ -203,9 +237,13 @@ class Session:
             rows = min(dataset.info.spec.batch_size, dataset.info.data_points)
             return model.info.spec.graph, rows, load
 
+        opening.enter(Stage.CHECKING, total=_CHECKS)
         graph, rows, load = await asyncio.to_thread(prepare)
         await dependencies.device.try_graphs(graph, info.loss.graph, rows=rows)
-        return await self.operator_cache.load(load)
+        opening.advance()
+        problem = await self.operator_cache.load(load)
+        opening.advance()
+        return problem
 
     @contextlib.asynccontextmanager
     async def lease(

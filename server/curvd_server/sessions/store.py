@@ -17,6 +17,7 @@ from curvd.contract import (
     SessionInfo,
     SessionState,
     Tier,
+    Work,
 )
 from curvd.errors import CurvdError, LimitExceeded, SessionNotFound
 from curvd_server.sessions.parameters import state_of
@@ -29,7 +30,7 @@ from curvd_server.sessions.session import (
 )
 from curvd_server.sessions.stored_vectors import check_same
 from curvd_server.storage import StoredSession, StoredVersion
-from curvd_server.system import logger
+from curvd_server.system import Activities, Ongoing, logger
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,14 +135,37 @@ class SessionStore:
             operators=sum(len(s.operator_cache.reports) for s in sessions),
         )
 
+    @property
+    def activities(self) -> Activities:
+        """What takes long and goes on."""
+        return self._dependencies.activities
+
+    def opening(self, new: NewSession) -> Ongoing:
+        """Make what tells how far the making of a session is, for `create`.
+
+        Args:
+            new: What the session is to be.
+
+        Returns:
+            What has not begun yet.
+        """
+        return Ongoing(
+            Work.OPENING, session=lambda: ("", new.name), activities=self.activities
+        )
+
     async def create(
-        self, new: NewSession, *, validate_only: bool = False
+        self,
+        new: NewSession,
+        *,
+        validate_only: bool = False,
+        opening: Ongoing | None = None,
     ) -> SessionInfo:
         """Bring a model, a dataset and a loss together, verified and warm.
 
         Args:
             new: What the session is to be.
             validate_only: Check and predict; keep nothing.
+            opening: Tells how far that is; None: it is only listed.
 
         Returns:
             The session. The same request id answers with the session it made.
@@ -153,6 +177,7 @@ class SessionStore:
             LimitExceeded: If there are too many sessions.
         """
         key = new.request_id or secrets.token_hex(16)
+        opening = opening or self.opening(new)
         async with self._making.setdefault(key, asyncio.Lock()):
             made = self._made_by(new)
             if made is not None:
@@ -160,7 +185,8 @@ class SessionStore:
             self._check_room()
             self._being_made += 1
             try:
-                return await self._create(new, validate_only)
+                with opening:
+                    return await self._create(new, validate_only, opening)
             finally:
                 self._being_made -= 1
 
@@ -301,17 +327,20 @@ class SessionStore:
             if session_id in self._sessions:
                 self._sessions[session_id].remaining.noted(seconds)
 
-    async def _create(self, new: NewSession, validate_only: bool) -> SessionInfo:
+    async def _create(
+        self, new: NewSession, validate_only: bool, opening: Ongoing
+    ) -> SessionInfo:
         stored = await asyncio.to_thread(self._described, new)
         session = Session(self._dependencies, stored)
         try:
-            problem = await session.warm()
+            problem = await session.warm(opening)
             usual = () if new.build_later else (OperatorSpec(),)
             if not (new.operators or usual):
                 await session.operator_cache.check()
+                opening.advance()
             for spec in new.operators or usual:
                 session.operator_cache.release(
-                    await session.operator_cache.acquire(spec)
+                    await session.operator_cache.acquire(spec, opening)
                 )
             info = replace(
                 stored.info,

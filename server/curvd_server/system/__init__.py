@@ -1,10 +1,17 @@
-"""What the process has of its machine: memory, disk errors, logs, and turns between threads.
+"""What the process has of its machine, and what goes on in it.
 
-At the bottom of the server: imports nothing of it, and knows neither torch nor grpc.
+Memory, disk errors, logs, turns between threads, and how far long work is. At the bottom
+of the server: imports nothing of it, and knows neither torch nor grpc.
 """
 
 from __future__ import annotations
 
+from curvd_server.system.activities import (
+    Activities,
+    Ongoing,
+    advance,
+    enter_stage,
+)
 from curvd_server.system.cooperative import LongWork, Poll, Threads, alone, yield_point
 from curvd_server.system.cores import usable_cores
 from curvd_server.system.faults import FREE_SOME, is_out_of_memory, told
@@ -25,12 +32,16 @@ __all__ = [
     "RESULTS",
     "SNAPSHOTS",
     "VECTORS",
+    "Activities",
     "HostMemory",
     "LongWork",
+    "Ongoing",
     "Poll",
     "Threads",
+    "advance",
     "alone",
     "default_bytes",
+    "enter_stage",
     "is_out_of_memory",
     "logger",
     "look_at_all",

@@ -34,7 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from curvd_server.system import logger, told
+from curvd.contract import Stage, Work
+from curvd_server.system import Activities, Ongoing, logger, told
 
 WORTH = 0.97
 """Native code must need less than this share of the program's time."""
@@ -86,15 +87,19 @@ class Compiler:
     Args:
         folder: Where code is kept; made if it is not there.
         after_s: Seconds that an operator must have computed before it is compiled.
+        activities: Where the making is listed; None: nowhere.
     """
 
-    def __init__(self, folder: Path, after_s: float) -> None:
+    def __init__(
+        self, folder: Path, after_s: float, activities: Activities | None = None
+    ) -> None:
         with told():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for left in folder.iterdir():  # by a server that was killed
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
         self.after_s = after_s
+        self._activities = activities
         self._folder = folder
         self._thread = ThreadPoolExecutor(1, "curvd-compiler")
         self._asked: weakref.WeakSet[fx.GraphModule] = weakref.WeakSet()
@@ -139,7 +144,12 @@ class Compiler:
         try:
             if not _is_sound(package):
                 start = time.monotonic()
-                self._make(text, package)
+                work = Ongoing(
+                    Work.IMPROVING, "native code", activities=self._activities
+                )
+                with work:
+                    work.enter(Stage.COMPILING)
+                    self._make(text, package)
                 seconds = round(time.monotonic() - start, 1)
                 log.info("compiled", package=package.name, seconds=seconds)
             if self._closed.is_set():

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvd.contract import OperatorSpec
+from curvd.contract import OperatorSpec, Stage
 from curvd_server.engine.objective import (
     Problem,
     add_rows,
@@ -31,7 +31,7 @@ from curvd_server.engine.operators import (
     cached_bytes,
 )
 from curvd_server.engine.program import Interruptible
-from curvd_server.system import logger, yield_point
+from curvd_server.system import advance, enter_stage, logger, yield_point
 
 WORTH = 0.9
 """A candidate must need less than this share of the best simpler one's time.
@@ -111,6 +111,8 @@ def ranked(
     """
     if known is not None:
         yield known
+    # Mini-batches are joined in two numbers at most, by sixteen and by four.
+    enter_stage(Stage.TUNING, total=len(MODES) + 2 + len(_WIDTHS))
     timed: dict[Plan, float] = {}
     _race(timer, [Plan(mode) for mode in MODES], timed, cancelled)
     modes = list(timed)
@@ -156,6 +158,7 @@ def _race(
         check_cancelled(cancelled)
         if timed and timer.is_over():
             return
+        advance(len(timed), detail=_name(plan))
         seconds = timer.seconds_per_column(plan)
         if seconds is not None:
             timed[plan] = min(seconds, timed.get(plan, seconds))

@@ -24,7 +24,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from curvd.contract import OperatorSpec
+from curvd.contract import OperatorSpec, Stage
 from curvd.errors import InvalidSpec, OutOfMemory
 from curvd_server.engine.objective import Batch, Problem, distance, norm, on_host
 from curvd_server.engine.operators import MODES, Linearisation, block_ranges
@@ -35,7 +35,7 @@ from curvd_server.engine.verification.finite_differences import (
     filled,
     scale_of,
 )
-from curvd_server.system import is_out_of_memory, yield_point
+from curvd_server.system import advance, enter_stage, is_out_of_memory, yield_point
 
 STEPS = (1e-6, 1e-5, 1e-7, 1e-8, 1e-9, 1e-4)
 """Step widths relative to the parameters' scale, the usually best first."""
@@ -158,6 +158,8 @@ class Reference:
         return FiniteDifferences(self._problem, self._perturbation, self._directions[0])
 
     def _examine(self, mode: str, *, batched: bool) -> Evidence:
+        detail = f"{mode}, vectorised" if batched else mode
+        enter_stage(Stage.VERIFYING, detail, total=1 + len(STEPS))
         differences = self._differences()
         small = differences.problem
         linear = _linearised(mode, small, self._spec, small.data[0])
@@ -168,6 +170,7 @@ class Reference:
         ]
         first, symmetry = self._products(small, linear, batched=batched)
         del linear  # what it keeps belongs to the parameters before they move
+        advance()
         gaps = self._difference_gaps(differences, first)
         names = self._problem.layout.names
         wrong = [n for n, gap in zip(names, gaps, strict=True) if not gap <= TOLERANCE]
@@ -217,6 +220,7 @@ class Reference:
         for step in STEPS:
             gaps = _gaps(rows, self._quotient(differences, step))
             best = [min(b, g) for b, g in zip(best, gaps, strict=True)]
+            advance()
             if max(best) <= EXCELLENT:
                 break
         return best
@@ -280,12 +284,15 @@ def disagreements(
     ]
     names, blocks = problem.layout.names, block_ranges(spec, len(tangents))
     wrong: list[str] = []
-    for batch in _one_of_each_shape(problem):
+    batches = _one_of_each_shape(problem)
+    enter_stage(Stage.VERIFYING, f"{mode} beside {reference}", total=len(batches))
+    for batch in batches:
         ours, theirs = (_linearised(m, problem, spec, batch) for m in (mode, reference))
         gaps = _disagreement(
             ours, theirs, blocks, tangents, floor=tolerance, batched=batched
         )
         wrong += [n for n, gap in zip(names, gaps, strict=True) if not gap <= tolerance]
+        advance()
     return tuple(dict.fromkeys(wrong))
 
 
