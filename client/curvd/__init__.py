@@ -13,6 +13,7 @@ Each of these has a help of its own, such as ``help(curvd.Session)``:
     Session                          a model, data and a loss: gradients, operators, updates
     RemoteOperator                   a Hessian or one of its relatives: products and queries
     OperatorSum, Submatrix, Identity what H + G, H[rows, columns] and H - s * I are
+    Jacobian                         of losses or outputs: J @ v and J.T @ w
     export, export_loss              any nn.Module, any loss; ExportedModel
     watch, Watch, Reading            a training's curvature, without holding it up
     aio                              the same for asyncio: AsyncClient, AsyncSession,
@@ -118,6 +119,7 @@ from curvd.exported import ExportedModel, export, export_loss
 from curvd.remote import (
     Client,
     Identity,
+    Jacobian,
     OperatorSum,
     RemoteOperator,
     Session,
@@ -144,6 +146,7 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "Session",
     "RemoteOperator",
     "Identity",
+    "Jacobian",
     "OperatorSum",
     "Submatrix",
     "ClientConfig",

@@ -35,6 +35,7 @@ from curvd.contract import (
     DatasetInfo,
     Dtype,
     InputStyle,
+    JacobianOf,
     LossSpec,
     Mode,
     ModelInfo,
@@ -51,6 +52,7 @@ from curvd.parameters import unwrapped
 from curvd.remote import (
     Algebra,
     AsyncAsks,
+    AsyncJacobian,
     AsyncOperatorSum,
     AsyncSubmatrix,
     ClientStages,
@@ -292,6 +294,52 @@ class AsyncSession(DataPointQueries, AsyncAsks, SessionBase["AsyncOperator"]):
     ) -> AsyncOperator:
         """Make any operator; see `curvd.Session`."""
         return AsyncOperator(self._connection, self._info, spec, expected_version)
+
+    def loss_jacobian(
+        self,
+        *,
+        params: Sequence[str] | str | None = None,
+        expected_version: int | None = None,
+    ) -> AsyncJacobian:
+        """Name the Jacobian of losses; see `curvd.Session`.
+
+        Args:
+            params: Globs over names that choose the parameters that it is in, in this
+                order; None: all.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            [N, P]: row n is the gradient of data point n's own loss.
+        """
+        return AsyncJacobian(
+            session=self,
+            of=JacobianOf.LOSSES,
+            params=params,
+            expected_version=expected_version,
+        )
+
+    def output_jacobian(
+        self,
+        *,
+        params: Sequence[str] | str | None = None,
+        expected_version: int | None = None,
+    ) -> AsyncJacobian:
+        """Name the Jacobian of outputs; see `curvd.Session`.
+
+        Args:
+            params: Globs over names that choose the parameters that it is in, in this
+                order; None: all.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            [N C, P], the C numbers of a data point one after the other.
+        """
+        return AsyncJacobian(
+            session=self,
+            of=JacobianOf.OUTPUTS,
+            params=params,
+            expected_version=expected_version,
+        )
 
     async def gradient(
         self,

@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 import curvd
-from curvd.remote import AsyncOperatorSum, AsyncSubmatrix
+from curvd.remote import AsyncJacobian, AsyncOperatorSum, AsyncSubmatrix
 
 PAIRS = [
     (curvd.Client, curvd.AsyncClient),
@@ -13,9 +13,17 @@ PAIRS = [
     (curvd.RemoteOperator, curvd.AsyncOperator),
     (curvd.OperatorSum, AsyncOperatorSum),
     (curvd.Submatrix, AsyncSubmatrix),
+    (curvd.Jacobian, AsyncJacobian),
 ]
 ONLY_BLOCKING = {"to_scipy"}  # SciPy calls, and does not await
-IN_MEMORY = {"adjoint", "operator", "probe", *curvd.OperatorKind}
+IN_MEMORY = {
+    "adjoint",
+    "loss_jacobian",
+    "operator",
+    "output_jacobian",
+    "probe",
+    *curvd.OperatorKind,
+}
 
 
 def surface(kind):

@@ -26,6 +26,9 @@ def found(tanh_session):
         "Solution": G.solve(gradient, damping=0.1),
         "LogDeterminant": G.logdet(damping=1.0, probes=4),
         "GradientNorms": tanh_session.gradient_norms(),
+        "GradientGram": tanh_session.gradient_gram(),
+        "GradientSquares": tanh_session.gradient_squares(),
+        "JacobianProduct": tanh_session.jacobian_product(gradient),
         "Sketch": G.sketch("a sketch", rank=5),
     }
 
@@ -38,6 +41,9 @@ BEGINNINGS = {
     "Solution": r"^<Solution relative residual [\d.e+-]+; converged: ",
     "LogDeterminant": r"^<LogDeterminant -?[\d.e+-]+ ± [\d.e+-]+ \(95 %\); ",
     "Sketch": r"^<Sketch 'a sketch': 5 values, from [\d.e+-]+ to [\d.e+-]+; ",
+    "GradientGram": r"^<GradientGram 20 gradients, median cosine of two -?[\d.]+; ",
+    "GradientSquares": r"^<GradientSquares 43 sums of 20: [\d.e+-]+ to [\d.e+-]+; ",
+    "JacobianProduct": r"^<JacobianProduct \[20\] by \w+; ",
     "GradientNorms": r"^<GradientNorms 20 norms: .* median [\d.e+-]+; ",
 }
 

@@ -104,6 +104,7 @@ class Requests:
         message.query.session_id, message.query.max_products = self.session, 40
 
     _Trace = _Diagonal = _FrobeniusNorm = _GradientNorms = _query
+    _GradientGram = _GradientSquares = _query
 
     def _SpectralDensity(self, message):
         self._query(message)
@@ -120,6 +121,10 @@ class Requests:
     def _LogDet(self, message):
         self._query(message)
         message.damping = 1.0
+
+    def _JacobianProduct(self, message):
+        self._query(message.header)
+        return (memoryview(V),)
 
     def _Solve(self, message):
         header = query_pb.SolveHeader(damping=1.0)

@@ -7,10 +7,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from curvd._calls.query import QueryCall, Read
+from curvd._calls.query_answer import Answer
+from curvd._calls.tensor_stream import OWN_TYPE
 from curvd.contract import (
     OperatorSpec,
+    ParameterLayout,
     QueryOptions,
     SessionInfo,
+    StoredVector,
     convert,
     most_products,
     query_messages,
@@ -51,9 +55,27 @@ class Queries:
         scale, damping = self._spec.scale, self._spec.damping
         return tuple((value - damping) / scale for value in values if scale)
 
-    def operand(self, value: Any) -> Operand:
-        """Check an operand against the operator's layout and type."""
-        return operand(value, self.session.layout, self.session.dtype)
+    def operand(self, value: Any, layout: ParameterLayout | None = None) -> Operand:
+        """Check an operand against the operator's layout, or another, and type."""
+        return operand(value, layout or self.session.layout, self.session.dtype)
+
+    def stored(self, name: str, shape: tuple[int, ...], answer: Answer) -> StoredVector:
+        """Describe what an answer says to be stored.
+
+        Args:
+            name: Its name.
+            shape: [P] or [K, P].
+            answer: The answer.
+
+        Returns:
+            What stands for it.
+        """
+        return StoredVector(
+            name=name,
+            shape=shape,
+            dtype=OWN_TYPE[vector_dtype(self.session.dtype)],
+            version=answer.header.version,
+        )
 
     def call(
         self,

@@ -168,6 +168,15 @@ class Estimator(enum.StrEnum):
     """XTrace and XDiag."""
 
 
+class JacobianOf(enum.StrEnum):
+    """What a Jacobian is of; its rows belong to the data points."""
+
+    LOSSES = "losses"
+    """Of each data point's own loss, the sum of its terms: [N, P]."""
+    OUTPUTS = "outputs"
+    """Of the model's outputs, C numbers for each data point: [N C, P]."""
+
+
 class Solver(enum.StrEnum):
     """How a linear system is solved."""
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from curvd.contract.enums import Estimator, Solver, Which
+from curvd.contract.enums import Estimator, JacobianOf, Solver, Which
 from curvd.contract.infos import StoredVector
 from curvd.contract.query_spec import QueryOptions, QuerySpec
 from curvd.contract.settings import setting
@@ -258,13 +258,26 @@ class LogDetOptions(QueryOptions):
     seed: int = _seed("Of the probes.")
 
 
+def _data_points() -> Any:
+    return setting(
+        None, "Stop after so many data points; None: all.", least=1, most=2**62
+    )
+
+
+def _expected_version() -> Any:
+    return setting(
+        None,
+        "Refuse to compute at another parameter version.",
+        least=0,
+        most=2**63 - 1,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientNormsOptions(QueryOptions):
     """Which gradients of single data points have their norms computed."""
 
-    max_products: int | None = setting(
-        None, "Stop after so many data points; None: all.", least=1, most=2**62
-    )
+    max_products: int | None = _data_points()
     time_limit_s: float | None = setting(
         None,
         "Differentiate no more after so long; the result has the first data points.",
@@ -275,12 +288,55 @@ class GradientNormsOptions(QueryOptions):
         "Whether each parameter's part of the gradients has its norm, too; the norm of a "
         "block is the root of its parts' sum of squares.",
     )
-    expected_version: int | None = setting(
-        None,
-        "Refuse to compute at another parameter version.",
-        least=0,
-        most=2**63 - 1,
+    expected_version: int | None = _expected_version()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientGramOptions(QueryOptions):
+    """Which gradients of single data points are multiplied with each other."""
+
+    max_products: int | None = _data_points()
+    expected_version: int | None = _expected_version()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientSquaresOptions(QueryOptions):
+    """Which gradients of single data points are squared and summed."""
+
+    max_products: int | None = _data_points()
+    expected_version: int | None = _expected_version()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JacobianProductOptions(QueryOptions):
+    """Which Jacobian is multiplied with, and in which direction."""
+
+    of: JacobianOf | str = setting(
+        JacobianOf.LOSSES,
+        "``losses``: each data point's own, C = 1; or ``outputs``: all C numbers of each.",
     )
+    transposed: bool = setting(
+        False, "Whether to multiply with the transpose, from [N C] to [P]."
+    )
+    params: Any = setting(
+        None,
+        "Globs over names that choose the parameters that it is in, in this order; None: "
+        "all.",
+        wire="",
+    )
+    store: str | None = setting(
+        None,
+        "Keep the product in the session under this name, and fetch none: of transposed "
+        "ones in all parameters.",
+        wire="store_as",
+    )
+    max_products: int | None = setting(
+        None,
+        "Stop after so many data points, with their rows' product; None: all.",
+        least=1,
+        most=2**62,
+    )
+    expected_version: int | None = _expected_version()
 
 
 QUERIES: Mapping[str, QuerySpec] = {
@@ -319,6 +375,15 @@ QUERIES: Mapping[str, QuerySpec] = {
         options=GradientNormsOptions,
         of_session=True,
         command="gradient-norms",
+    ),
+    "GradientGram": QuerySpec(
+        method="gradient_gram", options=GradientGramOptions, of_session=True
+    ),
+    "GradientSquares": QuerySpec(
+        method="gradient_squares", options=GradientSquaresOptions, of_session=True
+    ),
+    "JacobianProduct": QuerySpec(
+        method="jacobian_product", options=JacobianProductOptions, of_session=True
     ),
 }
 """By the name of the RPC."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from curvd.remote.algebra import Algebra, Identity, Indices, dense_bytes
 from curvd.remote.asking import AsyncAsks
 from curvd.remote.client import Client, configured, connect
+from curvd.remote.jacobian import AsyncJacobian, Jacobian
 from curvd.remote.operator import OperatorBase, RemoteOperator
 from curvd.remote.operator_sum import AsyncOperatorSum, OperatorSum
 from curvd.remote.progress import ClientStages, opening, shown
@@ -22,6 +23,7 @@ from curvd.remote.submatrix import AsyncSubmatrix, Submatrix
 __all__ = [
     "Algebra",
     "AsyncAsks",
+    "AsyncJacobian",
     "AsyncOperatorSum",
     "AsyncSubmatrix",
     "Client",
@@ -29,6 +31,7 @@ __all__ = [
     "DataPointQueries",
     "Identity",
     "Indices",
+    "Jacobian",
     "OperatorBase",
     "OperatorQueries",
     "OperatorSum",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import uuid
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from curvd._calls import Progress, Values, requests, upload
 from curvd._transport import Connection
-from curvd.contract import OperatorSpec, SessionInfo, StoredVector
+from curvd.contract import JacobianOf, OperatorSpec, SessionInfo, StoredVector
 from curvd.errors import SessionNotFound, VectorNotFound
 from curvd.remote.asking import Asks
+from curvd.remote.jacobian import Jacobian
 from curvd.remote.operator import RemoteOperator
 from curvd.remote.progress import shown
 from curvd.remote.queries import DataPointQueries, Sketch
@@ -53,6 +55,58 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
             The operator.
         """
         return RemoteOperator(self._connection, self._info, spec, expected_version)
+
+    def loss_jacobian(
+        self,
+        *,
+        params: Sequence[str] | str | None = None,
+        expected_version: int | None = None,
+    ) -> Jacobian:
+        """Name the Jacobian of the data points' losses, as an operator.
+
+        Args:
+            params: Globs over names that choose the parameters that it is in, in this
+                order; None: all.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            [N, P]: row n is the gradient of data point n's own loss.
+
+        Examples:
+            >>> J = session.loss_jacobian()
+            >>> loss, gradient = session.gradient()
+            >>> np.allclose(J.T @ np.ones(60) / 60, gradient)
+            True
+        """
+        return Jacobian(
+            session=self,
+            of=JacobianOf.LOSSES,
+            params=params,
+            expected_version=expected_version,
+        )
+
+    def output_jacobian(
+        self,
+        *,
+        params: Sequence[str] | str | None = None,
+        expected_version: int | None = None,
+    ) -> Jacobian:
+        """Name the Jacobian of the model's outputs, as an operator.
+
+        Args:
+            params: Globs over names that choose the parameters that it is in, in this
+                order; None: all.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            [N C, P], the C numbers of a data point one after the other.
+        """
+        return Jacobian(
+            session=self,
+            of=JacobianOf.OUTPUTS,
+            params=params,
+            expected_version=expected_version,
+        )
 
     def gradient(
         self,

@@ -8,6 +8,12 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class JacobianOf(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    JACOBIAN_OF_UNSPECIFIED: _ClassVar[JacobianOf]
+    JACOBIAN_OF_LOSSES: _ClassVar[JacobianOf]
+    JACOBIAN_OF_OUTPUTS: _ClassVar[JacobianOf]
+
 class Which(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     WHICH_UNSPECIFIED: _ClassVar[Which]
@@ -37,6 +43,9 @@ class Stop(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STOP_TIME: _ClassVar[Stop]
     STOP_STAGNATED: _ClassVar[Stop]
     STOP_NEGATIVE_CURVATURE: _ClassVar[Stop]
+JACOBIAN_OF_UNSPECIFIED: JacobianOf
+JACOBIAN_OF_LOSSES: JacobianOf
+JACOBIAN_OF_OUTPUTS: JacobianOf
 WHICH_UNSPECIFIED: Which
 WHICH_LARGEST: Which
 WHICH_SMALLEST: Which
@@ -449,3 +458,101 @@ class GradientNormsSummary(_message.Message):
     QUERY_FIELD_NUMBER: _ClassVar[int]
     query: QuerySummary
     def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ...) -> None: ...
+
+class GradientGramRequest(_message.Message):
+    __slots__ = ("query",)
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    query: Query
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ...) -> None: ...
+
+class GradientGramResponse(_message.Message):
+    __slots__ = ("header", "chunk", "summary", "progress")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    header: _curvature_service_pb2.ResultHeader
+    chunk: bytes
+    summary: GradientGramSummary
+    progress: QueryProgress
+    def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., summary: _Optional[_Union[GradientGramSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
+
+class GradientGramSummary(_message.Message):
+    __slots__ = ("query",)
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    query: QuerySummary
+    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ...) -> None: ...
+
+class GradientSquaresRequest(_message.Message):
+    __slots__ = ("query",)
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    query: Query
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ...) -> None: ...
+
+class GradientSquaresResponse(_message.Message):
+    __slots__ = ("header", "chunk", "summary", "progress")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    header: _curvature_service_pb2.ResultHeader
+    chunk: bytes
+    summary: GradientSquaresSummary
+    progress: QueryProgress
+    def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., summary: _Optional[_Union[GradientSquaresSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
+
+class GradientSquaresSummary(_message.Message):
+    __slots__ = ("query", "data_points", "normaliser")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    DATA_POINTS_FIELD_NUMBER: _ClassVar[int]
+    NORMALISER_FIELD_NUMBER: _ClassVar[int]
+    query: QuerySummary
+    data_points: int
+    normaliser: float
+    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., data_points: _Optional[int] = ..., normaliser: _Optional[float] = ...) -> None: ...
+
+class JacobianProductHeader(_message.Message):
+    __slots__ = ("query", "of", "transposed", "parameters", "operand", "store_as")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    OF_FIELD_NUMBER: _ClassVar[int]
+    TRANSPOSED_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    OPERAND_FIELD_NUMBER: _ClassVar[int]
+    STORE_AS_FIELD_NUMBER: _ClassVar[int]
+    query: Query
+    of: JacobianOf
+    transposed: bool
+    parameters: _containers.RepeatedScalarFieldContainer[str]
+    operand: str
+    store_as: str
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., of: _Optional[_Union[JacobianOf, str]] = ..., transposed: bool = ..., parameters: _Optional[_Iterable[str]] = ..., operand: _Optional[str] = ..., store_as: _Optional[str] = ...) -> None: ...
+
+class JacobianProductRequest(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: JacobianProductHeader
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[JacobianProductHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class JacobianProductResponse(_message.Message):
+    __slots__ = ("header", "chunk", "summary", "progress")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    header: _curvature_service_pb2.ResultHeader
+    chunk: bytes
+    summary: JacobianProductSummary
+    progress: QueryProgress
+    def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., summary: _Optional[_Union[JacobianProductSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
+
+class JacobianProductSummary(_message.Message):
+    __slots__ = ("query", "row_shape", "plan")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    ROW_SHAPE_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    query: QuerySummary
+    row_shape: _containers.RepeatedScalarFieldContainer[int]
+    plan: str
+    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., row_shape: _Optional[_Iterable[int]] = ..., plan: _Optional[str] = ...) -> None: ...

@@ -88,6 +88,21 @@ class QueryServiceStub(object):
                 request_serializer=curvd_dot_v1_dot_query__service__pb2.GradientNormsRequest.SerializeToString,
                 response_deserializer=curvd_dot_v1_dot_query__service__pb2.GradientNormsResponse.FromString,
                 _registered_method=True)
+        self.GradientGram = channel.unary_stream(
+                '/curvd.v1.QueryService/GradientGram',
+                request_serializer=curvd_dot_v1_dot_query__service__pb2.GradientGramRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_query__service__pb2.GradientGramResponse.FromString,
+                _registered_method=True)
+        self.GradientSquares = channel.unary_stream(
+                '/curvd.v1.QueryService/GradientSquares',
+                request_serializer=curvd_dot_v1_dot_query__service__pb2.GradientSquaresRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_query__service__pb2.GradientSquaresResponse.FromString,
+                _registered_method=True)
+        self.JacobianProduct = channel.stream_stream(
+                '/curvd.v1.QueryService/JacobianProduct',
+                request_serializer=curvd_dot_v1_dot_query__service__pb2.JacobianProductRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_query__service__pb2.JacobianProductResponse.FromString,
+                _registered_method=True)
 
 
 class QueryServiceServicer(object):
@@ -178,6 +193,35 @@ class QueryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GradientGram(self, request, context):
+        """Inner products of the gradients of each two data points' own losses. Tensor: "gram"
+        [N, N], F64. Refused where the losses depend on each other, or above 1 GiB.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GradientSquares(self, request, context):
+        """Sums over the data points of the squared elements of their losses' gradients: divided
+        by the normaliser, the diagonal of the empirical Fisher. Tensor: "squares" [P].
+        Refused where the losses depend on each other.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def JacobianProduct(self, request_iterator, context):
+        """Products with the Jacobian J of the data points' losses, [N, P], or of the model's
+        outputs, [N C, P] with the C numbers of a data point one after the other; rows are in
+        the order of the data. Tensor of the request: "v" [P] or [K, P], or transposed [N C] or
+        [K, N C], unless the header names a stored one. Tensor: "result", [N C] or [K, N C], or
+        transposed [P] or [K, P], unless it is stored. Refused where data points depend on each
+        other.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_QueryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -225,6 +269,21 @@ def add_QueryServiceServicer_to_server(servicer, server):
                     servicer.GradientNorms,
                     request_deserializer=curvd_dot_v1_dot_query__service__pb2.GradientNormsRequest.FromString,
                     response_serializer=curvd_dot_v1_dot_query__service__pb2.GradientNormsResponse.SerializeToString,
+            ),
+            'GradientGram': grpc.unary_stream_rpc_method_handler(
+                    servicer.GradientGram,
+                    request_deserializer=curvd_dot_v1_dot_query__service__pb2.GradientGramRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_query__service__pb2.GradientGramResponse.SerializeToString,
+            ),
+            'GradientSquares': grpc.unary_stream_rpc_method_handler(
+                    servicer.GradientSquares,
+                    request_deserializer=curvd_dot_v1_dot_query__service__pb2.GradientSquaresRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_query__service__pb2.GradientSquaresResponse.SerializeToString,
+            ),
+            'JacobianProduct': grpc.stream_stream_rpc_method_handler(
+                    servicer.JacobianProduct,
+                    request_deserializer=curvd_dot_v1_dot_query__service__pb2.JacobianProductRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_query__service__pb2.JacobianProductResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -479,6 +538,87 @@ class QueryService(object):
             '/curvd.v1.QueryService/GradientNorms',
             curvd_dot_v1_dot_query__service__pb2.GradientNormsRequest.SerializeToString,
             curvd_dot_v1_dot_query__service__pb2.GradientNormsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GradientGram(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/curvd.v1.QueryService/GradientGram',
+            curvd_dot_v1_dot_query__service__pb2.GradientGramRequest.SerializeToString,
+            curvd_dot_v1_dot_query__service__pb2.GradientGramResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GradientSquares(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/curvd.v1.QueryService/GradientSquares',
+            curvd_dot_v1_dot_query__service__pb2.GradientSquaresRequest.SerializeToString,
+            curvd_dot_v1_dot_query__service__pb2.GradientSquaresResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def JacobianProduct(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/curvd.v1.QueryService/JacobianProduct',
+            curvd_dot_v1_dot_query__service__pb2.JacobianProductRequest.SerializeToString,
+            curvd_dot_v1_dot_query__service__pb2.JacobianProductResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,6 +26,7 @@ from curvd_server.linalg.registry import definitions_in
 from curvd_server.linalg.sampling import Estimate, Target
 from curvd_server.linalg.shifted import joined, solve_dampings
 from curvd_server.linalg.traces import trace
+from curvd_server.linalg.vectors import cross
 
 __all__ = [
     "Definition",
@@ -40,6 +41,7 @@ __all__ = [
     "SolveResult",
     "Target",
     "Tensors",
+    "cross",
     "default_basis",
     "definitions_in",
     "diagonal",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import query_service_pb2 as query_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.device import Batcher
+from curvd_server.engine.data_points import Points
 from curvd_server.linalg import LowRank, Products, Progress, Query, Tensors
 from curvd_server.service import query_validation as check
 from curvd_server.service.query_run import Cost, QueryRun
@@ -54,6 +55,12 @@ class QueryCall:
     def products(self) -> Products:
         """The map of a query about an operator."""
         assert isinstance(self.run.subject, Products)
+        return self.run.subject
+
+    @property
+    def points(self) -> Points:
+        """The data points of a query about them."""
+        assert isinstance(self.run.subject, Points)
         return self.run.subject
 
     @property
@@ -126,6 +133,31 @@ class QueryCall:
         """Make room for so many vectors until the call ends."""
         self.stack.enter_context(self.batcher.reserve(1, self.vectors_bytes(vectors)))
 
+    def reserve_bytes(self, nbytes: int) -> None:
+        """Make room for so many bytes until the call ends."""
+        self.stack.enter_context(self.batcher.reserve(1, nbytes))
+
+    async def received(
+        self,
+        chunks: AsyncIterator[memoryview],
+        accept: Callable[[safetensors_header.Header], int],
+    ) -> Mapping[str, NDArray[Any]]:
+        """Receive the tensors that travel with a query.
+
+        Args:
+            chunks: Their file.
+            accept: Judges its header, before anything is allocated.
+
+        Returns:
+            The tensors by name, not checked for finite values.
+        """
+        assembler = wire.Assembler(accept, max_bytes=2 * self.limits.operand_bytes)
+        payload = np.empty(0, np.uint8)
+        async for chunk in chunks:
+            for piece in assembler.feed(chunk):
+                payload = piece
+        return {n: t.view(payload) for n, t in assembler.finish().items()}
+
     async def operands(
         self,
         chunks: AsyncIterator[memoryview],
@@ -163,12 +195,7 @@ class QueryCall:
             self.reserve((own + dampings) * columns + each * at_once)
             return 0
 
-        assembler = wire.Assembler(accept, max_bytes=2 * self.limits.operand_bytes)
-        payload = np.empty(0, np.uint8)
-        async for chunk in chunks:
-            for piece in assembler.feed(chunk):
-                payload = piece
-        tensors = {n: t.view(payload) for n, t in assembler.finish().items()}
+        tensors = await self.received(chunks, accept)
         for tensor in tensors.values():
             check_finite(tensor.reshape(-1, layout.size), layout=layout)
         return {**tensors, **stored}
@@ -249,7 +276,19 @@ class QueryCall:
         own = [
             (value - spec.damping) / spec.scale for value in values or () if spec.scale
         ]
-        vector = Vector(to_numpy(vectors), self.lease.info.version, values=tuple(own))
+        self.put(name, to_numpy(vectors), tuple(own))
+
+    def put(
+        self, name: str, array: NDArray[Any], values: tuple[float, ...] = ()
+    ) -> None:
+        """Keep vectors in the session, as they are.
+
+        Args:
+            name: Their name.
+            array: [P] or [K, P].
+            values: [K] Eigenvalues that belong to them, without scale and damping.
+        """
+        vector = Vector(array, self.lease.info.version, values=values)
         self.lease.vectors.put(name, vector)
 
     def columns(self, array: NDArray[Any]) -> Tensor:
@@ -291,7 +330,7 @@ def _summarise(result: Any, summary: Any, cost: query_pb.QuerySummary) -> None:
             _summarise(result, getattr(summary, field.name), cost)
         else:
             value = getattr(result, field.name)
-            if isinstance(value, Sequence):
+            if isinstance(value, Sequence) and not isinstance(value, str):
                 getattr(summary, field.name).extend(value)
             else:
                 setattr(summary, field.name, value)

@@ -16,6 +16,7 @@ from torch import Tensor
 from curvd.contract import (
     QUERIES,
     EigshOptions,
+    JacobianProductOptions,
     Part,
     QueryOptions,
     SketchOptions,
@@ -47,6 +48,7 @@ from curvd_server.linalg import (
     solve,
     solve_dampings,
 )
+from curvd_server.service import jacobians
 from curvd_server.service import query_validation as check
 from curvd_server.service.handlers import method_name
 from curvd_server.service.query_call import QueryCall, to_numpy
@@ -208,6 +210,13 @@ class QueryService:
             await call.finish(
                 query_pb.SketchSummary(query=cost, values=sketch.values.tolist())
             )
+
+    async def jacobian_product(self, requests: AsyncIterator[Part], send: Send) -> None:
+        """Multiply with a Jacobian of the data points."""
+        header, chunks = await opened(requests)
+        options = query_messages.read(JacobianProductOptions, header)
+        async with self._open("JacobianProduct", header.query, options, send) as call:
+            await jacobians.answer(call, header, options, chunks)
 
     async def _answer(
         self, rpc: str, definition: Definition[Any, Any, Any], request: Any, send: Send

@@ -187,6 +187,8 @@ RULES: Mapping[str, Rule] = {
     "DeleteVectorRequest.name": _NAME,
     "SolveHeader.diagonal_samples": Number(0, 1000),
     "SolveHeader.seed": _SEED,
+    "JacobianProductHeader.operand": _NAME,
+    "JacobianProductHeader.parameters": _TENSOR,
     "SolveHeader.b": _NAME,
     "SolveHeader.dampings": Number(-_LARGEST, _LARGEST, most=64),
     "SolveHeader.x0": _NAME,

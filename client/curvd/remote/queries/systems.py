@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curvd._calls import OWN_TYPE, Answer, Queries, QueryCall
+from curvd._calls import Answer, Queries, QueryCall
 from curvd.contract import SketchOptions, SolveOptions, Stop, StoredVector
 from curvd.errors import InvalidSpec, InvalidVector
 from curvd.remote.asking import asks, asks_about
 from curvd.remote.queries.base import Floats, Result, drawn_on, ranks_only
-from curvd.tensors import Operand, vector_dtype
+from curvd.tensors import Operand
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -260,12 +260,7 @@ def _kept(
 def _vector(
     name: str, leading: tuple[int, ...], queries: Queries, answer: Answer
 ) -> StoredVector:
-    return StoredVector(
-        name=name,
-        shape=(*leading, queries.session.layout.size),
-        dtype=OWN_TYPE[vector_dtype(queries.session.dtype)],
-        version=answer.header.version,
-    )
+    return queries.stored(name, (*leading, queries.session.layout.size), answer)
 
 
 def _systems(

@@ -1,28 +1,18 @@
-"""Norms of the gradients of single data points' losses, exact, some points at a time.
-
-The gradient of every data point of a part comes of one pass that torch vectorises
-(``vmap(grad(loss))``). Whether that is right for a model is shown on the first part: the
-gradients have to add up to the one that plain autograd computes of all its points. Where
-they do not, or a model does what cannot be vectorised, each point is differentiated alone.
-"""
+"""Norms of the gradients of single data points' losses, exact, some points at a time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from curvd.contract import Stop, query_options
+from curvd_server.engine.data_points.gradients import TOGETHER, Gradients
 from curvd_server.engine.data_points.points import Points
-from curvd_server.engine.objective import Batch, Problem, rows_of
+from curvd_server.engine.objective import Batch, Problem
 from curvd_server.linalg import Definition, Query, Room
-from curvd_server.system import is_out_of_memory
-
-_TOGETHER = 256
-"""Data points of a part at most: more of them gain nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,75 +64,22 @@ class SquaredGradients:
     """
 
     def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self.vectorised: bool | None = None
+        self._problem, self._gradients = problem, Gradients(problem)
+
+    @property
+    def vectorised(self) -> bool | None:
         """Whether torch's vectorised gradients are right; None: not known yet."""
+        return self._gradients.vectorised
 
     def __call__(self, batch: Batch) -> Tensor:
         """Square the gradients of one part."""
-        if self.vectorised is None:
-            self.vectorised = self._agrees(batch)
-        if self.vectorised:
-            return self._squares(self._together(batch), len(batch.targets))
-        alone = (
-            self._squares([g[None] for g in self._gradient(rows_of(batch, one))], 1)
-            for one in (slice(n, n + 1) for n in range(len(batch.targets)))
-        )
-        return torch.cat(list(alone))
-
-    def _agrees(self, batch: Batch) -> bool:
-        """Tell whether the vectorised gradients add up to that of all points together."""
-        try:
-            each = self._together(batch)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            return False  # whatever it is, the points alone will say so if it is true
-        tolerance = torch.finfo(self._problem.dtype).eps ** 0.5
-        for rows, whole in zip(each, self._gradient(batch), strict=True):
-            # Not relative to the sum: gradients of many points cancel.
-            scale = rows.flatten(1).norm(dim=1).sum()
-            if not (rows.sum(0) - whole).norm() <= tolerance * scale:
-                return False
-        return True
-
-    def _together(self, batch: Batch) -> Sequence[Tensor]:
-        """Differentiate each data point's loss: per parameter [b, *shape]."""
-
-        def loss(
-            parameters: tuple[Tensor, ...], inputs: tuple[Tensor, ...], target: Tensor
-        ) -> Tensor:
-            one = Batch(batch.start, tuple(x[None] for x in inputs), target[None])
-            return self._loss(parameters, one)
-
-        parameters = tuple(p.detach() for p in self._problem.parameters)
-        every = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
-        rows: tuple[Tensor, ...] = every(parameters, batch.inputs, batch.targets)
-        return rows
-
-    def _gradient(self, batch: Batch) -> Sequence[Tensor]:
-        """Differentiate the loss of all the data points together, by plain autograd."""
-        with torch.enable_grad():
-            leaves = [p.detach().requires_grad_() for p in self._problem.parameters]
-            loss = self._loss(leaves, batch)
-            if not loss.requires_grad:
-                return [torch.zeros_like(p) for p in leaves]
-            found = torch.autograd.grad(loss, leaves, allow_unused=True)
-        pairs = zip(found, leaves, strict=True)
-        return [torch.zeros_like(p) if g is None else g for g, p in pairs]
-
-    def _loss(self, parameters: Sequence[Tensor], batch: Batch) -> Tensor:
-        outputs = self._problem.outputs(parameters, batch)
-        return self._problem.loss.sum(outputs, batch.targets)
-
-    def _squares(self, gradients: Sequence[Tensor], count: int) -> Tensor:
-        wide = self._problem.result_dtype
-        rows = [g.reshape(count, -1).to(wide).square().sum(1) for g in gradients]
-        return torch.stack(rows, 1)
+        count, wide = len(batch.targets), self._problem.result_dtype
+        rows = (g.reshape(count, -1).to(wide) for g in self._gradients(batch))
+        return torch.stack([row.square().sum(1) for row in rows], 1)
 
 
 def _rows(room: Room) -> int:
-    return room.fitting(2, _TOGETHER)  # a gradient, and what its square takes
+    return room.fitting(2, TOGETHER)  # a gradient, and what its square takes
 
 
 def _vectors(options: query_options.GradientNormsOptions, room: Room) -> int:

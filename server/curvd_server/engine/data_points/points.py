@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,12 +11,35 @@ from torch import Tensor
 
 from curvd.contract import Mode, Stop
 from curvd.errors import InvalidSpec
-from curvd_server.engine.objective import Batch, Problem, check_cancelled, rows_of
+from curvd_server.engine.objective import (
+    Batch,
+    Problem,
+    check_cancelled,
+    on_host,
+    rows_of,
+)
 from curvd_server.linalg import Progress, Query
 from curvd_server.system import Poll
 
 Compute = Callable[[Callable[[Poll], Any]], Any]
 """Runs a job on the device, in its turn, and returns what it returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some data points of one mini-batch, that follow one another."""
+
+    batch: int
+    """Index of the mini-batch."""
+    rows: slice
+    """In the mini-batch."""
+    start: int
+    """Index of the first in the data."""
+
+    def __len__(self) -> int:
+        """Count the data points, b."""
+        count: int = self.rows.stop - self.rows.start
+        return count
 
 
 class Points:
@@ -49,6 +73,27 @@ class Points:
         self.problem, self.done = problem, 0
         self._compute, self._limit, self._expired = compute, limit, expired
 
+    def __len__(self) -> int:
+        """Count the data points, N."""
+        return sum(len(batch.targets) for batch in on_host(self.problem.data))
+
+    def parts(self, rows: int) -> Iterator[Part]:
+        """Cut the data, in order.
+
+        Args:
+            rows: Data points of a part at most.
+
+        Yields:
+            The parts.
+        """
+        first = 0
+        for index, batch in enumerate(on_host(self.problem.data)):
+            count = len(batch.targets)
+            for start in range(0, count, rows):
+                stop = min(start + rows, count)
+                yield Part(index, slice(start, stop), first + start)
+            first += count
+
     def each(
         self, function: Callable[[Batch], Tensor], rows: int
     ) -> Query[tuple[Tensor, Stop]]:
@@ -65,32 +110,66 @@ class Points:
             The values of all that were allowed, [n, ...], and why there are no more.
         """
         found: list[Tensor] = []
-        for index in range(self.problem.batches):
-            start, total = 0, 1
-            while start < total:
-                stop = self._refusal() if found else None
-                if stop is not None:
-                    return torch.cat(found), stop
-                part = slice(start, start + self._allowed(rows))
-                value, total = self._compute(self._job(function, index, part))
-                found.append(value)
-                start += len(value)
-                self.done += len(value)
-                yield Progress(iteration=len(found), products=self.done)
-        return torch.cat(found), Stop.CONVERGED
+        take: Callable[[Tensor, Part], None] = lambda value, part: found.append(value)  # noqa: E731
+        stopped = yield from self.walk(function, take, list(self.parts(rows)))
+        return torch.cat(found), stopped
+
+    def walk(
+        self,
+        function: Callable[[Batch], Tensor],
+        take: Callable[[Tensor, Part], None],
+        parts: Sequence[Part],
+    ) -> Query[Stop]:
+        """Evaluate a function on parts of the data, on the device in its turn.
+
+        Args:
+            function: Maps the data points of a part to a value.
+            take: Is given each value, and its part.
+            parts: The parts in order; the first is evaluated in any case.
+
+        Yields:
+            Progress.
+
+        Returns:
+            Why it ended.
+        """
+        for number, whole in enumerate(parts):
+            stop = self._refusal() if number else None
+            if stop is not None:
+                return stop
+            part = self._allowed(whole)
+            take(self._compute(self._job(function, part)), part)
+            self.done += len(part)
+            yield Progress(iteration=number + 1, products=self.done)
+            if len(part) < len(whole):
+                return Stop.PRODUCTS
+        return Stop.CONVERGED
+
+    def look(self, function: Callable[[Batch], Any]) -> Any:
+        """Evaluate a function on the first data point, which does not count.
+
+        Args:
+            function: Maps one data point to anything.
+
+        Returns:
+            What it returned.
+        """
+        return self._compute(self._job(function, Part(0, slice(0, 1), 0)))
 
     def _job(
-        self, function: Callable[[Batch], Tensor], index: int, part: slice
-    ) -> Callable[[Poll], tuple[Tensor, int]]:
-        def job(cancelled: Poll) -> tuple[Tensor, int]:
+        self, function: Callable[[Batch], Any], part: Part
+    ) -> Callable[[Poll], Any]:
+        def job(cancelled: Poll) -> Any:
             check_cancelled(cancelled)
-            batch = self.problem.data[index]
-            return function(rows_of(batch, part)), len(batch.targets)
+            return function(rows_of(self.problem.data[part.batch], part.rows))
 
         return job
 
-    def _allowed(self, rows: int) -> int:
-        return rows if self._limit is None else min(rows, self._limit - self.done)
+    def _allowed(self, part: Part) -> Part:
+        if self._limit is None or self._limit - self.done >= len(part):
+            return part
+        rows = slice(part.rows.start, part.rows.start + self._limit - self.done)
+        return Part(part.batch, rows, part.start)
 
     def _refusal(self) -> Stop | None:
         if self._limit is not None and self.done >= self._limit:
