@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from curvd.graph.aliases import Alias
 from curvd.graph.checkpoints import plain_checkpoints
 from curvd.graph.derived import Program, derived, uses_transforms
 from curvd.graph.examples import few
+from curvd.graph.kept import KEPT
 from curvd.graph.manifest import (
     CONSTANTS,
     Inputs,
@@ -70,12 +71,51 @@ def capture(
     """
     inputs_of(module.forward, inputs)  # before rows are dropped
     rows = inputs_of(module.forward, few(inputs))
+
+    def check(program: ExportedProgram | Program) -> None:
+        _check_outputs(program)
+        check_memory(module, program.constants)
+
     with in_mode(module, mode):
-        program = traced(Chosen(module, output), rows)
-    _check_outputs(program)
-    check_memory(module, program.constants)
-    graph, tensors = translated(module, program, rows)
+        wrapper = Chosen(module, output)
+        graph, tensors = graph_of(module, wrapper, rows, "the module", check)
     return graph, tensors, needed_mode(graph, mode)
+
+
+def graph_of(
+    module: nn.Module,
+    wrapper: nn.Module,
+    rows: Inputs,
+    what: str,
+    check: Callable[[ExportedProgram | Program], None] | None = None,
+) -> tuple[graph_pb.Graph, Mapping[str, Tensor]]:
+    """Write what a module does as a graph; one that did the same is not traced again.
+
+    Args:
+        module: The module whose tensors it uses.
+        wrapper: Calls it, as ``forward(args, kwargs)``.
+        rows: The example inputs.
+        what: How a message calls it.
+        check: Refuses what was traced, if need be.
+
+    Returns:
+        The graph, and its tensors by name; both are the caller's own.
+
+    Raises:
+        InvalidGraph: If it is not to be had as a graph.
+    """
+    key = KEPT.key(wrapper, rows)
+    found = None if key is None else KEPT.find(key, module)
+    if found is not None:
+        return found
+    program = traced(wrapper, rows, what)
+    if check is not None:
+        check(program)
+    graph, tensors = translated(module, program, rows)
+    if key is not None and isinstance(program, ExportedProgram):
+        if KEPT.still(key, wrapper, rows):
+            KEPT.keep(key, graph, tensors)
+    return graph, tensors
 
 
 def _check_outputs(program: ExportedProgram | Program) -> None:

@@ -21,7 +21,7 @@ from curvd.contract import (
     SerializedGraph,
 )
 from curvd.errors import CurvdError, InvalidGraph, InvalidSpec
-from curvd.graph.capture import traced, translated
+from curvd.graph.capture import graph_of
 from curvd.graph.evaluate import constant, evaluate
 from curvd.graph.examples import few, spread
 from curvd.graph.fitting import check_targets
@@ -144,7 +144,7 @@ def capture_loss(
         raise InvalidSpec(msg, normaliser=normaliser)
     rows = inputs_of(_example, few((outputs, targets)))
     holder = loss if isinstance(loss, nn.Module) else nn.Module()
-    graph, tensors = translated(holder, traced(wrapper, rows, "the loss"), rows)
+    graph, tensors = graph_of(holder, wrapper, rows, "the loss")
     check_held(loss, model, z, y, tensors)
     if check:
         prove_loss(wrapper, graph, tensors, z, y)
