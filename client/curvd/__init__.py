@@ -36,8 +36,8 @@ What is not named here may change without notice.
 from __future__ import annotations
 
 from curvd import aio, errors
-from curvd._version import VERSION as __version__
 from curvd.aio import AsyncClient, AsyncOperator, AsyncSession
+from curvd.config import VERSION as __version__
 from curvd.config import ClientConfig, RetryConfig, TlsConfig
 from curvd.contract import (
     Activity,

@@ -7,12 +7,18 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from importlib import metadata
 from pathlib import Path
 
 import grpc
 
-from curvd._version import VERSION
 from curvd.errors import InvalidSpec
+
+try:
+    VERSION = metadata.version("curvd")
+    """That of pyproject.toml, as installed."""
+except metadata.PackageNotFoundError:  # run from a source tree
+    VERSION = "0+source"
 
 DEFAULT_PORT = 50551
 """Where a server listens unless it is told otherwise."""

@@ -21,8 +21,7 @@ from grpc import StatusCode
 
 from curvd._transport.dial import Address, client_context, dial
 from curvd._transport.process import current_process, keep_from_children
-from curvd._version import VERSION
-from curvd.config import ClientConfig
+from curvd.config import VERSION, ClientConfig
 from curvd.contract import Rpc, RpcError
 from curvd.http2 import (
     BufferProvider,

@@ -16,10 +16,9 @@ from typing import Any
 
 import click
 
-from curvd._version import VERSION
 from curvd.cli import query_commands
 from curvd.cli.options import connection_options, json_option
-from curvd.config import ClientConfig, RetryConfig, TlsConfig, Transport
+from curvd.config import VERSION, ClientConfig, RetryConfig, TlsConfig, Transport
 from curvd.contract import Activity, ServerInfo, SessionInfo
 from curvd.errors import CurvdError, install
 from curvd.remote import connect

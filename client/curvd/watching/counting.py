@@ -37,20 +37,24 @@ class StepCounter:
         parameters: frozenset[int],
         reached: Callable[[int], None],
     ) -> None:
+        import torch
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
+        # Where a step is compiled, the compiler is not to read this.
+        disable: Any = torch.compiler.disable
+        hook = disable(self._stepped)
         self._parameters, self._reached = parameters, reached
         self._counts: weakref.WeakKeyDictionary[Optimizer, int | None] = (
             weakref.WeakKeyDictionary()
         )
         self._steps = 0
         if given is None:
-            self._handles = [register_optimizer_step_post_hook(self._stepped)]
+            self._handles = [register_optimizer_step_post_hook(hook)]
             return
         self._handles = []
         for optimizer in _several(given):
             self._counts[optimizer] = 0
-            self._handles.append(optimizer.register_step_post_hook(self._stepped))
+            self._handles.append(optimizer.register_step_post_hook(hook))
 
     def stop(self) -> bool:
         """Count no more.

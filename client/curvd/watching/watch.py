@@ -259,7 +259,7 @@ class Watch:
 
     def _read(self, due: Due) -> None:
         """Make a reading of a snapshot, and write it."""
-        version = self._session.update_parameters(self._handover.values())
+        version = self._session.update_parameters(self._handover.values(), copy=False)
         self._handover.sent()
         found = self._asked(Moment(self._session, version))
         self._troubles.over(_READING)
