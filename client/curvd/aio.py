@@ -27,6 +27,7 @@ from curvd._calls import (
     TensorStream,
     Values,
     requests,
+    updates,
     upload,
 )
 from curvd._transport import AsyncConnection
@@ -372,8 +373,7 @@ class AsyncSession(DataPointQueries, AsyncAsks, SessionBase["AsyncOperator"]):
     ) -> int:
         """Replace some or all values; see `curvd.Session`."""
         with shown(progress, "parameters") as callback:
-            call = await asyncio.to_thread(
-                upload.update_parameters,
+            steps = updates.update_parameters(
                 self._info,
                 values,
                 expected_version=expected_version,
@@ -381,7 +381,10 @@ class AsyncSession(DataPointQueries, AsyncAsks, SessionBase["AsyncOperator"]):
                 progress=callback,
                 copy=copy,
             )
-            return self._advance(*await self._connection.run(call))
+            made = await updates.run_async(
+                steps, asyncio.to_thread, self._connection.run
+            )
+            return self._advance(*made)
 
     async def put(
         self, name: str, value: Any, *, wire: str | None = None

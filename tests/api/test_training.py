@@ -123,7 +123,6 @@ def test_a_step_that_failed_holds_nobody_up(session):
     assert session.update_parameters(module) == 3
 
 
-@pytest.mark.parametrize("connect", ["sync"], indirect=True)
 def test_a_step_may_update_the_session_itself(session):
     module = Counting()
     optimiser = Failing(module, lambda: session.update_parameters(module))

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from curvd import parameters
 from curvd._calls.base import Call, Unary
 from curvd.contract import (
     RPCS,
@@ -23,24 +22,20 @@ from curvd.contract import (
     ModelInfo,
     Part,
     Rpc,
-    SessionInfo,
     convert,
     convert_enums,
     enums,
 )
 from curvd.errors import InvalidSpec, InvalidTensors, Unavailable
 from curvd.exported import ExportedModel, named
+from curvd.tensors import Box, dump_boxes, safetensors_header, to_numpy
 from curvd.tensors import chunks as wire
-from curvd.tensors import safetensors_header, to_numpy
 from curvd.v1 import session_service_pb2 as session_pb
 
 T = TypeVar("T")
 
 Tensors = Mapping[str, Any] | str | os.PathLike[str]
 """NumPy arrays or torch tensors by name, or the path of a safetensors file."""
-
-Values = Any
-"""`Tensors`, or a torch module, wrapped or not: what `session.update_parameters` takes."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total, perhaps from another thread."""
@@ -188,7 +183,7 @@ def register_model(
         RPCS["RegisterModel"],
         header,
         "state",
-        _blob(state),
+        blob_of(state),
         lambda response: convert.model_from_proto(response.model),
         progress,
     )
@@ -227,7 +222,7 @@ def register_dataset(
         if digest is not None:
             header.tensors.digest = digest
         return Unary(rpc, rpc.request.message(header=header), _dataset)
-    blob = _blob(named(tensors, spec.inputs, spec.target))
+    blob = blob_of(named(tensors, spec.inputs, spec.target))
     _check_dataset(blob.header, spec)
     return Upload(rpc, header, "tensors", blob, _dataset, progress)
 
@@ -236,45 +231,24 @@ def _dataset(response: session_pb.RegisterDatasetResponse) -> DatasetInfo:
     return convert.dataset_from_proto(response.dataset)
 
 
-def update_parameters(
-    session: SessionInfo,
-    values: Values,
-    *,
-    expected_version: int | None,
-    request_id: str,
-    progress: Progress | None,
-    copy: bool,
-) -> Upload[tuple[int, str]]:
-    """Replace parameter values; the result is the new version and its digest."""
-    header = session_pb.UpdateParametersHeader(
-        session_id=session.id, expected_version=expected_version, request_id=request_id
-    )
-    return Upload(
-        RPCS["UpdateParameters"],
-        header,
-        "values",
-        _values(values, session, copy=copy),
-        lambda r: (r.version.version, r.version.parameters_digest),
-        progress,
-    )
-
-
-def _values(values: Values, session: SessionInfo, *, copy: bool) -> Blob:
-    """Copy what an optimiser may write to, under the session's names."""
-    values = parameters.state_of(values)
-    if not isinstance(values, Mapping):
-        return _blob(values)
-    names = parameters.plain_names(values, set(session.layout.names))
-    plain = {names[name]: value for name, value in values.items()}
-    if not copy:
-        return _blob(plain)
-    with parameters.between_steps():
-        return _blob(plain, see=parameters.copied)
-
-
-def _blob(
-    tensors: Tensors, see: Callable[[Any], NDArray[Any] | None] = to_numpy
+def blob_of(
+    tensors: Tensors,
+    see: Callable[[Any], NDArray[Any] | None] = to_numpy,
+    boxes: Mapping[str, Box] | None = None,
 ) -> Blob:
+    """Lay tensors out as one safetensors file.
+
+    Args:
+        tensors: The tensors, or the path of such a file.
+        see: Sees each as NumPy.
+        boxes: Of those that are parts of larger ones, where they belong.
+
+    Returns:
+        The file.
+
+    Raises:
+        InvalidTensors: If there is no such file, or a tensor is none.
+    """
     if isinstance(tensors, str | os.PathLike):
         return _mapped(Path(tensors))
     if not isinstance(tensors, Mapping):
@@ -290,7 +264,8 @@ def _blob(
             raise InvalidTensors(msg, tensor=name, type=type(value).__name__)
         arrays[name] = array
     header = safetensors_header.header_of(arrays)
-    first = memoryview(safetensors_header.dump_header(header))
+    metadata = dump_boxes(boxes or {})
+    first = memoryview(safetensors_header.dump_header(header, metadata))
     return Blob(header, (first, *map(wire.bytes_of, arrays.values())))
 
 

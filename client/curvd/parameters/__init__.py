@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from curvd.parameters.copies import copied
 from curvd.parameters.names import plain_names
+from curvd.parameters.shards import Ranks, own_boxes, sharded
 from curvd.parameters.steps import between_steps
 from curvd.parameters.wrappers import state_of, unwrapped
 
-__all__ = ["between_steps", "copied", "plain_names", "state_of", "unwrapped"]
+__all__ = [
+    "Ranks",
+    "between_steps",
+    "copied",
+    "own_boxes",
+    "plain_names",
+    "sharded",
+    "state_of",
+    "unwrapped",
+]

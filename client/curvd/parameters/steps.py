@@ -38,8 +38,12 @@ class _Turns:
         self._let_in: set[int] = set()  # those of them whose step may write
 
     @contextlib.contextmanager
-    def between_steps(self) -> Iterator[None]:
+    def between_steps(self, asking: int | None = None) -> Iterator[None]:
         """Keep the optimisers of other threads from writing.
+
+        Args:
+            asking: The thread for which this one copies, and which waits for it, perhaps
+                within a step; None: this one.
 
         Yields:
             Nothing, once no step is under way.
@@ -55,7 +59,7 @@ class _Turns:
             self._copying = True
         try:
             with self._changed:
-                while self._is_stepping():
+                while self._is_stepping({threading.get_ident(), asking}):
                     self._changed.wait(_LOOK_AGAIN_S)
             yield
         finally:
@@ -97,16 +101,16 @@ class _Turns:
             self._let_in.discard(threading.get_ident())
             self._changed.notify_all()
 
-    def _is_stepping(self) -> bool:
-        """Tell whether a thread other than this one is in a step and may write.
+    def _is_stepping(self, mine: set[int | None]) -> bool:
+        """Tell whether a thread that is not among these is in a step and may write.
 
         A step that fails does not say that it has ended, so stacks are looked at.
         """
-        mine, frames = threading.get_ident(), sys._current_frames()
+        frames = sys._current_frames()
         inside = {t for t, frame in frames.items() if self._steps_in(frame)}
         self._let_in &= inside
         may_write = self._let_in | (inside - self._met)
-        return any(t != mine and not _copies(frames[t]) for t in may_write)
+        return any(t not in mine and not _copies(frames[t]) for t in may_write)
 
     def _steps_in(self, frame: FrameType | None) -> int:
         return sum(code is self._step for code in _codes(frame))

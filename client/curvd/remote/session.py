@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from curvd._calls import Progress, Values, requests, upload
+from curvd._calls import Progress, Values, requests, updates
 from curvd._transport import Connection
 from curvd.contract import JacobianOf, OperatorSpec, SessionInfo, StoredVector
 from curvd.errors import SessionNotFound, VectorNotFound
@@ -180,7 +180,8 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
         Args:
             values: A module, or values by name, shapes unchanged, such as a state dict,
                 or the path of a safetensors file. Modules may be wrapped (DDP,
-                torch.compile), and names have the wrappers' prefixes.
+                torch.compile), and names have the wrappers' prefixes. With DTensors
+                (FSDP2) all ranks call; each sends its slices, and all make one version.
             expected_version: The version that this update is based on; another
                 current version is refused.
             progress: Called with bytes done and in total; True draws a bar on stderr.
@@ -199,7 +200,7 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
             curvd.errors.VersionMismatch: session ... is at version 2, not 1
         """
         with shown(progress, "parameters") as callback:
-            call = upload.update_parameters(
+            steps = updates.update_parameters(
                 self._info,
                 values,
                 expected_version=expected_version,
@@ -207,7 +208,7 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
                 progress=callback,
                 copy=copy,
             )
-            return self._advance(*self._connection.run(call))
+            return self._advance(*updates.run(steps, self._connection.run))
 
     def put(self, name: str, value: Any, *, wire: str | None = None) -> StoredVector:
         """Store a vector or columns in the session, as operand of later products.

@@ -7,6 +7,7 @@ no connection.
 from __future__ import annotations
 
 from curvd.tensors.allocator import trim_allocator, tune_allocator
+from curvd.tensors.boxes import Box, dump_boxes, load_boxes
 from curvd.tensors.buffer_pool import Buffer, Pool
 from curvd.tensors.finite import first_beyond, first_nan, first_not_finite
 from curvd.tensors.half_precision import ITEM_BYTES, NARROW, narrow, widen
@@ -27,15 +28,18 @@ __all__ = [
     "MAX_HEADER_BYTES",
     "NARROW",
     "Array",
+    "Box",
     "Buffer",
     "Header",
     "Layout",
     "Operand",
     "Pool",
     "arrange",
+    "dump_boxes",
     "first_beyond",
     "first_nan",
     "first_not_finite",
+    "load_boxes",
     "narrow",
     "operand",
     "probes",

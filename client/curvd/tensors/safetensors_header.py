@@ -24,6 +24,8 @@ LONGEST_NAME = 1024
 MOST_AXES = 32
 """Axes that NumPy of every supported version has."""
 
+_METADATA = "__metadata__"
+
 _SMALL_HEADER = 1 << 12
 """Headers up to here are not parsed twice."""
 
@@ -108,16 +110,18 @@ def header_of(arrays: Mapping[str, NDArray[np.generic]]) -> Header:
     return header
 
 
-def dump_header(header: Header) -> bytes:
+def dump_header(header: Header, metadata: Mapping[str, str] | None = None) -> bytes:
     """Serialise a header; the inverse of `load_header`.
 
     Args:
         header: What to write.
+        metadata: What `load_metadata` is to find in it.
 
     Returns:
         8-byte little-endian length and JSON, padded with spaces.
     """
-    entries = {
+    entries: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
+    entries |= {
         name: {
             "dtype": t.dtype,
             "shape": list(t.shape),
@@ -175,7 +179,7 @@ def _load_header(text: bytes) -> dict[str, TensorHeader]:
         entries = json.loads(text.decode(), object_pairs_hook=_unique)
         if not isinstance(entries, dict):
             raise TypeError
-        entries.pop("__metadata__", None)
+        entries.pop(_METADATA, None)
         tensors = {name: _entry(name, entry) for name, entry in entries.items()}
     except InvalidTensors:
         raise
@@ -197,6 +201,23 @@ def _load_header(text: bytes) -> dict[str, TensorHeader]:
             raise InvalidTensors(msg, tensor=name, start=tensor.start, expected=end)
         end = tensor.stop
     return header
+
+
+def load_metadata(text: bytes) -> Mapping[str, str]:
+    """Find what a header says beside its tensors.
+
+    Args:
+        text: The JSON, which `load_header` has checked.
+
+    Returns:
+        Texts by name; what is none is left out.
+    """
+    if _METADATA.encode() not in text:
+        return {}
+    found = json.loads(text.decode()).get(_METADATA)
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 def payload_bytes(header: Header) -> int:

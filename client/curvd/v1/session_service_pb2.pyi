@@ -346,16 +346,30 @@ class DeleteSessionResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class UpdateParametersHeader(_message.Message):
-    __slots__ = ("session_id", "values", "expected_version", "request_id")
+    __slots__ = ("session_id", "values", "expected_version", "request_id", "as_part", "parts", "checkpoint")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     VALUES_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_VERSION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    AS_PART_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     values: Upload
     expected_version: int
     request_id: str
-    def __init__(self, session_id: _Optional[str] = ..., values: _Optional[_Union[Upload, _Mapping]] = ..., expected_version: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+    as_part: bool
+    parts: _containers.RepeatedScalarFieldContainer[str]
+    checkpoint: Checkpoint
+    def __init__(self, session_id: _Optional[str] = ..., values: _Optional[_Union[Upload, _Mapping]] = ..., expected_version: _Optional[int] = ..., request_id: _Optional[str] = ..., as_part: bool = ..., parts: _Optional[_Iterable[str]] = ..., checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ...) -> None: ...
+
+class Checkpoint(_message.Message):
+    __slots__ = ("name", "prefix")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    prefix: str
+    def __init__(self, name: _Optional[str] = ..., prefix: _Optional[str] = ...) -> None: ...
 
 class UpdateParametersRequest(_message.Message):
     __slots__ = ("header", "chunk")
@@ -373,13 +387,21 @@ class ParameterVersion(_message.Message):
     parameters_digest: str
     def __init__(self, version: _Optional[int] = ..., parameters_digest: _Optional[str] = ...) -> None: ...
 
+class UpdatePart(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    def __init__(self, digest: _Optional[str] = ...) -> None: ...
+
 class UpdateParametersResponse(_message.Message):
-    __slots__ = ("version", "upload_needed")
+    __slots__ = ("version", "upload_needed", "part")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_NEEDED_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
     version: ParameterVersion
     upload_needed: UploadNeeded
-    def __init__(self, version: _Optional[_Union[ParameterVersion, _Mapping]] = ..., upload_needed: _Optional[_Union[UploadNeeded, _Mapping]] = ...) -> None: ...
+    part: UpdatePart
+    def __init__(self, version: _Optional[_Union[ParameterVersion, _Mapping]] = ..., upload_needed: _Optional[_Union[UploadNeeded, _Mapping]] = ..., part: _Optional[_Union[UpdatePart, _Mapping]] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

@@ -27,8 +27,9 @@ from curvd.errors import CurvdError, DatasetNotFound, InvalidSpec
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.service import uploads
+from curvd_server.service.parameter_updates import ParameterUpdates
 from curvd_server.service.streams import Send, opened
-from curvd_server.sessions import NewSession, SessionStore, Update
+from curvd_server.sessions import NewSession, SessionStore
 from curvd_server.storage import (
     Architecture,
     BlobStore,
@@ -74,6 +75,7 @@ class SessionService:
         self._try_model = try_model
         self._registry, self._sessions, self._mounts = registry, sessions, mounts
         self._blobs, self._limits, self._describe = blobs, limits, describe
+        self._updates = ParameterUpdates(sessions, blobs, registry, limits)
 
     async def register_model(
         self, requests: AsyncIterator[Part]
@@ -237,30 +239,7 @@ class SessionService:
         self, requests: AsyncIterator[Part]
     ) -> session_pb.UpdateParametersResponse:
         """Replace some or all parameter values."""
-        header, chunks = await opened(requests)
-        structlog.contextvars.bind_contextvars(session=header.session_id)
-        expected = (
-            header.expected_version if header.HasField("expected_version") else None
-        )
-        update = Update(
-            digest=check_digest(header.values.digest),
-            expected_version=expected,
-            request_id=header.request_id,
-        )
-        # Before the bytes: they may have been replaced since.
-        made = await self._sessions.made_by(header.session_id, update)
-        if made is None:
-            with self._blobs.held(update.digest):
-                if not await uploads.receive(
-                    header.values, chunks, self._blobs, self._limits
-                ):
-                    missing = uploads.needed(header.values, self._blobs)
-                    return session_pb.UpdateParametersResponse(upload_needed=missing)
-                made = await self._sessions.update(header.session_id, update)
-        version = session_pb.ParameterVersion(
-            version=made.version, parameters_digest=made.parameters_digest
-        )
-        return session_pb.UpdateParametersResponse(version=version)
+        return await self._updates.update(requests)
 
     async def get_server_info(
         self, request: session_pb.GetServerInfoRequest

@@ -78,13 +78,15 @@ class Update:
 
     digest: str
     """SHA-256 of the blob that holds them."""
+    source: str = ""
+    """What the request named in place of the blob, if the server made that."""
     expected_version: int | None = None
     request_id: str = ""
 
     @property
     def fingerprint(self) -> str:
         """What makes two requests the same."""
-        return f"{self.digest}:{self.expected_version}"
+        return f"{self.source or self.digest}:{self.expected_version}"
 
 
 @dataclass(frozen=True, slots=True)

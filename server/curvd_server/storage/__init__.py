@@ -6,6 +6,7 @@ nor grpc, and no session that is open.
 
 from __future__ import annotations
 
+from curvd_server.storage.assembly import Piece, assembled, pieces_of
 from curvd_server.storage.blob_store import BlobStore
 from curvd_server.storage.blobs import Blob, check_digest
 from curvd_server.storage.catalogue import (
@@ -30,15 +31,18 @@ __all__ = [
     "BlobStore",
     "Catalogue",
     "Mounts",
+    "Piece",
     "Registry",
     "StoredModel",
     "StoredSession",
     "StoredVersion",
+    "assembled",
     "check_digest",
     "check_representable",
     "check_state",
     "model_spec",
     "owned",
+    "pieces_of",
     "private_folder",
     "torchs_folder",
 ]

@@ -18,7 +18,7 @@ import shutil
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +29,7 @@ from curvd.errors import (
     InvalidSpec,
     NotFound,
 )
+from curvd.tensors import safetensors_header
 from curvd_server.storage.blobs import Blob, check_digest, read_header
 from curvd_server.storage.mounts import Mounts
 from curvd_server.storage.partial_upload import Partial, Upload, make_room
@@ -220,7 +221,29 @@ class BlobStore:
         data = snapshot.view()
         header, start = read_header(data)
         arrays = {n: tensor.view(data[start:]) for n, tensor in header.items()}
-        return Blob(digest, header, arrays, snapshot.size)
+        metadata = safetensors_header.load_metadata(data[8:start].tobytes())
+        return Blob(digest, header, arrays, snapshot.size, metadata)
+
+    def write(
+        self, digest: str, pieces: Iterable[memoryview], total_bytes: int
+    ) -> None:
+        """Keep a blob that the server puts together itself, unless it is there.
+
+        Args:
+            digest: Its SHA-256.
+            pieces: Its bytes.
+            total_bytes: How many.
+
+        Raises:
+            LimitExceeded: If uploads take the room.
+            DiskFull: If the disk has none.
+        """
+        if self.is_sound(digest):
+            return
+        with self.upload(digest, offset=0, total_bytes=total_bytes) as writer:
+            for piece in pieces:
+                writer.write(piece)
+            assert writer.finish()
 
     def release(self, digest: str, needed: Callable[[], set[str]]) -> None:
         """Remove a blob that nothing needs any more.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
@@ -43,6 +43,8 @@ class Blob:
     """Tensor name to a view of a snapshot of the file, which all who have the blob open
     share; BF16 as uint16 bits. Writes stay private."""
     total_bytes: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What its header says beside the tensors."""
 
 
 def read_header(data: Buffer) -> tuple[safetensors_header.Header, int]:
