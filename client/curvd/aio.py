@@ -68,7 +68,7 @@ from curvd.remote import (
     opening,
     shown,
 )
-from curvd.remote.queries import Sketch
+from curvd.remote.queries import Influence, Sketch
 from curvd.tensors import Layout, operand
 
 T = TypeVar("T")
@@ -358,6 +358,10 @@ class AsyncSession(DataPointQueries, AsyncAsks, SessionBase["AsyncOperator"]):
         if store is not None:
             gradient = requests.at_version(gradient, call.info)
         return requests.loss_of(call.info), gradient
+
+    async def influence(self, queries: Any = None, **options: Any) -> Influence:
+        """Compute influence by the GGN; see `curvd.Session`."""
+        return await self.ggn().influence(queries, **options)
 
     async def sketch(self, name: str = "sketch", **options: Any) -> Sketch:
         """Sketch the GGN, to precondition systems; see `curvd.Session`."""

@@ -30,6 +30,7 @@ def found(tanh_session):
         "GradientSquares": tanh_session.gradient_squares(),
         "JacobianProduct": tanh_session.jacobian_product(gradient),
         "Sketch": G.sketch("a sketch", rank=5),
+        "Influence": G.influence([3, 5], damping=0.1),
     }
 
 
@@ -41,6 +42,7 @@ BEGINNINGS = {
     "Solution": r"^<Solution relative residual [\d.e+-]+; converged: ",
     "LogDeterminant": r"^<LogDeterminant -?[\d.e+-]+ ± [\d.e+-]+ \(95 %\); ",
     "Sketch": r"^<Sketch 'a sketch': 5 values, from [\d.e+-]+ to [\d.e+-]+; ",
+    "Influence": r"^<Influence 2 queries, relative residual at most [\d.e+-]+; ",
     "GradientGram": r"^<GradientGram 20 gradients, median cosine of two -?[\d.]+; ",
     "GradientSquares": r"^<GradientSquares 43 sums of 20: [\d.e+-]+ to [\d.e+-]+; ",
     "JacobianProduct": r"^<JacobianProduct \[20\] by \w+; ",

@@ -126,6 +126,12 @@ class Requests:
         self._query(message.header)
         return (memoryview(V),)
 
+    def _Influence(self, message):
+        self._query(message.header)
+        message.header.query.operator.kind = "OPERATOR_KIND_GGN"
+        message.header.all_rows = True
+        return ()
+
     def _Solve(self, message):
         header = query_pb.SolveHeader(damping=1.0)
         self._query(header)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import Message
+from numpy.typing import NDArray
 
 from curvd._calls.base import Call
 from curvd._calls.query_answer import Answer
@@ -29,6 +30,7 @@ class QueryCall(Call[T]):
         request: The request, or the header of the request's stream.
         read: Makes the result.
         operands: Tensors to send, by name, with their shapes.
+        arrays: Tensors to send, by name, of any type, in place of operands.
         max_bytes: Largest result.
         total: Products at most; None: unknown.
     """
@@ -40,12 +42,14 @@ class QueryCall(Call[T]):
         read: Read[T],
         *,
         operands: Mapping[str, tuple[Operand, tuple[int, ...]]] | None = None,
+        arrays: Mapping[str, NDArray[Any]] | None = None,
         max_bytes: int = 0,
         total: int | None = None,
     ) -> None:
         super().__init__(RPCS[name])
         self._message, self._read = request, read
         self._operands, self._max_bytes = operands, max_bytes
+        self._arrays = arrays
         self.observe: Observe = lambda progress: None
         """Called with the progress as it arrives."""
         self._latest: QueryProgress | None = None
@@ -119,6 +123,11 @@ class QueryCall(Call[T]):
             raise
 
     def _request(self) -> Iterator[Part]:
+        if self._arrays is not None:
+            yield self.rpc.request.message(header=self._message)
+            if self._arrays:
+                yield from chunks.chunks(self._arrays)
+            return
         if self._operands is None:
             yield self._message
             return

@@ -6,6 +6,8 @@ import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+from numpy.typing import NDArray
+
 from curvd._calls.query import QueryCall, Read
 from curvd._calls.query_answer import Answer
 from curvd._calls.tensor_stream import OWN_TYPE
@@ -84,6 +86,7 @@ class Queries:
         read: Read[T],
         *,
         operands: Mapping[str, tuple[Operand, tuple[int, ...]]] | None = None,
+        arrays: Mapping[str, NDArray[Any]] | None = None,
         max_bytes: int = 0,
         **fields: Any,
     ) -> QueryCall[T]:
@@ -94,6 +97,7 @@ class Queries:
             options: What to ask for.
             read: Makes the result.
             operands: Tensors to send, by name, with their shapes.
+            arrays: Tensors to send, by name, of any type, in place of operands.
             max_bytes: Largest result.
             **fields: What the request says beside the options.
 
@@ -114,6 +118,7 @@ class Queries:
             request,
             read,
             operands=operands,
+            arrays=arrays,
             max_bytes=max_bytes,
             total=most_products(rpc, options, self.session.data_points),
         )

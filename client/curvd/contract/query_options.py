@@ -235,6 +235,52 @@ class SketchOptions(QueryOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InfluenceOptions(QueryOptions):
+    """How influence is computed, and how much of it travels."""
+
+    damping: float = setting(
+        1e-3, "Added to every eigenvalue, beside the operator's own."
+    )
+    tolerance: float = setting(
+        1e-3,
+        "Residual relative to the norm of a query's gradient; 1e-3 does for rankings.",
+        positive=True,
+    )
+    top: int = setting(
+        0,
+        "So many data points of either end of each query in place of all scores; 0: all "
+        "scores.",
+        least=0,
+    )
+    groups: Any = setting(
+        None,
+        "Group of each data point, whole numbers [N] from 0: scores are their sums, [M, G].",
+        wire="",
+    )
+    self_only: bool = setting(
+        False, "Fetch no scores: only each query's influence on itself."
+    )
+    preconditioner: StoredVector | str | None = setting(
+        None,
+        "What `sketch` or ``eigsh(store=…)`` stored, at any version: it pays at small "
+        "dampings, below 16 queries or for several calls.",
+    )
+    block: int = setting(
+        0,
+        "Queries that are solved together, at most; 0: as many as fit.",
+        least=0,
+    )
+    part: int = setting(
+        0,
+        "Data points that the operator is made of, drawn at random: less work, and less "
+        "exact; 0: all.",
+        least=0,
+        most=2**62,
+    )
+    part_seed: int = _seed("Of the draw.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogDetOptions(QueryOptions):
     """How the determinant is estimated."""
 
@@ -364,6 +410,7 @@ QUERIES: Mapping[str, QuerySpec] = {
     ),
     "Solve": QuerySpec(method="solve", options=SolveOptions),
     "Sketch": QuerySpec(method="sketch", options=SketchOptions, command="sketch"),
+    "Influence": QuerySpec(method="influence", options=InfluenceOptions),
     "LogDet": QuerySpec(
         method="logdet",
         options=LogDetOptions,

@@ -16,7 +16,7 @@ from curvd.remote.asking import Asks
 from curvd.remote.jacobian import Jacobian
 from curvd.remote.operator import RemoteOperator
 from curvd.remote.progress import shown
-from curvd.remote.queries import DataPointQueries, Sketch
+from curvd.remote.queries import DataPointQueries, Influence, Sketch
 from curvd.remote.session_base import SessionBase, name_of
 from curvd.tensors import Layout, operand
 
@@ -144,6 +144,28 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
         if store is not None:
             gradient = requests.at_version(gradient, call.info)
         return requests.loss_of(call.info), gradient
+
+    def influence(self, queries: Any = None, **options: Any) -> Influence:
+        """Compute what each data point has to do with the losses of queries, by the GGN.
+
+        Args:
+            queries: Data points, by name as in the dataset or a tuple of inputs and
+                targets; or indices of the session's own; or None, all of these; or
+                gradients that the session stores, [P] or [P, M], or their name.
+            **options: Those of [`influence`][curvd.RemoteOperator.influence] of an
+                operator.
+
+        Returns:
+            The scores, and how true the solutions are.
+
+        Examples:
+            >>> found = session.influence([0, 1], damping=0.1, top=3)
+            >>> found.converged, found.indices.shape
+            (True, (2, 2, 3))
+            >>> session.influence(damping=0.1, self_only=True).self_influence.shape
+            (60,)
+        """
+        return self.ggn().influence(queries, **options)
 
     def sketch(self, name: str = "sketch", **options: Any) -> Sketch:
         """Sketch the GGN, to precondition systems of it and of the Hessian.

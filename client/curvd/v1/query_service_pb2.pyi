@@ -556,3 +556,69 @@ class JacobianProductSummary(_message.Message):
     row_shape: _containers.RepeatedScalarFieldContainer[int]
     plan: str
     def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., row_shape: _Optional[_Iterable[int]] = ..., plan: _Optional[str] = ...) -> None: ...
+
+class InfluenceHeader(_message.Message):
+    __slots__ = ("query", "damping", "tolerance", "top", "preconditioner", "block", "self_only", "part", "part_seed", "rows", "all_rows", "stored")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    DAMPING_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    PRECONDITIONER_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    SELF_ONLY_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    PART_SEED_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ALL_ROWS_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    query: Query
+    damping: float
+    tolerance: float
+    top: int
+    preconditioner: str
+    block: int
+    self_only: bool
+    part: int
+    part_seed: int
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    all_rows: bool
+    stored: str
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., damping: _Optional[float] = ..., tolerance: _Optional[float] = ..., top: _Optional[int] = ..., preconditioner: _Optional[str] = ..., block: _Optional[int] = ..., self_only: bool = ..., part: _Optional[int] = ..., part_seed: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., all_rows: bool = ..., stored: _Optional[str] = ...) -> None: ...
+
+class InfluenceRequest(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: InfluenceHeader
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[InfluenceHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class InfluenceResponse(_message.Message):
+    __slots__ = ("header", "chunk", "summary", "progress")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    header: _curvature_service_pb2.ResultHeader
+    chunk: bytes
+    summary: InfluenceSummary
+    progress: QueryProgress
+    def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., summary: _Optional[_Union[InfluenceSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
+
+class InfluenceSummary(_message.Message):
+    __slots__ = ("query", "residuals", "relative_residuals", "self_influence", "column_stops", "normaliser", "data_points")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    RESIDUALS_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_RESIDUALS_FIELD_NUMBER: _ClassVar[int]
+    SELF_INFLUENCE_FIELD_NUMBER: _ClassVar[int]
+    COLUMN_STOPS_FIELD_NUMBER: _ClassVar[int]
+    NORMALISER_FIELD_NUMBER: _ClassVar[int]
+    DATA_POINTS_FIELD_NUMBER: _ClassVar[int]
+    query: QuerySummary
+    residuals: _containers.RepeatedScalarFieldContainer[float]
+    relative_residuals: _containers.RepeatedScalarFieldContainer[float]
+    self_influence: _containers.RepeatedScalarFieldContainer[float]
+    column_stops: _containers.RepeatedScalarFieldContainer[Stop]
+    normaliser: float
+    data_points: int
+    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., residuals: _Optional[_Iterable[float]] = ..., relative_residuals: _Optional[_Iterable[float]] = ..., self_influence: _Optional[_Iterable[float]] = ..., column_stops: _Optional[_Iterable[_Union[Stop, str]]] = ..., normaliser: _Optional[float] = ..., data_points: _Optional[int] = ...) -> None: ...

@@ -103,6 +103,11 @@ class QueryServiceStub(object):
                 request_serializer=curvd_dot_v1_dot_query__service__pb2.JacobianProductRequest.SerializeToString,
                 response_deserializer=curvd_dot_v1_dot_query__service__pb2.JacobianProductResponse.FromString,
                 _registered_method=True)
+        self.Influence = channel.stream_stream(
+                '/curvd.v1.QueryService/Influence',
+                request_serializer=curvd_dot_v1_dot_query__service__pb2.InfluenceRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_query__service__pb2.InfluenceResponse.FromString,
+                _registered_method=True)
 
 
 class QueryServiceServicer(object):
@@ -222,6 +227,20 @@ class QueryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Influence(self, request_iterator, context):
+        """What data points have to do with the losses of others: scores
+        g_q' (A + damping I)^-1 g_n of each query q and each data point n of the session, A
+        being the query's operator and g the gradients of their own losses. Tensors of the
+        request: the queries, unless the header says where they are: inputs and targets by
+        their names in the dataset, or the inputs as "0", "1", … and the targets last; optional
+        "groups" [N], I64. Tensors, F32: "scores" [M, N], sent as queries are solved; or
+        [M, G], sums over groups; or with top = k "indices" [M, 2, k], I64, and "top_scores"
+        [M, 2, k]: the largest first, then the smallest. A query that was not begun has NaN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_QueryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -284,6 +303,11 @@ def add_QueryServiceServicer_to_server(servicer, server):
                     servicer.JacobianProduct,
                     request_deserializer=curvd_dot_v1_dot_query__service__pb2.JacobianProductRequest.FromString,
                     response_serializer=curvd_dot_v1_dot_query__service__pb2.JacobianProductResponse.SerializeToString,
+            ),
+            'Influence': grpc.stream_stream_rpc_method_handler(
+                    servicer.Influence,
+                    request_deserializer=curvd_dot_v1_dot_query__service__pb2.InfluenceRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_query__service__pb2.InfluenceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -619,6 +643,33 @@ class QueryService(object):
             '/curvd.v1.QueryService/JacobianProduct',
             curvd_dot_v1_dot_query__service__pb2.JacobianProductRequest.SerializeToString,
             curvd_dot_v1_dot_query__service__pb2.JacobianProductResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Influence(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/curvd.v1.QueryService/Influence',
+            curvd_dot_v1_dot_query__service__pb2.InfluenceRequest.SerializeToString,
+            curvd_dot_v1_dot_query__service__pb2.InfluenceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,6 +20,7 @@ from curvd.v1 import query_service_pb2 as query_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.device import Batcher
 from curvd_server.engine.data_points import Points
+from curvd_server.engine.objective import Problem
 from curvd_server.linalg import LowRank, Products, Progress, Query, Tensors
 from curvd_server.service import query_validation as check
 from curvd_server.service.query_run import Cost, QueryRun
@@ -62,6 +63,24 @@ class QueryCall:
         """The data points of a query about them."""
         assert isinstance(self.run.subject, Points)
         return self.run.subject
+
+    def points_beside(self, problem: Problem | None = None) -> Points:
+        """Name data points that a query about an operator asks besides.
+
+        Args:
+            problem: What they belong to; None: the session's.
+
+        Returns:
+            The data points; they have no limit, and no time.
+        """
+
+        def never() -> bool:
+            self.run.expired()  # raises if the query was given up
+            return False
+
+        own = self.lease.problem.points(self.run.compute, limit=None, expired=never)
+        assert isinstance(own, Points)
+        return own if problem is None else own.of(problem)
 
     @property
     def size(self) -> int:

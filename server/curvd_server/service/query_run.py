@@ -197,13 +197,23 @@ def subject_of(
         return lease.problem.points(run.compute, limit=limit, expired=run.expired)
     assert lease.operator is not None
     run.chunk_s = lease.operator.report.seconds_per_product
-    return _products(run, lease.operator, spec, limit or _PRODUCTS)
+    return products_of(run, lease.operator, spec, limit)
 
 
-def _products(
-    run: QueryRun, operator: Operator, spec: OperatorSpec, max_products: int
+def products_of(
+    run: QueryRun, operator: Operator, spec: OperatorSpec, limit: int | None
 ) -> Products:
-    """Make the map that an algorithm multiplies by, with scale and damping."""
+    """Make the map that an algorithm multiplies by, with scale and damping.
+
+    Args:
+        run: The run that computes it.
+        operator: The operator without them.
+        spec: Scale and damping.
+        limit: Most products; None: 10,000.
+
+    Returns:
+        The map.
+    """
     at_once = max(1, operator.report.columns_at_once)
 
     def product(V: Tensor) -> Tensor:
@@ -221,6 +231,6 @@ def _products(
         size=operator.size,
         dtype=operator.dtype,
         device=operator.device,
-        limit=max_products,
+        limit=limit or _PRODUCTS,
         expired=run.expired,
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from curvd.contract import (
     QUERIES,
     EigshOptions,
+    InfluenceOptions,
     JacobianProductOptions,
     Part,
     QueryOptions,
@@ -48,7 +49,7 @@ from curvd_server.linalg import (
     solve,
     solve_dampings,
 )
-from curvd_server.service import jacobians
+from curvd_server.service import influence, jacobians
 from curvd_server.service import query_validation as check
 from curvd_server.service.handlers import method_name
 from curvd_server.service.query_call import QueryCall, to_numpy
@@ -217,6 +218,13 @@ class QueryService:
         options = query_messages.read(JacobianProductOptions, header)
         async with self._open("JacobianProduct", header.query, options, send) as call:
             await jacobians.answer(call, header, options, chunks)
+
+    async def influence(self, requests: AsyncIterator[Part], send: Send) -> None:
+        """Compute the influence of data points on queries."""
+        header, chunks = await opened(requests)
+        options = query_messages.read(InfluenceOptions, header)
+        async with self._open("Influence", header.query, options, send) as call:
+            await influence.answer(call, header, options, chunks)
 
     async def _answer(
         self, rpc: str, definition: Definition[Any, Any, Any], request: Any, send: Send

@@ -190,6 +190,8 @@ RULES: Mapping[str, Rule] = {
     "DeleteVectorRequest.name": _NAME,
     "SolveHeader.diagonal_samples": Number(0, 1000),
     "SolveHeader.seed": _SEED,
+    "InfluenceHeader.rows": Number(0, _INT64),
+    "InfluenceHeader.stored": _NAME,
     "JacobianProductHeader.operand": _NAME,
     "JacobianProductHeader.parameters": _TENSOR,
     "SolveHeader.b": _NAME,

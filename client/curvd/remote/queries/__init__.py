@@ -14,12 +14,19 @@ from curvd.remote.queries.eigenpairs import *  # noqa: F403
 from curvd.remote.queries.eigenpairs import EigenpairQueries
 from curvd.remote.queries.estimates import *  # noqa: F403
 from curvd.remote.queries.estimates import EstimateQueries
+from curvd.remote.queries.influence import *  # noqa: F403
+from curvd.remote.queries.influence import InfluenceQueries
 from curvd.remote.queries.systems import *  # noqa: F403
 from curvd.remote.queries.systems import SketchQueries, SystemQueries
 
 
 class OperatorQueries(
-    EigenpairQueries, EstimateQueries, DensityQueries, SystemQueries, SketchQueries
+    EigenpairQueries,
+    EstimateQueries,
+    DensityQueries,
+    InfluenceQueries,
+    SystemQueries,
+    SketchQueries,
 ):
     """Whole computations that run on the server; a base of `curvd.RemoteOperator`.
 

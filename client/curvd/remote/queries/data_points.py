@@ -343,14 +343,15 @@ class DataPointQueries:
             msg = "stored vectors need a name, at least one character"
             raise InvalidSpec(msg, store=options.store)
         layout, names = _jacobian_layout(self._info.layout, options.params)
-        queries = self._queries
+        queries, fields = self._queries, dict[str, Any]()
+        sent = None
         if isinstance(v, str | StoredVector):
-            sent, fields = None, {"operand": v if isinstance(v, str) else v.name}
+            fields["operand"] = v if isinstance(v, str) else v.name
         else:
             length = self._info.data_points
             if options.transposed:
                 layout = _rows_layout(v, length, of=JacobianOf(options.of))
-            sent, fields = queries.operand(v, layout), {}
+            sent = queries.operand(v, layout)
         columns = None if sent is None else sent.columns
 
         def read(answer: Answer) -> JacobianProduct:

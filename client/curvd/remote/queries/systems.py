@@ -265,7 +265,7 @@ def _vector(
 
 def _systems(
     queries: Queries, b: Any, options: SolveOptions
-) -> tuple[dict[str, str], dict[str, tuple[Operand, tuple[int, ...]]]]:
+) -> tuple[dict[str, Any], dict[str, tuple[Operand, tuple[int, ...]]]]:
     """Check the operands of linear systems.
 
     Returns:
@@ -279,7 +279,7 @@ def _systems(
         )
         raise InvalidSpec(msg, preconditioner=options.preconditioner)
     given = {"b": b, "x0": options.x0, "preconditioner": options.preconditioner}
-    names: dict[str, str] = {}
+    names: dict[str, Any] = {}
     shapes: dict[str, tuple[Operand, tuple[int, ...]]] = {}
     size = queries.session.layout.size
     for what, value in given.items():

@@ -73,6 +73,19 @@ class Points:
         self.problem, self.done = problem, 0
         self._compute, self._limit, self._expired = compute, limit, expired
 
+    def of(self, problem: Problem) -> Points:
+        """Name the data points of another problem, asked in the same way.
+
+        Args:
+            problem: The objective.
+
+        Returns:
+            Its data points.
+        """
+        return Points(
+            problem, compute=self._compute, limit=self._limit, expired=self._expired
+        )
+
     def __len__(self) -> int:
         """Count the data points, N."""
         return sum(len(batch.targets) for batch in on_host(self.problem.data))
@@ -144,6 +157,21 @@ class Points:
             if len(part) < len(whole):
                 return Stop.PRODUCTS
         return Stop.CONVERGED
+
+    def run(self, job: Callable[[Poll], Any]) -> Query[Any]:
+        """Run a job on the device, in its turn; it counts no data points.
+
+        Args:
+            job: Takes what it polls for cancellation.
+
+        Yields:
+            Progress.
+
+        Returns:
+            What it returned.
+        """
+        yield Progress(iteration=0, products=self.done)
+        return self._compute(job)
 
     def look(self, function: Callable[[Batch], Any]) -> Any:
         """Evaluate a function on the first data point, which does not count.

@@ -10,6 +10,7 @@ from curvd_server.engine.objective.chunked import chunks, distance, dot, norm
 from curvd_server.engine.objective.data import Array, Batch, rows_of
 from curvd_server.engine.objective.layer_patches import use_differentiable_attention
 from curvd_server.engine.objective.objective import Problem
+from curvd_server.engine.objective.other_data import on_inputs, part_of, with_data
 from curvd_server.engine.objective.output_metrics import OutputMetric, loss_hessian
 from curvd_server.engine.objective.parameter_slices import add_rows, tangents_of
 from curvd_server.engine.objective.prefetch import on_host
@@ -35,8 +36,11 @@ __all__ = [
     "never",
     "norm",
     "on_host",
+    "on_inputs",
+    "part_of",
     "rows_of",
     "sampled_loss_hessian",
     "tangents_of",
     "use_differentiable_attention",
+    "with_data",
 ]

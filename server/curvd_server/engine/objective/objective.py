@@ -202,6 +202,20 @@ class Problem:
         model = dataclasses.replace(self.model, constants=constants)
         return dataclasses.replace(self, model=model, parameters=tuple(old.values()))
 
+    def on(self, data: Sequence[Batch]) -> Problem:
+        """Make the same objective on other mini-batches, with a normaliser of its own.
+
+        Args:
+            data: Of data points like those of this objective, as its loss wants them.
+
+        Returns:
+            The objective.
+
+        Raises:
+            InvalidSpec: If model, data and loss do not fit each other.
+        """
+        return dataclasses.replace(self, data=data, normaliser=1.0)._normalised()
+
     def restricted(self, spec: OperatorSpec) -> Problem:
         """Make the same objective as a function of an operator's parameters alone.
 
