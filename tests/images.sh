@@ -42,6 +42,9 @@ trap 'compose --profile cpu down --volumes; rm -rf "$mounted"' EXIT
 
 echo "a client on the host gets right products from the composed server, in native code too"
 "$python" tests/images_client.py "$CURVD_PUBLISH"
+said=$(compose --profile cpu logs cpu)
+grep -q '"event": "compiled"' <<<"$said"
+grep -q '"event": "native code took over"' <<<"$said"
 container=$(engine ps --filter "ancestor=${prefix}curvd-server" --format '{{.ID}}' | head -n 1)
 engine exec "$container" curvd health 127.0.0.1:50551
 echo "the server runs without root, on a read-only root"

@@ -19,8 +19,10 @@ from torch import Tensor
 from curvd.contract.enums import OperatorKind
 from curvd.contract.specs import LossSpec, OperatorSpec
 from curvd.errors import CurvatureUnverified
+from curvd_server.engine.objective import tangents_of
 from curvd_server.engine.operator import build
 from curvd_server.engine.operators.linearize import MODES
+from curvd_server.engine.tuning.autotune import PlanTimer
 from curvd_server.engine.tuning.plan import Plan
 
 HUGE = 2**30
@@ -173,6 +175,42 @@ def test_a_parameter_that_is_not_used_gets_a_zero_row():
         for kind in OperatorKind:
             operator = quick(problem, OperatorSpec(kind=kind), mode)
             assert not operator.apply(columns(problem, 1))[0, used:].any()
+
+
+@pytest.mark.parametrize("kind", sorted(OperatorKind))
+@pytest.mark.parametrize("mode", sorted(MODES))
+def test_columns_together_are_columns_one_by_one_beside_a_parameter_that_is_not_used(
+    mode: str, kind: OperatorKind
+):
+    problem = problem_of(of_name("unused"))
+    samples = {"mc_samples": 2} if kind is OperatorKind.FISHER else {}
+    spec = OperatorSpec(kind=kind, **samples)
+    linear = MODES[mode](problem, spec, problem.data[0])
+    V, block = columns(problem, 3), range(len(problem.parameters))
+    together = linear.product(tangents_of(V, problem.layout), block, batched=True)
+    alone = [
+        linear.product(tangents_of(v, problem.layout), block, batched=False) for v in V
+    ]
+    for rows, *singles in zip(together, *alone, strict=True):
+        if rows is None:
+            assert all(row is None for row in singles)
+        else:
+            torch.testing.assert_close(rows, torch.stack(singles))
+
+
+def test_wide_plans_are_timed_beside_a_parameter_that_is_not_used():
+    problem = problem_of(of_name("unused"))
+    timer = PlanTimer(problem, OperatorSpec(), HUGE, budget_s=60.0)
+    assert timer.seconds_per_column(Plan("program", columns_at_once=8)) is not None
+
+
+def test_a_block_of_nothing_but_an_unused_parameter_is_zero_for_every_column():
+    problem = problem_of(of_name("unused"))
+    names = problem.layout.names
+    linear = MODES["program"](problem, OperatorSpec(), problem.data[0])
+    at = names.index("unused.weight")
+    tangents = tangents_of(columns(problem, 3), problem.layout)[at : at + 1]
+    assert linear.product(tangents, range(at, at + 1), batched=True) == [None]
 
 
 def test_an_objective_that_is_linear_has_a_zero_hessian():

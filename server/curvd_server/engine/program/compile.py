@@ -158,6 +158,7 @@ class Compiler:
             arguments = task.arguments()
             if arguments is not None and _is_better(task.kernel, native, arguments):
                 task.kernel.native = _aligned(native)
+                log.info("native code took over", package=package.name)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             # The program goes on as it is: nobody waits for native code.
             log.warning("not compiled", reason=str(error)[-2000:])
@@ -295,7 +296,10 @@ def _is_better(kernel: Kernel, native: Native, arguments: list[Tensor]) -> bool:
                 logger().warning("native code is wrong", gap=gap)
                 return False
         rounds = list(_race(calls, arguments))
-    return min(b for _, b in rounds) < WORTH * min(a for a, _ in rounds)
+    share = min(b for _, b in rounds) / max(min(a for a, _ in rounds), 1e-9)
+    if share >= WORTH:
+        logger().info("native code is no faster", share=round(share, 3))
+    return share < WORTH
 
 
 def _race(

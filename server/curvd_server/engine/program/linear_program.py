@@ -88,7 +88,7 @@ class SimplifiedGraph:
         known = [constants[name] for name in kernel.names]
         if not batched:
             return functools.partial(kernel.native or kernel.module.forward, *known)
-        return torch.vmap(functools.partial(kernel.module.forward, *known))
+        return _vectorised(functools.partial(kernel.module.forward, *known))
 
     def emitted(
         self,
@@ -316,6 +316,27 @@ def _task(linear: HessianProgram | JacobianProgram, kernel: Kernel) -> CompileTa
         return [*constants, *tangents]
 
     return CompileTask(kernel, arguments)
+
+
+def _vectorised(call: Call) -> Call:
+    """Give a kernel's tangents and rows a leading column axis, [K, ...].
+
+    Rows that are zeros for every tangent are None, which `torch.vmap` does not let through:
+    those of a parameter that is not used.
+    """
+
+    def run(*tangents: Tensor) -> list[Tensor | None]:
+        present: list[bool] = []
+
+        def dense(*columns: Tensor) -> tuple[Tensor, ...]:
+            rows = call(*columns)
+            present[:] = [row is not None for row in rows]
+            return tuple(row for row in rows if row is not None)
+
+        found = iter(torch.vmap(dense)(*tangents))
+        return [next(found) if there else None for there in present]
+
+    return run
 
 
 def _kernel(graph: fx.Graph) -> Kernel:
