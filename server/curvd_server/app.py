@@ -54,6 +54,8 @@ CAPABILITIES = tuple(
 
 _SWEEP_S = 1.0
 _SWITCH_S = 1e-3
+_CHOOSE_AGAIN = 30
+"""Sweeps after which plans that were chosen on a busy machine may be chosen anew."""
 _SWEEP_BLOBS = 300
 """Sweeps after which uploads are looked at, too."""
 _TRIM = 60
@@ -249,6 +251,8 @@ async def _expire(
             for session_id in await sessions.expire():
                 logs.logger().info("expired", session=session_id)
             curvature.expire()
+            if second % _CHOOSE_AGAIN == 0:
+                sessions.choose_again()
             if second % _TRIM == 0:
                 await asyncio.to_thread(trim_allocator)
             if second % _SWEEP_BLOBS == 0:

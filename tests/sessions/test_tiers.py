@@ -135,3 +135,68 @@ async def test_what_was_used_enough_does_not_wait_for_an_idle_device(
     operator.spent_s = REPAID_S
     await product(server, operator)
     await until(lambda: tier_of(server, info.id) is Tier.FINAL)
+
+
+async def busily(server, **changes):
+    """A session whose plan was chosen on a busy machine, and its first operator."""
+    server.device.has_tiers, server.device.is_busy = False, True
+    info = await server.sessions.create(server.new(**changes))
+    server.device.is_busy = False
+    return info, await lease_of(server, info.id)
+
+
+async def test_a_plan_of_a_busy_machine_is_chosen_anew_and_the_better_one_kept(server):
+    info, doubtful = await busily(server, budget_bytes=100)
+    server.sessions.choose_again()
+    await until(lambda: doubtful.closed)
+    operator = await lease_of(server, info.id)
+    assert (operator.report.tier, operator.report.revision) == (Tier.FINAL, 1)
+    assert server.device.chosen_again == [(HESSIAN, 100)]
+    server.sessions.choose_again()  # it is in doubt no more
+    await product(server, operator)
+    assert len(server.device.chosen_again) == 1
+
+
+async def test_a_plan_that_stands_another_choice_stays(server):
+    server.device.has_better_plans = False
+    info, operator = await busily(server)
+    server.sessions.choose_again()
+    await until(lambda: not operator.is_in_doubt)
+    session = server.sessions._sessions[info.id]
+    await until(lambda: not session.operator_cache._improving)
+    assert await lease_of(server, info.id) is operator
+    assert not operator.closed
+
+
+async def test_a_machine_that_is_busy_still_is_asked_again_later(server):
+    server.device.is_quiet = False
+    info, operator = await busily(server)
+    session = server.sessions._sessions[info.id]
+    for attempt in (1, 2):
+        server.sessions.choose_again()
+        server.sessions.choose_again()  # one attempt at a time
+        await until(lambda: not session.operator_cache._improving)
+        assert len(server.device.chosen_again) == attempt
+    server.device.is_quiet = True
+    server.sessions.choose_again()
+    await until(lambda: operator.closed)
+
+
+async def test_who_asked_for_one_set_of_bits_keeps_a_plan_in_doubt(server):
+    info, operator = await busily(server, plan=Tier.FINAL)
+    server.sessions.choose_again()
+    await product(server, operator)
+    assert server.device.chosen_again == []
+    assert await lease_of(server, info.id) is operator
+
+
+async def test_a_call_under_way_keeps_the_plan_that_it_began_with(server):
+    info, _ = await busily(server)
+    async with server.sessions.lease(info.id, operator=HESSIAN) as lease:
+        server.sessions.choose_again()
+        await until(lambda: len(server.device.operators) == 2)
+        session = server.sessions._sessions[info.id]
+        await until(lambda: not session.operator_cache._improving)
+        assert not lease.operator.closed
+        assert (await lease_of(server, info.id)).report.revision == 1
+    await until(lambda: lease.operator.closed)

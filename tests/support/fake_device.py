@@ -43,7 +43,7 @@ class FakeOperator:
     def __init__(self, problem, spec):
         self.problem, self.spec = problem, spec
         self.report = report(kept_bytes=problem.device.kept_bytes)
-        self.closed, self.spent_s = False, 0.0
+        self.closed, self.spent_s, self.is_in_doubt = False, 0.0, False
         self.started, self.gate = threading.Event(), threading.Event()
         self.gate.set()
         self.seen = []
@@ -94,6 +94,7 @@ class FakeProblem:
             if cancelled():
                 raise Cancelled("stopped between two steps")
         operator = FakeOperator(self, spec)
+        operator.is_in_doubt = self.device.is_busy
         operator.report = replace(
             operator.report, tier=tier if self.device.has_tiers else Tier.FINAL
         )
@@ -112,9 +113,21 @@ class FakeProblem:
         self.device.operators.append(final)
         return final
 
+    def choose_again(self, operator, *, budget_bytes, cancelled):
+        self.device.chosen_again.append((operator.spec, budget_bytes))
+        if not self.device.is_quiet:
+            return None
+        if not self.device.has_better_plans:
+            operator.is_in_doubt = False
+            return None
+        made = FakeOperator(self, operator.spec)
+        made.report = replace(made.report, revision=operator.report.revision + 1)
+        self.device.operators.append(made)
+        return made
+
     def move(self, operator):
         moved = FakeOperator(self, operator.spec)
-        moved.report = operator.report
+        moved.report, moved.is_in_doubt = operator.report, operator.is_in_doubt
         self.device.operators.append(moved)
         return moved
 
@@ -133,6 +146,9 @@ class FakeDevice:
         self.held_up_by.set()
         self.has_tiers = self.fails_to_improve = False
         self.improved, self.improving = [], threading.Event()
+        self.chosen_again, self.is_quiet, self.has_better_plans = [], True, True
+        self.is_busy = False
+        """Whether plans that are chosen now are in doubt."""
 
     def describe(self):
         return DeviceInfo(

@@ -35,6 +35,11 @@ class PlanReport:
     """Predicted peak device memory of one product, parameters and data included."""
     tier: Tier = Tier.FINAL
     """Which tier this is; one that takes over is as right, and may round differently."""
+    busy: float = 0.0
+    """Seconds per second of computing in which plans were timed, waiting for a core
+    included; 1: a quiet machine; 0: nothing was timed, or the system does not tell."""
+    revision: int = 0
+    """How often a plan that was chosen anew, on a quiet machine, took over."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,7 +156,7 @@ class Parameter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("mode", "columns_at_once", "batches", "kept_batches", "kept_bytes", "compiled", "symmetry_gap", "difference_gap", "seconds_per_product", "peak_bytes", "tier")
+    __slots__ = ("mode", "columns_at_once", "batches", "kept_batches", "kept_bytes", "compiled", "symmetry_gap", "difference_gap", "seconds_per_product", "peak_bytes", "tier", "busy", "revision")
     MODE_FIELD_NUMBER: _ClassVar[int]
     COLUMNS_AT_ONCE_FIELD_NUMBER: _ClassVar[int]
     BATCHES_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +168,8 @@ class Plan(_message.Message):
     SECONDS_PER_PRODUCT_FIELD_NUMBER: _ClassVar[int]
     PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
+    BUSY_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     mode: str
     columns_at_once: int
     batches: int
@@ -179,7 +181,9 @@ class Plan(_message.Message):
     seconds_per_product: float
     peak_bytes: int
     tier: Tier
-    def __init__(self, mode: _Optional[str] = ..., columns_at_once: _Optional[int] = ..., batches: _Optional[int] = ..., kept_batches: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., compiled: bool = ..., symmetry_gap: _Optional[float] = ..., difference_gap: _Optional[float] = ..., seconds_per_product: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ...) -> None: ...
+    busy: float
+    revision: int
+    def __init__(self, mode: _Optional[str] = ..., columns_at_once: _Optional[int] = ..., batches: _Optional[int] = ..., kept_batches: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., compiled: bool = ..., symmetry_gap: _Optional[float] = ..., difference_gap: _Optional[float] = ..., seconds_per_product: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., busy: _Optional[float] = ..., revision: _Optional[int] = ...) -> None: ...
 
 class BuiltOperator(_message.Message):
     __slots__ = ("operator", "plan")

@@ -55,6 +55,10 @@ class Operator(Protocol):
         """Seconds that it has computed, at earlier versions included."""
 
     @property
+    def is_in_doubt(self) -> bool:
+        """Whether its plan was chosen on a busy machine; see `Problem.choose_again`."""
+
+    @property
     def shares(self) -> bool:
         """Whether columns together cost less than one after the other."""
 
@@ -161,6 +165,20 @@ class Problem(Protocol):
             operator: The first tier, which stays valid.
             budget_bytes: Memory for cached linearisations, in its place.
             cancelled: Polled between mini-batches.
+        """
+
+    def choose_again(
+        self, operator: Any, *, budget_bytes: int, cancelled: Poll
+    ) -> Operator | None:
+        """Choose the plan of an operator anew, if nobody else wants the cores.
+
+        Args:
+            operator: The operator, which stays valid.
+            budget_bytes: Memory for cached linearisations, in its place.
+            cancelled: Polled between mini-batches.
+
+        Returns:
+            The operator with a better plan; None if it has the best, or cores are wanted.
         """
 
     def move(self, operator: Any) -> Operator:

@@ -40,6 +40,8 @@ from curvd_server.engine import (
     Memory,
     Problem,
     check_gradient,
+    choose_again,
+    is_in_doubt,
     use_differentiable_attention,
     use_threads,
 )
@@ -371,6 +373,13 @@ class TorchProblem:
         with _translated():
             return operator.improved(self._tools.plans, budget_bytes, cancelled)
 
+    def choose_again(
+        self, operator: TorchOperator, *, budget_bytes: int, cancelled: Poll
+    ) -> TorchOperator | None:
+        """Choose its plan anew; see `Problem.choose_again` of the protocols."""
+        with _translated():
+            return operator.chosen_again(self._tools.plans, budget_bytes, cancelled)
+
     def move(self, operator: TorchOperator) -> TorchOperator:
         """Make the same operator for this version; nothing is computed yet."""
         return operator.at(self._problem)
@@ -394,9 +403,15 @@ class TorchOperator:
     @property
     def report(self) -> PlanReport:
         """How it is computed; whether in native code, as of now."""
-        if self._report.compiled != self._operator.is_compiled:
-            self._report = replace(self._report, compiled=self._operator.is_compiled)
+        compiled, busy = self._operator.is_compiled, self._operator.choice.busy
+        if (self._report.compiled, self._report.busy) != (compiled, busy):
+            self._report = replace(self._report, compiled=compiled, busy=busy)
         return self._report
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether its plan was chosen on a busy machine."""
+        return is_in_doubt(self._operator)
 
     @property
     def spent_s(self) -> float:
@@ -442,6 +457,27 @@ class TorchOperator:
             cancelled=cancelled,
         )
         return TorchOperator(final)
+
+    def chosen_again(
+        self, plans: Memory, budget_bytes: int, cancelled: Poll
+    ) -> TorchOperator | None:
+        """Choose its plan anew.
+
+        Args:
+            plans: Plans of earlier operators.
+            budget_bytes: Memory for cached linearisations.
+            cancelled: Polled between mini-batches.
+
+        Returns:
+            The operator with a better plan; None if there is none.
+        """
+        made = choose_again(
+            self._operator,
+            budget_bytes=budget_bytes,
+            memory=plans,
+            cancelled=cancelled,
+        )
+        return None if made is None else TorchOperator(made)
 
     def at(self, problem: Problem) -> TorchOperator:
         """Make the same operator at another version of its problem.

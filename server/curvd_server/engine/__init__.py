@@ -7,6 +7,7 @@ graphs; knows no network, no storage and no session.
 
 from __future__ import annotations
 
+from curvd_server.engine.choose_again import choose_again, is_in_doubt
 from curvd_server.engine.objective import (
     Problem,
     check_batch_axis,
@@ -23,6 +24,8 @@ __all__ = [
     "Problem",
     "check_batch_axis",
     "check_gradient",
+    "choose_again",
+    "is_in_doubt",
     "use_differentiable_attention",
     "use_threads",
 ]

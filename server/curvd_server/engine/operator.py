@@ -13,6 +13,7 @@ Everything here is synchronous and belongs to whoever has the turn of its device
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import time
@@ -36,6 +37,7 @@ from curvd_server.engine.tuning import (
     Choice,
     Memory,
     Plan,
+    Renewed,
     begin,
     choose,
     is_alike,
@@ -149,7 +151,7 @@ def improve(
         spec,
         reference=first.reference or Reference(problem, spec),
         plan=None,
-        memory={} if memory is None else memory,
+        memory={} if memory is None else Renewed(memory),
         budget_bytes=budget_bytes,
         budget_s=tuning_s,
         cancelled=cancelled,
@@ -223,6 +225,19 @@ class Operator:
         return self._choice.tier
 
     @property
+    def choice(self) -> Choice:
+        """The plan, its evidence, and how it was chosen."""
+        return self._choice
+
+    def settle(self, busy: float) -> None:
+        """Take note that its plan has stood another choice.
+
+        Args:
+            busy: How busy the machine was this time.
+        """
+        self._choice = dataclasses.replace(self._choice, busy=busy)
+
+    @property
     def report(self) -> PlanReport:
         """The plan and the evidence that it is right."""
         cached, sizes = self._cache.indices(), self._cache.sizes()
@@ -247,6 +262,8 @@ class Operator:
             + transient
             + 3 * width * column_bytes,
             tier=self.tier,
+            busy=self._choice.busy,
+            revision=self._choice.revision,
         )
 
     @property

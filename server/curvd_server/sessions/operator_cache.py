@@ -1,7 +1,8 @@
 """What a session has on the device: its objective, and the operators that are built.
 
 An operator answers in its first tier while its last one is prepared: when the device is
-idle, or in turns with products once these have taken so long that it is repaid.
+idle, or in turns with products once these have taken so long that it is repaid. A plan that
+was chosen on a busy machine is chosen anew when the machine is quiet, and the better one stays.
 
 Nothing here is locked; the session's lock is held by whoever calls a method that
 changes something.
@@ -11,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from curvd.contract import OperatorSpec, PlanReport, Tier, Work
 from curvd.errors import CurvdError
@@ -33,6 +35,13 @@ REPAID_S = 5.0
 long to prepare, waits for an idle device no longer."""
 _VERIFIED_BYTES = 24
 """Memory that verifying an operator takes per parameter: three float64 vectors."""
+
+
+class _Make(Protocol):
+    """Makes an operator with another plan; None if there is none."""
+
+    def __call__(self, *, budget_bytes: int, cancelled: Poll) -> Operator | None:
+        """Make it within so much memory."""
 
 
 @dataclass(eq=False, slots=True)
@@ -214,6 +223,25 @@ class OperatorCache:
         """Where last tiers are prepared, one after the other."""
         return "improving", id(self)
 
+    def choose_again(self) -> None:
+        """Have plans that were chosen on a busy machine chosen anew, when it is quiet.
+
+        The device has to be idle, too. Where one set of bits was asked for, they stay.
+        """
+        problem = self.problem
+        if problem is None or self._plan is Tier.FINAL:
+            return
+        for spec, built in self._built.items():
+            operator = built.operator
+            if spec in self._improving or not operator.is_in_doubt:
+                continue
+            self._prepare(
+                spec,
+                functools.partial(problem.choose_again, operator),
+                due=lambda: False,
+                takes_over="plan chosen anew took over",
+            )
+
     def _improve(self, spec: OperatorSpec) -> None:
         """Have the last tier of an operator prepared, unless it is there or on its way."""
         problem, operator = self.problem, self._built[spec].operator
@@ -221,63 +249,87 @@ class OperatorCache:
             return
         assert problem is not None
 
-        def improve(cancelled: Poll) -> Operator:
-            budget_bytes = self._budget_beside(spec)
-            return problem.improve(
-                operator, budget_bytes=budget_bytes, cancelled=cancelled
-            )
-
         def is_due() -> bool:
             now = self._built.get(spec)
             return now is not None and now.operator.spent_s >= REPAID_S
 
+        self._prepare(
+            spec,
+            functools.partial(problem.improve, operator),
+            due=is_due,
+            takes_over="last tier took over",
+        )
+
+    def _prepare(
+        self, spec: OperatorSpec, make: _Make, *, due: Poll, takes_over: str
+    ) -> None:
+        """Have another plan of an operator prepared that nobody waits for.
+
+        Args:
+            spec: Which operator.
+            make: Makes it; there may be none.
+            due: Says whether it takes turns with products, or waits for an idle device.
+            takes_over: What the log says then.
+        """
+        problem = self.problem
+        assert problem is not None
+
+        def job(cancelled: Poll) -> Operator | None:
+            budget_bytes = self._budget_beside(spec)
+            return make(budget_bytes=budget_bytes, cancelled=cancelled)
+
         ongoing = self._begin(Work.IMPROVING, str(spec.kind))
         ticket = self._batcher.run_when_idle(
-            _heard(ongoing, self._staying(improve)),
-            due=is_due,
+            _heard(ongoing, self._staying(job)),
+            due=due,
             lane=self._lane,
             room_bytes=self._verified_bytes(spec),
         )
-        task = asyncio.ensure_future(self._take_over(spec, problem, ticket, ongoing))
-        self._improving[spec] = task
+        waiting = self._take_over(spec, problem, ticket, ongoing, takes_over)
+        self._improving[spec] = asyncio.ensure_future(waiting)
 
     async def _take_over(
         self,
         spec: OperatorSpec,
         problem: Problem,
-        ticket: Ticket[Operator],
+        ticket: Ticket[Operator | None],
         ongoing: Ongoing,
+        takes_over: str,
     ) -> None:
-        """Put the last tier into the place of the first one, once it is there.
+        """Put another plan into the place of the one that answers, once it is there.
 
         Args:
             spec: Which operator.
             problem: The version at which it is prepared; there may be a later one since.
-            ticket: The last tier, to come.
+            ticket: The operator with that plan, to come.
             ongoing: Tells how far it is.
+            takes_over: What the log says when it has.
         """
         try:
             with ongoing:
                 done = await asyncio.wrap_future(ticket)
-        except CurvdError as error:  # the first tier goes on
-            logger().warning("no last tier", operator=str(spec.kind), error=str(error))
+        except CurvdError as error:  # the plan that there is goes on
+            kind = str(spec.kind)
+            logger().warning("no better plan", operator=kind, error=str(error))
             return
         finally:
             if self._improving.get(spec) is asyncio.current_task():
                 del self._improving[spec]
-        final, first = done.value, self._built.get(spec)
-        if first is None or first.operator.report.tier is Tier.FINAL:
-            self._close_unused([CachedOperator(final, retired=True)])
+        made = done.value
+        if made is None:
+            return
+        if spec not in self._built:
+            self._close_unused([CachedOperator(made, retired=True)])
             return
         assert self.problem is not None
         if self.problem is not problem:
-            final = self.problem.move(final)
+            made = self.problem.move(made)
         self._retire([spec])
-        self._built[spec] = CachedOperator(final)
+        self._built[spec] = CachedOperator(made)
         logger().info(
-            "last tier took over",
+            takes_over,
             operator=str(spec.kind),
-            mode=final.report.mode,
+            mode=made.report.mode,
             seconds=round(done.compute_s, 2),
         )
 

@@ -305,6 +305,11 @@ class SessionStore:
         await self._note_leases()
         return ended
 
+    def choose_again(self) -> None:
+        """Have plans that were chosen on a busy machine chosen anew, if it is quiet now."""
+        for session in self._sessions.values():
+            session.operator_cache.choose_again()
+
     async def close(self) -> None:
         """Give the device's memory back; the sessions stay in the catalogue."""
         await self._note_leases(at_the_end=True)

@@ -13,7 +13,7 @@ from curvd_server.system.activities import (
     enter_stage,
 )
 from curvd_server.system.cooperative import LongWork, Poll, Threads, alone, yield_point
-from curvd_server.system.cores import usable_cores
+from curvd_server.system.cores import is_quiet, usable_cores, waited_s
 from curvd_server.system.faults import FREE_SOME, is_out_of_memory, told
 from curvd_server.system.garbage import look_at_all, none_while_building
 from curvd_server.system.host_memory import (
@@ -43,10 +43,12 @@ __all__ = [
     "default_bytes",
     "enter_stage",
     "is_out_of_memory",
+    "is_quiet",
     "logger",
     "look_at_all",
     "none_while_building",
     "told",
     "usable_cores",
+    "waited_s",
     "yield_point",
 ]

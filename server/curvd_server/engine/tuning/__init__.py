@@ -5,15 +5,31 @@ Imports operators and verification.
 
 from __future__ import annotations
 
+from curvd_server.engine.tuning.autotune import PlanTimer, is_faster
 from curvd_server.engine.tuning.bit_invariance import is_alike, steps
-from curvd_server.engine.tuning.plan import Choice, Memory, Plan, begin, choose
+from curvd_server.engine.tuning.chosen_anew import BUSY, Renewed
+from curvd_server.engine.tuning.plan import (
+    Choice,
+    Memory,
+    Plan,
+    begin,
+    choose,
+    remember,
+    structure,
+)
 
 __all__ = [
+    "BUSY",
     "Choice",
     "Memory",
     "Plan",
+    "PlanTimer",
+    "Renewed",
     "begin",
     "choose",
     "is_alike",
+    "is_faster",
+    "remember",
     "steps",
+    "structure",
 ]

@@ -31,7 +31,7 @@ from curvd_server.engine.operators import (
     cached_bytes,
 )
 from curvd_server.engine.program import Interruptible
-from curvd_server.system import advance, enter_stage, logger, yield_point
+from curvd_server.system import advance, enter_stage, logger, waited_s, yield_point
 
 WORTH = 0.9
 """A candidate must need less than this share of the best simpler one's time.
@@ -214,6 +214,28 @@ def _widened(
     return best
 
 
+def is_faster(
+    timer: PlanTimer, plan: Plan, known: Plan, cancelled: Callable[[], bool]
+) -> bool:
+    """Tell whether a plan is worth the change from one that is in use.
+
+    Args:
+        timer: Times one plan.
+        plan: The new one.
+        known: The one in use.
+        cancelled: Polled before each timing.
+
+    Returns:
+        Whether it really gains, or differs in nothing but threads, which are measured
+        by themselves.
+    """
+    if dataclasses.replace(plan, threads=known.threads) == known:
+        return plan != known
+    timed: dict[Plan, float] = {}
+    _race(timer, [known, plan], timed, cancelled)
+    return timed.get(plan, math.inf) < WORTH * timed.get(known, math.inf)
+
+
 class PlanTimer:
     """Times plans on the first mini-batches, within a budget of measured time.
 
@@ -234,6 +256,7 @@ class PlanTimer:
     ) -> None:
         self._problem, self._spec, self._bytes = problem, spec, budget_bytes
         self._left_s = budget_s
+        self._spent_s = self._waited_s = 0.0
         self._best_s, self._warm = math.inf, set[Plan]()
         on_cpu = problem.device.type == "cpu"
         self._clock = time.thread_time if on_cpu else time.perf_counter
@@ -242,6 +265,11 @@ class PlanTimer:
     def batches(self) -> int:
         """Mini-batches that may be joined."""
         return self._problem.batches
+
+    @property
+    def busy(self) -> float:
+        """Seconds per second of computing, waiting for a core included; 0: none timed."""
+        return 1.0 + self._waited_s / self._spent_s if self._spent_s else 0.0
 
     def is_over(self) -> bool:
         """Tell whether the time is used up."""
@@ -303,6 +331,7 @@ class PlanTimer:
         # pauses would count, and operations only wait there.
         long = plan.batched and p.device.type == "cpu" and limit_s > _INTERRUPTED_S
         inside = Interruptible() if long else contextlib.nullcontext()
+        waited_before_s = waited_s()
         while len(seconds) < _RUNS:  # the first warms caches and allocators
             rows: list[Tensor | None] = []
             spent_s = 0.0
@@ -323,6 +352,8 @@ class PlanTimer:
             if len(seconds) >= least and (self.is_over() or (long and enough)):
                 break
         self._warm.add(plan)
+        self._waited_s += waited_s() - waited_before_s
+        self._spent_s += sum(seconds)
         return min(seconds)
 
     def _since(self, start: float) -> float:

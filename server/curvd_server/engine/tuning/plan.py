@@ -54,6 +54,10 @@ class Choice:
     plan: Plan
     evidence: Evidence
     tier: Tier = Tier.FINAL
+    busy: float = 0.0
+    """Of the machine while plans were timed; see `PlanReport.busy`."""
+    revision: int = 0
+    """How often a plan that was chosen anew took over."""
 
 
 class Memory(Protocol):
@@ -94,16 +98,31 @@ def recall(memory: Memory, key: str) -> Plan | None:
     Returns:
         The plan, or None if there is none that this version understands.
     """
+    found = _recalled(memory, key)
+    return None if found is None else found[0]
+
+
+def _recalled(memory: Memory, key: str) -> tuple[Plan, float] | None:
+    """Look up a plan, and how busy the machine was when it was chosen."""
     try:
-        plan = Plan(**json.loads(memory.get(key, "")))
-    except (ValueError, TypeError):
+        fields = json.loads(memory.get(key, ""))
+        busy = float(fields.pop("busy", 0.0))
+        plan = Plan(**fields)
+    except (ValueError, TypeError, AttributeError):
         return None
-    return plan if plan.mode in MODES else None
+    return (plan, busy) if plan.mode in MODES else None
 
 
-def remember(memory: Memory, key: str, plan: Plan) -> None:
-    """Keep a verified plan for later sessions of the same structure."""
-    memory[key] = json.dumps(dataclasses.asdict(plan))
+def remember(memory: Memory, key: str, plan: Plan, busy: float = 0.0) -> None:
+    """Keep a verified plan for later sessions of the same structure.
+
+    Args:
+        memory: Where plans are kept.
+        key: From `structure`.
+        plan: The plan.
+        busy: How busy the machine was when it was chosen.
+    """
+    memory[key] = json.dumps({**dataclasses.asdict(plan), "busy": busy})
 
 
 def begin(
@@ -167,7 +186,8 @@ def choose(
     timer = PlanTimer(problem, spec, budget_bytes, budget_s)
     found: dict[str, Evidence] = {}
     key = structure(problem, spec)
-    known = plan or recall(memory, key)
+    recalled = (plan, 0.0) if plan else _recalled(memory, key)
+    known, busy = recalled or (None, 0.0)
     for candidate in ranked(timer, known, cancelled):
         check_cancelled(cancelled)
         if candidate.batches_at_once > 1 and not reference.is_sum_over_data():
@@ -182,8 +202,9 @@ def choose(
             if candidate != known:
                 threads = measured_threads(problem, spec, candidate)
                 candidate = dataclasses.replace(candidate, threads=threads)
-            remember(memory, key, candidate)
-            return Choice(candidate, evidence)
+                busy = timer.busy
+            remember(memory, key, candidate, busy)
+            return Choice(candidate, evidence, busy=busy)
         found[candidate.mode] = evidence
     if any(evidence.out_of_memory for evidence in found.values()):
         msg = (
