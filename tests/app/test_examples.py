@@ -19,6 +19,17 @@ def test_sharpness_is_tracked_through_training(live_target, capsys):
     assert "version 3" in capsys.readouterr().out
 
 
+def test_a_watched_training_comes_to_the_edge_of_stability(live_target, tmp_path):
+    pytest.importorskip("sklearn")
+    picture = tmp_path / "watched.png"
+    readings = main_of("watched_training")(live_target, str(picture), steps=2000)
+    assert picture.exists()
+    assert readings[0].values.keys() == {"sharpness", "loss"}
+    late = [r["sharpness"] for r in readings if r.step > 1200]
+    assert 3.5 < np.median(late) < 4.8  # 2 / learning rate is 4
+    assert readings[-1]["loss"] < readings[0]["loss"]
+
+
 def test_newton_steps_bring_the_loss_down(live_target):
     losses = main_of("newton_cg")(live_target)
     assert losses[-1] < 0.3 * losses[0]

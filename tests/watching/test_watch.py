@@ -113,6 +113,9 @@ def test_no_snapshot_is_torn_by_a_training_that_never_pauses(service, net, follo
     training.start()
     training.join()
     watch.close()
+    skipped = [reading.skipped for reading in watch.readings]
+    assert min(skipped) >= 0
+    assert len(skipped) + sum(skipped) == watch.readings[-1].step
     arrived = uploads(service)
     assert len(arrived) == len(watch.readings) >= 300
     for reading, values in zip(watch.readings, arrived, strict=True):

@@ -38,7 +38,7 @@ class Handover:
     ) -> None:
         self._snapshot, self._clock = snapshot, clock
         self._changed = threading.Condition()
-        self._pending: Due | None = None
+        self._pending: tuple[int, float] | None = None
         self._is_sending = self._is_busy = False
         self._quiet_until = 0.0
         self._unread = 0
@@ -63,7 +63,7 @@ class Handover:
                 self._pending = None
                 self._skip()
             self._snapshot.take()
-            self._pending = Due(step, self._clock(), self._unread)
+            self._pending = step, self._clock()
             self._changed.notify_all()
             return True
 
@@ -80,8 +80,11 @@ class Handover:
         """
         with self._changed:
             self._changed.wait_for(lambda: self._pending is not None or self.closed)
-            due, self._pending = self._pending, None
-            self._is_sending = self._is_busy = due is not None
+            if self._pending is None:
+                return None
+            due = Due(*self._pending, skipped=self._unread)
+            self._pending = None
+            self._is_sending = self._is_busy = True
             return due
 
     def values(self) -> Mapping[str, Any]:
