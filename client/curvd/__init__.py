@@ -81,6 +81,7 @@ from curvd.errors import (
     BuilderNotFound,
     Cancelled,
     CannotConnect,
+    CheckpointNotFound,
     CurvatureUnverified,
     CurvdError,
     DataLoss,
@@ -215,6 +216,7 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     # errors
     "errors",
     "BuilderNotFound",
+    "CheckpointNotFound",
     "Cancelled",
     "CannotConnect",
     "CurvatureUnverified",

@@ -202,6 +202,7 @@ class AsyncClient:
         mode: Mode | str | None = None,
         check: bool = True,
         progress: ObserveOpening | bool = False,
+        checkpoint: str | None = None,
         **options: Any,
     ) -> AsyncSession:
         """Bring a module, a loss and data into a session; see `curvd.Client`."""
@@ -228,7 +229,7 @@ class AsyncClient:
             model = await self.register_model(
                 ready.model, progress=stages.registering("model")
             )
-            return await self.create_session(
+            session = await self.create_session(
                 model,
                 dataset,
                 loss=ready.loss,
@@ -237,6 +238,13 @@ class AsyncClient:
                 progress=observe or False,
                 **{"operators": None, **options},
             )
+        if checkpoint is not None:
+            try:
+                await session.update_parameters(checkpoint=checkpoint)
+            except BaseException:
+                await session.delete()
+                raise
+        return session
 
     async def session(self, session_id: str) -> AsyncSession:
         """Find a session that exists; see `curvd.Client`."""
@@ -369,8 +377,10 @@ class AsyncSession(DataPointQueries, AsyncAsks, SessionBase["AsyncOperator"]):
 
     async def update_parameters(
         self,
-        values: Values,
+        values: Values | None = None,
         *,
+        checkpoint: str | None = None,
+        prefix: str = "",
         expected_version: int | None = None,
         progress: Progress | bool = False,
         copy: bool = True,
@@ -380,6 +390,8 @@ class AsyncSession(DataPointQueries, AsyncAsks, SessionBase["AsyncOperator"]):
             steps = updates.update_parameters(
                 self._info,
                 values,
+                checkpoint=checkpoint,
+                prefix=prefix,
                 expected_version=expected_version,
                 request_id=uuid.uuid4().hex,
                 progress=callback,

@@ -10,6 +10,7 @@
     │   └── InvalidSpec             an option of a model, dataset, loss, session or operator
     ├── NotFound                the name refers to nothing on this server
     │   ├── ModelNotFound · DatasetNotFound · SessionNotFound · BuilderNotFound
+    │   ├── CheckpointNotFound      no checkpoint of this name lies on the server
     │   ├── VectorNotFound          a session stores no vector of this name
     │   └── ResultNotKept           a result to go on with is not kept any more
     ├── FailedPrecondition      the call is right, the state of things is not
@@ -153,6 +154,10 @@ class ModelNotFound(NotFound):
 
 class DatasetNotFound(NotFound):
     """No such dataset is registered."""
+
+
+class CheckpointNotFound(NotFound):
+    """No checkpoint of this name lies in the server's checkpoints_root."""
 
 
 class SessionNotFound(NotFound):

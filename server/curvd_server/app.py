@@ -28,6 +28,7 @@ from curvd_server.sessions import SessionDependencies, SessionStore
 from curvd_server.storage import (
     BlobStore,
     Catalogue,
+    Checkpoints,
     Mounts,
     Registry,
     owned,
@@ -41,6 +42,7 @@ CAPABILITIES = tuple(
         *(str(kind) for kind in OperatorKind),
         "block_diagonal",
         "mounted_datasets",
+        "named_checkpoints",
         "narrow_vectors",
         "opening_progress",
         "probe_operands",
@@ -48,6 +50,7 @@ CAPABILITIES = tuple(
         "resumable_uploads",
         "stored_vectors",
         "unary_products",
+        "updates_in_parts",
         "validate_only",
     ])
 )
@@ -214,6 +217,7 @@ async def running(
                 sessions=sessions,
                 blobs=blobs,
                 mounts=mounts,
+                checkpoints=Checkpoints(config.checkpoints_root),
                 limits=limits,
                 describe=lambda: _describe(config, device, mounts, activities),
                 try_model=device.try_model,

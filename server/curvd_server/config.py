@@ -195,6 +195,10 @@ class ServerConfig:
     datasets_root: Path | None = setting(
         None, "A folder of NAME.safetensors that clients may use by name; read only."
     )
+    checkpoints_root: Path | None = setting(
+        None,
+        "A folder of checkpoints that clients may name in updates of parameters; read only.",
+    )
     device: str = setting("cpu", "Where to compute, for example cuda:0.")
     tls: TlsConfig | None = None
     """None: plain text."""
@@ -270,11 +274,13 @@ class ServerConfig:
         check_settings(self)
         object.__setattr__(self, "data_dir", Path(self.data_dir))
         object.__setattr__(self, "libraries", tuple(self.libraries))
-        if self.datasets_root is not None:
-            object.__setattr__(self, "datasets_root", Path(self.datasets_root))
-            if not Path(self.datasets_root).is_dir():
-                msg = f"datasets_root {str(self.datasets_root)!r} is no folder"
-                raise InvalidSpec(msg, datasets_root=self.datasets_root)
+        for name in ("datasets_root", "checkpoints_root"):
+            folder = getattr(self, name)
+            if folder is not None:
+                object.__setattr__(self, name, Path(folder))
+                if not Path(folder).is_dir():
+                    msg = f"{name} {str(folder)!r} is no folder"
+                    raise InvalidSpec(msg, **{name: folder})
         local = is_local(self.listen)
         if self.token is not None and self.token_file is not None:
             msg = "give the token or token_file, not both"

@@ -28,6 +28,7 @@ def service(server):
         sessions=server.sessions,
         blobs=server.blobs,
         mounts=None,
+        checkpoints=None,
         limits=server.limits,
         describe=None,
         try_model=server.device.try_model,

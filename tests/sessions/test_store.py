@@ -387,6 +387,7 @@ async def test_a_page_that_would_not_fit_into_a_message_ends_sooner(
         sessions=server.sessions,
         blobs=server.blobs,
         mounts=None,
+        checkpoints=None,
         limits=server.limits,
         describe=None,
         try_model=server.device.try_model,

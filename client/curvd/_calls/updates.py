@@ -14,6 +14,7 @@ from curvd import parameters
 from curvd._calls.base import Call, Unary
 from curvd._calls.upload import Blob, Progress, Upload, blob_of
 from curvd.contract import RPCS, SessionInfo
+from curvd.errors import InvalidSpec
 from curvd.tensors import Box, to_numpy
 from curvd.v1 import session_service_pb2 as session_pb
 
@@ -31,8 +32,10 @@ Steps: TypeAlias = "Generator[Call[Any], Any, T]"
 
 def update_parameters(
     session: SessionInfo,
-    values: Values,
+    values: Values | None,
     *,
+    checkpoint: str | None,
+    prefix: str,
     expected_version: int | None,
     request_id: str,
     progress: Progress | None,
@@ -42,6 +45,15 @@ def update_parameters(
     header = session_pb.UpdateParametersHeader(
         session_id=session.id, expected_version=expected_version, request_id=request_id
     )
+    if (values is None) == (checkpoint is None):
+        msg = (
+            "an update has values (a module, a state dict, a file of yours) or the name "
+            f"of a checkpoint on the server, got {'neither' if values is None else 'both'}"
+        )
+        raise InvalidSpec(msg)
+    if checkpoint is not None:
+        header.checkpoint.name, header.checkpoint.prefix = checkpoint, prefix
+        return _commit(header)
     return _steps(header, session, values, progress, copy, threading.get_ident())
 
 
@@ -88,13 +100,19 @@ def _committed(
     failure = None
     if ranks.is_first:
         try:
-            rpc = RPCS["UpdateParameters"]
-            request = rpc.request.message(header=header)
-            version = yield Unary(rpc, request, _read)
+            version = yield from _commit(header)
         except Exception as error:
             failure = error
     said = ranks.exchange({"version": version}, failure)
     return tuple(said[0]["version"])
+
+
+def _commit(header: session_pb.UpdateParametersHeader) -> Steps[Version]:
+    """Move the session to values that the server has, or reads itself."""
+    rpc = RPCS["UpdateParameters"]
+    request = rpc.request.message(header=header)
+    made: Version = yield Unary(rpc, request, _read)
+    return made
 
 
 def _copied(

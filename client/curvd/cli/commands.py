@@ -119,6 +119,43 @@ def health(target: str, timeout_s: float, as_json: bool, **options: Any) -> None
 
 
 @main.command()
+@click.argument("session")
+@connection_options
+@click.option(
+    "--checkpoint",
+    metavar="NAME",
+    help="What the server reads itself: a path from its --checkpoints-root.",
+)
+@click.option("--prefix", help="What stands before the names in it; none: found out.")
+@click.option(
+    "--file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A safetensors file of yours, in place of a checkpoint.",
+)
+@json_option
+def update(
+    target: str,
+    session: str,
+    checkpoint: str | None,
+    prefix: str | None,
+    file: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Bring a session to the parameters of a checkpoint or a file."""
+    config = dataclasses.replace(_config(**options), deadline_s=None)
+    with connect(target, config=config) as client:
+        found = client.session(session)
+        found.update_parameters(
+            file, checkpoint=checkpoint, prefix=prefix or "", progress=not as_json
+        )
+    info = found.info
+    facts = {"version": info.version, "parameters_digest": info.parameters_digest}
+    shown = f"version {info.version}, parameters {info.parameters_digest[:12]}…"
+    click.echo(json.dumps(facts) if as_json else shown)
+
+
+@main.command()
 @click.option(
     "--picture",
     type=click.Path(dir_okay=False, path_type=Path),

@@ -88,6 +88,7 @@ from curvd.contract.specs import (
     SerializedGraph,
 )
 from curvd.contract.statuses import CODES, DETAILS_KEY, RpcError, translated
+from curvd.contract.wrappers import without_wrappers
 
 __all__ = [
     "BYTES_TAG",
@@ -170,4 +171,5 @@ __all__ = [
     "setting",
     "settings_of",
     "translated",
+    "without_wrappers",
 ]

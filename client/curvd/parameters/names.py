@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from curvd.contract import without_wrappers
 from curvd.errors import InvalidTensors
 
 _OUTER = "module."
 """What DistributedDataParallel and DataParallel put before every name."""
-
-_INNER = frozenset({
-    "_orig_mod",  # torch.compile
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-})
-"""Parts of a name that stand for a wrapper; no layer of a user's has such a name."""
 
 
 def plain_names(given: Iterable[str], known: Collection[str]) -> dict[str, str]:
@@ -33,7 +27,7 @@ def plain_names(given: Iterable[str], known: Collection[str]) -> dict[str, str]:
     Raises:
         InvalidTensors: If two names become one.
     """
-    found = {name: name if name in known else _without_wrappers(name) for name in given}
+    found = {name: name if name in known else without_wrappers(name) for name in given}
     while (
         found
         and not any(name in known for name in found.values())
@@ -48,10 +42,6 @@ def plain_names(given: Iterable[str], known: Collection[str]) -> dict[str, str]:
         found = shorter
     _check_one_each(found)
     return found
-
-
-def _without_wrappers(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _INNER)
 
 
 def _check_one_each(found: dict[str, str]) -> None:

@@ -286,6 +286,7 @@ class Client:
         mode: Mode | str | None = None,
         check: bool = True,
         progress: ObserveOpening | bool = False,
+        checkpoint: str | None = None,
         **options: Any,
     ) -> Session:
         """Bring a module, a loss and data into a session, in one call.
@@ -317,6 +318,8 @@ class Client:
                 loss's values and gradients; see `curvd.export`.
             progress: Called with a `StageProgress` on the way; True draws a line on a
                 terminal.
+            checkpoint: Whose parameters the session begins with, in place of the
+                module's; see `Session.update_parameters`.
             **options: As for `create_session`; ``operators`` is None unless it is given.
 
         Returns:
@@ -354,7 +357,7 @@ class Client:
             model = self.register_model(
                 ready.model, progress=stages.registering("model")
             )
-            return self.create_session(
+            session = self.create_session(
                 model,
                 dataset,
                 loss=ready.loss,
@@ -363,6 +366,13 @@ class Client:
                 progress=observe or False,
                 **{"operators": None, **options},
             )
+        if checkpoint is not None:
+            try:
+                session.update_parameters(checkpoint=checkpoint)
+            except BaseException:
+                session.delete()
+                raise
+        return session
 
     def session(self, session_id: str) -> Session:
         """Find a session that exists.

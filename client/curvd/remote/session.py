@@ -188,8 +188,10 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
 
     def update_parameters(
         self,
-        values: Values,
+        values: Values | None = None,
         *,
+        checkpoint: str | None = None,
+        prefix: str = "",
         expected_version: int | None = None,
         progress: Progress | bool = False,
         copy: bool = True,
@@ -204,6 +206,11 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
                 or the path of a safetensors file. Modules may be wrapped (DDP,
                 torch.compile), and names have the wrappers' prefixes. With DTensors
                 (FSDP2) all ranks call; each sends its slices, and all make one version.
+            checkpoint: In place of values, what the server reads itself: a path from its
+                ``checkpoints_root`` to safetensors, one file or several with an index,
+                or to a folder of ``torch.distributed.checkpoint``.
+            prefix: What stands before the names of the model's tensors in the checkpoint,
+                such as ``"model."``; empty: found out, if there is but one.
             expected_version: The version that this update is based on; another
                 current version is refused.
             progress: Called with bytes done and in total; True draws a bar on stderr.
@@ -225,6 +232,8 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
             steps = updates.update_parameters(
                 self._info,
                 values,
+                checkpoint=checkpoint,
+                prefix=prefix,
                 expected_version=expected_version,
                 request_id=uuid.uuid4().hex,
                 progress=callback,

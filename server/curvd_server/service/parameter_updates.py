@@ -23,11 +23,13 @@ from curvd_server.service.streams import Chunks, opened
 from curvd_server.sessions import SessionStore, Update
 from curvd_server.storage import (
     BlobStore,
+    Checkpoints,
     Piece,
     Registry,
     StoredVersion,
     assembled,
     check_digest,
+    chosen,
     pieces_of,
 )
 
@@ -40,6 +42,7 @@ class ParameterUpdates:
         blobs: Where values go.
         registry: Says what blobs are needed for.
         limits: The limits of the server.
+        checkpoints: What clients may name.
     """
 
     def __init__(
@@ -48,8 +51,10 @@ class ParameterUpdates:
         blobs: BlobStore,
         registry: Registry,
         limits: LimitsConfig,
+        checkpoints: Checkpoints,
     ) -> None:
         self._sessions, self._blobs = sessions, blobs
+        self._checkpoints = checkpoints
         self._registry, self._limits = registry, limits
 
     async def update(
@@ -66,6 +71,8 @@ class ParameterUpdates:
         made = await self._sessions.made_by(header.session_id, update)
         if made is None and header.parts:
             made = await self._together(header, update)
+        elif made is None and header.HasField("checkpoint"):
+            made = await self._read(header, update)
         elif made is None:
             with self._blobs.held(update.digest):
                 if not await uploads.receive(
@@ -106,6 +113,16 @@ class ParameterUpdates:
         for digest in digests:
             await asyncio.to_thread(self._registry.release, digest)
         return made
+
+    async def _read(
+        self, header: session_pb.UpdateParametersHeader, update: Update
+    ) -> StoredVersion:
+        """Read a checkpoint and commit it."""
+        named = header.checkpoint
+        model = await self._sessions.architecture(header.session_id)
+        there = await asyncio.to_thread(self._checkpoints.pieces, named.name)
+        pieces = chosen(there, model, named.prefix)
+        return await self._move(header.session_id, update, pieces)
 
     def _pieces(self, digests: Iterable[str]) -> list[Piece]:
         return [p for d in digests for p in pieces_of(self._blobs.open(d))]
@@ -161,6 +178,9 @@ def _update(header: session_pb.UpdateParametersHeader) -> Update:
     if header.parts:
         digest = ""
         source = "parts " + hashlib.sha256("".join(header.parts).encode()).hexdigest()
+    elif header.HasField("checkpoint"):
+        digest = ""
+        source = f"checkpoint {header.checkpoint.name} {header.checkpoint.prefix}"
     else:
         check_digest(digest)
     return Update(

@@ -33,6 +33,7 @@ from curvd_server.sessions import NewSession, SessionStore
 from curvd_server.storage import (
     Architecture,
     BlobStore,
+    Checkpoints,
     Mounts,
     Registry,
     check_digest,
@@ -58,6 +59,7 @@ class SessionService:
         mounts: Datasets that lie on the server.
         limits: The limits of the server.
         describe: Describes the server.
+        checkpoints: Checkpoints that lie on the server.
         try_model: Finds out what a model's state is; see `Device.try_model`.
     """
 
@@ -70,12 +72,13 @@ class SessionService:
         mounts: Mounts,
         limits: LimitsConfig,
         describe: Callable[[], ServerInfo],
+        checkpoints: Checkpoints,
         try_model: Callable[[ModelSpec], Awaitable[Architecture | None]],
     ) -> None:
         self._try_model = try_model
         self._registry, self._sessions, self._mounts = registry, sessions, mounts
         self._blobs, self._limits, self._describe = blobs, limits, describe
-        self._updates = ParameterUpdates(sessions, blobs, registry, limits)
+        self._updates = ParameterUpdates(sessions, blobs, registry, limits, checkpoints)
 
     async def register_model(
         self, requests: AsyncIterator[Part]

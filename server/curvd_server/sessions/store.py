@@ -20,7 +20,7 @@ from curvd.contract import (
     Work,
 )
 from curvd.errors import CurvdError, LimitExceeded, SessionNotFound
-from curvd_server.sessions.parameters import state_of
+from curvd_server.sessions.parameters import architecture_of, state_of
 from curvd_server.sessions.session import (
     Lease,
     Session,
@@ -29,7 +29,7 @@ from curvd_server.sessions.session import (
     to_the_end,
 )
 from curvd_server.sessions.stored_vectors import check_same
-from curvd_server.storage import StoredSession, StoredVersion
+from curvd_server.storage import Architecture, StoredSession, StoredVersion
 from curvd_server.system import Activities, Ongoing, logger
 
 
@@ -250,6 +250,22 @@ class SessionStore:
             RequestIdReused: If the same request id came with other content.
         """
         return await self._find(session_id).update(update)
+
+    async def architecture(self, session_id: str) -> Architecture:
+        """Say what tensors the model of a session has.
+
+        Args:
+            session_id: The session's id.
+
+        Returns:
+            The tensors, under all their names.
+
+        Raises:
+            SessionNotFound: If there is none.
+        """
+        model_id = self._find(session_id).stored.info.model_id
+        model = await asyncio.to_thread(self._dependencies.catalogue.model, model_id)
+        return architecture_of(model)
 
     async def renew(self, session_id: str, lease_s: float | None) -> SessionInfo:
         """Put off the end of a session.

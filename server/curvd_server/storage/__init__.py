@@ -15,6 +15,7 @@ from curvd_server.storage.catalogue import (
     StoredSession,
     StoredVersion,
 )
+from curvd_server.storage.checkpoints import Checkpoints, chosen
 from curvd_server.storage.data_directory import owned, private_folder, torchs_folder
 from curvd_server.storage.finite_values import check_representable
 from curvd_server.storage.mounts import Mounts
@@ -30,6 +31,7 @@ __all__ = [
     "Blob",
     "BlobStore",
     "Catalogue",
+    "Checkpoints",
     "Mounts",
     "Piece",
     "Registry",
@@ -40,6 +42,7 @@ __all__ = [
     "check_digest",
     "check_representable",
     "check_state",
+    "chosen",
     "model_spec",
     "owned",
     "pieces_of",

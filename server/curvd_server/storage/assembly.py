@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from curvd.errors import InvalidTensors, LimitExceeded
 from curvd.tensors import Box, Header, chunks, load_boxes, safetensors_header
+from curvd.tensors.safetensors_header import ITEM_BYTES
 from curvd_server.storage.blobs import Blob
 
 
@@ -163,6 +164,9 @@ def _agreed(name: str, pieces: Sequence[Piece]) -> tuple[tuple[int, ...], str]:
             f"{', '.join(str(list(s)) for s in shapes)}, types {', '.join(types)}"
         )
         raise InvalidTensors(msg, tensor=name)
+    if types[0] not in ITEM_BYTES:
+        msg = f"tensor {name!r} has element type {types[0]}; known: {', '.join(ITEM_BYTES)}"
+        raise InvalidTensors(msg, tensor=name, dtype=types[0])
     elements, wanted = sum(math.prod(p.sizes) for p in pieces), math.prod(shapes[0])
     if elements != wanted:
         why = "a part is missing" if elements < wanted else "parts overlap"
