@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+import curvd
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+WATCHED, *EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def run(example, target):
@@ -16,6 +18,28 @@ def run(example, target):
     assert len(example.strip().splitlines()) <= 12
     code = example.replace("127.0.0.1:50551", target)
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_a_training_is_watched_in_two_lines(live_target):
+    torch = pytest.importorskip("torch")
+    x, y = torch.randn(250, 4), torch.randn(250, 3)
+    net = torch.nn.Linear(4, 3)
+    with curvd.connect(live_target) as client:
+        given = {"client": client, "curvd": curvd, "nn": torch.nn}
+        given |= {"net": net, "x": x, "y": y}
+        exec(compile(WATCHED, "README.md", "exec"), given)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        for _ in range(20):
+            torch.nn.functional.mse_loss(net(x), y).backward()
+            optimizer.step()
+        given["watch"].wait()
+        (reading,) = given["watch"].readings
+        given["watch"].close()
+    assert repr(reading).startswith("<Reading of step 20: sharpness ")
+    shown = re.search(r"^<Reading .*>$", README, re.M)[0]
+    number = r"-?[\d.e+-]+"
+    pattern = re.sub(number, "N", shown)
+    assert re.sub(number, "N", repr(reading)) == pattern
 
 
 def test_a_module_needs_ten_lines(live_target, capsys):
