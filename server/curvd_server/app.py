@@ -239,6 +239,7 @@ async def _serve(config: ServerConfig) -> None:
         loop.add_signal_handler(number, stop.set)
     with torchs_folder(config.data_dir):
         async with running(config) as server:
+            gc.freeze()  # with what the device imported
             print(f"curvd serves at {server.target}", flush=True)  # noqa: T201
             await stop.wait()
 

@@ -5,7 +5,12 @@ import weakref
 
 import pytest
 
-from curvd_server.system import garbage, look_at_all, none_while_building
+from curvd_server.system import (
+    collect_if_due,
+    garbage,
+    look_at_all,
+    none_while_building,
+)
 
 
 class Node:
@@ -68,6 +73,22 @@ def test_little_is_not_set_aside(full):
     del built
     gc.collect()
     assert seen() is None
+
+
+def test_a_collection_that_is_due_comes_where_nobody_waits(full):
+    young, middle, old = gc.get_threshold()
+    gc.collect()
+    full.clear()
+    collect_if_due()
+    assert not full
+    with none_while_building():
+        built = [Node() for _ in range(young * middle * 2 * old)]
+        collect_if_due()
+        assert not full
+    collect_if_due()
+    assert len(full) == 1 and built
+    collect_if_due()
+    assert len(full) == 1
 
 
 def test_work_that_fails_leaves_the_collector_as_it_was(full):

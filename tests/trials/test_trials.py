@@ -147,6 +147,57 @@ async def test_children_have_no_socket_and_no_secret_of_the_server(monkeypatch):
     assert len([t for t in targets if t.startswith("socket:")]) == 1
 
 
+def counted(monkeypatch):
+    """Count the children that are asked."""
+    asked, answer = [], pool._answer
+
+    async def counting(request):
+        asked.append(request)
+        return await answer(request)
+
+    monkeypatch.setattr(pool, "_answer", counting)
+    return asked
+
+
+async def test_what_was_tried_is_not_tried_again_though_the_process_is_another(
+    monkeypatch,
+):
+    asked, on = counted(monkeypatch), Trials()
+    model = serialized(HONEST[0])
+    first = await on.of(model, NONE, rows=2, limit_bytes=1 << 30)
+    pool._forget()  # as if it had been killed
+    again = await on.of(model, NONE, rows=2, limit_bytes=1 << 30)
+    assert first == again == try_graphs(model, NONE, rows=2, limit_bytes=1 << 30)
+    assert len(asked) == 1
+    await on.of(model, NONE, rows=3, limit_bytes=1 << 30)
+    await on.of(model, NONE, rows=2, limit_bytes=1 << 29)
+    await on.of_builder("mlp", {"widths": [3, 2]})
+    await on.of_builder("mlp", {"widths": [3, 4]})
+    assert len(asked) == 5
+    with pytest.raises(InvalidGraph):
+        await on.of(model, SerializedGraph(b"\xff"), rows=2, limit_bytes=1 << 30)
+    assert len(asked) == 6
+
+
+async def test_a_refusal_is_not_remembered(monkeypatch):
+    asked, on = counted(monkeypatch), Trials()
+    for _ in range(2):
+        with pytest.raises(LimitExceeded):
+            await on.of(serialized(HONEST[0]), NONE, rows=2, limit_bytes=1)
+    assert len(asked) == 2
+
+
+async def test_what_is_remembered_of_trials_is_bounded(monkeypatch):
+    on, two = Trials(), try_builder("mlp", {"widths": [3, 2]})
+    monkeypatch.setattr(pool, "KNOWN_TENSORS", 7)
+    on._remember(b"none", None)
+    on._remember(b"a", two)
+    on._remember(b"b", two)
+    assert list(on._known) == [b"none", b"a", b"b"]
+    on._remember(b"c", two)
+    assert list(on._known) == [b"b", b"c"]
+
+
 class Gate:
     """Children that end when they are let, in place of real ones."""
 

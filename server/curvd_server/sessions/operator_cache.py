@@ -23,6 +23,7 @@ from curvd_server.device import Array, Batcher, Done, Operator, Problem, Ticket
 from curvd_server.system import (
     Ongoing,
     Poll,
+    collect_if_due,
     logger,
     look_at_all,
     none_while_building,
@@ -278,9 +279,16 @@ class OperatorCache:
             budget_bytes = self._budget_beside(spec)
             return make(budget_bytes=budget_bytes, cancelled=cancelled)
 
+        staying = self._staying(job)
+
+        def tidied(cancelled: Poll) -> Operator | None:
+            made = staying(cancelled)
+            collect_if_due()
+            return made
+
         ongoing = self._begin(Work.IMPROVING, str(spec.kind))
         ticket = self._batcher.run_when_idle(
-            _heard(ongoing, self._staying(job)),
+            _heard(ongoing, tidied),
             due=due,
             lane=self._lane,
             room_bytes=self._verified_bytes(spec),

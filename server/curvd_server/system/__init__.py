@@ -15,7 +15,11 @@ from curvd_server.system.activities import (
 from curvd_server.system.cooperative import LongWork, Poll, Threads, alone, yield_point
 from curvd_server.system.cores import is_quiet, usable_cores, waited_s
 from curvd_server.system.faults import FREE_SOME, is_out_of_memory, told
-from curvd_server.system.garbage import look_at_all, none_while_building
+from curvd_server.system.garbage import (
+    collect_if_due,
+    look_at_all,
+    none_while_building,
+)
 from curvd_server.system.host_memory import (
     CALLS,
     RESULTS,
@@ -40,6 +44,7 @@ __all__ = [
     "Threads",
     "advance",
     "alone",
+    "collect_if_due",
     "default_bytes",
     "enter_stage",
     "is_out_of_memory",

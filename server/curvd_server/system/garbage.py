@@ -57,6 +57,16 @@ def none_while_building() -> Iterator[Aside]:
                 gc.set_threshold(*_usual)
 
 
+def collect_if_due() -> None:
+    """Have a full collection that is due at once, where nobody waits for an answer.
+
+    The next one to make objects would have it in the middle of a call.
+    """
+    with _lock:
+        if not _under_way and gc.get_count()[2] > gc.get_threshold()[2]:
+            gc.collect()
+
+
 def look_at_all() -> None:
     """Collect what was set aside and is not used any more; the rest stays aside."""
     gc.unfreeze()
