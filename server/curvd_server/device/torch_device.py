@@ -230,22 +230,53 @@ class TorchDevice:
         Raises:
             InvalidSpec: If they do not fit each other.
         """
+        problem = self.objective(
+            model, state, arrays, data, loss, mode, dtype, params=params
+        )
+        return TorchProblem(problem, self._tools)
+
+    def objective(
+        self,
+        model: ModelSpec,
+        state: Arrays,
+        arrays: Arrays,
+        data: DatasetSpec,
+        *how: Any,
+        params: tuple[str, ...],
+        first: int | None = None,
+    ) -> Problem:
+        """Make the engine's objective, of a dataset or of a part of it.
+
+        Args:
+            model: Builder and configuration, or graph.
+            state: Parameters and buffers by name.
+            arrays: The dataset.
+            data: How it becomes mini-batches.
+            how: Loss, mode and dtype; see `Problem.load` of the engine.
+            params: Globs that choose the parameters; none choose all.
+            first: Index of the first data point of a part; None: this is all of it.
+
+        Returns:
+            The objective.
+
+        Raises:
+            InvalidSpec: If they do not fit each other.
+        """
         rows = min(data.batch_size, len(arrays[data.target]))
         module = self._models.build(model, rows)
-        with _translated():
+        with translated():
             try:
-                problem = Problem.load(
+                return Problem.load(
                     module,
-                    _tensors(state),
-                    _tensors(arrays),
+                    as_tensors(state),
+                    as_tensors(arrays),
                     data,
-                    loss,
-                    mode,
-                    dtype,
+                    *how,
                     self.name,
                     params=params,
                     resident_bytes=self._resident_bytes(),
                     programs=self._models.programs(model),
+                    first=first,
                 )
             except _CANNOT_RUN as error:
                 if is_out_of_memory(error):
@@ -257,7 +288,6 @@ class TorchDevice:
                     f"{type(error).__name__}: {first_line}"
                 )
                 raise InvalidSpec(msg, builder=model.builder) from error
-        return TorchProblem(problem, self._tools)
 
     def _resident_bytes(self) -> float:
         """Say how large a dataset may be that lies on the device."""
@@ -298,20 +328,20 @@ class TorchProblem:
             The new version.
         """
         used = {*self._problem.layout.names, *self._problem.model.constants}
-        with _translated():
-            tensors = _tensors({n: v for n, v in values.items() if n in used})
+        with translated():
+            tensors = as_tensors({n: v for n, v in values.items() if n in used})
             moved = self._problem.with_parameters(tensors)
             return TorchProblem(moved, self._tools)
 
     def gradient(self, *, cancelled: Poll) -> tuple[float, NDArray[Any]]:
         """Compute the loss and its gradient [P]."""
-        with _translated():
+        with translated():
             loss, gradient = self._problem.gradient(cancelled=cancelled)
             return loss, gradient.cpu().numpy()
 
     def check(self, *, cancelled: Poll) -> None:
         """Compute a gradient of all data, and find out whether it is that of the loss."""
-        with _translated():
+        with translated():
             check_gradient(self._problem, cancelled)
 
     def points(
@@ -334,7 +364,7 @@ class TorchProblem:
 
         def translated(job: Callable[[Poll], Any]) -> Any:
             def inside(cancelled: Poll) -> Any:
-                with _translated():
+                with translated():
                     return job(cancelled)
 
             return compute(inside)
@@ -353,7 +383,7 @@ class TorchProblem:
 
         Native code takes over where a first tier did, and nowhere else.
         """
-        with _translated():
+        with translated():
             built = engine.build(
                 self._problem,
                 spec,
@@ -370,7 +400,7 @@ class TorchProblem:
         self, operator: TorchOperator, *, budget_bytes: int, cancelled: Poll
     ) -> TorchOperator:
         """Make the last tier of an operator; see `Problem.improve` of the protocols."""
-        with _translated():
+        with translated():
             return operator.improved(self._tools.plans, budget_bytes, cancelled)
 
     def choose_again(
@@ -494,13 +524,13 @@ class TorchOperator:
         self, columns: NDArray[Any], *, counts: Sequence[int] = (), cancelled: Poll
     ) -> NDArray[Any]:
         """Multiply columns: [K, P] -> [K, P]; see `Device`'s `Operator`."""
-        with _translated():
+        with translated():
             rows = self._operator.apply(columns, counts=counts, cancelled=cancelled)
             return rows.cpu().numpy()
 
     def multiply(self, columns: Tensor, *, cancelled: Poll) -> Tensor:
         """Multiply columns that are on the device: [K, P] -> [K, P]."""
-        with _translated():
+        with translated():
             return self._operator.apply(columns, cancelled=cancelled)
 
     def close(self) -> None:
@@ -508,7 +538,7 @@ class TorchOperator:
         self._operator.close()
 
 
-class _translated:
+class translated:
     """Turns what memory and data are to blame for into ours; everything else passes."""
 
     def __enter__(self) -> None:
@@ -531,8 +561,16 @@ class _translated:
             raise InvalidSpec(msg) from error
 
 
-def _tensors(arrays: Arrays) -> dict[str, Any]:
-    # NumPy has no bfloat16; its bits come as uint16, which is no type of the wire.
+def as_tensors(arrays: Arrays) -> dict[str, Any]:
+    """Prepare arrays for torch.
+
+    Args:
+        arrays: By name. NumPy has no bfloat16; its bits come as uint16, which is no type
+            of the wire.
+
+    Returns:
+        The same; tensors where there is no array of the type.
+    """
     return {
         name: torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
         if a.dtype == np.uint16

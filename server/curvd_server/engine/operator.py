@@ -18,6 +18,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,12 @@ from curvd.tensors import Pool
 from curvd_server.engine.batch_product import BatchProduct, DoesNotFit
 from curvd_server.engine.linearization_cache import Counters, LinearizationCache
 from curvd_server.engine.native_code import NativeCode
-from curvd_server.engine.objective import Array, Problem, check_cancelled, never
+from curvd_server.engine.objective import (
+    Array,
+    Problem,
+    check_cancelled,
+    never,
+)
 from curvd_server.engine.operators import definition
 from curvd_server.engine.program import Compiler, Interruptible
 from curvd_server.engine.threads import computing_with
@@ -50,7 +56,7 @@ from curvd_server.engine.verification import (
 )
 from curvd_server.system import advance, enter_stage, yield_point
 
-__all__ = ["TUNING_S", "Counters", "Operator", "build", "improve"]
+__all__ = ["TUNING_S", "Counters", "Operator", "build", "improve", "verified_choice"]
 
 TUNING_S = 6.0
 """Default time for measuring candidate plans."""
@@ -96,29 +102,52 @@ def build(
         CurvatureUnverified: If no AD mode is right.
     """
     problem = problem.restricted(spec)
-    definition(spec.kind).check_loss(problem.loss.spec.name, spec)
-    check_objective(problem)
-    check_cancelled(cancelled)
-    reference = Reference(problem, spec)
-    choice = None
-    if tier is Tier.FIRST:
-        choice = begin(problem, spec, reference, cancelled)
-    if choice is None:
-        choice = choose(
-            problem,
-            spec,
-            reference=reference,
-            plan=plan,
-            memory={} if memory is None else memory,
-            budget_bytes=budget_bytes,
-            budget_s=tuning_s,
-            cancelled=cancelled,
-        )
+    choice, reference = verified_choice(
+        problem,
+        spec,
+        tier=tier,
+        plan=plan,
+        memory={} if memory is None else memory,
+        budget_bytes=budget_bytes,
+        budget_s=tuning_s,
+        cancelled=cancelled,
+    )
     operator = Operator(problem, spec, choice, budget_bytes, compiler, results)
     if choice.tier is Tier.FIRST:
         operator.reference = reference
     operator.make_ready(cancelled=cancelled)
     return operator
+
+
+def verified_choice(
+    problem: Problem, spec: OperatorSpec, *, tier: Tier, **how: Any
+) -> tuple[Choice, Reference]:
+    """Verify an operator and choose its plan.
+
+    Args:
+        problem: The objective, restricted to the operator's parameters.
+        spec: The operator.
+        tier: Which tier; see `build`.
+        how: As for `tuning.choose`.
+
+    Returns:
+        The choice, and what it was compared with.
+
+    Raises:
+        InvalidSpec: If its loss has no such operator.
+        NotDeterministic: If two evaluations disagree.
+        CurvatureUnverified: If no AD mode is right.
+    """
+    definition(spec.kind).check_loss(problem.loss.spec.name, spec)
+    check_objective(problem)
+    check_cancelled(how["cancelled"])
+    reference = Reference(problem, spec)
+    choice = None
+    if tier is Tier.FIRST:
+        choice = begin(problem, spec, reference, how["cancelled"])
+    if choice is None:
+        choice = choose(problem, spec, reference=reference, **how)
+    return choice, reference
 
 
 def improve(

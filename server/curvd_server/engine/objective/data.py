@@ -47,6 +47,7 @@ def cut(
     *,
     prepare: Callable[[Tensor], Tensor],
     pin: bool = False,
+    first: int = 0,
 ) -> tuple[Batch, ...]:
     """Cut the dataset into fixed mini-batches, the last one maybe smaller.
 
@@ -57,6 +58,7 @@ def cut(
         device: Where they go.
         prepare: Brings the targets, all of them, into the form that the loss wants.
         pin: Whether they are to lie in memory that a CUDA device reads by itself.
+        first: Index of the first data point.
 
     Returns:
         The mini-batches in order.
@@ -84,7 +86,7 @@ def cut(
         tensors = [t.pin_memory() for t in tensors]
     *inputs, targets = (torch.split(t, data.batch_size) for t in tensors)
     return tuple(
-        Batch(i * data.batch_size, tuple(t[i] for t in inputs), target)
+        Batch(first + i * data.batch_size, tuple(t[i] for t in inputs), target)
         for i, target in enumerate(targets)
     )
 

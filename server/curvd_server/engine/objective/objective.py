@@ -87,6 +87,7 @@ class Problem:
         params: Sequence[str] = (),
         resident_bytes: float = math.inf,
         programs: dict[Any, Any] | None = None,
+        first: int | None = None,
     ) -> Problem:
         """Assemble an objective.
 
@@ -109,6 +110,9 @@ class Problem:
                 constants. Empty: all.
             resident_bytes: Larger datasets stay on the host, and are streamed.
             programs: What was traced of the same architecture; by default nothing.
+            first: Index of the first data point, if the arrays are a part of a dataset;
+                the part's share of the objective is not `normalised` yet. None: they
+                are all of it.
 
         Returns:
             The problem at these parameters.
@@ -140,6 +144,7 @@ class Problem:
             torch.device("cpu") if stays else place,
             prepare=functools.partial(named.prepared, kind),
             pin=stays and place.type == "cuda",
+            first=first or 0,
         )
         if stays:
             batches = Streamed(batches, place)
@@ -161,21 +166,57 @@ class Problem:
             mode=mode,
             decay=WeightDecay.of(loss.weight_decay, tuple(variables), aliases(module)),
         )
-        return problem._normalised()
+        problem._check_targets()
+        return problem.normalised() if first is None else problem
 
-    def _normalised(self) -> Problem:
-        """Check the targets and count them."""
+    def _check_targets(self) -> None:
+        """Refuse targets that do not fit the model's outputs."""
         outputs = tried(self)
-        counted = 0.0
         for batch in self.data:
             yield_point()
             self.loss.check(outputs, batch.targets)
-            counted += float(self.loss.counts(batch.targets).sum())
+
+    def counted(self) -> float:
+        """Count the targets as ``mean`` does: the sum of their weights."""
+        total = 0.0
+        for batch in self.data:
+            yield_point()
+            total += float(self.loss.counts(batch.targets).sum())
+        return total
+
+    def normalised(self, counted: float | None = None) -> Problem:
+        """Divide a ``mean`` by the targets that count.
+
+        Args:
+            counted: Their weight in the whole dataset; None: this is all of it.
+
+        Returns:
+            The objective.
+
+        Raises:
+            InvalidSpec: If none counts.
+        """
+        if counted is None:
+            counted = self.counted()
         if not counted > 0:
             msg = "no target counts: all have ignore_index or class weight zero"
             raise InvalidSpec(msg, counted=counted)
         normaliser = counted if self.loss.is_mean else 1.0
         return dataclasses.replace(self, normaliser=normaliser)
+
+    def part(self, batches: range, *, penalised: bool) -> Problem:
+        """Take some of the mini-batches' share of the objective; nothing moves.
+
+        Args:
+            batches: Their indices, consecutive.
+            penalised: Whether the weight decay, which belongs to no data, is in it.
+
+        Returns:
+            A term of the sum.
+        """
+        data = self.data[batches.start : batches.stop]
+        decay = self.decay if penalised else self.decay.none()
+        return dataclasses.replace(self, data=data, decay=decay)
 
     def with_parameters(self, parameters: Mapping[str, Array]) -> Problem:
         """Make a new version; this one stays valid.
@@ -371,7 +412,7 @@ class Problem:
             mode=self.mode,
             decay=self.decay,
         )
-        return small._normalised()
+        return small.normalised()
 
 
 def _own(parameter: Tensor) -> Tensor:

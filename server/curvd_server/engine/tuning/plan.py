@@ -38,6 +38,7 @@ __all__ = [
     "Plan",
     "begin",
     "choose",
+    "disagreements_of",
     "recall",
     "remember",
     "structure",
@@ -58,6 +59,8 @@ class Choice:
     """Of the machine while plans were timed; see `PlanReport.busy`."""
     revision: int = 0
     """How often a plan that was chosen anew took over."""
+    plainer: str = ""
+    """Name of the mode that a traced one was compared with; empty: with none."""
 
 
 class Memory(Protocol):
@@ -195,16 +198,18 @@ def choose(
         evidence = reference.examine(candidate.mode, batched=False)
         if evidence.ok and candidate.batched:
             evidence = reference.examine(candidate.mode, batched=True)
+        plainer = ""
         if evidence.ok and candidate.mode in TRACED:
-            work = problem.joined(candidate.batches_at_once)
-            evidence = _compared(work, spec, reference, candidate, evidence)
+            plainer = _plainer(reference, candidate)
+            wrong = disagreements_of(problem, spec, candidate, plainer)
+            evidence = dataclasses.replace(evidence, wrong=wrong)
         if evidence.ok:
             if candidate != known:
                 threads = measured_threads(problem, spec, candidate)
                 candidate = dataclasses.replace(candidate, threads=threads)
                 busy = timer.busy
             remember(memory, key, candidate, busy)
-            return Choice(candidate, evidence, busy=busy)
+            return Choice(candidate, evidence, busy=busy, plainer=plainer)
         found[candidate.mode] = evidence
     if any(evidence.out_of_memory for evidence in found.values()):
         msg = (
@@ -215,22 +220,32 @@ def choose(
     raise _unverified(found, getattr(problem.model.skeleton, "cut_off", ()))
 
 
-def _compared(
-    problem: Problem,
-    spec: OperatorSpec,
-    reference: Reference,
-    plan: Plan,
-    evidence: Evidence,
-) -> Evidence:
-    """Hold a plan whose work depends on shapes and blocks against a plainer one."""
+def _plainer(reference: Reference, plan: Plan) -> str:
+    """Find another mode that is right; its name, or nothing if there is none."""
     others = (
         m for m in MODES if m != plan.mode and reference.examine(m, batched=False).ok
     )
-    plainer = next(others, None)
-    if plainer is None:
-        return evidence
-    wrong = disagreements(problem, spec, plan.mode, plainer, batched=plan.batched)
-    return dataclasses.replace(evidence, wrong=wrong)
+    return next(others, "")
+
+
+def disagreements_of(
+    problem: Problem, spec: OperatorSpec, plan: Plan, plainer: str
+) -> tuple[str, ...]:
+    """Hold a plan whose work depends on shapes and blocks against a plainer one.
+
+    Args:
+        problem: The objective, whose mini-batches have all the shapes that matter.
+        spec: The operator.
+        plan: The plan.
+        plainer: Name of a mode that reproduced the truth; empty: there is none.
+
+    Returns:
+        Names of the parameters whose rows disagree on some mini-batch.
+    """
+    if not plainer:
+        return ()
+    work = problem.joined(plan.batches_at_once)
+    return disagreements(work, spec, plan.mode, plainer, batched=plan.batched)
 
 
 def _unverified(
