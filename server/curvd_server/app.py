@@ -23,6 +23,7 @@ from curvd.tensors import trim_allocator, tune_allocator
 from curvd_server.config import ServerConfig
 from curvd_server.device import Batcher, Device, torch_device
 from curvd_server.engine import Compiler
+from curvd_server.fleet import Fleet, FleetDevice, Invitation, LocalLauncher
 from curvd_server.service import CurvatureService, QueryService, SessionService, serving
 from curvd_server.sessions import SessionDependencies, SessionStore
 from curvd_server.storage import (
@@ -34,7 +35,13 @@ from curvd_server.storage import (
     owned,
     torchs_folder,
 )
-from curvd_server.system import Activities, HostMemory, default_bytes, logs
+from curvd_server.system import (
+    Activities,
+    HostMemory,
+    default_bytes,
+    logs,
+    usable_cores,
+)
 from curvd_server.transport import raise_descriptor_limit
 
 CAPABILITIES = tuple(
@@ -157,21 +164,8 @@ async def running(
         stack.callback(catalogue.close)
         activities = Activities()
         if device is None:
-            compiler = None
-            if config.compile_after_s:
-                compiler = Compiler(
-                    config.data_dir / "compiled", config.compile_after_s, activities
-                )
-                stack.callback(compiler.close)
-            device = torch_device.TorchDevice(
-                config.builders,
-                config.device,
-                catalogue.plans,
-                compiler,
-                allowed=config.libraries,
-                model_bytes=limits.upload_bytes,
-                idle_bytes=limits.idle_bytes,
-            )
+            make = _fleet if config.workers else _single
+            device = make(config, catalogue, activities, stack)
         memory = HostMemory(limits.memory_bytes or default_bytes())
         mounts = Mounts(config.datasets_root, config.data_dir / "mounts")
         blobs = BlobStore(
@@ -229,6 +223,69 @@ async def running(
         sweeper = asyncio.create_task(_expire(sessions, curvature, blobs, catalogue))
         stack.callback(sweeper.cancel)
         yield Running(target, batcher, sessions)
+
+
+def _single(
+    config: ServerConfig,
+    catalogue: Catalogue,
+    activities: Activities,
+    stack: contextlib.AsyncExitStack,
+) -> Device:
+    """Make the device that computes in this process."""
+    compiler = None
+    if config.compile_after_s:
+        compiler = Compiler(
+            config.data_dir / "compiled", config.compile_after_s, activities
+        )
+        stack.callback(compiler.close)
+    return torch_device.TorchDevice(
+        config.builders,
+        config.device,
+        catalogue.plans,
+        compiler,
+        allowed=config.libraries,
+        model_bytes=config.limits.upload_bytes,
+        idle_bytes=config.limits.idle_bytes,
+    )
+
+
+def _fleet(
+    config: ServerConfig,
+    catalogue: Catalogue,
+    activities: Activities,
+    stack: contextlib.AsyncExitStack,
+) -> Device:
+    """Start workers; returns when all are there."""
+    devices, limits = config.workers, config.limits
+    threads = config.threads or max(1, usable_cores() // len(devices))
+
+    def invite(rank: int, incarnation: int, address: str, secret: str) -> Invitation:
+        return Invitation(
+            address=address,
+            secret=secret,
+            rank=rank,
+            incarnation=incarnation,
+            device=devices[rank],
+            threads=threads,
+            builders=config.builders,
+            libraries=config.libraries,
+            model_bytes=limits.upload_bytes,
+            idle_bytes=limits.idle_bytes,
+            log_level=config.log_level,
+            log_style=config.log_style,
+            path=tuple(sys.path),
+        )
+
+    fleet = Fleet(LocalLauncher(), invite, devices, patience_s=config.worker_patience_s)
+    stack.callback(fleet.close)
+    front = torch_device.TorchDevice(
+        config.builders,
+        "cpu",
+        allowed=config.libraries,
+        model_bytes=limits.upload_bytes,
+    )
+    fleet.wait()
+    return FleetDevice(fleet, front, catalogue.plans, shards=config.shards)
 
 
 async def _serve(config: ServerConfig) -> None:

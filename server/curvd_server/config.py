@@ -200,6 +200,25 @@ class ServerConfig:
         "A folder of checkpoints that clients may name in updates of parameters; read only.",
     )
     device: str = setting("cpu", "Where to compute, for example cuda:0.")
+    devices: str = setting(
+        "",
+        "Where to compute with several workers, a process for each, in place of --device: "
+        "cuda:0,cuda:1, or cpu:0,cpu:1.",
+        metavar="DEVICE,DEVICE",
+        shown="none",
+    )
+    shards: int = setting(
+        0,
+        "Into how many parts workers cut data; bits of results depend on it, and not on how "
+        "many workers there are. 0: as many as workers.",
+        least=0,
+        shown="as workers",
+    )
+    worker_patience_s: float = setting(
+        10.0,
+        "Seconds after which a worker that says nothing is ended, and started anew.",
+        least=1,
+    )
     tls: TlsConfig | None = None
     """None: plain text."""
     token: str | None = setting(
@@ -303,6 +322,11 @@ class ServerConfig:
                 "(--insecure) if everyone who can connect may"
             )
             raise InvalidSpec(msg, listen=self.listen)
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """Where each worker computes; none: the server computes itself."""
+        return tuple(name.strip() for name in self.devices.split(",") if name.strip())
 
     @property
     def has_token(self) -> bool:

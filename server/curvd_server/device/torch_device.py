@@ -241,7 +241,10 @@ class TorchDevice:
         state: Arrays,
         arrays: Arrays,
         data: DatasetSpec,
-        *how: Any,
+        loss: LossSpec,
+        mode: Mode,
+        dtype: Dtype,
+        *,
         params: tuple[str, ...],
         first: int | None = None,
     ) -> Problem:
@@ -252,7 +255,9 @@ class TorchDevice:
             state: Parameters and buffers by name.
             arrays: The dataset.
             data: How it becomes mini-batches.
-            how: Loss, mode and dtype; see `Problem.load` of the engine.
+            loss: The loss.
+            mode: How BatchNorm behaves.
+            dtype: The dtype of the computation.
             params: Globs that choose the parameters; none choose all.
             first: Index of the first data point of a part; None: this is all of it.
 
@@ -271,7 +276,9 @@ class TorchDevice:
                     as_tensors(state),
                     as_tensors(arrays),
                     data,
-                    *how,
+                    loss,
+                    mode,
+                    dtype,
                     self.name,
                     params=params,
                     resident_bytes=self._resident_bytes(),
@@ -362,14 +369,14 @@ class TorchProblem:
             The data points.
         """
 
-        def translated(job: Callable[[Poll], Any]) -> Any:
+        def told(job: Callable[[Poll], Any]) -> Any:
             def inside(cancelled: Poll) -> Any:
                 with translated():
                     return job(cancelled)
 
             return compute(inside)
 
-        return Points(self._problem, compute=translated, limit=limit, expired=expired)
+        return Points(self._problem, compute=told, limit=limit, expired=expired)
 
     def build(
         self,

@@ -1,0 +1,172 @@
+"""A connection between the front and a worker: typed messages, length-prefixed, with arrays.
+
+A frame is the length of its head, the head in JSON (number, kind, fields, and the types and
+shapes of the arrays), and the arrays' bytes. Whoever does not know the secret of the fleet
+is told nothing and read no further: both ends prove it before the first frame, each by an
+HMAC over both challenges.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import secrets
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curvd.errors import Internal
+from curvd_server.fleet.messages import KINDS, Message
+from curvd_server.fleet.values import plain, typed
+
+Array = NDArray[Any]
+
+_LENGTH = struct.Struct("<I")
+_HEAD_BYTES = 1 << 30
+"""Longest head; a graph of a model is in it."""
+_ARRAY_BYTES = 1 << 42
+_CHALLENGE = 32
+_TYPES = frozenset("biuf")
+"""Kinds of NumPy's types that travel; bfloat16 does as uint16 bits."""
+_PIECE = 4 << 20
+
+
+class Frame(NamedTuple):
+    """What arrived."""
+
+    number: int
+    """Of the command that it is, or answers; 0: none."""
+    message: Message
+    arrays: list[Array]
+
+
+class Connection:
+    """One end of a connection, after both have proved who they are.
+
+    Any thread may send; one thread receives.
+
+    Args:
+        connected: The socket, connected and blocking; it is closed with this.
+    """
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket, self._sending = connected, threading.Lock()
+        self.heard_s = time.monotonic()
+        """When the other end was last heard of, by `time.monotonic`."""
+
+    def prove(self, secret: bytes, *, role: bytes, timeout_s: float) -> None:
+        """Prove that this end knows the secret, and have the other prove it.
+
+        Args:
+            secret: What both know.
+            role: ``front`` or ``worker``, so that no proof can be sent back.
+            timeout_s: For all of it.
+
+        Raises:
+            EOFError: If the other end does not know it.
+            OSError: If the connection broke, or took too long.
+        """
+        self._socket.settimeout(timeout_s)
+        ours = secrets.token_bytes(_CHALLENGE)
+        self._socket.sendall(ours)
+        theirs = bytes(self._exactly(_CHALLENGE))
+        other = {b"front": b"worker", b"worker": b"front"}[role]
+        self._socket.sendall(_proof(secret, role, theirs + ours))
+        given = bytes(self._exactly(hashlib.sha256().digest_size))
+        if not hmac.compare_digest(given, _proof(secret, other, ours + theirs)):
+            msg = "the other end does not know the secret of this fleet"
+            raise EOFError(msg)
+        self._socket.settimeout(None)
+
+    def send(self, number: int, message: Message, arrays: Sequence[Array] = ()) -> None:
+        """Send a message; blocks until the other end has taken most of it.
+
+        Args:
+            number: Of the command that it is, or answers.
+            message: The message.
+            arrays: Those that its class names.
+
+        Raises:
+            OSError: If the connection is broken.
+        """
+        flat = [np.ascontiguousarray(array) for array in arrays]
+        head = {
+            "number": number,
+            "kind": type(message).__name__,
+            "fields": plain(message),
+            "arrays": [[a.dtype.str, list(a.shape)] for a in arrays],
+        }
+        data = json.dumps(head).encode()
+        with self._sending:
+            self._socket.sendall(_LENGTH.pack(len(data)) + data)
+            for array in flat:
+                self._socket.sendall(array.reshape(-1).view(np.uint8).data)
+
+    def receive(self) -> Frame:
+        """Wait for a message.
+
+        Returns:
+            The message.
+
+        Raises:
+            EOFError: If the other end is gone.
+            OSError: If the connection is broken.
+            Internal: If it is no message of the protocol.
+        """
+        (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
+        if length > _HEAD_BYTES:
+            msg = f"a message announces a head of {length} bytes, above {_HEAD_BYTES}"
+            raise Internal(msg)
+        try:
+            head = json.loads(bytes(self._exactly(length)))
+            number, kind = int(head["number"]), KINDS[head["kind"]]
+            fields, described = head["fields"], list(head["arrays"])
+        except (ValueError, TypeError, LookupError) as error:
+            msg = f"a message between front and worker cannot be read: {error}"
+            raise Internal(msg) from error
+        message = typed(kind, fields)
+        return Frame(number, message, [self._array(*each) for each in described])
+
+    def close(self) -> None:
+        """Close it, and wake up who receives."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it was broken already
+        self._socket.close()
+
+    def _array(self, kind: str, shape: Sequence[int]) -> Array:
+        dtype = np.dtype(kind)
+        size = int(np.prod([int(n) for n in shape], dtype=object)) if shape else 1
+        fits = 0 <= size * dtype.itemsize <= _ARRAY_BYTES
+        if dtype.kind not in _TYPES or not fits or min(shape, default=0) < 0:
+            msg = f"a message has an array of {kind} {shape}, which does not travel"
+            raise Internal(msg)
+        array = np.empty(shape, dtype)
+        self._fill(memoryview(array.reshape(-1).view(np.uint8).data))
+        return array
+
+    def _exactly(self, size: int) -> bytearray:
+        data = bytearray(size)
+        self._fill(memoryview(data))
+        return data
+
+    def _fill(self, place: memoryview) -> None:
+        while place:
+            count = self._socket.recv_into(place[:_PIECE])
+            if not count:
+                msg = "the other end is gone"
+                raise EOFError(msg)
+            self.heard_s = time.monotonic()
+            place = place[count:]
+
+
+def _proof(secret: bytes, role: bytes, challenges: bytes) -> bytes:
+    return hmac.digest(secret, role + challenges, "sha256")

@@ -1,0 +1,452 @@
+"""A fleet behind the device protocol: the server's middle sees one device.
+
+Products are computed where the shards are, and partial products are added here, in the
+order of shards. Algorithms and what is about single data points run here, with products
+of the fleet. Everything belongs to whoever has the device's turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from curvd.contract import (
+    DatasetSpec,
+    DeviceInfo,
+    Dtype,
+    LossSpec,
+    Mode,
+    ModelSpec,
+    OperatorSpec,
+    ParameterLayout,
+    PlanReport,
+    SerializedGraph,
+    Tier,
+)
+from curvd.errors import InvalidSpec
+from curvd_server.device.protocols import Array, Counted
+from curvd_server.device.torch_device import TorchDevice, TorchProblem
+from curvd_server.engine import Memory
+from curvd_server.engine.objective import never
+from curvd_server.fleet import messages
+from curvd_server.fleet.fleet import Fleet
+from curvd_server.fleet.operator import FleetOperator, added
+from curvd_server.fleet.seats import OperatorEntry, ProblemEntry, Request
+from curvd_server.fleet.shards import cut, deal
+from curvd_server.storage import Architecture
+from curvd_server.system import Poll
+
+Arrays = Mapping[str, Array]
+
+
+class FleetDevice:
+    """Loads objectives onto workers.
+
+    Args:
+        fleet: The workers.
+        front: The front's own device, on which models are tried, and queries about data
+            points run.
+        plans: Plans of earlier operators.
+        shards: Into how many shards data is cut; 0: as many as there are workers.
+    """
+
+    def __init__(
+        self, fleet: Fleet, front: TorchDevice, plans: Memory, *, shards: int
+    ) -> None:
+        self.fleet, self.front, self.plans = fleet, front, plans
+        self.shards = shards or len(fleet.seats)
+
+    @property
+    def name(self) -> str:
+        """Names of the workers' devices, for example ``cuda:0,cuda:1``."""
+        return ",".join(seat.device for seat in self.fleet.seats)
+
+    @property
+    def builders(self) -> tuple[str, ...]:
+        """Names of the builders that are allowed, and globs over those of libraries."""
+        return self.front.builders
+
+    @property
+    def torch_version(self) -> str:
+        """Of torch."""
+        return self.front.torch_version
+
+    def describe(self) -> DeviceInfo:
+        """Describe the host's memory, under the names of the workers' devices."""
+        return replace(self.front.describe(), name=self.name)
+
+    def architecture(self, spec: ModelSpec) -> Architecture:
+        """Find out what a builder makes of a configuration; on any thread."""
+        return self.front.architecture(spec)
+
+    async def try_model(self, spec: ModelSpec) -> Architecture | None:
+        """Find out what a builder or a graph makes; see `Device.try_model`."""
+        return await self.front.try_model(spec)
+
+    async def try_graphs(
+        self, model: SerializedGraph, loss: SerializedGraph, *, rows: int
+    ) -> Architecture | None:
+        """Check what clients drew; see `Device.try_graphs`."""
+        return await self.front.try_graphs(model, loss, rows=rows)
+
+    def load(
+        self,
+        model: ModelSpec,
+        state: Arrays,
+        arrays: Arrays,
+        data: DatasetSpec,
+        loss: LossSpec,
+        mode: Mode,
+        dtype: Dtype,
+        params: tuple[str, ...] = (),
+    ) -> FleetProblem:
+        """Bring a model, a dataset and a loss together on the workers.
+
+        Args:
+            model: Builder and configuration, or graph.
+            state: Parameters and buffers by name.
+            arrays: The dataset.
+            data: How it becomes mini-batches.
+            loss: The loss.
+            mode: How BatchNorm behaves.
+            dtype: The dtype of the computation.
+            params: Globs that choose the parameters; none choose all.
+
+        Returns:
+            The objective.
+
+        Raises:
+            InvalidSpec: If they do not fit each other.
+        """
+        batches = -(-len(arrays[data.target]) // data.batch_size)
+        parts = cut(batches, self.shards)
+        number = self.fleet.next_number()
+        load = messages.Load(
+            problem=number,
+            model=model,
+            state=tuple(state),
+            arrays=data.names,
+            data=data,
+            loss=loss,
+            mode=mode,
+            dtype=dtype,
+            params=params,
+            parts=parts,
+            counted=None,
+        )
+        entry = ProblemEntry(
+            number=number,
+            root=number,
+            load=load,
+            state=tuple(state.values()),
+            arrays=tuple(arrays[name] for name in data.names),
+            deal=deal(parts, len(self.fleet.seats)),
+        )
+        return self._loaded(entry)
+
+    def _loaded(self, entry: ProblemEntry) -> FleetProblem:
+        """Load shards, and divide by the targets that count in all of them."""
+        number, registry = entry.number, self.fleet.registry
+        with forgotten_on_error(self.fleet, messages.Close(problems=(number,))):
+            # A worker that is lost between the two steps is to find it in its place.
+            frames = self.fleet.all(
+                {rank: entry.request(rank) for rank in entry.deal},
+                cancelled=never,
+                register=lambda: registry.add_problem(entry),
+            )
+            answers = [frames[rank].message for rank in sorted(frames)]
+            loaded = [a for a in answers if isinstance(a, messages.Loaded)]
+            counted = tuple(weight for each in loaded for weight in each.counted)
+            total = sum(counted)
+            if not total > 0:
+                msg = "no target counts: all have ignore_index or class weight zero"
+                raise InvalidSpec(msg, counted=total)
+            whole = replace(entry, load=replace(entry.load, counted=total))
+            normalise = messages.Normalise(problem=number, counted=total)
+            self.fleet.all(
+                dict.fromkeys(entry.deal, Request(normalise)),
+                cancelled=never,
+                register=lambda: registry.add_problem(whole),
+            )
+        return FleetProblem(self, whole, loaded[0], counted)
+
+
+class FleetProblem:
+    """An objective at one version of its parameters, in shards.
+
+    Args:
+        device: Where it was loaded.
+        entry: How it is made.
+        loaded: What the first worker said of it.
+        counted: Weight of the targets that count, of each shard.
+    """
+
+    def __init__(
+        self,
+        device: FleetDevice,
+        entry: ProblemEntry,
+        loaded: messages.Loaded,
+        counted: tuple[float, ...],
+    ) -> None:
+        self._device, self.entry, self._loaded = device, entry, loaded
+        self._counted = counted
+        self.fleet = device.fleet
+        self._local: TorchProblem | None = None
+        forget = messages.Close(problems=(entry.number,))
+        weakref.finalize(self, self.fleet.forget, forget).atexit = False
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """What a vector of length P means."""
+        return self._loaded.layout
+
+    @property
+    def batches(self) -> int:
+        """Mini-batches per pass over the data."""
+        return self.entry.load.parts[-1].stop
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of its products."""
+        return np.dtype(self._loaded.dtype)
+
+    @property
+    def lead(self) -> tuple[int, int]:
+        """The shard that plans are decided on, the first that counts, and its worker."""
+        part = next(index for index, weight in enumerate(self._counted) if weight > 0)
+        ranks = self.entry.deal.items()
+        rank = next(r for r, parts in ranks if part in {p.index for p in parts})
+        return part, rank
+
+    def with_parameters(self, values: Arrays) -> FleetProblem:
+        """Make a new version on all workers, beside this one, which stays valid.
+
+        Args:
+            values: Parameters and buffers by name; what this objective does not use is
+                passed over.
+
+        Returns:
+            The new version; if a worker refuses it, none has it.
+        """
+        used = {*self._loaded.used}
+        new = {n: v for n, v in values.items() if n in used}
+        state = dict(zip(self.entry.load.state, self.entry.state, strict=True)) | new
+        number = self.fleet.next_number()
+        entry = replace(
+            self.entry,
+            number=number,
+            load=replace(self.entry.load, problem=number, state=tuple(state)),
+            state=tuple(state.values()),
+        )
+        old = self.entry.number
+        move = messages.Move(problem=number, old=old, state=tuple(new))
+        with forgotten_on_error(self.fleet, messages.Close(problems=(number,))):
+            self.fleet.all(
+                dict.fromkeys(entry.deal, Request(move, tuple(new.values()))),
+                cancelled=never,
+                register=lambda: self.fleet.registry.add_problem(entry),
+            )
+        return FleetProblem(self._device, entry, self._loaded, self._counted)
+
+    def gradient(self, *, cancelled: Poll) -> tuple[float, Array]:
+        """Compute the loss and its gradient [P]."""
+        request = Request(messages.Gradient(problem=self.entry.number))
+        frames = self.fleet.all(
+            dict.fromkeys(self.entry.deal, request), cancelled=cancelled
+        )
+        answers = [frames[rank].message for rank in sorted(frames)]
+        losses = [
+            loss
+            for answer in answers
+            if isinstance(answer, messages.Gradients)
+            for loss in answer.losses
+        ]
+        return sum(losses), added(frames)
+
+    def check(self, *, cancelled: Poll) -> None:
+        """Compute a gradient of all data, and find out whether it is that of the loss."""
+        part, _ = self.lead
+        request = Request(messages.Check(problem=self.entry.number, part=part))
+        self.fleet.all(dict.fromkeys(self.entry.deal, request), cancelled=cancelled)
+
+    def points(
+        self,
+        compute: Callable[[Callable[[Poll], Any]], Any],
+        *,
+        limit: int | None,
+        expired: Callable[[], bool],
+    ) -> Counted:
+        """Name its data points as what a query is about: they are gone through here."""
+        if self._local is None:
+            load = self.entry.load
+            self._local = self._device.front.load(
+                load.model,
+                dict(zip(load.state, self.entry.state, strict=True)),
+                dict(zip(load.arrays, self.entry.arrays, strict=True)),
+                load.data,
+                load.loss,
+                load.mode,
+                load.dtype,
+                load.params,
+            )
+        return self._local.points(compute, limit=limit, expired=expired)
+
+    def build(
+        self,
+        spec: OperatorSpec,
+        *,
+        budget_bytes: int,
+        cancelled: Poll,
+        tier: Tier = Tier.FINAL,
+    ) -> FleetOperator:
+        """Verify an operator on one shard, and build it on all; see `Problem.build`."""
+        decided = self._decided(spec, budget_bytes, tier, cancelled)
+        return self._built(spec, budget_bytes, decided, cancelled)
+
+    def improve(
+        self, operator: FleetOperator, *, budget_bytes: int, cancelled: Poll
+    ) -> FleetOperator:
+        """Make the last tier of an operator; see `Problem.improve` of the protocols."""
+        spec = operator.spec
+        decided = self._decided(spec, budget_bytes, Tier.FINAL, cancelled)
+        operator.relax()
+        final = self._built(spec, budget_bytes, decided, cancelled)
+        final.spent_s = operator.spent_s
+        return final
+
+    def move(self, operator: FleetOperator) -> FleetOperator:
+        """Make another version's operator for this one; nothing is computed yet."""
+        number, spec = self.fleet.next_number(), operator.spec
+        entry = replace(
+            operator.entry,
+            build=replace(
+                operator.entry.build, operator=number, problem=self.entry.number
+            ),
+        )
+        follow = messages.Follow(
+            operator=number,
+            old=operator.entry.build.operator,
+            problem=self.entry.number,
+        )
+        with forgotten_on_error(self.fleet, messages.Close(operators=(number,))):
+            self.fleet.all(
+                dict.fromkeys(entry.ranks, Request(follow)),
+                cancelled=never,
+                register=lambda: self.fleet.registry.add_operator(entry),
+            )
+        moved = FleetOperator(self, spec, entry, operator.report, mixes=operator.mixes)
+        moved.spent_s = operator.spent_s
+        return moved
+
+    def _decided(
+        self, spec: OperatorSpec, budget_bytes: int, tier: Tier, cancelled: Poll
+    ) -> messages.Decided:
+        """Have the lead's worker verify an operator and choose a plan, or recall one."""
+        (part, rank), number = self.lead, self.entry.number
+        recall = messages.Recall(problem=number, part=part, spec=spec)
+        key = self.fleet.all({rank: Request(recall)}, cancelled=cancelled)[rank].message
+        assert isinstance(key, messages.Key)
+        known = self._device.plans.get(key.key, "")
+        decide = messages.Decide(
+            problem=number,
+            part=part,
+            spec=spec,
+            budget_bytes=self._budgets(budget_bytes)[str(part)],
+            tier=tier,
+            plans={key.key: known} if known else {},
+        )
+        frames = self.fleet.all({rank: Request(decide)}, cancelled=cancelled)
+        decided = frames[rank].message
+        assert isinstance(decided, messages.Decided)
+        for name, plan in decided.plans.items():
+            if plan != known:
+                self._device.plans[name] = plan
+        return decided
+
+    def _built(
+        self,
+        spec: OperatorSpec,
+        budget_bytes: int,
+        decided: messages.Decided,
+        cancelled: Poll,
+    ) -> FleetOperator:
+        number = self.fleet.next_number()
+        build = messages.Build(
+            operator=number,
+            problem=self.entry.number,
+            spec=replace(spec, scale=1.0, damping=0.0),
+            budget_bytes=self._budgets(budget_bytes),
+            choice=decided.choice,
+            verified=decided.verified,
+        )
+        entry = OperatorEntry(build=build, ranks=frozenset(self.entry.deal))
+        with forgotten_on_error(self.fleet, messages.Close(operators=(number,))):
+            frames = self.fleet.all(
+                dict.fromkeys(self.entry.deal, Request(build)),
+                cancelled=cancelled,
+                register=lambda: self.fleet.registry.add_operator(entry),
+            )
+        answers = [frames[rank].message for rank in sorted(frames)]
+        built = [a for a in answers if isinstance(a, messages.Built)]
+        mixes = all(each.mixes for each in built)
+        return FleetOperator(self, spec, entry, report_of(built), mixes=mixes)
+
+    def _budgets(self, budget_bytes: int) -> dict[str, int]:
+        """Share memory among shards, by their mini-batches."""
+        return {
+            str(part.index): budget_bytes * (part.stop - part.start) // self.batches
+            for part in self.entry.load.parts
+        }
+
+
+def report_of(built: Sequence[messages.Built]) -> PlanReport:
+    """Put the reports of all shards together.
+
+    Args:
+        built: What each worker said, by rank.
+
+    Returns:
+        One report: times are those of the slowest worker, memory is that of all.
+    """
+    reports = [report for each in built for report in each.reports]
+    kept = sum(report.kept_batches for report in reports)
+    total = sum(report.batches for report in reports)
+    kind = "kept" if kept == total else "partly_kept" if kept else "recomputed"
+    first = reports[0]
+    plain = first.mode.removeprefix("partly_")
+    mode = f"{kind}_{plain.removeprefix('kept_').removeprefix('recomputed_')}"
+    return replace(
+        first,
+        mode=mode,
+        columns_at_once=min(report.columns_at_once for report in reports),
+        batches=total,
+        kept_batches=kept,
+        kept_bytes=sum(report.kept_bytes for report in reports),
+        seconds_per_product=max(
+            sum(report.seconds_per_product for report in each.reports) for each in built
+        ),
+        peak_bytes=sum(max(r.peak_bytes for r in each.reports) for each in built),
+    )
+
+
+@contextlib.contextmanager
+def forgotten_on_error(fleet: Fleet, close: messages.Close) -> Iterator[None]:
+    """Have all workers drop what some of them may have made when others could not.
+
+    Args:
+        fleet: The workers.
+        close: What they drop if an error is raised inside.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        yield
+    except BaseException:
+        fleet.forget(close)
+        raise

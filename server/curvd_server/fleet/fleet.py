@@ -1,0 +1,432 @@
+"""The front's workers: asked together, watched, and started anew when they are lost.
+
+A worker is lost when its connection ends or nothing is heard of it for long. Whoever waits
+for its answer goes on waiting: the keeper, a thread of the fleet, ends what is left of it,
+starts another one in its place, and has it make all problems and operators that are
+registered. Then the same command is sent to it again; the others' answers stand.
+
+Nothing is ever half done: a problem or an operator is registered when the workers that
+have it are the ones that are there, checked under one lock with what they lose.
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+
+from curvd.errors import Cancelled, Internal, Unavailable
+from curvd_server.fleet import messages
+from curvd_server.fleet.connection import Connection, Frame
+from curvd_server.fleet.launcher import Invitation, Launcher
+from curvd_server.fleet.listener import Listener
+from curvd_server.fleet.registry import Registry
+from curvd_server.fleet.seats import Lost, Numbers, Request, Seat, raised, silent_s
+from curvd_server.system import Poll, logger
+
+START_S = 300.0
+"""How long a worker may take until it is there: torch is imported, on a busy machine."""
+ATTEMPTS = 4
+"""How often one command is sent to the same rank before its caller is told."""
+FAILURES = 3
+"""How often in a row a worker may be lost before it is ready; then callers are told."""
+_BACKOFF_S = 5.0
+"""Between two starts of a worker that was lost before it was ready."""
+_POLL_S = 0.02
+_WATCH_S = 0.25
+
+
+class Fleet:
+    """Workers, by rank.
+
+    Args:
+        launcher: Starts and ends them.
+        invite: Makes the invitation of a rank: rank, how often it was started, address
+            of the front and secret.
+        devices: Where each computes.
+        patience_s: How long nothing may be heard of a worker.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        invite: Callable[[int, int, str, str], Invitation],
+        devices: tuple[str, ...],
+        *,
+        patience_s: float,
+    ) -> None:
+        self._launcher, self._invite, self._patience_s = launcher, invite, patience_s
+        self._secret = secrets.token_bytes(32)
+        self._changed = threading.Condition()
+        self.seats = [Seat(rank, device) for rank, device in enumerate(devices)]
+        self.registry = Registry()
+        self.generation = 0
+        """How often the fleet was complete, or became so again."""
+        self._numbers = Numbers()
+        self._wanted: set[int] = set()
+        # None ends who passes them on.
+        self._forgotten: queue.SimpleQueue[messages.Close | None] = queue.SimpleQueue()
+        self._closed = False
+        self._listener = Listener(self._secret, self._arrived)
+        self._keeper = threading.Thread(target=self._keep, name="fleet", daemon=True)
+        self._keeper.start()
+        self._messenger = threading.Thread(
+            target=self._pass_on, name="fleet-forgets", daemon=True
+        )
+        self._messenger.start()
+
+    def next_number(self) -> int:
+        """Name a problem or an operator."""
+        return self._numbers.next()
+
+    def wait(self) -> None:
+        """Wait until all workers are there.
+
+        Raises:
+            Unavailable: If one cannot be started.
+        """
+        with self._changed:
+            while not all(seat.is_ready for seat in self.seats):
+                self._check_startable()
+                self._changed.wait()
+
+    def all(
+        self,
+        requests: Mapping[int, Request],
+        *,
+        cancelled: Poll,
+        register: Callable[[], None] | None = None,
+    ) -> dict[int, Frame]:
+        """Ask workers; those that are lost are asked again when they are back.
+
+        Args:
+            requests: What each rank is asked.
+            cancelled: Polled while they work; then all of them stop within a mini-batch.
+            register: Called under the lock when those that answered are those that are
+                there: notes what they hold now.
+
+        Returns:
+            The answers by rank.
+
+        Raises:
+            Cancelled: If the caller gave up.
+            Unavailable: If a worker was lost again and again.
+            CurvdError: If a worker refuses; the first one, by rank.
+        """
+        number = self._numbers.next()
+        asked: dict[int, int] = {}
+        tries: Counter[int] = Counter()
+        with self._changed:
+            self._wanted.add(number)
+        try:
+            while True:
+                self._send_to(requests, number, asked, tries)
+                with self._changed:
+                    found = self._found(requests, number, asked)
+                    if found is not None:
+                        if register is not None:
+                            register()
+                        return found
+                    self._changed.wait(_POLL_S)
+                if cancelled():
+                    msg = "the caller gave up; all workers stopped between two mini-batches"
+                    raise Cancelled(msg)
+        except BaseException:
+            self._stop(number, asked)
+            raise
+        finally:
+            with self._changed:
+                self._wanted.discard(number)
+                for seat in self.seats:
+                    seat.answers.pop(number, None)
+
+    def forget(self, message: messages.Close) -> None:
+        """Have workers forget what nobody needs any more; on any thread, at once."""
+        self._forgotten.put(message)
+
+    def drop(self, ranks: Collection[int], message: messages.Close) -> None:
+        """Have workers forget something, and wait until they have.
+
+        Args:
+            ranks: Those that hold it.
+            message: What; a worker that is started from now on never makes it.
+        """
+        with self._changed:
+            self.registry.forget(message)
+        # While the server ends, so do they.
+        with suppress(Unavailable):
+            self.all(dict.fromkeys(ranks, Request(message)), cancelled=lambda: False)
+
+    def close(self) -> None:
+        """End all workers."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._keeper.join()
+        self._listener.close()
+        self._launcher.close()
+        self._forgotten.put(None)
+        self._messenger.join()
+
+    def _send_to(
+        self,
+        requests: Mapping[int, Request],
+        number: int,
+        asked: dict[int, int],
+        tries: Counter[int],
+    ) -> None:
+        """Send a command to those that are ready and were not asked since they came."""
+        with self._changed:
+            self._check_startable()
+            due = [
+                (self.seats[rank], self.seats[rank].connection, request)
+                for rank, request in requests.items()
+                if self.seats[rank].is_ready
+                and asked.get(rank) != self.seats[rank].incarnation
+            ]
+            for seat, _, _ in due:
+                asked[seat.rank] = seat.incarnation
+                tries[seat.rank] += 1
+                if tries[seat.rank] > ATTEMPTS:
+                    msg = (
+                        f"worker {seat.rank} was lost {ATTEMPTS} times while it worked on "
+                        f"this call, last because {seat.said}; try again, and look at the "
+                        "server's log and memory"
+                    )
+                    raise Unavailable(msg)
+        for _, connection, request in due:
+            assert connection is not None
+            with suppress(OSError):  # its reader will notice, too
+                connection.send(number, request.message, request.arrays)
+
+    def _found(
+        self, requests: Mapping[int, Request], number: int, asked: Mapping[int, int]
+    ) -> dict[int, Frame] | None:
+        """Collect the answers, if all are there; raise what one of them reports."""
+        found = {}
+        for rank in requests:
+            seat = self.seats[rank]
+            frame = seat.answers.get(number)
+            if frame is None or asked.get(rank) != seat.incarnation:
+                continue
+            error = raised(frame)
+            if error is not None:
+                raise error
+            found[rank] = frame
+        return found if len(found) == len(requests) else None
+
+    def _stop(self, number: int, asked: Mapping[int, int]) -> None:
+        """Have all workers stop, and wait until they have, or are lost."""
+        for rank, incarnation in asked.items():
+            connection = self._connection_of(rank, incarnation)
+            if connection is not None and number not in self.seats[rank].answers:
+                with suppress(OSError):
+                    connection.send(0, messages.Cancel(asked=number))
+        with self._changed:
+            while any(
+                self.seats[rank].incarnation == incarnation
+                and self.seats[rank].connection is not None
+                and number not in self.seats[rank].answers
+                for rank, incarnation in asked.items()
+            ):
+                self._changed.wait()
+
+    def _connection_of(self, rank: int, incarnation: int) -> Connection | None:
+        with self._changed:
+            seat = self.seats[rank]
+            return seat.connection if seat.incarnation == incarnation else None
+
+    def _check_startable(self) -> None:
+        for seat in self.seats:
+            if seat.failures >= FAILURES:
+                msg = (
+                    f"worker {seat.rank} on {seat.device} cannot be started: {seat.said}; "
+                    "it is tried again every few seconds; look at the server's log"
+                )
+                raise Unavailable(msg)
+        if self._closed:
+            msg = "the server is shutting down"
+            raise Unavailable(msg)
+
+    def _keep(self) -> None:
+        """Start who is missing, and end who is frozen; never sends, which could block."""
+        try:
+            while not self._closed:
+                with self._changed:
+                    missing = [s for s in self.seats if self._is_due(s)]
+                    lost = [(s, s.incarnation, self._why_lost(s)) for s in self.seats]
+                for seat, incarnation, why in lost:
+                    if why:
+                        self._lose(seat, incarnation, why)
+                        self._launcher.end(seat.rank)
+                for seat in missing:
+                    self._start(seat)
+                with self._changed:
+                    if not self._closed:
+                        self._changed.wait(_WATCH_S)
+        except Exception:
+            logger().exception("defect", task="fleet")
+            raise
+
+    def _why_lost(self, seat: Seat) -> str:
+        """Say why a worker counts as lost; nothing if it does not."""
+        if seat.connection is not None:
+            frozen = silent_s(seat) > self._patience_s
+            return (
+                f"nothing was heard of it for {self._patience_s:g} s" if frozen else ""
+            )
+        if not seat.is_starting:
+            return ""
+        return self._launcher.ended(seat.rank) or ""
+
+    def _is_due(self, seat: Seat) -> bool:
+        absent = seat.connection is None and not seat.is_starting
+        return absent and time.monotonic() >= seat.retry_s
+
+    def _start(self, seat: Seat) -> None:
+        """Start a worker, from this thread: the system ends it with the thread."""
+        with self._changed:
+            seat.is_starting, seat.hello = True, None
+            seat.incarnation += 1
+            incarnation = seat.incarnation
+        invitation = self._invite(
+            seat.rank, incarnation, self._listener.address, self._secret.hex()
+        )
+        try:
+            self._launcher.start(invitation)
+        except OSError as error:
+            self._lose(seat, incarnation, f"it could not be started ({error})")
+            return
+        threading.Thread(
+            target=self._bring_up, args=(seat, incarnation), daemon=True
+        ).start()
+
+    def _bring_up(self, seat: Seat, incarnation: int) -> None:
+        """Wait until a worker is there, and have it make what is registered."""
+        until_s = time.monotonic() + START_S
+        with self._changed:
+            while seat.hello is None and seat.incarnation == incarnation:
+                left_s = until_s - time.monotonic()
+                if self._closed or not seat.is_starting:
+                    return
+                if left_s <= 0:
+                    break
+                self._changed.wait(min(left_s, _WATCH_S))
+            connection = seat.connection
+        if connection is None:
+            self._lose(seat, incarnation, f"it was not there within {START_S:g} s")
+            return
+        try:
+            self._replay(seat, incarnation, connection)
+        except Lost as error:
+            self._lose(seat, incarnation, str(error))
+
+    def _replay(self, seat: Seat, incarnation: int, connection: Connection) -> None:
+        """Have a worker make all that is registered, until nothing is new."""
+        made: set[int] = set()
+        while True:
+            with self._changed:
+                steps = self.registry.missing(seat.rank, made)
+                if not steps:
+                    gone = made - self.registry.numbers()
+                    seat.is_ready, seat.is_starting = True, False
+                    seat.failures, self.generation = 0, self.generation + 1
+                    self._changed.notify_all()
+                    break
+            for key, request in steps:
+                self._ask_alone(seat, incarnation, connection, request)
+                made.add(key)
+        logger().info(
+            "worker ready",
+            rank=seat.rank,
+            device=seat.device,
+            pid=None if seat.hello is None else seat.hello.pid,
+            restarts=seat.restarts,
+            generation=self.generation,
+        )
+        if gone:
+            numbers = tuple(sorted(gone))
+            self.forget(messages.Close(problems=numbers, operators=numbers))
+
+    def _ask_alone(
+        self, seat: Seat, incarnation: int, connection: Connection, request: Request
+    ) -> None:
+        number = self._numbers.next()
+        with self._changed:
+            self._wanted.add(number)
+        try:
+            connection.send(number, request.message, request.arrays)
+            with self._changed:
+                while number not in seat.answers:
+                    if seat.incarnation != incarnation or seat.connection is None:
+                        raise Lost(seat.said)
+                    self._changed.wait()
+                error = raised(seat.answers[number])
+            if error is not None:
+                msg = f"it could not make what the others hold: {error}"
+                raise Lost(msg)
+        except OSError as error:
+            raise Lost(str(error)) from error
+        finally:
+            with self._changed:
+                self._wanted.discard(number)
+                seat.answers.pop(number, None)
+
+    def _arrived(self, connection: Connection, hello: messages.Hello) -> bool:
+        """Give a worker its seat, and read what it says; on a thread of its own."""
+        with self._changed:
+            expected = 0 <= hello.rank < len(self.seats)
+            seat = self.seats[hello.rank] if expected else None
+            if seat is None or (seat.incarnation, seat.is_starting) != (
+                hello.incarnation,
+                True,
+            ):
+                return False
+            seat.connection, seat.hello = connection, hello
+            self._changed.notify_all()
+        said = "its connection ended"
+        try:
+            while True:
+                frame = connection.receive()
+                if isinstance(frame.message, messages.Alive):
+                    continue
+                with self._changed:
+                    if frame.number in self._wanted:
+                        seat.answers[frame.number] = frame
+                        self._changed.notify_all()
+        except (EOFError, OSError, Internal) as error:
+            said = f"{said} ({error})"
+        self._lose(seat, hello.incarnation, said)
+        return True
+
+    def _lose(self, seat: Seat, incarnation: int, said: str) -> None:
+        """Take note that a worker is gone."""
+        with self._changed:
+            if seat.incarnation != incarnation or self._closed:
+                return
+            if seat.connection is None and not seat.is_starting:
+                return  # known already
+            if not seat.is_ready:
+                seat.failures += 1
+                seat.retry_s = time.monotonic() + _BACKOFF_S
+            connection, seat.connection, seat.hello = seat.connection, None, None
+            seat.is_ready, seat.is_starting, seat.said = False, False, said
+            seat.answers.clear()
+            self._changed.notify_all()
+        if connection is not None:
+            connection.close()
+        logger().warning("worker lost", rank=seat.rank, device=seat.device, why=said)
+
+    def _pass_on(self) -> None:
+        """Tell all workers what is forgotten; on a thread of its own, for it may block."""
+        while (message := self._forgotten.get()) is not None:
+            with self._changed:
+                self.registry.forget(message)
+                there = [s.connection for s in self.seats if s.connection is not None]
+            for connection in there:
+                with suppress(OSError):
+                    connection.send(0, message)

@@ -1,0 +1,68 @@
+"""Where workers connect: a Unix socket in a folder of the front's own."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from curvd.errors import Internal
+from curvd_server.fleet import messages
+from curvd_server.fleet.connection import Connection
+
+HELLO_S = 30.0
+"""How long who connects may take to prove that it is a worker, and to say so: torch is
+imported before it connects, but its device is first used in between."""
+
+
+class Listener:
+    """Accepts workers.
+
+    Args:
+        secret: What they must know.
+        arrived: Called with each on a thread of its own, and serves it there; says
+            whether it was expected.
+    """
+
+    def __init__(
+        self, secret: bytes, arrived: Callable[[Connection, messages.Hello], bool]
+    ) -> None:
+        self._secret, self._arrived = secret, arrived
+        self._folder = Path(tempfile.mkdtemp(prefix="curvd-fleet-"))  # mode 0700
+        self.address = str(self._folder / "front")
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(self.address)
+        self._socket.listen()
+        threading.Thread(target=self._accept, name="listen", daemon=True).start()
+
+    def close(self) -> None:
+        """Accept nobody any more."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # some systems do not shut down what only listens
+        self._socket.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connected, _ = self._socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._greet, args=(connected,), daemon=True).start()
+
+    def _greet(self, connected: socket.socket) -> None:
+        """Hear who it is, and let the fleet have it."""
+        connection = Connection(connected)
+        try:
+            connection.prove(self._secret, role=b"front", timeout_s=HELLO_S)
+            hello = connection.receive().message
+            if isinstance(hello, messages.Hello):
+                self._arrived(connection, hello)
+        except (EOFError, OSError, Internal):
+            pass  # no worker of this fleet, or it died
+        connection.close()

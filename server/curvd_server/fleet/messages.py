@@ -1,0 +1,279 @@
+"""What the front asks of workers, and what they answer: the protocol of the fleet.
+
+Problems and operators are named by numbers that the front gives; a problem is one version
+of the parameters, so a command names the version that it means. Arrays travel beside a
+message, in the order that its class says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import get_args
+
+from curvd.contract import (
+    DatasetSpec,
+    Dtype,
+    LossSpec,
+    Mode,
+    ModelSpec,
+    OperatorSpec,
+    ParameterLayout,
+    PlanReport,
+    Tier,
+)
+from curvd_server.engine.tuning import Choice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A shard of the data: consecutive mini-batches whose products are added up first."""
+
+    index: int
+    """Among all shards; they are added in this order."""
+    start: int
+    """Index of its first mini-batch, in the whole dataset."""
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """A worker is there; the first message of a connection."""
+
+    rank: int
+    incarnation: int
+    """How often the rank was started; tells who was ended and who came instead."""
+    pid: int
+    host: str
+    device: str
+    torch_version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alive:
+    """A worker is not frozen; nobody asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Make a problem of some shards. Arrays: `state`, then `arrays`, in their order."""
+
+    problem: int
+    model: ModelSpec
+    state: tuple[str, ...]
+    """Names of parameters and buffers."""
+    arrays: tuple[str, ...]
+    """Names of the dataset's tensors, of which only these shards' rows are sent."""
+    data: DatasetSpec
+    loss: LossSpec
+    mode: Mode
+    dtype: Dtype
+    params: tuple[str, ...]
+    parts: tuple[Part, ...]
+    """Consecutive."""
+    counted: float | None
+    """Weight of all targets that count; None: not known yet, `Normalise` follows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A problem is there."""
+
+    layout: ParameterLayout
+    used: tuple[str, ...]
+    """Parameters and constants that it depends on."""
+    dtype: str
+    """Of its products, as NumPy names it."""
+    counted: tuple[float, ...]
+    """Weight of the targets that count, of each shard."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Normalise:
+    """Divide a mean by the targets that count in all shards."""
+
+    problem: int
+    counted: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """Make a new version beside the old one. Arrays: `state`, in its order."""
+
+    problem: int
+    old: int
+    state: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recall:
+    """Say under which key the plan of an operator is remembered."""
+
+    problem: int
+    part: int
+    spec: OperatorSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decide:
+    """Verify an operator on one shard and choose its plan, for all."""
+
+    problem: int
+    part: int
+    spec: OperatorSpec
+    budget_bytes: int
+    """For this shard."""
+    tier: Tier
+    plans: Mapping[str, str]
+    """What is remembered under the key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decided:
+    """A plan that is right."""
+
+    choice: Choice
+    verified: frozenset[int]
+    """Sizes of mini-batches that it was compared with."""
+    plans: Mapping[str, str]
+    """What is to be remembered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """Build an operator by a plan."""
+
+    operator: int
+    problem: int
+    spec: OperatorSpec
+    budget_bytes: Mapping[str, int]
+    """Of each shard, by its index in decimal."""
+    choice: Choice
+    verified: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """An operator is there."""
+
+    reports: tuple[PlanReport, ...]
+    """Of each shard."""
+    mixes: bool
+    """Whether columns of several requests go through together, on all shards."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Follow:
+    """Make an operator for another version of its problem; nothing is computed."""
+
+    operator: int
+    old: int
+    problem: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relax:
+    """Give back what an operator keeps, before its successor is built."""
+
+    operator: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Close:
+    """Forget problems and operators; unknown ones are passed over."""
+
+    problems: tuple[int, ...] = ()
+    operators: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """Multiply columns. Arrays: V [K, P]."""
+
+    operator: int
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrived:
+    """Partial products of each shard. Arrays: [K, P] of each, in order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gradient:
+    """Differentiate the objective."""
+
+    problem: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gradients:
+    """Losses and gradients of each shard. Arrays: [P] of each, in order."""
+
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """Compute a gradient, and compare that of a few data points with differences."""
+
+    problem: int
+    part: int
+    """The shard whose gradient is compared; the others' are only computed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """Under which a plan is remembered."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """It is done, and there is nothing to say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """It raised one of our errors."""
+
+    reason: str
+    message: str
+    values: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """It raised something else, which is a defect or torch's."""
+
+    message: str
+    trace: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """Stop what came under a number, between two mini-batches; needs no answer."""
+
+    asked: int
+
+
+Command = (
+    Load
+    | Normalise
+    | Move
+    | Recall
+    | Decide
+    | Build
+    | Follow
+    | Relax
+    | Close
+    | Product
+    | Gradient
+    | Check
+)
+Answer = Loaded | Key | Decided | Built | Arrived | Gradients | Done | Refused | Failed
+Message = Command | Answer | Hello | Alive | Cancel
+
+KINDS: Mapping[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
+"""All messages by name."""

@@ -1,0 +1,157 @@
+"""An operator in shards: the columns go to all workers, their partial products are added."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvd.contract import OperatorSpec, PlanReport
+from curvd.errors import InvalidVector
+from curvd_server.device.protocols import Array
+from curvd_server.fleet import messages
+from curvd_server.fleet.connection import Frame
+from curvd_server.fleet.seats import OperatorEntry, Request
+from curvd_server.system import Poll
+
+if TYPE_CHECKING:
+    from curvd_server.fleet.device import FleetProblem
+
+
+class FleetOperator:
+    """An operator that is built on all workers that have shards.
+
+    Args:
+        problem: The version of the objective.
+        spec: The operator; scale and damping are applied here, once.
+        entry: How it is made.
+        report: How it is computed.
+        mixes: Whether columns of several requests go through together.
+    """
+
+    def __init__(
+        self,
+        problem: FleetProblem,
+        spec: OperatorSpec,
+        entry: OperatorEntry,
+        report: PlanReport,
+        *,
+        mixes: bool,
+    ) -> None:
+        self._problem, self.spec, self.entry = problem, spec, entry
+        self.report, self.mixes = report, mixes
+        self.spent_s = 0.0
+        """Seconds that it has computed, at earlier versions included."""
+        self._layout = problem.layout.of_operator(spec)
+        forget = messages.Close(operators=(entry.build.operator,))
+        self._end = weakref.finalize(self, problem.fleet.forget, forget)
+        self._end.atexit = False
+
+    @property
+    def shares(self) -> bool:
+        """Whether columns go together, or share what is linearised for them."""
+        together = self.report.columns_at_once > 1 and self.mixes
+        return together or self.report.kept_batches < self.report.batches
+
+    @property
+    def size(self) -> int:
+        """P, the length of the vectors that it multiplies."""
+        return self._layout.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its products."""
+        found: torch.dtype = getattr(torch, self._problem.dtype.name)
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where its products are made: partial ones are added on the host."""
+        return torch.device("cpu")
+
+    def apply(
+        self, columns: Array, *, counts: Sequence[int] = (), cancelled: Poll
+    ) -> Array:
+        """Multiply columns, and leave them as they are: [K, P] -> [K, P].
+
+        Args:
+            columns: [K, P].
+            counts: Columns of each request that is in them.
+            cancelled: Polled between mini-batches.
+
+        Returns:
+            The sum of the shards' partial products, added in their order.
+
+        Raises:
+            InvalidVector: If the shape is not [K, P].
+        """
+        self._check(columns)
+        V = np.asarray(columns, self._problem.dtype)
+        request = Request(
+            messages.Product(
+                operator=self.entry.build.operator, counts=tuple(map(int, counts))
+            ),
+            (V,),
+        )
+        start_s = time.monotonic()
+        frames = self._problem.fleet.all(
+            dict.fromkeys(self.entry.ranks, request), cancelled=cancelled
+        )
+        rows = added(frames)
+        if self.spec.scale != 1.0:
+            rows *= self.spec.scale
+        if self.spec.damping:
+            rows += self.spec.damping * V
+        self.spent_s += time.monotonic() - start_s
+        return rows
+
+    def multiply(self, columns: Tensor, *, cancelled: Poll) -> Tensor:
+        """Multiply columns of the host: [K, P] -> [K, P]."""
+        return torch.from_numpy(self.apply(columns.numpy(), cancelled=cancelled))
+
+    def relax(self) -> None:
+        """Give back the memory of cached linearisations; it stays valid."""
+        relax = Request(messages.Relax(operator=self.entry.build.operator))
+        self._problem.fleet.all(
+            dict.fromkeys(self.entry.ranks, relax), cancelled=lambda: False
+        )
+
+    def close(self) -> None:
+        """Return its memory; returns when all workers have."""
+        if self._end.detach():
+            self._problem.fleet.drop(
+                self.entry.ranks,
+                messages.Close(operators=(self.entry.build.operator,)),
+            )
+
+    def _check(self, columns: Array) -> None:
+        if (
+            columns.ndim != 2
+            or columns.shape[1] != self.size
+            or columns.dtype.kind != "f"
+        ):
+            msg = (
+                f"columns must be floating point [K, P={self.size}], "
+                f"got {columns.dtype} {list(columns.shape)}"
+            )
+            raise InvalidVector(msg, shape=columns.shape, P=self.size)
+
+
+def added(frames: Mapping[int, Frame]) -> Array:
+    """Add partial results in the order of shards, whoever computed them.
+
+    Args:
+        frames: Answers by rank, each with an array per shard.
+
+    Returns:
+        The sum, in memory of its own.
+    """
+    first, *others = (row for rank in sorted(frames) for row in frames[rank].arrays)
+    for row in others:
+        first += row
+    return first

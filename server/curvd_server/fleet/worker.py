@@ -1,0 +1,228 @@
+"""A worker: a process that holds shards of data and answers the front.
+
+One thread reads, so that a cancellation is known at once; one says now and then that the
+process is not frozen; the main one computes. It has a lane for products that are short,
+which come first, and one for whatever takes long: openings, and products over much data,
+which give way between two steps to each other and to short ones (`system.cooperative`).
+
+It ends with the front, however that ends: the system then closes the pipe and the
+connection, and kills what is stopped (`PR_SET_PDEATHSIG`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+
+from curvd.errors import CurvdError
+from curvd.tensors import tune_allocator
+from curvd_server.device import LONG_S
+from curvd_server.device.torch_device import TorchDevice, set_threads
+from curvd_server.fleet import messages
+from curvd_server.fleet.connection import Connection, Frame
+from curvd_server.fleet.holdings import Holdings, Said, use_device
+from curvd_server.fleet.launcher import Invitation
+from curvd_server.system import LongWork, Poll, Threads, logs
+
+BEAT_S = 0.5
+"""How often a worker says that it is not frozen."""
+CONNECT_S = 30.0
+_TURN_S = (5e-3, 0.25)
+"""Long work keeps its turn as long as the latest short product took, within these."""
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> NoReturn:
+    """Read the invitation, connect, and work until the front is gone."""
+    front = os.getppid()
+    invitation = Invitation.read(sys.stdin.buffer.readline())
+    _end_with(front)
+    tune_allocator()
+    logs.set_up(invitation.log_level, invitation.log_style)
+    set_threads(invitation.threads)
+    connected = socket.socket(socket.AF_UNIX)
+    connected.connect(invitation.address)
+    connection = Connection(connected)
+    connection.prove(
+        bytes.fromhex(invitation.secret), role=b"worker", timeout_s=CONNECT_S
+    )
+    device = TorchDevice(
+        invitation.builders,
+        use_device(invitation.device),
+        allowed=invitation.libraries,
+        model_bytes=invitation.model_bytes,
+    )
+    gc.freeze()
+    hello = messages.Hello(
+        rank=invitation.rank,
+        incarnation=invitation.incarnation,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        device=invitation.device,
+        torch_version=torch.__version__,
+    )
+    connection.send(0, hello)
+    Worker(connection, Holdings(device, invitation.idle_bytes)).run()
+
+
+@dataclass(eq=False, slots=True)
+class _Task:
+    """A command under way."""
+
+    frame: Frame
+    work: LongWork[Said]
+
+
+class Worker:
+    """Answers one connection.
+
+    Args:
+        connection: To the front.
+        holdings: What computes.
+    """
+
+    def __init__(self, connection: Connection, holdings: Holdings) -> None:
+        self._connection, self._holdings = connection, holdings
+        self._changed = threading.Condition()
+        self._new: deque[Frame] = deque()
+        self._short: deque[_Task] = deque()
+        self._long: deque[_Task] = deque()
+        self._pending: set[int] = set()
+        self._cancelled: set[int] = set()
+        self._threads = Threads()
+        self._turn_end_s = self._latest_s = 0.0
+
+    def run(self) -> NoReturn:
+        """Work until the front is gone."""
+        for target in (self._read, self._beat):
+            threading.Thread(target=target, name=target.__name__, daemon=True).start()
+        while True:
+            self._step()
+
+    def _step(self) -> None:
+        """Take the next task a step further."""
+        with self._changed:
+            while not (self._new or self._short or self._long):
+                self._changed.wait()
+            while self._new:
+                self._sort(self._new.popleft())
+            short = bool(self._short)
+            task = self._short.popleft() if short else self._long.popleft()
+        least_s, most_s = _TURN_S
+        start_s = time.monotonic()
+        self._turn_end_s = start_s + min(max(least_s, self._latest_s), most_s)
+        if short:
+            task.work.complete()
+            self._latest_s = time.monotonic() - start_s
+        elif not task.work.resume():
+            with self._changed:
+                self._long.append(task)
+            return
+        self._answer(task)
+
+    def _sort(self, frame: Frame) -> None:
+        """Put a command into its lane."""
+        message, number = frame.message, frame.number
+        columns = len(frame.arrays[0]) if isinstance(message, messages.Product) else 0
+
+        def work(cancelled: Poll) -> Said:
+            start_s = time.monotonic()
+            said = self._holdings.answer(message, frame.arrays, cancelled)
+            if isinstance(message, messages.Product):
+                seconds = time.monotonic() - start_s
+                self._holdings.took(message, columns, seconds)
+            return said
+
+        long_work = LongWork(
+            work,
+            stopped=lambda: number in self._cancelled,
+            gives_way=self._gives_way,
+            threads=self._threads,
+        )
+        is_short = isinstance(message, messages.Product) and (
+            self._holdings.expected_s(message, columns) <= LONG_S
+        )
+        (self._short if is_short else self._long).append(_Task(frame, long_work))
+
+    def _gives_way(self) -> bool:
+        """Tell long work whether others wait, and its turn is over."""
+        if time.monotonic() < self._turn_end_s:
+            return False
+        return bool(self._new or self._short or self._long)
+
+    def _answer(self, task: _Task) -> None:
+        """Send how a command ended."""
+        number = task.frame.number
+        try:
+            said = task.work.result()
+        except CurvdError as error:
+            values = {str(k): str(v) for k, v in error.metadata.items()}
+            said = (
+                messages.Refused(
+                    reason=error.reason, message=str(error), values=values
+                ),
+                (),
+            )
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            said = messages.Failed(message=text, trace=traceback.format_exc()), ()
+        with self._changed:
+            self._pending.discard(number)
+            self._cancelled.discard(number)
+        try:
+            self._connection.send(number, *said)
+        except OSError:
+            os._exit(0)
+
+    def _read(self) -> None:
+        """Receive commands until the front is gone."""
+        try:
+            while True:
+                frame = self._connection.receive()
+                with self._changed:
+                    if isinstance(frame.message, messages.Cancel):
+                        # What is answered already needs no stopping.
+                        self._cancelled |= {frame.message.asked} & self._pending
+                    else:
+                        self._pending.add(frame.number)
+                        self._new.append(frame)
+                        self._changed.notify()
+        except (EOFError, OSError):
+            os._exit(0)
+
+    def _beat(self) -> None:
+        """Say that the process is not frozen, whatever the others do."""
+        pause = threading.Event()
+        try:
+            while not pause.wait(BEAT_S):
+                self._connection.send(0, messages.Alive())
+        except OSError:
+            os._exit(0)
+
+
+def _end_with(front: int) -> None:
+    """End this process when its parent does, even while it is stopped."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front
+    if os.getppid() != front:
+        os._exit(0)  # it ended before
+
+    def watch() -> None:
+        while sys.stdin.buffer.read(1):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, name="watch", daemon=True).start()
