@@ -183,25 +183,25 @@ class Fleet:
         with self._changed:
             self._check_startable()
             due = [
-                (self.seats[rank], self.seats[rank].connection, request)
-                for rank, request in requests.items()
-                if self.seats[rank].is_ready
-                and asked.get(rank) != self.seats[rank].incarnation
+                (seat, seat.incarnation, seat.connection, requests[seat.rank])
+                for seat in self.seats
+                if seat.rank in requests
+                and seat.is_ready
+                and asked.get(seat.rank) != seat.incarnation
             ]
-            for seat, _, _ in due:
-                asked[seat.rank] = seat.incarnation
-                tries[seat.rank] += 1
-                if tries[seat.rank] > ATTEMPTS:
-                    msg = (
-                        f"worker {seat.rank} was lost {ATTEMPTS} times while it worked on "
-                        f"this call, last because {seat.said}; try again, and look at the "
-                        "server's log and memory"
-                    )
-                    raise Unavailable(msg)
-        for _, connection, request in due:
+        for seat, incarnation, connection, request in due:
+            if tries[seat.rank] == ATTEMPTS:
+                msg = (
+                    f"worker {seat.rank} was lost {ATTEMPTS} times while it worked on "
+                    f"this call, last because {seat.said}; try again, and look at the "
+                    "server's log and memory"
+                )
+                raise Unavailable(msg)
             assert connection is not None
+            tries[seat.rank] += 1
             with suppress(OSError):  # its reader will notice, too
                 connection.send(number, request.message, request.arrays)
+            asked[seat.rank] = incarnation
 
     def _found(
         self, requests: Mapping[int, Request], number: int, asked: Mapping[int, int]

@@ -21,12 +21,13 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 
-from curvd.errors import CurvdError
+from curvd.errors import CurvdError, Internal
 from curvd.tensors import tune_allocator
 from curvd_server.device import LONG_S
 from curvd_server.device.torch_device import TorchDevice, set_threads
@@ -74,7 +75,14 @@ def main() -> NoReturn:
         torch_version=torch.__version__,
     )
     connection.send(0, hello)
-    Worker(connection, Holdings(device, invitation.idle_bytes)).run()
+    worker = Worker(connection, Holdings(device, invitation.idle_bytes), _leave)
+    worker.run()
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """End the process, whatever it computes."""
+    os._exit(0)
 
 
 @dataclass(eq=False, slots=True)
@@ -91,10 +99,14 @@ class Worker:
     Args:
         connection: To the front.
         holdings: What computes.
+        leave: Called when the front is gone, on any thread; may end the process.
     """
 
-    def __init__(self, connection: Connection, holdings: Holdings) -> None:
+    def __init__(
+        self, connection: Connection, holdings: Holdings, leave: Callable[[], None]
+    ) -> None:
         self._connection, self._holdings = connection, holdings
+        self._leave, self._is_over = leave, False
         self._changed = threading.Condition()
         self._new: deque[Frame] = deque()
         self._short: deque[_Task] = deque()
@@ -104,18 +116,22 @@ class Worker:
         self._threads = Threads()
         self._turn_end_s = self._latest_s = 0.0
 
-    def run(self) -> NoReturn:
+    def run(self) -> None:
         """Work until the front is gone."""
         for target in (self._read, self._beat):
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
-        while True:
+        while not self._is_over:
             self._step()
+        self._connection.close()
+        self._threads.close()
 
     def _step(self) -> None:
         """Take the next task a step further."""
         with self._changed:
-            while not (self._new or self._short or self._long):
+            while not (self._new or self._short or self._long or self._is_over):
                 self._changed.wait()
+            if self._is_over:
+                return
             while self._new:
                 self._sort(self._new.popleft())
             short = bool(self._short)
@@ -184,7 +200,16 @@ class Worker:
         try:
             self._connection.send(number, *said)
         except OSError:
-            os._exit(0)
+            self._end()
+
+    def _end(self) -> None:
+        """Take note that the front is gone."""
+        self._leave()
+        with self._changed:
+            self._is_over = True
+            # Long work that waits for its next turn stops there.
+            self._cancelled |= self._pending
+            self._changed.notify_all()
 
     def _read(self) -> None:
         """Receive commands until the front is gone."""
@@ -199,8 +224,8 @@ class Worker:
                         self._pending.add(frame.number)
                         self._new.append(frame)
                         self._changed.notify()
-        except (EOFError, OSError):
-            os._exit(0)
+        except (EOFError, OSError, Internal):
+            self._end()
 
     def _beat(self) -> None:
         """Say that the process is not frozen, whatever the others do."""
@@ -209,7 +234,7 @@ class Worker:
             while not pause.wait(BEAT_S):
                 self._connection.send(0, messages.Alive())
         except OSError:
-            os._exit(0)
+            self._end()
 
 
 def _end_with(front: int) -> None:

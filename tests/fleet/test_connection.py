@@ -1,0 +1,194 @@
+"""What travels between front and workers: typed values, arrays, and nothing for strangers."""
+
+import dataclasses
+import math
+import socket
+import threading
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+from support.fleets import fleet_of
+
+from curvd.contract.enums import LossName, Tier
+from curvd.contract.specs import LossSpec, OperatorSpec, SerializedGraph
+from curvd.errors import Internal
+from curvd_server.engine.tuning import Choice, Plan
+from curvd_server.engine.verification import Evidence
+from curvd_server.fleet import messages
+from curvd_server.fleet.connection import Connection
+from curvd_server.fleet.shards import cut, deal
+from curvd_server.fleet.values import plain, typed
+
+CHOICE = Choice(Plan("program", 8), Evidence(1e-9, math.inf, ()), Tier.FIRST, "double")
+
+
+@pytest.fixture
+def pair():
+    ends = [Connection(end) for end in socket.socketpair()]
+    yield ends
+    for end in ends:
+        end.close()
+
+
+def both(first, second):
+    """Run both at once; what each raised, or None."""
+    raised = {}
+
+    def run(name, call):
+        try:
+            call()
+        except (EOFError, OSError) as error:
+            raised[name] = error
+
+    threads = [
+        threading.Thread(target=run, args=pair)
+        for pair in (("first", first), ("second", second))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        LossSpec(name=LossName.MSE, weight_decay={"a.*": 0.5}),
+        LossSpec(name=LossName.CUSTOM, graph=SerializedGraph(b"\x00\xff")),
+        OperatorSpec(block_sizes=(1, 2), parameters=("a", "b"), damping=1),
+        CHOICE,
+        messages.Build(
+            operator=1,
+            problem=2,
+            spec=OperatorSpec(),
+            budget_bytes={"0": 5},
+            choice=CHOICE,
+            verified=frozenset({2, 3}),
+        ),
+    ],
+)
+def test_values_come_back_as_they_were(value):
+    assert typed(type(value), plain(value)) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (int, "1"),
+        (int, True),
+        (str, 1),
+        (bytes, "not base64!"),
+        (Tier, "last"),
+        (tuple[int, ...], {"a": 1}),
+        (tuple[str, float], ["a"]),
+        (OperatorSpec, {"kind": "hessian", "run": "this"}),
+        (messages.Part, {"index": 0}),
+        (messages.Part, [0, 1, 2]),
+    ],
+)
+def test_what_is_of_another_type_is_refused(kind, value):
+    with pytest.raises(Internal, match="between front and worker"):
+        typed(kind, value)
+
+
+def test_arrays_travel_with_a_message(pair):
+    arrays = [
+        np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        np.zeros((0, 4)),
+        np.array(True),
+        np.arange(5, dtype=np.uint16),
+    ]
+    pair[0].send(7, messages.Product(operator=3, counts=(2,)), arrays)
+    number, message, got = pair[1].receive()
+    assert (number, message) == (7, messages.Product(operator=3, counts=(2,)))
+    for a, b in zip(got, arrays, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("head", "match"),
+    [
+        (b"[]", "cannot be read"),
+        (b'{"number": 1, "kind": "object", "fields": {}, "arrays": []}', "cannot be"),
+        (b'{"number": 1, "kind": "Done", "fields": {"a": 1}, "arrays": []}', "no Done"),
+        (
+            b'{"number": 1, "kind": "Done", "fields": {}, "arrays": [["|O", [1]]]}',
+            "does not travel",
+        ),
+        (
+            b'{"number": 1, "kind": "Done", "fields": {}, "arrays": [["<f8", [-1]]]}',
+            "does not travel",
+        ),
+    ],
+)
+def test_what_is_no_message_is_refused(head, match):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(len(head).to_bytes(4, "little") + head)
+        with pytest.raises(Internal, match=match):
+            Connection(theirs).receive()
+
+
+def test_both_ends_prove_that_they_know_the_secret(pair):
+    secrets = b"one", b"another"
+    for second in secrets:
+        ends = [Connection(end) for end in socket.socketpair()]
+        raised = both(
+            lambda ends=ends: ends[0].prove(b"one", role=b"front", timeout_s=60),
+            lambda ends=ends, s=second: ends[1].prove(s, role=b"worker", timeout_s=60),
+        )
+        assert bool(raised) == (second != b"one")
+        for end in ends:
+            end.close()
+
+
+def test_a_proof_that_is_sent_back_is_none(pair):
+    """A stranger who only repeats what he hears knows nothing."""
+    ours, theirs = socket.socketpair()
+    raised = {}
+
+    def prove():
+        try:
+            Connection(ours).prove(b"secret", role=b"front", timeout_s=60)
+        except EOFError as error:
+            raised["front"] = error
+
+    thread = threading.Thread(target=prove)
+    thread.start()
+    with theirs:
+        theirs.sendall(theirs.recv(32, socket.MSG_WAITALL))
+        theirs.sendall(theirs.recv(32, socket.MSG_WAITALL))
+        thread.join()
+    ours.close()
+    assert "does not know the secret" in str(raised["front"])
+
+
+def test_strangers_at_the_door_hold_nobody_up():
+    with fleet_of(1) as fleet:
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.connect(fleet._listener.address)
+            stranger.sendall(b"x" * 64)
+            assert len(stranger.recv(64, socket.MSG_WAITALL)) == 64
+            assert not stranger.recv(1)
+        assert fleet.seats[0].is_ready
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_shards_cover_the_data_in_order_and_workers_the_shards(shards, workers):
+    parts = cut(9, shards)
+    covered = [b for part in parts for b in range(part.start, part.stop)]
+    assert covered == list(range(9))
+    dealt = deal(parts, workers)
+    assert [p for rank in sorted(dealt) for p in dealt[rank]] == list(parts)
+    sizes = [len(own) for own in dealt.values()]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_all_messages_can_be_written():
+    for kind in messages.KINDS.values():
+        assert dataclasses.is_dataclass(kind)
