@@ -212,6 +212,7 @@ class ServerConfig:
         "Into how many parts workers cut data; bits of results depend on it, and not on how "
         "many workers there are. 0: as many as workers.",
         least=0,
+        most=1 << 16,
         shown="as workers",
     )
     worker_patience_s: float = setting(

@@ -114,8 +114,15 @@ def test_a_limit_out_of_range_is_refused_and_named(kind, name):
 @pytest.mark.parametrize("name", numbers(ServerConfig))
 def test_a_number_of_the_server_out_of_range_is_refused(name):
     for value in WRONG:
-        with pytest.raises(InvalidSpec, match=rf"^{name} must be at (least|most)"):
+        with pytest.raises(
+            InvalidSpec, match=rf"^{name} must be (at (least|most)|a whole number)"
+        ):
             ServerConfig(**{name: value})
+
+
+def test_devices_of_workers_are_listed_with_commas():
+    assert ServerConfig().workers == ()
+    assert ServerConfig(devices="cpu:0, cpu:1,").workers == ("cpu:0", "cpu:1")
 
 
 def test_a_server_with_all_limits_at_their_ends_serves(tmp_path):
