@@ -319,6 +319,12 @@ class FleetProblem:
         final.spent_s = operator.spent_s
         return final
 
+    def choose_again(
+        self, operator: FleetOperator, *, budget_bytes: int, cancelled: Poll
+    ) -> FleetOperator | None:
+        """Keep the plan; see `FleetOperator.is_in_doubt`."""
+        return None
+
     def move(self, operator: FleetOperator) -> FleetOperator:
         """Make another version's operator for this one; nothing is computed yet."""
         number, spec = self.fleet.next_number(), operator.spec

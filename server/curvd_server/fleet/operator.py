@@ -59,6 +59,11 @@ class FleetOperator:
         return together or self.report.kept_batches < self.report.batches
 
     @property
+    def is_in_doubt(self) -> bool:
+        """Whether its plan is to be chosen anew: never, its bits are those of its shards."""
+        return False
+
+    @property
     def size(self) -> int:
         """P, the length of the vectors that it multiplies."""
         return self._layout.size
