@@ -21,7 +21,9 @@ from curvd_server.fleet.connection import Connection
 from curvd_server.fleet.shards import cut, deal
 from curvd_server.fleet.values import plain, typed
 
-CHOICE = Choice(Plan("program", 8), Evidence(1e-9, math.inf, ()), Tier.FIRST, "double")
+CHOICE = Choice(
+    Plan("program", 8), Evidence(1e-9, math.inf, ()), Tier.FIRST, plainer="double"
+)
 
 
 @pytest.fixture

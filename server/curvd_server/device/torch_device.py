@@ -414,7 +414,7 @@ class TorchProblem:
         self, operator: TorchOperator, *, budget_bytes: int, cancelled: Poll
     ) -> TorchOperator | None:
         """Choose its plan anew; see `Problem.choose_again` of the protocols."""
-        with _translated():
+        with translated():
             return operator.chosen_again(self._tools.plans, budget_bytes, cancelled)
 
     def move(self, operator: TorchOperator) -> TorchOperator:

@@ -255,7 +255,9 @@ class Problem:
         Raises:
             InvalidSpec: If model, data and loss do not fit each other.
         """
-        return dataclasses.replace(self, data=data, normaliser=1.0)._normalised()
+        moved = dataclasses.replace(self, data=data, normaliser=1.0)
+        moved._check_targets()
+        return moved.normalised()
 
     def restricted(self, spec: OperatorSpec) -> Problem:
         """Make the same objective as a function of an operator's parameters alone.
