@@ -54,6 +54,7 @@ from curvd.remote import (
     Algebra,
     AsyncAsks,
     AsyncJacobian,
+    AsyncMultiplies,
     AsyncOperatorSum,
     AsyncSubmatrix,
     ClientStages,
@@ -476,6 +477,7 @@ class AsyncOperator(
     OperatorQueries,
     AsyncAsks,
     OperatorBase,
+    AsyncMultiplies,
     Algebra["AsyncOperator", AsyncOperatorSum, AsyncSubmatrix],
 ):
     """``scale * A + damping * I`` on a session's parameters; see `curvd.RemoteOperator`.

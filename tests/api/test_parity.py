@@ -18,10 +18,12 @@ PAIRS = [
 ONLY_BLOCKING = {"to_scipy"}  # SciPy calls, and does not await
 IN_MEMORY = {
     "adjoint",
+    "dim",
     "loss_jacobian",
     "operator",
     "output_jacobian",
     "probe",
+    "size",
     *curvd.OperatorKind,
 }
 

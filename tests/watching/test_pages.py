@@ -18,7 +18,7 @@ def test_a_training_is_watched_by_what_the_guide_shows(
     monkeypatch.chdir(tmp_path)
     section = (ROOT / "docs/client.md").read_text().partition("## Watching a training")
     code, *_ = re.findall(
-        r"```python\n(.*?)```", section[2].partition("\n### ")[0], re.S
+        r"```python\n(.*?)```", section[2].partition("\n## ")[0], re.S
     )
     net = torch.nn.Linear(4, 3)
     x, y = torch.randn(64, 4), torch.randint(3, (64,))

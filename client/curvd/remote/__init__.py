@@ -19,11 +19,13 @@ from curvd.remote.queries.base import check_drawable
 from curvd.remote.session import Session
 from curvd.remote.session_base import SessionBase, name_of
 from curvd.remote.submatrix import AsyncSubmatrix, Submatrix
+from curvd.remote.torch_names import AsyncMultiplies
 
 __all__ = [
     "Algebra",
     "AsyncAsks",
     "AsyncJacobian",
+    "AsyncMultiplies",
     "AsyncOperatorSum",
     "AsyncSubmatrix",
     "Client",

@@ -24,6 +24,7 @@ from curvd.remote.asking import Asks
 from curvd.remote.operator_sum import OperatorSum
 from curvd.remote.queries import OperatorQueries
 from curvd.remote.submatrix import Submatrix
+from curvd.remote.torch_names import Multiplies
 from curvd.tensors import Operand, operand, vector_dtype
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ class RemoteOperator(
     OperatorQueries,
     Asks,
     OperatorBase,
+    Multiplies,
     Algebra["RemoteOperator", OperatorSum, Submatrix],
 ):
     """``scale * A + damping * I`` on the parameters of a session.

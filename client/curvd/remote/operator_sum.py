@@ -13,6 +13,7 @@ from curvd.contract import ParameterLayout, ResultInfo
 from curvd.errors import VersionMismatch
 from curvd.remote.algebra import Algebra, Indices, dense_bytes
 from curvd.remote.submatrix import AsyncSubmatrix, Submatrix
+from curvd.remote.torch_names import AsyncMultiplies, Multiplies
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -86,7 +87,7 @@ class SumBase:
         return stale
 
 
-class OperatorSum(SumBase, Algebra[Any, "OperatorSum", Submatrix]):
+class OperatorSum(SumBase, Multiplies, Algebra[Any, "OperatorSum", Submatrix]):
     """A sum of operators, such as ``H + 2 * G``; it multiplies like each of them.
 
     The terms are multiplied side by side, each by its server, and belong to one parameter
@@ -163,7 +164,9 @@ class OperatorSum(SumBase, Algebra[Any, "OperatorSum", Submatrix]):
         return added(products)
 
 
-class AsyncOperatorSum(SumBase, Algebra[Any, "AsyncOperatorSum", AsyncSubmatrix]):
+class AsyncOperatorSum(
+    SumBase, AsyncMultiplies, Algebra[Any, "AsyncOperatorSum", AsyncSubmatrix]
+):
     """The same for asyncio: ``await ((H + G) @ x)``.
 
     Args:

@@ -9,6 +9,7 @@ import numpy as np
 
 from curvd.errors import InvalidSpec, InvalidVector
 from curvd.remote.algebra import Identity, Indices, dense_bytes, number_of
+from curvd.remote.torch_names import AsyncMultiplies, Multiplies
 from curvd.tensors import to_numpy
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class SubmatrixBase:
         return flat, np.eye(min(self.shape), dtype=self.dtype)
 
 
-class Submatrix(SubmatrixBase):
+class Submatrix(Multiplies, SubmatrixBase):
     """Rows and columns of an operator, [R, C]; ``H[rows, columns]`` makes it.
 
     It multiplies arrays [C] and [C, K] of NumPy or torch; vectors of the operator travel,
@@ -205,7 +206,7 @@ class Submatrix(SubmatrixBase):
         return linear_operator(self, dtype)
 
 
-class AsyncSubmatrix(SubmatrixBase):
+class AsyncSubmatrix(AsyncMultiplies, SubmatrixBase):
     """The same for asyncio: ``await (H[rows, columns] @ x)``.
 
     Args:

@@ -221,6 +221,9 @@ class EstimateQueries:
         """
         return self._queries.call("FrobeniusNorm", options, _estimate)
 
+    norm = frobenius_norm
+    """As torch calls it."""
+
     @asks(LogDetOptions)
     def logdet(self, options: LogDetOptions) -> QueryCall[LogDeterminant]:
         """Estimate ``log det(A + damping * I)``.
