@@ -69,7 +69,13 @@ from curvd.remote import (
     opening,
     shown,
 )
-from curvd.remote.queries import Influence, Sketch
+from curvd.remote.queries import (
+    Influence,
+    MarginalLikelihood,
+    PosteriorSamples,
+    Predictive,
+    Sketch,
+)
 from curvd.tensors import Layout, operand
 
 T = TypeVar("T")
@@ -371,6 +377,20 @@ class AsyncSession(DataPointQueries, AsyncAsks, SessionBase["AsyncOperator"]):
     async def influence(self, queries: Any = None, **options: Any) -> Influence:
         """Compute influence by the GGN; see `curvd.Session`."""
         return await self.ggn().influence(queries, **options)
+
+    async def predictive(self, inputs: Any, **options: Any) -> Predictive:
+        """Compute variances of predictions by the GGN; see `curvd.Session`."""
+        return await self.ggn().predictive(inputs, **options)
+
+    async def posterior_samples(self, k: int = 1, **options: Any) -> PosteriorSamples:
+        """Draw from the posterior of the GGN; see `curvd.Session`."""
+        return await self.ggn().posterior_samples(k, **options)
+
+    async def marginal_likelihood(
+        self, priors: Any, **options: Any
+    ) -> MarginalLikelihood:
+        """Compute marginal likelihoods by the GGN; see `curvd.Session`."""
+        return await self.ggn().marginal_likelihood(priors, **options)
 
     async def sketch(self, name: str = "sketch", **options: Any) -> Sketch:
         """Sketch the GGN, to precondition systems; see `curvd.Session`."""

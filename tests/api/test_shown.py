@@ -31,6 +31,9 @@ def found(tanh_session):
         "JacobianProduct": tanh_session.jacobian_product(gradient),
         "Sketch": G.sketch("a sketch", rank=5),
         "Influence": G.influence([3, 5], damping=0.1),
+        "Predictive": G.predictive(np.ones((2, 4))),
+        "PosteriorSamples": G.posterior_samples(2),
+        "MarginalLikelihood": G.marginal_likelihood([0.1, 1.0]),
     }
 
 
@@ -43,6 +46,9 @@ BEGINNINGS = {
     "LogDeterminant": r"^<LogDeterminant -?[\d.e+-]+ ± [\d.e+-]+ \(95 %\); ",
     "Sketch": r"^<Sketch 'a sketch': 5 values, from [\d.e+-]+ to [\d.e+-]+; ",
     "Influence": r"^<Influence 2 queries, relative residual at most [\d.e+-]+; ",
+    "Predictive": r"^<Predictive 2 inputs, deviations [\d.e+-]+ to [\d.e+-]+, median ",
+    "PosteriorSamples": r"^<PosteriorSamples 2 draws, relative residual at most [\d.e+-]+",
+    "MarginalLikelihood": r"^<MarginalLikelihood -?[\d.e+-]+ ± [\d.e+-]+ at a prior ",
     "GradientGram": r"^<GradientGram 20 gradients, median cosine of two -?[\d.]+; ",
     "GradientSquares": r"^<GradientSquares 43 sums of 20: [\d.e+-]+ to [\d.e+-]+; ",
     "JacobianProduct": r"^<JacobianProduct \[20\] by \w+; ",

@@ -37,7 +37,7 @@ def test_a_method_takes_the_options_of_its_query(rpc, client):
     taken = inspect.signature(getattr(owner, query.method)).parameters
     ours = inspect.signature(query.options).parameters
     assert {name: taken[name] for name in ours} == ours
-    assert set(taken) - set(ours) <= {"self", "b", "queries", "v"}
+    assert set(taken) - set(ours) <= {"self", "b", "inputs", "priors", "queries", "v"}
     doc = inspect.getdoc(getattr(owner, query.method))
     flat = re.sub(r"\s+", " ", doc)
     for name, (_, known) in settings_of(query.options).items():

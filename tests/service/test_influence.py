@@ -279,7 +279,7 @@ X, Y = others(2)
         ((X[:, :4], Y), {}, r"a data point of the dataset is .* \[5\]"),
         ((X, Y + 5), {}, "class"),
         ({"x": X}, {}, r"have the tensors \['x', 'y'\]"),
-        ((X * np.nan, Y), {}, "queries must be finite"),
+        ((X * np.nan, Y), {}, "data points must be finite"),
         ([0], {"groups": [0, 1]}, r"groups are I64 \[24\]"),
         ([0], {"groups": np.full(24, 30)}, "from 0 to 23 at most"),
         ([0], {"groups": np.zeros(24, int), "top": 1}, "groups exclude top"),

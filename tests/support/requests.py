@@ -132,6 +132,19 @@ class Requests:
         message.header.all_rows = True
         return ()
 
+    def _Predictive(self, message):
+        self._query(message.header)
+        message.header.query.operator.kind = "OPERATOR_KIND_GGN"
+        return (memoryview(raw.file_of({"0": np.ones((1, 3))})),)
+
+    def _PosteriorSamples(self, message):
+        self._query(message)
+        message.query.operator.kind = "OPERATOR_KIND_GGN"
+
+    def _MarginalLikelihood(self, message):
+        self._query(message)
+        message.query.operator.kind = "OPERATOR_KIND_GGN"
+
     def _Solve(self, message):
         header = query_pb.SolveHeader(damping=1.0)
         self._query(header)

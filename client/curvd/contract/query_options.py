@@ -319,6 +319,85 @@ def _expected_version() -> Any:
     )
 
 
+def _prior() -> Any:
+    return setting(
+        1.0, "Precision of the parameters before any data.", positive=True, most=1e290
+    )
+
+
+def _noise() -> Any:
+    return setting(
+        1.0,
+        "Standard deviation of the targets of mse, which other losses do not have.",
+        positive=True,
+        most=1e100,
+    )
+
+
+def _tolerance() -> Any:
+    return setting(
+        1e-6, "Residual of each system, relative to its right-hand side.", positive=True
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictiveOptions(QueryOptions):
+    """Which posterior predictions have, and how exactly."""
+
+    prior: float = _prior()
+    noise: float = _noise()
+    covariance: bool = setting(
+        False, "Whether to fetch the covariance of each input's outputs, [T, C, C]."
+    )
+    tolerance: float = _tolerance()
+    preconditioner: StoredVector | str | None = setting(
+        None,
+        "What `sketch` or ``eigsh(store=…)`` stored, at any version: it pays at small "
+        "priors and for several calls.",
+    )
+    block: int = setting(
+        0, "Systems that are solved together, at most; 0: as many as fit.", least=0
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PosteriorSamplesOptions(QueryOptions):
+    """Which posterior is drawn from."""
+
+    k: int = setting(1, "How many.", least=1, most=10_000, unset=1)
+    _: KW_ONLY
+    prior: float = _prior()
+    noise: float = _noise()
+    seed: int = _seed("Of the draws.")
+    tolerance: float = _tolerance()
+    preconditioner: StoredVector | str | None = setting(
+        None,
+        "What `sketch` or ``eigsh(store=…)`` stored, at any version: it pays at small "
+        "priors and for several calls.",
+    )
+    store: str | None = setting(
+        None,
+        "Keep the draws in the session under this name, and fetch none.",
+        wire="store_as",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarginalLikelihoodOptions(QueryOptions):
+    """How marginal likelihoods are computed."""
+
+    noise: float = _noise()
+    steps: int = _steps(32)
+    probes: int = setting(
+        30,
+        "Random vectors, where P is more than probes times steps or 4096; up to there all "
+        "eigenvalues are computed.",
+        least=1,
+        most=100_000,
+    )
+    seed: int = _seed("Of the probes.")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientNormsOptions(QueryOptions):
     """Which gradients of single data points have their norms computed."""
@@ -416,6 +495,13 @@ QUERIES: Mapping[str, QuerySpec] = {
         options=LogDetOptions,
         command="logdet",
         terminal={"relative_error": 0.01},
+    ),
+    "Predictive": QuerySpec(method="predictive", options=PredictiveOptions),
+    "PosteriorSamples": QuerySpec(
+        method="posterior_samples", options=PosteriorSamplesOptions
+    ),
+    "MarginalLikelihood": QuerySpec(
+        method="marginal_likelihood", options=MarginalLikelihoodOptions
     ),
     "GradientNorms": QuerySpec(
         method="gradient_norms",

@@ -16,7 +16,14 @@ from curvd.remote.asking import Asks
 from curvd.remote.jacobian import Jacobian
 from curvd.remote.operator import RemoteOperator
 from curvd.remote.progress import shown
-from curvd.remote.queries import DataPointQueries, Influence, Sketch
+from curvd.remote.queries import (
+    DataPointQueries,
+    Influence,
+    MarginalLikelihood,
+    PosteriorSamples,
+    Predictive,
+    Sketch,
+)
 from curvd.remote.session_base import SessionBase, name_of
 from curvd.tensors import Layout, operand
 
@@ -166,6 +173,61 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
             (60,)
         """
         return self.ggn().influence(queries, **options)
+
+    def predictive(self, inputs: Any, **options: Any) -> Predictive:
+        """Compute variances of predictions under the posterior of the GGN.
+
+        Args:
+            inputs: As in the dataset: an array [T, …], a tuple of these, or by name.
+            **options: Those of [`predictive`][curvd.RemoteOperator.predictive] of an
+                operator.
+
+        Returns:
+            The outputs, their variances, and how true the solutions are.
+
+        Examples:
+            >>> x = np.zeros((1, 4))
+            >>> narrow, wide = (session.predictive(x, prior=p) for p in (100.0, 0.1))
+            >>> bool(np.all(narrow.variance < wide.variance))
+            True
+        """
+        return self.ggn().predictive(inputs, **options)
+
+    def posterior_samples(self, k: int = 1, **options: Any) -> PosteriorSamples:
+        """Draw from the posterior of the GGN.
+
+        Args:
+            k: How many.
+            **options: Those of
+                [`posterior_samples`][curvd.RemoteOperator.posterior_samples] of an
+                operator.
+
+        Returns:
+            What is to be added to the parameters, draw by draw.
+
+        Examples:
+            >>> session.posterior_samples(2, prior=10.0).samples.shape
+            (2, 43)
+        """
+        return self.ggn().posterior_samples(k, **options)
+
+    def marginal_likelihood(self, priors: Any, **options: Any) -> MarginalLikelihood:
+        """Compute Laplace's log marginal likelihood for several priors, by the GGN.
+
+        Args:
+            priors: Precisions, positive: a number, or several.
+            **options: Those of
+                [`marginal_likelihood`][curvd.RemoteOperator.marginal_likelihood] of an
+                operator.
+
+        Returns:
+            The values, and their parts.
+
+        Examples:
+            >>> session.marginal_likelihood(np.logspace(-2, 2, 9)).best
+            1.0
+        """
+        return self.ggn().marginal_likelihood(priors, **options)
 
     def sketch(self, name: str = "sketch", **options: Any) -> Sketch:
         """Sketch the GGN, to precondition systems of it and of the Hessian.

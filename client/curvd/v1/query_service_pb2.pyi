@@ -622,3 +622,139 @@ class InfluenceSummary(_message.Message):
     normaliser: float
     data_points: int
     def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., residuals: _Optional[_Iterable[float]] = ..., relative_residuals: _Optional[_Iterable[float]] = ..., self_influence: _Optional[_Iterable[float]] = ..., column_stops: _Optional[_Iterable[_Union[Stop, str]]] = ..., normaliser: _Optional[float] = ..., data_points: _Optional[int] = ...) -> None: ...
+
+class PredictiveHeader(_message.Message):
+    __slots__ = ("query", "prior", "noise", "covariance", "tolerance", "preconditioner", "block")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    PRIOR_FIELD_NUMBER: _ClassVar[int]
+    NOISE_FIELD_NUMBER: _ClassVar[int]
+    COVARIANCE_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    PRECONDITIONER_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    query: Query
+    prior: float
+    noise: float
+    covariance: bool
+    tolerance: float
+    preconditioner: str
+    block: int
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., prior: _Optional[float] = ..., noise: _Optional[float] = ..., covariance: bool = ..., tolerance: _Optional[float] = ..., preconditioner: _Optional[str] = ..., block: _Optional[int] = ...) -> None: ...
+
+class PredictiveRequest(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: PredictiveHeader
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[PredictiveHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class PredictiveResponse(_message.Message):
+    __slots__ = ("header", "chunk", "summary", "progress")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    header: _curvature_service_pb2.ResultHeader
+    chunk: bytes
+    summary: PredictiveSummary
+    progress: QueryProgress
+    def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., summary: _Optional[_Union[PredictiveSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
+
+class PredictiveSummary(_message.Message):
+    __slots__ = ("query", "relative_residuals", "scale")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_RESIDUALS_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    query: QuerySummary
+    relative_residuals: _containers.RepeatedScalarFieldContainer[float]
+    scale: float
+    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., relative_residuals: _Optional[_Iterable[float]] = ..., scale: _Optional[float] = ...) -> None: ...
+
+class PosteriorSamplesRequest(_message.Message):
+    __slots__ = ("query", "k", "prior", "noise", "seed", "tolerance", "preconditioner", "store_as")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    PRIOR_FIELD_NUMBER: _ClassVar[int]
+    NOISE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    PRECONDITIONER_FIELD_NUMBER: _ClassVar[int]
+    STORE_AS_FIELD_NUMBER: _ClassVar[int]
+    query: Query
+    k: int
+    prior: float
+    noise: float
+    seed: int
+    tolerance: float
+    preconditioner: str
+    store_as: str
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., k: _Optional[int] = ..., prior: _Optional[float] = ..., noise: _Optional[float] = ..., seed: _Optional[int] = ..., tolerance: _Optional[float] = ..., preconditioner: _Optional[str] = ..., store_as: _Optional[str] = ...) -> None: ...
+
+class PosteriorSamplesResponse(_message.Message):
+    __slots__ = ("header", "chunk", "summary", "progress")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    header: _curvature_service_pb2.ResultHeader
+    chunk: bytes
+    summary: PosteriorSamplesSummary
+    progress: QueryProgress
+    def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., summary: _Optional[_Union[PosteriorSamplesSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
+
+class PosteriorSamplesSummary(_message.Message):
+    __slots__ = ("query", "relative_residuals", "scale")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_RESIDUALS_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    query: QuerySummary
+    relative_residuals: _containers.RepeatedScalarFieldContainer[float]
+    scale: float
+    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., relative_residuals: _Optional[_Iterable[float]] = ..., scale: _Optional[float] = ...) -> None: ...
+
+class MarginalLikelihoodRequest(_message.Message):
+    __slots__ = ("query", "priors", "noise", "steps", "probes", "seed")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    PRIORS_FIELD_NUMBER: _ClassVar[int]
+    NOISE_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    PROBES_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    query: Query
+    priors: _containers.RepeatedScalarFieldContainer[float]
+    noise: float
+    steps: int
+    probes: int
+    seed: int
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., priors: _Optional[_Iterable[float]] = ..., noise: _Optional[float] = ..., steps: _Optional[int] = ..., probes: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class MarginalLikelihoodResponse(_message.Message):
+    __slots__ = ("header", "summary", "progress")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    header: _curvature_service_pb2.ResultHeader
+    summary: MarginalLikelihoodSummary
+    progress: QueryProgress
+    def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., summary: _Optional[_Union[MarginalLikelihoodSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
+
+class MarginalLikelihoodSummary(_message.Message):
+    __slots__ = ("query", "values", "standard_errors", "log_determinants", "log_likelihood", "squared_norm", "scale", "exact")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    STANDARD_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    LOG_DETERMINANTS_FIELD_NUMBER: _ClassVar[int]
+    LOG_LIKELIHOOD_FIELD_NUMBER: _ClassVar[int]
+    SQUARED_NORM_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    query: QuerySummary
+    values: _containers.RepeatedScalarFieldContainer[float]
+    standard_errors: _containers.RepeatedScalarFieldContainer[float]
+    log_determinants: _containers.RepeatedScalarFieldContainer[float]
+    log_likelihood: float
+    squared_norm: float
+    scale: float
+    exact: bool
+    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., values: _Optional[_Iterable[float]] = ..., standard_errors: _Optional[_Iterable[float]] = ..., log_determinants: _Optional[_Iterable[float]] = ..., log_likelihood: _Optional[float] = ..., squared_norm: _Optional[float] = ..., scale: _Optional[float] = ..., exact: bool = ...) -> None: ...

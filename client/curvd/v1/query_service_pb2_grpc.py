@@ -108,6 +108,21 @@ class QueryServiceStub(object):
                 request_serializer=curvd_dot_v1_dot_query__service__pb2.InfluenceRequest.SerializeToString,
                 response_deserializer=curvd_dot_v1_dot_query__service__pb2.InfluenceResponse.FromString,
                 _registered_method=True)
+        self.Predictive = channel.stream_stream(
+                '/curvd.v1.QueryService/Predictive',
+                request_serializer=curvd_dot_v1_dot_query__service__pb2.PredictiveRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_query__service__pb2.PredictiveResponse.FromString,
+                _registered_method=True)
+        self.PosteriorSamples = channel.unary_stream(
+                '/curvd.v1.QueryService/PosteriorSamples',
+                request_serializer=curvd_dot_v1_dot_query__service__pb2.PosteriorSamplesRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_query__service__pb2.PosteriorSamplesResponse.FromString,
+                _registered_method=True)
+        self.MarginalLikelihood = channel.unary_stream(
+                '/curvd.v1.QueryService/MarginalLikelihood',
+                request_serializer=curvd_dot_v1_dot_query__service__pb2.MarginalLikelihoodRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_query__service__pb2.MarginalLikelihoodResponse.FromString,
+                _registered_method=True)
 
 
 class QueryServiceServicer(object):
@@ -241,6 +256,35 @@ class QueryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Predictive(self, request_iterator, context):
+        """Variances of linearised outputs z at inputs that are sent, under a Gaussian posterior of
+        precision scale A + prior I: diagonals of J_z (…)^-1 J_z'. A is the query's operator,
+        and scale undoes the objective's division: the normaliser, for mse over twice the
+        square of the noise. Tensors of the request: inputs by their names in the dataset, or
+        as "0", "1", …. Tensors: "mean" [T, *outputs], the outputs; "variance", like it, or
+        with covariance "covariance" [T, C, C]. Refused where data points depend on each other.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PosteriorSamples(self, request, context):
+        """Draws from that posterior, less the parameters: (scale G + prior I)^-1 (sqrt(scale) J'
+        L e + sqrt(prior) e'), with L a root of the loss's Hessian. G is the GGN. Tensor:
+        "samples" [k, P], unless they are stored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MarginalLikelihood(self, request, context):
+        """Laplace's approximation of the logarithm of the marginal likelihood, for several
+        priors with products made once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_QueryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -308,6 +352,21 @@ def add_QueryServiceServicer_to_server(servicer, server):
                     servicer.Influence,
                     request_deserializer=curvd_dot_v1_dot_query__service__pb2.InfluenceRequest.FromString,
                     response_serializer=curvd_dot_v1_dot_query__service__pb2.InfluenceResponse.SerializeToString,
+            ),
+            'Predictive': grpc.stream_stream_rpc_method_handler(
+                    servicer.Predictive,
+                    request_deserializer=curvd_dot_v1_dot_query__service__pb2.PredictiveRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_query__service__pb2.PredictiveResponse.SerializeToString,
+            ),
+            'PosteriorSamples': grpc.unary_stream_rpc_method_handler(
+                    servicer.PosteriorSamples,
+                    request_deserializer=curvd_dot_v1_dot_query__service__pb2.PosteriorSamplesRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_query__service__pb2.PosteriorSamplesResponse.SerializeToString,
+            ),
+            'MarginalLikelihood': grpc.unary_stream_rpc_method_handler(
+                    servicer.MarginalLikelihood,
+                    request_deserializer=curvd_dot_v1_dot_query__service__pb2.MarginalLikelihoodRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_query__service__pb2.MarginalLikelihoodResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -670,6 +729,87 @@ class QueryService(object):
             '/curvd.v1.QueryService/Influence',
             curvd_dot_v1_dot_query__service__pb2.InfluenceRequest.SerializeToString,
             curvd_dot_v1_dot_query__service__pb2.InfluenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Predictive(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/curvd.v1.QueryService/Predictive',
+            curvd_dot_v1_dot_query__service__pb2.PredictiveRequest.SerializeToString,
+            curvd_dot_v1_dot_query__service__pb2.PredictiveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PosteriorSamples(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/curvd.v1.QueryService/PosteriorSamples',
+            curvd_dot_v1_dot_query__service__pb2.PosteriorSamplesRequest.SerializeToString,
+            curvd_dot_v1_dot_query__service__pb2.PosteriorSamplesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MarginalLikelihood(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/curvd.v1.QueryService/MarginalLikelihood',
+            curvd_dot_v1_dot_query__service__pb2.MarginalLikelihoodRequest.SerializeToString,
+            curvd_dot_v1_dot_query__service__pb2.MarginalLikelihoodResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -22,9 +22,14 @@ from curvd_server.linalg.log_determinants import logdet
 from curvd_server.linalg.low_rank import LowRank
 from curvd_server.linalg.norm import frobenius_norm
 from curvd_server.linalg.nystrom import NystromResult, nystrom
+from curvd_server.linalg.probes import probes
 from curvd_server.linalg.registry import definitions_in
 from curvd_server.linalg.sampling import Estimate, Target
 from curvd_server.linalg.shifted import joined, solve_dampings
+from curvd_server.linalg.shifted_determinants import (
+    ShiftedDeterminants,
+    shifted_determinants,
+)
 from curvd_server.linalg.traces import trace
 from curvd_server.linalg.vectors import cross
 
@@ -38,6 +43,7 @@ __all__ = [
     "Progress",
     "Query",
     "Room",
+    "ShiftedDeterminants",
     "SolveResult",
     "Target",
     "Tensors",
@@ -50,7 +56,9 @@ __all__ = [
     "joined",
     "logdet",
     "nystrom",
+    "probes",
     "search_basis",
+    "shifted_determinants",
     "solve",
     "solve_dampings",
     "spectral_density",

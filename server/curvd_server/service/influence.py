@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvd.contract import InfluenceOptions, Stop, Tier, convert_enums
-from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded
+from curvd.errors import InvalidSpec, InvalidVector
 from curvd.tensors import chunks as wire
 from curvd.tensors import safetensors_header
 from curvd.v1 import query_service_pb2 as query_pb
@@ -25,6 +25,7 @@ from curvd_server.engine.data_points.influence import Scores, gradients_of
 from curvd_server.engine.data_points.jacobian_products import together
 from curvd_server.engine.objective import Problem, part_of, with_data
 from curvd_server.linalg import LowRank, Products, Progress, Query, SolveResult, solve
+from curvd_server.service.given_points import named_as, received
 from curvd_server.service.query_call import QueryCall
 from curvd_server.service.query_run import products_of
 from curvd_server.service.streams import Chunks
@@ -58,7 +59,7 @@ async def answer(
     assert call.spec is not None
     points = call.points_beside()
     problem = points.problem.restricted(call.spec)
-    tensors = await _received(call, chunks)
+    tensors = await received(call, chunks)
     groups = _groups(tensors.pop("groups", None), call.data_points, options)
     queries = await _queries(call, header, points, problem, tensors)
     count = len(queries)
@@ -164,58 +165,15 @@ async def _queries(
             msg = f"row {max(rows)} is beyond the session's {call.data_points} data points"
             raise InvalidSpec(msg, row=max(rows), data_points=call.data_points)
         return _DataQueries(points, problem, rows)
-    named = _named(tensors, points.problem)
+    spec = points.problem.model.data
+    named = named_as((*spec.inputs, spec.target), tensors)
     other: Problem = await call.drive(
         points.run(lambda cancelled: with_data(points.problem, named))
     )
     assert call.spec is not None
     own = other.restricted(call.spec)
-    count = len(named[points.problem.model.data.target])
+    count = len(named[spec.target])
     return _DataQueries(call.points_beside(other), own, range(count))
-
-
-def _named(
-    tensors: Mapping[str, NDArray[Any]], problem: Problem
-) -> Mapping[str, Tensor]:
-    """Give tensors that came by position the names that the dataset has for them."""
-    spec = problem.model.data
-    names = [*spec.inputs, spec.target]
-    by_position = {str(i): name for i, name in enumerate(names)}
-    if set(tensors) <= set(by_position) and set(tensors) != set(names):
-        tensors = {by_position[name]: array for name, array in tensors.items()}
-    lengths = {name: len(array) if array.ndim else 0 for name, array in tensors.items()}
-    if len(set(lengths.values())) != 1 or not max(lengths.values()):
-        msg = f"tensors of queries need one common length above 0, got {lengths}"
-        raise InvalidVector(msg, lengths=str(lengths))
-    return {name: _tensor(name, array) for name, array in tensors.items()}
-
-
-def _tensor(name: str, array: NDArray[Any]) -> Tensor:
-    if array.dtype == np.uint16:  # bfloat16, which NumPy has not
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        msg = f"queries must be finite; {name!r} is not"
-        raise InvalidVector(msg, tensor=name)
-    return torch.from_numpy(array)
-
-
-async def _received(call: QueryCall, chunks: Chunks) -> dict[str, NDArray[Any]]:
-    """Receive what travels with the request; nothing may."""
-    if await chunks.is_empty():
-        return {}
-
-    def accept(header: safetensors_header.Header) -> int:
-        nbytes = safetensors_header.payload_bytes(header)
-        if nbytes > call.limits.operand_bytes:
-            msg = (
-                f"queries of {nbytes} bytes exceed the limit of "
-                f"{call.limits.operand_bytes} (operand_bytes): send fewer per call"
-            )
-            raise LimitExceeded(msg, nbytes=nbytes, limit=call.limits.operand_bytes)
-        call.reserve_bytes(3 * nbytes)
-        return 0
-
-    return dict(await call.received(chunks, accept))
 
 
 def _groups(

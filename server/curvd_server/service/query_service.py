@@ -18,7 +18,10 @@ from curvd.contract import (
     EigshOptions,
     InfluenceOptions,
     JacobianProductOptions,
+    MarginalLikelihoodOptions,
     Part,
+    PosteriorSamplesOptions,
+    PredictiveOptions,
     QueryOptions,
     SketchOptions,
     SolveOptions,
@@ -49,7 +52,7 @@ from curvd_server.linalg import (
     solve,
     solve_dampings,
 )
-from curvd_server.service import influence, jacobians
+from curvd_server.service import influence, jacobians, laplace
 from curvd_server.service import query_validation as check
 from curvd_server.service.handlers import method_name
 from curvd_server.service.query_call import QueryCall, to_numpy
@@ -225,6 +228,31 @@ class QueryService:
         options = query_messages.read(InfluenceOptions, header)
         async with self._open("Influence", header.query, options, send) as call:
             await influence.answer(call, header, options, chunks)
+
+    async def predictive(self, requests: AsyncIterator[Part], send: Send) -> None:
+        """Compute variances of predictions."""
+        header, chunks = await opened(requests)
+        options = query_messages.read(PredictiveOptions, header)
+        async with self._open("Predictive", header.query, options, send) as call:
+            await laplace.predictive(call, options, chunks)
+
+    async def posterior_samples(
+        self, request: query_pb.PosteriorSamplesRequest, send: Send
+    ) -> None:
+        """Draw from a posterior."""
+        options = query_messages.read(PosteriorSamplesOptions, request)
+        async with self._open("PosteriorSamples", request.query, options, send) as call:
+            await laplace.samples(call, options)
+
+    async def marginal_likelihood(
+        self, request: query_pb.MarginalLikelihoodRequest, send: Send
+    ) -> None:
+        """Compute marginal likelihoods."""
+        options = query_messages.read(MarginalLikelihoodOptions, request)
+        async with self._open(
+            "MarginalLikelihood", request.query, options, send
+        ) as call:
+            await laplace.marginal_likelihood(call, options, request.priors or [1.0])
 
     async def _answer(
         self, rpc: str, definition: Definition[Any, Any, Any], request: Any, send: Send

@@ -190,6 +190,7 @@ RULES: Mapping[str, Rule] = {
     "DeleteVectorRequest.name": _NAME,
     "SolveHeader.diagonal_samples": Number(0, 1000),
     "SolveHeader.seed": _SEED,
+    "MarginalLikelihoodRequest.priors": Number(0, 1e290, above=True, most=1000),
     "InfluenceHeader.rows": Number(0, _INT64),
     "InfluenceHeader.stored": _NAME,
     "JacobianProductHeader.operand": _NAME,

@@ -16,6 +16,8 @@ from curvd.remote.queries.estimates import *  # noqa: F403
 from curvd.remote.queries.estimates import EstimateQueries
 from curvd.remote.queries.influence import *  # noqa: F403
 from curvd.remote.queries.influence import InfluenceQueries
+from curvd.remote.queries.laplace import *  # noqa: F403
+from curvd.remote.queries.laplace import LaplaceQueries
 from curvd.remote.queries.systems import *  # noqa: F403
 from curvd.remote.queries.systems import SketchQueries, SystemQueries
 
@@ -25,6 +27,7 @@ class OperatorQueries(
     EstimateQueries,
     DensityQueries,
     InfluenceQueries,
+    LaplaceQueries,
     SystemQueries,
     SketchQueries,
 ):

@@ -191,29 +191,50 @@ def _asked(
         name = queries if isinstance(queries, str) else queries.name
         return {"stored": name}, {}, None
     if isinstance(queries, Mapping):
-        arrays = {str(name): _array(value, name) for name, value in queries.items()}
-        return {}, arrays, _length(arrays)
+        arrays = {str(name): array_of(value, name) for name, value in queries.items()}
+        return {}, arrays, length_of(arrays)
     if isinstance(queries, tuple):
-        arrays = {str(i): _array(value, i) for i, value in enumerate(queries)}
-        return {}, arrays, _length(arrays)
+        arrays = {str(i): array_of(value, i) for i, value in enumerate(queries)}
+        return {}, arrays, length_of(arrays)
     rows = _whole_numbers(queries, "queries")
     return {"rows": rows.tolist()}, {}, len(rows)
 
 
-def _array(value: Any, name: Any) -> NDArray[Any]:
+def array_of(value: Any, name: Any) -> NDArray[Any]:
+    """See data points as an array.
+
+    Args:
+        value: An array or tensor.
+        name: Its name or position, for the message.
+
+    Returns:
+        Its values.
+
+    Raises:
+        InvalidVector: If it is neither.
+    """
     found = to_numpy(value)
     if found is None:
-        msg = f"{name!r} of the queries is a {type(value).__name__}, not an array"
+        msg = f"{name!r} of the data points is a {type(value).__name__}, not an array"
         raise InvalidVector(msg, type=type(value).__name__)
     return np.ascontiguousarray(found)
 
 
-def _length(arrays: Mapping[str, NDArray[Any]]) -> int:
+def length_of(arrays: Mapping[str, NDArray[Any]]) -> int:
+    """Count data points.
+
+    Args:
+        arrays: Tensors by name, [n, ...].
+
+    Returns:
+        n.
+
+    Raises:
+        InvalidVector: If they differ in it, or it is 0.
+    """
     lengths = {len(array) if array.ndim else 0 for array in arrays.values()}
     if len(lengths) != 1 or 0 in lengths:
-        msg = (
-            f"tensors of queries need one common length above 0, got {sorted(lengths)}"
-        )
+        msg = f"data points need tensors of one common length above 0, got {sorted(lengths)}"
         raise InvalidVector(msg, lengths=sorted(lengths))
     return lengths.pop()
 

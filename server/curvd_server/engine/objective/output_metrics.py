@@ -56,6 +56,10 @@ class Diagonal:
         """Multiply each output."""
         return (self.entries * u).to(u.dtype)
 
+    def root(self, e: Tensor) -> Tensor:
+        """Multiply by a root: of noise with covariance I makes noise with covariance M."""
+        return (self.entries.sqrt() * e).to(e.dtype)
+
 
 @dataclass(frozen=True, slots=True)
 class _Softmax:
@@ -69,6 +73,15 @@ class _Softmax:
         q = self.weight * self.p
         pu = self.p * u
         return (self.weight * pu - q * pu.sum(self.axis, keepdim=True)).to(u.dtype)
+
+    def root(self, e: Tensor) -> Tensor:
+        """Multiply by a root: of noise with covariance I makes noise with covariance M.
+
+        ``L e = sqrt(q) (sqrt(p) e - p sum(sqrt(p) e))``, and ``L L^T = M``.
+        """
+        root = self.p.sqrt() * e
+        root = root - self.p * root.sum(self.axis, keepdim=True)
+        return (self.weight.sqrt() * root).to(e.dtype)
 
 
 @dataclass(frozen=True, slots=True)

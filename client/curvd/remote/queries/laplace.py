@@ -1,0 +1,333 @@
+"""A Gaussian posterior around the parameters: the queries and their results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from curvd._calls import Answer, Queries, QueryCall
+from curvd.contract import (
+    MarginalLikelihoodOptions,
+    PosteriorSamplesOptions,
+    PredictiveOptions,
+    StoredVector,
+)
+from curvd.errors import InvalidSpec
+from curvd.remote.asking import asks, asks_about
+from curvd.remote.queries.base import Floats, Result, drawn_on
+from curvd.remote.queries.influence import array_of, length_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["LaplaceQueries", "MarginalLikelihood", "PosteriorSamples", "Predictive"]
+
+_MOST_BYTES = 1 << 40
+"""Of moments of outputs, whose number only the server knows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Predictive(Result):
+    """Moments of linearised outputs under the posterior, input by input."""
+
+    mean: Floats
+    """[T, *outputs] The outputs themselves; NaN of inputs that were not begun."""
+    variance: Floats
+    """[T, *outputs] Of each output, without the noise of targets."""
+    covariance: Floats | None
+    """[T, C, C] Of the outputs of an input, if asked for."""
+    relative_residuals: Floats
+    """[T] The largest of each input's systems."""
+    scale: float
+    """What the operator was multiplied by: the precision is this plus the prior."""
+
+    def probabilities(self) -> Floats:
+        """Average softmax over the posterior, by MacKay's probit approximation.
+
+        ``softmax(mean / sqrt(1 + π/8 variance))`` (MacKay, Neural Computation 4, 1992),
+        over the last axis.
+
+        Returns:
+            [T, *outputs]
+        """
+        z = self.mean / np.sqrt(1 + np.pi / 8 * self.variance)
+        z = np.exp(z - z.max(-1, keepdims=True))
+        found: Floats = z / z.sum(-1, keepdims=True)
+        return found
+
+    def lines(self) -> Iterator[str]:
+        """Say how large the deviations are."""
+        low, middle, high = np.nanquantile(np.sqrt(self.variance), [0, 0.5, 1])
+        yield f"{len(self.mean)} inputs, deviations {low:.3e} to {high:.3e}, median {middle:.3e}"
+
+    def plot(self, axes: Axes | None = None, *, targets: Any = None) -> Axes:
+        """Draw how well calibrated probabilities are, or the deviations.
+
+        Args:
+            axes: Where to; None makes a figure.
+            targets: [T] Classes: then shares of right predictions are drawn over their
+                confidence, with and without the posterior; None: deviations, sorted.
+
+        Returns:
+            The axes.
+        """
+        axes = drawn_on(axes)
+        if targets is None:
+            deviations = np.sort(np.sqrt(self.variance).reshape(-1))
+            axes.plot(deviations, label="standard deviation")
+            axes.set(xlabel="output, by rank", ylabel="standard deviation")
+        else:
+            y = np.asarray(targets)
+            z = np.exp(self.mean - self.mean.max(-1, keepdims=True))
+            plain = z / z.sum(-1, keepdims=True)
+            for name, p in (("plain", plain), ("posterior", self.probabilities())):
+                axes.plot(*calibration(p, y), "o-", label=name)
+            axes.plot([0, 1], [0, 1], "--", color="0.6", label="calibrated")
+            axes.set(xlabel="confidence", ylabel="share of right predictions")
+        axes.set(
+            title=f"predictions for {len(self.mean)} inputs, version {self.version}"
+        )
+        axes.legend()
+        return axes
+
+
+def calibration(p: Floats, y: Any, bins: int = 10) -> tuple[Floats, Floats]:
+    """Compare confidence with the share of right predictions.
+
+    Args:
+        p: [T, C] Probabilities.
+        y: [T] Classes.
+        bins: Of equal width, between 0 and 1.
+
+    Returns:
+        Mean confidence and share of right predictions, of the bins that are not empty.
+    """
+    confidence, right = p.max(-1), p.argmax(-1) == y
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    used = [b for b in range(bins) if np.any(place == b)]
+    return (
+        np.array([confidence[place == b].mean() for b in used]),
+        np.array([right[place == b].mean() for b in used]),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class PosteriorSamples(Result):
+    """Draws from the posterior, less the parameters."""
+
+    samples: Floats | None
+    """[k, P] To be added to the parameters; None if they stay in the session."""
+    stored: StoredVector | None
+    """The draws, if they stay in the session."""
+    relative_residuals: Floats
+    """[k] Of their systems."""
+    scale: float
+    """What the GGN was multiplied by: the precision is this plus the prior."""
+
+    def lines(self) -> Iterator[str]:
+        """Say how many, and how exact."""
+        worst = self.relative_residuals.max()
+        yield f"{len(self.relative_residuals)} draws, relative residual at most {worst:.1e}"
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw the norms of the draws.
+
+        Args:
+            axes: Where to; None makes a figure.
+
+        Returns:
+            The axes.
+        """
+        axes = drawn_on(axes)
+        if self.samples is None:
+            msg = "the draws stay in the session: fetch them by session.get, then draw"
+            raise InvalidSpec(msg)
+        norms = np.linalg.norm(self.samples, axis=1)
+        axes.bar(range(len(norms)), norms, label="draws")
+        axes.set(
+            xlabel="draw",
+            ylabel="norm",
+            title=f"{len(norms)} draws, version {self.version}",
+        )
+        axes.legend()
+        return axes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class MarginalLikelihood(Result):
+    """Laplace's approximation of log marginal likelihoods, prior by prior."""
+
+    priors: Floats
+    """[D] Precisions."""
+    values: Floats
+    """[D] ``log_likelihood - (log_determinants - P log prior + prior |θ|^2) / 2``."""
+    standard_errors: Floats
+    """[D] Of the estimate of the determinants; 0 where all eigenvalues are known."""
+    log_determinants: Floats
+    """[D] Of the posterior's precision."""
+    log_likelihood: float
+    squared_norm: float
+    """``|θ|^2`` of the operator's parameters."""
+    scale: float
+    """What the operator was multiplied by."""
+    exact: bool
+    """Whether all eigenvalues are known."""
+
+    @property
+    def best(self) -> float:
+        """The prior with the largest value."""
+        return float(self.priors[np.nanargmax(self.values)])
+
+    def lines(self) -> Iterator[str]:
+        """Say the value of each prior."""
+        for prior, value, error in zip(
+            self.priors, self.values, self.standard_errors, strict=True
+        ):
+            yield f"{value:.6e} ± {error:.1e} at a prior precision of {prior:g}"
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw the values over the priors.
+
+        Args:
+            axes: Where to; None makes a figure.
+
+        Returns:
+            The axes.
+        """
+        axes = drawn_on(axes)
+        order = np.argsort(self.priors)
+        axes.errorbar(
+            self.priors[order],
+            self.values[order],
+            self.standard_errors[order],
+            fmt="o-",
+            label="log marginal likelihood",
+        )
+        axes.set(
+            xlabel="prior precision",
+            ylabel="log marginal likelihood",
+            xscale="log",
+            title=f"{len(order)} priors, version {self.version}",
+        )
+        axes.legend()
+        return axes
+
+
+class LaplaceQueries:
+    """The queries for a Gaussian posterior."""
+
+    _queries: Queries
+
+    @asks_about(PredictiveOptions)
+    def predictive(  # noqa: D417 - options say themselves what they are
+        self, inputs: Any, options: PredictiveOptions
+    ) -> QueryCall[Predictive]:
+        """Compute variances of linearised outputs under the posterior, exactly.
+
+        The posterior's precision is ``scale * A + prior * I``, where scale undoes the
+        objective's division: the number of targets, for mse over ``2 noise^2``. One system
+        for each output of each input is solved on the server; only moments travel.
+
+        Args:
+            inputs: As in the dataset: an array [T, …], a tuple of these, or by name.
+
+        Returns:
+            The outputs, their variances, and how true the solutions are.
+
+        Examples:
+            >>> x = np.linspace(-1, 1, 8).reshape(2, 4)
+            >>> found = session.predictive(x, prior=1.0)
+            >>> found.mean.shape, found.variance.shape, found.converged
+            ((2, 3), (2, 3), True)
+            >>> bool(np.allclose(found.probabilities().sum(1), 1))
+            True
+        """
+        if isinstance(inputs, Mapping):
+            arrays = {str(name): array_of(v, name) for name, v in inputs.items()}
+        else:
+            parts = inputs if isinstance(inputs, tuple) else (inputs,)
+            arrays = {str(i): array_of(v, i) for i, v in enumerate(parts)}
+        length_of(arrays)
+
+        def read(answer: Answer) -> Predictive:
+            mean, covariance = answer.arrays["mean"], answer.arrays.get("covariance")
+            variance = answer.arrays.get("variance")
+            if covariance is not None:
+                diagonal = np.diagonal(covariance, axis1=1, axis2=2)
+                variance = np.array(diagonal).reshape(mean.shape)
+            return answer.result(Predictive, variance=variance, covariance=covariance)
+
+        return self._queries.call(
+            "Predictive", options, read, arrays=arrays, max_bytes=_MOST_BYTES
+        )
+
+    @asks(PosteriorSamplesOptions)
+    def posterior_samples(
+        self, options: PosteriorSamplesOptions
+    ) -> QueryCall[PosteriorSamples]:
+        """Draw from the posterior of precision ``scale * G + prior * I``, by systems.
+
+        Exact but for the residuals (Antoran et al., ICLR 2023): a draw takes one backward
+        pass of noise, and one column of a block solve.
+
+        Returns:
+            What is to be added to the parameters, draw by draw.
+
+        Examples:
+            >>> found = session.posterior_samples(3, prior=10.0, seed=1)
+            >>> found.samples.shape
+            (3, 43)
+            >>> kept = session.posterior_samples(2, store="draws").stored
+            >>> kept.shape
+            (2, 43)
+        """
+        if options.store == "":
+            msg = "stored vectors need a name, at least one character"
+            raise InvalidSpec(msg, store=options.store)
+        queries = self._queries
+
+        def read(answer: Answer) -> PosteriorSamples:
+            stored = None
+            if options.store is not None:
+                shape = (options.k, queries.session.layout.size)
+                stored = queries.stored(options.store, shape, answer)
+            found = answer.arrays.get("samples")
+            return answer.result(PosteriorSamples, samples=found, stored=stored)
+
+        nbytes = options.k * queries.column_bytes
+        return queries.call("PosteriorSamples", options, read, max_bytes=nbytes)
+
+    @asks_about(MarginalLikelihoodOptions)
+    def marginal_likelihood(  # noqa: D417 - options say themselves what they are
+        self, priors: Any, options: MarginalLikelihoodOptions
+    ) -> QueryCall[MarginalLikelihood]:
+        """Compute the logarithm of Laplace's marginal likelihood for several priors.
+
+        All priors share the products: small operators have all their eigenvalues computed,
+        large ones a Lanczos run from each probe.
+
+        Args:
+            priors: Precisions, positive: a number, or several.
+
+        Returns:
+            The values, and their parts.
+
+        Examples:
+            >>> found = session.marginal_likelihood([0.1, 1.0, 10.0])
+            >>> found.values.shape, found.exact, found.best in found.priors
+            ((3,), True, True)
+        """
+        wanted = np.atleast_1d(np.asarray(priors, dtype=np.float64))
+        if wanted.ndim != 1 or not len(wanted) or not np.all(wanted > 0):
+            msg = f"priors must be positive numbers, at least one, got {priors!r:.80}"
+            raise InvalidSpec(msg, priors=str(priors)[:80])
+
+        def read(answer: Answer) -> MarginalLikelihood:
+            return answer.result(MarginalLikelihood, priors=wanted)
+
+        return self._queries.call(
+            "MarginalLikelihood", options, read, priors=wanted.tolist()
+        )

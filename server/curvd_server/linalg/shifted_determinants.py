@@ -1,0 +1,161 @@
+"""Log-determinants of ``A + damping * I`` for many dampings, from products made once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvd.contract import Distribution, Stop
+from curvd_server.linalg.base import Products, Query
+from curvd_server.linalg.intervals import mean_of
+from curvd_server.linalg.lanczos import Quadrature, quadratures
+from curvd_server.linalg.probes import probes
+from curvd_server.linalg.whole import matrix
+
+_DENSE = 4096
+"""Largest P of which all eigenvalues are computed: P^3 operations, and two matrices."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShiftedDeterminants:
+    """Logarithms of determinants, damping by damping."""
+
+    values: tuple[float, ...]
+    """NaN where the damped map is not positive definite, or nothing was computed."""
+    standard_errors: tuple[float, ...]
+    """0 where all eigenvalues are known; infinite below two samples."""
+    exact: bool
+    """Whether all eigenvalues are known."""
+    products: int
+    stopped: Stop
+
+
+def is_dense(size: int, samples: int, steps: int) -> bool:
+    """Tell whether all eigenvalues cost no more products than an estimate.
+
+    Args:
+        size: P.
+        samples: Probes of an estimate.
+        steps: Lanczos steps per probe.
+
+    Returns:
+        Whether they do, and fit.
+    """
+    return size <= min(_DENSE, samples * steps)
+
+
+def shifted_determinants(
+    products: Products,
+    dampings: Sequence[float],
+    *,
+    samples: int,
+    steps: int,
+    seed: int,
+    block: int,
+) -> Query[ShiftedDeterminants]:
+    """Compute ``log det(A + damping * I)`` of a positive semi-definite map.
+
+    A Krylov space does not change when its map is shifted, so one Lanczos run from each
+    probe has the quadrature of every damping (Ubaru, Chen & Saad, SIAM J. Matrix Anal.
+    Appl. 38, 2017); and small maps have all their eigenvalues computed.
+
+    Args:
+        products: The map A.
+        dampings: Added to every eigenvalue, D of them.
+        samples: Probes.
+        steps: Lanczos steps per probe.
+        seed: The seed of the probes.
+        block: Columns that go together.
+
+    Yields:
+        Progress.
+
+    Returns:
+        The logarithms.
+    """
+    size = products.size
+    if is_dense(size, samples, steps) and products.allowed(size) == size:
+        A = yield from matrix(products, block)
+        if A is not None:
+            return _of_eigenvalues(A, dampings, products.done)
+    found: list[Quadrature] = []
+    stopped = Stop.CONVERGED
+    while len(found) < samples:
+        indices = range(len(found), min(samples, len(found) + block))
+        W = probes(
+            Distribution.RADEMACHER,
+            seed,
+            indices,
+            size,
+            dtype=products.dtype,
+            device=products.device,
+        )
+        some = yield from quadratures(products, W, steps, iteration=products.done)
+        if some is None:
+            stopped = products.refusal(len(indices)) or Stop.TIME
+            break
+        found += some
+    return _of_quadratures(found, dampings, size, products.done, stopped)
+
+
+def _of_eigenvalues(
+    A: Tensor, dampings: Sequence[float], products: int
+) -> ShiftedDeterminants:
+    A = A.double()
+    eigenvalues = torch.linalg.eigvalsh((A + A.T) / 2)
+    # Rounding alone makes eigenvalues of a semi-definite map negative.
+    floor = -1e-6 * float(eigenvalues[-1].abs())
+    definite = bool(eigenvalues[0] >= floor)
+    eigenvalues = eigenvalues.clamp_min(0.0) if definite else eigenvalues
+    values = [_log(eigenvalues.cpu().numpy(), damping) for damping in dampings]
+    stopped = (
+        Stop.NEGATIVE_CURVATURE if any(map(math.isnan, values)) else Stop.CONVERGED
+    )
+    return ShiftedDeterminants(
+        values=tuple(values),
+        standard_errors=(0.0,) * len(values),
+        exact=True,
+        products=products,
+        stopped=stopped,
+    )
+
+
+def _log(
+    eigenvalues: np.ndarray[tuple[int], np.dtype[np.float64]], damping: float
+) -> float:
+    shifted = eigenvalues + damping
+    return float(np.log(shifted).sum()) if shifted.min() > 0 else math.nan
+
+
+def _of_quadratures(
+    found: Sequence[Quadrature],
+    dampings: Sequence[float],
+    size: int,
+    products: int,
+    stopped: Stop,
+) -> ShiftedDeterminants:
+    values, errors = [], []
+    for damping in dampings:
+        smallest = min((float(q.nodes[0]) + damping for q in found), default=math.nan)
+        if not smallest > 0:
+            values.append(math.nan)
+            errors.append(math.inf)
+            stopped = Stop.NEGATIVE_CURVATURE if found else stopped
+            continue
+        mean = mean_of([
+            size * float(q.weights @ np.log(q.nodes + damping)) for q in found
+        ])
+        values.append(mean.value)
+        errors.append(mean.standard_error)
+    return ShiftedDeterminants(
+        values=tuple(values),
+        standard_errors=tuple(errors),
+        exact=False,
+        products=products,
+        stopped=stopped,
+    )

@@ -1,0 +1,286 @@
+"""A Gaussian posterior is that of dense algebra, asked of a real server by both clients."""
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from service.test_systems import dense_ggn
+from support.small_net import data, module, open_session
+from torch import nn
+from torch.nn import functional as F
+
+import curvd
+
+SIZE, POINTS = 57, 24
+PRIOR, NOISE = 2.0, 0.3
+shifted_determinants = importlib.import_module(
+    "curvd_server.linalg.shifted_determinants"
+)
+X = np.random.default_rng(4).standard_normal((6, 5))
+
+
+@pytest.fixture(scope="module")
+def session(live_target):
+    with curvd.connect(live_target) as client, open_session(client) as opened:
+        yield opened
+
+
+def output_jacobian(net, x):
+    """[T, C, P] by torch.func."""
+    names = {n: p.detach() for n, p in net.named_parameters()}
+
+    def outputs(parameters):
+        return torch.func.functional_call(net, parameters, (torch.from_numpy(x),))
+
+    found = torch.func.jacrev(outputs)(names)
+    return torch.cat([r.flatten(2) for r in found.values()], -1).numpy()
+
+
+def precision(prior=PRIOR):
+    """Of the classifier: N G is the Hessian of the sum of all losses."""
+    return POINTS * dense_ggn() + prior * np.eye(SIZE)
+
+
+def test_variances_are_those_of_a_dense_inverse(session):
+    J = output_jacobian(module(), X)
+    covariance = np.einsum("tcp,pq,tdq->tcd", J, np.linalg.inv(precision()), J)
+    found = session.predictive(X, prior=PRIOR, tolerance=1e-10)
+    np.testing.assert_allclose(
+        found.variance, np.diagonal(covariance, 0, 1, 2), rtol=1e-8
+    )
+    outputs = module()(torch.from_numpy(X)).detach()
+    np.testing.assert_allclose(found.mean, outputs, rtol=1e-12)
+    assert found.converged and found.scale == POINTS and found.covariance is None
+    whole = session.predictive(
+        {"x": X}, prior=PRIOR, tolerance=1e-10, covariance=True, block=5
+    )
+    np.testing.assert_allclose(whole.covariance, covariance, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(whole.variance, found.variance, rtol=1e-7)
+
+
+def test_numbers_are_those_of_laplace_torch(session):
+    """Of laplace-torch 0.3 for this net: full, all weights, GGNInterface and BackPACK."""
+    found = session.predictive(X[:2], prior=2.0, tolerance=1e-10)
+    theirs = [
+        [0.9121367925767767, 1.1089687592730406, 1.1708529494869901],
+        [0.6864735561377824, 0.7291062674790276, 0.7686077181283149],
+    ]
+    np.testing.assert_allclose(found.variance, theirs, rtol=1e-8)
+    values = session.marginal_likelihood([0.1, 2.0, 10.0]).values
+    theirs = [-47.00665620223701, -34.0009129961944, -44.05280458714161]
+    np.testing.assert_allclose(values, theirs, rtol=1e-9)
+
+
+def test_chosen_parameters_have_a_posterior_of_their_own(session):
+    part = slice(session.layout.parameters[2].offset, SIZE)
+    J = output_jacobian(module(), X)[:, :, part]
+    inverse = np.linalg.inv(precision()[part, part])
+    G = session.ggn(params="3.*")
+    found = G.predictive(X, prior=PRIOR, tolerance=1e-10)
+    expected = np.einsum("tcp,pq,tcq->tc", J, inverse, J)
+    np.testing.assert_allclose(found.variance, expected, rtol=1e-8)
+    value = G.marginal_likelihood(PRIOR)
+    log = np.linalg.slogdet(precision()[part, part])[1]
+    assert value.log_determinants[0] == pytest.approx(log, rel=1e-10)
+
+
+def regression(client):
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    y = np.random.default_rng(5).standard_normal((POINTS, 2))
+    x = data()["x"]
+    session = client.session_for(
+        net, "mse", (torch.from_numpy(x), torch.from_numpy(y)), batch_size=7
+    )
+    return net, x, y, session
+
+
+def test_regression_divides_by_the_noise(live_target):
+    with curvd.connect(live_target) as client:
+        net, x, y, session = regression(client)
+        with session:
+            J = output_jacobian(net, x).reshape(2 * POINTS, -1)
+            A = J.T @ J / NOISE**2 + PRIOR * np.eye(J.shape[1])
+            found = session.predictive(X, prior=PRIOR, noise=NOISE, tolerance=1e-10)
+            Z = output_jacobian(net, X)
+            expected = np.einsum("tcp,pq,tcq->tc", Z, np.linalg.inv(A), Z)
+            np.testing.assert_allclose(found.variance, expected, rtol=1e-7)
+            value = session.marginal_likelihood([PRIOR], noise=NOISE)
+            z = net(torch.from_numpy(x)).detach().numpy()
+            theta = nn.utils.parameters_to_vector(net.parameters()).detach().numpy()
+            log = -((y - z) ** 2).sum() / (2 * NOISE**2)
+            log -= y.size * math.log(NOISE * math.sqrt(2 * math.pi))
+            log -= (
+                np.linalg.slogdet(A)[1]
+                - len(A) * math.log(PRIOR)
+                + PRIOR * theta @ theta
+            ) / 2
+            assert value.values[0] == pytest.approx(log, rel=1e-10)
+
+
+def test_marginal_likelihoods_of_many_priors_share_their_products(session):
+    priors = np.logspace(-2, 2, 9)
+    found = session.marginal_likelihood(priors)
+    net, points = module(), data()
+    loss = F.cross_entropy(
+        net(torch.from_numpy(points["x"])),
+        torch.from_numpy(points["y"]),
+        reduction="sum",
+    ).item()
+    theta = nn.utils.parameters_to_vector(net.parameters()).detach().numpy()
+    expected = [
+        -loss
+        - np.linalg.slogdet(precision(prior))[1] / 2
+        + SIZE * math.log(prior) / 2
+        - prior * theta @ theta / 2
+        for prior in priors
+    ]
+    np.testing.assert_allclose(found.values, expected, rtol=1e-9)
+    assert found.exact and found.products == SIZE
+    assert found.best == priors[np.argmax(expected)]
+
+
+def test_larger_operators_have_their_determinants_estimated(session, monkeypatch):
+    exact = session.marginal_likelihood([0.1, 1.0, 10.0])
+    monkeypatch.setattr(shifted_determinants, "_DENSE", 0)
+    found = session.marginal_likelihood([0.1, 1.0, 10.0], probes=40, steps=SIZE)
+    assert not found.exact and found.products <= 40 * SIZE
+    gap = np.abs(found.values - exact.values)
+    assert np.all(gap <= 5 * found.standard_errors) and np.all(gap > 0)
+
+
+def test_draws_have_the_covariance_of_a_dense_inverse(session):
+    count = 4000
+    found = session.posterior_samples(count, prior=PRIOR, seed=3, tolerance=1e-8)
+    S = found.samples
+    whitened = S @ np.linalg.cholesky(precision())  # covariance I
+    covariance = whitened.T @ whitened / count
+    # Each element has a standard error of sqrt(1 / n), of sqrt(2 / n) on the diagonal.
+    gap = np.abs(covariance - np.eye(SIZE))
+    assert gap.max() <= 6 * math.sqrt(2 / count)
+    assert np.abs(whitened.mean(0)).max() <= 6 / math.sqrt(count)
+    assert found.converged and found.scale == POINTS
+
+
+def test_draws_depend_on_the_seed_and_not_on_the_cut(session, live_target):
+    found = session.posterior_samples(3, seed=1, tolerance=1e-10).samples
+    again = session.posterior_samples(3, seed=1, tolerance=1e-10).samples
+    np.testing.assert_allclose(found, again, rtol=1e-6, atol=1e-8)
+    one = session.posterior_samples(1, seed=1, tolerance=1e-10).samples
+    np.testing.assert_allclose(one[0], found[0], rtol=1e-6, atol=1e-8)
+    assert not np.allclose(found, session.posterior_samples(3, seed=2).samples)
+    with curvd.connect(live_target) as client:
+        model = client.register_model(
+            "mlp",
+            {"activation": "tanh", "widths": [5, 6, 3]},
+            module().state_dict(),
+        )
+        cut = client.register_dataset(data(), inputs=["x"], target="y", batch_size=5)
+        with client.create_session(
+            model, cut, loss="cross_entropy", dtype="F64"
+        ) as other:
+            same = other.posterior_samples(3, seed=1, tolerance=1e-10).samples
+    np.testing.assert_allclose(same, found, rtol=1e-6, atol=1e-8)
+
+
+def test_draws_stay_in_the_session_and_are_operands(session):
+    kept = session.posterior_samples(2, prior=PRIOR, seed=5, store="draws")
+    assert kept.samples is None and kept.stored == session.vectors()[-1]
+    sent = session.posterior_samples(2, prior=PRIOR, seed=5)
+    np.testing.assert_allclose(
+        session.get("draws").T, sent.samples, rtol=1e-6, atol=1e-9
+    )
+    moved = session.jacobian_product("draws", of="outputs")
+    assert moved.result.shape == (3 * POINTS, 2)
+
+
+def test_a_sketch_saves_products(session):
+    session.sketch("top", rank=25)
+    options = {"prior": 1e-2, "tolerance": 1e-8}
+    plain = session.predictive(X[:1], **options)
+    found = session.predictive(X[:1], preconditioner="top", **options)
+    np.testing.assert_allclose(found.variance, plain.variance, rtol=1e-5)
+    assert found.products < plain.products
+
+
+@pytest.mark.parametrize(
+    ("loss", "target"),
+    [("bce_with_logits", np.ones((POINTS, 3))), ("cross_entropy", data()["y"])],
+)
+def test_the_root_of_a_metric_squares_to_it(loss, target):
+    from curvd.contract import DatasetSpec, Dtype, LossSpec
+    from curvd_server.engine.objective import Problem, loss_hessian
+
+    spec = DatasetSpec(inputs=("x",), target="y", batch_size=8)
+    arrays = {"x": data()["x"], "y": target}
+    problem = Problem.load(
+        module(), {}, arrays, spec, LossSpec(name=loss), dtype=Dtype.FLOAT64
+    )
+    batch = problem.data[0]
+    z = problem.outputs(problem.parameters, batch).detach()
+    metric = loss_hessian(problem, z, batch)
+    unit = torch.eye(z.numel(), dtype=torch.float64).reshape(-1, *z.shape)
+    root = metric.root(unit).flatten(1).T
+    np.testing.assert_allclose(root @ root.T, metric(unit).flatten(1), atol=1e-14)
+
+
+def test_inputs_that_were_not_begun_have_no_variance(session):
+    found = session.predictive(X, block=3, max_products=10, tolerance=1e-10)
+    assert found.info.stopped is curvd.Stop.PRODUCTS
+    begun = np.isfinite(found.relative_residuals)
+    assert begun[0] and not begun[-1]
+    np.testing.assert_array_equal(np.isfinite(found.variance).all(1), begun)
+
+
+async def test_the_asynchronous_client_asks_the_same(session, live_target):
+    async with curvd.aio.connect(live_target) as client:
+        same = await client.session(session.id)
+        found = await same.predictive(X, prior=PRIOR)
+        ours = session.predictive(X, prior=PRIOR)
+        np.testing.assert_allclose(found.variance, ours.variance, rtol=1e-5)
+        drawn = await same.posterior_samples(2, seed=1)
+        np.testing.assert_allclose(
+            drawn.samples, session.posterior_samples(2, seed=1).samples, rtol=1e-6
+        )
+        value = await same.marginal_likelihood(1.0)
+        assert value.values[0] == session.marginal_likelihood([1.0]).values[0]
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda s: s.predictive(X[:, :4]), r"a data point of the dataset is .* \[5\]"),
+        (lambda s: s.predictive({"z": X}), r"have the tensors \['x'\], got \['z'\]"),
+        (lambda s: s.predictive(X * np.inf), "must be finite"),
+        (lambda s: s.predictive("x"), "not an array"),
+        (lambda s: s.predictive(X, prior=0), "prior must be more than 0"),
+        (lambda s: s.marginal_likelihood([1.0, 0.0]), "priors must be positive"),
+        (lambda s: s.marginal_likelihood([]), "at least one"),
+        (lambda s: s.posterior_samples(0), "k must be at least 1"),
+        (lambda s: s.posterior_samples(1, store=""), "need a name"),
+        (
+            lambda s: s.ggn(damping=1.0).posterior_samples(1),
+            "say prior instead of damping",
+        ),
+        (lambda s: s.hessian().posterior_samples(1), "posterior of the exact ggn"),
+    ],
+)
+def test_what_does_not_fit_is_refused(session, ask, message):
+    with pytest.raises(curvd.CurvdError, match=message):
+        ask(session)
+
+
+def test_a_loss_that_is_no_likelihood_is_refused(live_target):
+    x, y = data()["x"], np.zeros((POINTS, 3))
+    with (
+        curvd.connect(live_target) as client,
+        client.session_for(
+            module(),
+            "smooth_l1",
+            (torch.from_numpy(x), torch.from_numpy(y)),
+            batch_size=8,
+        ) as own,
+        pytest.raises(curvd.InvalidSpec, match="no negative log-likelihood"),
+    ):
+        own.predictive(X)
