@@ -245,13 +245,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.calls += 1
         if func.namespace not in _NAMESPACES or self.calls > self._most:
             raise _Unsure
-        given = pytree.tree_map(self._here, (list(args), dict(kwargs or {})))
+        given = _mapped(self._here, [args, kwargs or {}])
         self.line(str(func), self.shown(given), torch.is_grad_enabled())
-        args, options = pytree.tree_map(_without_place, given)
+        args, options = _mapped(_without_place, given)
         if any(a.name == "device" and a.kwarg_only for a in func._schema.arguments):
             options["device"] = _META
         result = func(*args, **options)
-        for leaf in pytree.tree_leaves(result):
+        for leaf in result if isinstance(result, list | tuple) else [result]:
             if isinstance(leaf, Tensor):
                 self.known(leaf)
         self.line(self.shown(result))
@@ -288,6 +288,15 @@ def _without_memory(tensor: Tensor) -> Tensor:
         device=_META,
         requires_grad=tensor.requires_grad,
     )
+
+
+def _mapped(function: Callable[[Any], Any], item: Any) -> Any:
+    """Apply a function to all that an operator is given; less general than pytree, and faster."""
+    if isinstance(item, list | tuple):
+        return [_mapped(function, part) for part in item]
+    if isinstance(item, dict):
+        return {name: _mapped(function, part) for name, part in item.items()}
+    return function(item)
 
 
 def _without_place(item: Any) -> Any:
