@@ -34,6 +34,7 @@ from curvd._transport import AsyncConnection
 from curvd.config import ClientConfig, Pem, TlsConfig
 from curvd.contract import (
     DatasetInfo,
+    DatasetSpec,
     Dtype,
     InputStyle,
     JacobianOf,
@@ -195,7 +196,8 @@ class AsyncClient:
         )
         with opening(progress) as observe:
             info = await self._connection.run(call.observed(observe))
-        return AsyncSession(self._connection, info)
+        spec = dataset.spec if isinstance(dataset, DatasetInfo) else None
+        return AsyncSession(self._connection, info, spec)
 
     async def session_for(
         self,
@@ -299,10 +301,16 @@ class AsyncSession(DataPointQueries, AsyncAsks, SessionBase["AsyncOperator"]):
     Args:
         connection: To the server.
         info: What the server said about it.
+        dataset: What its inputs and its target are called, if that is known.
     """
 
-    def __init__(self, connection: AsyncConnection, info: SessionInfo) -> None:
-        super().__init__(info)
+    def __init__(
+        self,
+        connection: AsyncConnection,
+        info: SessionInfo,
+        dataset: DatasetSpec | None = None,
+    ) -> None:
+        super().__init__(info, dataset)
         self._connection = connection
 
     def operator(
@@ -395,6 +403,37 @@ class AsyncSession(DataPointQueries, AsyncAsks, SessionBase["AsyncOperator"]):
     async def sketch(self, name: str = "sketch", **options: Any) -> Sketch:
         """Sketch the GGN, to precondition systems; see `curvd.Session`."""
         return await self.ggn().sketch(name, **options)
+
+    async def on(
+        self,
+        data: Any,
+        *,
+        batch_size: int | None = None,
+        operators: Sequence[OperatorSpec | str] | None = None,
+        budget_bytes: int | None = None,
+        lease_s: float | None = None,
+        name: str = "",
+        plan: Tier | str | None = None,
+    ) -> AsyncSession:
+        """Have the same model and loss on other data; see `curvd.Session`."""
+        dataset, spec = data, self._dataset
+        if isinstance(data, DatasetInfo):
+            spec = data.spec
+        elif not isinstance(data, str):
+            registering = await asyncio.to_thread(
+                upload.register_like, spec, data, batch_size
+            )
+            dataset = await self._connection.run(registering)
+        call = requests.share_session(
+            self._info,
+            dataset,
+            operators=operators,
+            budget_bytes=budget_bytes,
+            lease_s=lease_s,
+            name=name,
+            plan=plan,
+        )
+        return AsyncSession(self._connection, await self._connection.run(call), spec)
 
     async def update_parameters(
         self,

@@ -3,6 +3,7 @@
 import copy
 import sys
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -240,14 +241,21 @@ def test_two_names_of_one_parameter_are_refused(session):
         session.update_parameters(twice)
 
 
+def parallel(net):
+    """DataParallel, which would take a net to whatever device there is."""
+    module = "torch.nn.parallel.data_parallel"
+    with mock.patch(f"{module}._get_available_device_type", return_value=None):
+        return nn.DataParallel(net)
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
         lambda net: net,
-        nn.DataParallel,
+        parallel,
         lambda net: torch.compile(net, backend="eager"),
-        lambda net: nn.DataParallel(torch.compile(net, backend="eager")),
-        lambda net: torch.compile(nn.DataParallel(net), backend="eager"),
+        lambda net: parallel(torch.compile(net, backend="eager")),
+        lambda net: torch.compile(parallel(net), backend="eager"),
     ],
     ids=["plain", "parallel", "compiled", "parallel compiled", "compiled parallel"],
 )

@@ -317,6 +317,20 @@ class TestVersions:
         value += 1.0
         assert torch.equal(moved.parameters[0], problem.parameters[0])
 
+    def test_one_memory_holds_the_parameters_of_two_datasets(self):
+        moved = problem_of(GELU).with_parameters({
+            n: p + 0.1 for n, p in _named(problem_of(GELU)).items()
+        })
+        other = problem_of(GELU).on(problem_of(GELU).data[:1])
+        shared = other.sharing(moved)
+        pairs = [*zip(shared.parameters, moved.parameters, strict=True)]
+        constants = moved.model.constants
+        pairs += [(shared.model.constants[n], constants[n]) for n in constants]
+        assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
+        own = other.with_parameters(_named(moved))
+        assert torch.equal(shared.gradient()[1], own.gradient()[1])
+        assert not torch.equal(shared.gradient()[1], moved.gradient()[1])
+
     def test_unknown_and_misshapen_parameters_are_named(self):
         problem = problem_of(GELU)
         with pytest.raises(InvalidSpec, match="'nope'"):

@@ -74,7 +74,7 @@ def folder(tmp_path):
     catalogue.add_model(model())
     for id_ in ("s", "t"):
         catalogue.add_session(session(id_))
-    catalogue.add_version(session().info, version(2), {"a": "1" * 64})
+    catalogue.add_version([session().info], version(2), {"a": "1" * 64})
     catalogue.plans["key"] = "{}"
     catalogue.close()
     (tmp_path / "blobs").mkdir()

@@ -79,6 +79,9 @@ class FakeProblem:
     def with_parameters(self, values):
         return FakeProblem(self.device, self.state | dict(values))
 
+    def sharing(self, other):
+        return FakeProblem(self.device, other.state)
+
     def check(self, *, cancelled):
         pass
 

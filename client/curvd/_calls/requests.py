@@ -299,6 +299,34 @@ def create_session(
     return CreateSession(request)
 
 
+def share_session(
+    session: SessionInfo,
+    dataset: DatasetInfo | str,
+    *,
+    operators: Sequence[OperatorSpec | str] | None,
+    budget_bytes: int | None,
+    lease_s: float | None,
+    name: str,
+    plan: enums.Tier | str | None,
+) -> CreateSession:
+    """Bring a session's model and loss together with other data."""
+    if isinstance(operators, str):
+        operators = [operators]
+    tier = None if plan is None else enums.member(enums.Tier, plan, "plan")
+    request = session_pb.CreateSessionRequest(
+        shares_with=session.id,
+        dataset_id=dataset if isinstance(dataset, str) else dataset.id,
+        operators=[convert.operator_to_proto(_operator(o)) for o in operators or ()],
+        budget_bytes=budget_bytes,
+        name=name,
+        request_id=_new_id(),
+        plan=None if tier is None else convert_enums.tier_to_proto(tier),
+        build_later=operators is None,
+    )
+    _set_lease(request, lease_s)
+    return CreateSession(request)
+
+
 def get_session(session_id: str) -> Unary[SessionInfo]:
     """Describe a session."""
     request = session_pb.GetSessionRequest(session_id=session_id)

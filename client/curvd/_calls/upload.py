@@ -227,6 +227,28 @@ def register_dataset(
     return Upload(rpc, header, "tensors", blob, _dataset, progress)
 
 
+def register_like(
+    spec: DatasetSpec | None, data: Any, batch_size: int | None
+) -> Call[DatasetInfo]:
+    """Register other data under the names that a session's have."""
+    if spec is None:
+        msg = (
+            "the names of this session's inputs are not known here, as it was found by its "
+            "id: pass what client.register_dataset returns, or the id of a dataset"
+        )
+        raise InvalidSpec(msg)
+    return register_dataset(
+        data,
+        name=None,
+        digest=None,
+        inputs=spec.inputs,
+        target=spec.target,
+        batch_size=spec.batch_size if batch_size is None else batch_size,
+        input_style=spec.input_style,
+        progress=None,
+    )
+
+
 def _dataset(response: session_pb.RegisterDatasetResponse) -> DatasetInfo:
     return convert.dataset_from_proto(response.dataset)
 

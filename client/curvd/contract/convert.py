@@ -303,6 +303,7 @@ def session_to_proto(info: infos.SessionInfo) -> session_pb.Session:
         ),
         params=info.params,
         plan=convert_enums.tier_to_proto(info.plan),
+        parameters_of=info.parameters_of,
     )
 
 
@@ -333,6 +334,7 @@ def session_from_proto(message: session_pb.Session) -> infos.SessionInfo:
         expire_time_s=message.expire_time.ToNanoseconds() / 1e9 if expires else None,
         params=tuple(message.params),
         plan=convert_enums.tier_from_proto(message.plan),
+        parameters_of=message.parameters_of,
     )
 
 

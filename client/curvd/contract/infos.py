@@ -132,6 +132,8 @@ class SessionInfo:
     """The globs that chose the parameters; empty: all of them."""
     plan: Tier = Tier.FIRST
     """Which tier the first answer of an operator waits for."""
+    parameters_of: str = ""
+    """The same in all sessions that share these parameters; empty: no other does."""
 
     def __repr__(self) -> str:
         name = f"{self.name!r} " if self.name else ""

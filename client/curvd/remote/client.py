@@ -270,9 +270,9 @@ class Client:
             plan=plan,
         )
         with opening(progress) as observe:
-            return Session(
-                self._connection, self._connection.run(call.observed(observe))
-            )
+            info = self._connection.run(call.observed(observe))
+        spec = dataset.spec if isinstance(dataset, DatasetInfo) else None
+        return Session(self._connection, info, spec)
 
     def session_for(
         self,

@@ -8,9 +8,17 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from curvd._calls import Progress, Values, requests, updates
+from curvd._calls import Progress, Values, requests, updates, upload
 from curvd._transport import Connection
-from curvd.contract import JacobianOf, OperatorSpec, SessionInfo, StoredVector
+from curvd.contract import (
+    DatasetInfo,
+    DatasetSpec,
+    JacobianOf,
+    OperatorSpec,
+    SessionInfo,
+    StoredVector,
+    Tier,
+)
 from curvd.errors import SessionNotFound, VectorNotFound
 from curvd.remote.asking import Asks
 from curvd.remote.jacobian import Jacobian
@@ -36,6 +44,7 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
     Args:
         connection: To the server.
         info: What the server said about it.
+        dataset: What its inputs and its target are called, if that is known.
 
     Examples:
         >>> with client.create_session(model, dataset, loss="cross_entropy") as session:
@@ -45,8 +54,13 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
         False
     """
 
-    def __init__(self, connection: Connection, info: SessionInfo) -> None:
-        super().__init__(info)
+    def __init__(
+        self,
+        connection: Connection,
+        info: SessionInfo,
+        dataset: DatasetSpec | None = None,
+    ) -> None:
+        super().__init__(info, dataset)
         self._connection = connection
 
     def operator(
@@ -247,6 +261,63 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
             True
         """
         return self.ggn().sketch(name, **options)
+
+    def on(
+        self,
+        data: Any,
+        *,
+        batch_size: int | None = None,
+        operators: Sequence[OperatorSpec | str] | None = None,
+        budget_bytes: int | None = None,
+        lease_s: float | None = None,
+        name: str = "",
+        plan: Tier | str | None = None,
+    ) -> Session:
+        """Have the same model and loss on other data, such as a test set.
+
+        Both sessions share the parameters, in memory and on the way: an update of either
+        is one of both, and they always are at the same version. Each has operators and
+        stored vectors of its own, and ends by itself. Operators of both add up:
+        ``(0.9 * train.hessian() + 0.1 * test.hessian()) @ v``.
+
+        Args:
+            data: As for `Client.session_for`, or what `Client.register_dataset` returns,
+                or the id of a dataset.
+            batch_size: ``B``; None: as in this session.
+            operators: What to build before the answer; None: nothing.
+            budget_bytes: As for `Client.create_session`.
+            lease_s: As for `Client.create_session`.
+            name: A label for people.
+            plan: As for `Client.create_session`.
+
+        Returns:
+            The session on the other data.
+
+        Examples:
+            >>> train = client.create_session(model, dataset, loss="cross_entropy", dtype="F64")
+            >>> test = train.on({"x": np.ones((10, 4)), "y": np.zeros(10, dtype=int)})
+            >>> test.info.data_points, test.layout == train.layout
+            (10, True)
+            >>> train.update_parameters({"3.bias": np.ones(3)})
+            2
+            >>> test.refresh().version
+            2
+        """
+        dataset, spec = data, self._dataset
+        if isinstance(data, DatasetInfo):
+            spec = data.spec
+        elif not isinstance(data, str):
+            dataset = self._connection.run(upload.register_like(spec, data, batch_size))
+        call = requests.share_session(
+            self._info,
+            dataset,
+            operators=operators,
+            budget_bytes=budget_bytes,
+            lease_s=lease_s,
+            name=name,
+            plan=plan,
+        )
+        return Session(self._connection, self._connection.run(call), spec)
 
     def update_parameters(
         self,

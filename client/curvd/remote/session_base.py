@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from curvd._transport import Process, current_process
 from curvd.contract import (
+    DatasetSpec,
     Distribution,
     OperatorKind,
     OperatorSpec,
@@ -33,10 +34,11 @@ class SessionBase(ABC, Generic[O]):
 
     Args:
         info: What the server said about it.
+        dataset: What its inputs and its target are called, if that is known.
     """
 
-    def __init__(self, info: SessionInfo) -> None:
-        self._info = info
+    def __init__(self, info: SessionInfo, dataset: DatasetSpec | None = None) -> None:
+        self._info, self._dataset = info, dataset
         self._entered_in: Process | None = None
         self.last: ResultInfo | None = None
         """Where the latest gradient came from and what it cost."""

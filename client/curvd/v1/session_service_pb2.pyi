@@ -106,7 +106,7 @@ class Dataset(_message.Message):
     def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_types_pb2.TensorInfo, _Mapping]]] = ..., inputs: _Optional[_Iterable[str]] = ..., target: _Optional[str] = ..., batch_size: _Optional[int] = ..., input_style: _Optional[_Union[_types_pb2.InputStyle, str]] = ..., data_points: _Optional[int] = ..., total_bytes: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("id", "name", "model_id", "dataset_id", "loss", "dtype", "mode", "version", "parameters_digest", "parameters", "parameter_count", "data_points", "batches", "device", "budget_bytes", "operators", "state", "create_time", "expire_time", "params", "plan")
+    __slots__ = ("id", "name", "model_id", "dataset_id", "loss", "dtype", "mode", "version", "parameters_digest", "parameters", "parameter_count", "data_points", "batches", "device", "budget_bytes", "operators", "state", "create_time", "expire_time", "params", "plan", "parameters_of")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +128,7 @@ class Session(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_OF_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     model_id: str
@@ -149,7 +150,8 @@ class Session(_message.Message):
     expire_time: _timestamp_pb2.Timestamp
     params: _containers.RepeatedScalarFieldContainer[str]
     plan: _types_pb2.Tier
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., loss: _Optional[_Union[_types_pb2.Loss, _Mapping]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., mode: _Optional[_Union[_types_pb2.Mode, str]] = ..., version: _Optional[int] = ..., parameters_digest: _Optional[str] = ..., parameters: _Optional[_Iterable[_Union[_types_pb2.Parameter, _Mapping]]] = ..., parameter_count: _Optional[int] = ..., data_points: _Optional[int] = ..., batches: _Optional[int] = ..., device: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., operators: _Optional[_Iterable[_Union[_types_pb2.BuiltOperator, _Mapping]]] = ..., state: _Optional[_Union[SessionState, str]] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., params: _Optional[_Iterable[str]] = ..., plan: _Optional[_Union[_types_pb2.Tier, str]] = ...) -> None: ...
+    parameters_of: str
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., loss: _Optional[_Union[_types_pb2.Loss, _Mapping]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., mode: _Optional[_Union[_types_pb2.Mode, str]] = ..., version: _Optional[int] = ..., parameters_digest: _Optional[str] = ..., parameters: _Optional[_Iterable[_Union[_types_pb2.Parameter, _Mapping]]] = ..., parameter_count: _Optional[int] = ..., data_points: _Optional[int] = ..., batches: _Optional[int] = ..., device: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., operators: _Optional[_Iterable[_Union[_types_pb2.BuiltOperator, _Mapping]]] = ..., state: _Optional[_Union[SessionState, str]] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., params: _Optional[_Iterable[str]] = ..., plan: _Optional[_Union[_types_pb2.Tier, str]] = ..., parameters_of: _Optional[str] = ...) -> None: ...
 
 class RegisterModelHeader(_message.Message):
     __slots__ = ("builder", "config_json", "state", "graph")
@@ -212,7 +214,7 @@ class RegisterDatasetResponse(_message.Message):
     def __init__(self, dataset: _Optional[_Union[Dataset, _Mapping]] = ..., upload_needed: _Optional[_Union[UploadNeeded, _Mapping]] = ...) -> None: ...
 
 class CreateSessionRequest(_message.Message):
-    __slots__ = ("model_id", "dataset_id", "loss", "dtype", "mode", "operators", "budget_bytes", "lease", "name", "request_id", "validate_only", "params", "plan", "build_later")
+    __slots__ = ("model_id", "dataset_id", "loss", "dtype", "mode", "operators", "budget_bytes", "lease", "name", "request_id", "validate_only", "params", "plan", "build_later", "shares_with")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     DATASET_ID_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -227,6 +229,7 @@ class CreateSessionRequest(_message.Message):
     PARAMS_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     BUILD_LATER_FIELD_NUMBER: _ClassVar[int]
+    SHARES_WITH_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     dataset_id: str
     loss: _types_pb2.Loss
@@ -241,7 +244,8 @@ class CreateSessionRequest(_message.Message):
     params: _containers.RepeatedScalarFieldContainer[str]
     plan: _types_pb2.Tier
     build_later: bool
-    def __init__(self, model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., loss: _Optional[_Union[_types_pb2.Loss, _Mapping]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., mode: _Optional[_Union[_types_pb2.Mode, str]] = ..., operators: _Optional[_Iterable[_Union[_types_pb2.Operator, _Mapping]]] = ..., budget_bytes: _Optional[int] = ..., lease: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., name: _Optional[str] = ..., request_id: _Optional[str] = ..., validate_only: bool = ..., params: _Optional[_Iterable[str]] = ..., plan: _Optional[_Union[_types_pb2.Tier, str]] = ..., build_later: bool = ...) -> None: ...
+    shares_with: str
+    def __init__(self, model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., loss: _Optional[_Union[_types_pb2.Loss, _Mapping]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., mode: _Optional[_Union[_types_pb2.Mode, str]] = ..., operators: _Optional[_Iterable[_Union[_types_pb2.Operator, _Mapping]]] = ..., budget_bytes: _Optional[int] = ..., lease: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., name: _Optional[str] = ..., request_id: _Optional[str] = ..., validate_only: bool = ..., params: _Optional[_Iterable[str]] = ..., plan: _Optional[_Union[_types_pb2.Tier, str]] = ..., build_later: bool = ..., shares_with: _Optional[str] = ...) -> None: ...
 
 class CreateSessionResponse(_message.Message):
     __slots__ = ("session",)

@@ -112,6 +112,9 @@ class Problem(Protocol):
     def with_parameters(self, values: Mapping[str, Array]) -> Problem:
         """Make a new version; this one stays valid."""
 
+    def sharing(self, other: Any) -> Problem:
+        """Take the parameters of the same model on other data, in the same memory."""
+
     def gradient(self, *, cancelled: Poll) -> tuple[float, Array]:
         """Compute the loss and its gradient [P]."""
 

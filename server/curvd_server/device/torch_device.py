@@ -340,6 +340,10 @@ class TorchProblem:
             moved = self._problem.with_parameters(tensors)
             return TorchProblem(moved, self._tools)
 
+    def sharing(self, other: TorchProblem) -> TorchProblem:
+        """Take the parameters of the same model on other data, in the same memory."""
+        return TorchProblem(self._problem.sharing(other._problem), self._tools)
+
     def gradient(self, *, cancelled: Poll) -> tuple[float, NDArray[Any]]:
         """Compute the loss and its gradient [P]."""
         with translated():

@@ -283,14 +283,19 @@ def _shown(info: SessionInfo) -> session_pb.Session:
 def _new_session(request: session_pb.CreateSessionRequest) -> NewSession:
     """Read what a session is to be."""
     budget = request.budget_bytes if request.HasField("budget_bytes") else None
+    own: dict[str, Any] = {"shares_with": request.shares_with}
+    if not request.shares_with:
+        own = {
+            "model_id": request.model_id,
+            "loss": convert.loss_from_proto(request.loss),
+            "dtype": convert_enums.dtype_from_proto(request.dtype),
+            "mode": convert_enums.mode_from_proto(request.mode),
+            "params": check_patterns(request.params),
+        }
     return NewSession(
-        model_id=request.model_id,
+        **own,
         dataset_id=request.dataset_id,
-        loss=convert.loss_from_proto(request.loss),
-        dtype=convert_enums.dtype_from_proto(request.dtype),
-        mode=convert_enums.mode_from_proto(request.mode),
         operators=tuple(map(convert.operator_from_proto, request.operators)),
-        params=check_patterns(request.params),
         build_later=request.build_later,
         plan=convert_enums.tier_from_proto(request.plan) if request.plan else None,
         budget_bytes=budget,

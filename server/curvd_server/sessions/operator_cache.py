@@ -98,17 +98,25 @@ class OperatorCache:
             spec is None or unscaled(spec) in self._built
         )
 
-    async def load(self, load: Callable[[], Problem]) -> Problem:
+    async def load(
+        self, load: Callable[[], Problem], like: Problem | None = None
+    ) -> Problem:
         """Warm up, unless that is done.
 
         Args:
             load: Brings model and data onto the device; called on its thread.
+            like: Whose parameters it shares; None: its own.
 
         Returns:
             The objective.
         """
+
+        def job(cancelled: Poll) -> Problem:
+            problem = load()
+            return problem if like is None else problem.sharing(like)
+
         if self.problem is None:
-            self.problem = await self._run(self._staying(lambda cancelled: load()))
+            self.problem = await self._run(self._staying(job))
         return self.problem
 
     async def check(self) -> None:
@@ -154,20 +162,24 @@ class OperatorCache:
         built.users -= 1
         self._close_unused([built])
 
-    async def move(self, values: Mapping[str, Array]) -> Callable[[], None]:
+    async def move(
+        self, values: Mapping[str, Array], like: Problem | None = None
+    ) -> tuple[Problem, Callable[[], None]]:
         """Prepare the next version; nothing changes yet.
 
         Args:
             values: Parameters and buffers by name.
+            like: Has them already, on other data, and shares them.
 
         Returns:
-            Changes over to it. Running work keeps the operators that it has.
+            The next version, and what changes over to it. Running work keeps the
+            operators that it has.
         """
         old, operators = self.problem, dict(self._built)
         assert old is not None
 
         def job(cancelled: Poll) -> tuple[Problem, dict[OperatorSpec, CachedOperator]]:
-            problem = old.with_parameters(values)
+            problem = old.with_parameters(values) if like is None else old.sharing(like)
             moved = {
                 s: CachedOperator(problem.move(b.operator))
                 for s, b in operators.items()
@@ -182,7 +194,7 @@ class OperatorCache:
             for spec in moved:
                 self._improve(spec)
 
-        return change_over
+        return problem, change_over
 
     async def close(self) -> None:
         """Give everything back; returns when the memory is free."""

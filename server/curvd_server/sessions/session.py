@@ -9,7 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -109,12 +116,20 @@ class Session:
     Args:
         dependencies: What it works with.
         stored: What is known of it.
+        relatives: Finds the sessions that share its parameters, itself among them once it
+            is there.
+        lock: Theirs; None: a new one.
     """
 
     def __init__(
-        self, dependencies: SessionDependencies, stored: StoredSession
+        self,
+        dependencies: SessionDependencies,
+        stored: StoredSession,
+        relatives: Callable[[Session], Sequence[Session]] = lambda session: [session],
+        lock: asyncio.Lock | None = None,
     ) -> None:
         self.stored = stored
+        self._relatives = relatives
         self.operator_cache = OperatorCache(
             dependencies.batcher,
             budget_bytes=stored.info.budget_bytes,
@@ -129,8 +144,9 @@ class Session:
         self._remaining = Remaining(
             stored.lease_s, stored.remaining_s, dependencies.monotonic
         )
-        # Held while the session changes, or something is built for it.
-        self._lock = asyncio.Lock()
+        # Held while the session changes, or something is built for it; sessions that
+        # share parameters change together.
+        self.lock = lock or asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._unused = asyncio.Event()
         self._ended = False
@@ -139,6 +155,11 @@ class Session:
     def id(self) -> str:
         """Its id."""
         return self.stored.info.id
+
+    @property
+    def family(self) -> str:
+        """The same for all sessions that share its parameters."""
+        return self.stored.info.parameters_of or self.id
 
     @property
     def users(self) -> int:
@@ -243,7 +264,11 @@ class Session:
         graph, rows, load = await asyncio.to_thread(prepare)
         await dependencies.device.try_graphs(graph, info.loss.graph, rows=rows)
         opening.advance()
-        problem = await self.operator_cache.load(load)
+        warm = (
+            s.operator_cache.problem for s in self._relatives(self) if s is not self
+        )
+        like = next((p for p in warm if p is not None), None)
+        problem = await self.operator_cache.load(load, like)
         opening.advance()
         return problem
 
@@ -257,7 +282,7 @@ class Session:
             if self.operator_cache.has(operator):
                 lease, built = await self._lease(operator, expected_version)
             else:
-                async with self._lock:
+                async with self.lock:
                     lease, built = await self._lease(operator, expected_version)
             try:
                 yield lease
@@ -292,7 +317,7 @@ class Session:
     async def update(self, update: Update) -> StoredVersion:
         """Move to new values; see `SessionStore.update`."""
         with self._used():
-            async with self._lock:
+            async with self.lock:
                 known = await self.made_by(update)
                 if known is not None:
                     return known
@@ -321,7 +346,6 @@ class Session:
 
     async def _update(self, update: Update) -> StoredVersion:
         stored, dependencies = self.stored, self._dependencies
-        cache = self.operator_cache
         model = await asyncio.to_thread(
             dependencies.catalogue.model, stored.info.model_id
         )
@@ -347,19 +371,44 @@ class Session:
         await asyncio.to_thread(
             check_representable, parameters, info.dtype, what="parameter"
         )
-        change_over = None if cache.problem is None else await cache.move(values)
+        family, moves = await self._moves(values)
 
         async def commit() -> None:
+            there = [s for s in family if not s._ended]
+            infos = [
+                replace(
+                    s.stored.info,
+                    version=info.version,
+                    parameters_digest=info.parameters_digest,
+                )
+                for s in there
+            ]
             await asyncio.to_thread(
-                dependencies.catalogue.add_version, info, version, sources
+                dependencies.catalogue.add_version, infos, version, sources
             )
-            self.stored = replace(self.stored, info=info, sources=sources)
-            if change_over is not None:
-                change_over()
+            for session, new in zip(there, infos, strict=True):
+                session.stored = replace(session.stored, info=new, sources=sources)
+                moves.get(session.id, _nothing)()
             await self._release(set(stored.sources.values()) - set(sources.values()))
 
         await to_the_end(commit())
         return version
+
+    async def _moves(
+        self, values: Mapping[str, Any]
+    ) -> tuple[list[Session], dict[str, Callable[[], None]]]:
+        """Prepare new values for all sessions that share them, in memory once.
+
+        Returns:
+            The sessions, and what changes over those that are warm.
+        """
+        family, moves, first = list(self._relatives(self)), {}, None
+        for session in family:
+            cache = session.operator_cache
+            if cache.problem is not None:
+                problem, moves[session.id] = await cache.move(values, first)
+                first = first or problem
+        return family, moves
 
     async def _release(self, digests: set[str]) -> None:
         blobs = self._dependencies.blobs
@@ -392,6 +441,10 @@ class Session:
             self.touch()
             if not self._tasks:
                 self._unused.set()
+
+
+def _nothing() -> None:
+    """Change nothing: what is cold finds its values when it warms up."""
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:

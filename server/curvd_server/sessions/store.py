@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import weakref
 from contextlib import AbstractAsyncContextManager
@@ -37,9 +38,10 @@ from curvd_server.system import Activities, Ongoing, logger
 class NewSession:
     """What a session is to be."""
 
-    model_id: str
     dataset_id: str
-    loss: LossSpec
+    model_id: str = ""
+    """Empty, like all that belongs to the model, if it shares a session's parameters."""
+    loss: LossSpec | None = None
     dtype: Dtype = Dtype.FLOAT32
     mode: Mode = Mode.EVAL
     operators: tuple[OperatorSpec, ...] = ()
@@ -48,6 +50,8 @@ class NewSession:
     """Whether nothing is built before the answer if no operator is named."""
     plan: Tier | None = None
     """Which tier the first answer of an operator waits for; None: the server's."""
+    shares_with: str = ""
+    """Id of a session whose parameters it shares, and all that belongs to them."""
     params: tuple[str, ...] = ()
     """Globs that choose the parameters; empty: all of them."""
     budget_bytes: int | None = None
@@ -87,7 +91,12 @@ class SessionStore:
         )
         self._being_made = self._latest_us = 0
         found, self._lost = dependencies.catalogue.sessions()
-        self._sessions = {s.info.id: Session(dependencies, s) for s in found}
+        self._sessions: dict[str, Session] = {}
+        locks: dict[str, asyncio.Lock] = {}
+        for s in found:
+            family = s.info.parameters_of or s.info.id
+            lock = locks.setdefault(family, asyncio.Lock())
+            self._sessions[s.info.id] = Session(dependencies, s, self._relatives, lock)
         if self._sessions:
             # Ids sort by time, even if the clock has been set back since.
             self._latest_us = int(max(self._sessions).partition("-")[0], 16)
@@ -351,8 +360,28 @@ class SessionStore:
     async def _create(
         self, new: NewSession, validate_only: bool, opening: Ongoing
     ) -> SessionInfo:
-        stored = await asyncio.to_thread(self._described, new)
-        session = Session(self._dependencies, stored)
+        if not new.shares_with:
+            stored = await asyncio.to_thread(self._described, new)
+            return await self._made(
+                new,
+                Session(self._dependencies, stored, self._relatives),
+                validate_only,
+                opening,
+            )
+        other = self._find(new.shares_with)
+        with contextlib.ExitStack() as held:
+            async with other.lock:  # until this one is there, no update comes between
+                for digest in other.stored.sources.values():
+                    held.enter_context(self._dependencies.blobs.held(digest))
+                stored = await asyncio.to_thread(self._described, new, other.stored)
+                relatives, lock = self._relatives, other.lock
+                session = Session(self._dependencies, stored, relatives, lock)
+                return await self._made(new, session, validate_only, opening)
+
+    async def _made(
+        self, new: NewSession, session: Session, validate_only: bool, opening: Ongoing
+    ) -> SessionInfo:
+        stored = session.stored
         try:
             problem = await session.warm(opening)
             usual = () if new.build_later else (OperatorSpec(),)
@@ -377,8 +406,26 @@ class SessionStore:
             if session.id not in self._sessions:
                 await to_the_end(session.operator_cache.close())
 
-    def _described(self, new: NewSession) -> StoredSession:
+    def _relatives(self, session: Session) -> list[Session]:
+        """Find the sessions that share the parameters of one."""
+        family = session.family
+        return [s for s in self._sessions.values() if s.family == family]
+
+    def _described(
+        self, new: NewSession, other: StoredSession | None = None
+    ) -> StoredSession:
         """Say what is known before anything is on the device. Blocks."""
+        if other is not None:
+            known = other.info
+            new = replace(
+                new,
+                model_id=known.model_id,
+                loss=known.loss,
+                dtype=known.dtype,
+                mode=known.mode,
+                params=known.params,
+            )
+        assert new.loss is not None
         model = self._dependencies.catalogue.model(new.model_id)
         dataset = self._dependencies.catalogue.dataset(new.dataset_id)
         budget_bytes = new.budget_bytes
@@ -415,12 +462,19 @@ class SessionStore:
             params=new.params,
             plan=new.plan or self._dependencies.plan,
         )
+        if other is not None:
+            info = replace(
+                info,
+                version=other.info.version,
+                parameters_digest=other.info.parameters_digest,
+                parameters_of=other.info.parameters_of or other.info.id,
+            )
         return StoredSession(
             info=info,
             lease_s=new.lease_s,
             request_id=new.request_id,
             fingerprint=new.fingerprint,
-            sources={},
+            sources={} if other is None else other.sources,
         )
 
     async def _add(self, session: Session) -> None:

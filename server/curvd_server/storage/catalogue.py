@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -226,15 +226,26 @@ class Catalogue:
             self._db.write(*(_remaining(*item) for item in remaining_s.items()))
 
     def add_version(
-        self, info: SessionInfo, version: StoredVersion, sources: Mapping[str, str]
+        self,
+        infos: Sequence[SessionInfo],
+        version: StoredVersion,
+        sources: Mapping[str, str],
     ) -> None:
-        """Move a session to a new version of its parameters.
+        """Move the sessions that share parameters to a new version of them, or none.
 
         Args:
-            info: The session at the new version.
+            infos: The sessions at the new version.
             version: The version, and which request made it.
             sources: As in `StoredSession`.
         """
+        with self._changing:
+            self._db.write(
+                *(s for i in infos for s in self._moved(i, version, sources))
+            )
+
+    def _moved(
+        self, info: SessionInfo, version: StoredVersion, sources: Mapping[str, str]
+    ) -> list[Statement]:
         row = {
             "session_id": info.id,
             "version": version.version,
@@ -242,18 +253,14 @@ class Catalogue:
             "request_id": version.request_id,
             "fingerprint": version.fingerprint,
         }
-        with self._changing:
-            changed = self._changed(
-                info.id, record=_record(info), sources=json.dumps(dict(sources))
-            )
-            self._db.write(
-                *changed,
-                self._db.put("versions", row),
-                (
-                    "DELETE FROM versions WHERE session_id = ? AND version <= ?",
-                    (info.id, version.version - _KEPT_VERSIONS),
-                ),
-            )
+        changed = self._changed(
+            info.id, record=_record(info), sources=json.dumps(dict(sources))
+        )
+        kept = (
+            "DELETE FROM versions WHERE session_id = ? AND version <= ?",
+            (info.id, version.version - _KEPT_VERSIONS),
+        )
+        return [*changed, self._db.put("versions", row), kept]
 
     def version_of(self, session_id: str, request_id: str) -> StoredVersion | None:
         """Find the version that a request made; the last thousand are remembered."""

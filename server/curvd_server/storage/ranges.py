@@ -160,6 +160,7 @@ RULES: Mapping[str, Rule] = {
     "CreateSessionRequest.operators": Count(100),
     "CreateSessionRequest.budget_bytes": _BYTES,
     "CreateSessionRequest.name": _NAME,
+    "CreateSessionRequest.shares_with": _ID,
     "CreateSessionRequest.params": _PATTERN,
     "UpdateParametersHeader.parts": Text(64, most=10_000),
     "Checkpoint.name": Text(1024),

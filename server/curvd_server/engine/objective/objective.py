@@ -243,6 +243,19 @@ class Problem:
         model = dataclasses.replace(self.model, constants=constants)
         return dataclasses.replace(self, model=model, parameters=tuple(old.values()))
 
+    def sharing(self, other: Problem) -> Problem:
+        """Take the parameters and constants of another objective of the same model.
+
+        Args:
+            other: With the same layout, mode and types, on other data perhaps.
+
+        Returns:
+            This objective at that one's parameters, in the same memory.
+        """
+        assert other.layout == self.layout
+        model = dataclasses.replace(self.model, constants=other.model.constants)
+        return dataclasses.replace(self, model=model, parameters=other.parameters)
+
     def on(self, data: Sequence[Batch]) -> Problem:
         """Make the same objective on other mini-batches, with a normaliser of its own.
 
