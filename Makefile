@@ -10,7 +10,7 @@ CONTAINERS ?=
 OFF_THE_CPU = tests/device tests/engine tests/linalg tests/watching
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test standin-test gpu-test gpu-check lint types proto proto-check docs hooks release-check image-test bench big-test storm-net soak fuzz fuzz-http2 fuzz-modules cases clean
+.PHONY: help demo test standin-test gpu-test gpu-check lint types proto proto-check docs hooks release-check image-test bench big-test storm-net storm-workers workers-test soak fuzz fuzz-http2 fuzz-modules cases clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
@@ -35,6 +35,10 @@ demo: $(VENV)/demo.stamp ## the main job on real data, in about a minute
 test: $(VENV)/dev.stamp lint types proto-check docs ## everything that must pass
 	$(BIN)/pytest -m 'not gpu and not standin' -n 2 --dist loadfile
 	$(BIN)/pytest -m standin $(OFF_THE_CPU)
+	CURVD_TEST_DEVICES=cpu:0,cpu:1 $(BIN)/pytest $(OF_A_SERVER)
+
+workers-test: $(VENV)/dev.stamp ## what talks to a server, with three workers in place of a device
+	CURVD_TEST_DEVICES=cpu:0,cpu:1,cpu:2 $(BIN)/pytest $(OF_A_SERVER)
 
 standin-test: $(VENV)/dev.stamp ## what must hold off the CPU, on a stand-in for a device
 	$(BIN)/pytest -m standin $(OFF_THE_CPU)
@@ -99,6 +103,9 @@ fuzz: $(VENV)/dev.stamp ## a hundred thousand hostile graphs, in about ten minut
 
 storm-net: $(VENV)/dev.stamp ## floods and hoards beside a client that multiplies, in about an hour and a half
 	PYTHONPATH=tests $(BIN)/python tests/storm_net.py
+
+storm-workers: $(VENV)/dev.stamp ## workers killed and frozen beside clients, for five minutes
+	PYTHONPATH=tests $(BIN)/python tests/storm_workers.py
 
 fuzz-http2: $(VENV)/dev.stamp ## strangers' bytes for HTTP/2, guided by coverage, for ten minutes
 	PYTHONPATH=tests $(BIN)/python tests/fuzz_http2.py

@@ -18,7 +18,10 @@ pytest_plugins = [
 
 @pytest.fixture(scope="session")
 def live_target(tmp_path_factory):
-    """The address of a real server on loopback, with the zoo's builders."""
+    """The address of a real server on loopback, with the zoo's builders.
+
+    With CURVD_TEST_DEVICES, for example ``cpu:0,cpu:1``, it has workers.
+    """
     pytest.importorskip("torch")
     from curvd_server.app import serve_in_thread
     from curvd_server.config import ServerConfig
@@ -27,6 +30,7 @@ def live_target(tmp_path_factory):
         listen="127.0.0.1:0",
         data_dir=tmp_path_factory.mktemp("data"),
         builders={"zoo": "support.zoo:build"},
+        devices=os.environ.get("CURVD_TEST_DEVICES", ""),
     )
     with serve_in_thread(config) as target:
         yield target

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import click
 
@@ -81,7 +81,8 @@ class Option:
             return Size()
         if "Path" in str(self.type):
             return FILE if self.group == "tls" else _PATH
-        return _KINDS.get(self.type, click.STRING)
+        kinds = [kind for kind in get_args(self.type) if kind is not type(None)]
+        return _KINDS.get(kinds[0] if kinds else self.type, click.STRING)
 
 
 def size(nbytes: int) -> str:

@@ -73,6 +73,7 @@ def test_options_reach_the_server(served, file):
         --tls-cert {pem} --tls-key {pem} --tls-client-ca {pem} --token-file {token}
         --builder a=m:f --builder b=m.n:g --log-level error
         --library timm:vit_* --library transformers:gpt2
+        --threads 3 --devices cuda:0,cuda:1 --shards 8 --worker-patience-s 4
         --upload-bytes 123 --default-budget-bytes 4GiB --sessions 3 --stall-s 5
     """
     result = run("serve", *args.split())
@@ -83,6 +84,10 @@ def test_options_reach_the_server(served, file):
             data_dir=Path("/d"),
             datasets_root=token.parent,
             device="cpu",
+            threads=3,
+            devices="cuda:0,cuda:1",
+            shards=8,
+            worker_patience_s=4.0,
             tls=TlsConfig(cert=pem, key=pem, client_ca=pem),
             token_file=token,
             insecure=True,
