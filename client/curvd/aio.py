@@ -50,7 +50,7 @@ from curvd.contract import (
 )
 from curvd.errors import SessionNotFound, VectorNotFound
 from curvd.exported import ExportedModel, prepare
-from curvd.parameters import unwrapped
+from curvd.parameters import exportable
 from curvd.remote import (
     Algebra,
     AsyncAsks,
@@ -220,7 +220,7 @@ class AsyncClient:
             stages.exporting()
             ready = await asyncio.to_thread(
                 prepare,
-                unwrapped(module),
+                exportable(module),
                 loss,
                 data,
                 output,

@@ -100,7 +100,7 @@ def test_what_the_server_refuses_every_rank_hears(together, session):
     assert session.refresh().version == 1
 
 
-def test_dtensors_of_one_process_need_no_other(session, plain, tmp_path):
+def test_dtensors_of_one_process_need_no_other(session, plain, tmp_path, live_target):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -115,6 +115,17 @@ def test_dtensors_of_one_process_need_no_other(session, plain, tmp_path):
             for name, value in ranks.state(1).items()
         }
         session.update_parameters(values)
+        sharded = nn.Linear(8, 3)
+        sharded.weight = nn.Parameter(
+            distribute_tensor(sharded.weight.detach(), mesh, [Shard(0)])
+        )
+        with (
+            curvd.connect(live_target) as client,
+            pytest.raises(
+                curvd.InvalidSpec, match="call session_for before fully_shard"
+            ),
+        ):
+            client.session_for(sharded, "cross_entropy", None, batch_size=1)
     finally:
         dist.destroy_process_group()
     assert session.info.parameters_digest == plain

@@ -149,6 +149,17 @@ def test_a_new_version_lies_beside_the_old_one(two):
     np.testing.assert_allclose(dense(old), eager_hessian(), atol=1e-13)
 
 
+def test_another_dataset_takes_the_parameters_of_the_first(two):
+    first = load(device_of(two)).with_parameters(state(seed=5))
+    data = {name: array[:20] for name, array in arrays().items()}
+    other = load(device_of(two), data=data)
+    operator = built(other)
+    shared = other.sharing(first)
+    np.testing.assert_allclose(
+        dense(shared.move(operator)), eager_hessian(state(5), data=data), atol=1e-13
+    )
+
+
 def test_an_update_that_one_worker_refuses_changes_none(two, monkeypatch):
     problem = load(device_of(two))
     operator = built(problem)

@@ -10,15 +10,15 @@ from curvd.parameters.copies import copied
 from curvd.parameters.names import plain_names
 from curvd.parameters.shards import Ranks, own_boxes, sharded
 from curvd.parameters.steps import between_steps
-from curvd.parameters.wrappers import state_of, unwrapped
+from curvd.parameters.wrappers import exportable, state_of
 
 __all__ = [
     "Ranks",
     "between_steps",
     "copied",
+    "exportable",
     "own_boxes",
     "plain_names",
     "sharded",
     "state_of",
-    "unwrapped",
 ]

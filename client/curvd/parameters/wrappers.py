@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from curvd.errors import InvalidSpec
+
 
 def unwrapped(value: Any) -> Any:
     """Take a module out of its wrappers.
@@ -27,6 +29,35 @@ def unwrapped(value: Any) -> Any:
             value = value._orig_mod
         else:
             return value
+
+
+def exportable(module: Any) -> Any:
+    """Take a module out of its wrappers, for an export.
+
+    Args:
+        module: A module, wrapped or not, or anything else.
+
+    Returns:
+        The module within.
+
+    Raises:
+        InvalidSpec: If its parameters are shards: no rank has the whole of them.
+    """
+    inner = unwrapped(module)
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is None or not hasattr(inner, "named_parameters"):
+        return inner
+    for name, parameter in inner.named_parameters():
+        if isinstance(parameter, distributed.DTensor):
+            msg = (
+                f"parameter {name!r} of the module is sharded over "
+                f"{parameter.device_mesh.size()} ranks, and an export needs a whole module: "
+                "call session_for before fully_shard, or with another instance, on one "
+                "rank; then all ranks call client.session(id).update_parameters(module), "
+                "which sends the shards as they are"
+            )
+            raise InvalidSpec(msg, parameter=name)
+    return inner
 
 
 def state_of(value: Any) -> Any:

@@ -24,7 +24,7 @@ from curvd.contract import (
     Tier,
 )
 from curvd.exported import ExportedModel, prepare
-from curvd.parameters import unwrapped
+from curvd.parameters import exportable
 from curvd.remote.progress import ClientStages, opening, shown
 from curvd.remote.session import Session
 
@@ -339,7 +339,7 @@ class Client:
             stages = ClientStages(observe)
             stages.exporting()
             ready = prepare(
-                unwrapped(module),
+                exportable(module),
                 loss,
                 data,
                 output,
