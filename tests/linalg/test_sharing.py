@@ -11,8 +11,10 @@ from support.small_net import connected
 import curvd
 from curvd_server.app import running
 from curvd_server.config import LimitsConfig, ServerConfig
+from curvd_server.device import batcher
 from curvd_server.engine import operator as engine
 from curvd_server.engine.tuning import autotune
+from curvd_server.service import query_run
 
 
 class Pausing:
@@ -234,3 +236,39 @@ async def test_vectors_that_the_session_has_no_room_for_are_refused_at_once(tmp_
         assert not (await H.eigsh(3, warm_start=True)).warm
         await H.eigsh(2)
         assert (await H.eigsh(2, warm_start=True)).warm
+
+
+async def test_a_long_query_goes_on_in_the_last_tier_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(batcher, "IDLE_S", 0.0)
+    begun, go_on = threading.Event(), threading.Event()
+    compute = query_run.QueryRun.compute
+
+    def halting(run, job):
+        rows = compute(run, job)
+        if not begun.is_set():  # between two products nobody wants the device
+            begun.set()
+            assert go_on.wait(300)
+        return rows
+
+    monkeypatch.setattr(query_run.QueryRun, "compute", halting)
+    config = ServerConfig(listen="127.0.0.1:0", data_dir=tmp_path, compile_after_s=0)
+    async with running(config) as server, contextlib.AsyncExitStack() as stack:
+        session = await connected(server, stack)
+        H = session.hessian()
+        query = asyncio.create_task(H.trace(estimator="hutchinson", samples=3000))
+        assert await asyncio.to_thread(begun.wait, 300)
+
+        def tier():
+            return dict(server.sessions.get(session.id).operators)[H.spec].tier
+
+        async with asyncio.timeout(300):
+            while tier() is not curvd.Tier.FINAL:  # noqa: ASYNC110 - threads change it
+                await asyncio.sleep(0)
+        go_on.set()
+        found = await query
+        tiers = [plan.tier for plan in found.info.plans]
+        assert tiers == [curvd.Tier.FIRST, curvd.Tier.FINAL]
+        assert found.info.plan == found.info.plans[0]
+        again = await H.trace(estimator="hutchinson", samples=3000)
+        assert [plan.tier for plan in again.info.plans] == [curvd.Tier.FINAL]
+        assert found.value == pytest.approx(again.value, rel=1e-9)

@@ -200,3 +200,42 @@ async def test_a_call_under_way_keeps_the_plan_that_it_began_with(server):
         assert not lease.operator.closed
         assert (await lease_of(server, info.id)).report.revision == 1
     await until(lambda: lease.operator.closed)
+
+
+async def test_who_holds_an_operator_for_long_may_exchange_it(server):
+    info = await server.sessions.create(server.new())
+    async with server.sessions.lease(info.id, operator=HESSIAN) as lease:
+        assert lease.latest() is lease.operator
+        server.device.improving.set()
+        await until(lambda: tier_of(server, info.id) is Tier.FINAL)
+        final = lease.latest()
+        assert final.report.tier is Tier.FINAL
+        await until(lambda: lease.operator.closed)  # nobody holds it any more
+        assert lease.latest() is final
+    await product(server, await lease_of(server, info.id))
+    assert not final.closed
+
+
+async def test_what_is_held_stays_at_its_version(server):
+    info = await server.sessions.create(server.new())
+    async with server.sessions.lease(info.id, operator=HESSIAN) as lease:
+        server.device.improving.set()
+        await until(lambda: tier_of(server, info.id) is Tier.FINAL)
+        digest = put(server.blobs, {"a": np.full(2, 5.0)})
+        with server.blobs.held(digest):
+            await server.sessions.update(info.id, Update(digest=digest))
+        assert lease.latest() is lease.operator
+        assert lease.operator.problem.factor == 5.0
+        assert not lease.operator.closed
+    await until(lambda: lease.operator.closed)
+
+
+async def test_an_operator_that_was_exchanged_is_let_go_at_the_end(server):
+    info = await server.sessions.create(server.new())
+    async with server.sessions.lease(info.id, operator=HESSIAN) as lease:
+        server.device.improving.set()
+        await until(lambda: tier_of(server, info.id) is Tier.FINAL)
+        final = lease.latest()
+        assert not final.closed
+    await server.sessions.delete(info.id)
+    assert final.closed

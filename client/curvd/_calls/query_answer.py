@@ -82,6 +82,7 @@ class Answer:
             elapsed_s=summary.elapsed_s,
             queue_s=summary.queue_s,
             compute_s=summary.compute_s,
+            plans=tuple(map(convert.plan_from_proto, summary.plans)),
         )
 
 

@@ -347,7 +347,7 @@ class QueryInfo:
     model_id: str
     dataset_id: str
     plan: PlanReport | None
-    """None where no operator was asked."""
+    """Where it began; None where no operator was asked."""
     stopped: Stop
     products: int
     """Columns multiplied, exactly."""
@@ -355,3 +355,5 @@ class QueryInfo:
     queue_s: float
     """Seconds that products waited for the device."""
     compute_s: float
+    plans: tuple[PlanReport, ...] = ()
+    """All that computed products, in order: a better one may take over between two."""

@@ -96,18 +96,20 @@ class QueryProgress(_message.Message):
     def __init__(self, iteration: _Optional[int] = ..., products: _Optional[int] = ..., estimates: _Optional[_Iterable[float]] = ..., residuals: _Optional[_Iterable[float]] = ..., elapsed_s: _Optional[float] = ...) -> None: ...
 
 class QuerySummary(_message.Message):
-    __slots__ = ("stopped", "products", "elapsed_s", "queue_s", "compute_s")
+    __slots__ = ("stopped", "products", "elapsed_s", "queue_s", "compute_s", "plans")
     STOPPED_FIELD_NUMBER: _ClassVar[int]
     PRODUCTS_FIELD_NUMBER: _ClassVar[int]
     ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    PLANS_FIELD_NUMBER: _ClassVar[int]
     stopped: Stop
     products: int
     elapsed_s: float
     queue_s: float
     compute_s: float
-    def __init__(self, stopped: _Optional[_Union[Stop, str]] = ..., products: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ...) -> None: ...
+    plans: _containers.RepeatedCompositeFieldContainer[_types_pb2.Plan]
+    def __init__(self, stopped: _Optional[_Union[Stop, str]] = ..., products: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., plans: _Optional[_Iterable[_Union[_types_pb2.Plan, _Mapping]]] = ...) -> None: ...
 
 class Accuracy(_message.Message):
     __slots__ = ("relative_error", "absolute_error", "samples", "seed")

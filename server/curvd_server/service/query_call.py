@@ -242,6 +242,7 @@ class QueryCall:
             elapsed_s=cost.elapsed_s,
             queue_s=cost.queue_s,
             compute_s=cost.compute_s,
+            plans=map(convert.plan_to_proto, self.run.plans),
         )
 
     async def answer(self, result: Any, tensors: Tensors) -> None:

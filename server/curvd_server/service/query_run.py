@@ -52,6 +52,8 @@ class QueryRun:
         batcher: The queue of the device.
         threads: Where algorithms run.
         time_limit_s: Start nothing on the device after so long; None: no limit.
+        lease: The session, whose operator may get a better plan on the way; None: none
+            does.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class QueryRun:
         batcher: Batcher,
         threads: concurrent.futures.Executor,
         time_limit_s: float | None,
+        lease: Lease | None = None,
     ) -> None:
         self._batcher, self._threads = batcher, threads
         self._start_s = time.monotonic()
@@ -71,6 +74,10 @@ class QueryRun:
         self._ticket: Ticket[Any] | None = None
         self.subject: Counted = _Nothing()
         """What the query is about; set before it is driven."""
+        self._leased = self._now = None if lease is None else lease.operator
+        self._latest = (lambda: None) if lease is None else lease.latest
+        self.plans = [self._now.report] if self._now else []
+        """Those that have computed products, in order."""
         self.ongoing = Ongoing(Work.QUERY)
         """Tells how far it is; likewise."""
 
@@ -114,6 +121,22 @@ class QueryRun:
                 return result[0]
             if progress is not None:
                 await report(progress, self.cost)
+            self._take_over()
+
+    def _take_over(self) -> None:
+        """Go on with a better plan, if one took over; no product runs now.
+
+        The map is the same but for rounding, which differs from product to product anyway:
+        no algorithm can tell.
+        """
+        latest = self._latest()
+        if latest is not self._now and latest is not None:
+            self._now = latest
+            self.plans.append(latest.report)
+
+    def operator(self, operator: Operator) -> Operator:
+        """Name what multiplies in place of an operator by now."""
+        return self._now if self._now and operator is self._leased else operator
 
     def _step(self, query: Query[R]) -> tuple[Progress | None, tuple[R, ...]]:
         """Run until there is something worth reporting; on a thread."""
@@ -214,12 +237,16 @@ def products_of(
     Returns:
         The map.
     """
-    at_once = max(1, operator.report.columns_at_once)
-
-    def product(V: Tensor) -> Tensor:
-        return run.compute(lambda cancelled: operator.multiply(V, cancelled=cancelled))
 
     def multiply(V: Tensor) -> Tensor:
+        now = run.operator(operator)
+
+        def product(part: Tensor) -> Tensor:
+            return run.compute(
+                lambda cancelled: now.multiply(part, cancelled=cancelled)
+            )
+
+        at_once = max(1, now.report.columns_at_once)
         parts = [product(part) for part in V.split(at_once)]  # type: ignore[no-untyped-call]
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         if spec.scale != 1.0:

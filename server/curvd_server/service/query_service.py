@@ -303,6 +303,7 @@ class QueryService:
                 batcher=self._batcher,
                 threads=self._threads,
                 time_limit_s=options.time_limit_s,
+                lease=lease,
             )
             run.subject = subject_of(run, lease, spec, options.max_products)
             info = lease.info

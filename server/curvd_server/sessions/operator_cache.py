@@ -52,6 +52,8 @@ class CachedOperator:
     operator: Operator
     users: int = 0
     retired: bool = False
+    successor: CachedOperator | None = None
+    """The one with a better plan that took its place at the same version."""
 
 
 class OperatorCache:
@@ -156,6 +158,23 @@ class OperatorCache:
         built.users += 1
         self._improve(spec)
         return built
+
+    def latest(self, built: CachedOperator) -> CachedOperator:
+        """Exchange an operator that is held for one that took its place.
+
+        Args:
+            built: What is held.
+
+        Returns:
+            What is held from now on: that with the best plan at the same version.
+        """
+        newer = built
+        while newer.successor is not None and not newer.successor.retired:
+            newer = newer.successor
+        if newer is not built:
+            newer.users += 1
+            self.release(built)
+        return newer
 
     def release(self, built: CachedOperator) -> None:
         """Let go of an operator; a retired one is closed with its last user."""
@@ -344,8 +363,10 @@ class OperatorCache:
         assert self.problem is not None
         if self.problem is not problem:
             made = self.problem.move(made)
+        before, after = self._built[spec], CachedOperator(made)
+        before.successor = after
         self._retire([spec])
-        self._built[spec] = CachedOperator(made)
+        self._built[spec] = after
         logger().info(
             takes_over,
             operator=str(spec.kind),

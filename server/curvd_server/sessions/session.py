@@ -108,6 +108,9 @@ class Lease:
     """The one that was asked for, built."""
     vectors: Vectors
     """What is stored in the session."""
+    latest: Callable[[], Operator | None] = lambda: None
+    """Exchanges the operator for one with a better plan at the same version, if one took
+    its place; the operator itself must not be used any more. On the event loop."""
 
 
 class Session:
@@ -284,11 +287,19 @@ class Session:
             else:
                 async with self.lock:
                     lease, built = await self._lease(operator, expected_version)
-            try:
+            if built is None:
                 yield lease
+                return
+            held = [built]
+
+            def latest() -> Operator:
+                held[0] = self.operator_cache.latest(held[0])
+                return held[0].operator
+
+            try:
+                yield replace(lease, latest=latest)
             finally:
-                if built is not None:
-                    self.operator_cache.release(built)
+                self.operator_cache.release(held[0])
 
     async def _lease(
         self, operator: OperatorSpec | None, expected_version: int | None
