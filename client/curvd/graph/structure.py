@@ -9,7 +9,6 @@ calls is what counts.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from curvd.graph.checkpoints import plain_checkpoints
 from curvd.graph.manifest import Inputs
 from curvd.graph.quiet import quiet
 from curvd.graph.unchecked import unchecked
+from curvd.graph.unmoved import Unsure, unmoved
 
 SIZES = (3, 10_007)
 """Batch sizes of the runs, the second a large prime: no number of the code is one by chance,
@@ -38,13 +38,6 @@ _NAMESPACES = ("aten", "prim", "prims")
 _ATOMS = (bool, int, float, complex, str, type(None))
 _KINDS = (torch.dtype, torch.layout, torch.memory_format, torch.device)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
-_CONTAINERS = (list, dict, set)
-_FOLLOWING = ("_flat_weights", "_flat_weight_refs")
-"""Lists of a recurrent layer, which lag behind its parameters and decide nothing."""
-
-
-class _Unsure(Exception):
-    """It cannot be told what a module does."""
 
 
 def structure(
@@ -78,7 +71,7 @@ def structure(
             calls = _CALLS
             for size in sizes:  # whose calls are as many, or it loops over data points
                 digest = hashlib.blake2b(known, digest_size=32)
-                with _unmoved(wrapper):
+                with unmoved(wrapper):
                     calls = _run(wrapper, rows, size, calls, digest.update)
                 digests.append(digest.digest())
     except Exception:  # of the module's own code, on tensors that it was not made for
@@ -93,7 +86,7 @@ def _tensors(wrapper: nn.Module, rows: Inputs) -> Iterator[Any]:
     first: dict[int, int] = {}
     for name, tensor, kind in _named(wrapper):
         if type(tensor) not in _TENSORS:
-            raise _Unsure
+            raise Unsure
         number = first.setdefault(id(tensor), len(first))
         yield name, kind, number, tensor.requires_grad, tensor.device, _form(tensor)
     yield rows.names, str(pytree.tree_structure((rows.args, dict(rows.kwargs))))
@@ -222,7 +215,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Describe an argument or a result by what does not change from run to run."""
         if isinstance(item, Tensor):
             if type(item) not in _TENSORS:
-                raise _Unsure
+                raise Unsure
             number, _ = self._memory[item.untyped_storage()._cdata]
             signs = item.requires_grad, item.is_conj(), item.is_neg()
             return number, item.storage_offset(), _form(item), signs
@@ -232,7 +225,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return [(self.shown(k), self.shown(v)) for k, v in item.items()]
         if type(item) in _ATOMS or isinstance(item, _KINDS):
             return item
-        raise _Unsure
+        raise Unsure
 
     def __torch_dispatch__(
         self,
@@ -244,7 +237,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note a call, and make it without memory."""
         self.calls += 1
         if func.namespace not in _NAMESPACES or self.calls > self._most:
-            raise _Unsure
+            raise Unsure
         given = _mapped(self._here, [args, kwargs or {}])
         self.line(str(func), self.shown(given), torch.is_grad_enabled())
         args, options = _mapped(_without_place, given)
@@ -270,9 +263,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._constant_bytes += tensor.nbytes
         hidden = tensor.untyped_storage()._cdata in self._own
         if hidden or tensor.requires_grad or type(tensor) not in _TENSORS:
-            raise _Unsure
+            raise Unsure
         if self._constant_bytes > _CONSTANT_BYTES:
-            raise _Unsure
+            raise Unsure
         whole = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
         content = whole.contiguous().view(torch.uint8).numpy().tobytes()
         self.line("constant", tensor.device, _form(tensor), content)
@@ -314,64 +307,3 @@ def _autocast() -> Any:
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         for kind in ("cpu", "cuda")
     ]
-
-
-@contextlib.contextmanager
-def _unmoved(wrapper: nn.Module) -> Iterator[None]:
-    """Put back what a module keeps of a run.
-
-    Raises:
-        _Unsure: If it kept something: a next run may do something else.
-    """
-    before = [
-        (module, dict(vars(module)), _contents(module)) for module in wrapper.modules()
-    ]
-    moved = False
-    try:
-        yield
-    finally:
-        for module, held, contents in before:
-            moved = moved or not _is_as_before(module, held, contents)
-            for name, content in contents.items():
-                _refill(held[name], content)
-            vars(module).clear()
-            vars(module).update(held)
-    if moved:
-        raise _Unsure
-
-
-def _contents(module: nn.Module) -> dict[str, Any]:
-    """Copy the lists, dicts and sets that a module holds."""
-    return {n: type(c)(c) for n, c in vars(module).items() if type(c) in _CONTAINERS}
-
-
-def _is_as_before(
-    module: nn.Module, held: Mapping[str, Any], contents: Mapping[str, Any]
-) -> bool:
-    """Compare attributes by identity, and containers by that of what they contain."""
-    now = vars(module)
-    following = _FOLLOWING if isinstance(module, nn.RNNBase) else ()
-    return list(now) == list(held) and all(
-        _same(now[name], contents[name]) if name in contents else now[name] is value
-        for name, value in held.items()
-        if name not in following
-    )
-
-
-def _same(a: Any, b: Any) -> bool:
-    if type(a) is not type(b) or len(a) != len(b):
-        return False
-    pairs = zip(_parts(a), _parts(b), strict=True)
-    return all(x is y for x, y in pairs)
-
-
-def _parts(container: Any) -> Iterator[Any]:
-    yield from container
-    if isinstance(container, dict):
-        yield from container.values()
-
-
-def _refill(container: Any, content: Any) -> None:
-    if not _same(container, content):
-        container.clear()
-        getattr(container, "extend" if type(container) is list else "update")(content)
