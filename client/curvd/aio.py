@@ -123,13 +123,14 @@ class AsyncClient:
         config: Mapping[str, Any] | None = None,
         state: Tensors | None = None,
         *,
+        share_with: Sequence[str] = (),
         progress: Progress | bool = False,
     ) -> ModelInfo:
         """Register an architecture with its state; see `curvd.Client`."""
         with shown(progress, "model") as callback:
             # Hashing gigabytes would hold up the event loop.
             call = await asyncio.to_thread(
-                upload.register_model, model, config, state, callback
+                upload.register_model, model, config, state, callback, share_with
             )
             return await self._connection.run(call)
 
@@ -143,6 +144,7 @@ class AsyncClient:
         target: str,
         batch_size: int,
         input_style: InputStyle | str = InputStyle.POSITIONAL,
+        share_with: Sequence[str] = (),
         progress: Progress | bool = False,
     ) -> DatasetInfo:
         """Register named tensors as fixed mini-batches; see `curvd.Client`."""
@@ -157,6 +159,7 @@ class AsyncClient:
                 batch_size=batch_size,
                 input_style=input_style,
                 progress=callback,
+                share_with=share_with,
             )
             return await self._connection.run(call)
 
@@ -176,6 +179,7 @@ class AsyncClient:
         name: str = "",
         validate_only: bool = False,
         plan: Tier | str | None = None,
+        share_with: Sequence[str] = (),
         progress: ObserveOpening | bool = False,
     ) -> AsyncSession:
         """Bring a model, a dataset and a loss together; see `curvd.Client`."""
@@ -193,6 +197,7 @@ class AsyncClient:
             name=name,
             validate_only=validate_only,
             plan=plan,
+            share_with=share_with,
         )
         with opening(progress) as observe:
             info = await self._connection.run(call.observed(observe))

@@ -42,7 +42,7 @@ from curvd_server.system import (
     logs,
     usable_cores,
 )
-from curvd_server.transport import raise_descriptor_limit
+from curvd_server.transport import Callers, raise_descriptor_limit
 
 CAPABILITIES = tuple(
     sorted([
@@ -80,6 +80,8 @@ class Running:
     """Where a client on this machine connects."""
     batcher: Batcher
     sessions: SessionStore
+    callers: Callers
+    """Who may call."""
 
 
 def serve(config: ServerConfig) -> None:
@@ -175,6 +177,7 @@ async def running(
             partial_bytes=limits.partial_bytes,
             partial_s=limits.partial_s,
             memory=memory,
+            senders=catalogue.senders(),
         )
         batcher = Batcher(
             run_columns=limits.run_columns,
@@ -219,10 +222,11 @@ async def running(
             curvature,
             queries,
         ]
-        target = await stack.enter_async_context(serving(config, services))
+        callers = config.callers()
+        target = await stack.enter_async_context(serving(config, services, callers))
         sweeper = asyncio.create_task(_expire(sessions, curvature, blobs, catalogue))
         stack.callback(sweeper.cancel)
-        yield Running(target, batcher, sessions)
+        yield Running(target, batcher, sessions, callers)
 
 
 def _single(
@@ -297,6 +301,8 @@ async def _serve(config: ServerConfig) -> None:
     with torchs_folder(config.data_dir):
         async with running(config) as server:
             gc.freeze()  # with what the device imported
+            if config.tokens is not None:
+                loop.add_signal_handler(signal.SIGHUP, server.callers.reload)
             print(f"curvd serves at {server.target}", flush=True)  # noqa: T201
             await stop.wait()
 

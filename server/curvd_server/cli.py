@@ -1,9 +1,10 @@
-"""``curvd serve``: an option for each setting of `ServerConfig`, and the documents' table."""
+"""``curvd serve`` and ``curvd token``; an option for each setting, and the documents' table."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from curvd.cli.options import FILE, Place, Size, option, read_config, token_opti
 from curvd.contract import Setting, settings_of
 from curvd.tensors import tune_allocator
 from curvd_server.config import LimitsConfig, ServerConfig, TlsConfig
-from curvd_server.transport import ConnectionLimits
+from curvd_server.system import ROLES
+from curvd_server.transport import ConnectionLimits, token_file
 
 _NESTED: dict[str, tuple[type[Any], str]] = {
     "tls": (TlsConfig, "tls_"),
@@ -25,6 +27,8 @@ _NESTED: dict[str, tuple[type[Any], str]] = {
 """Fields of `ServerConfig` that hold settings of their own, and the prefix of these."""
 _KINDS: dict[Any, Any] = {int: click.INT, float: click.FLOAT, str: click.STRING}
 _PATH = Place(path_type=Path)
+_TOKEN = ("token", "token_file")
+"""Options that every command has, see `token_options`."""
 _SIZES = ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB"))
 
 
@@ -138,7 +142,7 @@ def table() -> str:
 
 
 def _with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
-    for o in reversed([o for o in options() if not o.name.startswith("token")]):
+    for o in reversed([o for o in options() if o.name not in _TOKEN]):
         command = o.decorate(command)
     return token_options(command)
 
@@ -180,6 +184,47 @@ def serve(**given: Any) -> None:
     from curvd_server.app import serve as run
 
     run(config)
+
+
+@click.command()
+@click.argument("name")
+@click.option(
+    "--file",
+    required=True,
+    type=_PATH,
+    help="The server's --tokens, which gets a line with the token's hash; it is made if it "
+    "is not there.",
+)
+@click.option(
+    "--role",
+    "roles",
+    multiple=True,
+    type=click.Choice(ROLES),
+    help="What the caller may do: user (also without this), or operator, who sees and "
+    "ends what belongs to others; may be repeated.",
+)
+@click.option(
+    "--group",
+    "groups",
+    multiple=True,
+    help="A group that things may be shared with, as @GROUP; may be repeated.",
+)
+@click.option("--expires", help="How long it is good: 12h, 90d.  [default: for ever]")
+def token(
+    name: str,
+    file: Path,
+    roles: tuple[str, ...],
+    groups: tuple[str, ...],
+    expires: str | None,
+) -> None:
+    """Make a token for the caller NAME, and print it: it is kept nowhere else."""
+    made = token_file.new_token()
+    until_s = None
+    if expires is not None:
+        until_s = time.time() + token_file.seconds_of(expires)
+    line = token_file.line_of(name, made, roles=roles, groups=groups, expires_s=until_s)
+    token_file.append(file, line)
+    click.echo(made)
 
 
 def configured(given: Mapping[str, Any]) -> ServerConfig:

@@ -16,7 +16,7 @@ import grpc
 from curvd.contract import Limits, check_settings, setting
 from curvd.errors import InvalidSpec
 from curvd.tensors import MAX_HEADER_BYTES
-from curvd_server.transport import ConnectionLimits
+from curvd_server.transport import Callers, ConnectionLimits, TokenFile
 
 DEFAULT_LISTEN = "127.0.0.1:50551"
 MESSAGE_BYTES = 4 << 20
@@ -231,6 +231,11 @@ class ServerConfig:
     token_file: Path | None = setting(
         None, "A file with the token, in place of CURVD_TOKEN."
     )
+    tokens: Path | None = setting(
+        None,
+        "A file with a line for each token, so that callers have names and each has its "
+        "own (curvd token NAME makes one); in place of the one token.",
+    )
     insecure: bool = setting(
         False,
         "Serve other machines without encryption, or without asking who they are.",
@@ -302,8 +307,14 @@ class ServerConfig:
                     msg = f"{name} {str(folder)!r} is no folder"
                     raise InvalidSpec(msg, **{name: folder})
         local = is_local(self.listen)
-        if self.token is not None and self.token_file is not None:
-            msg = "give the token or token_file, not both"
+        ways = {
+            "the token": self.token,
+            "token_file": self.token_file,
+            "tokens": self.tokens,
+        }
+        given = [name for name, value in ways.items() if value is not None]
+        if len(given) > 1:
+            msg = f"give {' or '.join(given)}, not both"
             raise InvalidSpec(msg)
         if self.token is not None:
             _check_token(self.token, "token")
@@ -332,7 +343,8 @@ class ServerConfig:
     @property
     def has_token(self) -> bool:
         """Whether calls must carry a token."""
-        return self.token is not None or self.token_file is not None
+        ways = (self.token, self.token_file, self.tokens)
+        return any(way is not None for way in ways)
 
     def bearer_token(self) -> str | None:
         """Find the token.
@@ -348,6 +360,19 @@ class ServerConfig:
         token = _read(self.token_file, "token_file").decode(errors="replace").strip()
         _check_token(token, f"token_file {self.token_file}")
         return token
+
+    def callers(self) -> Callers:
+        """Find out who may call.
+
+        Returns:
+            Tells callers apart, if they have tokens of their own or certificates.
+
+        Raises:
+            InvalidSpec: If a file cannot be read or holds no token.
+        """
+        certificates = self.tls is not None and self.tls.client_ca is not None
+        tokens = None if self.tokens is None else TokenFile(Path(self.tokens))
+        return Callers(self.bearer_token(), tokens, certificates=certificates)
 
     def credentials(self) -> grpc.ServerCredentials | None:
         """Read the TLS files, the only place that does.

@@ -106,7 +106,7 @@ class Line:
 @pytest.fixture
 def chaos(monkeypatch):
     chaos = Chaos(seed=0)
-    monkeypatch.setattr(endpoint, "interceptors_of", lambda token: [chaos])
+    monkeypatch.setattr(endpoint, "interceptors_of", lambda callers, drops: [chaos])
     return chaos
 
 

@@ -1,5 +1,7 @@
 """A right request of each RPC, for tests that change something about them."""
 
+import copy
+
 import numpy as np
 import raw
 
@@ -31,6 +33,12 @@ class Requests:
         self.model = raw.register_model(channel, "mlp", CONFIG, STATE).model.id
         self.dataset = raw.register_dataset(channel, POINTS).dataset.id
         self.session = session_id or self.create()
+
+    def as_seen_by(self, channel, **changes):
+        """The same requests from somebody else, or about something else."""
+        other = copy.copy(self)
+        other.__dict__.update(changes, channel=channel)
+        return other
 
     def create(self):
         """Make a session; return its id."""

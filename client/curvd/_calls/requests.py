@@ -272,6 +272,7 @@ def create_session(
     name: str,
     validate_only: bool,
     plan: enums.Tier | str | None,
+    share_with: Sequence[str],
 ) -> CreateSession:
     """Bring model, dataset and loss together."""
     if isinstance(operators, str):
@@ -294,6 +295,7 @@ def create_session(
         validate_only=validate_only,
         plan=None if tier is None else convert_enums.tier_to_proto(tier),
         build_later=operators is None,
+        share_with=[share_with] if isinstance(share_with, str) else share_with,
     )
     _set_lease(request, lease_s)
     return CreateSession(request)

@@ -157,6 +157,7 @@ def register_model(
     config: Mapping[str, Any] | None,
     state: Tensors | None,
     progress: Progress | None,
+    share_with: Sequence[str] = (),
 ) -> Upload[ModelInfo]:
     """Register an architecture with its state."""
     if not isinstance(model, str | ExportedModel):
@@ -179,6 +180,7 @@ def register_model(
         header = session_pb.RegisterModelHeader(
             builder=model, config_json=convert.config_to_json(config or {})
         )
+    header.share_with.extend(names_of(share_with))
     return Upload(
         RPCS["RegisterModel"],
         header,
@@ -199,6 +201,7 @@ def register_dataset(
     batch_size: int,
     input_style: enums.InputStyle | str,
     progress: Progress | None,
+    share_with: Sequence[str],
 ) -> Call[DatasetInfo]:
     """Register tensors, or a dataset of the server, as fixed mini-batches."""
     if [tensors, name, digest].count(None) != 2:
@@ -216,6 +219,7 @@ def register_dataset(
         batch_size=spec.batch_size,
         input_style=convert_enums.input_style_to_proto(spec.input_style),
         name=name,
+        share_with=names_of(share_with),
     )
     rpc = RPCS["RegisterDataset"]
     if tensors is None:
@@ -246,7 +250,13 @@ def register_like(
         batch_size=spec.batch_size if batch_size is None else batch_size,
         input_style=spec.input_style,
         progress=None,
+        share_with=(),
     )
+
+
+def names_of(share_with: Sequence[str]) -> Sequence[str]:
+    """Read whom a thing is shared with: names, or only one."""
+    return (share_with,) if isinstance(share_with, str) else share_with
 
 
 def _dataset(response: session_pb.RegisterDatasetResponse) -> DatasetInfo:

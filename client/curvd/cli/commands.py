@@ -69,6 +69,9 @@ class Deferred(click.Command):
 main.add_command(
     Deferred("serve", "curvd_server.cli", "Run a server until SIGTERM or Ctrl-C.")
 )
+main.add_command(
+    Deferred("token", "curvd_server.cli", "Make a token for a caller of a server.")
+)
 
 
 @main.command()

@@ -213,6 +213,8 @@ def model_to_proto(model: infos.ModelInfo) -> session_pb.Model:
         tensors=tensors_to_proto(model.tensors),
         state_bytes=model.state_bytes,
         graph_digest=model.graph_digest,
+        owner=model.owner,
+        shared_with=model.shared_with,
     )
 
 
@@ -226,6 +228,8 @@ def model_from_proto(message: session_pb.Model) -> infos.ModelInfo:
         tensors=tensors_from_proto(message.tensors),
         state_bytes=message.state_bytes,
         graph_digest=message.graph_digest,
+        owner=message.owner,
+        shared_with=tuple(message.shared_with),
     )
 
 
@@ -241,6 +245,8 @@ def dataset_to_proto(dataset: infos.DatasetInfo) -> session_pb.Dataset:
         data_points=dataset.data_points,
         total_bytes=dataset.total_bytes,
         name=dataset.name,
+        owner=dataset.owner,
+        shared_with=dataset.shared_with,
     )
 
 
@@ -253,6 +259,8 @@ def dataset_from_proto(message: session_pb.Dataset) -> infos.DatasetInfo:
         data_points=message.data_points,
         total_bytes=message.total_bytes,
         name=message.name,
+        owner=message.owner,
+        shared_with=tuple(message.shared_with),
     )
 
 
@@ -304,6 +312,8 @@ def session_to_proto(info: infos.SessionInfo) -> session_pb.Session:
         params=info.params,
         plan=convert_enums.tier_to_proto(info.plan),
         parameters_of=info.parameters_of,
+        owner=info.owner,
+        shared_with=info.shared_with,
     )
 
 
@@ -335,6 +345,8 @@ def session_from_proto(message: session_pb.Session) -> infos.SessionInfo:
         params=tuple(message.params),
         plan=convert_enums.tier_from_proto(message.plan),
         parameters_of=message.parameters_of,
+        owner=message.owner,
+        shared_with=tuple(message.shared_with),
     )
 
 

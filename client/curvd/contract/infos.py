@@ -62,6 +62,10 @@ class ModelInfo:
     state_bytes: int
     graph_digest: str = ""
     """SHA-256 of the graph; empty: a builder made it."""
+    owner: str = ""
+    """Name of the caller whose it is; empty: nobody's in particular."""
+    shared_with: tuple[str, ...] = ()
+    """Other callers who may use it: names, and groups behind an "@"."""
 
     def __repr__(self) -> str:
         made = repr(self.spec.builder) if self.spec.builder else "graph"
@@ -83,6 +87,10 @@ class DatasetInfo:
     total_bytes: int
     name: str = ""
     """Its name on the server; empty if it was uploaded."""
+    owner: str = ""
+    """Name of the caller whose it is; empty: nobody's in particular."""
+    shared_with: tuple[str, ...] = ()
+    """Other callers who may use it: names, and groups behind an "@"."""
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{t.name} {list(t.shape)}" for t in self.tensors)
@@ -134,6 +142,10 @@ class SessionInfo:
     """Which tier the first answer of an operator waits for."""
     parameters_of: str = ""
     """The same in all sessions that share these parameters; empty: no other does."""
+    owner: str = ""
+    """Name of the caller whose it is; empty: nobody's in particular."""
+    shared_with: tuple[str, ...] = ()
+    """Other callers who may use it: names, and groups behind an "@"."""
 
     def __repr__(self) -> str:
         name = f"{self.name!r} " if self.name else ""

@@ -113,6 +113,7 @@ class Client:
         config: Mapping[str, Any] | None = None,
         state: Tensors | None = None,
         *,
+        share_with: Sequence[str] = (),
         progress: Progress | bool = False,
     ) -> ModelInfo:
         """Register an architecture with its state. Same content, same model.
@@ -128,6 +129,8 @@ class Client:
                 arrays by name, or the path of a safetensors file; None: what was
                 exported. bfloat16 tensors travel as float32, unless they come in a
                 file.
+            share_with: Other callers who may use it: names, and groups behind an "@".
+                Given for what is registered, they take the place of those before.
             progress: Called with bytes done and in total; True draws a bar on stderr.
 
         Returns:
@@ -142,7 +145,7 @@ class Client:
             True
         """
         with shown(progress, "model") as callback:
-            call = upload.register_model(model, config, state, callback)
+            call = upload.register_model(model, config, state, callback, share_with)
             return self._connection.run(call)
 
     def register_dataset(
@@ -155,6 +158,7 @@ class Client:
         target: str,
         batch_size: int,
         input_style: InputStyle | str = InputStyle.POSITIONAL,
+        share_with: Sequence[str] = (),
         progress: Progress | bool = False,
     ) -> DatasetInfo:
         """Register named tensors as fixed mini-batches. Same content, same dataset.
@@ -171,6 +175,7 @@ class Client:
             target: Name of the target.
             batch_size: ``B``; the last mini-batch may be smaller.
             input_style: How the model wants its inputs.
+            share_with: Other callers who may use it, as for `register_model`.
             progress: Called with bytes done and in total; True draws a bar on stderr.
 
         Returns:
@@ -192,6 +197,7 @@ class Client:
                 batch_size=batch_size,
                 input_style=input_style,
                 progress=callback,
+                share_with=share_with,
             )
             return self._connection.run(call)
 
@@ -211,6 +217,7 @@ class Client:
         name: str = "",
         validate_only: bool = False,
         plan: Tier | str | None = None,
+        share_with: Sequence[str] = (),
         progress: ObserveOpening | bool = False,
     ) -> Session:
         """Bring a model, a dataset and a loss together, verified and warm.
@@ -239,6 +246,9 @@ class Client:
                 differently, and results say which one computed them. ``final``: the last
                 one, and nothing takes over, so equal requests have equal bits
                 throughout. None: as the server is set, by default ``first``.
+            share_with: Other callers who may use it: names, and groups behind an "@".
+                They multiply, query, and store vectors of their own; parameters and
+                the end of the session are its owner's.
             progress: Called with a `StageProgress` on the way; True draws a line on a
                 terminal.
 
@@ -268,6 +278,7 @@ class Client:
             name=name,
             validate_only=validate_only,
             plan=plan,
+            share_with=share_with,
         )
         with opening(progress) as observe:
             info = self._connection.run(call.observed(observe))

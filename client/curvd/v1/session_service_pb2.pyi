@@ -68,23 +68,27 @@ class UploadNeeded(_message.Message):
     def __init__(self, committed_bytes: _Optional[int] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("id", "builder", "config_json", "tensors", "state_bytes", "graph_digest")
+    __slots__ = ("id", "builder", "config_json", "tensors", "state_bytes", "graph_digest", "owner", "shared_with")
     ID_FIELD_NUMBER: _ClassVar[int]
     BUILDER_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
     GRAPH_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    SHARED_WITH_FIELD_NUMBER: _ClassVar[int]
     id: str
     builder: str
     config_json: str
     tensors: _containers.RepeatedCompositeFieldContainer[_types_pb2.TensorInfo]
     state_bytes: int
     graph_digest: str
-    def __init__(self, id: _Optional[str] = ..., builder: _Optional[str] = ..., config_json: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_types_pb2.TensorInfo, _Mapping]]] = ..., state_bytes: _Optional[int] = ..., graph_digest: _Optional[str] = ...) -> None: ...
+    owner: str
+    shared_with: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[str] = ..., builder: _Optional[str] = ..., config_json: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_types_pb2.TensorInfo, _Mapping]]] = ..., state_bytes: _Optional[int] = ..., graph_digest: _Optional[str] = ..., owner: _Optional[str] = ..., shared_with: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Dataset(_message.Message):
-    __slots__ = ("id", "tensors", "inputs", "target", "batch_size", "input_style", "data_points", "total_bytes", "name")
+    __slots__ = ("id", "tensors", "inputs", "target", "batch_size", "input_style", "data_points", "total_bytes", "name", "owner", "shared_with")
     ID_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +98,8 @@ class Dataset(_message.Message):
     DATA_POINTS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    SHARED_WITH_FIELD_NUMBER: _ClassVar[int]
     id: str
     tensors: _containers.RepeatedCompositeFieldContainer[_types_pb2.TensorInfo]
     inputs: _containers.RepeatedScalarFieldContainer[str]
@@ -103,10 +109,12 @@ class Dataset(_message.Message):
     data_points: int
     total_bytes: int
     name: str
-    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_types_pb2.TensorInfo, _Mapping]]] = ..., inputs: _Optional[_Iterable[str]] = ..., target: _Optional[str] = ..., batch_size: _Optional[int] = ..., input_style: _Optional[_Union[_types_pb2.InputStyle, str]] = ..., data_points: _Optional[int] = ..., total_bytes: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
+    owner: str
+    shared_with: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_types_pb2.TensorInfo, _Mapping]]] = ..., inputs: _Optional[_Iterable[str]] = ..., target: _Optional[str] = ..., batch_size: _Optional[int] = ..., input_style: _Optional[_Union[_types_pb2.InputStyle, str]] = ..., data_points: _Optional[int] = ..., total_bytes: _Optional[int] = ..., name: _Optional[str] = ..., owner: _Optional[str] = ..., shared_with: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("id", "name", "model_id", "dataset_id", "loss", "dtype", "mode", "version", "parameters_digest", "parameters", "parameter_count", "data_points", "batches", "device", "budget_bytes", "operators", "state", "create_time", "expire_time", "params", "plan", "parameters_of")
+    __slots__ = ("id", "name", "model_id", "dataset_id", "loss", "dtype", "mode", "version", "parameters_digest", "parameters", "parameter_count", "data_points", "batches", "device", "budget_bytes", "operators", "state", "create_time", "expire_time", "params", "plan", "parameters_of", "owner", "shared_with")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
@@ -129,6 +137,8 @@ class Session(_message.Message):
     PARAMS_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_OF_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    SHARED_WITH_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     model_id: str
@@ -151,19 +161,23 @@ class Session(_message.Message):
     params: _containers.RepeatedScalarFieldContainer[str]
     plan: _types_pb2.Tier
     parameters_of: str
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., loss: _Optional[_Union[_types_pb2.Loss, _Mapping]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., mode: _Optional[_Union[_types_pb2.Mode, str]] = ..., version: _Optional[int] = ..., parameters_digest: _Optional[str] = ..., parameters: _Optional[_Iterable[_Union[_types_pb2.Parameter, _Mapping]]] = ..., parameter_count: _Optional[int] = ..., data_points: _Optional[int] = ..., batches: _Optional[int] = ..., device: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., operators: _Optional[_Iterable[_Union[_types_pb2.BuiltOperator, _Mapping]]] = ..., state: _Optional[_Union[SessionState, str]] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., params: _Optional[_Iterable[str]] = ..., plan: _Optional[_Union[_types_pb2.Tier, str]] = ..., parameters_of: _Optional[str] = ...) -> None: ...
+    owner: str
+    shared_with: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., loss: _Optional[_Union[_types_pb2.Loss, _Mapping]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., mode: _Optional[_Union[_types_pb2.Mode, str]] = ..., version: _Optional[int] = ..., parameters_digest: _Optional[str] = ..., parameters: _Optional[_Iterable[_Union[_types_pb2.Parameter, _Mapping]]] = ..., parameter_count: _Optional[int] = ..., data_points: _Optional[int] = ..., batches: _Optional[int] = ..., device: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., operators: _Optional[_Iterable[_Union[_types_pb2.BuiltOperator, _Mapping]]] = ..., state: _Optional[_Union[SessionState, str]] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., params: _Optional[_Iterable[str]] = ..., plan: _Optional[_Union[_types_pb2.Tier, str]] = ..., parameters_of: _Optional[str] = ..., owner: _Optional[str] = ..., shared_with: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RegisterModelHeader(_message.Message):
-    __slots__ = ("builder", "config_json", "state", "graph")
+    __slots__ = ("builder", "config_json", "state", "graph", "share_with")
     BUILDER_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     GRAPH_FIELD_NUMBER: _ClassVar[int]
+    SHARE_WITH_FIELD_NUMBER: _ClassVar[int]
     builder: str
     config_json: str
     state: Upload
     graph: _graph_pb2.Graph
-    def __init__(self, builder: _Optional[str] = ..., config_json: _Optional[str] = ..., state: _Optional[_Union[Upload, _Mapping]] = ..., graph: _Optional[_Union[_graph_pb2.Graph, _Mapping]] = ...) -> None: ...
+    share_with: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, builder: _Optional[str] = ..., config_json: _Optional[str] = ..., state: _Optional[_Union[Upload, _Mapping]] = ..., graph: _Optional[_Union[_graph_pb2.Graph, _Mapping]] = ..., share_with: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RegisterModelRequest(_message.Message):
     __slots__ = ("header", "chunk")
@@ -182,20 +196,22 @@ class RegisterModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., upload_needed: _Optional[_Union[UploadNeeded, _Mapping]] = ...) -> None: ...
 
 class RegisterDatasetHeader(_message.Message):
-    __slots__ = ("inputs", "target", "batch_size", "input_style", "tensors", "name")
+    __slots__ = ("inputs", "target", "batch_size", "input_style", "tensors", "name", "share_with")
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     INPUT_STYLE_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
+    SHARE_WITH_FIELD_NUMBER: _ClassVar[int]
     inputs: _containers.RepeatedScalarFieldContainer[str]
     target: str
     batch_size: int
     input_style: _types_pb2.InputStyle
     tensors: Upload
     name: str
-    def __init__(self, inputs: _Optional[_Iterable[str]] = ..., target: _Optional[str] = ..., batch_size: _Optional[int] = ..., input_style: _Optional[_Union[_types_pb2.InputStyle, str]] = ..., tensors: _Optional[_Union[Upload, _Mapping]] = ..., name: _Optional[str] = ...) -> None: ...
+    share_with: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, inputs: _Optional[_Iterable[str]] = ..., target: _Optional[str] = ..., batch_size: _Optional[int] = ..., input_style: _Optional[_Union[_types_pb2.InputStyle, str]] = ..., tensors: _Optional[_Union[Upload, _Mapping]] = ..., name: _Optional[str] = ..., share_with: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RegisterDatasetRequest(_message.Message):
     __slots__ = ("header", "chunk")
@@ -214,7 +230,7 @@ class RegisterDatasetResponse(_message.Message):
     def __init__(self, dataset: _Optional[_Union[Dataset, _Mapping]] = ..., upload_needed: _Optional[_Union[UploadNeeded, _Mapping]] = ...) -> None: ...
 
 class CreateSessionRequest(_message.Message):
-    __slots__ = ("model_id", "dataset_id", "loss", "dtype", "mode", "operators", "budget_bytes", "lease", "name", "request_id", "validate_only", "params", "plan", "build_later", "shares_with")
+    __slots__ = ("model_id", "dataset_id", "loss", "dtype", "mode", "operators", "budget_bytes", "lease", "name", "request_id", "validate_only", "params", "plan", "build_later", "shares_with", "share_with")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     DATASET_ID_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -230,6 +246,7 @@ class CreateSessionRequest(_message.Message):
     PLAN_FIELD_NUMBER: _ClassVar[int]
     BUILD_LATER_FIELD_NUMBER: _ClassVar[int]
     SHARES_WITH_FIELD_NUMBER: _ClassVar[int]
+    SHARE_WITH_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     dataset_id: str
     loss: _types_pb2.Loss
@@ -245,7 +262,8 @@ class CreateSessionRequest(_message.Message):
     plan: _types_pb2.Tier
     build_later: bool
     shares_with: str
-    def __init__(self, model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., loss: _Optional[_Union[_types_pb2.Loss, _Mapping]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., mode: _Optional[_Union[_types_pb2.Mode, str]] = ..., operators: _Optional[_Iterable[_Union[_types_pb2.Operator, _Mapping]]] = ..., budget_bytes: _Optional[int] = ..., lease: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., name: _Optional[str] = ..., request_id: _Optional[str] = ..., validate_only: bool = ..., params: _Optional[_Iterable[str]] = ..., plan: _Optional[_Union[_types_pb2.Tier, str]] = ..., build_later: bool = ..., shares_with: _Optional[str] = ...) -> None: ...
+    share_with: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model_id: _Optional[str] = ..., dataset_id: _Optional[str] = ..., loss: _Optional[_Union[_types_pb2.Loss, _Mapping]] = ..., dtype: _Optional[_Union[_types_pb2.Dtype, str]] = ..., mode: _Optional[_Union[_types_pb2.Mode, str]] = ..., operators: _Optional[_Iterable[_Union[_types_pb2.Operator, _Mapping]]] = ..., budget_bytes: _Optional[int] = ..., lease: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., name: _Optional[str] = ..., request_id: _Optional[str] = ..., validate_only: bool = ..., params: _Optional[_Iterable[str]] = ..., plan: _Optional[_Union[_types_pb2.Tier, str]] = ..., build_later: bool = ..., shares_with: _Optional[str] = ..., share_with: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CreateSessionResponse(_message.Message):
     __slots__ = ("session",)

@@ -32,7 +32,7 @@ from curvd_server.service.sinks import Sink
 from curvd_server.service.sources import Source
 from curvd_server.service.streams import CALLER, Chunks, OneMessage, Send, opened
 from curvd_server.sessions import Lease, SessionStore
-from curvd_server.system import HostMemory
+from curvd_server.system import HostMemory, calling
 
 ProductHeader = curvature_pb.ProductHeader
 
@@ -255,7 +255,7 @@ class CurvatureService:
 
 
 def _key(header: ProductHeader) -> Key:
-    return (header.session_id, header.request_id)
+    return (header.session_id, header.request_id, calling().name)
 
 
 def _format(request: Any, name: str, lease: Lease) -> Format:

@@ -18,6 +18,7 @@ from curvd_server.service.handlers import generic_handlers
 from curvd_server.storage import private_folder
 from curvd_server.system import logs
 from curvd_server.transport import (
+    Callers,
     Calls,
     Drops,
     Front,
@@ -34,7 +35,9 @@ _SERVICES = sorted({rpc.service for rpc in RPCS.values()})
 
 
 @contextlib.asynccontextmanager
-async def serving(config: ServerConfig, services: list[object]) -> AsyncIterator[str]:
+async def serving(
+    config: ServerConfig, services: list[object], callers: Callers
+) -> AsyncIterator[str]:
     """Serve the services with health and reflection; drain at the end.
 
     Clients of ours are served by the front itself, all others by grpcio behind it;
@@ -43,6 +46,7 @@ async def serving(config: ServerConfig, services: list[object]) -> AsyncIterator
     Args:
         config: Address, encryption, token and limits.
         services: Objects with a method for each RPC.
+        callers: Those who may call.
 
     Yields:
         The target for clients on this machine.
@@ -50,9 +54,9 @@ async def serving(config: ServerConfig, services: list[object]) -> AsyncIterator
     Raises:
         InvalidSpec: If the address cannot be had.
     """
-    gate, drops = Gate(), Drops()
-    stalls = StallGuard(config.connections.stall_s, drops)
-    interceptors = interceptors_of(config.bearer_token())
+    drops = Drops()
+    gate, stalls = Gate(callers, drops), StallGuard(config.connections.stall_s, drops)
+    interceptors = interceptors_of(callers, drops)
     server = grpc.aio.server(interceptors=interceptors, options=config.server_options())
     calls = Calls(interceptors, MESSAGE_BYTES, stalls)
     reporter = health.aio.HealthServicer()
@@ -76,16 +80,17 @@ async def serving(config: ServerConfig, services: list[object]) -> AsyncIterator
     log.info("stopped", dropped=dict(drops.counts))
 
 
-def interceptors_of(token: str | None) -> list[grpc.aio.ServerInterceptor]:
+def interceptors_of(callers: Callers, drops: Drops) -> list[grpc.aio.ServerInterceptor]:
     """Name what every call passes through, whoever carries it.
 
     Args:
-        token: What calls must bring; None: nothing.
+        callers: Those who may call.
+        drops: Told of others.
 
     Returns:
         The interceptors, the outermost first.
     """
-    return [] if token is None else [TokenInterceptor(token)]
+    return [TokenInterceptor(callers, drops)] if callers.asks else []
 
 
 @contextlib.asynccontextmanager

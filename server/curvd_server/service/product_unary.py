@@ -26,6 +26,7 @@ from curvd_server.service.result_encoding import Format
 from curvd_server.service.sources import name_of
 from curvd_server.service.streams import CALLER
 from curvd_server.sessions import Lease
+from curvd_server.system import calling
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,8 @@ async def multiply(
         The answer.
     """
     assert lease.operator is not None
-    key, columns = (lease.info.id, request.request_id), operand.columns
+    key = (lease.info.id, request.request_id, calling().name)
+    columns = operand.columns
     if key in dependencies.results:
         kept = dependencies.results.get(key, _content(request, operand))
         if kept is not None and kept.header.version == lease.info.version:

@@ -60,7 +60,7 @@ from curvd_server.service.query_run import QueryRun, subject_of
 from curvd_server.service.streams import Send, opened
 from curvd_server.service.warm_starts import WarmStarts
 from curvd_server.sessions import SessionStore
-from curvd_server.system import Ongoing
+from curvd_server.system import Ongoing, calling
 
 _QUERIES_AT_ONCE = 32
 """Threads that algorithms run in; they wait for the device most of the time."""
@@ -109,7 +109,7 @@ class QueryService:
                 k, size, call.products.vector_bytes
             )
             assert call.spec is not None
-            key = (request.query.session_id, call.spec, which)
+            key = (request.query.session_id, calling().name, call.spec, which)
             if options.store:
                 call.lease.vectors.check_room(options.store, call.vectors_bytes(k))
             start = call.stored(request.start) if options.start else None

@@ -19,8 +19,8 @@ from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd_server.sessions import check_same
 from curvd_server.system import RESULTS, HostMemory
 
-Key = tuple[str, str]
-"""Session id and request id."""
+Key = tuple[str, str, str]
+"""Session id, request id, and who calls."""
 
 _SEGMENT_BYTES = 64 << 10
 # Odd, so that no bit of a word is lost modulo 2^64; scattered by the golden ratio.

@@ -39,6 +39,7 @@ from curvd_server.storage import (
     check_digest,
     model_spec,
 )
+from curvd_server.system import check_share
 
 T = TypeVar("T")
 
@@ -89,10 +90,11 @@ class SessionService:
         spec = await asyncio.to_thread(
             model_spec, header.builder, header.config_json, graph
         )
+        share_with = check_share(header.share_with)
         found = await self._registered(
             header.state,
             chunks,
-            self._registering(spec, header.state.digest),
+            self._registering(spec, header.state.digest, share_with),
         )
         if found is None:
             missing = uploads.needed(header.state, self._blobs)
@@ -100,7 +102,7 @@ class SessionService:
         return session_pb.RegisterModelResponse(model=convert.model_to_proto(found))
 
     def _registering(
-        self, spec: ModelSpec, digest: str
+        self, spec: ModelSpec, digest: str, share_with: tuple[str, ...]
     ) -> Callable[[], Awaitable[ModelInfo | None]]:
         """Say how a model is registered; what its state is, is found out once."""
         tried: Architecture | None = None
@@ -111,7 +113,9 @@ class SessionService:
             known = await asyncio.to_thread(registry.knows, spec, digest)
             if tried is None and not known:
                 tried = await self._try_model(spec)
-            return await asyncio.to_thread(registry.model, spec, digest, tried)
+            return await asyncio.to_thread(
+                registry.model, spec, digest, tried, share_with
+            )
 
         return register
 
@@ -127,7 +131,11 @@ class SessionService:
             header.tensors,
             chunks,
             functools.partial(
-                asyncio.to_thread, self._registry.dataset, spec, header.tensors.digest
+                asyncio.to_thread,
+                self._registry.dataset,
+                spec,
+                header.tensors.digest,
+                share_with=check_share(header.share_with),
             ),
         )
         if found is None:
@@ -152,7 +160,12 @@ class SessionService:
                 digest = await asyncio.to_thread(self._mounts.digest, header.name)
             with self._blobs.held(check_digest(digest)):
                 found = await asyncio.to_thread(
-                    self._registry.dataset, spec, digest, name=header.name, partial=True
+                    self._registry.dataset,
+                    spec,
+                    digest,
+                    name=header.name,
+                    partial=True,
+                    share_with=check_share(header.share_with),
                 )
             if found is not None:
                 break
@@ -303,6 +316,7 @@ def _new_session(request: session_pb.CreateSessionRequest) -> NewSession:
         name=request.name,
         request_id=request.request_id,
         fingerprint=_fingerprint(request),
+        share_with=check_share(request.share_with),
     )
 
 

@@ -7,11 +7,10 @@ from typing import TypeAlias
 from torch import Tensor
 
 from curvd.contract import OperatorSpec, Which
-from curvd.errors import SessionNotFound
 from curvd_server.sessions import SessionStore
 
-Kind: TypeAlias = tuple[str, OperatorSpec, Which]
-"""Session, operator, and end of the spectrum."""
+Kind: TypeAlias = tuple[str, str, OperatorSpec, Which]
+"""Session, caller, operator, and end of the spectrum."""
 
 _REMEMBERED = 16
 
@@ -51,12 +50,5 @@ class WarmStarts:
         for old in list(self._found):
             held = sum(found.nbytes for found in self._found.values())
             full = len(self._found) > _REMEMBERED or held > self._limit_bytes
-            if full or not self._exists(old[0]):
+            if full or old[0] not in self._sessions:
                 del self._found[old]
-
-    def _exists(self, session_id: str) -> bool:
-        try:
-            self._sessions.get(session_id)
-        except SessionNotFound:
-            return False
-        return True

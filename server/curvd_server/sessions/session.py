@@ -44,7 +44,7 @@ from curvd_server.storage import (
     check_representable,
     check_state,
 )
-from curvd_server.system import Activities, HostMemory, Ongoing
+from curvd_server.system import Activities, HostMemory, Ongoing, calling
 
 T = TypeVar("T")
 
@@ -107,7 +107,7 @@ class Lease:
     operator: Operator | None
     """The one that was asked for, built."""
     vectors: Vectors
-    """What is stored in the session."""
+    """What the caller has stored in the session."""
     latest: Callable[[], Operator | None] = lambda: None
     """Exchanges the operator for one with a better plan at the same version, if one took
     its place; the operator itself must not be used any more. On the event loop."""
@@ -140,9 +140,7 @@ class Session:
             plan=stored.info.plan,
             begin=self.begin,
         )
-        self.vectors = Vectors(
-            stored.info.id, dependencies.limits.stored_bytes, dependencies.memory
-        )
+        self._vectors: dict[str, Vectors] = {}
         self._dependencies = dependencies
         self._remaining = Remaining(
             stored.lease_s, stored.remaining_s, dependencies.monotonic
@@ -307,12 +305,14 @@ class Session:
         self._check_version(expected_version)
         problem, info = await self.warm(), self.stored.info
         if operator is None:
-            return Lease(info, problem, None, self.vectors), None
+            return Lease(info, problem, None, self._vectors_of(calling().name)), None
         layout = info.layout.of_operator(operator)
         if layout is not info.layout:
             info = replace(info, layout=layout)
         built = await self.operator_cache.acquire(operator)
-        return Lease(info, problem, built.operator, self.vectors), built
+        return Lease(
+            info, problem, built.operator, self._vectors_of(calling().name)
+        ), built
 
     async def made_by(self, update: Update) -> StoredVersion | None:
         """Find the version that the same request made; see `SessionStore.made_by`."""
@@ -351,7 +351,8 @@ class Session:
             # A client that neither reads nor leaves keeps what it has until it does.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._unused.wait(), _PATIENCE_S)
-        self.vectors.clear()
+        for vectors in self._vectors.values():
+            vectors.clear()
         await self.operator_cache.close()
         await self._release(set(self.stored.sources.values()))
 
@@ -425,7 +426,16 @@ class Session:
         blobs = self._dependencies.blobs
         referenced = self._dependencies.catalogue.referenced
         for digest in digests:
-            await asyncio.to_thread(blobs.release, digest, referenced)
+            await asyncio.to_thread(
+                blobs.release, digest, referenced, self.stored.info.owner
+            )
+
+    def _vectors_of(self, name: str) -> Vectors:
+        """Find what one caller stores; each sees only his own."""
+        if name not in self._vectors:
+            limits, memory = self._dependencies.limits, self._dependencies.memory
+            self._vectors[name] = Vectors(self.id, limits.stored_bytes, memory)
+        return self._vectors[name]
 
     def _check_version(self, expected: int | None) -> None:
         have = self.stored.info.version

@@ -20,7 +20,12 @@ from curvd.contract import (
     Tier,
     Work,
 )
-from curvd.errors import CurvdError, LimitExceeded, SessionNotFound
+from curvd.errors import (
+    CurvdError,
+    LimitExceeded,
+    PermissionDenied,
+    SessionNotFound,
+)
 from curvd_server.sessions.parameters import architecture_of, state_of
 from curvd_server.sessions.session import (
     Lease,
@@ -31,7 +36,7 @@ from curvd_server.sessions.session import (
 )
 from curvd_server.sessions.stored_vectors import check_same
 from curvd_server.storage import Architecture, StoredSession, StoredVersion
-from curvd_server.system import Activities, Ongoing, logger
+from curvd_server.system import Activities, Ongoing, calling, logger
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,8 @@ class NewSession:
     request_id: str = ""
     fingerprint: str = ""
     """Hash of the request, without its id."""
+    share_with: tuple[str, ...] = ()
+    """Other callers who may use it: names, and groups behind an "@"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +124,11 @@ class SessionStore:
         session.touch()
         return session.info()
 
+    def __contains__(self, session_id: str) -> bool:
+        """Tell whether a session is there, whoever asks; that renews nothing."""
+        session = self._sessions.get(session_id)
+        return session is not None and not session.is_over
+
     def page(self, *, after: str = "", limit: int) -> tuple[list[SessionInfo], str]:
         """Describe sessions, oldest first.
 
@@ -129,7 +141,11 @@ class SessionStore:
         """
         # Ids sort by time, so a page follows even one whose last session is gone.
         sessions = self._sessions
-        later = sorted(i for i, s in sessions.items() if i > after and not s.is_over)
+        later = sorted(
+            i
+            for i, s in sessions.items()
+            if i > after and not s.is_over and _is_seen(s)
+        )
         page = [sessions[session_id].info() for session_id in later[:limit]]
         return page, later[limit - 1] if len(later) > limit else ""
 
@@ -185,7 +201,7 @@ class SessionStore:
             RequestIdReused: If the same request id came with other content.
             LimitExceeded: If there are too many sessions.
         """
-        key = new.request_id or secrets.token_hex(16)
+        key = f"{new.request_id or secrets.token_hex(16)} {calling().name}"
         opening = opening or self.opening(new)
         async with self._making.setdefault(key, asyncio.Lock()):
             made = self._made_by(new)
@@ -224,7 +240,7 @@ class SessionStore:
         Raises:
             SessionNotFound: If there is none.
         """
-        return self._find(session_id).lease(operator, expected_version)
+        return self._usable(session_id).lease(operator, expected_version)
 
     async def made_by(self, session_id: str, update: Update) -> StoredVersion | None:
         """Find the version that the same request made before.
@@ -240,7 +256,7 @@ class SessionStore:
             SessionNotFound: If there is no such session.
             RequestIdReused: If the same request id came with other content.
         """
-        return await self._find(session_id).made_by(update)
+        return await self._owned(session_id).made_by(update)
 
     async def update(self, session_id: str, update: Update) -> StoredVersion:
         """Move a session to new values. Running work finishes on its version.
@@ -258,7 +274,7 @@ class SessionStore:
             StateMismatch: If the values do not fit the model.
             RequestIdReused: If the same request id came with other content.
         """
-        return await self._find(session_id).update(update)
+        return await self._owned(session_id).update(update)
 
     async def architecture(self, session_id: str) -> Architecture:
         """Say what tensors the model of a session has.
@@ -291,6 +307,7 @@ class SessionStore:
         """
         session = self._find(session_id)
         if lease_s is not None:
+            _check_endable(session)
             catalogue = self._dependencies.catalogue
             await asyncio.to_thread(catalogue.set_lease, session_id, lease_s)
             session.renew(lease_s)
@@ -306,12 +323,20 @@ class SessionStore:
             SessionNotFound: If there is none.
         """
         if session_id in self._lost:
+            if calling().name and not calling().is_operator:
+                msg = (
+                    f"nobody knows any more whose session {session_id!r} was, because its "
+                    "record is damaged: an operator of the server has to delete it"
+                )
+                raise PermissionDenied(msg, session_id=session_id)
             await asyncio.to_thread(
                 self._dependencies.catalogue.delete_session, session_id
             )
             del self._lost[session_id]
             return
-        await self._end(self._find(session_id))
+        session = self._find(session_id)
+        _check_endable(session)
+        await self._end(session)
 
     async def expire(self) -> list[str]:
         """End the sessions whose lease ran out, and write down what others have left.
@@ -368,7 +393,7 @@ class SessionStore:
                 validate_only,
                 opening,
             )
-        other = self._find(new.shares_with)
+        other = self._owned(new.shares_with)
         with contextlib.ExitStack() as held:
             async with other.lock:  # until this one is there, no update comes between
                 for digest in other.stored.sources.values():
@@ -426,8 +451,10 @@ class SessionStore:
                 params=known.params,
             )
         assert new.loss is not None
-        model = self._dependencies.catalogue.model(new.model_id)
-        dataset = self._dependencies.catalogue.dataset(new.dataset_id)
+        catalogue = self._dependencies.catalogue
+        # Of a session that is his own, the caller has the model, whoever registered it.
+        find = catalogue.usable_model if other is None else catalogue.model
+        model, dataset = find(new.model_id), catalogue.usable_dataset(new.dataset_id)
         budget_bytes = new.budget_bytes
         total_bytes = self._dependencies.device.describe().total_bytes
         if budget_bytes is None:
@@ -461,6 +488,8 @@ class SessionStore:
             expire_time_s=None,
             params=new.params,
             plan=new.plan or self._dependencies.plan,
+            owner=calling().name,
+            shared_with=new.share_with,
         )
         if other is not None:
             info = replace(
@@ -494,6 +523,8 @@ class SessionStore:
 
     def _made_by(self, new: NewSession) -> Session | None:
         for session in self._sessions.values():
+            if session.stored.info.owner != calling().name:
+                continue
             if new.request_id and session.stored.request_id == new.request_id:
                 known = session.stored.fingerprint
                 check_same(known, new.fingerprint, new.request_id)
@@ -504,12 +535,27 @@ class SessionStore:
         session = self._sessions.get(session_id)
         if session_id in self._lost:
             raise self._lost[session_id]
-        if session is None or session.is_over:
+        if session is None or session.is_over or not _is_seen(session):
             msg = (
                 f"no session {session_id[:80]!r} on this server: it was never created, was "
                 "deleted, or its lease ran out"
             )
             raise SessionNotFound(msg, session_id=session_id[:80])
+        return session
+
+    def _usable(self, session_id: str) -> Session:
+        """Find a session that the caller may use; an operator sees more than those."""
+        session = self._find(session_id)
+        info = session.stored.info
+        if not calling().uses(info.owner, info.shared_with):
+            raise _not_yours(session, "it is not shared with you")
+        return session
+
+    def _owned(self, session_id: str) -> Session:
+        """Find a session whose parameters are the caller's to change."""
+        session = self._find(session_id)
+        if not calling().owns(session.stored.info.owner):
+            raise _not_yours(session, "its parameters are its owner's to change")
         return session
 
     def _check_room(self) -> None:
@@ -524,3 +570,21 @@ class SessionStore:
             self._latest_us + 1, int(self._dependencies.clock() * 1e6)
         )
         return f"{self._latest_us:014x}-{secrets.token_hex(4)}"
+
+
+def _is_seen(session: Session) -> bool:
+    """Tell whether a session exists for the caller."""
+    info = session.stored.info
+    return calling().sees(info.owner, info.shared_with)
+
+
+def _check_endable(session: Session) -> None:
+    """Refuse whoever is neither its owner nor an operator."""
+    if not (calling().is_operator or calling().owns(session.stored.info.owner)):
+        raise _not_yours(session, "its end is up to its owner")
+
+
+def _not_yours(session: Session, why: str) -> PermissionDenied:
+    owner = session.stored.info.owner
+    msg = f"session {session.id} belongs to {owner!r}: {why}"
+    return PermissionDenied(msg, session_id=session.id, owner=owner)

@@ -1,8 +1,13 @@
 """Blobs on disk: safetensors files under the SHA-256 of their bytes.
 
 ``<data_dir>/blobs/<digest>`` is complete; ``<digest>.part`` is an upload that may go on.
-Two uploads of the same bytes help each other: what one of them has written, the other
-need not. Methods block on the disk; call them off the event loop.
+Two uploads of the same bytes by one caller help each other: what one of them has written,
+the other need not. Methods block on the disk; call them off the event loop.
+
+A digest proves nothing, the bytes do. A blob is there for whoever has sent all of it, and
+for nobody else: others have to send it, too, into a file of their own
+(``<digest>.<caller>.part``), and what lies on the disk once cannot be told from what does
+not lie there at all.
 
 Disks forget. A blob is hashed when it is first used after a start, and again whenever
 its file was touched, before anything depends on it. One that has another digest is
@@ -13,12 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,7 +40,7 @@ from curvd_server.storage.blobs import Blob, check_digest, read_header
 from curvd_server.storage.mounts import Mounts
 from curvd_server.storage.partial_upload import Partial, Upload, make_room
 from curvd_server.storage.snapshots import Snapshot, Stamp, digest_of
-from curvd_server.system import SNAPSHOTS, HostMemory, logger, told
+from curvd_server.system import SNAPSHOTS, HostMemory, calling, logger, told
 
 _WATCHED_S = 3600.0
 """How long this process must have seen that nobody uses a file before it is removed: the
@@ -53,6 +59,7 @@ class BlobStore:
         partial_bytes: Disk of all uploads that are not complete.
         partial_s: How long one is kept that nobody goes on with, or refers to.
         memory: The memory of the host, which open blobs share with others; None: no limit.
+        senders: Who has sent which blob, as far as that is known from before.
     """
 
     def __init__(
@@ -64,7 +71,11 @@ class BlobStore:
         partial_bytes: int = 128 << 30,
         partial_s: float = 24 * 3600.0,
         memory: HostMemory | None = None,
+        senders: Mapping[str, set[str]] | None = None,
     ) -> None:
+        self._senders = {
+            digest: set(names) for digest, names in (senders or {}).items()
+        }
         self._memory = memory or HostMemory()
         self._partial_bytes, self._partial_s = partial_bytes, partial_s
         # When this process began to see that nobody uses a file.
@@ -88,14 +99,13 @@ class BlobStore:
         self._held: Counter[str] = Counter()
 
     def has(self, digest: str) -> bool:
-        """Tell whether a blob is complete, without a look at its bytes."""
-        mounts = self._mounts
-        return self._path(digest).exists() or (
-            mounts is not None and mounts.holds(digest)
-        )
+        """Tell whether a blob is there for the caller, without a look at its bytes."""
+        if self._was_sent(digest) and self._path(digest).exists():
+            return True
+        return self._mounts is not None and self._mounts.holds(digest)
 
     def is_sound(self, digest: str) -> bool:
-        """Tell whether a blob is complete and undamaged; if not, it may be uploaded.
+        """Tell whether a blob is there for the caller, undamaged; if not, it is welcome.
 
         Args:
             digest: The digest of the blob. It is hashed, unless that was done since the start.
@@ -106,6 +116,9 @@ class BlobStore:
         Raises:
             FailedPrecondition: If the server may not read it.
         """
+        mounted = self._mounts is not None and self._mounts.holds(digest)
+        if not mounted and not self._was_sent(digest):
+            return False
         try:
             path = self._find(digest)
             with self._turn(digest):
@@ -122,13 +135,14 @@ class BlobStore:
         return True
 
     def committed_bytes(self, digest: str) -> int:
-        """Tell from where an upload goes on."""
+        """Tell from where an upload of the caller's goes on."""
+        path = self._part(digest)
         with self._lock:
-            partial = self._partials.get(digest)
+            partial = self._partials.get(path.stem)
             if partial is not None:
                 return partial.size
         try:
-            return self._path(digest, ".part").lstat().st_size
+            return path.lstat().st_size
         except FileNotFoundError:
             return 0
 
@@ -167,13 +181,13 @@ class BlobStore:
             LimitExceeded: If other uploads take the room.
             DiskFull: If the disk has none.
         """
+        path = self._part(digest)
         with self._lock:
-            partial = self._partials.get(digest)
+            partial = self._partials.get(path.stem)
             if partial is None:
-                path = self._path(digest, ".part")
                 busy = {p.path: p.announced for p in self._partials.values()}
                 make_room(path, total_bytes, busy, limit_bytes=self._partial_bytes)
-                partial = self._partials[digest] = Partial(path)
+                partial = self._partials[path.stem] = Partial(path)
             partial.announced = max(partial.announced, total_bytes)
             partial.users += 1
         try:
@@ -191,7 +205,7 @@ class BlobStore:
                 partial.users -= 1
                 if not partial.users:
                     partial.close()
-                    del self._partials[digest]
+                    del self._partials[path.stem]
 
     def open(self, digest: str) -> Blob:
         """Read a complete blob, unless somebody has it open.
@@ -245,17 +259,25 @@ class BlobStore:
                 writer.write(piece)
             assert writer.finish()
 
-    def release(self, digest: str, needed: Callable[[], set[str]]) -> None:
-        """Remove a blob that nothing needs any more.
+    def release(
+        self, digest: str, needed: Callable[[], set[str]], owner: str | None = None
+    ) -> None:
+        """Remove a blob that nothing needs any more, if nobody but the caller has sent it.
 
         Args:
             digest: The digest of the blob. One that is held goes at a later `sweep`.
             needed: Finds the digests to keep. It is asked while nobody can begin to
                 hold the blob, so that a new reference is never missed.
+            owner: Who needed it until now; None: the caller.
         """
+        if owner is None and not self._was_sent(digest):
+            return
         with self._lock:
-            if not self._held[digest] and digest not in needed():
+            senders = self._senders.get(digest, set())
+            others = senders - {calling().name if owner is None else owner}
+            if not others and not self._held[digest] and digest not in needed():
                 self._path(digest).unlink(missing_ok=True)
+                self._senders.pop(digest, None)
 
     def sweep(
         self, needed: Callable[[], set[str]], *, now_s: float, monotonic_s: float
@@ -268,11 +290,14 @@ class BlobStore:
             monotonic_s: Seconds that nobody can set.
         """
         with self._lock:
-            used = needed() | self._partials.keys() | set(+self._held)
+            held = set(+self._held)
+            used = needed() | self._partials.keys() | held
             watched = self._watched
             self._watched = {}
             for path in self._directory.iterdir():
                 if path.stem in used or path.suffix == _DAMAGED:
+                    continue
+                if path.name.partition(".")[0] in held:
                     continue
                 idle_s = now_s - path.lstat().st_mtime
                 if idle_s < 0:  # the clock was set back
@@ -281,6 +306,7 @@ class BlobStore:
                 patience_s = min(self._partial_s, _WATCHED_S)
                 if idle_s > self._partial_s and monotonic_s - since_s >= patience_s:
                     path.unlink()
+                    self._senders.pop(path.name, None)
                 else:
                     self._watched[path.name] = since_s
 
@@ -331,9 +357,31 @@ class BlobStore:
         weakref.finalize(snapshot, give, SNAPSHOTS, size).atexit = False
         return snapshot
 
-    def _arrived(self, path: Path) -> None:
-        """Take note of a blob whose bytes were hashed as they came."""
-        self._sound[path.name] = Stamp.of(path.stat())
+    def _arrived(self, part: Path, path: Path) -> None:
+        """Keep a file whose bytes were hashed as they came, unless it lies here already."""
+        digest = path.name
+        with self._lock:
+            try:
+                known = self._is_known(digest, Stamp.of(path.stat()))
+            except OSError:  # nothing, or what rot has made of it
+                known = False
+            if known:
+                part.unlink()
+            else:
+                part.rename(path)
+                self._sound[digest] = Stamp.of(path.stat())
+            self._senders.setdefault(digest, set()).add(calling().name)
+
+    def _was_sent(self, digest: str) -> bool:
+        """Tell whether the caller has sent all bytes of a blob, or need not have."""
+        name = calling().name
+        return not name or name in self._senders.get(digest, ())
+
+    def _part(self, digest: str) -> Path:
+        """Find the place of what the caller has sent of a blob."""
+        name = calling().name
+        whose = hashlib.sha256(name.encode()).hexdigest()[:32]
+        return self._path(digest, f".{whose}.part" if name else ".part")
 
     def _is_known(self, digest: str, stamp: Stamp) -> bool:
         return self._sound.get(digest) == stamp

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +23,7 @@ from curvd.errors import CurvdError, DataLoss, DatasetNotFound, ModelNotFound
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.storage.database import Database, Row, Schema, Statement, Table
 from curvd_server.storage.ranges import LONGEST_LEASE_S
-from curvd_server.system import logger
+from curvd_server.system import calling, logger
 
 T = TypeVar("T")
 
@@ -174,8 +174,19 @@ class Catalogue:
         """
         for row, sound in self._db.rows("models", id=model_id):
             return self._read("model", model_id, row, sound, _model)
-        msg = f"no model {model_id[:80]!r} on this server; register it first"
-        raise ModelNotFound(msg, model_id=model_id[:80])
+        raise _no_model(model_id)
+
+    def usable_model(self, model_id: str) -> StoredModel:
+        """Find a model that the caller may use; to others it does not exist.
+
+        Raises:
+            ModelNotFound: If there is none.
+            DataLoss: If its record was damaged.
+        """
+        model = self.model(model_id)
+        if not calling().uses(model.info.owner, model.info.shared_with):
+            raise _no_model(model_id)
+        return model
 
     def add_dataset(self, dataset: StoredDataset) -> None:
         """Keep a dataset."""
@@ -195,8 +206,19 @@ class Catalogue:
         """
         for row, sound in self._db.rows("datasets", id=dataset_id):
             return self._read("dataset", dataset_id, row, sound, _dataset)
-        msg = f"no dataset {dataset_id[:80]!r} on this server; register it first"
-        raise DatasetNotFound(msg, dataset_id=dataset_id[:80])
+        raise _no_dataset(dataset_id)
+
+    def usable_dataset(self, dataset_id: str) -> StoredDataset:
+        """Find a dataset that the caller may use; to others it does not exist.
+
+        Raises:
+            DatasetNotFound: If there is none.
+            DataLoss: If its record was damaged.
+        """
+        dataset = self.dataset(dataset_id)
+        if not calling().uses(dataset.info.owner, dataset.info.shared_with):
+            raise _no_dataset(dataset_id)
+        return dataset
 
     def add_session(self, session: StoredSession) -> None:
         """Keep a new session and its first version."""
@@ -304,23 +326,53 @@ class Catalogue:
         return digests
 
     def needed_by(self, digest: str) -> list[str]:
-        """Name what a blob is needed by, for whoever has to be told that it is lost."""
+        """Name what a blob is needed by, for whoever has to be told that it is lost.
+
+        What the caller cannot see is not named.
+        """
         found = {
-            table: {str(row["id"]) for row, _ in self._db.rows(table, digest=digest)}
+            table: dict(self._with_blob(table, digest))
             for table in ("models", "datasets")
         }
         sessions = [
-            s.info.id
+            s.info
             for s in self.sessions()[0]
             if s.info.model_id in found["models"]
             or s.info.dataset_id in found["datasets"]
             or digest in s.sources.values()
         ]
-        return [
-            *(f"model {i}" for i in sorted(found["models"])),
-            *(f"dataset {i}" for i in sorted(found["datasets"])),
-            *(f"session {i}" for i in sessions),
+        caller = calling()
+        holdings = [
+            *(("model", i, *found["models"][i]) for i in sorted(found["models"])),
+            *(("dataset", i, *found["datasets"][i]) for i in sorted(found["datasets"])),
+            *(("session", s.id, s.owner, s.shared_with) for s in sessions),
         ]
+        return [
+            f"{kind} {name}"
+            for kind, name, owner, shared_with in holdings
+            if not caller.name or caller.sees(owner, shared_with)
+        ]
+
+    def senders(self) -> dict[str, set[str]]:
+        """Find out who has sent which blob: who owns what it became.
+
+        Returns:
+            Digest -> names of owners; empty: those who have none.
+        """
+        found: dict[str, set[str]] = {}
+        for table in ("models", "datasets"):
+            for row, _ in self._db.rows(table):
+                found.setdefault(str(row["digest"]), set()).add(_owner(table, row)[0])
+        for session in self.sessions()[0]:
+            for digest in session.sources.values():
+                found.setdefault(digest, set()).add(session.info.owner)
+        return found
+
+    def _with_blob(
+        self, table: str, digest: str
+    ) -> Iterator[tuple[str, tuple[str, tuple[str, ...]]]]:
+        for row, _ in self._db.rows(table, digest=digest):
+            yield str(row["id"]), _owner(table, row)
 
     def close(self) -> None:
         """Close the file."""
@@ -379,6 +431,26 @@ class Plans:
 def _remaining(session_id: str, remaining_s: float | None) -> Statement:
     sql = "UPDATE sessions SET remaining_s = ? WHERE id = ?"
     return sql, (remaining_s, session_id)
+
+
+def _owner(table: str, row: Row) -> tuple[str, tuple[str, ...]]:
+    """Read whose a model or dataset is, and whom it is shared with; damaged: nobody's."""
+    kind = session_pb.Model if table == "models" else session_pb.Dataset
+    try:
+        record = kind.FromString(row["record"])
+    except _UNREADABLE:
+        return "", ()
+    return record.owner, tuple(record.shared_with)
+
+
+def _no_model(model_id: str) -> ModelNotFound:
+    msg = f"no model {model_id[:80]!r} on this server; register it first"
+    return ModelNotFound(msg, model_id=model_id[:80])
+
+
+def _no_dataset(dataset_id: str) -> DatasetNotFound:
+    msg = f"no dataset {dataset_id[:80]!r} on this server; register it first"
+    return DatasetNotFound(msg, dataset_id=dataset_id[:80])
 
 
 def _model(row: Row) -> StoredModel:

@@ -29,6 +29,8 @@ class Partial:
         self.path, self.users = path, 0
         self.announced = 0
         """Bytes that the largest of its uploads wants to bring it to."""
+        self.is_complete = False
+        """Whether it has become a blob, or was one already."""
         self.lock = threading.Lock()
         with told():
             self.file = open(path, "ab", buffering=0, opener=_at_once)
@@ -86,7 +88,7 @@ class Upload:
         path: Where the complete blob goes.
         offset: Where the next bytes belong.
         total_bytes: Size of the whole file.
-        arrived: Told of the complete blob.
+        arrived: Given the complete file, verified, and where it goes.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class Upload:
         path: Path,
         offset: int,
         total_bytes: int,
-        arrived: Callable[[Path], None],
+        arrived: Callable[[Path, Path], None],
     ) -> None:
         self._partial, self._path, self._arrived = partial, path, arrived
         self._position, self._total = offset, total_bytes
@@ -118,7 +120,7 @@ class Upload:
             if known < 0:
                 msg = "another upload of the same digest brought other bytes; ask again"
                 raise Unavailable(msg, digest=self._path.name)
-            if known < data.nbytes and not self._path.exists():
+            if known < data.nbytes and not self._partial.is_complete:
                 self._partial.append(data[known:])
         self._position += data.nbytes
 
@@ -136,7 +138,7 @@ class Upload:
             return False
         partial = self._partial
         with partial.lock:
-            if self._path.exists():
+            if partial.is_complete:
                 return True  # the other upload of the same bytes was first
             partial.catch_up()
             digest = partial.sha.hexdigest()
@@ -156,9 +158,9 @@ class Upload:
                 raise InvalidTensors(msg, digest=digest, announced=self._path.name)
             with told():
                 os.fsync(partial.file.fileno())
-                partial.path.rename(self._path)
+                self._arrived(partial.path, self._path)
                 fsync_directory(self._path.parent)
-            self._arrived(self._path)
+            partial.is_complete = True
         return True
 
 

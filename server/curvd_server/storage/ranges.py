@@ -114,6 +114,8 @@ _NOT_NEGATIVE = Number(0, _LARGEST)
 _POSITIVE = Number(0, _LARGEST, above=True)
 _LEASE = Number(0, LONGEST_LEASE_S, above=True, unit="s")
 _DIGEST = Text(64)
+_CALLERS = Text(129, most=100)
+"""Names of callers, or of groups."""
 _PATTERN = Text(LONGEST_PATTERN, most=MOST_PATTERNS)
 
 
@@ -165,6 +167,9 @@ RULES: Mapping[str, Rule] = {
     "UpdateParametersHeader.parts": Text(64, most=10_000),
     "Checkpoint.name": Text(1024),
     "Checkpoint.prefix": _TENSOR,
+    "RegisterModelHeader.share_with": _CALLERS,
+    "RegisterDatasetHeader.share_with": _CALLERS,
+    "CreateSessionRequest.share_with": _CALLERS,
     "Loss.ignore_index": Number(-(2**62), 2**62),
     "Loss.class_weights": _NOT_NEGATIVE,
     "Loss.label_smoothing": Number(0.0, 1.0),

@@ -11,9 +11,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -41,6 +41,9 @@ from curvd_server.storage.blob_store import BlobStore
 from curvd_server.storage.blobs import Blob
 from curvd_server.storage.catalogue import Catalogue, StoredDataset, StoredModel
 from curvd_server.storage.finite_values import check_finite_data, check_finite_state
+from curvd_server.system import calling
+
+I = TypeVar("I", ModelInfo, DatasetInfo)  # noqa: E741
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -87,7 +90,11 @@ class Registry:
         return True
 
     def model(
-        self, spec: ModelSpec, digest: str, architecture: Architecture | None = None
+        self,
+        spec: ModelSpec,
+        digest: str,
+        architecture: Architecture | None = None,
+        share_with: Sequence[str] = (),
     ) -> ModelInfo | None:
         """Find a model, or make it if its bytes are there.
 
@@ -95,6 +102,7 @@ class Registry:
             spec: Builder and configuration, or graph.
             digest: The digest of the state's safetensors file.
             architecture: The tensors of its state, if that was found out before.
+            share_with: Whom the caller shares it with; none: as before.
 
         Returns:
             The model; None if the bytes are missing and would be welcome.
@@ -108,12 +116,16 @@ class Registry:
         """
         model_id = _model_id(spec, digest)
         try:
-            known = self._catalogue.model(model_id).info
+            known = self._catalogue.model(model_id)
         except (ModelNotFound, DataLoss):
             architecture = architecture or self._architecture(spec)
         else:
-            # What was damaged since is welcome once more.
-            return known if self._blobs.is_sound(digest) else None
+            if not self._blobs.is_sound(digest):
+                return None  # what was damaged since is welcome once more
+            shared = _shared(known.info, share_with)
+            if shared is not known.info:
+                self._catalogue.add_model(dataclasses.replace(known, info=shared))
+            return shared
         if not self._blobs.is_sound(digest):
             return None
         blob = self._blobs.open(digest)
@@ -124,6 +136,8 @@ class Registry:
             tensors=_tensors(blob.header),
             state_bytes=blob.total_bytes,
             graph_digest=spec.graph.digest,
+            owner=calling().name,
+            shared_with=tuple(share_with),
         )
         model = StoredModel(
             info=info,
@@ -135,7 +149,13 @@ class Registry:
         return info
 
     def dataset(
-        self, spec: DatasetSpec, digest: str, *, name: str = "", partial: bool = False
+        self,
+        spec: DatasetSpec,
+        digest: str,
+        *,
+        name: str = "",
+        partial: bool = False,
+        share_with: Sequence[str] = (),
     ) -> DatasetInfo | None:
         """Find a dataset, or make it if its bytes are there.
 
@@ -144,6 +164,7 @@ class Registry:
             digest: The digest of their safetensors file.
             name: The name of the file, if it lies on the server.
             partial: Whether the file may have further tensors.
+            share_with: Whom the caller shares it with; none: as before.
 
         Returns:
             The dataset; None if the bytes are missing.
@@ -153,6 +174,7 @@ class Registry:
             InvalidTensors: If the bytes are no safetensors file.
         """
         dataset_id = _hash(
+            **_owner(),
             inputs=spec.inputs,
             target=spec.target,
             batch_size=spec.batch_size,
@@ -162,7 +184,11 @@ class Registry:
         if not self._blobs.is_sound(digest):
             return None
         with contextlib.suppress(DatasetNotFound, DataLoss):
-            return self._catalogue.dataset(dataset_id).info
+            known = self._catalogue.dataset(dataset_id)
+            shared = _shared(known.info, share_with)
+            if shared is not known.info:
+                self._catalogue.add_dataset(dataclasses.replace(known, info=shared))
+            return shared
         blob = self._blobs.open(digest)
         used = {n: t for n, t in blob.header.items() if n in spec.names}
         chosen = dataclasses.replace(blob, header=used) if partial else blob
@@ -173,6 +199,8 @@ class Registry:
             data_points=check_dataset(chosen, spec),
             total_bytes=blob.total_bytes,
             name=name,
+            owner=calling().name,
+            shared_with=tuple(share_with),
         )
         self._catalogue.add_dataset(StoredDataset(info=info, digest=digest))
         return info
@@ -308,7 +336,24 @@ def _same(blob: Blob, a: str, b: str) -> bool:
 
 def _model_id(spec: ModelSpec, digest: str) -> str:
     by = {"graph": spec.graph.digest} if spec.graph else {"builder": spec.builder}
-    return _hash(**by, config=spec.config, state=digest)
+    return _hash(**_owner(), **by, config=spec.config, state=digest)
+
+
+def _owner() -> dict[str, str]:
+    """Say whose id it is.
+
+    What two callers register has two ids, and tells neither of the other. Ids of what is
+    nobody's in particular are as they always were.
+    """
+    name = calling().name
+    return {"owner": name} if name else {}
+
+
+def _shared(known: I, share_with: Sequence[str]) -> I:
+    """Share what is registered with others than before, if any are named."""
+    if not share_with or tuple(share_with) == known.shared_with:
+        return known
+    return dataclasses.replace(known, shared_with=tuple(share_with))
 
 
 def _hash(**content: object) -> str:

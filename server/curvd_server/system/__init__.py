@@ -1,6 +1,6 @@
-"""What the process has of its machine, and what goes on in it.
+"""What the process has of its machine, what goes on in it, and who calls it.
 
-Memory, disk errors, logs, turns between threads, and how far long work is. At the bottom
+Memory, disk errors, logs, turns between threads, how far long work is, callers. At the bottom
 of the server: imports nothing of it, and knows neither torch nor grpc.
 """
 
@@ -28,22 +28,42 @@ from curvd_server.system.host_memory import (
     HostMemory,
     default_bytes,
 )
+from curvd_server.system.identity import (
+    CALLING,
+    EVERYBODY,
+    GROUP_MARK,
+    OPERATOR,
+    ROLES,
+    USER,
+    Identity,
+    calling,
+    check_share,
+)
 from curvd_server.system.logs import logger
 
 __all__ = [
+    "CALLING",
     "CALLS",
+    "EVERYBODY",
     "FREE_SOME",
+    "GROUP_MARK",
+    "OPERATOR",
     "RESULTS",
+    "ROLES",
     "SNAPSHOTS",
+    "USER",
     "VECTORS",
     "Activities",
     "HostMemory",
+    "Identity",
     "LongWork",
     "Ongoing",
     "Poll",
     "Threads",
     "advance",
     "alone",
+    "calling",
+    "check_share",
     "collect_if_due",
     "default_bytes",
     "enter_stage",

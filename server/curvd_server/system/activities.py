@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from curvd.contract import Activity, Stage, StageProgress, Work
+from curvd_server.system.identity import calling
 from curvd_server.system.logs import logger
 
 MOST = 100
@@ -62,7 +63,7 @@ class Ongoing:
         activities: Activities | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.work, self.subject = work, subject
+        self.work, self.subject, self.caller = work, subject, calling().name
         self._session, self._activities = session, activities
         self._clock, self._lock = clock, threading.Lock()
         self._began_s = clock()
@@ -203,10 +204,15 @@ class Activities:
             del self._ongoing[ongoing]
 
     def listed(self) -> tuple[Activity, ...]:
-        """Tell what goes on, the oldest first; `MOST` at most."""
+        """Tell what goes on of the caller's, the oldest first; `MOST` at most.
+
+        An operator sees everybody's.
+        """
+        caller = calling()
         with self._lock:
-            ongoing = list(self._ongoing)[:MOST]
-        return tuple(one.now for one in ongoing)
+            ongoing = list(self._ongoing)
+        seen = [one for one in ongoing if caller.sees(one.caller, ())]
+        return tuple(one.now for one in seen[:MOST])
 
 
 def enter_stage(stage: Stage, detail: str = "", total: int | None = None) -> None:

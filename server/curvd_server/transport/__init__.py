@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from curvd_server.transport.addresses import cleared, target_of
 from curvd_server.transport.admission import raise_descriptor_limit
+from curvd_server.transport.callers import Callers
 from curvd_server.transport.calls import Calls
 from curvd_server.transport.drops import Drops
 from curvd_server.transport.interceptors import Gate, TokenInterceptor
 from curvd_server.transport.limits import ConnectionLimits
 from curvd_server.transport.listener import Front
 from curvd_server.transport.stalls import Stalled, StallGuard
+from curvd_server.transport.token_file import TokenFile
 
 __all__ = [
+    "Callers",
     "Calls",
     "ConnectionLimits",
     "Drops",
@@ -23,6 +26,7 @@ __all__ = [
     "Gate",
     "StallGuard",
     "Stalled",
+    "TokenFile",
     "TokenInterceptor",
     "cleared",
     "raise_descriptor_limit",

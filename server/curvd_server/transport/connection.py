@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
@@ -19,6 +20,7 @@ from curvd.http2 import (
 )
 from curvd_server.system import logger
 from curvd_server.transport.allowance import Allowance
+from curvd_server.transport.callers import authentication_of
 from curvd_server.transport.limits import ConnectionLimits
 from curvd_server.transport.upload_scheduler import UploadScheduler
 
@@ -54,6 +56,9 @@ class ServerConnection:
         header_bytes: int,
     ) -> None:
         self.peer, self._begin, self._uploads = peer, begin, uploads
+        certificate = sock.getpeercert() if isinstance(sock, ssl.SSLSocket) else None
+        self.authentication = authentication_of(certificate or {})
+        """The names in the client's certificate, as grpcio writes them."""
         self._allowance = allowance
         self._loop = asyncio.get_running_loop()
         self._h2 = H2Connection(

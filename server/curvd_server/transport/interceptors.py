@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hmac
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, TypeAlias, TypeVar
@@ -26,7 +25,9 @@ from curvd.errors import (
     Unauthenticated,
     Unavailable,
 )
-from curvd_server.system import faults, logger
+from curvd_server.system import CALLING, faults, logger
+from curvd_server.transport.callers import Callers
+from curvd_server.transport.drops import Drops
 
 # Errors travel in HTTP/2 headers, of which clients accept 8 KiB; the message is in
 # there twice.
@@ -35,14 +36,25 @@ _LONGEST_VALUE = 200
 _OPEN = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
 """What needs no token: whether the server serves, for probes that have none."""
 
+UNAUTHENTICATED = "unauthenticated"
+"""The word for calls that were not let in, for the log."""
+
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 T = TypeVar("T")
 
 
 class Gate:
-    """What every call of ours passes through."""
+    """What every call of ours passes through.
 
-    def __init__(self) -> None:
+    Args:
+        callers: Say who calls; None: nobody in particular, whoever it is.
+        drops: Told of those who may not.
+    """
+
+    def __init__(
+        self, callers: Callers | None = None, drops: Drops | None = None
+    ) -> None:
+        self._callers, self._drops = callers or Callers(), drops or Drops()
         self._log = logger()
         self._draining = False
         self._calls = 0
@@ -84,6 +96,7 @@ class Gate:
             if self._draining:
                 msg = "this server is shutting down; retry, another may answer"
                 raise Unavailable(msg)
+            self._identify(context)
             return await answer()
         except asyncio.CancelledError:
             code = "CANCELLED"
@@ -121,17 +134,33 @@ class Gate:
             # After the answer has left: writing takes as long as a small product.
             asyncio.get_running_loop().call_soon(say)
 
+    def _identify(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Make the rest of the call run as whoever makes it.
+
+        Raises:
+            Unauthenticated: If nobody can tell.
+        """
+        known = context.auth_context() if self._callers.tells_apart else {}
+        try:
+            identity = self._callers.identify(known)
+        except Unauthenticated:
+            self._drops.add(UNAUTHENTICATED, context.peer())
+            raise
+        CALLING.set(identity)
+        if identity.name:
+            structlog.contextvars.bind_contextvars(caller=identity.name)
+
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Lets in whoever brings the token; `Check` and `Watch` of its health need none.
+    """Lets in whoever brings a token; `Check` and `Watch` of its health need none.
 
     Args:
-        token: What must follow ``authorization: Bearer``.
+        callers: Know what must follow ``authorization: Bearer``.
+        drops: Told of those who do not bring it.
     """
 
-    def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
-        self._refusal: Handler = grpc.stream_stream_rpc_method_handler(_refuse)
+    def __init__(self, callers: Callers, drops: Drops) -> None:
+        self._callers, self._drops = callers, drops
 
     async def intercept_service(
         self,
@@ -148,12 +177,21 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
             The method, or one that refuses.
         """
         metadata = dict(handler_call_details.invocation_metadata or ())
-        given = metadata.get("authorization", "")
-        given = given.encode() if isinstance(given, str) else given
-        public = str(handler_call_details.method) in _OPEN
-        if public or hmac.compare_digest(given, self._expected):
-            return await continuation(handler_call_details)
-        return self._refusal
+        if str(handler_call_details.method) not in _OPEN:
+            try:
+                self._callers.admit(metadata.get("authorization", ""))
+            except Unauthenticated as error:
+                return self._refusal(error)
+        return await continuation(handler_call_details)
+
+    def _refusal(self, error: Unauthenticated) -> Handler:
+        async def refuse(
+            requests: object, context: grpc.aio.ServicerContext[Any, Any]
+        ) -> None:
+            self._drops.add(UNAUTHENTICATED, context.peer())
+            await abort(context, error)
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 async def abort(
@@ -174,13 +212,6 @@ async def abort(
         str(error),
         ((statuses.DETAILS_KEY, details.SerializeToString()),),
     )
-
-
-async def _refuse(
-    requests: object, context: grpc.aio.ServicerContext[Any, Any]
-) -> None:
-    msg = "this server needs a token: send authorization: Bearer <token>"
-    await abort(context, Unauthenticated(msg))
 
 
 def _details(error: CurvdError) -> list[Message]:
