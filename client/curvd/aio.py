@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from curvd._calls import (
     ObserveOpening,
@@ -64,9 +65,11 @@ from curvd.remote import (
     OperatorBase,
     OperatorQueries,
     SessionBase,
+    Vectors,
     configured,
     dense_bytes,
     name_of,
+    names_of,
     opening,
     shown,
 )
@@ -491,6 +494,32 @@ class AsyncSession(DataPointQueries, AsyncAsks, SessionBase["AsyncOperator"]):
     async def vectors(self) -> list[StoredVector]:
         """List what the session stores, the oldest name first."""
         return await self._connection.run(requests.list_vectors(self.id))
+
+    async def combine(
+        self, terms: Mapping[StoredVector | str, float], store: str
+    ) -> StoredVector:
+        """Store a linear combination of stored vectors; see `curvd.Session`."""
+        named = {name_of(vector): float(c) for vector, c in terms.items()}
+        call = requests.combine_vectors(self.id, named, store)
+        return await self._connection.run(call)
+
+    async def inner_products(
+        self, left: Vectors, right: Vectors | None = None
+    ) -> NDArray[np.float64]:
+        """Multiply stored vectors with each other; see `curvd.Session`."""
+        call = requests.inner_products(
+            self.id, names_of(left), () if right is None else names_of(right)
+        )
+        return await self._connection.run(call)
+
+    async def orthonormalise(
+        self, vectors: Vectors, store: str, *, tolerance: float = 0.0
+    ) -> StoredVector:
+        """Store an orthonormal basis of stored vectors; see `curvd.Session`."""
+        call = requests.orthonormalise_vectors(
+            self.id, names_of(vectors), store, tolerance
+        )
+        return await self._connection.run(call)
 
     async def discard(self, vector: StoredVector | str) -> None:
         """Forget a stored vector; see `curvd.Session`."""

@@ -102,6 +102,20 @@ class Requests:
         message.header.session_id, message.header.name = self.session, "v"
         return (memoryview(V),)
 
+    def _CombineVectors(self, message):
+        self._named(message)
+        message.terms.add(name="nothing", coefficient=1.0)
+        message.store_as = "sum"
+
+    def _InnerProducts(self, message):
+        self._named(message)
+        message.left.append("nothing")
+
+    def _OrthonormaliseVectors(self, message):
+        self._named(message)
+        message.names.append("nothing")
+        message.store_as = "basis"
+
     def _product(self, message):
         message.header.session_id = self.session
         return (memoryview(V),)

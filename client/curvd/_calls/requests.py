@@ -208,6 +208,52 @@ def delete_vector(session_id: str, name: str) -> Unary[None]:
     return Unary(RPCS["DeleteVector"], request, lambda response: None)
 
 
+def combine_vectors(
+    session_id: str, terms: Mapping[str, float], store: str
+) -> Unary[StoredVector]:
+    """Store a linear combination of stored vectors."""
+    request = curvature_pb.CombineVectorsRequest(
+        session_id=session_id, store_as=store, request_id=uuid.uuid4().hex
+    )
+    for name, coefficient in terms.items():
+        request.terms.add(name=name, coefficient=coefficient)
+    return Unary(
+        RPCS["CombineVectors"], request, lambda r: convert.vector_from_proto(r.vector)
+    )
+
+
+def inner_products(
+    session_id: str, left: Sequence[str], right: Sequence[str]
+) -> Unary[np.ndarray[Any, np.dtype[np.float64]]]:
+    """Multiply stored vectors with each other: [L, R]."""
+    request = curvature_pb.InnerProductsRequest(
+        session_id=session_id, left=left, right=right
+    )
+    return Unary(
+        RPCS["InnerProducts"],
+        request,
+        lambda r: np.array(r.values).reshape(r.rows, r.columns),
+    )
+
+
+def orthonormalise_vectors(
+    session_id: str, names: Sequence[str], store: str, tolerance: float
+) -> Unary[StoredVector]:
+    """Store an orthonormal basis of what stored vectors span."""
+    request = curvature_pb.OrthonormaliseVectorsRequest(
+        session_id=session_id,
+        names=names,
+        store_as=store,
+        tolerance=tolerance,
+        request_id=uuid.uuid4().hex,
+    )
+    return Unary(
+        RPCS["OrthonormaliseVectors"],
+        request,
+        lambda r: convert.vector_from_proto(r.vector),
+    )
+
+
 def check_wire(wire: str | None, dtype: enums.Dtype) -> str:
     """Check the element type for the wire.
 

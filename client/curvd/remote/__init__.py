@@ -17,7 +17,7 @@ from curvd.remote.progress import ClientStages, opening, shown
 from curvd.remote.queries import DataPointQueries, OperatorQueries
 from curvd.remote.queries.base import check_drawable
 from curvd.remote.session import Session
-from curvd.remote.session_base import SessionBase, name_of
+from curvd.remote.session_base import SessionBase, Vectors, name_of, names_of
 from curvd.remote.submatrix import AsyncSubmatrix, Submatrix
 from curvd.remote.torch_names import AsyncMultiplies
 
@@ -41,11 +41,13 @@ __all__ = [
     "Session",
     "SessionBase",
     "Submatrix",
+    "Vectors",
     "check_drawable",
     "configured",
     "connect",
     "dense_bytes",
     "name_of",
+    "names_of",
     "opening",
     "shown",
 ]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from curvd._calls import Progress, Values, requests, updates, upload
 from curvd._transport import Connection
@@ -32,7 +35,7 @@ from curvd.remote.queries import (
     Predictive,
     Sketch,
 )
-from curvd.remote.session_base import SessionBase, name_of
+from curvd.remote.session_base import SessionBase, Vectors, name_of, names_of
 from curvd.tensors import Layout, operand
 
 
@@ -428,6 +431,79 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
     def vectors(self) -> list[StoredVector]:
         """List what the session stores, the oldest name first."""
         return self._connection.run(requests.list_vectors(self.id))
+
+    def combine(
+        self, terms: Mapping[StoredVector | str, float], store: str
+    ) -> StoredVector:
+        """Store a linear combination of stored vectors, where they are.
+
+        Args:
+            terms: Coefficients by vector, or by name; all of one shape.
+            store: Name of the sum, which may be that of a term.
+
+        Returns:
+            What stands for the sum.
+
+        Examples:
+            >>> loss, g = session.gradient(store="g")
+            >>> _ = session.put("x", np.ones(43))
+            >>> stored = session.combine({"x": 1.0, "g": -0.1}, store="x")  # a step
+            >>> np.allclose(session.get("x"), 1 - 0.1 * session.get("g"))
+            True
+        """
+        named = {name_of(vector): float(c) for vector, c in terms.items()}
+        return self._connection.run(requests.combine_vectors(self.id, named, store))
+
+    def inner_products(
+        self, left: Vectors, right: Vectors | None = None
+    ) -> NDArray[np.float64]:
+        """Multiply stored vectors with each other, where they are.
+
+        Args:
+            left: A stored vector or several, or their names; their columns, one after the
+                other, are the rows of the answer.
+            right: The same for its columns; None: `left`, so that it is a Gram matrix,
+                whose diagonal has the squared norms.
+
+        Returns:
+            [L, R], summed in float64.
+
+        Examples:
+            >>> _ = session.put("two", np.eye(43, 2)), session.put("one", np.ones(43))
+            >>> session.inner_products(["two", "one"])
+            array([[ 1.,  0.,  1.],
+                   [ 0.,  1.,  1.],
+                   [ 1.,  1., 43.]])
+        """
+        call = requests.inner_products(
+            self.id, names_of(left), () if right is None else names_of(right)
+        )
+        return self._connection.run(call)
+
+    def orthonormalise(
+        self, vectors: Vectors, store: str, *, tolerance: float = 0.0
+    ) -> StoredVector:
+        """Store an orthonormal basis of what stored vectors span, as columns.
+
+        Args:
+            vectors: A stored vector or several, or their names.
+            store: Name of the basis.
+            tolerance: Directions shorter than this, relative to the longest, are left
+                out; 0: those that rounding hides.
+
+        Returns:
+            What stands for the basis, principal directions first.
+
+        Examples:
+            >>> _ = session.put("a", np.ones((43, 2)))  # the same column twice
+            >>> session.orthonormalise("a", store="basis").shape
+            (1, 43)
+        """
+        return self._connection.run(
+            requests.orthonormalise_vectors(
+                self.id, names_of(vectors), store, tolerance
+            )
+        )
 
     def discard(self, vector: StoredVector | str) -> None:
         """Forget a stored vector and free its memory.

@@ -24,6 +24,8 @@ from curvd.contract import (
 from curvd.errors import VectorNotFound
 
 O = TypeVar("O")  # noqa: E741 - the operator type of the client
+Vectors = Sequence[StoredVector | str] | StoredVector | str
+"""One stored vector or several, or their names."""
 
 
 class SessionBase(ABC, Generic[O]):
@@ -380,6 +382,20 @@ def name_of(vector: StoredVector | str) -> str:
         Its name.
     """
     return vector if isinstance(vector, str) else vector.name
+
+
+def names_of(vectors: Vectors) -> list[str]:
+    """Tell the names of stored vectors.
+
+    Args:
+        vectors: One or several of them, or names.
+
+    Returns:
+        The names, in order.
+    """
+    if isinstance(vectors, str | StoredVector):
+        return [name_of(vectors)]
+    return [name_of(vector) for vector in vectors]
 
 
 def _blocks(sizes: Sequence[int] | None) -> tuple[int, ...] | None:

@@ -261,3 +261,71 @@ class DeleteVectorRequest(_message.Message):
 class DeleteVectorResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class VectorTerm(_message.Message):
+    __slots__ = ("name", "coefficient")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    COEFFICIENT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    coefficient: float
+    def __init__(self, name: _Optional[str] = ..., coefficient: _Optional[float] = ...) -> None: ...
+
+class CombineVectorsRequest(_message.Message):
+    __slots__ = ("session_id", "terms", "store_as", "request_id")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    STORE_AS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    terms: _containers.RepeatedCompositeFieldContainer[VectorTerm]
+    store_as: str
+    request_id: str
+    def __init__(self, session_id: _Optional[str] = ..., terms: _Optional[_Iterable[_Union[VectorTerm, _Mapping]]] = ..., store_as: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class CombineVectorsResponse(_message.Message):
+    __slots__ = ("vector",)
+    VECTOR_FIELD_NUMBER: _ClassVar[int]
+    vector: StoredVector
+    def __init__(self, vector: _Optional[_Union[StoredVector, _Mapping]] = ...) -> None: ...
+
+class InnerProductsRequest(_message.Message):
+    __slots__ = ("session_id", "left", "right")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    RIGHT_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    left: _containers.RepeatedScalarFieldContainer[str]
+    right: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, session_id: _Optional[str] = ..., left: _Optional[_Iterable[str]] = ..., right: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class InnerProductsResponse(_message.Message):
+    __slots__ = ("rows", "columns", "values")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    rows: int
+    columns: int
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, rows: _Optional[int] = ..., columns: _Optional[int] = ..., values: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class OrthonormaliseVectorsRequest(_message.Message):
+    __slots__ = ("session_id", "names", "tolerance", "store_as", "request_id")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    STORE_AS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    names: _containers.RepeatedScalarFieldContainer[str]
+    tolerance: float
+    store_as: str
+    request_id: str
+    def __init__(self, session_id: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ..., tolerance: _Optional[float] = ..., store_as: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class OrthonormaliseVectorsResponse(_message.Message):
+    __slots__ = ("vector", "singular_values")
+    VECTOR_FIELD_NUMBER: _ClassVar[int]
+    SINGULAR_VALUES_FIELD_NUMBER: _ClassVar[int]
+    vector: StoredVector
+    singular_values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, vector: _Optional[_Union[StoredVector, _Mapping]] = ..., singular_values: _Optional[_Iterable[float]] = ...) -> None: ...

@@ -87,6 +87,21 @@ class CurvatureServiceStub(object):
                 request_serializer=curvd_dot_v1_dot_curvature__service__pb2.DeleteVectorRequest.SerializeToString,
                 response_deserializer=curvd_dot_v1_dot_curvature__service__pb2.DeleteVectorResponse.FromString,
                 _registered_method=True)
+        self.CombineVectors = channel.unary_unary(
+                '/curvd.v1.CurvatureService/CombineVectors',
+                request_serializer=curvd_dot_v1_dot_curvature__service__pb2.CombineVectorsRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_curvature__service__pb2.CombineVectorsResponse.FromString,
+                _registered_method=True)
+        self.InnerProducts = channel.unary_unary(
+                '/curvd.v1.CurvatureService/InnerProducts',
+                request_serializer=curvd_dot_v1_dot_curvature__service__pb2.InnerProductsRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_curvature__service__pb2.InnerProductsResponse.FromString,
+                _registered_method=True)
+        self.OrthonormaliseVectors = channel.unary_unary(
+                '/curvd.v1.CurvatureService/OrthonormaliseVectors',
+                request_serializer=curvd_dot_v1_dot_curvature__service__pb2.OrthonormaliseVectorsRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_curvature__service__pb2.OrthonormaliseVectorsResponse.FromString,
+                _registered_method=True)
 
 
 class CurvatureServiceServicer(object):
@@ -162,6 +177,28 @@ class CurvatureServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CombineVectors(self, request, context):
+        """Stores a linear combination of stored vectors of one shape; it may take the place of
+        one of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def InnerProducts(self, request, context):
+        """Inner products of stored vectors, columns with columns, summed in float64.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OrthonormaliseVectors(self, request, context):
+        """Stores an orthonormal basis of what stored vectors span, as [r, P].
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CurvatureServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -204,6 +241,21 @@ def add_CurvatureServiceServicer_to_server(servicer, server):
                     servicer.DeleteVector,
                     request_deserializer=curvd_dot_v1_dot_curvature__service__pb2.DeleteVectorRequest.FromString,
                     response_serializer=curvd_dot_v1_dot_curvature__service__pb2.DeleteVectorResponse.SerializeToString,
+            ),
+            'CombineVectors': grpc.unary_unary_rpc_method_handler(
+                    servicer.CombineVectors,
+                    request_deserializer=curvd_dot_v1_dot_curvature__service__pb2.CombineVectorsRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_curvature__service__pb2.CombineVectorsResponse.SerializeToString,
+            ),
+            'InnerProducts': grpc.unary_unary_rpc_method_handler(
+                    servicer.InnerProducts,
+                    request_deserializer=curvd_dot_v1_dot_curvature__service__pb2.InnerProductsRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_curvature__service__pb2.InnerProductsResponse.SerializeToString,
+            ),
+            'OrthonormaliseVectors': grpc.unary_unary_rpc_method_handler(
+                    servicer.OrthonormaliseVectors,
+                    request_deserializer=curvd_dot_v1_dot_curvature__service__pb2.OrthonormaliseVectorsRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_curvature__service__pb2.OrthonormaliseVectorsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -435,6 +487,87 @@ class CurvatureService(object):
             '/curvd.v1.CurvatureService/DeleteVector',
             curvd_dot_v1_dot_curvature__service__pb2.DeleteVectorRequest.SerializeToString,
             curvd_dot_v1_dot_curvature__service__pb2.DeleteVectorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CombineVectors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/curvd.v1.CurvatureService/CombineVectors',
+            curvd_dot_v1_dot_curvature__service__pb2.CombineVectorsRequest.SerializeToString,
+            curvd_dot_v1_dot_curvature__service__pb2.CombineVectorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InnerProducts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/curvd.v1.CurvatureService/InnerProducts',
+            curvd_dot_v1_dot_curvature__service__pb2.InnerProductsRequest.SerializeToString,
+            curvd_dot_v1_dot_curvature__service__pb2.InnerProductsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OrthonormaliseVectors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/curvd.v1.CurvatureService/OrthonormaliseVectors',
+            curvd_dot_v1_dot_curvature__service__pb2.OrthonormaliseVectorsRequest.SerializeToString,
+            curvd_dot_v1_dot_curvature__service__pb2.OrthonormaliseVectorsResponse.FromString,
             options,
             channel_credentials,
             insecure,

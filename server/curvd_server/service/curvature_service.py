@@ -22,6 +22,7 @@ from curvd_server.service import (
     sources,
     stored,
     validation,
+    vector_algebra,
 )
 from curvd_server.service.dependencies import ProductDependencies
 from curvd_server.service.outcomes import header_of, summary_of
@@ -174,6 +175,35 @@ class CurvatureService:
         async with self._sessions.lease(request.session_id) as lease:
             lease.vectors.delete(request.name)
         return curvature_pb.DeleteVectorResponse()
+
+    async def combine_vectors(
+        self, request: curvature_pb.CombineVectorsRequest
+    ) -> curvature_pb.CombineVectorsResponse:
+        """Store a linear combination of stored vectors."""
+        _bind(request)
+        async with self._sessions.lease(request.session_id) as lease:
+            vector = await vector_algebra.combine(request, lease.vectors)
+        return curvature_pb.CombineVectorsResponse(
+            vector=stored.described(request.store_as, vector)
+        )
+
+    async def inner_products(
+        self, request: curvature_pb.InnerProductsRequest
+    ) -> curvature_pb.InnerProductsResponse:
+        """Multiply stored vectors with each other."""
+        async with self._sessions.lease(request.session_id) as lease:
+            return await vector_algebra.inner_products(request, lease.vectors)
+
+    async def orthonormalise_vectors(
+        self, request: curvature_pb.OrthonormaliseVectorsRequest
+    ) -> curvature_pb.OrthonormaliseVectorsResponse:
+        """Store an orthonormal basis of what stored vectors span."""
+        _bind(request)
+        async with self._sessions.lease(request.session_id) as lease:
+            vector, values = await vector_algebra.orthonormalise(request, lease.vectors)
+        return curvature_pb.OrthonormaliseVectorsResponse(
+            vector=stored.described(request.store_as, vector), singular_values=values
+        )
 
     async def _product(
         self, name: str, header: ProductHeader, chunks: Chunks, send: Send

@@ -272,10 +272,12 @@ class QueryCall:
 
         Raises:
             InvalidSpec: If the vectors have no values.
+            InvalidVector: If they are in other parameters than the operator.
         """
         stored, spec = self.lease.vectors.get(name), self.spec
         assert spec is not None
         check.with_values(name, stored.values)
+        check.of_layout(name, stored.layout, self.lease.info.layout)
         vectors = self.stored(name)
         self.reserve(len(vectors))
         values = torch.tensor(stored.values, dtype=torch.float64)
@@ -308,7 +310,8 @@ class QueryCall:
             array: [P] or [K, P].
             values: [K] Eigenvalues that belong to them, without scale and damping.
         """
-        vector = Vector(array, self.lease.info.version, values=values)
+        info = self.lease.info
+        vector = Vector(array, info.version, values=values, layout=info.layout)
         self.lease.vectors.put(name, vector)
 
     def columns(self, array: NDArray[Any]) -> Tensor:

@@ -206,6 +206,29 @@ def with_values(name: str, values: Sequence[float]) -> None:
         raise InvalidSpec(msg, vector=name)
 
 
+def of_layout(
+    name: str, layout: ParameterLayout | None, wanted: ParameterLayout
+) -> None:
+    """Refuse vectors in other parameters than the operator's, though as many.
+
+    Args:
+        name: The name of the vectors.
+        layout: What their elements belong to; None: nobody knows.
+        wanted: What the operator acts on.
+
+    Raises:
+        InvalidVector: If these differ.
+    """
+    if layout is not None and layout != wanted:
+        own, ours = (", ".join(given.names[:3]) for given in (layout, wanted))
+        msg = (
+            f"stored vectors {name!r} are in {len(layout.names)} parameters ({own}, …), the "
+            f"operator is in {len(wanted.names)} ({ours}, …): make them by an operator with "
+            "the same params"
+        )
+        raise InvalidVector(msg, vector=name)
+
+
 def systems(
     header: Header,
     stored: Mapping[str, NDArray[Any]],

@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from curvd.contract import ParameterLayout
 from curvd.errors import LimitExceeded, RequestIdReused, VectorNotFound
 from curvd_server.system import VECTORS, HostMemory
 
@@ -26,6 +27,8 @@ class Vector:
     values: tuple[float, ...] = ()
     """[K] Eigenvalues that belong to the vectors: of the operator without its scale and
     damping. Empty: they are just vectors."""
+    layout: ParameterLayout | None = None
+    """What their elements belong to; None: known by their number alone."""
 
 
 class Vectors:
