@@ -44,8 +44,9 @@ def exportable(module: Any) -> Any:
         InvalidSpec: If its parameters are shards: no rank has the whole of them.
     """
     inner = unwrapped(module)
+    torch = sys.modules.get("torch")
     distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is None or not hasattr(inner, "named_parameters"):
+    if distributed is None or not isinstance(inner, torch.nn.Module):  # type: ignore[union-attr]
         return inner
     for name, parameter in inner.named_parameters():
         if isinstance(parameter, distributed.DTensor):
