@@ -11,16 +11,14 @@ stands beside that of a plain gradient in torch with its usual threads, in the s
 from __future__ import annotations
 
 import argparse
-import contextlib
-import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 
 import psutil
 import torch
 from first_answer import server, tree_s
+from machine import busy
 from torch import nn
 
 import curvd
@@ -36,27 +34,6 @@ def net() -> nn.Module:
     return nn.Sequential(
         nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 11), nn.Tanh(), nn.Linear(11, 1)
     )
-
-
-def spin() -> None:
-    """Compute for ever."""
-    number = 1
-    while True:
-        number = (number * 31 + 7) % 1_000_003
-
-
-@contextlib.contextmanager
-def busy(count: int) -> Iterator[None]:
-    """Have processes that compute all the time."""
-    others = [multiprocessing.Process(target=spin, daemon=True) for _ in range(count)]
-    for other in others:
-        other.start()
-    try:
-        yield
-    finally:
-        for other in others:
-            other.kill()
-            other.join()
 
 
 def gradient_s(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
