@@ -337,6 +337,9 @@ async def _expire(
 def _describe(
     config: ServerConfig, device: Device, mounts: Mounts, activities: Activities
 ) -> ServerInfo:
+    workers, generation = (
+        device.workers() if isinstance(device, FleetDevice) else ((), 0)
+    )
     return ServerInfo(
         version=_version(),
         torch_version=device.torch_version,
@@ -346,6 +349,8 @@ def _describe(
         capabilities=CAPABILITIES,
         datasets=mounts.names(),
         activities=activities.listed(),
+        workers=workers,
+        generation=generation,
     )
 
 

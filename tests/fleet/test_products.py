@@ -277,3 +277,35 @@ def test_data_points_are_gone_through_in_front(two):
     )
     assert sum(len(b.targets) for b in points.problem.data) == N
     assert isinstance(points.problem.parameters[0], torch.Tensor)
+
+
+def test_sessions_on_other_data_share_parameters(two):
+    """The other one has fewer mini-batches than there are shards, and idle workers."""
+    device, few = device_of(two), {n: a[:3] for n, a in arrays().items()}
+    small = load(device, data=few)
+    moved = load(device).with_parameters(state(seed=5))
+    for problem, other, data in ((small, moved, few), (moved, small, arrays())):
+        values = state(seed=5) if other is moved else state()
+        shared = problem.sharing(other)
+        want = eager_hessian(values, data)
+        np.testing.assert_allclose(dense(built(shared)), want, atol=1e-13)
+    one, where = two.launcher.holdings[0], small.sharing(moved).entry.number
+    parameters = [
+        one._problems[number].whole.parameters[0]
+        for number in (where, moved.entry.number)
+    ]
+    assert parameters[0] is parameters[1]
+
+
+def test_workers_are_described(two):
+    found, generation = device_of(two, shards=3).workers()
+    assert [(w.rank, w.device, w.shards, w.ready) for w in found] == [
+        (0, "cpu:0", 1, True),
+        (1, "cpu:1", 2, True),
+    ]
+    assert (generation, found[1].restarts, found[1].lost) == (2, 0, "")
+    two.launcher.end(1)
+    built(load(device_of(two)))
+    found, generation = device_of(two).workers()
+    assert (generation, found[1].restarts) == (3, 1)
+    assert "connection ended" in found[1].lost

@@ -19,7 +19,7 @@ import click
 from curvd.cli import query_commands
 from curvd.cli.options import connection_options, json_option
 from curvd.config import VERSION, ClientConfig, RetryConfig, TlsConfig, Transport
-from curvd.contract import Activity, ServerInfo, SessionInfo
+from curvd.contract import Activity, ServerInfo, SessionInfo, WorkerInfo
 from curvd.errors import CurvdError, install
 from curvd.remote import connect
 
@@ -225,8 +225,18 @@ def _server_lines(info: ServerInfo) -> list[str]:
             f"{d.free_bytes / 2**30:.1f} of {d.total_bytes / 2**30:.1f} GiB free"
             for d in info.devices
         ),
+        *map(_worker_line, info.workers),
         f"  builders {', '.join(info.builders)}",
     ]
+
+
+def _worker_line(worker: WorkerInfo) -> str:
+    where = f"{worker.host}, process {worker.pid}" if worker.pid else "being started"
+    lost = f", last because {worker.lost}" if worker.lost else ""
+    return (
+        f"  worker {worker.rank} {worker.device}: {where}, {worker.shards} shards, "
+        f"{'ready' if worker.ready else 'not ready'}, {worker.restarts} restarts{lost}"
+    )
 
 
 def _activity_lines(activities: Sequence[Activity]) -> list[str]:

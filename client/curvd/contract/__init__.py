@@ -43,6 +43,7 @@ from curvd.contract.infos import (
     StageProgress,
     StoredVector,
     TensorInfo,
+    WorkerInfo,
     left_s,
 )
 from curvd.contract.layout import ParameterLayout, ParameterSpec
@@ -165,6 +166,7 @@ __all__ = [
     "TraceOptions",
     "Which",
     "Work",
+    "WorkerInfo",
     "check_patterns",
     "check_settings",
     "choices_of",

@@ -361,6 +361,8 @@ def server_info_to_proto(info: infos.ServerInfo) -> session_pb.GetServerInfoResp
         capabilities=info.capabilities,
         datasets=info.datasets,
         activities=map(activity_to_proto, info.activities),
+        workers=[session_pb.Worker(**asdict(w)) for w in info.workers],
+        generation=info.generation,
     )
 
 
@@ -377,6 +379,8 @@ def server_info_from_proto(
         capabilities=tuple(message.capabilities),
         datasets=tuple(message.datasets),
         activities=activities_from_proto(message.activities),
+        workers=tuple(_same_names(infos.WorkerInfo, w) for w in message.workers),
+        generation=message.generation,
     )
 
 

@@ -230,6 +230,27 @@ class Activity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """A process that has a share of the data, where a server computes with several."""
+
+    rank: int
+    """From 0; consecutive ranks have consecutive shards."""
+    device: str
+    host: str
+    """Name of the machine that it runs on; empty: it is being started."""
+    pid: int
+    """Its process there; 0: it is being started."""
+    shards: int
+    """How many of the shards it has, of data with mini-batches for all of them."""
+    ready: bool
+    """Whether it holds all that it should, and answers."""
+    restarts: int
+    """How often another one took its place."""
+    lost: str
+    """Why the latest one was lost; empty: none was."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo:
     """What a server is and offers."""
 
@@ -243,6 +264,10 @@ class ServerInfo:
     """Names of the datasets that lie on the server."""
     activities: tuple[Activity, ...] = ()
     """What takes long and goes on right now, the oldest first."""
+    workers: tuple[WorkerInfo, ...] = ()
+    """The processes that compute, by rank; none: the server itself does."""
+    generation: int = 0
+    """How often a worker became ready; it grows when one is lost and comes back."""
 
     def __repr__(self) -> str:
         devices = ", ".join(d.name for d in self.devices)

@@ -459,8 +459,28 @@ class Device(_message.Message):
     free_bytes: int
     def __init__(self, name: _Optional[str] = ..., description: _Optional[str] = ..., total_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
 
+class Worker(_message.Message):
+    __slots__ = ("rank", "device", "host", "pid", "shards", "ready", "restarts", "lost")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    device: str
+    host: str
+    pid: int
+    shards: int
+    ready: bool
+    restarts: int
+    lost: str
+    def __init__(self, rank: _Optional[int] = ..., device: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., shards: _Optional[int] = ..., ready: bool = ..., restarts: _Optional[int] = ..., lost: _Optional[str] = ...) -> None: ...
+
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "torch_version", "limits", "devices", "builders", "capabilities", "datasets", "activities")
+    __slots__ = ("version", "torch_version", "limits", "devices", "builders", "capabilities", "datasets", "activities", "workers", "generation")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
@@ -469,6 +489,8 @@ class GetServerInfoResponse(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     DATASETS_FIELD_NUMBER: _ClassVar[int]
     ACTIVITIES_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     version: str
     torch_version: str
     limits: Limits
@@ -477,4 +499,6 @@ class GetServerInfoResponse(_message.Message):
     capabilities: _containers.RepeatedScalarFieldContainer[str]
     datasets: _containers.RepeatedScalarFieldContainer[str]
     activities: _containers.RepeatedCompositeFieldContainer[Activity]
-    def __init__(self, version: _Optional[str] = ..., torch_version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., builders: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., datasets: _Optional[_Iterable[str]] = ..., activities: _Optional[_Iterable[_Union[Activity, _Mapping]]] = ...) -> None: ...
+    workers: _containers.RepeatedCompositeFieldContainer[Worker]
+    generation: int
+    def __init__(self, version: _Optional[str] = ..., torch_version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., builders: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., datasets: _Optional[_Iterable[str]] = ..., activities: _Optional[_Iterable[_Union[Activity, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., generation: _Optional[int] = ...) -> None: ...

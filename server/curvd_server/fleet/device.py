@@ -27,6 +27,7 @@ from curvd.contract import (
     PlanReport,
     SerializedGraph,
     Tier,
+    WorkerInfo,
 )
 from curvd.errors import InvalidSpec
 from curvd_server.device.protocols import Array, Counted
@@ -79,6 +80,12 @@ class FleetDevice:
     def describe(self) -> DeviceInfo:
         """Describe the host's memory, under the names of the workers' devices."""
         return replace(self.front.describe(), name=self.name)
+
+    def workers(self) -> tuple[tuple[WorkerInfo, ...], int]:
+        """Describe the workers by rank, and count how often one became ready."""
+        shares = deal(cut(self.shards, self.shards), len(self.fleet.seats))
+        shards = {rank: len(parts) for rank, parts in shares.items()}
+        return self.fleet.describe(shards)
 
     def architecture(self, spec: ModelSpec) -> Architecture:
         """Find out what a builder makes of a configuration; on any thread."""
@@ -235,19 +242,58 @@ class FleetProblem:
         """
         used = {*self._loaded.used}
         new = {n: v for n, v in values.items() if n in used}
-        state = dict(zip(self.entry.load.state, self.entry.state, strict=True)) | new
-        number = self.fleet.next_number()
-        entry = replace(
-            self.entry,
-            number=number,
-            load=replace(self.entry.load, problem=number, state=tuple(state)),
-            state=tuple(state.values()),
+        move = messages.Move(
+            problem=self.fleet.next_number(),
+            old=self.entry.number,
+            state=tuple(new),
         )
-        old = self.entry.number
-        move = messages.Move(problem=number, old=old, state=tuple(new))
+        request = Request(move, tuple(new.values()))
+        requests = dict.fromkeys(self.entry.deal, request)
+        return self._at(move.problem, self.state | new, requests)
+
+    def sharing(self, other: FleetProblem) -> FleetProblem:
+        """Take the parameters of the same model on other data, in the same memory.
+
+        A worker that has no share of the other data, or is started anew, has them in
+        memory of its own.
+        """
+        number, old = self.fleet.next_number(), self.entry.number
+        share = Request(
+            messages.Share(problem=number, old=old, like=other.entry.number)
+        )
+        state = other.state
+        move = Request(
+            messages.Move(problem=number, old=old, state=tuple(state)),
+            tuple(state.values()),
+        )
+        requests = {
+            rank: share if rank in other.entry.deal else move
+            for rank in self.entry.deal
+        }
+        return self._at(number, state, requests)
+
+    @property
+    def state(self) -> dict[str, Array]:
+        """All that it was made of, by name."""
+        return dict(zip(self.entry.load.state, self.entry.state, strict=True))
+
+    def _at(
+        self, number: int, state: Arrays, requests: Mapping[int, Request]
+    ) -> FleetProblem:
+        """Make another version on all workers, or on none.
+
+        Args:
+            number: Of the version.
+            state: All that it is made of.
+            requests: What makes it on each worker.
+        """
+        load = replace(self.entry.load, problem=number, state=tuple(state))
+        entry = replace(
+            self.entry, number=number, load=load, state=tuple(state.values())
+        )
         with forgotten_on_error(self.fleet, messages.Close(problems=(number,))):
             self.fleet.all(
-                dict.fromkeys(entry.deal, Request(move, tuple(new.values()))),
+                requests,
                 cancelled=never,
                 register=lambda: self.fleet.registry.add_problem(entry),
             )
@@ -294,7 +340,7 @@ class FleetProblem:
             load = self.entry.load
             self._local = self._device.front.load(
                 load.model,
-                dict(zip(load.state, self.entry.state, strict=True)),
+                self.state,
                 dict(zip(load.arrays, self.entry.arrays, strict=True)),
                 load.data,
                 load.loss,

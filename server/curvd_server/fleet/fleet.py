@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 
+from curvd.contract import WorkerInfo
 from curvd.errors import Cancelled, Internal, Unavailable
 from curvd_server.fleet import messages
 from curvd_server.fleet.connection import Connection, Frame
@@ -143,6 +144,31 @@ class Fleet:
                 self._wanted.discard(number)
                 for seat in self.seats:
                     seat.answers.pop(number, None)
+
+    def describe(self, shards: Mapping[int, int]) -> tuple[tuple[WorkerInfo, ...], int]:
+        """Describe the workers.
+
+        Args:
+            shards: How many each rank has.
+
+        Returns:
+            The workers by rank, and the generation.
+        """
+        with self._changed:
+            found = tuple(
+                WorkerInfo(
+                    rank=seat.rank,
+                    device=seat.device,
+                    host=seat.hello.host if seat.hello else "",
+                    pid=seat.hello.pid if seat.hello else 0,
+                    shards=shards.get(seat.rank, 0),
+                    ready=seat.is_ready,
+                    restarts=seat.restarts,
+                    lost=seat.said,
+                )
+                for seat in self.seats
+            )
+            return found, self.generation
 
     def forget(self, message: messages.Close) -> None:
         """Have workers forget what nobody needs any more; on any thread, at once."""

@@ -66,6 +66,7 @@ class Holdings:
             messages.Load: self._load,
             messages.Normalise: self._normalise,
             messages.Move: self._move,
+            messages.Share: self._share,
             messages.Recall: self._recall,
             messages.Decide: self._decide,
             messages.Build: self._build,
@@ -153,6 +154,11 @@ class Holdings:
         old = self._problem(m.old)
         values = as_tensors(dict(zip(m.state, arrays, strict=True)))
         self._problems[m.problem] = Held(old.whole.with_parameters(values), old.shards)
+        return messages.Done(), ()
+
+    def _share(self, m: messages.Share, arrays: list[Array], cancelled: Poll) -> Said:
+        old, like = self._problem(m.old), self._problem(m.like)
+        self._problems[m.problem] = Held(old.whole.sharing(like.whole), old.shards)
         return messages.Done(), ()
 
     def _recall(self, m: messages.Recall, arrays: list[Array], cancelled: Poll) -> Said:

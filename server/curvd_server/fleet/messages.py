@@ -106,6 +106,15 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """Make a problem with the data of one and the parameters of another, not copied."""
+
+    problem: int
+    old: int
+    like: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recall:
     """Say under which key the plan of an operator is remembered."""
 
@@ -262,6 +271,7 @@ Command = (
     Load
     | Normalise
     | Move
+    | Share
     | Recall
     | Decide
     | Build

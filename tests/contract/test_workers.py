@@ -1,0 +1,34 @@
+"""Workers in what a server says of itself: over the wire, and on the command line."""
+
+from curvd.cli.commands import _server_lines
+from curvd.contract import Limits, ServerInfo, WorkerInfo, convert
+
+LIMITS = Limits(**dict.fromkeys(Limits.__slots__, 1))
+READY = WorkerInfo(
+    rank=0, device="cuda:0", host="a", pid=7, shards=2, ready=True, restarts=0, lost=""
+)
+LOST = WorkerInfo(
+    rank=1, device="cuda:1", host="", pid=0, shards=2, ready=False, restarts=3, lost="x"
+)
+INFO = ServerInfo(
+    version="1",
+    torch_version="2",
+    limits=LIMITS,
+    devices=(),
+    builders=(),
+    capabilities=(),
+    workers=(READY, LOST),
+    generation=5,
+)
+
+
+def test_workers_travel_with_the_server():
+    assert convert.server_info_from_proto(convert.server_info_to_proto(INFO)) == INFO
+
+
+def test_the_command_line_shows_workers_and_why_one_was_lost():
+    assert _server_lines(INFO)[1:3] == [
+        "  worker 0 cuda:0: a, process 7, 2 shards, ready, 0 restarts",
+        "  worker 1 cuda:1: being started, 2 shards, not ready, 3 restarts, "
+        "last because x",
+    ]
