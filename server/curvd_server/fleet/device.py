@@ -299,14 +299,6 @@ class FleetProblem:
             )
         return FleetProblem(self._device, entry, self._loaded, self._counted)
 
-    def sharing(self, other: FleetProblem) -> FleetProblem:
-        """Take the parameters of the same model on other data.
-
-        Workers keep them beside that one's, so each dataset has its own copy there.
-        """
-        state = zip(other.entry.load.state, other.entry.state, strict=True)
-        return self.with_parameters(dict(state))
-
     def gradient(self, *, cancelled: Poll) -> tuple[float, Array]:
         """Compute the loss and its gradient [P]."""
         request = Request(messages.Gradient(problem=self.entry.number))
