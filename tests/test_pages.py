@@ -79,29 +79,39 @@ def test_a_laplace_approximation(run):
     outputs, _, flat = objective(found["net"], None, found["x"], None)
     J = torch.func.jacrev(outputs)(flat).squeeze(1)  # [N, P]
     precision = J.T @ J / 0.1**2 + torch.eye(len(flat), dtype=torch.float64)
-    g = found["jacobian"]
+    there, _, _ = objective(found["net"], None, found["points"], None)
+    g = torch.func.jacrev(there)(flat).squeeze(1).T
     exact = torch.einsum("pk,pk->k", g, torch.linalg.solve(precision, g))
-    torch.testing.assert_close(found["variance"], exact, rtol=1e-4, atol=0.0)
-    estimate = found["log_determinant"]
+    variance = torch.from_numpy(found["found"].variance[:, 0])
+    torch.testing.assert_close(variance, exact, rtol=1e-4, atol=0.0)
+    evidence = found["evidence"]
     exact = float(torch.linalg.slogdet(precision).logabsdet)
-    assert estimate.value == pytest.approx(exact, abs=2 * estimate.half_width)
+    at_one = evidence.log_determinants[evidence.priors == 1.0]
+    assert at_one == pytest.approx([exact], rel=1e-6)
 
 
 def test_influence_functions(run):
     found = run("influence")
     assert 7 in found["suspects"]
-    assert found["influence"].argmax() == 7
+    assert found["harmful"][0] == 7
     outputs, _, flat = objective(found["net"], None, found["x"], None)
     J, p = torch.func.jacrev(outputs)(flat), outputs(flat).softmax(1)
     metric = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     G = torch.einsum("nap,nab,nbq->pq", J, metric, J) / len(p)
     damped = G + 1e-2 * torch.eye(len(flat), dtype=torch.float64)
-    exact = torch.linalg.solve(damped, found["test"].double())
+    rows = torch.func.jacrev(
+        lambda flat: nn.functional.cross_entropy(
+            outputs(flat), found["y"], reduction="none"
+        )
+    )(flat)
+    x, label = found["test"]
+    _, loss, _ = objective(found["net"], nn.functional.cross_entropy, x, label)
+    exact = rows @ torch.linalg.solve(damped, torch.func.grad(loss)(flat))
     torch.testing.assert_close(
-        found["solved"].x.double(),
+        torch.from_numpy(found["found"].scores[0]).double(),
         exact,
-        rtol=1e-3,
-        atol=1e-3 * float(exact.abs().max()),
+        rtol=1e-2,
+        atol=1e-2 * float(exact.abs().max()),
     )
 
 

@@ -76,6 +76,22 @@ def test_queries_are_rows_of_the_session_or_stored_vectors(session):
     close(session.influence("whole", **EXACT).scores, dense(G.mean(0)[None]))
 
 
+def test_queries_are_the_data_points_of_a_session_with_the_same_parameters(session):
+    x, y = others()
+    with session.on({"x": x, "y": y}) as test:
+        found = session.influence(test, **EXACT)
+        close(found.scores, dense(gradients(x, y)))
+        back = test.influence(session, **EXACT)
+        assert back.scores.shape == (POINTS, len(x)) and back.normaliser == len(x)
+
+
+def test_a_session_with_other_parameters_is_refused(session, live_target):
+    with curvd.connect(live_target) as client, open_session(client) as other:
+        other.update_parameters({"3.bias": np.ones(3)})
+        with pytest.raises(curvd.InvalidSpec, match="has other parameters"):
+            session.influence(other, **EXACT)
+
+
 def test_scores_rank_data_points_as_the_dense_answer_at_the_default_tolerance(session):
     from scipy.stats import spearmanr
 

@@ -174,8 +174,9 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
 
         Args:
             queries: Data points, by name as in the dataset or a tuple of inputs and
-                targets; or indices of the session's own; or None, all of these; or
-                gradients that the session stores, [P] or [P, M], or their name.
+                targets; or indices of the session's own; or None, all of these; or all of
+                a session with the same parameters (`on`); or gradients that the session
+                stores, [P] or [P, M], or their name.
             **options: Those of [`influence`][curvd.RemoteOperator.influence] of an
                 operator.
 

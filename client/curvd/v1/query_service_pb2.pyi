@@ -560,7 +560,7 @@ class JacobianProductSummary(_message.Message):
     def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., row_shape: _Optional[_Iterable[int]] = ..., plan: _Optional[str] = ...) -> None: ...
 
 class InfluenceHeader(_message.Message):
-    __slots__ = ("query", "damping", "tolerance", "top", "preconditioner", "block", "self_only", "part", "part_seed", "rows", "all_rows", "stored")
+    __slots__ = ("query", "damping", "tolerance", "top", "preconditioner", "block", "self_only", "part", "part_seed", "rows", "all_rows", "stored", "other_session_id")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     DAMPING_FIELD_NUMBER: _ClassVar[int]
     TOLERANCE_FIELD_NUMBER: _ClassVar[int]
@@ -573,6 +573,7 @@ class InfluenceHeader(_message.Message):
     ROWS_FIELD_NUMBER: _ClassVar[int]
     ALL_ROWS_FIELD_NUMBER: _ClassVar[int]
     STORED_FIELD_NUMBER: _ClassVar[int]
+    OTHER_SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     query: Query
     damping: float
     tolerance: float
@@ -585,7 +586,8 @@ class InfluenceHeader(_message.Message):
     rows: _containers.RepeatedScalarFieldContainer[int]
     all_rows: bool
     stored: str
-    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., damping: _Optional[float] = ..., tolerance: _Optional[float] = ..., top: _Optional[int] = ..., preconditioner: _Optional[str] = ..., block: _Optional[int] = ..., self_only: bool = ..., part: _Optional[int] = ..., part_seed: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., all_rows: bool = ..., stored: _Optional[str] = ...) -> None: ...
+    other_session_id: str
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., damping: _Optional[float] = ..., tolerance: _Optional[float] = ..., top: _Optional[int] = ..., preconditioner: _Optional[str] = ..., block: _Optional[int] = ..., self_only: bool = ..., part: _Optional[int] = ..., part_seed: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., all_rows: bool = ..., stored: _Optional[str] = ..., other_session_id: _Optional[str] = ...) -> None: ...
 
 class InfluenceRequest(_message.Message):
     __slots__ = ("header", "chunk")

@@ -29,6 +29,7 @@ from curvd_server.service.given_points import named_as, received
 from curvd_server.service.query_call import QueryCall
 from curvd_server.service.query_run import products_of
 from curvd_server.service.streams import Chunks
+from curvd_server.sessions import Lease
 from curvd_server.system import Poll
 
 _OF_QUERY = 4
@@ -42,6 +43,7 @@ async def answer(
     header: query_pb.InfluenceHeader,
     options: InfluenceOptions,
     chunks: Chunks,
+    other: Lease | None = None,
 ) -> None:
     """Compute the influence of data points on queries.
 
@@ -50,6 +52,7 @@ async def answer(
         header: Whose influence.
         options: The options in it.
         chunks: The queries, if they travel, and groups.
+        other: The session whose data points are the queries; None: there is none.
 
     Raises:
         InvalidSpec: If queries are named twice or not at all, or do not fit the dataset.
@@ -61,7 +64,11 @@ async def answer(
     problem = points.problem.restricted(call.spec)
     tensors = await received(call, chunks)
     groups = _groups(tensors.pop("groups", None), call.data_points, options)
-    queries = await _queries(call, header, points, problem, tensors)
+    if other is None:
+        queries = await _queries(call, header, points, problem, tensors)
+    else:
+        _check_given(header, tensors)
+        queries = _of_session(call, other)
     count = len(queries)
     block = min(call.together(count, options.block), _fitting(call.data_points))
     call.reserve(_OF_QUERY * block + 11 * block + 2 * together(call))
@@ -134,6 +141,44 @@ class _StoredQueries:
         return self.vectors[rows.start : rows.stop]
 
 
+def _check_given(
+    header: query_pb.InfluenceHeader, tensors: Mapping[str, NDArray[Any]]
+) -> None:
+    """Refuse queries that are named twice, or not at all."""
+    ways = {
+        "data points": bool(tensors),
+        "rows": bool(header.rows),
+        "all_rows": header.all_rows,
+        "stored": bool(header.stored),
+        "other_session_id": bool(header.other_session_id),
+    }
+    given = [way for way, is_given in ways.items() if is_given]
+    if len(given) != 1:
+        msg = (
+            "queries are either data points, or rows or all_rows of the session, or those "
+            f"of another, or stored vectors, got {' and '.join(given) or 'none of them'}"
+        )
+        raise InvalidSpec(msg, given=", ".join(given))
+
+
+def _of_session(call: QueryCall, other: Lease) -> _DataQueries:
+    """Take all data points of another session that has the same parameters."""
+    mine, theirs = call.lease.info, other.info
+    if (mine.model_id, mine.parameters_digest) != (
+        theirs.model_id,
+        theirs.parameters_digest,
+    ):
+        msg = (
+            f"session {theirs.id} has other parameters than session {mine.id}, or is at "
+            "another version: make it by on(), which shares them"
+        )
+        raise InvalidSpec(msg, session=theirs.id)
+    points = call.points_beside(lease=other)
+    assert call.spec is not None
+    problem = points.problem.restricted(call.spec)
+    return _DataQueries(points, problem, range(theirs.data_points))
+
+
 async def _queries(
     call: QueryCall,
     header: query_pb.InfluenceHeader,
@@ -142,19 +187,7 @@ async def _queries(
     tensors: Mapping[str, NDArray[Any]],
 ) -> _Queries:
     """Choose where the gradients of the queries come from."""
-    ways = {
-        "data points": bool(tensors),
-        "rows": bool(header.rows),
-        "all_rows": header.all_rows,
-        "stored": bool(header.stored),
-    }
-    given = [way for way, is_given in ways.items() if is_given]
-    if len(given) != 1:
-        msg = (
-            "queries are either data points, or rows or all_rows of the session, or "
-            f"stored vectors, got {' and '.join(given) or 'none of them'}"
-        )
-        raise InvalidSpec(msg, given=", ".join(given))
+    _check_given(header, tensors)
     if header.stored:
         return _StoredQueries(call.stored(header.stored))
     if header.all_rows:

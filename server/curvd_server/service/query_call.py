@@ -64,11 +64,14 @@ class QueryCall:
         assert isinstance(self.run.subject, Points)
         return self.run.subject
 
-    def points_beside(self, problem: Problem | None = None) -> Points:
+    def points_beside(
+        self, problem: Problem | None = None, *, lease: Lease | None = None
+    ) -> Points:
         """Name data points that a query about an operator asks besides.
 
         Args:
             problem: What they belong to; None: the session's.
+            lease: Of which session; None: that of the call.
 
         Returns:
             The data points; they have no limit, and no time.
@@ -78,7 +81,8 @@ class QueryCall:
             self.run.expired()  # raises if the query was given up
             return False
 
-        own = self.lease.problem.points(self.run.compute, limit=None, expired=never)
+        asked = lease or self.lease
+        own = asked.problem.points(self.run.compute, limit=None, expired=never)
         assert isinstance(own, Points)
         return own if problem is None else own.of(problem)
 

@@ -226,8 +226,15 @@ class QueryService:
         """Compute the influence of data points on queries."""
         header, chunks = await opened(requests)
         options = query_messages.read(InfluenceOptions, header)
-        async with self._open("Influence", header.query, options, send) as call:
-            await influence.answer(call, header, options, chunks)
+        async with (
+            self._open("Influence", header.query, options, send) as call,
+            contextlib.AsyncExitStack() as stack,
+        ):
+            other = None
+            if header.other_session_id:
+                lease = self._sessions.lease(header.other_session_id)
+                other = await stack.enter_async_context(lease)
+            await influence.answer(call, header, options, chunks, other)
 
     async def predictive(self, requests: AsyncIterator[Part], send: Send) -> None:
         """Compute variances of predictions."""

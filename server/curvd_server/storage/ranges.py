@@ -206,6 +206,7 @@ RULES: Mapping[str, Rule] = {
     "MarginalLikelihoodRequest.priors": Number(0, 1e290, above=True, most=1000),
     "InfluenceHeader.rows": Number(0, _INT64),
     "InfluenceHeader.stored": _NAME,
+    "InfluenceHeader.other_session_id": _ID,
     "JacobianProductHeader.operand": _NAME,
     "JacobianProductHeader.parameters": _TENSOR,
     "SolveHeader.b": _NAME,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curvd._calls import Answer, Queries, QueryCall
-from curvd.contract import InfluenceOptions, Stop, StoredVector
+from curvd.contract import InfluenceOptions, SessionInfo, Stop, StoredVector
 from curvd.errors import InvalidSpec, InvalidVector
 from curvd.remote.asking import asks_about
 from curvd.remote.queries.base import Floats, Result, drawn_on
@@ -136,8 +136,9 @@ class InfluenceQueries:
 
         Args:
             queries: Data points, by name as in the dataset or a tuple of inputs and
-                targets; or indices of the session's own; or None, all of these; or
-                gradients that the session stores, [P] or [P, M], or their name.
+                targets; or indices of the session's own; or None, all of these; or all of
+                a session with the same parameters (`Session.on`); or gradients that the
+                session stores, [P] or [P, M], or their name.
 
         Returns:
             The scores, and how true the solutions are.
@@ -187,6 +188,9 @@ def _asked(
     """
     if queries is None:
         return {"all_rows": True}, {}, data_points
+    other = getattr(queries, "info", None)
+    if isinstance(other, SessionInfo):
+        return {"other_session_id": other.id}, {}, other.data_points
     if isinstance(queries, str | StoredVector):
         name = queries if isinstance(queries, str) else queries.name
         return {"stored": name}, {}, None
