@@ -276,6 +276,14 @@ class AsyncClient:
             found += page
         return found
 
+    async def delete_model(self, model: ModelInfo | str) -> None:
+        """Delete a model that no session needs any more; see `curvd.Client`."""
+        await self._connection.run(requests.delete_model(model))
+
+    async def delete_dataset(self, dataset: DatasetInfo | str) -> None:
+        """Delete a dataset that no session needs any more; see `curvd.Client`."""
+        await self._connection.run(requests.delete_dataset(dataset))
+
     async def server_info(self) -> ServerInfo:
         """Describe the server: versions, limits, devices, builders, capabilities."""
         return await self._connection.run(requests.server_info())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -12,7 +13,15 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
-from curvd.cli.options import FILE, Place, Size, option, read_config, token_options
+from curvd.cli.options import (
+    FILE,
+    Place,
+    Size,
+    json_option,
+    option,
+    read_config,
+    token_options,
+)
 from curvd.contract import Setting, settings_of
 from curvd.tensors import tune_allocator
 from curvd_server.config import LimitsConfig, ServerConfig, TlsConfig
@@ -210,12 +219,14 @@ def serve(**given: Any) -> None:
     help="A group that things may be shared with, as @GROUP; may be repeated.",
 )
 @click.option("--expires", help="How long it is good: 12h, 90d.  [default: for ever]")
+@json_option
 def token(
     name: str,
     file: Path,
     roles: tuple[str, ...],
     groups: tuple[str, ...],
     expires: str | None,
+    as_json: bool,
 ) -> None:
     """Make a token for the caller NAME, and print it: it is kept nowhere else."""
     made = token_file.new_token()
@@ -224,7 +235,7 @@ def token(
         until_s = time.time() + token_file.seconds_of(expires)
     line = token_file.line_of(name, made, roles=roles, groups=groups, expires_s=until_s)
     token_file.append(file, line)
-    click.echo(made)
+    click.echo(json.dumps({"name": name, "token": made}) if as_json else made)
 
 
 def configured(given: Mapping[str, Any]) -> ServerConfig:

@@ -143,6 +143,12 @@ class LimitsConfig:
         32, "Columns that are computed together at most.", least=1
     )
     sessions: int = setting(100, "Sessions at once.", least=1)
+    lease_s: float = setting(
+        7 * 24 * 3600.0,
+        "Seconds that a session lives without a call, unless its maker says otherwise; 0: "
+        "for ever.",
+        least=0,
+    )
     operators: int = setting(
         16,
         "Operators that one session keeps built; the longest unused one makes room.",

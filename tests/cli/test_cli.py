@@ -98,11 +98,11 @@ def test_a_token_on_the_command_line_is_refused_and_not_repeated(command):
 
 
 def commands():
-    """All commands; that of the server as it is when it is asked for."""
+    """All commands; those of the server as they are when they are asked for."""
     pytest.importorskip("curvd_server.cli")
-    from curvd_server.cli import serve
+    from curvd_server.cli import serve, token
 
-    return {**main.commands, "serve": serve}
+    return {**main.commands, "serve": serve, "token": token}
 
 
 def test_help_shows_every_default():

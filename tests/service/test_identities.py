@@ -33,6 +33,8 @@ RULES = {
     "RegisterDataset": "bytes",
     "CreateSession": ModelNotFound,
     "OpenSession": ModelNotFound,
+    "DeleteModel": ModelNotFound,
+    "DeleteDataset": DatasetNotFound,
     "ListSessions": "own",
     "GetServerInfo": "open",
     **dict.fromkeys(
@@ -131,6 +133,10 @@ def refused(requests, name, change=lambda message: None):
     message, chunks = requests.right(name)
     if name == "DeleteSession":
         message.session_id = requests.session
+    if name == "DeleteModel":
+        message.model_id = requests.model
+    if name == "DeleteDataset":
+        message.dataset_id = requests.dataset
     change(message)
     with pytest.raises(CurvdError) as caught:
         requests.send(name, message, chunks)
@@ -140,7 +146,13 @@ def refused(requests, name, change=lambda message: None):
 def said(error, requests):
     """All that an error says, as if it were about things that never were."""
     text = f"{error} {sorted(error.metadata.items())} {error.retry_after_s}"
-    return text.replace(requests.session, NO_SESSION).replace(requests.model, NO_MODEL)
+    for known, never in (
+        (requests.session, NO_SESSION),
+        (requests.model, NO_MODEL),
+        (requests.dataset, NO_MODEL),
+    ):
+        text = text.replace(known, never)
+    return text
 
 
 def test_every_rpc_has_a_rule_for_things_of_others():
@@ -152,7 +164,9 @@ def test_no_rpc_reaches_what_belongs_to_somebody_else(serving):
     with serving() as channels:
         mine = Requests(channels["alice"])
         theirs = mine.as_seen_by(channels["bob"])
-        nobodys = theirs.as_seen_by(channels["bob"], session=NO_SESSION, model=NO_MODEL)
+        nobodys = theirs.as_seen_by(
+            channels["bob"], session=NO_SESSION, model=NO_MODEL, dataset=NO_MODEL
+        )
         for name, rule in RULES.items():
             if isinstance(rule, type):
                 error, unknown = refused(theirs, name), refused(nobodys, name)

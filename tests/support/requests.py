@@ -90,6 +90,12 @@ class Requests:
     def _DeleteSession(self, message):
         message.session_id = "0000-1"
 
+    def _DeleteModel(self, message):
+        message.model_id = "0" * 64
+
+    def _DeleteDataset(self, message):
+        message.dataset_id = "0" * 64
+
     def _DeleteVector(self, message):
         self._named(message)
         message.name = "nothing"

@@ -405,6 +405,22 @@ def delete_session(session_id: str) -> Unary[None]:
     return Unary(RPCS["DeleteSession"], request, lambda response: None)
 
 
+def delete_model(model: ModelInfo | str) -> Unary[None]:
+    """Delete a model."""
+    request = session_pb.DeleteModelRequest(
+        model_id=model if isinstance(model, str) else model.id
+    )
+    return Unary(RPCS["DeleteModel"], request, lambda response: None)
+
+
+def delete_dataset(dataset: DatasetInfo | str) -> Unary[None]:
+    """Delete a dataset."""
+    request = session_pb.DeleteDatasetRequest(
+        dataset_id=dataset if isinstance(dataset, str) else dataset.id
+    )
+    return Unary(RPCS["DeleteDataset"], request, lambda response: None)
+
+
 def server_info() -> Unary[infos.ServerInfo]:
     """Describe the server."""
     request = session_pb.GetServerInfoRequest()

@@ -99,6 +99,50 @@ def info(target: str, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @connection_options
+@json_option
+def sessions(target: str, as_json: bool, **options: Any) -> None:
+    """List the sessions that are yours or shared with you, oldest first."""
+    with connect(target, config=_config(**options)) as client:
+        found = client.sessions()
+    if as_json:
+        facts = [dataclasses.asdict(s) for s in found]
+        click.echo(json.dumps(facts, indent=2, default=lambda g: g.digest or None))
+    else:
+        click.echo("\n".join(_session_lines(found)))
+
+
+@main.command()
+@connection_options
+@click.option("--session", "session_ids", multiple=True, help="A session to end.")
+@click.option("--model", "model_ids", multiple=True, help="A model to delete.")
+@click.option("--dataset", "dataset_ids", multiple=True, help="A dataset to delete.")
+@json_option
+def delete(
+    target: str,
+    session_ids: tuple[str, ...],
+    model_ids: tuple[str, ...],
+    dataset_ids: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """End sessions, then delete models and datasets, by their ids."""
+    if not (session_ids or model_ids or dataset_ids):
+        msg = "name what to delete: --session, --model or --dataset, with an id"
+        raise click.UsageError(msg)
+    with connect(target, config=_config(**options)) as client:
+        for session_id in session_ids:
+            client.session(session_id).delete()
+        for model_id in model_ids:
+            client.delete_model(model_id)
+        for dataset_id in dataset_ids:
+            client.delete_dataset(dataset_id)
+    gone = {"sessions": session_ids, "models": model_ids, "datasets": dataset_ids}
+    lines = [f"deleted {kind}: {', '.join(ids)}" for kind, ids in gone.items() if ids]
+    click.echo(json.dumps(gone) if as_json else "\n".join(lines))
+
+
+@main.command()
+@connection_options
 @click.option(
     "--timeout-s",
     type=float,

@@ -237,7 +237,8 @@ class Client:
                 operators act on those that match, in this order; the others are
                 constants. Empty: all.
             budget_bytes: Memory for kept linearisations; None: the server's default.
-            lease_s: Delete the session after so long without a call; None: never.
+            lease_s: Delete the session after so long without a call; None: as the server
+                is set, by default a week.
             name: A label for people.
             validate_only: Check and predict only: `Session.info` has the plans, and
                 its id is empty.
@@ -414,6 +415,35 @@ class Client:
             page, token = self._connection.run(requests.list_sessions(token))
             found += page
         return found
+
+    def delete_model(self, model: ModelInfo | str) -> None:
+        """Delete a model that no session needs any more.
+
+        Args:
+            model: The model, or its id.
+
+        Examples:
+            >>> state = {"1.weight": np.eye(2, 8), "1.bias": np.zeros(2)}
+            >>> small = client.register_model("mlp", {"widths": [8, 2]}, state)
+            >>> client.delete_model(small)
+            >>> client.delete_model(small)
+            Traceback (most recent call last):
+            curvd.errors.ModelNotFound: ...
+        """
+        self._connection.run(requests.delete_model(model))
+
+    def delete_dataset(self, dataset: DatasetInfo | str) -> None:
+        """Delete a dataset that no session needs any more.
+
+        Args:
+            dataset: The dataset, or its id.
+
+        Examples:
+            >>> data = {"x": np.ones((6, 8)), "y": np.zeros(6, dtype=int)}
+            >>> few = client.register_dataset(data, inputs="x", target="y", batch_size=6)
+            >>> client.delete_dataset(few)
+        """
+        self._connection.run(requests.delete_dataset(dataset))
 
     def server_info(self) -> ServerInfo:
         """Describe the server: versions, limits, devices, builders, capabilities.

@@ -80,6 +80,16 @@ class SessionServiceStub(object):
                 request_serializer=curvd_dot_v1_dot_session__service__pb2.DeleteSessionRequest.SerializeToString,
                 response_deserializer=curvd_dot_v1_dot_session__service__pb2.DeleteSessionResponse.FromString,
                 _registered_method=True)
+        self.DeleteModel = channel.unary_unary(
+                '/curvd.v1.SessionService/DeleteModel',
+                request_serializer=curvd_dot_v1_dot_session__service__pb2.DeleteModelRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_session__service__pb2.DeleteModelResponse.FromString,
+                _registered_method=True)
+        self.DeleteDataset = channel.unary_unary(
+                '/curvd.v1.SessionService/DeleteDataset',
+                request_serializer=curvd_dot_v1_dot_session__service__pb2.DeleteDatasetRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_session__service__pb2.DeleteDatasetResponse.FromString,
+                _registered_method=True)
         self.UpdateParameters = channel.stream_unary(
                 '/curvd.v1.SessionService/UpdateParameters',
                 request_serializer=curvd_dot_v1_dot_session__service__pb2.UpdateParametersRequest.SerializeToString,
@@ -159,6 +169,20 @@ class SessionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteModel(self, request, context):
+        """Deletes a model that no session needs any more, and its tensors if nothing else does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteDataset(self, request, context):
+        """Deletes a dataset, likewise. Files that lie on the server stay.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UpdateParameters(self, request_iterator, context):
         """Replaces some or all parameter values. Running work finishes on its version.
         """
@@ -215,6 +239,16 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.DeleteSession,
                     request_deserializer=curvd_dot_v1_dot_session__service__pb2.DeleteSessionRequest.FromString,
                     response_serializer=curvd_dot_v1_dot_session__service__pb2.DeleteSessionResponse.SerializeToString,
+            ),
+            'DeleteModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteModel,
+                    request_deserializer=curvd_dot_v1_dot_session__service__pb2.DeleteModelRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_session__service__pb2.DeleteModelResponse.SerializeToString,
+            ),
+            'DeleteDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteDataset,
+                    request_deserializer=curvd_dot_v1_dot_session__service__pb2.DeleteDatasetRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_session__service__pb2.DeleteDatasetResponse.SerializeToString,
             ),
             'UpdateParameters': grpc.stream_unary_rpc_method_handler(
                     servicer.UpdateParameters,
@@ -449,6 +483,60 @@ class SessionService(object):
             '/curvd.v1.SessionService/DeleteSession',
             curvd_dot_v1_dot_session__service__pb2.DeleteSessionRequest.SerializeToString,
             curvd_dot_v1_dot_session__service__pb2.DeleteSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/curvd.v1.SessionService/DeleteModel',
+            curvd_dot_v1_dot_session__service__pb2.DeleteModelRequest.SerializeToString,
+            curvd_dot_v1_dot_session__service__pb2.DeleteModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/curvd.v1.SessionService/DeleteDataset',
+            curvd_dot_v1_dot_session__service__pb2.DeleteDatasetRequest.SerializeToString,
+            curvd_dot_v1_dot_session__service__pb2.DeleteDatasetResponse.FromString,
             options,
             channel_credentials,
             insecure,

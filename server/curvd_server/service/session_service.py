@@ -251,6 +251,20 @@ class SessionService:
         await self._sessions.delete(request.session_id)
         return session_pb.DeleteSessionResponse()
 
+    async def delete_model(
+        self, request: session_pb.DeleteModelRequest
+    ) -> session_pb.DeleteModelResponse:
+        """Delete a model that no session needs."""
+        await self._sessions.deletions.model(request.model_id)
+        return session_pb.DeleteModelResponse()
+
+    async def delete_dataset(
+        self, request: session_pb.DeleteDatasetRequest
+    ) -> session_pb.DeleteDatasetResponse:
+        """Delete a dataset that no session needs."""
+        await self._sessions.deletions.dataset(request.dataset_id)
+        return session_pb.DeleteDatasetResponse()
+
     async def update_parameters(
         self, requests: AsyncIterator[Part]
     ) -> session_pb.UpdateParametersResponse:

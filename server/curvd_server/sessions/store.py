@@ -26,6 +26,7 @@ from curvd.errors import (
     PermissionDenied,
     SessionNotFound,
 )
+from curvd_server.sessions.deletions import Deletions
 from curvd_server.sessions.parameters import architecture_of, state_of
 from curvd_server.sessions.session import (
     Lease,
@@ -104,6 +105,12 @@ class SessionStore:
             family = s.info.parameters_of or s.info.id
             lock = locks.setdefault(family, asyncio.Lock())
             self._sessions[s.info.id] = Session(dependencies, s, self._relatives, lock)
+        self.deletions = Deletions(
+            dependencies.catalogue,
+            dependencies.blobs,
+            lambda: [session.stored.info for session in self._sessions.values()],
+        )
+        """Deletes models and datasets that no session needs."""
         if self._sessions:
             # Ids sort by time, even if the clock has been set back since.
             self._latest_us = int(max(self._sessions).partition("-")[0], 16)
@@ -385,6 +392,15 @@ class SessionStore:
     async def _create(
         self, new: NewSession, validate_only: bool, opening: Ongoing
     ) -> SessionInfo:
+        model_id = new.model_id
+        if new.shares_with:
+            model_id = self._owned(new.shares_with).stored.info.model_id
+        with self.deletions.wanted(model_id, new.dataset_id):
+            return await self._opened(new, validate_only, opening)
+
+    async def _opened(
+        self, new: NewSession, validate_only: bool, opening: Ongoing
+    ) -> SessionInfo:
         if not new.shares_with:
             stored = await asyncio.to_thread(self._described, new)
             return await self._made(
@@ -500,11 +516,17 @@ class SessionStore:
             )
         return StoredSession(
             info=info,
-            lease_s=new.lease_s,
+            lease_s=self._lease_s(new),
             request_id=new.request_id,
             fingerprint=new.fingerprint,
             sources={} if other is None else other.sources,
         )
+
+    def _lease_s(self, new: NewSession) -> float | None:
+        """Say how long a session lives without a call; None: for ever."""
+        if new.lease_s is not None:
+            return new.lease_s
+        return self._dependencies.limits.lease_s or None
 
     async def _add(self, session: Session) -> None:
         await asyncio.to_thread(

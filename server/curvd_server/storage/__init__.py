@@ -11,6 +11,7 @@ from curvd_server.storage.blob_store import BlobStore
 from curvd_server.storage.blobs import Blob, check_digest
 from curvd_server.storage.catalogue import (
     Catalogue,
+    StoredDataset,
     StoredModel,
     StoredSession,
     StoredVersion,
@@ -35,6 +36,7 @@ __all__ = [
     "Mounts",
     "Piece",
     "Registry",
+    "StoredDataset",
     "StoredModel",
     "StoredSession",
     "StoredVersion",

@@ -176,6 +176,18 @@ class Catalogue:
             return self._read("model", model_id, row, sound, _model)
         raise _no_model(model_id)
 
+    def visible_model(self, model_id: str) -> StoredModel:
+        """Find a model that the caller may know of; to others it does not exist.
+
+        Raises:
+            ModelNotFound: If there is none.
+            DataLoss: If its record was damaged.
+        """
+        model = self.model(model_id)
+        if not calling().sees(model.info.owner, model.info.shared_with):
+            raise _no_model(model_id)
+        return model
+
     def usable_model(self, model_id: str) -> StoredModel:
         """Find a model that the caller may use; to others it does not exist.
 
@@ -207,6 +219,18 @@ class Catalogue:
         for row, sound in self._db.rows("datasets", id=dataset_id):
             return self._read("dataset", dataset_id, row, sound, _dataset)
         raise _no_dataset(dataset_id)
+
+    def visible_dataset(self, dataset_id: str) -> StoredDataset:
+        """Find a dataset that the caller may know of; to others it does not exist.
+
+        Raises:
+            DatasetNotFound: If there is none.
+            DataLoss: If its record was damaged.
+        """
+        dataset = self.dataset(dataset_id)
+        if not calling().sees(dataset.info.owner, dataset.info.shared_with):
+            raise _no_dataset(dataset_id)
+        return dataset
 
     def usable_dataset(self, dataset_id: str) -> StoredDataset:
         """Find a dataset that the caller may use; to others it does not exist.
@@ -312,6 +336,16 @@ class Catalogue:
     def delete_session(self, session_id: str) -> None:
         """Forget a session and its versions."""
         self._db.write(("DELETE FROM sessions WHERE id = ?", (session_id,)))
+
+    def delete(self, table: str, name: str) -> None:
+        """Forget a model or a dataset.
+
+        Args:
+            table: ``models`` or ``datasets``.
+            name: Its id.
+        """
+        assert table in ("models", "datasets")
+        self._db.write((f"DELETE FROM {table} WHERE id = ?", (name,)))
 
     def referenced(self) -> set[str]:
         """Collect the digests of all blobs that something needs."""

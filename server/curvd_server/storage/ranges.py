@@ -157,6 +157,8 @@ RULES: Mapping[str, Rule] = {
     "RegisterDatasetHeader.target": _TENSOR,
     "RegisterDatasetHeader.batch_size": Number(1, 2**53),
     "RegisterDatasetHeader.name": _NAME,
+    "DeleteModelRequest.model_id": _ID,
+    "DeleteDatasetRequest.dataset_id": _ID,
     "CreateSessionRequest.model_id": _ID,
     "CreateSessionRequest.dataset_id": _ID,
     "CreateSessionRequest.operators": Count(100),
