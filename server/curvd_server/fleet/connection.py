@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curvd.errors import Internal
+from curvd.tensors import Pool
 from curvd_server.fleet.messages import KINDS, Message
 from curvd_server.fleet.values import plain, typed
 
@@ -36,6 +37,8 @@ _CHALLENGE = 32
 _TYPES = frozenset("biuf")
 """Kinds of NumPy's types that travel; bfloat16 does as uint16 bits."""
 _PIECE = 4 << 20
+_IDLE_BYTES = 256 << 20
+"""Memory of arrays that is kept for the next ones: fresh pages take as long as the bytes."""
 
 
 class Frame(NamedTuple):
@@ -58,6 +61,7 @@ class Connection:
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket, self._sending = connected, threading.Lock()
+        self._pool = Pool(_IDLE_BYTES)
         self.heard_s = time.monotonic()
         """When the other end was last heard of, by `time.monotonic`."""
 
@@ -149,9 +153,9 @@ class Connection:
         if dtype.kind not in _TYPES or not fits or min(shape, default=0) < 0:
             msg = f"a message has an array of {kind} {shape}, which does not travel"
             raise Internal(msg)
-        array = np.empty(shape, dtype)
-        self._fill(memoryview(array.reshape(-1).view(np.uint8).data))
-        return array
+        memory = self._pool.take(size * dtype.itemsize)
+        self._fill(memoryview(memory.data))
+        return memory.view(dtype).reshape(tuple(shape))
 
     def _exactly(self, size: int) -> bytearray:
         data = bytearray(size)

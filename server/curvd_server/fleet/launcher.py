@@ -80,9 +80,16 @@ class Launcher(Protocol):
 
 
 class LocalLauncher:
-    """Workers as child processes of the front."""
+    """Workers as child processes of the front.
 
-    def __init__(self) -> None:
+    Args:
+        code: What such a process runs.
+    """
+
+    def __init__(
+        self, code: str = "from curvd_server.fleet.worker import main; main()"
+    ) -> None:
+        self._code = code
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, invitation: Invitation) -> None:
@@ -90,11 +97,7 @@ class LocalLauncher:
         self.end(invitation.rank)
         kept = {n: v for n, v in os.environ.items() if n not in _WITHHELD}
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "from curvd_server.fleet.worker import main; main()",
-            ],
+            [sys.executable, "-c", self._code],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env={
