@@ -1,5 +1,7 @@
 """Influence is that of dense algebra, asked of a real server by both clients."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from support.small_net import data, module, open_session
 from torch.nn import functional as F
 
 import curvd
+from curvd_server.service import query_call, query_run
 
 SIZE, POINTS = 57, 24
 DAMPING = 0.05
@@ -242,6 +245,40 @@ def test_only_scores_and_ten_kilobytes_travel(session, monkeypatch):
     received.clear()
     session.influence(top=2, **EXACT)
     assert sum(received) <= POINTS * 2 * 2 * 12 + 10_000
+
+
+def test_progress_says_how_much_is_done_and_what_time_is_left(session, monkeypatch):
+    monkeypatch.setattr(query_run, "_REPORT_S", 1e-4)
+    seen = []
+    session.influence(block=2, progress=seen.append, **EXACT)
+    shares = [p.share for p in seen]
+    assert shares and shares == sorted(shares) and 0 <= shares[0] <= shares[-1] <= 1
+    assert all(len(p.residuals) <= 1 for p in seen)
+    for p in seen:
+        if p.share:
+            assert p.left_s == pytest.approx(p.elapsed_s * (1 / p.share - 1))
+            assert f"{p.share:.0%} done" in str(p)
+
+
+def test_messages_of_progress_become_rare():
+    """An hour of it, every 50 ms: less than ten kilobytes."""
+    from curvd_server.linalg import Progress
+    from curvd_server.service.query_run import Cost
+
+    sent = []
+
+    async def send(part):
+        sent.append(part.ByteSize())
+
+    call = query_call.QueryCall("Influence", *[None] * 6, send=send)
+    call.begin_part(0.0, 1.0, tolerance=1e-3)
+    for tick in range(20 * 3600):
+        cost = Cost(products=tick, elapsed_s=tick / 20, queue_s=0.0, compute_s=0.0)
+        progress = Progress(iteration=tick, products=tick, residuals=(0.5,) * 1000)
+        with contextlib.suppress(StopIteration):
+            call._progress(progress, cost).send(None)
+    assert 100 < len(sent) and sum(sent) < 10_000
+    assert query_call.Share(0.5, 1.0, 1e-4).done([1e-9, 1e-2]) == pytest.approx(0.75)
 
 
 def test_a_query_that_runs_out_says_which_scores_are_missing(session):

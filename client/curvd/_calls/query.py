@@ -157,4 +157,5 @@ def _progress(message: Any, total: int | None) -> QueryProgress:
         residuals=tuple(message.residuals),
         elapsed_s=message.elapsed_s,
         total=total,
+        share=message.share if message.HasField("share") else None,
     )

@@ -352,15 +352,21 @@ class QueryProgress:
     elapsed_s: float
     total: int | None = None
     """Products at most; None if the query ends when it is good enough."""
+    share: float | None = None
+    """Share of the work that is done, as far as residuals tell; None if nothing tells."""
 
     @property
     def left_s(self) -> float | None:
         """Seconds that remain at most, at the pace so far; None if nothing tells."""
+        if self.share is not None:
+            return self.elapsed_s * (1 / self.share - 1) if self.share > 0 else None
         return left_s(self.products, self.total, self.elapsed_s)
 
     def __str__(self) -> str:
         of = "" if self.total is None else f" of {self.total}"
         parts = [f"{self.products}{of} products"]
+        if self.share is not None:
+            parts.append(f"{self.share:.0%} done")
         if self.estimates:
             parts.append("estimates " + " ".join(f"{x:.6g}" for x in self.estimates))
         if self.residuals:

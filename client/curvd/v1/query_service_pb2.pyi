@@ -82,18 +82,20 @@ class Query(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., operator: _Optional[_Union[_types_pb2.Operator, _Mapping]] = ..., expected_version: _Optional[int] = ..., request_id: _Optional[str] = ..., max_products: _Optional[int] = ..., time_limit_s: _Optional[float] = ...) -> None: ...
 
 class QueryProgress(_message.Message):
-    __slots__ = ("iteration", "products", "estimates", "residuals", "elapsed_s")
+    __slots__ = ("iteration", "products", "estimates", "residuals", "elapsed_s", "share")
     ITERATION_FIELD_NUMBER: _ClassVar[int]
     PRODUCTS_FIELD_NUMBER: _ClassVar[int]
     ESTIMATES_FIELD_NUMBER: _ClassVar[int]
     RESIDUALS_FIELD_NUMBER: _ClassVar[int]
     ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
     iteration: int
     products: int
     estimates: _containers.RepeatedScalarFieldContainer[float]
     residuals: _containers.RepeatedScalarFieldContainer[float]
     elapsed_s: float
-    def __init__(self, iteration: _Optional[int] = ..., products: _Optional[int] = ..., estimates: _Optional[_Iterable[float]] = ..., residuals: _Optional[_Iterable[float]] = ..., elapsed_s: _Optional[float] = ...) -> None: ...
+    share: float
+    def __init__(self, iteration: _Optional[int] = ..., products: _Optional[int] = ..., estimates: _Optional[_Iterable[float]] = ..., residuals: _Optional[_Iterable[float]] = ..., elapsed_s: _Optional[float] = ..., share: _Optional[float] = ...) -> None: ...
 
 class QuerySummary(_message.Message):
     __slots__ = ("stopped", "products", "elapsed_s", "queue_s", "compute_s", "plans")

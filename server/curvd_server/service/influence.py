@@ -85,6 +85,7 @@ async def answer(
             solver.skip(len(rows))
             await sink.skip(len(rows))
             continue
+        call.begin_part(start / count, rows.stop / count, tolerance=options.tolerance)
         gradients = await call.drive(queries.gradients(rows))
         solutions = await solver.solve(gradients)
         if not options.self_only:

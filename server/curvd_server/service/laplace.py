@@ -143,6 +143,8 @@ async def predictive(
     for part in points.parts(at_once):
         if posterior.stopped is not None:
             break
+        ends = part.start / table.count, (part.start + len(part)) / table.count
+        call.begin_part(*ends, tolerance=options.tolerance)
         z, J = await call.drive(output_rows(points, rows, part))
         X, residuals = await posterior.solve(J.reshape(-1, J.shape[-1]))
         table.put(part.start, z, J, X.reshape(J.shape), residuals)
@@ -236,6 +238,7 @@ async def samples(call: QueryCall, options: PosteriorSamplesOptions) -> None:
     if options.store:
         call.lease.vectors.check_room(options.store, call.vectors_bytes(options.k))
     call.reserve(_OF_SYSTEM * options.k + 2 * together(call))
+    call.begin_part(0.0, 1.0, tolerance=options.tolerance)
     scale, problem = posterior.likelihood.scale, posterior.problem
     noise: Tensor = await call.drive(
         noise_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -34,8 +35,34 @@ _OF_SYSTEM = 3
 """Vectors that are held of a system: its solution, its residual, and a closing product."""
 _OF_BLOCK = 11
 """Vectors that an iteration holds of a column: block CG; MINRES and CG hold fewer."""
+_PAUSE, _LONGEST_PAUSE_S = 0.1, 30.0
+"""Between messages that say which share of the work is done: of the time so far, at most."""
 _ENOUGH = 16
 """So many columns together have most of what a block gains."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A part of a query's work."""
+
+    start: float
+    stop: float
+    tolerance: float
+
+    def done(self, residuals: Sequence[float]) -> float:
+        """Tell how much of all work is done: residuals fall about geometrically.
+
+        Args:
+            residuals: The relative ones of the part; none: it has hardly begun.
+
+        Returns:
+            In [start, stop].
+        """
+        worst = max(residuals, default=1.0)
+        if not 0 < self.tolerance < 1 or not 0 < worst < 1:
+            return self.start
+        inside = min(1.0, math.log(worst) / math.log(self.tolerance))
+        return self.start + inside * (self.stop - self.start)
 
 
 @dataclass
@@ -51,6 +78,12 @@ class QueryCall:
     limits: LimitsConfig
     stack: contextlib.ExitStack
     send: Send
+    part: Share | None = None
+    """The part of the work that goes on, of queries whose progress says how much is done."""
+    done: float = 0.0
+    """Share of the work that is done."""
+    silent_until_s: float = 0.0
+    """Since the query began; no progress is sent before."""
 
     @property
     def products(self) -> Products:
@@ -327,7 +360,20 @@ class QueryCall:
         products = self.products
         return torch.from_numpy(array).to(products.device, products.dtype)
 
+    def begin_part(self, start: float, stop: float, *, tolerance: float) -> None:
+        """Begin a part of the work: progress says from now on how much is done.
+
+        Args:
+            start: Share of the work before it.
+            stop: Share of the work before it and in it.
+            tolerance: Where its relative residuals are to go.
+        """
+        self.part = Share(start, stop, tolerance)
+
     async def _progress(self, progress: Progress, cost: Cost) -> None:
+        if self.part is not None:
+            await self._progress_of(self.part, progress, cost)
+            return
         await self._part(
             progress=query_pb.QueryProgress(
                 iteration=progress.iteration,
@@ -335,6 +381,23 @@ class QueryCall:
                 estimates=progress.estimates,
                 residuals=progress.residuals,
                 elapsed_s=cost.elapsed_s,
+            )
+        )
+
+    async def _progress_of(self, part: Share, progress: Progress, cost: Cost) -> None:
+        """Send few bytes, and ever more rarely: what travels is the answer."""
+        self.done = max(self.done, part.done(progress.residuals))
+        if cost.elapsed_s < self.silent_until_s:
+            return
+        pause_s = min(_LONGEST_PAUSE_S, _PAUSE * cost.elapsed_s)
+        self.silent_until_s = cost.elapsed_s + pause_s
+        await self._part(
+            progress=query_pb.QueryProgress(
+                iteration=progress.iteration,
+                products=cost.products,
+                residuals=[max(progress.residuals)] if progress.residuals else (),
+                elapsed_s=cost.elapsed_s,
+                share=self.done,
             )
         )
 
