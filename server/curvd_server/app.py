@@ -38,6 +38,7 @@ from curvd_server.storage import (
 from curvd_server.system import (
     Activities,
     HostMemory,
+    Quotas,
     default_bytes,
     logs,
     usable_cores,
@@ -82,6 +83,13 @@ class Running:
     sessions: SessionStore
     callers: Callers
     """Who may call."""
+    quotas: Quotas
+    """What each of them may hold."""
+
+    def reload(self) -> None:
+        """Read the files of tokens and quotas again."""
+        self.callers.reload()
+        self.quotas.reload()
 
 
 def serve(config: ServerConfig) -> None:
@@ -168,6 +176,7 @@ async def running(
         if device is None:
             make = _fleet if config.workers else _single
             device = make(config, catalogue, activities, stack)
+        quotas = Quotas(config.quotas)
         memory = HostMemory(limits.memory_bytes or default_bytes())
         mounts = Mounts(config.datasets_root, config.data_dir / "mounts")
         blobs = BlobStore(
@@ -178,6 +187,7 @@ async def running(
             partial_s=limits.partial_s,
             memory=memory,
             senders=catalogue.senders(),
+            quotas=quotas,
         )
         batcher = Batcher(
             run_columns=limits.run_columns,
@@ -185,6 +195,7 @@ async def running(
             pending_columns=limits.pending_columns,
             pending_bytes=limits.pending_bytes,
             memory=memory,
+            quotas=quotas,
             long_bytes=psutil.virtual_memory().total // 4,
             name=f"curvd-{config.device}",
         )
@@ -196,6 +207,7 @@ async def running(
             batcher=batcher,
             limits=limits,
             memory=memory,
+            quotas=quotas,
             clock=time.time,
             monotonic=time.monotonic,
             plan=Tier(config.plan),
@@ -223,10 +235,12 @@ async def running(
             queries,
         ]
         callers = config.callers()
-        target = await stack.enter_async_context(serving(config, services, callers))
+        target = await stack.enter_async_context(
+            serving(config, services, callers, quotas)
+        )
         sweeper = asyncio.create_task(_expire(sessions, curvature, blobs, catalogue))
         stack.callback(sweeper.cancel)
-        yield Running(target, batcher, sessions, callers)
+        yield Running(target, batcher, sessions, callers, quotas)
 
 
 def _single(
@@ -301,8 +315,8 @@ async def _serve(config: ServerConfig) -> None:
     with torchs_folder(config.data_dir):
         async with running(config) as server:
             gc.freeze()  # with what the device imported
-            if config.tokens is not None:
-                loop.add_signal_handler(signal.SIGHUP, server.callers.reload)
+            if config.tokens is not None or config.quotas is not None:
+                loop.add_signal_handler(signal.SIGHUP, server.reload)
             print(f"curvd serves at {server.target}", flush=True)  # noqa: T201
             await stop.wait()
 

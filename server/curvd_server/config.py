@@ -143,8 +143,8 @@ class LimitsConfig:
         32, "Columns that are computed together at most.", least=1
     )
     sessions: int = setting(100, "Sessions at once.", least=1)
-    lease_s: float = setting(
-        7 * 24 * 3600.0,
+    lease_s: int = setting(
+        7 * 24 * 3600,
         "Seconds that a session lives without a call, unless its maker says otherwise; 0: "
         "for ever.",
         least=0,
@@ -241,6 +241,11 @@ class ServerConfig:
         None,
         "A file with a line for each token, so that callers have names and each has its "
         "own (curvd token NAME makes one); in place of the one token.",
+    )
+    quotas: Path | None = setting(
+        None,
+        "A TOML file that says what single callers may hold: tables [default], "
+        "[roles.NAME] and [callers.NAME].",
     )
     insecure: bool = setting(
         False,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import raw
 from support.requests import CONFIG, POINTS, SIZE, STATE, Requests
-from support.served import Channels
+from support.served import As, Channels
 
 from curvd.contract.rpcs import RPCS
 from curvd.errors import (
@@ -64,6 +64,9 @@ RULES = {
             "GradientSquares",
             "JacobianProduct",
             "Influence",
+            "OrthonormaliseVectors",
+            "InnerProducts",
+            "CombineVectors",
             "Predictive",
             "PosteriorSamples",
             "MarginalLikelihood",
@@ -73,23 +76,6 @@ RULES = {
 }
 """What each RPC does with another's things: an error, as if they did not exist; or
 `bytes`: it wants all bytes; `own`: it lists one's own; `open`: it has nothing of anybody."""
-
-
-class As:
-    """Channels that bring a token."""
-
-    def __init__(self, channels, token):
-        self._channels = channels
-        self._metadata = (("authorization", f"Bearer {token}"),)
-
-    def __getattr__(self, shape):
-        def stub(*args):
-            method = getattr(self._channels, shape)(*args)
-            return lambda request, *, timeout, metadata: method(
-                request, timeout=timeout, metadata=self._metadata
-            )
-
-        return stub
 
 
 def write_tokens(path, **options):

@@ -139,7 +139,7 @@ def test_bytes_that_are_being_uploaded_stay(tmp_path):
 
 
 def test_a_session_without_a_lease_has_the_servers(tmp_path):
-    for lease_s, has_end in ((3600.0, True), (0.0, False)):
+    for lease_s, has_end in ((3600, True), (0, False)):
         limits = LimitsConfig(lease_s=lease_s)
         with server(tmp_path / str(lease_s), limits=limits) as channel:
             made = raw.fake_session(channel)

@@ -343,7 +343,7 @@ async def test_a_session_in_use_does_not_run_out(server, clock):
 
 
 async def test_a_new_lease_survives_a_restart(tmp_path):
-    with middle(tmp_path, lease_s=0.0) as server:
+    with middle(tmp_path, lease_s=0) as server:
         info = await server.sessions.create(server.new())
         assert info.expire_time_s is None
         renewed = await server.sessions.renew(info.id, 60.0)

@@ -39,6 +39,23 @@ class Channels(contextlib.ExitStack):
         return getattr(self.enter_context(channel), shape)
 
 
+class As:
+    """Channels that bring a token."""
+
+    def __init__(self, channels, token):
+        self._channels = channels
+        self._metadata = (("authorization", f"Bearer {token}"),)
+
+    def __getattr__(self, shape):
+        def stub(*args):
+            method = getattr(self._channels, shape)(*args)
+            return lambda request, *, timeout, metadata: method(
+                request, timeout=timeout, metadata=self._metadata
+            )
+
+        return stub
+
+
 def healthy(channel, service=""):
     """What the health service says."""
     stub = health_pb2_grpc.HealthStub(channel)

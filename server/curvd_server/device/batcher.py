@@ -35,7 +35,7 @@ from curvd.tensors import Pool
 from curvd_server.device.lanes import Lane, Lanes, Run
 from curvd_server.device.requests import Columns, Done, Multiplies, Ticket
 from curvd_server.device.room import Reservation, Room
-from curvd_server.system import HostMemory, LongWork, Poll, Threads
+from curvd_server.system import HostMemory, LongWork, Poll, Quotas, Threads
 
 T = TypeVar("T")
 
@@ -88,6 +88,7 @@ class Batcher:
         pending_bytes: Memory that may be under way, likewise.
         long_bytes: Memory of openings that go on at once, unless one needs more.
         memory: The memory of the host, which calls share with what is stored; None: no limit.
+        quotas: What single callers may have under way, and their shares of the device.
         clock: Seconds; for tests.
         name: The name of the thread.
     """
@@ -101,15 +102,17 @@ class Batcher:
         pending_bytes: int,
         long_bytes: float = math.inf,
         memory: HostMemory | None = None,
+        quotas: Quotas | None = None,
         clock: Callable[[], float] = time.monotonic,
         name: str = "device",
     ) -> None:
         self._run_columns, self._run_bytes = run_columns, run_bytes
         self._clock = clock
+        quotas = quotas or Quotas()
         self._room = Room(
-            pending_columns, pending_bytes, memory or HostMemory(), self._wait_s
+            pending_columns, pending_bytes, memory or HostMemory(), self._wait_s, quotas
         )
-        self._lanes = Lanes(long_bytes)
+        self._lanes = Lanes(long_bytes, lambda caller: quotas.of(caller).weight)
         self._threads = Threads()
         self._latest_s = self._turn_end_s = 0.0
         self._busy_s = -math.inf  # when somebody was last waited for
@@ -308,9 +311,12 @@ class Batcher:
             with contextlib.suppress(queue.Empty):
                 self._bell.get(timeout=patience_s)
             return True
+        had_s = 0.0 if run is None else run.spent_s
         if run is not None and self._advance(run):
             self._end(run, lane)
         with self._lock:
+            if run is not None:
+                self._lanes.charge(run.tickets, run.spent_s - had_s)
             self._lanes.rotate(key, lane, after_long=run is not None and run.in_turns)
         return True
 

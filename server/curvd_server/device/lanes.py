@@ -2,18 +2,21 @@
 
 What has the same operator, or belongs to the same caller, runs in order in one lane. A lane
 that had its turn goes behind all others, so whoever comes now waits for the turn under way
-at most, however many queue.
+at most, however many queue. Callers with names share the device by their weights before
+their lanes do (`shares`).
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from curvd_server.device.requests import Multiplies, Ticket
-from curvd_server.system import LongWork
+from curvd_server.device.shares import Shares
+from curvd_server.system import Identity, LongWork
 
 MOST_LONG = 4
 """Openings that have begun and not ended; more wait."""
@@ -47,6 +50,12 @@ class Lane:
     """The one that has begun; it may have given way."""
 
     @property
+    def caller(self) -> str:
+        """Name of who asks for what is first in it."""
+        head = self.tickets[0] if self.run is None else self.run.tickets[0]
+        return head.caller.name
+
+    @property
     def is_long(self) -> bool:
         """Whether it is the turn of work that gives way to others."""
         return self.tickets[0].in_turns if self.run is None else self.run.in_turns
@@ -66,15 +75,22 @@ class Lane:
         return head.room_bytes is not None and not head.abandoned
 
 
+def _equal(caller: Identity) -> float:
+    return 1.0
+
+
 class Lanes:
     """All lanes, in the order of their turns. Not for several threads at once.
 
     Args:
         long_bytes: Memory of openings that go on at once, unless one needs more.
+        weight: Says how large a caller's share of the device is.
     """
 
-    def __init__(self, long_bytes: float) -> None:
-        self._long_bytes = long_bytes
+    def __init__(
+        self, long_bytes: float, weight: Callable[[Identity], float] = _equal
+    ) -> None:
+        self._long_bytes, self._shares = long_bytes, Shares(weight)
         self._lanes: OrderedDict[Hashable, Lane] = OrderedDict()
         self._in_room: list[Ticket[Any]] = []
 
@@ -111,7 +127,7 @@ class Lanes:
         """
         full = False
         patient: list[tuple[Hashable, Lane]] = []
-        for key, lane in self._lanes.items():
+        for key, lane in self._in_turn():
             if lane.waits_for_idleness:
                 patient.append((key, lane))
                 continue
@@ -125,6 +141,23 @@ class Lanes:
             if idle and fits:
                 return key, lane
         return None, None
+
+    def charge(self, tickets: Sequence[Ticket[Any]], seconds: float) -> None:
+        """Count the time of a turn against those who had it."""
+        self._shares.charge([ticket.caller for ticket in tickets], seconds)
+
+    def _in_turn(self) -> list[tuple[Hashable, Lane]]:
+        """List the lanes as their turns come: those of one caller as they stand here.
+
+        Who has had less of the device than others comes before them, however many lanes
+        they have. What waits for idleness is nobody's.
+        """
+        lanes = list(self._lanes.items())
+        callers = {lane.caller for _, lane in lanes if not lane.waits_for_idleness}
+        if len(callers) < 2:
+            return lanes
+        had_s = self._shares.had(callers)
+        return sorted(lanes, key=lambda item: had_s.get(item[1].caller, math.inf))
 
     def is_wanted(self) -> bool:
         """Tell whether anybody waits who does not wait for an idle device."""

@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
-from curvd_server.system import Poll
+from curvd_server.system import Poll, calling
 
 T = TypeVar("T")
 Columns = NDArray[Any]
@@ -59,6 +59,8 @@ class Ticket(Future[Done[T]]):
         self.job, self.columns = job, columns
         self.abandoned = self.alone = self.in_turns = False
         self.submitted_s = time.monotonic()
+        self.caller = calling()
+        """Who asks, whose share of the device it takes."""
         self.waits: Poll | None = None
         """Whether it still waits for an idle device; None: it takes its turn."""
         self.room_bytes: int | None = None

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from curvd.errors import Overloaded
-from curvd_server.system import CALLS, HostMemory
+from curvd_server.system import CALLS, COLUMNS, HostMemory, Quotas
 
 _LONGEST_RETRY_S = 30.0
 
@@ -53,6 +53,7 @@ class Room:
         pending_bytes: Memory that may be under way, likewise.
         memory: The memory of the host, which calls share with what is stored.
         wait_s: Seconds that so many columns will take, as far as is known.
+        quotas: What single callers may have under way.
     """
 
     def __init__(
@@ -61,7 +62,9 @@ class Room:
         pending_bytes: int,
         memory: HostMemory,
         wait_s: Callable[[int], float],
+        quotas: Quotas,
     ) -> None:
+        self._quotas = quotas
         self._limits = (pending_columns, pending_bytes)
         self._memory, self._wait_s = memory, wait_s
         self._taken = (0, 0)
@@ -84,9 +87,18 @@ class Room:
             The room.
 
         Raises:
-            Overloaded: If others take the room. A request alone always gets it.
+            Overloaded: If others take the room, or the caller's quota. A request alone
+                always gets the room.
             LimitExceeded: If what is stored leaves the host no memory for it.
         """
+        with (
+            self._quotas.held(COLUMNS, columns),
+            self._reserved(columns, nbytes) as room,
+        ):
+            yield room
+
+    @contextlib.contextmanager
+    def _reserved(self, columns: int, nbytes: int) -> Iterator[Reservation]:
         with self._lock:
             taken, most = self._taken, self._limits
             full = taken[0] + columns > most[0] or taken[1] + nbytes > most[1]

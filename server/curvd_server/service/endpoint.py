@@ -16,7 +16,7 @@ from curvd.errors import InvalidSpec
 from curvd_server.config import MESSAGE_BYTES, ServerConfig
 from curvd_server.service.handlers import generic_handlers
 from curvd_server.storage import private_folder
-from curvd_server.system import logs
+from curvd_server.system import Quotas, logs
 from curvd_server.transport import (
     Callers,
     Calls,
@@ -36,7 +36,7 @@ _SERVICES = sorted({rpc.service for rpc in RPCS.values()})
 
 @contextlib.asynccontextmanager
 async def serving(
-    config: ServerConfig, services: list[object], callers: Callers
+    config: ServerConfig, services: list[object], callers: Callers, quotas: Quotas
 ) -> AsyncIterator[str]:
     """Serve the services with health and reflection; drain at the end.
 
@@ -47,6 +47,7 @@ async def serving(
         config: Address, encryption, token and limits.
         services: Objects with a method for each RPC.
         callers: Those who may call.
+        quotas: How many calls each may make at once.
 
     Yields:
         The target for clients on this machine.
@@ -55,7 +56,10 @@ async def serving(
         InvalidSpec: If the address cannot be had.
     """
     drops = Drops()
-    gate, stalls = Gate(callers, drops), StallGuard(config.connections.stall_s, drops)
+    gate, stalls = (
+        Gate(callers, drops, quotas),
+        StallGuard(config.connections.stall_s, drops),
+    )
     interceptors = interceptors_of(callers, drops)
     server = grpc.aio.server(interceptors=interceptors, options=config.server_options())
     calls = Calls(interceptors, MESSAGE_BYTES, stalls)

@@ -17,6 +17,7 @@ from curvd.errors import Internal, Overloaded
 from curvd.http2 import BufferProvider, ReceivesInPlace
 from curvd_server.service.streams import CALLER
 from curvd_server.storage import ranges
+from curvd_server.system import calling
 from curvd_server.transport import Gate, Stalled, StallGuard
 from curvd_server.trials import PEER
 
@@ -73,7 +74,9 @@ class _Requests(ReceivesInPlace, AsyncIterator[Part]):
     def __init__(
         self, parts: AsyncIterator[Part], stalls: StallGuard, peer: str
     ) -> None:
-        self._parts, self._stalls, self._peer = aiter(parts), stalls, peer
+        self._parts, self._stalls, self._peer = parts, stalls, peer
+        # A generator of grpcio's must not be left unused, as by a call that is refused.
+        self._begun: AsyncIterator[Part] | None = None
 
     @property
     def buffer_for(self) -> BufferProvider:
@@ -87,7 +90,9 @@ class _Requests(ReceivesInPlace, AsyncIterator[Part]):
 
     async def __anext__(self) -> Part:
         """Wait for the next part."""
-        awaited = anext(self._parts)
+        if self._begun is None:
+            self._begun = aiter(self._parts)
+        awaited = anext(self._begun)
         part = await self._stalls.watch(awaited, self._peer, "go on with its request")
         _check_readable(part)
         return part
@@ -182,6 +187,8 @@ def _handler(
             if not rpc.client_streams:
                 _check_readable(request)
                 ranges.check(request.message if rpc.request.framed else request)
+            if calling().name:  # who has a name has his turns by that, wherever he is
+                PEER.set(calling().name)
             try:
                 if rpc.server_streams:
                     # Written, not yielded: all of a call happens in one task, so that

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextvars
 import math
 import time
 from collections.abc import Awaitable, Callable
@@ -24,7 +25,7 @@ from curvd.errors import Cancelled
 from curvd_server.device import LONG_S, Batcher, Counted, Operator, Ticket
 from curvd_server.linalg import Products, Progress, Query
 from curvd_server.sessions import Lease
-from curvd_server.system import Ongoing, Poll
+from curvd_server.system import Ongoing, Poll, calling
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -106,8 +107,10 @@ class QueryRun:
             Its result.
         """
         loop = asyncio.get_running_loop()
+        # What the algorithm asks of the device, it asks as whoever makes this call.
+        call = contextvars.copy_context()
         while True:
-            step = loop.run_in_executor(self._threads, self._step, query)
+            step = loop.run_in_executor(self._threads, call.run, self._step, query)
             try:
                 progress, result = await asyncio.shield(step)
             except asyncio.CancelledError:
@@ -165,7 +168,7 @@ class QueryRun:
         if self.chunk_s > LONG_S:
             ticket = self._batcher.run_in_turns(job, lane=(_LANE, id(self)))
         else:
-            ticket = self._batcher.run(job, lane=_LANE)
+            ticket = self._batcher.run(job, lane=(_LANE, calling().name))
         self._ticket = ticket
         if self._given_up:
             ticket.cancel()

@@ -44,7 +44,7 @@ from curvd_server.storage import (
     check_representable,
     check_state,
 )
-from curvd_server.system import Activities, HostMemory, Ongoing, calling
+from curvd_server.system import Activities, HostMemory, Ongoing, Quotas, calling
 
 T = TypeVar("T")
 
@@ -75,6 +75,8 @@ class SessionDependencies:
     """Seconds that nobody can set, for leases."""
     plan: Tier = Tier.FIRST
     """Which tier first answers wait for, in sessions that do not say."""
+    quotas: Quotas = field(default_factory=Quotas)
+    """What single callers may hold."""
     activities: Activities = field(default_factory=Activities)
     """What takes long and goes on."""
 
@@ -434,7 +436,8 @@ class Session:
         """Find what one caller stores; each sees only his own."""
         if name not in self._vectors:
             limits, memory = self._dependencies.limits, self._dependencies.memory
-            self._vectors[name] = Vectors(self.id, limits.stored_bytes, memory)
+            quotas = self._dependencies.quotas
+            self._vectors[name] = Vectors(self.id, limits.stored_bytes, memory, quotas)
         return self._vectors[name]
 
     def _check_version(self, expected: int | None) -> None:

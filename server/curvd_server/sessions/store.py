@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import weakref
+from collections import Counter
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 
@@ -38,6 +39,7 @@ from curvd_server.sessions.session import (
 from curvd_server.sessions.stored_vectors import check_same
 from curvd_server.storage import Architecture, StoredSession, StoredVersion
 from curvd_server.system import Activities, Ongoing, calling, logger
+from curvd_server.system.quotas import SESSIONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +99,7 @@ class SessionStore:
         self._making: weakref.WeakValueDictionary[str, asyncio.Lock] = (
             weakref.WeakValueDictionary()
         )
-        self._being_made = self._latest_us = 0
+        self._being_made, self._latest_us = Counter[str](), 0
         found, self._lost = dependencies.catalogue.sessions()
         self._sessions: dict[str, Session] = {}
         locks: dict[str, asyncio.Lock] = {}
@@ -215,12 +217,12 @@ class SessionStore:
             if made is not None:
                 return made.info()
             self._check_room()
-            self._being_made += 1
+            self._being_made[calling().name] += 1
             try:
                 with opening:
                     return await self._create(new, validate_only, opening)
             finally:
-                self._being_made -= 1
+                self._being_made[calling().name] -= 1
 
     def lease(
         self,
@@ -526,7 +528,7 @@ class SessionStore:
         """Say how long a session lives without a call; None: for ever."""
         if new.lease_s is not None:
             return new.lease_s
-        return self._dependencies.limits.lease_s or None
+        return float(self._dependencies.limits.lease_s) or None
 
     async def _add(self, session: Session) -> None:
         await asyncio.to_thread(
@@ -581,7 +583,10 @@ class SessionStore:
         return session
 
     def _check_room(self) -> None:
-        held = len(self._sessions) + self._being_made
+        name = calling().name
+        own = sum(s.stored.info.owner == name for s in self._sessions.values())
+        self._dependencies.quotas.check(SESSIONS, own + self._being_made[name], 1)
+        held = len(self._sessions) + self._being_made.total()
         limit = self._dependencies.limits.sessions
         if held >= limit:
             msg = f"{held} sessions are the limit of this server (sessions); delete one"

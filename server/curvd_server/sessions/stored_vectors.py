@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from curvd.contract import ParameterLayout
 from curvd.errors import LimitExceeded, RequestIdReused, VectorNotFound
-from curvd_server.system import VECTORS, HostMemory
+from curvd_server.system import VECTORS, HostMemory, Quotas, calling
+from curvd_server.system.quotas import VECTOR_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +39,19 @@ class Vectors:
         session_id: The session's id, for messages.
         budget_bytes: Memory of all together.
         memory: The host's memory, which all sessions share; None: no limit.
+        quotas: What the caller whose vectors they are may store in all sessions.
     """
 
     def __init__(
-        self, session_id: str, budget_bytes: int, memory: HostMemory | None = None
+        self,
+        session_id: str,
+        budget_bytes: int,
+        memory: HostMemory | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         self._session_id, self._budget = session_id, budget_bytes
-        self._memory = memory or HostMemory()
+        self._memory, self._quotas = memory or HostMemory(), quotas or Quotas()
+        self._owner = calling().name
         self._vectors: dict[str, Vector] = {}
 
     @property
@@ -71,8 +78,8 @@ class Vectors:
             )
             raise LimitExceeded(msg, stored_bytes=rest, limit=self._budget)
         more = self._more(name, nbytes)
-        self._memory.take(VECTORS, more)
-        self._memory.give(VECTORS, more)
+        self._take(more)
+        self._give(more)
 
     def put(self, name: str, vector: Vector) -> None:
         """Store a vector in place of what had its name.
@@ -85,7 +92,7 @@ class Vectors:
             LimitExceeded: If the session would store too much.
         """
         self.check_room(name, vector.array.nbytes)
-        self._memory.take(VECTORS, self._more(name, vector.array.nbytes))
+        self._take(self._more(name, vector.array.nbytes))
         self._vectors[name] = vector
 
     def get(self, name: str) -> Vector:
@@ -137,7 +144,7 @@ class Vectors:
         Raises:
             VectorNotFound: If there is none.
         """
-        self._memory.give(VECTORS, self.get(name).array.nbytes)
+        self._give(self.get(name).array.nbytes)
         del self._vectors[name]
 
     def items(self) -> list[tuple[str, Vector]]:
@@ -146,8 +153,24 @@ class Vectors:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._memory.give(VECTORS, self.nbytes)
+        self._give(self.nbytes)
         self._vectors.clear()
+
+    def _take(self, nbytes: int) -> None:
+        """Hold memory, within the caller's quota and the host's; less if negative."""
+        if nbytes <= 0:
+            self._give(-nbytes)
+            return
+        self._quotas.take(VECTOR_BYTES, nbytes)
+        try:
+            self._memory.take(VECTORS, nbytes)
+        except BaseException:
+            self._quotas.give(VECTOR_BYTES, nbytes, self._owner)
+            raise
+
+    def _give(self, nbytes: int) -> None:
+        self._quotas.give(VECTOR_BYTES, nbytes, self._owner)
+        self._memory.give(VECTORS, nbytes)
 
     def _more(self, name: str, nbytes: int) -> int:
         """Say how much more is held with a vector in place of what has its name."""

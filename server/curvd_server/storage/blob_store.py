@@ -40,7 +40,15 @@ from curvd_server.storage.blobs import Blob, check_digest, read_header
 from curvd_server.storage.mounts import Mounts
 from curvd_server.storage.partial_upload import Partial, Upload, make_room
 from curvd_server.storage.snapshots import Snapshot, Stamp, digest_of
-from curvd_server.system import SNAPSHOTS, HostMemory, calling, logger, told
+from curvd_server.system import (
+    SNAPSHOTS,
+    HostMemory,
+    Quotas,
+    calling,
+    logger,
+    told,
+)
+from curvd_server.system.quotas import DISK_BYTES, UPLOADS
 
 _WATCHED_S = 3600.0
 """How long this process must have seen that nobody uses a file before it is removed: the
@@ -60,6 +68,7 @@ class BlobStore:
         partial_s: How long one is kept that nobody goes on with, or refers to.
         memory: The memory of the host, which open blobs share with others; None: no limit.
         senders: Who has sent which blob, as far as that is known from before.
+        quotas: What single callers may have on the disk.
     """
 
     def __init__(
@@ -72,7 +81,9 @@ class BlobStore:
         partial_s: float = 24 * 3600.0,
         memory: HostMemory | None = None,
         senders: Mapping[str, set[str]] | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
+        self._quotas = quotas or Quotas()
         self._senders = {
             digest: set(names) for digest, names in (senders or {}).items()
         }
@@ -185,6 +196,7 @@ class BlobStore:
         with self._lock:
             partial = self._partials.get(path.stem)
             if partial is None:
+                self._check_quota(path, total_bytes)
                 busy = {p.path: p.announced for p in self._partials.values()}
                 make_room(path, total_bytes, busy, limit_bytes=self._partial_bytes)
                 partial = self._partials[path.stem] = Partial(path)
@@ -371,6 +383,25 @@ class BlobStore:
                 part.rename(path)
                 self._sound[digest] = Stamp.of(path.stat())
             self._senders.setdefault(digest, set()).add(calling().name)
+
+    def _check_quota(self, path: Path, total_bytes: int) -> None:
+        """Refuse an upload that the caller has no quota for."""
+        name = calling().name
+        quota = self._quotas.of(calling())
+        if quota.disk_bytes is None and quota.uploads is None:
+            return
+        whose = path.suffixes[0]
+        parts = [p for p in self._directory.glob(f"*{whose}.part") if p != path]
+        self._quotas.check(UPLOADS, len(parts), 1)
+        own = [self._path(d) for d, names in self._senders.items() if name in names]
+        held = 0
+        for file in (*parts, *own):
+            with contextlib.suppress(FileNotFoundError):
+                held += file.stat().st_size
+        # What is under way will have all that was announced.
+        under_way = [self._partials[p.stem] for p in parts if p.stem in self._partials]
+        held += sum(max(0, p.announced - p.size) for p in under_way)
+        self._quotas.check(DISK_BYTES, held, total_bytes)
 
     def _was_sent(self, digest: str) -> bool:
         """Tell whether the caller has sent all bytes of a blob, or need not have."""

@@ -40,10 +40,12 @@ from curvd_server.system.identity import (
     check_share,
 )
 from curvd_server.system.logs import logger
+from curvd_server.system.quotas import COLUMNS, Quota, Quotas
 
 __all__ = [
     "CALLING",
     "CALLS",
+    "COLUMNS",
     "EVERYBODY",
     "FREE_SOME",
     "GROUP_MARK",
@@ -59,6 +61,8 @@ __all__ = [
     "LongWork",
     "Ongoing",
     "Poll",
+    "Quota",
+    "Quotas",
     "Threads",
     "advance",
     "alone",

@@ -25,7 +25,8 @@ from curvd.errors import (
     Unauthenticated,
     Unavailable,
 )
-from curvd_server.system import CALLING, faults, logger
+from curvd_server.system import CALLING, Quotas, faults, logger
+from curvd_server.system.quotas import CALLS
 from curvd_server.transport.callers import Callers
 from curvd_server.transport.drops import Drops
 
@@ -49,11 +50,16 @@ class Gate:
     Args:
         callers: Say who calls; None: nobody in particular, whoever it is.
         drops: Told of those who may not.
+        quotas: How many calls each may make at once.
     """
 
     def __init__(
-        self, callers: Callers | None = None, drops: Drops | None = None
+        self,
+        callers: Callers | None = None,
+        drops: Drops | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
+        self._quotas = quotas or Quotas()
         self._callers, self._drops = callers or Callers(), drops or Drops()
         self._log = logger()
         self._draining = False
@@ -97,7 +103,8 @@ class Gate:
                 msg = "this server is shutting down; retry, another may answer"
                 raise Unavailable(msg)
             self._identify(context)
-            return await answer()
+            with self._quotas.held(CALLS, 1):
+                return await answer()
         except asyncio.CancelledError:
             code = "CANCELLED"
             raise

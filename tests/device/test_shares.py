@@ -1,0 +1,99 @@
+"""Callers share a device by their weights, however much each of them asks for."""
+
+import itertools
+
+import pytest
+
+from curvd_server.device.lanes import Lanes
+from curvd_server.device.requests import Ticket
+from curvd_server.device.shares import Shares
+from curvd_server.system import CALLING, Identity
+
+ANN, BEN = Identity("ann"), Identity("ben")
+
+
+def ticket(caller):
+    token = CALLING.set(caller)
+    try:
+        return Ticket(lambda poll: None, None)
+    finally:
+        CALLING.reset(token)
+
+
+def turns(lanes, *, count, seconds, refill):
+    """Let lanes have turns; each caller always has more to do. Says who had them."""
+    had = []
+    for _ in range(count):
+        key, lane = lanes.next(idle=False)
+        taken = lane.tickets.popleft()
+        had.append(taken.caller)
+        lanes.charge([taken], seconds[taken.caller.name])
+        refill(key, taken.caller)
+        lanes.rotate(key, lane, after_long=False)
+    return had
+
+
+def busy(weights, lanes_of):
+    """Lanes of callers who always want more, and what refills them."""
+    lanes = Lanes(1e9, lambda caller: weights.get(caller.name, 1.0))
+    for caller, count in lanes_of:
+        for n in range(count):
+            lanes.add((caller.name, n), None, ticket(caller))
+    return lanes, lambda key, caller: lanes.add(key, None, ticket(caller))
+
+
+@pytest.mark.parametrize("many", [1, 50])
+def test_a_caller_with_many_lanes_has_no_more_of_the_device(many):
+    lanes, refill = busy({}, [(BEN, many), (ANN, 1)])
+    had = turns(lanes, count=100, seconds={"ann": 1.0, "ben": 1.0}, refill=refill)
+    assert had.count(ANN) == had.count(BEN) == 50
+
+
+def test_shares_are_of_time_not_of_turns():
+    lanes, refill = busy({}, [(BEN, 3), (ANN, 1)])
+    had = turns(lanes, count=110, seconds={"ann": 1.0, "ben": 10.0}, refill=refill)
+    assert 9 <= had.count(ANN) / had.count(BEN) <= 11
+
+
+def test_weights_divide_the_device():
+    lanes, refill = busy({"ann": 3.0}, [(BEN, 5), (ANN, 1)])
+    had = turns(lanes, count=100, seconds={"ann": 1.0, "ben": 1.0}, refill=refill)
+    assert 74 <= had.count(ANN) <= 76
+
+
+def test_whoever_comes_waits_for_the_turn_under_way_only():
+    lanes, refill = busy({}, [(BEN, 50)])
+    turns(lanes, count=7, seconds={"ben": 1.0}, refill=refill)
+    lanes.add("new", None, ticket(ANN))
+    assert lanes.next(idle=False)[0] == "new"
+
+
+def test_nobody_saves_up_time_while_away():
+    shares = Shares(lambda caller: 1.0)
+    shares.had(["ann", "ben"])
+    shares.charge([ANN], 1.0)
+    for _ in range(100):
+        shares.had(["ben"])
+        shares.charge([BEN], 1.0)
+    had = shares.had(["ann", "ben"])
+    assert had["ben"] - had["ann"] <= 1.0
+
+
+def test_a_run_of_several_is_paid_by_all_of_them():
+    shares = Shares(lambda caller: 1.0)
+    shares.had(["ann", "ben"])
+    shares.charge([ANN, ANN, ANN, BEN], 4.0)
+    assert shares.had(["ann", "ben"]) == {"ann": 3.0, "ben": 1.0}
+
+
+def test_one_caller_alone_has_the_order_of_lanes():
+    lanes, refill = busy({}, [(ANN, 3)])
+    keys = []
+    for _, _ in zip(range(6), itertools.count(), strict=False):
+        key, lane = lanes.next(idle=False)
+        keys.append(key[1])
+        taken = lane.tickets.popleft()
+        lanes.charge([taken], 1.0)
+        refill(key, ANN)
+        lanes.rotate(key, lane, after_long=False)
+    assert keys == [0, 1, 2, 0, 1, 2]

@@ -1,0 +1,266 @@
+"""One caller at his quota is told so, with its name; nobody else notices."""
+
+import contextlib
+import threading
+
+import numpy as np
+import pytest
+import raw
+from support.fake_device import FakeDevice
+from support.served import As, Channels
+
+from curvd.errors import InvalidSpec, LimitExceeded, Overloaded
+from curvd.v1 import curvature_service_pb2 as curvature_pb
+from curvd.v1 import session_service_pb2 as session_pb
+from curvd_server.app import serve_in_thread
+from curvd_server.config import ServerConfig
+from curvd_server.device import Batcher
+from curvd_server.system import CALLING, Identity, Quota, Quotas
+from curvd_server.transport import token_file
+
+TOKENS = {name: token_file.new_token() for name in ("ann", "ben")}
+
+
+def written(path, text):
+    path.write_text(text)
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def serving(tmp_path):
+    """Start a server with quotas; gives a channel for each caller by name."""
+    lines = [token_file.line_of(name, token) for name, token in TOKENS.items()]
+    tokens = written(tmp_path / "tokens", "\n".join(lines) + "\n")
+
+    @contextlib.contextmanager
+    def start(quotas, device=None):
+        config = ServerConfig(
+            listen="127.0.0.1:0",
+            data_dir=tmp_path / "data",
+            drain_s=0.0,
+            tokens=tokens,
+            quotas=written(tmp_path / "quotas.toml", quotas),
+        )
+        with (
+            serve_in_thread(config, device=device or FakeDevice()) as target,
+            Channels(target) as channels,
+        ):
+            yield {name: As(channels, token) for name, token in TOKENS.items()}
+
+    return start
+
+
+def refused(kind, quota, limit, act):
+    """What the caller is told."""
+    with pytest.raises(
+        kind, match=rf"'ann' has .* of {limit} {quota}.*\[callers.ann\]"
+    ) as (caught):
+        act()
+    told = caught.value.metadata
+    assert (told["quota"], told["owner"], told["limit"]) == (quota, "ann", str(limit))
+    return caught.value
+
+
+def put(channel, session, name, size=5):
+    data = raw.file_of({"v": np.ones(size)})
+    header = curvature_pb.PutVectorHeader(session_id=session, name=name)
+    first = curvature_pb.PutVectorRequest(header=header)
+    return raw.call(channel, "PutVector", [first, memoryview(data)])
+
+
+def test_sessions(serving):
+    with serving("[callers.ann]\nsessions = 2\n") as channels:
+        for _ in range(2):
+            raw.fake_session(channels["ann"])
+        act = lambda: raw.fake_session(channels["ann"])  # noqa: E731
+        refused(LimitExceeded, "sessions", 2, act)
+        for _ in range(3):
+            raw.fake_session(channels["ben"])
+        listed = session_pb.ListSessionsRequest()
+        first = raw.call(channels["ann"], "ListSessions", listed).sessions[0].id
+        end = session_pb.DeleteSessionRequest(session_id=first)
+        raw.call(channels["ann"], "DeleteSession", end)
+        act()
+
+
+def test_stored_vectors(serving):
+    with serving("[callers.ann]\nvector_bytes = 100\n") as channels:
+        sessions = [raw.fake_session(channels["ann"]).id for _ in range(2)]
+        put(channels["ann"], sessions[0], "a")
+        put(channels["ann"], sessions[1], "a")
+        put(channels["ann"], sessions[1], "a")  # in its own place
+        refused(
+            LimitExceeded,
+            "vector_bytes",
+            100,
+            lambda: put(channels["ann"], sessions[1], "b"),
+        )
+        his = raw.fake_session(channels["ben"]).id
+        for name in "abcdef":
+            put(channels["ben"], his, name)
+        end = session_pb.DeleteSessionRequest(session_id=sessions[0])
+        raw.call(channels["ann"], "DeleteSession", end)
+        put(channels["ann"], sessions[1], "b")
+
+
+def test_disk(serving):
+    state = raw.file_of({"a": np.ones(2), "b": np.ones(3)})
+    points = raw.file_of({"x": np.ones((400, 2)), "y": np.ones(400)})
+    limit = len(state) + 100
+    with serving(f"[callers.ann]\ndisk_bytes = {limit}\n") as channels:
+        model = raw.register_model(channels["ann"], "two", "{}", state).model.id
+        act = lambda: raw.register_dataset(channels["ann"], points)  # noqa: E731
+        refused(LimitExceeded, "disk_bytes", limit, act)
+        raw.register_dataset(channels["ben"], points)
+        refused(LimitExceeded, "disk_bytes", limit, act)  # also of what lies there
+        go = session_pb.DeleteModelRequest(model_id=model)
+        raw.call(channels["ann"], "DeleteModel", go)
+        raw.register_model(channels["ann"], "two", "{}", state)
+
+
+def test_uploads(serving):
+    def begin(channel, value):
+        state = raw.file_of({"a": np.full(2, value), "b": np.ones(3)})
+        header = session_pb.RegisterModelHeader(
+            builder="two", config_json="{}", state=raw.upload(state)
+        )
+        first = session_pb.RegisterModelRequest(header=header)
+        return raw.call(channel, "RegisterModel", [first, memoryview(state)[:30]])
+
+    with serving("[callers.ann]\nuploads = 2\n") as channels:
+        for value in (1.0, 2.0, 1.0):
+            begin(channels["ann"], value)
+        refused(LimitExceeded, "uploads", 2, lambda: begin(channels["ann"], 3.0))
+        for value in range(5):
+            begin(channels["ben"], value)
+        state = raw.file_of({"a": np.full(2, 1.0), "b": np.ones(3)})
+        raw.register_model(channels["ann"], "two", "{}", state)
+        begin(channels["ann"], 3.0)
+
+
+def test_columns_under_way(tmp_path):
+    quotas = Quotas(written(tmp_path / "q", "[callers.ann]\ncolumns = 3\n"))
+    batcher = Batcher(
+        run_columns=4,
+        run_bytes=1 << 20,
+        pending_columns=100,
+        pending_bytes=1 << 20,
+        quotas=quotas,
+    )
+    try:
+        CALLING.set(Identity("ann"))
+        with batcher.reserve(2, 10):
+            error = refused(
+                Overloaded, "columns", 3, lambda: batcher.reserve(2, 10).__enter__()
+            )
+            assert error.retry_after_s > 0
+            CALLING.set(Identity("ben"))
+            with batcher.reserve(50, 10):
+                pass
+        CALLING.set(Identity("ann"))
+        with batcher.reserve(3, 10):
+            pass
+        assert quotas.usage() == {}
+    finally:
+        batcher.close()
+
+
+class Feed(raw.Feed):
+    """A request that says when its parts are wanted."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.wanted = threading.Event()
+
+    def __next__(self):
+        if not self._parts:
+            self.wanted.set()
+        return super().__next__()
+
+
+def test_calls_at_once(serving):
+    with serving("[callers.ann]\ncalls = 1\n") as channels:
+        mine, his = (raw.fake_session(channels[name]).id for name in ("ann", "ben"))
+        data = raw.file_of({"v": np.ones(5)})
+        act = lambda: raw.call(  # noqa: E731
+            channels["ann"], "MatVec", raw.product("MatVec", mine, data)
+        )
+        state = raw.file_of({"a": np.full(2, 7.0), "b": np.ones(3)})
+        header = session_pb.RegisterModelHeader(
+            builder="two", config_json="{}", state=raw.upload(state)
+        )
+        first = session_pb.RegisterModelRequest(header=header)
+        feed, answers = Feed(first), []
+        slow = threading.Thread(
+            target=lambda: answers.append(
+                raw.call(channels["ann"], "RegisterModel", feed)
+            )
+        )
+        slow.start()
+        try:
+            assert feed.wanted.wait(300)
+            with pytest.raises(Overloaded) as caught:
+                for _ in range(10_000):  # what was sent comes to be read soon
+                    act()
+            assert caught.value.metadata["owner"] == "ann"
+            for _ in range(3):
+                raw.call(channels["ben"], "MatVec", raw.product("MatVec", his, data))
+        finally:
+            feed.add(memoryview(state))
+            feed.end()
+            slow.join()
+        assert answers[0].model.owner == "ann"
+        act()
+
+
+def test_the_last_table_that_says_something_counts(tmp_path):
+    quotas = Quotas(
+        written(
+            tmp_path / "q",
+            "[default]\nsessions = 3\ncalls = 4\n[roles.operator]\nsessions = 9\n"
+            "[callers.ann]\ncalls = 1\nweight = 2.5\n",
+        )
+    )
+    ann = Identity("ann", frozenset({"user", "operator"}))
+    assert quotas.of(ann) == Quota(sessions=9, calls=1, weight=2.5)
+    assert quotas.of(Identity("ben")) == Quota(sessions=3, calls=4)
+    assert quotas.of(Identity()) == Quota()
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("[default]\nsession = 1", r"\[default\] of .* has 'session'; known: calls"),
+        ("[default]\nsessions = -1", "sessions in .default. of .* at least 0, got -1"),
+        ("[default]\nsessions = true", "whole number"),
+        ("[callers.ann]\nweight = 0", "weight in .callers.ann. .* more than 0"),
+        ("[roles.root]\nsessions = 1", "has 'roles.root'; it may have"),
+        ("[other]\nsessions = 1", "has 'other'; it may have"),
+        ("sessions = 1", "has 'sessions'; it may have"),
+        ("callers = 1", "callers must be tables"),
+        ("[", "is no TOML"),
+    ],
+)
+def test_a_file_that_says_what_it_must_not_is_refused(tmp_path, text, match):
+    with pytest.raises(InvalidSpec, match=match):
+        Quotas(written(tmp_path / "q", text))
+
+
+def test_a_broken_file_leaves_the_quotas_as_they_were(tmp_path):
+    quotas = Quotas(written(tmp_path / "q", "[default]\nsessions = 3\n"))
+    written(tmp_path / "q", "[")
+    quotas.reload()
+    assert quotas.of(Identity("ann")).sessions == 3
+    written(tmp_path / "q", "[default]\nsessions = 4\n")
+    quotas.reload()
+    assert quotas.of(Identity("ann")).sessions == 4
+
+
+def test_what_is_given_back_may_be_taken_again(tmp_path):
+    quotas = Quotas(written(tmp_path / "q", "[default]\ncalls = 1\n"))
+    CALLING.set(Identity("ann"))
+    for _ in range(3):
+        with quotas.held("calls", 1), pytest.raises(Overloaded):
+            quotas.take("calls", 1)
+    assert quotas.usage() == {}
