@@ -96,7 +96,7 @@ image-test: $(VENV)/dev.stamp ## build both images, compose the server, ask it f
 	CONTAINERS='$(CONTAINERS)' PYTHON='$(BIN)/python' tests/images.sh
 
 bench: $(VENV)/dev.stamp ## every ratio against its peers, with targets
-	for script in bench/engine.py bench/engine_nets.py bench/graph.py bench/smoke.py bench/wire.py bench/service.py bench/queries.py bench/solves.py bench/influence.py bench/watch.py; do $(BIN)/python $$script --check || exit 1; done
+	for script in bench/engine.py bench/engine_nets.py bench/graph.py bench/smoke.py bench/wire.py bench/service.py bench/queries.py bench/solves.py bench/influence.py bench/watch.py bench/scale.py; do $(BIN)/python $$script --check || exit 1; done
 
 fuzz: $(VENV)/dev.stamp ## a hundred thousand hostile graphs, in about ten minutes
 	PYTHONPATH=tests $(BIN)/python tests/fuzz_graphs.py

@@ -1,5 +1,6 @@
 """Products of a fleet: right whatever the shards, and the same bits whoever computes them."""
 
+import functools
 import threading
 
 import numpy as np
@@ -21,7 +22,13 @@ from support.fleets import (
 
 from curvd.contract.enums import LossName, OperatorKind, Tier
 from curvd.contract.specs import LossSpec, OperatorSpec
-from curvd.errors import Cancelled, InvalidSpec, InvalidVector, Unavailable
+from curvd.errors import (
+    Cancelled,
+    InvalidSpec,
+    InvalidVector,
+    OutOfMemory,
+    Unavailable,
+)
 from curvd_server.device.torch_device import TorchDevice
 from curvd_server.engine.batch_product import BatchProduct
 from curvd_server.fleet import fleet as fleets
@@ -247,6 +254,29 @@ def test_who_gives_up_stops_all_workers_within_one_mini_batch(two, monkeypatch):
     with pytest.raises(Cancelled, match="all workers stopped"):
         operator.apply(np.eye(operator.size), cancelled=lambda: len(begun) == 2)
     assert len(begun) == 2
+    monkeypatch.undo()
+    np.testing.assert_array_equal(dense(operator), want)
+
+
+def test_memory_that_runs_out_on_one_worker_stops_all_and_is_told(two, monkeypatch):
+    operator = built(load(device_of(two)))
+    want = dense(operator)
+    short, others = two.launcher.holdings[0], []
+
+    def product(self, m, given, cancelled):
+        if self is short:
+            raise MemoryError
+        while not cancelled():
+            threading.Event().wait(0.001)
+        others.append(1)
+        raise Cancelled("stopped")
+
+    for held in two.launcher.holdings.values():
+        bound = functools.partial(product, held)
+        monkeypatch.setitem(held._methods, holdings.messages.Product, bound)
+    with pytest.raises(OutOfMemory, match="use a smaller batch_size"):
+        dense(operator)
+    assert others == [1]
     monkeypatch.undo()
     np.testing.assert_array_equal(dense(operator), want)
 

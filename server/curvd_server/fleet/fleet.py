@@ -241,6 +241,7 @@ class Fleet:
                 continue
             error = raised(frame)
             if error is not None:
+                _log_trace(rank, frame)
                 raise error
             found[rank] = frame
         return found if len(found) == len(requests) else None
@@ -413,7 +414,12 @@ class Fleet:
             ):
                 return False
             seat.connection, seat.hello = connection, hello
+            if hello.refused:  # another start would end as this one
+                seat.failures = FAILURES
             self._changed.notify_all()
+        if hello.refused:
+            self._lose(seat, hello.incarnation, hello.refused)
+            return True
         said = "its connection ended"
         try:
             while True:
@@ -456,3 +462,9 @@ class Fleet:
             for connection in there:
                 with suppress(OSError):
                     connection.send(0, message)
+
+
+def _log_trace(rank: int, frame: Frame) -> None:
+    """Log where a worker failed, which is no caller's business."""
+    if isinstance(frame.message, messages.Failed):
+        logger().error("worker failed", rank=rank, exception=frame.message.trace)

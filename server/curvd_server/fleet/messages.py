@@ -47,6 +47,8 @@ class Hello:
     host: str
     device: str
     torch_version: str
+    refused: str = ""
+    """Why it cannot compute there, for example without such a device; it ends then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

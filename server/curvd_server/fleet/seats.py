@@ -105,7 +105,7 @@ def raised(frame: Frame) -> CurvdError | None:
         error.metadata = dict(message.values)
         return error
     if isinstance(message, messages.Failed):
-        text = f"a worker failed: {message.message}\n{message.trace}"
+        text = f"a worker failed: {message.message}; its log has more"
         return Internal(text)
     return None
 

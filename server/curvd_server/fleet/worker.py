@@ -59,12 +59,16 @@ def main() -> NoReturn:
     connection.prove(
         bytes.fromhex(invitation.secret), role=b"worker", timeout_s=CONNECT_S
     )
-    device = TorchDevice(
-        invitation.builders,
-        use_device(invitation.device),
-        allowed=invitation.libraries,
-        model_bytes=invitation.model_bytes,
-    )
+    device, refused = None, ""
+    try:
+        device = TorchDevice(
+            invitation.builders,
+            use_device(invitation.device),
+            allowed=invitation.libraries,
+            model_bytes=invitation.model_bytes,
+        )
+    except CurvdError as error:
+        refused = str(error)
     gc.freeze()
     hello = messages.Hello(
         rank=invitation.rank,
@@ -73,8 +77,11 @@ def main() -> NoReturn:
         host=socket.gethostname(),
         device=invitation.device,
         torch_version=torch.__version__,
+        refused=refused,
     )
     connection.send(0, hello)
+    if device is None:
+        _leave()
     worker = Worker(connection, Holdings(device, invitation.idle_bytes), _leave)
     worker.run()
     _leave()
