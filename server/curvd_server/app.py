@@ -24,7 +24,14 @@ from curvd_server.config import ServerConfig
 from curvd_server.device import Batcher, Device, torch_device
 from curvd_server.engine import Compiler
 from curvd_server.fleet import Fleet, FleetDevice, Invitation, LocalLauncher
-from curvd_server.service import CurvatureService, QueryService, SessionService, serving
+from curvd_server.service import (
+    CurvatureService,
+    QueryService,
+    SessionService,
+    Sources,
+    exposed,
+    serving,
+)
 from curvd_server.sessions import SessionDependencies, SessionStore
 from curvd_server.storage import (
     BlobStore,
@@ -43,7 +50,7 @@ from curvd_server.system import (
     logs,
     usable_cores,
 )
-from curvd_server.transport import Callers, raise_descriptor_limit
+from curvd_server.transport import Callers, Tally, raise_descriptor_limit
 
 CAPABILITIES = tuple(
     sorted([
@@ -85,6 +92,8 @@ class Running:
     """Who may call."""
     quotas: Quotas
     """What each of them may hold."""
+    metrics: str
+    """``host:port`` where Prometheus may scrape; empty: nowhere."""
 
     def reload(self) -> None:
         """Read the files of tokens and quotas again."""
@@ -235,12 +244,23 @@ async def running(
             queries,
         ]
         callers = config.callers()
+        tally = Tally()
+        sources = Sources(
+            version=_version(),
+            batcher=batcher,
+            sessions=sessions,
+            memory=memory,
+            device=device,
+            activities=activities,
+            tally=tally,
+        )
+        metrics = await stack.enter_async_context(exposed(config.metrics, sources))
         target = await stack.enter_async_context(
-            serving(config, services, callers, quotas)
+            serving(config, services, callers, quotas, tally)
         )
         sweeper = asyncio.create_task(_expire(sessions, curvature, blobs, catalogue))
         stack.callback(sweeper.cancel)
-        yield Running(target, batcher, sessions, callers, quotas)
+        yield Running(target, batcher, sessions, callers, quotas, metrics)
 
 
 def _single(

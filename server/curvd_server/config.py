@@ -291,6 +291,13 @@ class ServerConfig:
     )
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     """What connections may take."""
+    metrics: str = setting(
+        "",
+        "Where Prometheus may scrape: host:port, in plain text and without a token, so an "
+        "address that others do not reach; port 0 takes a free one.",
+        metavar="ADDRESS",
+        shown="none",
+    )
     drain_s: float = setting(
         30.0, "Seconds that running calls may go on after SIGTERM.", least=0
     )
@@ -317,6 +324,8 @@ class ServerConfig:
                 if not Path(folder).is_dir():
                     msg = f"{name} {str(folder)!r} is no folder"
                     raise InvalidSpec(msg, **{name: folder})
+        if self.metrics:
+            address_of(self.metrics, "metrics")
         local = is_local(self.listen)
         ways = {
             "the token": self.token,
@@ -454,18 +463,37 @@ def is_local(listen: str) -> bool:
     """
     if listen.startswith(_UNIX):
         return True
-    host, _, port = listen.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    if not host or not port.isdecimal() or (":" in host and not bracketed):
-        msg = f"listen must be host:port, [ipv6]:port or unix:/path, got {listen!r}"
-        raise InvalidSpec(msg, listen=listen)
-    if int(port) > _MOST_PORT:  # the system would take the rest of a division
-        msg = f"the port of listen must be at most {_MOST_PORT}, got {listen!r}"
-        raise InvalidSpec(msg, listen=listen)
+    host, _ = address_of(listen, "listen", or_else=" or unix:/path")
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def address_of(text: str, name: str, *, or_else: str = "") -> tuple[str, int]:
+    """Read an address of TCP.
+
+    Args:
+        text: ``host:port`` or ``[ipv6]:port``.
+        name: The setting, for errors.
+        or_else: What else it may be, likewise.
+
+    Returns:
+        The host without brackets, and the port.
+
+    Raises:
+        InvalidSpec: If it is no address.
+    """
+    host, _, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not host or not port.isdecimal() or (":" in host and not bracketed):
+        ways = f"host:port{',' if or_else else ' or'} [ipv6]:port{or_else}"
+        msg = f"{name} must be {ways}, got {text!r}"
+        raise InvalidSpec(msg, address=text)
+    if int(port) > _MOST_PORT:  # the system would take the rest of a division
+        msg = f"the port of {name} must be at most {_MOST_PORT}, got {text!r}"
+        raise InvalidSpec(msg, address=text)
+    return host.strip("[]"), int(port)
 
 
 def _check_token(token: str, where: str) -> None:

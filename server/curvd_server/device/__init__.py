@@ -6,7 +6,7 @@ device there is, and is imported where it is made.
 
 from __future__ import annotations
 
-from curvd_server.device.batcher import LONG_S, Batcher
+from curvd_server.device.batcher import LONG_S, Batcher, BatcherStatistics
 from curvd_server.device.protocols import Array, Counted, Device, Operator, Problem
 from curvd_server.device.requests import Done, Ticket
 from curvd_server.device.room import Reservation
@@ -15,6 +15,7 @@ __all__ = [
     "LONG_S",
     "Array",
     "Batcher",
+    "BatcherStatistics",
     "Counted",
     "Device",
     "Done",

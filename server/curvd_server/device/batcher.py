@@ -66,8 +66,12 @@ class BatcherStatistics:
     """Times that the device was started."""
     requests: int
     """Products and jobs submitted."""
+    products: int
+    """Products of callers that ran; a MatMat is one for each of its blocks."""
     columns: int
-    """Columns computed."""
+    """Columns of these."""
+    query_columns: int
+    """Columns that queries have multiplied."""
     cancelled: int
     """Requests that were given up, before or during their run."""
     waiting: int
@@ -124,6 +128,7 @@ class Batcher:
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._asleep = self._closed = False
         self._runs = self._requests = self._columns = self._cancelled = 0
+        self._products = self._query_columns = 0
         self._seconds_per_column = _FIRST_GUESS_S
         # Of the slowest product lately. Operators come and go.
         self._paces = weakref.WeakKeyDictionary[Multiplies, float]()
@@ -186,7 +191,7 @@ class Batcher:
             value = operator.apply(columns, cancelled=lambda: self._closed)
         finally:
             seconds = time.monotonic() - start_s
-            self._count(operator, len(columns), seconds)
+            self._count(operator, len(columns), seconds, products=1)
             with self._lock:
                 self._borrowed, self._busy_s = False, self._clock()
                 self._asleep = not self._lanes.is_wanted() and not self._closed
@@ -254,13 +259,24 @@ class Batcher:
         ticket.waits = lambda: not due()
         return self._submit(("job", lane), None, ticket)
 
+    def count_query(self, columns: int) -> None:
+        """Take note of what a query has multiplied in a job of its own.
+
+        Args:
+            columns: How many columns.
+        """
+        with self._lock:
+            self._query_columns += columns
+
     def statistics(self) -> BatcherStatistics:
         """Report what was done, and what waits."""
         with self._lock:
             return BatcherStatistics(
                 runs=self._runs,
                 requests=self._requests,
+                products=self._products,
                 columns=self._columns,
+                query_columns=self._query_columns,
                 cancelled=self._cancelled,
                 waiting=sum(
                     t.waits is None for lane in self._lanes for t in lane.tickets
@@ -422,7 +438,8 @@ class Batcher:
                 queue_s = run.began_s - ticket.submitted_s
                 ticket.set_result(Done(value, queue_s, run.spent_s, run.columns))
         given_up = sum(ticket.abandoned for ticket in run.tickets)
-        self._count(run.operator, run.columns, run.spent_s, given_up)
+        products = len(run.tickets) if run.operator is not None else 0
+        self._count(run.operator, run.columns, run.spent_s, given_up, products=products)
 
     def _joined(self, parts: list[Columns]) -> Columns:
         """Put columns into one array; its memory is that of an earlier run."""
@@ -454,8 +471,11 @@ class Batcher:
         columns: int,
         seconds: float,
         given_up: int = 0,
+        *,
+        products: int,
     ) -> None:
         with self._lock:
+            self._products += products
             self._runs += 1
             self._columns += columns
             self._cancelled += given_up

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from curvd_server.service.curvature_service import CurvatureService
 from curvd_server.service.endpoint import serving
+from curvd_server.service.metrics import Sources, exposed
 from curvd_server.service.query_service import QueryService
 from curvd_server.service.session_service import SessionService
 
@@ -15,5 +16,7 @@ __all__ = [
     "CurvatureService",
     "QueryService",
     "SessionService",
+    "Sources",
+    "exposed",
     "serving",
 ]

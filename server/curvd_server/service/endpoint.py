@@ -24,6 +24,7 @@ from curvd_server.transport import (
     Front,
     Gate,
     StallGuard,
+    Tally,
     TokenInterceptor,
     cleared,
     target_of,
@@ -36,7 +37,11 @@ _SERVICES = sorted({rpc.service for rpc in RPCS.values()})
 
 @contextlib.asynccontextmanager
 async def serving(
-    config: ServerConfig, services: list[object], callers: Callers, quotas: Quotas
+    config: ServerConfig,
+    services: list[object],
+    callers: Callers,
+    quotas: Quotas,
+    tally: Tally,
 ) -> AsyncIterator[str]:
     """Serve the services with health and reflection; drain at the end.
 
@@ -48,6 +53,7 @@ async def serving(
         services: Objects with a method for each RPC.
         callers: Those who may call.
         quotas: How many calls each may make at once.
+        tally: Counts calls and connections.
 
     Yields:
         The target for clients on this machine.
@@ -56,10 +62,9 @@ async def serving(
         InvalidSpec: If the address cannot be had.
     """
     drops = Drops()
-    gate, stalls = (
-        Gate(callers, drops, quotas),
-        StallGuard(config.connections.stall_s, drops),
-    )
+    tally.dropped = drops.counts
+    gate = Gate(callers, drops, quotas, tally)
+    stalls = StallGuard(config.connections.stall_s, drops)
     interceptors = interceptors_of(callers, drops)
     server = grpc.aio.server(interceptors=interceptors, options=config.server_options())
     calls = Calls(interceptors, MESSAGE_BYTES, stalls)
@@ -70,7 +75,7 @@ async def serving(
     names = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     port = _direct if config.transport == "direct" else _grpcio_alone
-    async with port(config, server, calls, drops) as target:
+    async with port(config, server, calls, drops, tally) as target:
         for name in ("", *_SERVICES):
             await reporter.set(name, health_pb2.HealthCheckResponse.SERVING)
         log = logs.logger()
@@ -99,7 +104,11 @@ def interceptors_of(callers: Callers, drops: Drops) -> list[grpc.aio.ServerInter
 
 @contextlib.asynccontextmanager
 async def _direct(
-    config: ServerConfig, server: grpc.aio.Server, calls: Calls, drops: Drops
+    config: ServerConfig,
+    server: grpc.aio.Server,
+    calls: Calls,
+    drops: Drops,
+    tally: Tally,
 ) -> AsyncIterator[str]:
     """Listen at the port ourselves, with grpcio behind it on a Unix socket."""
     context = config.tls_context()
@@ -107,6 +116,7 @@ async def _direct(
         backend = f"{folder}/grpc"
         _add_port(config, server, f"unix:{backend}")
         front = Front(calls.begin, backend, context, config.connections, drops)
+        tally.connections = lambda: front.usage
         async with front.listening(config.listen) as target:
             await server.start()
             try:
@@ -119,7 +129,11 @@ async def _direct(
 
 @contextlib.asynccontextmanager
 async def _grpcio_alone(
-    config: ServerConfig, server: grpc.aio.Server, calls: Calls, drops: Drops
+    config: ServerConfig,
+    server: grpc.aio.Server,
+    calls: Calls,
+    drops: Drops,
+    tally: Tally,
 ) -> AsyncIterator[str]:
     """Let grpcio have the port; nothing of HTTP/2 is ours then."""
     listen, mask = config.listen, os.umask(0o177)  # a socket is as local as its mode

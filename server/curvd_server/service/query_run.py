@@ -182,6 +182,10 @@ class QueryRun:
         self.chunk_s = done.compute_s
         return done.value
 
+    def count(self, columns: int) -> None:
+        """Take note of columns that were multiplied, for the statistics of the server."""
+        self._batcher.count_query(columns)
+
     def _give_up(self) -> None:
         self._given_up = True
         if self._ticket is not None:
@@ -245,9 +249,11 @@ def products_of(
         now = run.operator(operator)
 
         def product(part: Tensor) -> Tensor:
-            return run.compute(
+            rows = run.compute(
                 lambda cancelled: now.multiply(part, cancelled=cancelled)
             )
+            run.count(len(part))
+            return rows
 
         at_once = max(1, now.report.columns_at_once)
         parts = [product(part) for part in V.split(at_once)]  # type: ignore[no-untyped-call]

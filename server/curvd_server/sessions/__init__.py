@@ -6,13 +6,18 @@ Imports devices and storage by their doors; knows neither torch nor messages of 
 from __future__ import annotations
 
 from curvd_server.sessions.session import Lease, SessionDependencies, Update
-from curvd_server.sessions.store import NewSession, SessionStore
+from curvd_server.sessions.store import (
+    NewSession,
+    SessionStatistics,
+    SessionStore,
+)
 from curvd_server.sessions.stored_vectors import Vector, Vectors, check_same
 
 __all__ = [
     "Lease",
     "NewSession",
     "SessionDependencies",
+    "SessionStatistics",
     "SessionStore",
     "Update",
     "Vector",

@@ -7,6 +7,7 @@ import contextlib
 import secrets
 import weakref
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 
@@ -72,6 +73,10 @@ class NewSession:
     """Other callers who may use it: names, and groups behind an "@"."""
 
 
+TIERS = (*Tier, "native")
+"""How operators are told apart in statistics."""
+
+
 @dataclass(frozen=True, slots=True)
 class SessionStatistics:
     """What a store holds."""
@@ -84,6 +89,8 @@ class SessionStatistics:
     """Calls that use a session right now."""
     operators: int
     """Operators that are built."""
+    tiers: Mapping[str, int]
+    """Of those, by tier: ``first``, ``final``, or ``native`` for native code."""
 
 
 class SessionStore:
@@ -162,11 +169,14 @@ class SessionStore:
         """Report what is held."""
         sessions = self._sessions.values()
         ready = sum(s.operator_cache.problem is not None for s in sessions)
+        reports = [plan for s in sessions for _, plan in s.operator_cache.reports]
+        tiers = Counter("native" if r.compiled else str(r.tier) for r in reports)
         return SessionStatistics(
             ready=ready,
             cold=len(sessions) - ready,
             users=sum(s.users for s in sessions),
-            operators=sum(len(s.operator_cache.reports) for s in sessions),
+            operators=len(reports),
+            tiers={tier: tiers[tier] for tier in TIERS},
         )
 
     @property

@@ -11,6 +11,7 @@ import contextlib
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -202,6 +203,11 @@ class Activities:
         """List it no longer."""
         with self._lock:
             del self._ongoing[ongoing]
+
+    def counts(self) -> Counter[Work]:
+        """Count what goes on of everybody's, by why it takes long."""
+        with self._lock:
+            return Counter(one.work for one in self._ongoing)
 
     def listed(self) -> tuple[Activity, ...]:
         """Tell what goes on of the caller's, the oldest first; `MOST` at most.

@@ -15,9 +15,11 @@ from curvd_server.transport.interceptors import Gate, TokenInterceptor
 from curvd_server.transport.limits import ConnectionLimits
 from curvd_server.transport.listener import Front
 from curvd_server.transport.stalls import Stalled, StallGuard
+from curvd_server.transport.tally import BOUNDS_S, Tally
 from curvd_server.transport.token_file import TokenFile
 
 __all__ = [
+    "BOUNDS_S",
     "Callers",
     "Calls",
     "ConnectionLimits",
@@ -26,6 +28,7 @@ __all__ = [
     "Gate",
     "StallGuard",
     "Stalled",
+    "Tally",
     "TokenFile",
     "TokenInterceptor",
     "cleared",

@@ -29,6 +29,7 @@ from curvd_server.system import CALLING, Quotas, faults, logger
 from curvd_server.system.quotas import CALLS
 from curvd_server.transport.callers import Callers
 from curvd_server.transport.drops import Drops
+from curvd_server.transport.tally import Tally
 
 # Errors travel in HTTP/2 headers, of which clients accept 8 KiB; the message is in
 # there twice.
@@ -51,6 +52,7 @@ class Gate:
         callers: Say who calls; None: nobody in particular, whoever it is.
         drops: Told of those who may not.
         quotas: How many calls each may make at once.
+        tally: Counts the calls.
     """
 
     def __init__(
@@ -58,12 +60,13 @@ class Gate:
         callers: Callers | None = None,
         drops: Drops | None = None,
         quotas: Quotas | None = None,
+        tally: Tally | None = None,
     ) -> None:
         self._quotas = quotas or Quotas()
         self._callers, self._drops = callers or Callers(), drops or Drops()
+        self._tally = tally or Tally()
         self._log = logger()
         self._draining = False
-        self._calls = 0
         self._idle = asyncio.Event()
 
     async def drain(self, grace_s: float) -> None:
@@ -75,7 +78,7 @@ class Gate:
         self._draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
-                while self._calls:
+                while self._tally.under_way:
                     self._idle.clear()
                     await self._idle.wait()
 
@@ -97,7 +100,7 @@ class Gate:
         """
         start_s, code = time.monotonic(), "OK"
         structlog.contextvars.clear_contextvars()
-        self._calls += 1
+        self._tally.under_way += 1
         try:
             if self._draining:
                 msg = "this server is shutting down; retry, another may answer"
@@ -128,14 +131,16 @@ class Gate:
             )
             await abort(context, Internal(msg))
         finally:
-            self._calls -= 1
+            seconds = time.monotonic() - start_s
+            self._tally.under_way -= 1
+            self._tally.end(rpc.name, code, seconds)
             self._idle.set()
             say = functools.partial(
                 self._log.info,
                 "call",
                 rpc=rpc.name,
                 code=code,
-                seconds=round(time.monotonic() - start_s, 6),
+                seconds=round(seconds, 6),
                 peer=context.peer(),
             )
             # After the answer has left: writing takes as long as a small product.

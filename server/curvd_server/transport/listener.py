@@ -109,6 +109,11 @@ class Front:
         self._visits: set[_Visit] = set()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="curvd-tls")
 
+    @property
+    def usage(self) -> dict[str, int]:
+        """What connections take at present; see `Admission.usage`."""
+        return self._admission.usage
+
     @contextlib.asynccontextmanager
     async def listening(self, listen: str) -> AsyncIterator[str]:
         """Take connections until the end of the context.
