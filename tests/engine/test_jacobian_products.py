@@ -4,19 +4,29 @@ import numpy as np
 import pytest
 import torch
 from engine.test_gradient_norms import CASES, loaded
+from support.places import everywhere, here
 from torch import nn
 from torch.nn import functional as F
 
-from curvd.contract import Dtype, JacobianOf, Stop
+from curvd.contract import DatasetSpec, Dtype, JacobianOf, LossSpec, Stop
 from curvd.errors import CurvatureUnverified, InvalidSpec
 from curvd_server.engine.data_points import Points
 from curvd_server.engine.data_points.gradient_gram import gradient_gram
 from curvd_server.engine.data_points.gradient_squares import gradient_squares
+from curvd_server.engine.data_points.influence import Scores, gradients_of
 from curvd_server.engine.data_points.jacobian import Jacobian
 from curvd_server.engine.data_points.jacobian_products import (
     jacobian_product,
     rows_of_points,
 )
+from curvd_server.engine.data_points.laplace import (
+    likelihood_of,
+    log_likelihood,
+    noise_of,
+    output_rows,
+)
+from curvd_server.engine.data_points.output_rows import OutputRows
+from curvd_server.engine.objective import Problem, on_inputs, part_of, with_data
 from curvd_server.linalg.base import drain
 
 JACOBIANS = ["mlp", "weights", "sum", "decay", "images", "tokens"]
@@ -198,3 +208,87 @@ def test_an_unknown_parameter_is_refused():
     _, problem = loaded("mlp")
     with pytest.raises(InvalidSpec, match="no parameter 'none'"):
         drain(rows_of_points(points_of(problem), JacobianOf.LOSSES, ("none",)))
+
+
+def placed(case):
+    """The module, and the problem where the test computes, in float32."""
+    make, x, y, loss, _ = CASES[case]
+    torch.manual_seed(0)
+    module = make().double().eval()
+    spec = DatasetSpec(inputs=("x",), target="y", batch_size=4)
+    arrays = {"x": x.numpy(), "y": y.numpy()}
+    options = {"dtype": Dtype.FLOAT32, "device": here()}
+    return module, Problem.load(module, {}, arrays, spec, LossSpec(**loss), **options)
+
+
+@everywhere
+@pytest.mark.parametrize("case", ["mlp", "images"])
+def test_jacobians_multiply_on_every_device(case):
+    module, problem = placed(case)
+    J, Z = reference(case, module)
+    for of, rows in (("losses", J), ("outputs", Z)):
+        V, W = columns((2, J.shape[1])), columns((2, len(rows)), seed=1)
+        pushed = product(problem, V.float().to(problem.device), of=of).result
+        assert pushed.device.type == problem.device.type
+        np.testing.assert_allclose(pushed.cpu(), V @ rows.T, rtol=1e-3, atol=1e-3)
+        w = W.float().to(problem.device)
+        pulled = product(problem, w, of=of, transposed=True).result
+        np.testing.assert_allclose(pulled.cpu(), W @ rows, rtol=1e-3, atol=1e-3)
+    points = points_of(problem)
+    gram = drain(gradient_gram(points, rows=3, held=5)).gram
+    np.testing.assert_allclose(gram, J @ J.T, rtol=1e-3, atol=1e-3)
+    squares = drain(gradient_squares(points, rows=3)).squares
+    np.testing.assert_allclose(squares.cpu(), J.square().sum(0), rtol=1e-3, atol=1e-4)
+
+
+@everywhere
+def test_influence_and_laplace_are_computed_on_every_device():
+    module, problem = placed("mlp")
+    J, Z = reference("mlp", module)
+    points, rows = points_of(problem), [9, 2, 5]
+    G = drain(gradients_of(points, problem, rows))
+    np.testing.assert_allclose(G.cpu(), J[rows], rtol=1e-3, atol=1e-4)
+    scores = drain(Scores(points, problem, 3).along(G))
+    np.testing.assert_allclose(scores.cpu(), J[rows] @ J.T, rtol=1e-3, atol=1e-3)
+    part = next(points.parts(4))
+    z, R = drain(output_rows(points, OutputRows(problem), part))
+    assert z.device.type == R.device.type == problem.device.type
+    np.testing.assert_allclose(R.cpu().flatten(0, 1), Z[:12], rtol=1e-3, atol=1e-4)
+    noise = drain(noise_of(points, problem, range(2), seed=1, rows=3))
+    assert noise.shape == (2, problem.layout.size) and noise.isfinite().all()
+    few = part_of(problem, 6, seed=0)
+    assert sum(len(b.targets) for b in few.data) == 6 == few.normaliser
+    likelihood = likelihood_of(problem, 1.0)
+    total, _ = drain(log_likelihood(points, likelihood, 3))
+    x, y = CASES["mlp"][1:3]
+    expected = -F.cross_entropy(module(x), y, reduction="sum").item()
+    assert total == pytest.approx(expected, rel=1e-4)
+    other = with_data(problem, {"x": x[:3].numpy(), "y": y[:3].numpy()})
+    alone = on_inputs(problem, {"x": x[:3].numpy()})
+    for problem in (other, alone):
+        outputs = problem.outputs(problem.parameters, problem.data[0])
+        np.testing.assert_allclose(
+            outputs.detach().cpu(), module(x[:3]).detach(), rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("case", ["mlp", "tokens", "images", "branches", "misled"])
+def test_rows_of_outputs_are_right_whether_they_can_be_vectorised_or_not(case):
+    module, problem = loaded(case)
+    x = CASES[case][1]
+    rows = OutputRows(problem)
+    z, R = rows(problem.data[0])
+    assert rows.vectorised is (case != "branches")
+    outputs = module(x[:4])
+    np.testing.assert_allclose(z, outputs.detach(), rtol=1e-12)
+    for n, row in enumerate(outputs.reshape(4, -1)):
+        for c, value in enumerate(row):
+            grads = torch.autograd.grad(
+                value, list(module.parameters()), retain_graph=True, allow_unused=True
+            )
+            parts = [
+                torch.zeros_like(p) if g is None else g
+                for g, p in zip(grads, module.parameters(), strict=True)
+            ]
+            expected = torch.cat([p.flatten() for p in parts])
+            np.testing.assert_allclose(R[n, c], expected, rtol=1e-9, atol=1e-12)
