@@ -5,11 +5,13 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from service.test_systems import dense_ggn, net_at
 from support.small_net import data, module, open_session
 from torch.nn import functional as F
 
 import curvd
+from curvd.cli.commands import main
 from curvd_server.service import query_call, query_run
 
 SIZE, POINTS = 57, 24
@@ -309,6 +311,15 @@ def test_float32_residuals_are_true(live_target):
         np.testing.assert_allclose(
             told, np.linalg.norm(true, axis=0) / sizes, atol=2e-6
         )
+
+
+def test_the_command_line_names_the_least_likely_points(session, live_target):
+    args = ["influence", session.id, live_target, "--tolerance", "1e-8"]
+    done = CliRunner().invoke(main, args, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    own = session.influence(self_only=True, tolerance=1e-8).self_influence
+    first, *_ = np.argsort(-own)
+    assert f"query {first}: {own[first]:.3e} on itself" in done.output
 
 
 async def test_the_asynchronous_client_asks_the_same(session, live_target):

@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from service.test_systems import dense_ggn
 from support.small_net import data, module, open_session
 from torch import nn
 from torch.nn import functional as F
 
 import curvd
+from curvd.cli.commands import main
 
 SIZE, POINTS = 57, 24
 PRIOR, NOISE = 2.0, 0.3
@@ -231,6 +233,15 @@ def test_inputs_that_were_not_begun_have_no_variance(session):
     begun = np.isfinite(found.relative_residuals)
     assert begun[0] and not begun[-1]
     np.testing.assert_array_equal(np.isfinite(found.variance).all(1), begun)
+
+
+def test_the_command_line_says_the_evidence_of_nine_priors(session, live_target):
+    args = ["evidence", session.id, live_target]
+    done = CliRunner().invoke(main, args, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    value = session.marginal_likelihood(0.1).values[0]
+    assert f"{value:.6e} ± 0.0e+00 at a prior precision of 0.1" in done.output
+    assert done.output.count("at a prior precision of") == 9
 
 
 async def test_the_asynchronous_client_asks_the_same(session, live_target):

@@ -66,7 +66,8 @@ def _command(rpc: str, query: QuerySpec, read_config: ReadConfig) -> click.Comma
         asked = {name: given.pop(name) for name, _ in flags}
         with _asked(read_config, **given) as asks:
             method = getattr(asks, query.method)
-            found = method(**{**query.terminal, **asked}, progress=_CAN_SHOW)
+            options = {**query.terminal, **asked}
+            found = method(*query.operands, **options, progress=_CAN_SHOW)
         click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found)
         if picture is not None:
             _draw(found, picture)
@@ -74,7 +75,8 @@ def _command(rpc: str, query: QuerySpec, read_config: ReadConfig) -> click.Comma
     decorated = _common_options(ask)
     owner: type[Any] = Session
     if not query.of_session:
-        decorated, owner = _operator_options(decorated), RemoteOperator
+        decorated = _operator_options(decorated, query.operator)
+        owner = RemoteOperator
     for _, flag in reversed(flags):
         decorated = flag(decorated)
     text = inspect.getdoc(getattr(owner, query.method)) or ""
@@ -140,7 +142,7 @@ def _common_options(command: F) -> F:
     return click.argument("session")(connection_options(command))
 
 
-def _operator_options(command: F) -> F:
+def _operator_options(command: F, default: OperatorKind) -> F:
     kinds = [kind.value for kind in OperatorKind]
     for decorate in (
         click.option(
@@ -153,7 +155,7 @@ def _operator_options(command: F) -> F:
         click.option(
             "--operator",
             type=click.Choice(kinds),
-            default=kinds[0],
+            default=default.value,
             show_default=True,
             help="Which operator.",
         ),

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from curvd.contract.enums import Estimator, JacobianOf, Solver, Which
+from curvd.contract.enums import Estimator, JacobianOf, OperatorKind, Solver, Which
 from curvd.contract.infos import StoredVector
 from curvd.contract.query_spec import QueryOptions, QuerySpec
 from curvd.contract.settings import setting
@@ -489,7 +489,14 @@ QUERIES: Mapping[str, QuerySpec] = {
     ),
     "Solve": QuerySpec(method="solve", options=SolveOptions),
     "Sketch": QuerySpec(method="sketch", options=SketchOptions, command="sketch"),
-    "Influence": QuerySpec(method="influence", options=InfluenceOptions),
+    "Influence": QuerySpec(
+        method="influence",
+        options=InfluenceOptions,
+        command="influence",
+        terminal={"self_only": True},
+        operands=(None,),  # all data points of the session
+        operator=OperatorKind.GGN,
+    ),
     "LogDet": QuerySpec(
         method="logdet",
         options=LogDetOptions,
@@ -501,7 +508,11 @@ QUERIES: Mapping[str, QuerySpec] = {
         method="posterior_samples", options=PosteriorSamplesOptions
     ),
     "MarginalLikelihood": QuerySpec(
-        method="marginal_likelihood", options=MarginalLikelihoodOptions
+        method="marginal_likelihood",
+        options=MarginalLikelihoodOptions,
+        command="evidence",
+        operands=(tuple(10.0**power for power in range(-4, 5)),),
+        operator=OperatorKind.GGN,
     ),
     "GradientNorms": QuerySpec(
         method="gradient_norms",

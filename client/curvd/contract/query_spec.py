@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from curvd.contract.enums import member
+from curvd.contract.enums import OperatorKind, member
 from curvd.contract.infos import QueryProgress
 from curvd.contract.settings import check_settings, setting, settings_of
 
@@ -55,6 +55,10 @@ class QuerySpec:
     """Of the command line; empty: it has none."""
     terminal: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of the command, where they are others: there somebody waits and reads."""
+    operands: tuple[Any, ...] = ()
+    """Of the command, by position."""
+    operator: OperatorKind = OperatorKind.HESSIAN
+    """Of the command, if it does not say."""
 
 
 def own_first(options: type[QueryOptions]) -> list[str]:

@@ -77,6 +77,8 @@ class Influence(Result):
         count, worst = len(self.residuals), np.nanmax(self.relative_residuals)
         yield f"{count} queries, relative residual at most {worst:.1e}"
         if self.scores is None and self.indices is None:
+            for query in np.argsort(-self.self_influence, kind="stable")[:_SHOWN]:
+                yield f"query {query}: {self.self_influence[query]:.3e} on itself"
             return
         for query in range(min(_SHOWN, count)):
             good, bad = (", ".join(map(str, end)) for end in self.ends(query, _SHOWN))
@@ -100,14 +102,14 @@ class Influence(Result):
             )
             axes.set(xlabel="query", ylabel="self-influence")
         else:
-            for name, side in zip(("helpful", "harmful"), (0, 1), strict=True):
-                found, values = self._end(query, side, k)
-                places = range(len(found)) if not side else range(-len(found), 0)
-                order = range(len(found)) if not side else range(len(found))[::-1]
-                axes.barh([-p for p in places], [values[i] for i in order], label=name)
-                for place, i in zip(places, order, strict=True):
-                    axes.annotate(f" {found[i]}", (0, -place), fontsize=7)
-            axes.set(xlabel="score", ylabel="data point", yticks=[])
+            # From the top: the most helpful first, the most harmful last.
+            (good, highs), (bad, lows) = (self._end(query, side, k) for side in (0, 1))
+            axes.barh(range(len(good)), highs, label="most helpful")
+            places = range(len(good), len(good) + len(bad))
+            axes.barh(places, lows[::-1], label="most harmful")
+            axes.set_yticks(range(places.stop), [*map(str, [*good, *bad[::-1]])])
+            axes.invert_yaxis()
+            axes.set(xlabel="score", ylabel="data point")
         axes.set(title=f"influence on query {query}, version {self.version}")
         axes.legend()
         return axes
