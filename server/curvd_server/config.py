@@ -16,7 +16,7 @@ import grpc
 from curvd.contract import Limits, check_settings, setting
 from curvd.errors import InvalidSpec
 from curvd.tensors import MAX_HEADER_BYTES
-from curvd_server.transport import Callers, ConnectionLimits, TokenFile
+from curvd_server.transport import USUAL_LINES, Callers, ConnectionLimits, TokenFile
 
 DEFAULT_LISTEN = "127.0.0.1:50551"
 MESSAGE_BYTES = 4 << 20
@@ -305,6 +305,12 @@ class ServerConfig:
         "info",
         "How much is logged.",
         choices=("debug", "info", "warning", "error"),
+    )
+    log_calls: int = setting(
+        USUAL_LINES,
+        "Lines of calls that went well, for each method and second; the log says how many "
+        "`more` there were. What failed always has a line.",
+        least=0,
     )
     log_style: str = setting(
         "auto",

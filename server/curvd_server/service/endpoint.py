@@ -18,6 +18,7 @@ from curvd_server.service.handlers import generic_handlers
 from curvd_server.storage import private_folder
 from curvd_server.system import Quotas, logs
 from curvd_server.transport import (
+    AccessLog,
     Callers,
     Calls,
     Drops,
@@ -63,7 +64,7 @@ async def serving(
     """
     drops = Drops()
     tally.dropped = drops.counts
-    gate = Gate(callers, drops, quotas, tally)
+    gate = Gate(callers, drops, quotas, tally, AccessLog(config.log_calls))
     stalls = StallGuard(config.connections.stall_s, drops)
     interceptors = interceptors_of(callers, drops)
     server = grpc.aio.server(interceptors=interceptors, options=config.server_options())

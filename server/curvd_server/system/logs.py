@@ -37,6 +37,8 @@ _SHARED: list[structlog.typing.Processor] = [
 ]
 
 
+_HERE = logging.getLogger("curvd_server")
+_LEVELS = {name.lower(): n for name, n in logging.getLevelNamesMapping().items()}
 _JSON = structlog.processors.JSONRenderer()
 _render: structlog.typing.Processor = _JSON
 """How this process writes a line; `set_up` chooses it, whenever loggers were made."""
@@ -104,6 +106,15 @@ def set_up(level: str, style: str = "auto") -> None:
     log = logging.getLogger("curvd_server")
     log.setLevel(level.upper())
     log.handlers, log.propagate = [handler], False
+
+
+def is_written(level: str) -> bool:
+    """Tell whether lines go anywhere, before anybody makes one.
+
+    Args:
+        level: ``debug``, ``info``, ``warning`` or ``error``.
+    """
+    return _HERE.isEnabledFor(_LEVELS[level])
 
 
 def report_unhandled(loop: asyncio.AbstractEventLoop) -> None:

@@ -6,6 +6,7 @@ neither sessions nor torch.
 
 from __future__ import annotations
 
+from curvd_server.transport.access import USUAL_LINES, AccessLog
 from curvd_server.transport.addresses import cleared, target_of
 from curvd_server.transport.admission import raise_descriptor_limit
 from curvd_server.transport.callers import Callers
@@ -20,6 +21,8 @@ from curvd_server.transport.token_file import TokenFile
 
 __all__ = [
     "BOUNDS_S",
+    "USUAL_LINES",
+    "AccessLog",
     "Callers",
     "Calls",
     "ConnectionLimits",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, TypeAlias, TypeVar
@@ -27,6 +26,7 @@ from curvd.errors import (
 )
 from curvd_server.system import CALLING, Quotas, faults, logger
 from curvd_server.system.quotas import CALLS
+from curvd_server.transport.access import AccessLog
 from curvd_server.transport.callers import Callers
 from curvd_server.transport.drops import Drops
 from curvd_server.transport.tally import Tally
@@ -53,6 +53,7 @@ class Gate:
         drops: Told of those who may not.
         quotas: How many calls each may make at once.
         tally: Counts the calls.
+        access: Writes a line of each.
     """
 
     def __init__(
@@ -61,10 +62,11 @@ class Gate:
         drops: Drops | None = None,
         quotas: Quotas | None = None,
         tally: Tally | None = None,
+        access: AccessLog | None = None,
     ) -> None:
         self._quotas = quotas or Quotas()
         self._callers, self._drops = callers or Callers(), drops or Drops()
-        self._tally = tally or Tally()
+        self._tally, self._access = tally or Tally(), access or AccessLog()
         self._log = logger()
         self._draining = False
         self._idle = asyncio.Event()
@@ -81,6 +83,7 @@ class Gate:
                 while self._tally.under_way:
                     self._idle.clear()
                     await self._idle.wait()
+        self._access.summarise()
 
     async def call(
         self,
@@ -135,16 +138,7 @@ class Gate:
             self._tally.under_way -= 1
             self._tally.end(rpc.name, code, seconds)
             self._idle.set()
-            say = functools.partial(
-                self._log.info,
-                "call",
-                rpc=rpc.name,
-                code=code,
-                seconds=round(seconds, 6),
-                peer=context.peer(),
-            )
-            # After the answer has left: writing takes as long as a small product.
-            asyncio.get_running_loop().call_soon(say)
+            self._access.add(rpc.name, code, seconds, context.peer)
 
     def _identify(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Make the rest of the call run as whoever makes it.
