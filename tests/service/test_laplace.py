@@ -265,7 +265,7 @@ async def test_the_asynchronous_client_asks_the_same(session, live_target):
         (lambda s: s.predictive({"z": X}), r"have the tensors \['x'\], got \['z'\]"),
         (lambda s: s.predictive(X * np.inf), "must be finite"),
         (lambda s: s.predictive("x"), "not an array"),
-        (lambda s: s.predictive(X, prior=0), "prior must be more than 0"),
+        (lambda s: s.predictive(X, prior=0), "prior must be at least 1e-100, got 0"),
         (lambda s: s.marginal_likelihood([1.0, 0.0]), "priors must be positive"),
         (lambda s: s.marginal_likelihood([]), "at least one"),
         (lambda s: s.posterior_samples(0), "k must be at least 1"),

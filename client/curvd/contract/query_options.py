@@ -22,6 +22,8 @@ from curvd.contract.settings import setting
 _SEED = 2**63 - 1
 _SMALLEST, _LARGEST = 1e-290, 1e290
 """Of what is divided by, and what densities are the inverse of."""
+_LEAST_SCALE = 1e-100
+"""Of what is squared and divided by; the largest is its inverse."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +323,10 @@ def _expected_version() -> Any:
 
 def _prior() -> Any:
     return setting(
-        1.0, "Precision of the parameters before any data.", positive=True, most=1e290
+        1.0,
+        "Precision of the parameters before any data.",
+        least=_LEAST_SCALE,
+        most=1 / _LEAST_SCALE,
     )
 
 
@@ -329,8 +334,8 @@ def _noise() -> Any:
     return setting(
         1.0,
         "Standard deviation of the targets of mse, which other losses do not have.",
-        positive=True,
-        most=1e100,
+        least=_LEAST_SCALE,
+        most=1 / _LEAST_SCALE,
     )
 
 

@@ -205,7 +205,7 @@ RULES: Mapping[str, Rule] = {
     "OrthonormaliseVectorsRequest.tolerance": Number(0.0, 1.0),
     "SolveHeader.diagonal_samples": Number(0, 1000),
     "SolveHeader.seed": _SEED,
-    "MarginalLikelihoodRequest.priors": Number(0, 1e290, above=True, most=1000),
+    "MarginalLikelihoodRequest.priors": Number(1e-100, 1e100, most=1000),
     "InfluenceHeader.rows": Number(0, _INT64),
     "InfluenceHeader.stored": _NAME,
     "InfluenceHeader.other_session_id": _ID,
