@@ -1,9 +1,12 @@
 """Callers share a device by their weights, however much each of them asks for."""
 
 import itertools
+import threading
 
+import numpy as np
 import pytest
 
+from curvd_server.device import batcher as batching
 from curvd_server.device.lanes import Lanes
 from curvd_server.device.requests import Ticket
 from curvd_server.device.shares import Shares
@@ -97,3 +100,66 @@ def test_one_caller_alone_has_the_order_of_lanes():
         refill(key, ANN)
         lanes.rotate(key, lane, after_long=False)
     assert keys == [0, 1, 2, 0, 1, 2]
+
+
+class Stepping:
+    """An operator of several steps, each of which waits until it is let."""
+
+    shares = True
+
+    def __init__(self, name, steps, order):
+        self.name, self.steps, self.order = name, steps, order
+        self.entered, self.gate = threading.Semaphore(0), threading.Semaphore(0)
+
+    def apply(self, columns, *, counts=(), cancelled):
+        for _ in range(self.steps):
+            self.entered.release()
+            assert self.gate.acquire(timeout=300)
+            self.order.append(self.name)
+            cancelled()
+        return columns
+
+
+@pytest.mark.parametrize(
+    ("callers", "order"),
+    [
+        ((BEN, ANN), ["ben", "ann", "ben", "ben"]),
+        ((Identity(), Identity()), ["ben", "ben", "ben", "ann"]),
+    ],
+)
+def test_a_caller_with_a_name_waits_for_one_step_of_another(
+    monkeypatch, callers, order
+):
+    monkeypatch.setattr(batching, "LONG_S", 1e9)
+    monkeypatch.setattr(batching, "SHARED_LONG_S", -1.0)
+    monkeypatch.setattr(batching, "_SHARED_TURN_S", (0.0, 0.0))
+    had = []
+    long, short = Stepping("ben", 3, had), Stepping("ann", 1, had)
+    batcher = batching.Batcher(
+        run_columns=4, run_bytes=1 << 20, pending_columns=8, pending_bytes=1000
+    )
+
+    def ask(operator, caller):
+        token = CALLING.set(caller)
+        try:
+            return batcher.multiply(operator, np.ones((1, 2)))
+        finally:
+            CALLING.reset(token)
+
+    try:
+        for operator, caller in zip((long, short), callers, strict=True):
+            operator.gate.release(operator.steps)  # so that its pace is known
+            ask(operator, caller).result(timeout=300)
+            for _ in range(operator.steps):
+                assert operator.entered.acquire(timeout=300)
+        had.clear()
+        tickets = [ask(long, callers[0])]
+        assert long.entered.acquire(timeout=300)
+        tickets.append(ask(short, callers[1]))
+        short.gate.release()
+        long.gate.release(3)
+        for ticket in tickets:
+            ticket.result(timeout=300)
+        assert had == order
+    finally:
+        batcher.close()

@@ -114,6 +114,16 @@ def test_disk(serving):
         refused(LimitExceeded, "disk_bytes", limit, act)
         raw.register_dataset(channels["ben"], points)
         refused(LimitExceeded, "disk_bytes", limit, act)  # also of what lies there
+        header = session_pb.RegisterDatasetHeader(
+            inputs=["x"], target="y", batch_size=4, tensors=raw.upload(points)
+        )
+        ask = [session_pb.RegisterDatasetRequest(header=header)]
+        refused(  # before a byte of it travels
+            LimitExceeded,
+            "disk_bytes",
+            limit,
+            lambda: raw.call(channels["ann"], "RegisterDataset", ask),
+        )
         go = session_pb.DeleteModelRequest(model_id=model)
         raw.call(channels["ann"], "DeleteModel", go)
         raw.register_model(channels["ann"], "two", "{}", state)

@@ -35,7 +35,14 @@ from curvd.tensors import Pool
 from curvd_server.device.lanes import Lane, Lanes, Run
 from curvd_server.device.requests import Columns, Done, Multiplies, Ticket
 from curvd_server.device.room import Reservation, Room
-from curvd_server.system import HostMemory, LongWork, Poll, Quotas, Threads
+from curvd_server.system import (
+    HostMemory,
+    LongWork,
+    Poll,
+    Quotas,
+    Threads,
+    calling,
+)
 
 T = TypeVar("T")
 
@@ -54,6 +61,13 @@ _TURN_S = (5e-3, 0.25)
 """Long work keeps the device for one step, or for several short ones: as long as the
 latest turn of a product took, within these bounds. So who multiplies all the time and
 who opens a session get half of the device each."""
+SHARED_LONG_S = 1e-3
+"""The same while several callers with names want the device: each may have a short product,
+and waits for one step of another's."""
+_SHARED_TURN_S = (0.5e-3, 5e-3)
+"""Bounds of a turn then."""
+_SHARED_S = 1.0
+"""How long after its latest request a caller counts as one of several."""
 IDLE_S = 0.1
 """A device that nobody has asked for so long is idle: solvers come back at once."""
 
@@ -119,6 +133,7 @@ class Batcher:
         self._lanes = Lanes(long_bytes, lambda caller: quotas.of(caller).weight)
         self._threads = Threads()
         self._latest_s = self._turn_end_s = 0.0
+        self._latest: dict[str, float] = {}  # when each caller with a name came
         self._busy_s = -math.inf  # when somebody was last waited for
         self._patient = False  # whether what runs waits for an idle device
         self._borrowed = False  # whether a caller's own thread computes
@@ -185,6 +200,7 @@ class Batcher:
                 return None
             # As if the thread were awake: whoever comes now is waited for below.
             self._asleep, self._borrowed = False, True
+            self._came(calling().name)
             self._requests += 1
         start_s = time.monotonic()
         try:
@@ -300,11 +316,25 @@ class Batcher:
             if self._closed:
                 raise _shutting_down()
             self._lanes.add(key, operator, ticket)
+            self._came(ticket.caller.name)
             self._requests += 1
             asleep, self._asleep = self._asleep, False
         if asleep:
             self._bell.put(None)
         return ticket
+
+    def _came(self, caller: str) -> None:
+        if caller:
+            self._latest[caller] = self._clock()
+
+    def _is_shared(self) -> bool:
+        """Tell whether several callers with names have asked for the device lately."""
+        if len(self._latest) < 2:
+            return False
+        since_s = self._clock() - _SHARED_S
+        # A copy: others come meanwhile.
+        self._latest = {n: t for n, t in self._latest.copy().items() if t > since_s}
+        return len(self._latest) > 1
 
     def _work(self) -> None:
         # A call per run: nothing of a run outlives it while the device is idle.
@@ -345,7 +375,8 @@ class Batcher:
         in_turns = tickets[0].in_turns
         if operator is not None:
             pace_s = self._paces.get(operator, math.inf)
-            in_turns = pace_s * sum(ticket.width for ticket in tickets) > LONG_S
+            long_s = SHARED_LONG_S if self._is_shared() else LONG_S
+            in_turns = pace_s * sum(ticket.width for ticket in tickets) > long_s
         work = LongWork(
             lambda poll: self._compute(operator, tickets, poll),
             stopped=lambda: self._closed or all(t.abandoned for t in tickets),
@@ -382,7 +413,7 @@ class Batcher:
 
     def _advance(self, run: Run) -> bool:
         """Let a run take its turn; return whether it has ended."""
-        least_s, most_s = _TURN_S
+        least_s, most_s = _SHARED_TURN_S if self._is_shared() else _TURN_S
         waits = run.tickets[0].waits
         self._patient = waits is not None and waits()
         start_s = self._clock()

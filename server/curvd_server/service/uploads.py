@@ -52,5 +52,9 @@ def needed(upload: session_pb.Upload, blobs: BlobStore) -> session_pb.UploadNeed
 
     Returns:
         The answer.
+
+    Raises:
+        LimitExceeded: If the caller has no quota for it: before he sends anything.
     """
+    blobs.check_quota(upload.digest, upload.total_bytes)
     return session_pb.UploadNeeded(committed_bytes=blobs.committed_bytes(upload.digest))

@@ -157,6 +157,19 @@ class BlobStore:
         except FileNotFoundError:
             return 0
 
+    def check_quota(self, digest: str, total_bytes: int) -> None:
+        """Refuse an upload that the caller has no quota for.
+
+        Args:
+            digest: SHA-256 of the whole file.
+            total_bytes: Its size.
+
+        Raises:
+            LimitExceeded: If the caller's disk or uploads do not allow it.
+        """
+        with self._lock:
+            self._check_quota(self._part(digest), total_bytes)
+
     @contextlib.contextmanager
     def held(self, digest: str) -> Iterator[None]:
         """Keep a blob from being removed before something refers to it.
