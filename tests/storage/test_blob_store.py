@@ -22,6 +22,7 @@ from curvd.errors import (
 )
 from curvd_server.storage import blob_store, partial_upload
 from curvd_server.storage.blob_store import BlobStore
+from curvd_server.system import CALLING, Identity
 
 ARRAYS = {"x": np.arange(6.0).reshape(2, 3), "n": np.arange(3)}
 
@@ -398,6 +399,23 @@ def test_uploads_that_nobody_goes_on_with_make_room_the_oldest_first(tmp_path):
     os.utime(tmp_path / "blobs" / f"{oldest}.part", (0, 0))
     latest = begun(blobs, 3, 50)
     assert [blobs.committed_bytes(d) for d in (oldest, newer, latest)] == [0, 40, 50]
+
+
+def test_nobody_drives_out_the_uploads_of_others_by_many_of_his_own(
+    tmp_path, monkeypatch
+):
+    blobs = BlobStore(tmp_path / "blobs", partial_bytes=100)
+    nobody = CALLING.get()
+    for limit in (1000, 4):
+        monkeypatch.setattr(partial_upload, "MOST_PARTIALS", limit)
+        CALLING.set(Identity("ann"))
+        hers = begun(blobs, 0, 30)
+        CALLING.set(Identity("ben"))
+        his = [begun(blobs, digit, 30 if limit > 4 else 1) for digit in range(1, 8)]
+        assert blobs.committed_bytes(his[-1]) > 0
+        CALLING.set(Identity("ann"))
+        assert blobs.committed_bytes(hers) == 30
+    CALLING.set(nobody)
 
 
 def test_uploads_under_way_are_reserved_as_large_as_they_were_announced(tmp_path):

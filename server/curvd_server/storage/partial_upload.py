@@ -7,7 +7,8 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from curvd.errors import DiskFull, InvalidTensors, LimitExceeded, Unavailable
@@ -169,6 +170,8 @@ def make_room(
 ) -> None:
     """Refuse an upload that does not fit, after the oldest idle ones made room.
 
+    Those go first of whoever has most, so that nobody drives out others' by many of his own.
+
     Args:
         path: Where it goes; perhaps a part of it is there.
         total_bytes: The size that it will have.
@@ -188,13 +191,18 @@ def make_room(
     idle = sorted(sizes.keys() - busy.keys(), key=lambda p: found[p].st_mtime)
     sizes.update(busy)
 
+    def are_too_many() -> bool:
+        return len(sizes) >= MOST_PARTIALS
+
     def is_full() -> bool:
-        too_many = len(sizes) >= MOST_PARTIALS
-        return too_many or sum(sizes.values()) + total_bytes > limit_bytes
+        return are_too_many() or sum(sizes.values()) + total_bytes > limit_bytes
 
     while idle and is_full():
-        sizes.pop(idle[0])
-        idle.pop(0).unlink(missing_ok=True)
+        weights = dict.fromkeys(idle, 1) if are_too_many() else sizes
+        victim = _oldest_of_the_largest(idle, weights)
+        idle.remove(victim)
+        sizes.pop(victim)
+        victim.unlink(missing_ok=True)
     if is_full():
         msg = (
             f"{len(sizes)} uploads of {sum(sizes.values())} bytes are under way; "
@@ -210,6 +218,14 @@ def make_room(
             f"has {free} free: {FREE_SOME}"
         )
         raise DiskFull(msg, free_bytes=free)
+
+
+def _oldest_of_the_largest(idle: Sequence[Path], weights: Mapping[Path, int]) -> Path:
+    """Choose among idle uploads, the oldest first: one of the caller who has most."""
+    held: Counter[str] = Counter()
+    for path in idle:
+        held[path.suffixes[0]] += weights[path]
+    return max(idle, key=lambda path: held[path.suffixes[0]])  # the first of equals
 
 
 def fsync_directory(directory: Path) -> None:
