@@ -26,7 +26,7 @@ Each of these has a help of its own, such as ``help(curvd.Session)``:
     Distribution, Tier                                         choices; their values will do
     ServerInfo, ModelInfo, DatasetInfo, SessionInfo, SessionState, TensorInfo, DeviceInfo,
     Limits, PlanReport, ResultInfo, StoredVector, ParameterLayout, ParameterSpec, Activity,
-    Work, StageProgress, Stage, WorkerInfo                     what a server says
+    Work, StageProgress, Stage, WorkerInfo, ServerStatus       what a server says
     queries: Eigenpairs, Estimate, DiagonalEstimate, Density, Solution, Sketch,
     LogDeterminant, QueryInfo, QueryProgress, Stop             what queries return
 
@@ -65,6 +65,7 @@ from curvd.contract import (
     Reduction,
     ResultInfo,
     ServerInfo,
+    ServerStatus,
     SessionInfo,
     SessionState,
     Solver,
@@ -190,6 +191,7 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "Reduction",
     "ResultInfo",
     "ServerInfo",
+    "ServerStatus",
     "SessionInfo",
     "SessionState",
     "Stage",

@@ -31,6 +31,7 @@ from curvd_server.service import (
     Sources,
     exposed,
     serving,
+    status_of,
 )
 from curvd_server.sessions import SessionDependencies, SessionStore
 from curvd_server.storage import (
@@ -229,21 +230,6 @@ async def running(
         curvature = CurvatureService(
             sessions=sessions, batcher=batcher, limits=limits, memory=memory
         )
-        services = [
-            SessionService(
-                registry=Registry(catalogue, blobs, device.architecture),
-                sessions=sessions,
-                blobs=blobs,
-                mounts=mounts,
-                checkpoints=Checkpoints(config.checkpoints_root),
-                limits=limits,
-                describe=lambda: _describe(config, device, mounts, activities),
-                try_model=device.try_model,
-            ),
-            curvature,
-            queries,
-        ]
-        callers = config.callers()
         tally = Tally()
         sources = Sources(
             version=_version(),
@@ -254,6 +240,21 @@ async def running(
             activities=activities,
             tally=tally,
         )
+        services = [
+            SessionService(
+                registry=Registry(catalogue, blobs, device.architecture),
+                sessions=sessions,
+                blobs=blobs,
+                mounts=mounts,
+                checkpoints=Checkpoints(config.checkpoints_root),
+                limits=limits,
+                describe=lambda: _describe(config, mounts, sources),
+                try_model=device.try_model,
+            ),
+            curvature,
+            queries,
+        ]
+        callers = config.callers()
         metrics = await stack.enter_async_context(exposed(config.metrics, sources))
         target = await stack.enter_async_context(
             serving(config, services, callers, quotas, tally)
@@ -368,23 +369,23 @@ async def _expire(
             logs.logger().exception("defect", task="expire")
 
 
-def _describe(
-    config: ServerConfig, device: Device, mounts: Mounts, activities: Activities
-) -> ServerInfo:
+def _describe(config: ServerConfig, mounts: Mounts, sources: Sources) -> ServerInfo:
+    device = sources.device
     workers, generation = (
         device.workers() if isinstance(device, FleetDevice) else ((), 0)
     )
     return ServerInfo(
-        version=_version(),
+        version=sources.version,
         torch_version=device.torch_version,
         limits=config.limits.published(),
         devices=(device.describe(),),
         builders=device.builders,
         capabilities=CAPABILITIES,
         datasets=mounts.names(),
-        activities=activities.listed(),
+        activities=sources.activities.listed(),
         workers=workers,
         generation=generation,
+        status=status_of(sources),
     )
 
 

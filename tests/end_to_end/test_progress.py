@@ -129,7 +129,7 @@ def test_info_shows_what_is_at_work(tmp_path):
         stack.callback(opening.join)
         stack.callback(device.held_up_by.set)
         assert device.building.wait(300)
-        result = CliRunner().invoke(main, ["info", channel._target])
+        result = CliRunner().invoke(main, ["info", channel.target])
         assert result.exit_code == 0, result.output
         assert (
             "1 at work\n  opening of 'mine': verifying fake, 1 of 2, " in result.output

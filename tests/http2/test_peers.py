@@ -23,7 +23,7 @@ def target(tmp_path):
     """Where a server is, and a session on it."""
     with server(tmp_path / "data") as channel:
         session = raw.fake_session(channel)
-        yield channel._target, session
+        yield channel.target, session
 
 
 def product(session):

@@ -31,11 +31,11 @@ class Channels(contextlib.ExitStack):
 
     def __init__(self, target):
         super().__init__()
-        self._target = target
+        self.target = target
 
     def __getattr__(self, shape):
         own = [("grpc.use_local_subchannel_pool", 1)]
-        channel = grpc.insecure_channel(self._target, own)
+        channel = grpc.insecure_channel(self.target, own)
         return getattr(self.enter_context(channel), shape)
 
 

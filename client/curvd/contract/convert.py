@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 
 from curvd.contract import convert_enums, infos, specs
 from curvd.contract.convert_activities import activities_from_proto, activity_to_proto
+from curvd.contract.convert_status import status_from_proto, status_to_proto
 from curvd.contract.layout import ParameterLayout, ParameterSpec
 from curvd.errors import InvalidSpec
 from curvd.v1 import curvature_service_pb2 as curvature_pb
@@ -363,6 +364,7 @@ def server_info_to_proto(info: infos.ServerInfo) -> session_pb.GetServerInfoResp
         activities=map(activity_to_proto, info.activities),
         workers=[session_pb.Worker(**asdict(w)) for w in info.workers],
         generation=info.generation,
+        status=status_to_proto(info.status),
     )
 
 
@@ -381,6 +383,7 @@ def server_info_from_proto(
         activities=activities_from_proto(message.activities),
         workers=tuple(_same_names(infos.WorkerInfo, w) for w in message.workers),
         generation=message.generation,
+        status=status_from_proto(message),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from curvd.contract.enums import Dtype, Mode, Stage, Stop, Tier, Work
@@ -251,6 +252,46 @@ class WorkerInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServerStatus:
+    """How a server fares: what it has done since it began, and what it holds now.
+
+    The numbers are those of all callers together.
+    """
+
+    uptime_s: float
+    """Seconds since it began."""
+    calls: int
+    """Calls that have ended."""
+    failed_calls: int
+    """Those of them that failed, or were cancelled."""
+    calls_under_way: int
+    products: int
+    """Products of callers that ran; a MatMat is one for each of its blocks of columns."""
+    columns: int
+    """Columns of these."""
+    query_columns: int
+    """Columns that queries have multiplied."""
+    queue_requests: int
+    """Requests that wait for the device."""
+    queue_columns: int
+    """Columns of products under way."""
+    queue_bytes: int
+    """Memory of products under way."""
+    ready_sessions: int
+    """Sessions on the device."""
+    cold_sessions: int
+    """Sessions that warm up at their next use."""
+    operators: Mapping[str, int]
+    """Operators that are built, by tier: ``first``, ``final``, ``native`` for native code."""
+    memory_bytes: Mapping[str, int]
+    """Memory of the host that is held, by what for."""
+    memory_limit_bytes: int
+    """The limit of that."""
+    connections: int
+    """Connections that are open; 0 where grpcio has the port."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo:
     """What a server is and offers."""
 
@@ -268,6 +309,8 @@ class ServerInfo:
     """The processes that compute, by rank; none: the server itself does."""
     generation: int = 0
     """How often a worker became ready; it grows when one is lost and comes back."""
+    status: ServerStatus | None = None
+    """How it fares; None: it does not say, as older ones."""
 
     def __repr__(self) -> str:
         devices = ", ".join(d.name for d in self.devices)

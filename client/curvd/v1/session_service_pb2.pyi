@@ -499,8 +499,58 @@ class Worker(_message.Message):
     lost: str
     def __init__(self, rank: _Optional[int] = ..., device: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., shards: _Optional[int] = ..., ready: bool = ..., restarts: _Optional[int] = ..., lost: _Optional[str] = ...) -> None: ...
 
+class ServerStatus(_message.Message):
+    __slots__ = ("uptime_s", "calls", "failed_calls", "calls_under_way", "products", "columns", "query_columns", "queue_requests", "queue_columns", "queue_bytes", "ready_sessions", "cold_sessions", "operators", "memory_bytes", "memory_limit_bytes", "connections")
+    class OperatorsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class MemoryBytesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_CALLS_FIELD_NUMBER: _ClassVar[int]
+    CALLS_UNDER_WAY_FIELD_NUMBER: _ClassVar[int]
+    PRODUCTS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    QUERY_COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READY_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    COLD_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    OPERATORS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    uptime_s: float
+    calls: int
+    failed_calls: int
+    calls_under_way: int
+    products: int
+    columns: int
+    query_columns: int
+    queue_requests: int
+    queue_columns: int
+    queue_bytes: int
+    ready_sessions: int
+    cold_sessions: int
+    operators: _containers.ScalarMap[str, int]
+    memory_bytes: _containers.ScalarMap[str, int]
+    memory_limit_bytes: int
+    connections: int
+    def __init__(self, uptime_s: _Optional[float] = ..., calls: _Optional[int] = ..., failed_calls: _Optional[int] = ..., calls_under_way: _Optional[int] = ..., products: _Optional[int] = ..., columns: _Optional[int] = ..., query_columns: _Optional[int] = ..., queue_requests: _Optional[int] = ..., queue_columns: _Optional[int] = ..., queue_bytes: _Optional[int] = ..., ready_sessions: _Optional[int] = ..., cold_sessions: _Optional[int] = ..., operators: _Optional[_Mapping[str, int]] = ..., memory_bytes: _Optional[_Mapping[str, int]] = ..., memory_limit_bytes: _Optional[int] = ..., connections: _Optional[int] = ...) -> None: ...
+
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "torch_version", "limits", "devices", "builders", "capabilities", "datasets", "activities", "workers", "generation")
+    __slots__ = ("version", "torch_version", "limits", "devices", "builders", "capabilities", "datasets", "activities", "workers", "generation", "status")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
@@ -511,6 +561,7 @@ class GetServerInfoResponse(_message.Message):
     ACTIVITIES_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
     version: str
     torch_version: str
     limits: Limits
@@ -521,4 +572,5 @@ class GetServerInfoResponse(_message.Message):
     activities: _containers.RepeatedCompositeFieldContainer[Activity]
     workers: _containers.RepeatedCompositeFieldContainer[Worker]
     generation: int
-    def __init__(self, version: _Optional[str] = ..., torch_version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., builders: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., datasets: _Optional[_Iterable[str]] = ..., activities: _Optional[_Iterable[_Union[Activity, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., generation: _Optional[int] = ...) -> None: ...
+    status: ServerStatus
+    def __init__(self, version: _Optional[str] = ..., torch_version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., builders: _Optional[_Iterable[str]] = ..., capabilities: _Optional[_Iterable[str]] = ..., datasets: _Optional[_Iterable[str]] = ..., activities: _Optional[_Iterable[_Union[Activity, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., generation: _Optional[int] = ..., status: _Optional[_Union[ServerStatus, _Mapping]] = ...) -> None: ...

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from curvd_server.service.curvature_service import CurvatureService
 from curvd_server.service.endpoint import serving
-from curvd_server.service.metrics import Sources, exposed
+from curvd_server.service.metrics import exposed
 from curvd_server.service.query_service import QueryService
 from curvd_server.service.session_service import SessionService
+from curvd_server.service.status import Sources, status_of
 
 __all__ = [
     "CurvatureService",
@@ -19,4 +20,5 @@ __all__ = [
     "Sources",
     "exposed",
     "serving",
+    "status_of",
 ]

@@ -28,26 +28,14 @@ from prometheus_client.registry import Collector
 from curvd.contract import Work
 from curvd.errors import InvalidSpec
 from curvd_server.config import address_of
-from curvd_server.device import Batcher, BatcherStatistics, Device
-from curvd_server.sessions import SessionStatistics, SessionStore
-from curvd_server.system import Activities, HostMemory, logger
+from curvd_server.device import BatcherStatistics
+from curvd_server.service.status import Sources
+from curvd_server.sessions import SessionStatistics
+from curvd_server.system import logger
 from curvd_server.transport import BOUNDS_S, Tally
 
 _PATIENCE_S = 5.0
 """How long a scrape waits for the event loop; a server that takes longer is ill."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sources:
-    """What knows the numbers of a server."""
-
-    version: str
-    batcher: Batcher
-    sessions: SessionStore
-    memory: HostMemory
-    device: Device
-    activities: Activities
-    tally: Tally
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,8 @@ class OperatorCache:
     @property
     def reports(self) -> tuple[tuple[OperatorSpec, PlanReport], ...]:
         """The operators that are built, and how they are computed."""
-        return tuple((spec, b.operator.report) for spec, b in self._built.items())
+        built = list(self._built.items())  # at once, on any thread
+        return tuple((spec, b.operator.report) for spec, b in built)
 
     def has(self, spec: OperatorSpec | None) -> bool:
         """Tell whether nothing has to be loaded or built before an operator is used.

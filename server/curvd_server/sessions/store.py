@@ -166,8 +166,8 @@ class SessionStore:
         return page, later[limit - 1] if len(later) > limit else ""
 
     def statistics(self) -> SessionStatistics:
-        """Report what is held."""
-        sessions = self._sessions.values()
+        """Report what is held; on any thread."""
+        sessions = list(self._sessions.values())  # at once, on any thread
         ready = sum(s.operator_cache.problem is not None for s in sessions)
         reports = [plan for s in sessions for _, plan in s.operator_cache.reports]
         tiers = Counter("native" if r.compiled else str(r.tier) for r in reports)

@@ -7,6 +7,7 @@ on any thread. What it tells apart is bounded: methods of ours and codes of gRPC
 from __future__ import annotations
 
 import bisect
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
@@ -37,9 +38,14 @@ class Durations:
 
 
 class Tally:
-    """Counts the calls that were let through to our methods, whoever carried them."""
+    """Counts the calls that were let through to our methods, whoever carried them.
 
-    def __init__(self) -> None:
+    Args:
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._began_s = clock, clock()
         self.ended: Counter[tuple[str, ...]] = Counter()
         """Calls that have ended, by method and code."""
         self.durations: dict[str, Durations] = {}
@@ -50,6 +56,11 @@ class Tally:
         """Connections and calls that were turned away, by reason; see `Drops`."""
         self.connections: Callable[[], Mapping[str, int]] = dict
         """Tells what connections take; nothing where grpcio has the port."""
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the server began."""
+        return self._clock() - self._began_s
 
     def end(self, rpc: str, code: str, seconds: float) -> None:
         """Count a call that ends.
