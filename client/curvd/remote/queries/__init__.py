@@ -16,6 +16,7 @@ from curvd.remote.queries.estimates import *  # noqa: F403
 from curvd.remote.queries.estimates import EstimateQueries
 from curvd.remote.queries.influence import *  # noqa: F403
 from curvd.remote.queries.influence import InfluenceQueries
+from curvd.remote.queries.jacobians import *  # noqa: F403
 from curvd.remote.queries.laplace import *  # noqa: F403
 from curvd.remote.queries.laplace import LaplaceQueries
 from curvd.remote.queries.systems import *  # noqa: F403

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curvd.contract import QueryInfo, Stop
-from curvd.errors import missing
+from curvd.errors import InvalidSpec, missing
 from curvd.tensors import to_numpy
 
 if TYPE_CHECKING:
@@ -109,6 +109,20 @@ def ranks_only(axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def check_name(store: str | None) -> None:
+    """Refuse to store something under no name.
+
+    Args:
+        store: The name; None: it is not to be stored.
+
+    Raises:
+        InvalidSpec: If it is empty.
+    """
+    if store == "":
+        msg = "stored vectors need a name, at least one character"
+        raise InvalidSpec(msg, store=store)
 
 
 def check_drawable() -> None:

@@ -17,7 +17,7 @@ from curvd.contract import (
 )
 from curvd.errors import InvalidSpec
 from curvd.remote.asking import asks, asks_about
-from curvd.remote.queries.base import Floats, Result, drawn_on
+from curvd.remote.queries.base import Floats, Result, check_name, drawn_on
 from curvd.remote.queries.influence import array_of, length_of
 
 if TYPE_CHECKING:
@@ -284,9 +284,7 @@ class LaplaceQueries:
             >>> kept.shape
             (2, 43)
         """
-        if options.store == "":
-            msg = "stored vectors need a name, at least one character"
-            raise InvalidSpec(msg, store=options.store)
+        check_name(options.store)
         queries = self._queries
 
         def read(answer: Answer) -> PosteriorSamples:

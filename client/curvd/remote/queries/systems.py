@@ -13,7 +13,7 @@ from curvd._calls import Answer, Queries, QueryCall
 from curvd.contract import SketchOptions, SolveOptions, Stop, StoredVector
 from curvd.errors import InvalidSpec, InvalidVector
 from curvd.remote.asking import asks, asks_about
-from curvd.remote.queries.base import Floats, Result, drawn_on, ranks_only
+from curvd.remote.queries.base import Floats, Result, check_name, drawn_on, ranks_only
 from curvd.tensors import Operand
 
 if TYPE_CHECKING:
@@ -153,9 +153,7 @@ class SystemQueries:
             >>> np.allclose(session.get("x"), found.x, atol=1e-5)
             True
         """
-        if options.store == "":
-            msg = "stored vectors need a name, at least one character"
-            raise InvalidSpec(msg, store=options.store)
+        check_name(options.store)
         names, shapes = _systems(self._queries, b, options)
         sent, dampings = shapes.get("b"), _dampings(options)
 
