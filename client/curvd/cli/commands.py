@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from curvd.cli import query_commands, top
+from curvd.cli import bench, query_commands, top
 from curvd.cli.options import connection_options, json_option
 from curvd.config import VERSION, ClientConfig, RetryConfig, TlsConfig, Transport
 from curvd.contract import Activity, ServerInfo, SessionInfo, WorkerInfo
@@ -312,3 +312,4 @@ def _session_lines(sessions: list[SessionInfo]) -> list[str]:
 
 query_commands.add_to(main, _config)
 top.add_to(main, _config)
+bench.add_to(main, _config)
