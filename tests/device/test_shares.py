@@ -5,22 +5,20 @@ import threading
 
 import numpy as np
 import pytest
+from support.callers import calls_as
 
 from curvd_server.device import batcher as batching
 from curvd_server.device.lanes import Lanes
 from curvd_server.device.requests import Ticket
 from curvd_server.device.shares import Shares
-from curvd_server.system import CALLING, Identity
+from curvd_server.system import Identity
 
 ANN, BEN = Identity("ann"), Identity("ben")
 
 
 def ticket(caller):
-    token = CALLING.set(caller)
-    try:
+    with calls_as(caller):
         return Ticket(lambda poll: None, None)
-    finally:
-        CALLING.reset(token)
 
 
 def turns(lanes, *, count, seconds, refill):
@@ -140,11 +138,8 @@ def test_a_caller_with_a_name_waits_for_one_step_of_another(
     )
 
     def ask(operator, caller):
-        token = CALLING.set(caller)
-        try:
+        with calls_as(caller):
             return batcher.multiply(operator, np.ones((1, 2)))
-        finally:
-            CALLING.reset(token)
 
     try:
         for operator, caller in zip((long, short), callers, strict=True):

@@ -6,9 +6,11 @@ import hashlib
 import numpy as np
 import pytest
 import raw
+from support.callers import calls_as
 from support.requests import CONFIG, POINTS, SIZE, STATE, Requests
 from support.served import As, Channels
 
+from curvd.contract import Work
 from curvd.contract.rpcs import RPCS
 from curvd.errors import (
     CurvdError,
@@ -23,6 +25,7 @@ from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.app import serve_in_thread
 from curvd_server.config import ServerConfig
+from curvd_server.system import EVERYBODY, Activities, Identity, Ongoing
 from curvd_server.transport import token_file
 
 TOKENS = {name: token_file.new_token() for name in ("alice", "bob", "carol", "olga")}
@@ -354,3 +357,26 @@ def test_what_was_made_before_callers_had_names_is_the_operators(serving, tmp_pa
         for session in (old.session, alices.session):
             old.channel, old.session = channels, session
             np.testing.assert_array_equal(old.product(), wanted)
+
+
+def test_what_goes_on_of_others_is_not_listed():
+    activities = Activities()
+    ann, ben = Identity("ann"), Identity("ben")
+    olga = Identity("olga", frozenset({"operator"}))
+    with contextlib.ExitStack() as stack:
+        for caller in (ann, ben, ben):
+            with calls_as(caller):
+                ongoing = Ongoing(Work.QUERY, caller.name, activities=activities)
+            stack.enter_context(ongoing)
+        seen = {}
+        for caller in (ann, ben, olga, EVERYBODY, Identity()):
+            with calls_as(caller):
+                seen[caller.name] = [one.subject for one in activities.listed()]
+            if caller is EVERYBODY:
+                assert seen[""] == ["ann", "ben", "ben"]
+    assert seen == {
+        "ann": ["ann"],
+        "ben": ["ben", "ben"],
+        "olga": ["ann", "ben", "ben"],
+        "": [],
+    }

@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import raw
+from support.callers import calls_as
 from support.fake_device import FakeDevice
 from support.served import As, Channels
 
@@ -15,7 +16,7 @@ from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.app import serve_in_thread
 from curvd_server.config import ServerConfig
 from curvd_server.device import Batcher
-from curvd_server.system import CALLING, Identity, Quota, Quotas
+from curvd_server.system import Identity, Quota, Quotas
 from curvd_server.transport import token_file
 
 TOKENS = {name: token_file.new_token() for name in ("ann", "ben")}
@@ -159,17 +160,14 @@ def test_columns_under_way(tmp_path):
         quotas=quotas,
     )
     try:
-        CALLING.set(Identity("ann"))
-        with batcher.reserve(2, 10):
+        with calls_as(Identity("ann")), batcher.reserve(2, 10):
             error = refused(
                 Overloaded, "columns", 3, lambda: batcher.reserve(2, 10).__enter__()
             )
             assert error.retry_after_s > 0
-            CALLING.set(Identity("ben"))
-            with batcher.reserve(50, 10):
+            with calls_as(Identity("ben")), batcher.reserve(50, 10):
                 pass
-        CALLING.set(Identity("ann"))
-        with batcher.reserve(3, 10):
+        with calls_as(Identity("ann")), batcher.reserve(3, 10):
             pass
         assert quotas.usage() == {}
     finally:
@@ -269,8 +267,11 @@ def test_a_broken_file_leaves_the_quotas_as_they_were(tmp_path):
 
 def test_what_is_given_back_may_be_taken_again(tmp_path):
     quotas = Quotas(written(tmp_path / "q", "[default]\ncalls = 1\n"))
-    CALLING.set(Identity("ann"))
     for _ in range(3):
-        with quotas.held("calls", 1), pytest.raises(Overloaded):
+        with (
+            calls_as(Identity("ann")),
+            quotas.held("calls", 1),
+            pytest.raises(Overloaded),
+        ):
             quotas.take("calls", 1)
     assert quotas.usage() == {}

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from support.callers import calls_as
 from support.fake_device import file_of, put
 
 from curvd.errors import (
@@ -22,7 +23,7 @@ from curvd.errors import (
 )
 from curvd_server.storage import blob_store, partial_upload
 from curvd_server.storage.blob_store import BlobStore
-from curvd_server.system import CALLING, Identity
+from curvd_server.system import Identity
 
 ARRAYS = {"x": np.arange(6.0).reshape(2, 3), "n": np.arange(3)}
 
@@ -405,17 +406,16 @@ def test_nobody_drives_out_the_uploads_of_others_by_many_of_his_own(
     tmp_path, monkeypatch
 ):
     blobs = BlobStore(tmp_path / "blobs", partial_bytes=100)
-    nobody = CALLING.get()
     for limit in (1000, 4):
         monkeypatch.setattr(partial_upload, "MOST_PARTIALS", limit)
-        CALLING.set(Identity("ann"))
-        hers = begun(blobs, 0, 30)
-        CALLING.set(Identity("ben"))
-        his = [begun(blobs, digit, 30 if limit > 4 else 1) for digit in range(1, 8)]
-        assert blobs.committed_bytes(his[-1]) > 0
-        CALLING.set(Identity("ann"))
-        assert blobs.committed_bytes(hers) == 30
-    CALLING.set(nobody)
+        with calls_as(Identity("ann")):
+            hers = begun(blobs, 0, 30)
+        with calls_as(Identity("ben")):
+            size = 30 if limit > 4 else 1
+            his = [begun(blobs, digit, size) for digit in range(1, 8)]
+            assert blobs.committed_bytes(his[-1]) > 0
+        with calls_as(Identity("ann")):
+            assert blobs.committed_bytes(hers) == 30
 
 
 def test_uploads_under_way_are_reserved_as_large_as_they_were_announced(tmp_path):
