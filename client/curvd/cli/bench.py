@@ -16,7 +16,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -309,7 +309,7 @@ def _sessions(
     session_id: str | None,
     nets: Sequence[int | None],
     spec: OperatorSpec,
-) -> Iterator[Asks]:
+) -> Generator[Asks, None, None]:
     """Make what callers ask: of the one session, or of one for each size of a net."""
     with connect(target, config=config) as client:
         for P in nets:

@@ -1,0 +1,152 @@
+"""The dashboard asks for metrics that there are, and a Prometheus answers it."""
+
+import contextlib
+import json
+import re
+import shutil
+import socket
+import subprocess
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import raw
+import yaml
+from support.fake_device import FakeDevice
+from support.served import Channels
+
+from curvd_server.app import serve_in_thread
+from curvd_server.config import ServerConfig
+from curvd_server.service import metrics
+
+ROOT = Path(__file__).parents[2]
+GRAFANA = ROOT / "observe/grafana"
+BOARD = json.loads((GRAFANA / "dashboards/curvd.json").read_text())
+QUESTIONS = [target["expr"] for panel in BOARD["panels"] for target in panel["targets"]]
+LABELS = {
+    name: {*metric.labels, "le"}
+    for metric in metrics.METRICS
+    for name in (metric.exposed, f"{metric.exposed}_bucket")
+}
+
+
+def read(path):
+    return yaml.safe_load((ROOT / path).read_text())
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_question_names_metrics_and_labels_that_there_are(question):
+    names = re.findall(r"curvd_\w+", question)
+    assert names or "process_" in question
+    for name in names:
+        assert name in LABELS, name
+    grouped = re.findall(r"by \(([^)]*)\)", question)
+    for label in {label.strip() for group in grouped for label in group.split(",")}:
+        assert all(label in LABELS[name] for name in names), label
+
+
+def test_every_metric_but_the_build_is_on_the_dashboard():
+    asked = " ".join(QUESTIONS)
+    shown = {m.name for m in metrics.METRICS if re.search(rf"\b{m.name}", asked)}
+    missing = {m.name for m in metrics.METRICS} - shown
+    assert missing == {"curvd_build_info", "curvd_runs", "curvd_requests_given_up",
+                       "curvd_queue_bytes"}  # fmt: skip
+
+
+def test_the_files_of_the_profile_fit_each_other():
+    compose = read("docker-compose.yml")
+    services = compose["services"]
+    (job,) = read("observe/prometheus.yml")["scrape_configs"]
+    (found,) = job["dns_sd_configs"]
+    assert set(found["names"]) <= services.keys()
+    for name in found["names"]:
+        default = re.search(r":-(.*)}", services[name]["environment"]["CURVD_METRICS"])
+        assert default[1] == f"0.0.0.0:{found['port']}"
+        assert not any(str(found["port"]) in port for port in services[name]["ports"])
+    (source,) = read(GRAFANA / "provisioning/datasources/prometheus.yml")["datasources"]
+    assert urllib.parse.urlparse(source["url"]).hostname in services
+    panels = [p["datasource"] for p in BOARD["panels"]]
+    assert {panel["uid"] for panel in panels} == {source["uid"]}
+    (provider,) = read(GRAFANA / "provisioning/dashboards/curvd.yml")["providers"]
+    mounts = [volume.split(":") for volume in services["grafana"]["volumes"]]
+    assert provider["options"]["path"] in [mount[1] for mount in mounts]
+    for name in ("prometheus", "grafana"):
+        assert services[name]["profiles"] == ["observe"]
+        for place, *_ in (volume.split(":") for volume in services[name]["volumes"]):
+            assert place in compose["volumes"] or (ROOT / place).exists()
+
+
+@contextlib.contextmanager
+def prometheus(folder, place):
+    """A Prometheus that scrapes one place ten times a second; yields how to ask it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        own = f"127.0.0.1:{free.getsockname()[1]}"
+    config = {
+        "global": {"scrape_interval": "100ms", "scrape_timeout": "100ms"},
+        "scrape_configs": [
+            {"job_name": "curvd", "static_configs": [{"targets": [place]}]}
+        ],
+    }
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    process = subprocess.Popen(
+        [
+            "prometheus",
+            f"--config.file={folder}/prometheus.yml",
+            f"--storage.tsdb.path={folder}/data",
+            f"--web.listen-address={own}",
+        ],
+        stderr=subprocess.DEVNULL,
+    )
+
+    def ask(question):
+        query = urllib.parse.urlencode({"query": question})
+        with contextlib.suppress(OSError):
+            url = f"http://{own}/api/v1/query?{query}"
+            with urllib.request.urlopen(url, timeout=300) as answer:
+                return json.load(answer)["data"]["result"]
+        assert process.poll() is None, "Prometheus has ended"
+        return []
+
+    try:
+        yield ask
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.skipif(
+    shutil.which("prometheus") is None, reason="Prometheus is not installed"
+)
+def test_a_prometheus_answers_every_panel_with_what_was_done(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    config = ServerConfig(
+        listen="127.0.0.1:0", data_dir=tmp_path / "data", metrics=place
+    )
+    done = 0
+    with (
+        serve_in_thread(config, device=FakeDevice()) as target,
+        Channels(target) as channel,
+        prometheus(tmp_path, place) as ask,
+    ):
+        session = raw.fake_session(channel)
+        product = raw.product("MatVec", session.id, raw.file_of({"v": np.ones(5)}))
+        waiting = {
+            question.replace("$__rate_interval", "10s")
+            for question in QUESTIONS
+            # Nothing fails, and nothing is dropped.
+            if "code!=" not in question and "dropped" not in question
+        }
+        while waiting:  # products go on, so that rates have something to count
+            raw.call(channel, "MatVec", product)
+            done += 1
+            waiting = {question for question in waiting if not ask(question)}
+        while ask("curvd_products_total")[0]["value"][1] != str(done):
+            pass  # the next scrape has the last one
+        (calls,) = ask('curvd_calls_total{rpc="MatVec", code="OK"}')
+        (sessions,) = ask('curvd_sessions{state="ready"}')
+    assert (calls["value"][1], sessions["value"][1]) == (str(done), "1")
