@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from curvd.contract import DatasetSpec, Dtype, JacobianOf, LossSpec, Stop
 from curvd.errors import CurvatureUnverified, InvalidSpec
 from curvd_server.engine.data_points import Points
+from curvd_server.engine.data_points import jacobian as jacobian_module
 from curvd_server.engine.data_points.gradient_gram import gradient_gram
 from curvd_server.engine.data_points.gradient_squares import gradient_squares
 from curvd_server.engine.data_points.influence import Scores, gradients_of
@@ -194,6 +195,27 @@ def test_a_plan_that_differs_from_the_backward_pass_is_not_taken(monkeypatch):
     monkeypatch.setattr(Jacobian, "_transposed", lambda *a: 1.001 * right(*a))
     with pytest.raises(CurvatureUnverified, match="differs from the backward pass"):
         Jacobian(problem, JacobianOf.OUTPUTS).push(batch, V)
+
+
+def test_rows_that_are_much_slower_are_tried_on_a_few_data_points_only(monkeypatch):
+    module, problem = loaded("images")
+    J, _ = reference("images", module)
+    batch, seen = problem.data[0], []
+    right = Jacobian._rows_times
+
+    def slow(self, batch, V):
+        seen.append(len(batch.targets))
+        return right(self, batch, V)
+
+    def seconds(plan, batch, operand):
+        return (5.0 if plan.__name__ == "slow" else 1.0), plan(batch, operand)
+
+    monkeypatch.setattr(Jacobian, "_rows_times", slow)
+    monkeypatch.setattr(jacobian_module, "_timed", seconds)
+    V = columns((1, J.shape[1]))
+    found = Jacobian(problem, JacobianOf.LOSSES).push(batch, V)
+    np.testing.assert_allclose(found, J[:4] @ V.T, rtol=1e-10)
+    assert seen == [1]
 
 
 def test_what_cannot_be_vectorised_is_multiplied_all_the_same():

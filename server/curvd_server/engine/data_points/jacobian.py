@@ -16,6 +16,7 @@ out on the first part of the data, where each has to agree with plain autograd, 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,7 +27,13 @@ from torch import Tensor
 from curvd.contract import JacobianOf
 from curvd.errors import CurvatureUnverified
 from curvd_server.engine.data_points.gradients import Gradients
-from curvd_server.engine.objective import Batch, Problem, add_rows, tangents_of
+from curvd_server.engine.objective import (
+    Batch,
+    Problem,
+    add_rows,
+    rows_of,
+    tangents_of,
+)
 from curvd_server.system import is_out_of_memory, yield_point
 
 Product = Callable[[Batch, Tensor], Tensor]
@@ -34,6 +41,8 @@ Product = Callable[[Batch, Tensor], Tensor]
 
 _AT_ONCE = 16
 """Columns that go through a vectorised pass together."""
+_FEW = 8
+"""One in so many data points tells whether rows take so many times as long as another."""
 _SHORT_S = 0.1
 """What takes less is timed a second time: the first call of everything is slow."""
 
@@ -126,7 +135,12 @@ class Jacobian:
         wrong: list[str] = []
         for name, plan in plans.items():
             yield_point()
+            best = min((seconds for seconds, _ in found.values()), default=math.inf)
             try:
+                if name == "rows" and self._is_hopeless(
+                    direction, batch, operand, best
+                ):
+                    continue
                 seconds, product = _timed(plan, batch, operand)
             except Exception as error:
                 if is_out_of_memory(error) and name != "rows":
@@ -146,6 +160,21 @@ class Jacobian:
         name = min(found, key=lambda name: found[name][0])
         self._chosen[direction], self.plans[direction] = plans[name], name
         return found[name][1]
+
+    def _is_hopeless(
+        self, direction: str, batch: Batch, operand: Tensor, best_s: float
+    ) -> bool:
+        """Tell by a few data points that rows are much slower than another plan.
+
+        Without shared weights they take tens of gradients, and as much memory.
+        """
+        count = len(batch.targets)
+        few = rows_of(batch, slice(0, max(1, count // _FEW)))
+        if direction == "push":
+            seconds, _ = _timed(self._rows_times, few, operand)
+        else:
+            seconds, _ = _timed(self._times_rows, few, operand[: len(few.targets)])
+        return seconds > best_s
 
     def _agrees(
         self, direction: str, batch: Batch, operand: Tensor, product: Tensor
