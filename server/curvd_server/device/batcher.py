@@ -133,7 +133,7 @@ class Batcher:
         self._lanes = Lanes(long_bytes, lambda caller: quotas.of(caller).weight)
         self._threads = Threads()
         self._latest_s = self._turn_end_s = 0.0
-        self._latest: dict[str, float] = {}  # when each caller with a name came
+        self._asked: dict[str, float] = {}  # when each caller with a name came
         self._busy_s = -math.inf  # when somebody was last waited for
         self._patient = False  # whether what runs waits for an idle device
         self._borrowed = False  # whether a caller's own thread computes
@@ -324,17 +324,22 @@ class Batcher:
         return ticket
 
     def _came(self, caller: str) -> None:
+        """Take note of who asks for the device; the lock is held."""
         if caller:
-            self._latest[caller] = self._clock()
+            now_s = self._clock()
+            if caller not in self._asked:  # others have left, perhaps for ever
+                recent = self._asked.items()
+                self._asked = {n: t for n, t in recent if t > now_s - _SHARED_S}
+            self._asked[caller] = now_s
 
     def _is_shared(self) -> bool:
         """Tell whether several callers with names have asked for the device lately."""
-        if len(self._latest) < 2:
+        asked = self._asked
+        if len(asked) < 2:
             return False
         since_s = self._clock() - _SHARED_S
-        # A copy: others come meanwhile.
-        self._latest = {n: t for n, t in self._latest.copy().items() if t > since_s}
-        return len(self._latest) > 1
+        # A list is made at once: others come meanwhile.
+        return sum(came_s > since_s for came_s in list(asked.values())) > 1
 
     def _work(self) -> None:
         # A call per run: nothing of a run outlives it while the device is idle.
