@@ -10,7 +10,7 @@ CONTAINERS ?=
 OFF_THE_CPU = tests/device tests/engine tests/linalg tests/watching
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test standin-test gpu-test gpu-check lint types proto proto-check docs hooks release-check image-test bench big-test storm-net storm-workers workers-test soak fuzz fuzz-http2 fuzz-modules cases clean
+.PHONY: help demo test standin-test gpu-test gpu-check lint types proto proto-check docs hooks release-check image-test bench big-test storm-net storm-workers ray-test workers-test soak fuzz fuzz-http2 fuzz-modules cases clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
@@ -103,6 +103,10 @@ fuzz: $(VENV)/dev.stamp ## a hundred thousand hostile graphs, in about ten minut
 
 storm-net: $(VENV)/dev.stamp ## floods and hoards beside a client that multiplies, in about an hour and a half
 	PYTHONPATH=tests $(BIN)/python tests/storm_net.py
+
+ray-test: $(VENV)/dev.stamp ## workers on a Ray cluster of a head and a node on loopback addresses
+	$(PIP) -e '.[ray]'
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests $(BIN)/python tests/ray_cluster.py
 
 storm-workers: $(VENV)/dev.stamp ## workers killed and frozen beside clients, for five minutes
 	PYTHONPATH=tests $(BIN)/python tests/storm_workers.py

@@ -23,7 +23,14 @@ from curvd.tensors import trim_allocator, tune_allocator
 from curvd_server.config import ServerConfig
 from curvd_server.device import Batcher, Device, torch_device
 from curvd_server.engine import Compiler
-from curvd_server.fleet import Fleet, FleetDevice, Invitation, LocalLauncher
+from curvd_server.fleet import (
+    Fleet,
+    FleetDevice,
+    Invitation,
+    Launcher,
+    LocalLauncher,
+    RayLauncher,
+)
 from curvd_server.service import (
     CurvatureService,
     QueryService,
@@ -296,7 +303,9 @@ def _fleet(
 ) -> Device:
     """Start workers; returns when all are there."""
     devices, limits = config.workers, config.limits
-    threads = config.threads or max(1, usable_cores() // len(devices))
+    # A worker of Ray has the cores that Ray gives it: one.
+    here = 1 if config.ray else max(1, usable_cores() // len(devices))
+    threads = config.threads or here
 
     def invite(rank: int, incarnation: int, address: str, secret: str) -> Invitation:
         return Invitation(
@@ -315,7 +324,17 @@ def _fleet(
             path=tuple(sys.path),
         )
 
-    fleet = Fleet(LocalLauncher(), invite, devices, patience_s=config.worker_patience_s)
+    launcher: Launcher = LocalLauncher()
+    if config.ray:
+        gpus = int(config.device.startswith("cuda"))
+        launcher = RayLauncher(config.ray, gpus=gpus)
+    fleet = Fleet(
+        launcher,
+        invite,
+        devices,
+        patience_s=config.worker_patience_s,
+        host=config.worker_listen if config.ray else "",
+    )
     stack.callback(fleet.close)
     front = torch_device.TorchDevice(
         config.builders,

@@ -226,6 +226,22 @@ class ServerConfig:
         "Seconds after which a worker that says nothing is ended, and started anew.",
         least=1,
     )
+    ray: str = setting(
+        "",
+        "Address of a Ray cluster on which --ray-workers compute, each on --device, in place "
+        "of processes here.",
+        metavar="ADDRESS",
+        shown="none",
+    )
+    ray_workers: int = setting(
+        1, "Workers on the cluster of --ray.", least=1, most=4096
+    )
+    worker_listen: str = setting(
+        "127.0.0.1",
+        "Address of this machine at which workers on the cluster of --ray connect; they "
+        "prove that they know a secret, and nothing is encrypted.",
+        metavar="HOST",
+    )
     tls: TlsConfig | None = None
     """None: plain text."""
     token: str | None = setting(
@@ -332,6 +348,12 @@ class ServerConfig:
                     raise InvalidSpec(msg, **{name: folder})
         if self.metrics:
             address_of(self.metrics, "metrics")
+        if self.ray and self.devices:
+            msg = (
+                f"workers are processes here (devices={self.devices!r}) or on Ray "
+                f"(ray={self.ray!r}): give one of them"
+            )
+            raise InvalidSpec(msg, devices=self.devices, ray=self.ray)
         local = is_local(self.listen)
         ways = {
             "the token": self.token,
@@ -364,6 +386,8 @@ class ServerConfig:
     @property
     def workers(self) -> tuple[str, ...]:
         """Where each worker computes; none: the server computes itself."""
+        if self.ray:
+            return (self.device,) * self.ray_workers
         return tuple(name.strip() for name in self.devices.split(",") if name.strip())
 
     @property

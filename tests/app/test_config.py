@@ -125,6 +125,13 @@ def test_devices_of_workers_are_listed_with_commas():
     assert ServerConfig(devices="cpu:0, cpu:1,").workers == ("cpu:0", "cpu:1")
 
 
+def test_workers_are_here_or_on_ray():
+    config = ServerConfig(ray="10.0.0.1:6379", ray_workers=3, device="cuda:0")
+    assert config.workers == ("cuda:0",) * 3
+    with pytest.raises(InvalidSpec, match="give one of them"):
+        ServerConfig(ray="auto", devices="cpu:0")
+
+
 def test_a_server_with_all_limits_at_their_ends_serves(tmp_path):
     """What is published fits the contract, and what is handed on, grpcio."""
     limits = LimitsConfig(**{

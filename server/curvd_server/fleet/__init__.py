@@ -10,5 +10,13 @@ from __future__ import annotations
 from curvd_server.fleet.device import FleetDevice
 from curvd_server.fleet.fleet import Fleet
 from curvd_server.fleet.launcher import Invitation, Launcher, LocalLauncher
+from curvd_server.fleet.ray_launcher import RayLauncher
 
-__all__ = ["Fleet", "FleetDevice", "Invitation", "Launcher", "LocalLauncher"]
+__all__ = [
+    "Fleet",
+    "FleetDevice",
+    "Invitation",
+    "Launcher",
+    "LocalLauncher",
+    "RayLauncher",
+]

@@ -50,6 +50,7 @@ class Fleet:
             of the front and secret.
         devices: Where each computes.
         patience_s: How long nothing may be heard of a worker.
+        host: Address of this machine that workers elsewhere reach; empty: all are here.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Fleet:
         devices: tuple[str, ...],
         *,
         patience_s: float,
+        host: str = "",
     ) -> None:
         self._launcher, self._invite, self._patience_s = launcher, invite, patience_s
         self._secret = secrets.token_bytes(32)
@@ -72,7 +74,7 @@ class Fleet:
         # None ends who passes them on.
         self._forgotten: queue.SimpleQueue[messages.Close | None] = queue.SimpleQueue()
         self._closed = False
-        self._listener = Listener(self._secret, self._arrived)
+        self._listener = Listener(self._secret, self._arrived, host)
         self._keeper = threading.Thread(target=self._keep, name="fleet", daemon=True)
         self._keeper.start()
         self._messenger = threading.Thread(

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-_WITHHELD = ("CURVD_TOKEN",)
+WITHHELD = ("CURVD_TOKEN",)
 """Variables that no worker needs."""
 
 
@@ -24,7 +24,7 @@ class Invitation:
     """What a worker has to know to come."""
 
     address: str
-    """Path of the front's Unix socket."""
+    """Path of the front's Unix socket; or ``tcp:host:port``."""
     secret: str
     """In hexadecimal; both ends of each connection prove that they know it."""
     rank: int
@@ -95,7 +95,7 @@ class LocalLauncher:
     def start(self, invitation: Invitation) -> None:
         """Start a process; see `Launcher.start`."""
         self.end(invitation.rank)
-        kept = {n: v for n, v in os.environ.items() if n not in _WITHHELD}
+        kept = {n: v for n, v in os.environ.items() if n not in WITHHELD}
         process = subprocess.Popen(
             [sys.executable, "-c", self._code],
             stdin=subprocess.PIPE,

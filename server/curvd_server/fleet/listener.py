@@ -1,4 +1,4 @@
-"""Where workers connect: a Unix socket in a folder of the front's own."""
+"""Where workers connect: a Unix socket in a folder of the front's own, or TCP if told."""
 
 from __future__ import annotations
 
@@ -17,6 +17,32 @@ HELLO_S = 30.0
 """How long who connects may take to prove that it is a worker, and to say so: torch is
 imported before it connects, but its device is first used in between."""
 
+TCP = "tcp:"
+"""Begins an address that is no path."""
+
+
+def connected(address: str) -> socket.socket:
+    """Connect to a listener.
+
+    Args:
+        address: Its address.
+
+    Returns:
+        The socket.
+
+    Raises:
+        OSError: If nobody listens there.
+    """
+    if address.startswith(TCP):
+        host, _, port = address.removeprefix(TCP).rpartition(":")
+        made = socket.create_connection((host, int(port)))
+        made.settimeout(None)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return made
+    made = socket.socket(socket.AF_UNIX)
+    made.connect(address)
+    return made
+
 
 class Listener:
     """Accepts workers.
@@ -25,16 +51,25 @@ class Listener:
         secret: What they must know.
         arrived: Called with each on a thread of its own, and serves it there; says
             whether it was expected.
+        host: Address of this machine that workers elsewhere reach; empty: all workers
+            are here.
     """
 
     def __init__(
-        self, secret: bytes, arrived: Callable[[Connection, messages.Hello], bool]
+        self,
+        secret: bytes,
+        arrived: Callable[[Connection, messages.Hello], bool],
+        host: str = "",
     ) -> None:
         self._secret, self._arrived = secret, arrived
         self._folder = Path(tempfile.mkdtemp(prefix="curvd-fleet-"))  # mode 0700
-        self.address = str(self._folder / "front")
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.bind(self.address)
+        if host:
+            self._socket = socket.create_server((host, 0))
+            self.address = f"{TCP}{host}:{self._socket.getsockname()[1]}"
+        else:
+            self.address = str(self._folder / "front")
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.bind(self.address)
         self._socket.listen()
         threading.Thread(target=self._accept, name="listen", daemon=True).start()
 
@@ -50,14 +85,16 @@ class Listener:
     def _accept(self) -> None:
         while True:
             try:
-                connected, _ = self._socket.accept()
+                made, _ = self._socket.accept()
             except OSError:
                 return
-            threading.Thread(target=self._greet, args=(connected,), daemon=True).start()
+            threading.Thread(target=self._greet, args=(made,), daemon=True).start()
 
-    def _greet(self, connected: socket.socket) -> None:
+    def _greet(self, made: socket.socket) -> None:
         """Hear who it is, and let the fleet have it."""
-        connection = Connection(connected)
+        if made.family == socket.AF_INET:
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = Connection(made)
         try:
             connection.prove(self._secret, role=b"front", timeout_s=HELLO_S)
             hello = connection.receive().message

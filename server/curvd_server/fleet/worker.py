@@ -35,6 +35,7 @@ from curvd_server.fleet import messages
 from curvd_server.fleet.connection import Connection, Frame
 from curvd_server.fleet.holdings import Holdings, Said, use_device
 from curvd_server.fleet.launcher import Invitation
+from curvd_server.fleet.listener import connected
 from curvd_server.system import LongWork, Poll, Threads, logs
 
 BEAT_S = 0.5
@@ -50,12 +51,19 @@ def main() -> NoReturn:
     front = os.getppid()
     invitation = Invitation.read(sys.stdin.buffer.readline())
     _end_with(front)
+    work(invitation)
+
+
+def work(invitation: Invitation) -> NoReturn:
+    """Connect, and work until the front is gone; then the process ends.
+
+    Args:
+        invitation: Where the front is, and what it knows of this worker.
+    """
     tune_allocator()
     logs.set_up(invitation.log_level, invitation.log_style)
     set_threads(invitation.threads)
-    connected = socket.socket(socket.AF_UNIX)
-    connected.connect(invitation.address)
-    connection = Connection(connected)
+    connection = Connection(connected(invitation.address))
     connection.prove(
         bytes.fromhex(invitation.secret), role=b"worker", timeout_s=CONNECT_S
     )
