@@ -80,6 +80,7 @@ def test_what_is_under_way_is_shown_with_its_progress(tmp_path):
         device.held_up_by.set()
         opening.join()
     assert "1 columns and " in output
+    assert "operators: 0 first, 1 final, 0 native" in output
     assert "hessian final" in output
     assert "'mine'" in output
     assert "AT WORK\nopening of '': verifying fake, 1 of 2, " in at_work

@@ -23,12 +23,15 @@ from curvd.contract import (
     ServerInfo,
     ServerStatus,
     SessionInfo,
+    Tier,
 )
 from curvd.errors import Unimplemented
 from curvd.remote import Client, connect
 
 _RATES = ("calls", "products", "columns", "query_columns")
 """What is shown per second, too."""
+NATIVE = "native"
+"""The tier of operators in native code, beside those of plans."""
 _HOME, _REST_OF_LINE, _REST = "\x1b[H", "\x1b[K", "\x1b[J"
 _LEAST_S = 1e-3
 """Two looks that are closer tell no rate."""
@@ -170,7 +173,11 @@ def _server_lines(look: Look) -> list[str]:
     held = ", ".join(
         f"{kind} {_size(n)}" for kind, n in sorted(status.memory_bytes.items()) if n
     )
-    operators = ", ".join(f"{n} {tier}" for tier, n in status.operators.items())
+    # Maps come in no order.
+    tiers = sorted(
+        status.operators, key=lambda tier: (tier == NATIVE, tier != Tier.FIRST)
+    )
+    operators = ", ".join(f"{status.operators[tier]} {tier}" for tier in tiers)
     return [
         f"curvd {server.version} at {look.target}, up {_span(status.uptime_s)}",
         *(
@@ -236,7 +243,7 @@ def _operator_facts(spec: OperatorSpec, plan: PlanReport) -> dict[str, Any]:
 
 
 def _tier(plan: PlanReport) -> str:
-    return "native" if plan.compiled else str(plan.tier)
+    return NATIVE if plan.compiled else str(plan.tier)
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
