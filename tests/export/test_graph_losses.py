@@ -305,3 +305,28 @@ def test_a_session_with_a_custom_loss_survives_a_restart(tmp_path, module):
         again = client.session(session.id)
         products.append(again.hessian() @ v)
     np.testing.assert_allclose(*products, rtol=1e-12)
+
+
+def test_the_first_answer_of_the_ggn_of_a_custom_loss_is_right(client, module):
+    x, y = draw(N, 4), draw(N, 3, seed=2)
+    session = client.session_for(
+        module, lambda z, y: (z - y).pow(4).mean(), (x, y), batch_size=BATCH
+    )
+    want = gauss_newton(module, lambda z, y: (z - y).pow(4).mean(), x, y)
+    ggn = session.ggn()
+    assert relative(ggn @ np.eye(session.layout.size)[0], want[0]) <= 1e-10
+    assert relative(ggn.to_dense(), want) <= 1e-10
+    session.delete()
+
+
+def gauss_newton(module, loss, x, y):
+    """Write ``J^T M J`` out, with J and M by torch.func."""
+    names = {n: p.detach() for n, p in module.named_parameters()}
+
+    def outputs(parameters):
+        return torch.func.functional_call(module, parameters, (x,))
+
+    parts = torch.func.jacrev(outputs)(names).values()
+    J = torch.cat([part.flatten(2) for part in parts], -1).flatten(0, 1)
+    M = torch.func.hessian(lambda z: loss(z, y))(outputs(names))
+    return (J.T @ M.reshape(len(J), len(J)) @ J).numpy()

@@ -86,27 +86,36 @@ class _Softmax:
 
 @dataclass(frozen=True, slots=True)
 class _Differentiated:
-    """``d²loss / dz²`` by automatic differentiation, for losses without a formula."""
+    """``d²loss / dz²`` by automatic differentiation, for losses without a formula.
+
+    The loss is differentiated at each product, not once: functional transforms may not
+    begin while saved tensors are counted, which is when a metric is made.
+    """
 
     outputs: Tensor
-    pull: Callable[[Tensor], tuple[Tensor]]
-    """``u -> (M u,)`` for one ``u``; M is symmetric."""
+    share: Callable[[Tensor], Tensor]
+    """The mini-batch's share of the objective, of its outputs."""
 
     def __call__(self, u: Tensor) -> Tensor:
-        pull: Callable[[Tensor], tuple[Tensor]] = self.pull
+        pull: Callable[[Tensor], Tensor] = self._pull
         for _ in range(u.ndim - self.outputs.ndim):
             pull = torch.func.vmap(pull)
-        return pull(u.to(self.outputs.dtype))[0].to(u.dtype)
+        return pull(u.to(self.outputs.dtype)).to(u.dtype)
+
+    def _pull(self, u: Tensor) -> Tensor:
+        """Multiply one ``u``; the matrix is symmetric."""
+        # Reverse over reverse: not every operator of a loss has a forward mode.
+        with torch.enable_grad():
+            pair: Any = torch.func.vjp(torch.func.grad(self.share), self.outputs)
+        found: Tensor = pair[1](u)[0]
+        return found
 
 
 def _differentiated(problem: Problem, z: Tensor, batch: Batch) -> OutputMetric:
     def share(outputs: Tensor) -> Tensor:
         return problem.batch_loss(outputs, batch)
 
-    # Reverse over reverse: not every operator of a loss has a forward mode.
-    with torch.enable_grad():
-        pair: Any = torch.func.vjp(torch.func.grad(share), z)
-    return _Differentiated(z, pair[1])
+    return _Differentiated(z, share)
 
 
 def class_axis(z: Tensor, batch: Batch) -> int:
