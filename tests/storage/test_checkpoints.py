@@ -271,6 +271,11 @@ def test_plain_values_are_what_pickle_itself_reads(protocol, value):
     assert pickled.read(pickle.dumps(value, protocol)) == value
 
 
+def test_a_wrong_escape_is_refused_where_warnings_are_errors():
+    with pytest.raises(InvalidTensors, match="damaged"):
+        pickled.read(b"S'\\('\n.")
+
+
 @settings(max_examples=500)
 @given(st.data())
 def test_whatever_the_bytes_a_pickle_is_read_or_refused(data):

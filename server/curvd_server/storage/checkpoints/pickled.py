@@ -56,7 +56,13 @@ def read(data: bytes) -> Any:
             reader.take(opcode.name, arg)
     except InvalidTensors:
         raise
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        DeprecationWarning,  # a wrong escape, where a program has warnings as errors
+    ) as error:
         msg = f"a pickle of the checkpoint is damaged: {str(error)[:200]}"
         raise InvalidTensors(msg) from None
     msg = "a pickle of the checkpoint ends too early"
