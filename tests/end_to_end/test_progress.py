@@ -1,6 +1,7 @@
 """How far openings are, from a real server, over each way in."""
 
 import contextlib
+import json
 import threading
 
 import numpy as np
@@ -154,3 +155,31 @@ def test_a_query_is_listed_with_its_products(live_target, tanh_session, monkeypa
         assert activity.progress.total == 10
     with curvd.connect(live_target) as client:
         assert client.server_info().activities == ()
+
+
+def test_a_query_is_seen_by_top_while_it_multiplies(live_target, tanh_session):
+    """The test's callback looks in the middle of the query, and then gives it up."""
+
+    class Seen(Exception):
+        pass
+
+    found = []
+
+    def look(progress):
+        args = ["top", live_target, "--once", "--json", "--every-s", "0.01"]
+        told = json.loads(CliRunner().invoke(main, args).output)
+        work = [a for a in told["activities"] if a["work"] == "query"]
+        if work and work[0]["progress"]["done"] and told["status"]["query_columns"]:
+            found.extend(work)
+            raise Seen
+
+    with pytest.raises(Seen):
+        tanh_session.hessian().trace(
+            estimator="hutchinson",
+            samples=100_000,
+            max_products=100_000,
+            progress=look,
+        )
+    (query,) = found
+    assert (query["subject"], query["session_id"]) == ("Trace", tanh_session.id)
+    assert query["progress"]["stage"] == "multiplying"
