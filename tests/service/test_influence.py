@@ -120,6 +120,10 @@ def test_the_extremes_are_those_of_all_scores(session):
         found.top_scores, np.take_along_axis(whole[:, None], found.indices, 2)
     )
     assert session.influence([0], top=100, **EXACT).indices.shape == (1, 2, POINTS)
+    with pytest.raises(
+        curvd.InvalidSpec, match="index of the 1 queries, from 0, got 7"
+    ):
+        session.influence([4], **EXACT).ends(query=7)
     helpful, harmful = session.influence([4], **EXACT).ends(k=3)
     np.testing.assert_array_equal(helpful, order[4, :3])
     np.testing.assert_array_equal(harmful, order[4, ::-1][:3])

@@ -275,6 +275,10 @@ async def test_the_asynchronous_client_asks_the_same(session, live_target):
             "say prior instead of damping",
         ),
         (lambda s: s.hessian().posterior_samples(1), "posterior of the exact ggn"),
+        (lambda s: s.jacobian_gram().predictive(X), "got jacobian_gram"),
+        (lambda s: s.jacobian_gram().marginal_likelihood(1.0), "got jacobian_gram"),
+        (lambda s: s.ggn(damping=0.5).marginal_likelihood(1.0), "damping 0.5"),
+        (lambda s: s.ggn(scale=3.0).marginal_likelihood(1.0), "scale 3.0"),
     ],
 )
 def test_what_does_not_fit_is_refused(session, ask, message):
@@ -295,3 +299,26 @@ def test_a_loss_that_is_no_likelihood_is_refused(live_target):
         pytest.raises(curvd.InvalidSpec, match="no negative log-likelihood"),
     ):
         own.predictive(X)
+
+
+def test_a_weight_decay_is_no_second_prior_of_draws_and_evidence(live_target):
+    x, y = (torch.from_numpy(data()[name]) for name in ("x", "y"))
+    with (
+        curvd.connect(live_target) as client,
+        client.session_for(
+            module(), nn.CrossEntropyLoss(), (x, y), batch_size=8, weight_decay=0.1
+        ) as own,
+    ):
+        for ask in (
+            lambda: own.posterior_samples(1),
+            lambda: own.marginal_likelihood(1.0),
+        ):
+            with pytest.raises(curvd.InvalidSpec, match=r"weight_decay of up to 0\.1"):
+                ask()
+        # The decay is in the GGN, so variances are those of both priors together.
+        found = own.predictive(X, prior=PRIOR, tolerance=1e-10).variance
+    J = output_jacobian(module(), X)
+    inverse = np.linalg.inv(precision(PRIOR + 0.1 * POINTS))
+    np.testing.assert_allclose(
+        found, np.einsum("tcp,pq,tcq->tc", J, inverse, J), rtol=1e-8
+    )

@@ -241,6 +241,19 @@ def test_stored_columns_are_solved_and_stored_as_columns(session):
     assert named.shape == (5, SIZE)
 
 
+def test_one_damping_in_place_of_several_is_refused(session):
+    with pytest.raises(curvd.InvalidSpec, match=r"got 0\.1: say damping= for one"):
+        session.ggn().solve(sides(1)[:, 0], dampings=0.1)
+
+
+def test_values_that_no_update_can_send_are_refused_before_anything_is_sent(session):
+    meta = dict(module().to("meta").named_parameters())
+    with pytest.raises(curvd.InvalidTensors, match="meta device and has no values"):
+        session.update_parameters(meta)
+    with pytest.raises(curvd.InvalidSpec, match=r"got 'ema\.' beside values"):
+        session.update_parameters(module(), prefix="ema.")
+
+
 @pytest.mark.parametrize("columns", [0, 3])
 def test_several_dampings_are_solved_in_one_run(session, columns):
     b = sides(columns) if columns else sides(1)[:, 0]

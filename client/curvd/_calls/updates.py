@@ -51,6 +51,12 @@ def update_parameters(
             f"of a checkpoint on the server, got {'neither' if values is None else 'both'}"
         )
         raise InvalidSpec(msg)
+    if prefix and checkpoint is None:
+        msg = (
+            f"prefix is of the names in a checkpoint on the server, got {prefix!r} beside "
+            "values: rename those, {name.removeprefix(…): value}"
+        )
+        raise InvalidSpec(msg, prefix=prefix)
     if checkpoint is not None:
         header.checkpoint.name, header.checkpoint.prefix = checkpoint, prefix
         return _commit(header)

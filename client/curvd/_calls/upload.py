@@ -287,6 +287,12 @@ def blob_of(
         raise _no_mapping(tensors)
     arrays = {}
     for name, value in tensors.items():
+        if getattr(value, "is_meta", False):
+            msg = (
+                f"tensor {name!r} is on torch's meta device and has no values: "
+                "load them first, for example with module.to_empty(device='cpu')"
+            )
+            raise InvalidTensors(msg, tensor=name)
         array = see(value)
         if array is None:
             msg = (

@@ -95,6 +95,7 @@ def _posterior(
     call: QueryCall, options: PredictiveOptions | PosteriorSamplesOptions
 ) -> _Posterior:
     assert call.spec is not None
+    _check_scaled(call.spec)
     points = call.points_beside()
     name: Any = options.preconditioner
     return _Posterior(
@@ -230,11 +231,13 @@ async def samples(call: QueryCall, options: PosteriorSamplesOptions) -> None:
         options: Which posterior, and how many draws.
 
     Raises:
-        InvalidSpec: If the operator is another, or the loss has no root by formula.
+        InvalidSpec: If the operator is another, the loss has no root by formula, or the
+            objective has a weight decay.
         LimitExceeded: If there is no room for the draws.
     """
     _check_plain(call.spec)
     posterior = _posterior(call, options)
+    _check_prior(posterior.problem)
     if options.store:
         call.lease.vectors.check_room(options.store, call.vectors_bytes(options.k))
     call.reserve(_OF_SYSTEM * options.k + 2 * together(call))
@@ -284,6 +287,41 @@ def _check_plain(spec: OperatorSpec | None) -> None:
         raise InvalidSpec(msg, operator=spec.kind)
 
 
+def _check_scaled(spec: OperatorSpec) -> None:
+    """Refuse operators that are not divided as the loss is: its scale is not theirs."""
+    if spec.kind is OperatorKind.JACOBIAN_GRAM:
+        msg = (
+            "the curvature of a posterior is that of the loss, got jacobian_gram, which is "
+            "of no loss: ask the ggn, which is the same but for its scale where the loss "
+            "is mse"
+        )
+        raise InvalidSpec(msg, operator=spec.kind)
+
+
+def _check_likelihood(spec: OperatorSpec) -> None:
+    """Refuse operators whose determinant is not that of the likelihood and the prior."""
+    if spec.damping or spec.scale != 1.0:
+        msg = (
+            f"a marginal likelihood is of the loss and one prior, got an operator with "
+            f"scale {spec.scale} and damping {spec.damping}: leave them out, and say prior "
+            "instead of damping"
+        )
+        raise InvalidSpec(msg, scale=spec.scale, damping=spec.damping)
+
+
+def _check_prior(problem: Problem) -> None:
+    """Refuse a weight decay, which would be a second prior that draws and values lack."""
+    largest = max(problem.decay.coefficients, default=0.0)
+    if largest:
+        msg = (
+            f"the objective has a weight_decay of up to {largest}, a prior of its own, "
+            "beside the one of the call: make the session without weight_decay, and add "
+            f"scale * weight_decay to the prior (here {largest} times what a predictive "
+            "calls its scale)"
+        )
+        raise InvalidSpec(msg, weight_decay=largest)
+
+
 async def marginal_likelihood(
     call: QueryCall, options: MarginalLikelihoodOptions, priors: Sequence[float]
 ) -> None:
@@ -295,11 +333,15 @@ async def marginal_likelihood(
         priors: Precisions, D.
 
     Raises:
-        InvalidSpec: If the loss is no likelihood.
+        InvalidSpec: If the loss is no likelihood, or the operator or the objective has a
+            scale, a damping or a weight decay.
     """
     assert call.spec is not None
+    _check_scaled(call.spec)
     points = call.points_beside()
     problem = points.problem.restricted(call.spec)
+    _check_likelihood(call.spec)
+    _check_prior(problem)
     likelihood = likelihood_of(points.problem, options.noise)
     scale, size = likelihood.scale, call.products.size
     steps = min(options.steps, size)

@@ -63,7 +63,14 @@ class Influence(Result):
 
         Returns:
             Indices of the most helpful, and of the most harmful, the extreme ones first.
+
+        Raises:
+            InvalidSpec: If there is no such query, or no scores were fetched.
         """
+        count = len(self.residuals)
+        if not -count <= query < count:
+            msg = f"query must be an index of the {count} queries, from 0, got {query}"
+            raise InvalidSpec(msg, query=query)
         if self.indices is not None:
             return self.indices[query, 0, :k], self.indices[query, 1, :k]
         if self.scores is None:

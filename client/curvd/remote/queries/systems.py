@@ -220,6 +220,9 @@ def _dampings(options: SolveOptions) -> list[float]:
     """Read the dampings of a run for several."""
     if options.dampings is None:
         return []
+    if isinstance(options.dampings, (int, float)):
+        msg = f"dampings are several in a list, got {options.dampings}: say damping= for one"
+        raise InvalidSpec(msg, dampings=options.dampings)
     dampings = [float(damping) for damping in options.dampings]
     if not dampings or options.damping:
         msg = (
