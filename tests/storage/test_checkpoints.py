@@ -138,6 +138,11 @@ def test_what_is_not_there_is_named_with_what_is_near(root, sharded):
         CheckpointNotFound, match=r"'run/shrds' lies .* near it are 'shards'"
     ):
         read(root, "run/shrds")
+    (root / "run" / "plain.pt").write_bytes(b"PK")
+    with pytest.raises(
+        CheckpointNotFound, match=r"pickles of torch\.save are not read"
+    ):
+        read(root, "run/plain.pt")
     with pytest.raises(CheckpointNotFound, match=r"its \.metadata"):
         read(root, "nowhere/at/all")
     with pytest.raises(

@@ -301,7 +301,9 @@ def test_an_optimiser_whose_step_is_compiled_is_heard(net, follow):
     assert [r.step for r in watch.readings] == [2, 4]
 
 
-def test_a_session_that_is_gone_ends_the_watch(net, session, follow):
+def test_a_session_that_is_gone_ends_the_watch_and_the_log_says_so(
+    net, session, follow, caplog
+):
     watch = follow(every=1)
     session.delete()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -309,6 +311,7 @@ def test_a_session_that_is_gone_ends_the_watch(net, session, follow):
     assert watch.wait()
     assert watch.closed
     assert isinstance(watch.last_error, curvd.SessionNotFound)
+    assert caplog.messages[-1].endswith("the training goes on, and the watch ends")
 
 
 def test_a_metric_that_fails_takes_no_other_with_it(net, follow, caplog):

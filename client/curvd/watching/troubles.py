@@ -22,12 +22,13 @@ class Troubles:
         self.last: Exception | None = None
         """The latest error."""
 
-    def add(self, what: str, error: Exception) -> int:
+    def add(self, what: str, error: Exception, *, ends: bool = False) -> int:
         """Count an error.
 
         Args:
             what: What failed; each thing has a row of its own.
             error: How.
+            ends: Whether the watch ends by it, which is logged in any case.
 
         Returns:
             How often this has failed in a row.
@@ -35,13 +36,14 @@ class Troubles:
         self.count += 1
         self.last = error
         in_a_row = self._in_a_row[what] = self._in_a_row.get(what, 0) + 1
-        if in_a_row == 1:
+        if in_a_row == 1 or ends:
             logger.warning(
-                "%s: %s failed, %s: %s; the training goes on, and so does the watch",
+                "%s: %s failed, %s: %s; the training goes on, and %s",
                 self._name,
                 what,
                 type(error).__name__,
                 error,
+                "the watch ends" if ends else "so does the watch",
             )
         return in_a_row
 

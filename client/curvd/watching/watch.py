@@ -305,8 +305,9 @@ class Watch:
 
     def _pause_after(self, error: Exception) -> float:
         """Tell for how long a failure makes snapshots useless, in seconds."""
-        in_a_row = self._troubles.add(_READING, error)
-        if isinstance(error, SessionNotFound):
+        ends = isinstance(error, SessionNotFound)
+        in_a_row = self._troubles.add(_READING, error, ends=ends)
+        if ends:
             self._end()
         asked = error.retry_after_s if isinstance(error, CurvdError) else None
         pause = self._retry.first_s * 2.0 ** min(in_a_row - 1, 60)

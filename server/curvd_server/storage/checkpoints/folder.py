@@ -92,8 +92,11 @@ class Checkpoints:
         folder = self._root.joinpath(*name.split("/")[:-1])
         there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         names = [n for n in there if not n.startswith(".")][:_MOST_LISTED]
-        near = difflib.get_close_matches(name.split("/")[-1], names, n=3) or names[:3]
+        last = name.split("/")[-1]
+        near = difflib.get_close_matches(last, names, n=3) or names[:3]
         hint = f"; near it are {', '.join(map(repr, near))}" if near else ""
+        if last in names:
+            hint = "; what lies there is none of these, and pickles of torch.save are not read"
         msg = (
             f"no checkpoint {name!r} lies on this server: a file of safetensors, a folder "
             f"of them, or one of torch.distributed.checkpoint, with its {METADATA}{hint}"
