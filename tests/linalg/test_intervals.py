@@ -13,7 +13,7 @@ from curvd_server.linalg.diagonals import diagonal
 from curvd_server.linalg.intervals import mean_of, student_975, uncertainty
 from curvd_server.linalg.log_determinants import logdet
 from curvd_server.linalg.norm import frobenius_norm
-from curvd_server.linalg.probes import probes
+from curvd_server.linalg.random_probes import probes
 from curvd_server.linalg.sampling import Target
 from curvd_server.linalg.traces import trace
 

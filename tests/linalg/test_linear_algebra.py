@@ -13,7 +13,7 @@ from curvd_server.linalg.base import Products, drain
 from curvd_server.linalg.eigenpairs import eigsh
 from curvd_server.linalg.intervals import student_975
 from curvd_server.linalg.linear_systems import solve
-from curvd_server.linalg.probes import probes
+from curvd_server.linalg.random_probes import probes
 
 SIZE = 120
 
@@ -257,7 +257,7 @@ def test_probes_begin_as_documented():
 def test_long_probes_are_made_in_chunks_that_join(monkeypatch):
     whole = probes(Distribution.RADEMACHER, 1, [5], 1000, dtype=torch.float32)
     normal = probes(Distribution.NORMAL, 1, [5], 1000, dtype=torch.float64)
-    monkeypatch.setattr("curvd_server.linalg.probes._CHUNK_WORDS", 2)
+    monkeypatch.setattr("curvd_server.linalg.random_probes._CHUNK_WORDS", 2)
     assert torch.equal(
         whole, probes(Distribution.RADEMACHER, 1, [5], 1000, dtype=torch.float32)
     )

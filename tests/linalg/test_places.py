@@ -26,7 +26,7 @@ from curvd_server.linalg import (
     trace,
 )
 from curvd_server.linalg.base import drain
-from curvd_server.linalg.probes import probes
+from curvd_server.linalg.random_probes import probes
 
 SIZE = 40
 SAMPLES = Target(samples=24)

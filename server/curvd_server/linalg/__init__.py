@@ -22,7 +22,7 @@ from curvd_server.linalg.log_determinants import logdet
 from curvd_server.linalg.low_rank import LowRank
 from curvd_server.linalg.norm import frobenius_norm
 from curvd_server.linalg.nystrom import NystromResult, nystrom
-from curvd_server.linalg.probes import probes
+from curvd_server.linalg.random_probes import probes
 from curvd_server.linalg.registry import definitions_in
 from curvd_server.linalg.sampling import Estimate, Target
 from curvd_server.linalg.shifted import joined, solve_dampings

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvd.contract import Distribution, Stop
 from curvd.errors import NotFinite
-from curvd_server.linalg.probes import probes
+from curvd_server.linalg.random_probes import probes
 
 R = TypeVar("R")
 

@@ -13,7 +13,7 @@ from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.definition import Definition, Room
 from curvd_server.linalg.intervals import uncertainty
 from curvd_server.linalg.lanczos import Quadrature, quadratures
-from curvd_server.linalg.probes import probes
+from curvd_server.linalg.random_probes import probes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from curvd.errors import InvalidSpec
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.definition import Definition, Room
 from curvd_server.linalg.intervals import student_975
-from curvd_server.linalg.probes import probes
+from curvd_server.linalg.random_probes import probes
 from curvd_server.linalg.sampling import LEAST_SAMPLES, Target, vectors_of
 from curvd_server.linalg.sketch import Sketch
 from curvd_server.linalg.vectors import norms

@@ -15,7 +15,7 @@ from curvd_server.linalg.definition import Definition, Room
 from curvd_server.linalg.intervals import Mean, mean_of, widened
 from curvd_server.linalg.lanczos import quadratures
 from curvd_server.linalg.low_rank import LowRank, Preconditioner
-from curvd_server.linalg.probes import probes
+from curvd_server.linalg.random_probes import probes
 from curvd_server.linalg.sampling import LEAST_SAMPLES, Estimate, Target
 
 

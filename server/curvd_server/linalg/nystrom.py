@@ -17,7 +17,7 @@ from curvd.contract import Distribution, Stop
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.block_krylov import factors
 from curvd_server.linalg.low_rank import LowRank
-from curvd_server.linalg.probes import probes
+from curvd_server.linalg.random_probes import probes
 from curvd_server.linalg.vectors import cross, norms
 
 _FIRST = 16

@@ -12,7 +12,7 @@ from torch import Tensor
 from curvd.contract import Distribution, Estimator, Stop
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.intervals import Mean, mean_of
-from curvd_server.linalg.probes import probes
+from curvd_server.linalg.random_probes import probes
 
 LEAST_SAMPLES = 10
 """Below this many samples a standard error is too rough to stop on."""

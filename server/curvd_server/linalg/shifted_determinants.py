@@ -14,7 +14,7 @@ from curvd.contract import Distribution, Stop
 from curvd_server.linalg.base import Products, Query
 from curvd_server.linalg.intervals import mean_of
 from curvd_server.linalg.lanczos import Quadrature, quadratures
-from curvd_server.linalg.probes import probes
+from curvd_server.linalg.random_probes import probes
 from curvd_server.linalg.whole import matrix
 
 _DENSE = 4096

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvd.contract import Distribution
 from curvd_server.linalg.base import Products
-from curvd_server.linalg.probes import probes
+from curvd_server.linalg.random_probes import probes
 from curvd_server.linalg.vectors import dots, norms, orthogonalise
 
 _CHECKS = 1 << 32
