@@ -26,9 +26,7 @@ from curvd._calls import (
     Progress,
     Tensors,
     TensorStream,
-    Values,
     requests,
-    updates,
     upload,
 )
 from curvd._transport import AsyncConnection
@@ -51,7 +49,7 @@ from curvd.contract import (
 )
 from curvd.errors import SessionNotFound, VectorNotFound
 from curvd.exported import ExportedModel, prepare
-from curvd.parameters import exportable
+from curvd.parameters import Values, exportable, updates
 from curvd.remote import (
     Algebra,
     AsyncAsks,

@@ -12,7 +12,6 @@ from curvd._calls.query import Observe, QueryCall
 from curvd._calls.query_answer import Answer
 from curvd._calls.query_requests import Queries
 from curvd._calls.tensor_stream import OWN_TYPE, TensorStream
-from curvd._calls.updates import Values
 from curvd._calls.upload import Progress, Tensors
 
 __all__ = [
@@ -26,5 +25,4 @@ __all__ = [
     "QueryCall",
     "TensorStream",
     "Tensors",
-    "Values",
 ]

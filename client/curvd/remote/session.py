@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curvd._calls import Progress, Values, requests, updates, upload
+from curvd._calls import Progress, requests, upload
 from curvd._transport import Connection
 from curvd.contract import (
     DatasetInfo,
@@ -23,6 +23,7 @@ from curvd.contract import (
     Tier,
 )
 from curvd.errors import SessionNotFound, VectorNotFound
+from curvd.parameters import Values, updates
 from curvd.remote.asking import Asks
 from curvd.remote.jacobian import Jacobian
 from curvd.remote.operator import RemoteOperator

@@ -10,11 +10,15 @@ import threading
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from typing import Any, TypeAlias, TypeVar
 
-from curvd import parameters
 from curvd._calls.base import Call, Unary
 from curvd._calls.upload import Blob, Progress, Upload, blob_of
 from curvd.contract import RPCS, SessionInfo
 from curvd.errors import InvalidSpec
+from curvd.parameters.copies import copied
+from curvd.parameters.names import plain_names
+from curvd.parameters.shards import Ranks, own_boxes, sharded
+from curvd.parameters.steps import between_steps
+from curvd.parameters.wrappers import state_of
 from curvd.tensors import Box, to_numpy
 from curvd.v1 import session_service_pb2 as session_pb
 
@@ -71,19 +75,19 @@ def _steps(
     copy: bool,
     asking: int,
 ) -> Steps[Version]:
-    values = parameters.state_of(values)
+    values = state_of(values)
     if not isinstance(values, Mapping):
         return (yield from _sent(header, blob_of(values), progress))
-    names = parameters.plain_names(values, set(session.layout.names))
+    names = plain_names(values, set(session.layout.names))
     plain = {names[name]: value for name, value in values.items()}
-    shards = parameters.sharded(plain)
+    shards = sharded(plain)
     if not shards:
         blob = _copied(plain, {}, copy=copy, asking=asking)
         return (yield from _sent(header, blob, progress))
-    ranks = parameters.Ranks(shards.values())
+    ranks = Ranks(shards.values())
     digest, failure = "", None
     try:
-        own, boxes = parameters.own_boxes(plain, shards, is_first=ranks.is_first)
+        own, boxes = own_boxes(plain, shards, is_first=ranks.is_first)
         if own:
             part = session_pb.UpdateParametersHeader(
                 session_id=session.id, as_part=True
@@ -99,7 +103,7 @@ def _steps(
 
 
 def _committed(
-    header: session_pb.UpdateParametersHeader, ranks: parameters.Ranks
+    header: session_pb.UpdateParametersHeader, ranks: Ranks
 ) -> Steps[Version]:
     """Have the first rank commit, and all of them hear of it."""
     version: Version = 0, ""
@@ -126,8 +130,8 @@ def _copied(
 ) -> Blob:
     if not copy:
         return blob_of(values, to_numpy, boxes)
-    with parameters.between_steps(asking):
-        return blob_of(values, parameters.copied, boxes)
+    with between_steps(asking):
+        return blob_of(values, copied, boxes)
 
 
 def _sent(
