@@ -60,7 +60,9 @@ def session(channel):
 
 def version_of(channel, session):
     request = session_pb.GetSessionRequest(session_id=session.id)
-    return raw.call(channel, "GetSession", request).session
+    session = raw.call(channel, "GetSession", request).session
+    session.ClearField("expire_time")  # every call renews the lease
+    return session
 
 
 def keep(channel, session, *parts):

@@ -59,11 +59,6 @@ class OffInOneBlock:
 def test_a_mode_that_is_off_in_one_block_is_refused_by_name(problem, monkeypatch):
     monkeypatch.setitem(linearize.MODES, "program", OffInOneBlock)
     spec = one_block_per_tensor(problem)
-    found = plan._compared(
-        problem,
-        spec,
-        verify.Reference(problem, spec),
-        plan.Plan("program"),
-        verify.Evidence(0.0, 0.0, ()),
-    )
-    assert found.wrong == ("4.weight",)
+    mode = plan.Plan("program")
+    plainer = plan._plainer(verify.Reference(problem, spec), mode)
+    assert plan.disagreements_of(problem, spec, mode, plainer) == ("4.weight",)
