@@ -8,6 +8,12 @@ CONTAINERS ?=
 
 # Where tests are that compute on other devices than the CPU (tests/support/places.py).
 OFF_THE_CPU = tests/device tests/engine tests/linalg tests/watching
+# Where tests talk to a whole server (tests/conftest.py: live_target), which may have workers.
+OF_A_SERVER = -m 'not gpu and not standin' -n 2 --dist loadfile tests/cli/test_cli.py \
+	tests/end_to_end/test_errors_over_the_wire.py tests/end_to_end/test_operator_algebra.py \
+	tests/end_to_end/test_params.py tests/end_to_end/test_several_outputs.py \
+	tests/end_to_end/test_weight_decay.py tests/service/test_gradient_norms.py \
+	tests/service/test_influence.py tests/service/test_systems.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test standin-test gpu-test gpu-check lint types proto proto-check docs hooks release-check image-test bench big-test storm-net storm-workers ray-test workers-test soak fuzz fuzz-http2 fuzz-modules cases clean
