@@ -42,7 +42,7 @@ def read(root, name):
 
 @pytest.fixture
 def root(tmp_path):
-    folder = tmp_path / "root"
+    folder = tmp_path / "held"
     (folder / "run").mkdir(parents=True)
     save_file({"a": A, "b": B}, folder / "run" / "one.safetensors")
     return folder
@@ -86,7 +86,7 @@ def test_without_an_index_a_folder_is_all_of_its_files(root, sharded):
     [
         "",
         "..",
-        "../root/run/one",
+        "../held/run/one",
         "run/../run/one",
         "/etc/passwd",
         "run//one",
