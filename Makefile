@@ -16,7 +16,7 @@ OF_A_SERVER = -m 'not gpu and not standin' -n 2 --dist loadfile tests/cli/test_c
 	tests/service/test_influence.py tests/service/test_systems.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test standin-test gpu-test gpu-check lint types proto proto-check docs hooks release-check image-test bench big-test storm-net storm-workers ray-test workers-test soak fuzz fuzz-http2 fuzz-modules cases clean
+.PHONY: help demo test standin-test gpu-test gpu-check lint types proto proto-check docs hooks release-check image-test bench big-test storm-net storm-server storm-workers ray-test workers-test soak fuzz fuzz-http2 fuzz-modules cases clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | column -t -s '	'
@@ -120,7 +120,10 @@ storm-workers: $(VENV)/dev.stamp ## workers killed and frozen beside clients, fo
 fuzz-http2: $(VENV)/dev.stamp ## strangers' bytes for HTTP/2, guided by coverage, for ten minutes
 	PYTHONPATH=tests $(BIN)/python tests/fuzz_http2.py
 
-soak: $(VENV)/dev.stamp ## mixed load with faults for half an hour
+storm-server: $(VENV)/dev.stamp ## a server that is killed and attacked beside its users, for half an hour
+	PYTHONPATH=tests $(BIN)/python tests/storm_server.py
+
+soak: $(VENV)/dev.stamp ## four callers on one server for half an hour: does what it holds stay the same?
 	PYTHONPATH=tests $(BIN)/python tests/soak.py
 
 fuzz-modules: $(VENV)/dev.stamp ## two thousand random modules against torch, in about an hour

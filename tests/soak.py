@@ -1,20 +1,20 @@
-"""Mixed load with faults for half an hour: errors, memory, descriptors.
+"""Half an hour of a team on one server, and whether what it holds stays the same.
 
-`make soak`: users of both transports register, open and close sessions, and multiply one
-and many columns, while strangers flood and hoard, and the server is killed (-9) now and
-then and started again on the same data. Every product is compared with NumPy. Exits with
-1 if a result is wrong, an error is none that a user may see, or memory or descriptors
-grow while one server lives.
+`make soak`: four callers with tokens and quotas open and close sessions, multiply, ask
+queries, update, upload, store and delete, give up products and uploads in the middle, are in
+a hurry, go beyond their quotas, and come with wrong credentials (`support/team.py`). All
+numbers are compared with NumPy's. Meanwhile it is looked at what the server's process, its
+children, its data directory and the clients' process hold. Prints one table; exits with 1 if
+a number is wrong, an error is none that a user may see, something is left when all is
+deleted, or something grows faster than its limit (`LIMITS`).
 
-What a process holds goes up and down with a thousand hoarders, and the allocator keeps
-what was freed for up to a minute. So the least of two halves of a life is compared, each
-as long as all attacks together: in both every attack begins and ends.
+Beside floods, and with a server that is killed: `make storm-server`.
 """
 
 import argparse
-import itertools
+import contextlib
 import logging
-import random
+import os
 import signal
 import socket
 import subprocess
@@ -22,154 +22,182 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections import Counter
 from pathlib import Path
 
-import hostile
-import numpy as np
-import storm_net
+from prometheus_client.parser import text_string_to_metric_families
+from support import team
+from support.flatness import Watch
 
 import curvd
+from curvd_server.transport import token_file
 
-FORGIVEN = (curvd.Unavailable, curvd.ResourceExhausted, curvd.DeadlineExceeded)
-WARM_S = 60.0
-"""Memory is not looked at before: caches fill, and libraries are loaded."""
-ATTACK_S = 5
-HALF_S = 190.0
-"""All attacks, one after the other, on a machine that does other things, too."""
-LIFE_S = WARM_S + 2 * HALF_S
-"""Time until a server is killed."""
-MOST_MB = 24
-MOST_DESCRIPTORS = 8
-"""What two looks at the same state may differ by: a user connects, or none does."""
-POINTS, INPUTS = 64, 8
-
-
-class Load:
-    """What users do until the end."""
-
-    def __init__(self, target, end_s):
-        self.target, self.end_s = target, end_s
-        self.done, self.wrong = Counter(), Counter()
-
-    def user(self, number):
-        """One of them: sessions come and go."""
-        rng = np.random.default_rng(number)
-        transport = ("direct", "grpcio")[number % 2]
-        config = curvd.ClientConfig(token=storm_net.TOKEN, transport=transport)
-        while time.monotonic() < self.end_s:
-            try:
-                with curvd.connect(self.target, config=config) as client:
-                    self.session(client, rng)
-            except FORGIVEN as error:
-                self.done[type(error).__name__] += 1
-            except Exception as error:
-                self.wrong[f"{type(error).__name__}: {str(error)[:200]}"] += 1
-
-    def session(self, client, rng):
-        """Least squares of a linear layer, whose Hessian NumPy knows."""
-        x = rng.standard_normal((POINTS, INPUTS))
-        points = {"x": x, "y": rng.standard_normal((POINTS, 1))}
-        config = {"activation": "tanh", "widths": [INPUTS, 1]}
-        state = {"1.weight": rng.standard_normal((1, INPUTS)), "1.bias": np.zeros(1)}
-        model = client.register_model("mlp", config, state)
-        data = client.register_dataset(
-            points, inputs=["x"], target="y", batch_size=POINTS
-        )
-        wide = np.hstack([x, np.ones((POINTS, 1))])
-        truth = 2 * wide.T @ wide / POINTS
-        with client.create_session(model, data, loss="mse", dtype="F64") as session:
-            operator = session.hessian()
-            for _ in range(int(rng.integers(5, 60))):
-                if time.monotonic() >= self.end_s:
-                    return
-                v = rng.standard_normal((INPUTS + 1, int(rng.integers(1, 40))))
-                if not np.allclose(operator @ v, truth @ v, atol=1e-8):
-                    self.wrong["a product differs from NumPy's"] += 1
-                self.done["products"] += 1
+NAMES = ("alice", "bob", "carol", "olga")
+OPERATOR = "olga"
+WARM_S = 300.0
+"""Caches fill, libraries are loaded, plans are learned."""
+PERIOD_S = 60.0
+"""The least of each counts: what malloc keeps goes back once a minute."""
+LIMITS = {
+    "server, MB": 40.0,
+    "its children, MB": 40.0,
+    "descriptors": 8.0,
+    "threads": 4.0,
+    "children": 2.0,
+    "data directory, MB": 20.0,
+    "clients, MB": 100.0,
+}
+"""How much each may grow in an hour."""
+PATIENCE_S = 90.0
+"""Until what was given up is gone when all have left."""
+SCRAPE_S = 5.0
 
 
-def strangers(target, end_s):
-    """One attack after the other."""
-    names = itertools.cycle([*hostile.FLOODS, *hostile.HOARDS])
+@contextlib.contextmanager
+def serving(folder, tokens, place):
+    """A server in a process of its own: its target, and its process."""
+    lines = [
+        token_file.line_of(name, token)
+        + (" roles=operator" if name == OPERATOR else "")
+        + (" expires=2020-01-01T00:00:00Z" if name == "expired" else "")
+        for name, token in tokens.items()
+    ]
+    for name, text in (
+        ("tokens", "\n".join(lines) + "\n"),
+        ("quotas.toml", team.QUOTAS),
+    ):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o600)
+    code = "from curvd.cli.commands import main; main()"
+    command = [sys.executable, "-c", code, "serve", "--listen", "127.0.0.1:0"]
+    command += ["--data-dir", folder / "data", "--metrics", place]
+    command += ["--tokens", folder / "tokens", "--quotas", folder / "quotas.toml"]
+    with open(folder / "log", "ab") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+    try:
+        yield process.stdout.readline().decode().split()[-1], process
+    finally:
+        process.terminate()
+        process.wait(90)
+
+
+def scrape(place):
+    """All samples as Prometheus reads them: by name and labels."""
+    with urllib.request.urlopen(f"http://{place}/metrics", timeout=60) as answer:
+        text = answer.read().decode()
+    return {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def left_behind(target, token, folder):
+    """What is still held when everybody has left; nothing, if all is well."""
+    end_s, found = time.monotonic() + PATIENCE_S, {}
     while time.monotonic() < end_s:
-        command = [sys.executable, hostile.__file__, next(names), target]
-        command += [str(random.choice([1, 5])), str(ATTACK_S)]
-        subprocess.run(command, check=False)
+        with curvd.connect(target, token=token) as client:
+            status = client.server_info().status
+            found = {
+                "sessions": len(client.sessions()),
+                "calls under way": status.calls_under_way - 1,  # this one
+                "requests in the queue": status.queue_requests,
+                "columns under way": status.queue_columns,
+                "blobs": len(list((folder / "data/blobs").glob("*"))),
+            }
+        found = {what: count for what, count in found.items() if count}
+        if not found:
+            return found
+        time.sleep(1.0)
+    return found
 
 
-def lives(target, folder, end_s):
-    """Run servers one after the other; yield what each held: seconds of it, and what."""
-    while time.monotonic() < end_s:
-        with storm_net.serving("direct", folder, None, listen=target) as (_, process):
-            start_s, seen = time.monotonic(), []
-            until = min(end_s, start_s + LIFE_S)
-            while time.monotonic() < until:
-                time.sleep(2.0)
-                seen.append((time.monotonic() - start_s, storm_net.held(process)))
-            if time.monotonic() < end_s:
-                process.kill()
-        if seen:
-            yield seen
+def uncounted(place, people):
+    """What the server's metrics have counted less of than was done; nothing, if well."""
+    found = scrape(place)
+    done = sum((person.done for person in people), Counter())
+    counted = {
+        "products": found["curvd_products_total",],
+        "Unauthenticated: nobody's token": found.get(
+            ("curvd_dropped_total", "unauthenticated"), 0.0
+        ),
+    }
+    return {what: n for what, n in counted.items() if n < done[what]}
 
 
-def least(seen, begin_s, end_s):
-    """Descriptors and MB that were held at least in a part of a life; None: too short."""
-    if not seen or seen[-1][0] < end_s - ATTACK_S:
-        return None
-    held = [now for at_s, now in seen if begin_s <= at_s < end_s]
-    return tuple(map(min, zip(*held, strict=True)))
+def scraping(place, until, failed):
+    """Scrape as Prometheus does, until the end."""
+    while not until():
+        try:
+            scrape(place)
+        except OSError as error:
+            failed[f"a scrape: {error}"] += 1
+        time.sleep(SCRAPE_S)
 
 
-def grown(lives_seen):
-    """Print what each server held; return what one grew by at most."""
-    most = [0, 0.0]
-    for seen in lives_seen:
-        early = least(seen, WARM_S, WARM_S + HALF_S)
-        late = least(seen, WARM_S + HALF_S, LIFE_S)
-        peak = [max(p) for p in zip(*(now for _, now in seen), strict=True)]
-        print(
-            f"{seen[-1][0]:.0f} s: at most {peak[0]} descriptors, {peak[1]:.0f} MB;",
-            end=" ",
-        )
-        if late is None:
-            print("too short to be compared")
-            continue
-        print(f"at least {early[0]}, {early[1]:.1f}, then {late[0]}, {late[1]:.1f}")
-        most = [max(m, b - a) for m, a, b in zip(most, early, late, strict=True)]
-    return most
+def free_place():
+    """A place that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def done_table(people):
+    """Lines of a table: what each has done."""
+    whats = sorted(set().union(*(person.done for person in people)))
+    names = [person.name for person in people]
+    return [
+        f"| done | {' | '.join(names)} |",
+        "| --- |" + " --- |" * len(names),
+        *(
+            f"| {what} | {' | '.join(str(person.done[what]) for person in people)} |"
+            for what in whats
+        ),
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--users", type=int, default=4)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server ends with us
     logging.getLogger("curvd").setLevel(logging.ERROR)  # not each retry
-    end_s = time.monotonic() + 60 * options.minutes
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        target = f"127.0.0.1:{free.getsockname()[1]}"
-    load = Load(target, end_s)
+    tokens = {name: token_file.new_token() for name in (*NAMES, "expired")}
+    strangers = [tokens["expired"], token_file.new_token()]
+    others, failed, place = {}, Counter(), free_place()
     with tempfile.TemporaryDirectory() as name:
-        threads = [
-            threading.Thread(target=load.user, args=(number,), daemon=True)
-            for number in range(options.users)
-        ]
-        stranger = threading.Thread(target=strangers, args=(target, end_s), daemon=True)
-        threads.append(stranger)
-        for thread in threads:
-            thread.start()
-        seen = list(lives(target, Path(name), end_s))
-        for thread in threads:
-            thread.join()
-        log = (Path(name) / "direct.log").read_text()
+        folder = Path(name)
+        with serving(folder, tokens, place) as (target, process):
+            until = team.over_at(time.monotonic() + 60 * options.minutes)
+            people = [
+                team.Person(
+                    target, who, tokens[who], strangers, others, until, who == OPERATOR
+                )
+                for who in NAMES
+            ]
+            acts = [person.run for person in people]
+            acts.append(lambda: scraping(place, until, failed))
+            threads = [threading.Thread(target=act, daemon=True) for act in acts]
+            with Watch(process.pid, folder / "data") as watch:
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            left = left_behind(target, tokens[OPERATOR], folder)
+            less = uncounted(place, people)
+        log = (folder / "log").read_text()
     defects = log.count('"event": "defect"') + log.count("never retrieved")
-    print(dict(load.done), "wrong:", dict(load.wrong), "defects:", defects)
-    descriptors, megabytes = grown(seen)
-    print(f"grown by {descriptors} descriptors and {megabytes:.1f} MB in one life")
-    too_much = descriptors > MOST_DESCRIPTORS or megabytes > MOST_MB
-    return int(bool(load.wrong) or defects > 0 or too_much)
+    wrong = sum((person.wrong for person in people), failed)
+    lines, missed = watch.table(WARM_S, PERIOD_S, LIMITS)
+    load = ", ".join(f"{number:.0f}" for number in os.getloadavg())
+    print(
+        f"{options.minutes:g} minutes, the first {WARM_S:g} s not counted; load {load}"
+    )
+    print("\n".join([*lines, "", *done_table(people)]))
+    print(f"wrong: {dict(wrong)}; defects: {defects}; left: {left}; uncounted: {less}")
+    print("grew too fast, or not known:", ", ".join(missed) or "nothing")
+    return int(bool(wrong or defects or left or less or missed))
 
 
 if __name__ == "__main__":
