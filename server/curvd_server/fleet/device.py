@@ -33,14 +33,13 @@ from curvd.errors import InvalidSpec
 from curvd_server.device.protocols import Array, Counted
 from curvd_server.device.torch_device import TorchDevice, TorchProblem
 from curvd_server.engine import Memory
-from curvd_server.engine.objective import never
 from curvd_server.fleet import messages
 from curvd_server.fleet.fleet import Fleet
 from curvd_server.fleet.operator import FleetOperator, added
 from curvd_server.fleet.seats import OperatorEntry, ProblemEntry, Request
 from curvd_server.fleet.shards import cut, deal
 from curvd_server.storage import Architecture
-from curvd_server.system import Poll
+from curvd_server.system import Poll, given_up
 
 Arrays = Mapping[str, Array]
 
@@ -163,7 +162,7 @@ class FleetDevice:
             # A worker that is lost between the two steps is to find it in its place.
             frames = self.fleet.all(
                 {rank: entry.request(rank) for rank in entry.deal},
-                cancelled=never,
+                cancelled=given_up,
                 register=lambda: registry.add_problem(entry),
             )
             answers = [frames[rank].message for rank in sorted(frames)]
@@ -177,7 +176,7 @@ class FleetDevice:
             normalise = messages.Normalise(problem=number, counted=total)
             self.fleet.all(
                 dict.fromkeys(entry.deal, Request(normalise)),
-                cancelled=never,
+                cancelled=given_up,
                 register=lambda: registry.add_problem(whole),
             )
         return FleetProblem(self, whole, loaded[0], counted)
@@ -294,7 +293,7 @@ class FleetProblem:
         with forgotten_on_error(self.fleet, messages.Close(problems=(number,))):
             self.fleet.all(
                 requests,
-                cancelled=never,
+                cancelled=given_up,
                 register=lambda: self.fleet.registry.add_problem(entry),
             )
         return FleetProblem(self._device, entry, self._loaded, self._counted)
@@ -388,7 +387,7 @@ class FleetProblem:
         with forgotten_on_error(self.fleet, messages.Close(operators=(number,))):
             self.fleet.all(
                 dict.fromkeys(entry.ranks, Request(follow)),
-                cancelled=never,
+                cancelled=given_up,
                 register=lambda: self.fleet.registry.add_operator(entry),
             )
         moved = FleetOperator(self, spec, entry, operator.report, mixes=operator.mixes)

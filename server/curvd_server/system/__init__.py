@@ -12,7 +12,14 @@ from curvd_server.system.activities import (
     advance,
     enter_stage,
 )
-from curvd_server.system.cooperative import LongWork, Poll, Threads, alone, yield_point
+from curvd_server.system.cooperative import (
+    LongWork,
+    Poll,
+    Threads,
+    alone,
+    given_up,
+    yield_point,
+)
 from curvd_server.system.cores import is_quiet, usable_cores, waited_s
 from curvd_server.system.faults import FREE_SOME, is_out_of_memory, told
 from curvd_server.system.garbage import (
@@ -71,6 +78,7 @@ __all__ = [
     "collect_if_due",
     "default_bytes",
     "enter_stage",
+    "given_up",
     "is_out_of_memory",
     "is_quiet",
     "logger",

@@ -121,23 +121,24 @@ class LongWork(Generic[T]):
         Raises:
             Cancelled: If nobody wants the work any more.
         """
-        if self._poll():
+        if self.is_given_up():
             msg = "the caller gave up; the work stopped between two steps"
             raise Cancelled(msg)
+
+    def is_given_up(self) -> bool:
+        """Pause if somebody waits; then say whether nobody wants the work any more."""
+        if self._gives_way():
+            self.pause()
+        return self._stopped()
 
     def pause(self) -> None:
         """Hand control back, until the work is resumed."""
         self._back.put(False)
         self._go.get()
 
-    def _poll(self) -> bool:
-        if self._gives_way():
-            self.pause()
-        return self._stopped()
-
     def _run(self) -> None:
         _here.work = self
-        self._finish(self._poll)
+        self._finish(self.is_given_up)
         _here.work = None
 
     def _finish(self, poll: Poll) -> None:
@@ -156,6 +157,18 @@ def yield_point() -> None:
     work: LongWork[object] | None = getattr(_here, "work", None)
     if work is not None:
         work.yield_point()
+
+
+def given_up() -> bool:
+    """Let others go first, if this thread does long work, and say whether nobody wants it.
+
+    For work that is waited for elsewhere, and has to be stopped there.
+
+    Returns:
+        Whether to stop; False on a thread that does no long work.
+    """
+    work: LongWork[object] | None = getattr(_here, "work", None)
+    return work is not None and work.is_given_up()
 
 
 @contextlib.contextmanager
