@@ -42,11 +42,10 @@ def upload(data, *, digest=None, total_bytes=None, offset=0):
     )
 
 
-def register_model(channel, builder, config_json, data, *, announced=None):
+def register_model(channel, builder, config_json, data, *, announced=None, **fields):
     """Register a model, bytes included."""
-    header = session_pb.RegisterModelHeader(
-        builder=builder, config_json=config_json, state=announced or upload(data)
-    )
+    fields = {"builder": builder, "config_json": config_json} | fields
+    header = session_pb.RegisterModelHeader(state=announced or upload(data), **fields)
     first = session_pb.RegisterModelRequest(header=header)
     return call(channel, "RegisterModel", [first, *wire.pieces(memoryview(data))])
 

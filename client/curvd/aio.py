@@ -14,7 +14,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -22,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curvd._calls import (
+    Call,
     ObserveOpening,
     Progress,
     Tensors,
@@ -268,10 +276,22 @@ class AsyncClient:
 
     async def sessions(self) -> list[SessionInfo]:
         """List the sessions, oldest first."""
-        found, token = await self._connection.run(requests.list_sessions(""))
+        return await self._all(requests.list_sessions)
+
+    async def models(self) -> list[ModelInfo]:
+        """List the models on the server, oldest first. See `curvd.Client`."""
+        return await self._all(requests.list_models)
+
+    async def datasets(self) -> list[DatasetInfo]:
+        """List the datasets on the server, oldest first. See `curvd.Client`."""
+        return await self._all(requests.list_datasets)
+
+    async def _all(self, page: Callable[[str], Call[requests.Page[T]]]) -> list[T]:
+        """Ask for page after page."""
+        found, token = await self._connection.run(page(""))
         while token:
-            page, token = await self._connection.run(requests.list_sessions(token))
-            found += page
+            more, token = await self._connection.run(page(token))
+            found += more
         return found
 
     async def delete_model(self, model: ModelInfo | str) -> None:

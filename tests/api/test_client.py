@@ -135,6 +135,22 @@ def test_sessions_are_found_listed_page_by_page_and_renewed(client, service):
     assert made[1].refresh().expire_time_s == 10.0
 
 
+def test_models_and_datasets_are_listed_page_by_page(client, service):
+    service.page_size = 2
+    models = [
+        client.register_model("mlp", {"widths": [8, n]}, STATE) for n in (1, 2, 3)
+    ]
+    data = {"x": np.ones((4, 8)), "y": np.zeros(4)}
+    datasets = [
+        client.register_dataset(
+            {**data, "x": data["x"] * n}, inputs="x", target="y", batch_size=2
+        )
+        for n in (1, 2, 3)
+    ]
+    assert client.models() == models
+    assert client.datasets() == datasets
+
+
 def test_a_with_block_deletes_its_session(client, service):
     with client.create_session("m", "d", loss="mse"):
         assert len(service.sessions) == 1

@@ -39,6 +39,8 @@ RULES = {
     "DeleteModel": ModelNotFound,
     "DeleteDataset": DatasetNotFound,
     "ListSessions": "own",
+    "ListModels": "own",
+    "ListDatasets": "own",
     "GetServerInfo": "open",
     **dict.fromkeys(
         [
@@ -132,6 +134,13 @@ def refused(requests, name, change=lambda message: None):
     return caught.value
 
 
+def registered(channel):
+    """What a caller has listed: models and datasets."""
+    models = raw.call(channel, "ListModels", session_pb.ListModelsRequest()).models
+    asked = session_pb.ListDatasetsRequest()
+    return list(models), list(raw.call(channel, "ListDatasets", asked).datasets)
+
+
 def said(error, requests):
     """All that an error says, as if it were about things that never were."""
     text = f"{error} {sorted(error.metadata.items())} {error.retry_after_s}"
@@ -171,6 +180,11 @@ def test_no_rpc_reaches_what_belongs_to_somebody_else(serving):
             channels["alice"], "ListSessions", session_pb.ListSessionsRequest()
         ).sessions
         assert (listed.id, listed.owner, listed.version) == (mine.session, "alice", 1)
+        assert registered(channels["bob"]) == ([], [])
+        for what in registered(channels["alice"]):
+            assert [(one.owner, one.session_ids) for one in what] == [
+                ("alice", [mine.session])
+            ]
         raw.call(channels["bob"], "GetServerInfo", session_pb.GetServerInfoRequest())
 
 
@@ -288,6 +302,32 @@ def test_who_shares_a_session_uses_it_and_does_not_change_it(serving, names):
         with pytest.raises(SessionNotFound):
             raw.create(Requests(channels["bob"]).channel, "", "", shares_with="x")
         assert type(refused(by["olga"], "MatVec")) is PermissionDenied
+
+
+def test_lists_have_what_is_shared_and_name_nobody_elses_sessions(serving):
+    with serving() as channels:
+        mine = Requests(channels["alice"])
+        raw.register_model(
+            channels["alice"], "mlp", CONFIG, STATE, share_with=["bob", "@vision"]
+        )
+        his = raw.register_dataset(channels["bob"], POINTS).dataset.id
+        made = raw.create(channels["bob"], mine.model, his).id
+        seen = {
+            name: [
+                (model.id, list(model.session_ids), model.other_sessions)
+                for model in registered(channel)[0]
+            ]
+            for name, channel in channels.items()
+        }
+        assert seen == {
+            "alice": [(mine.model, [mine.session], 1)],
+            "bob": [(mine.model, [made], 0)],
+            "carol": [(mine.model, [], 0)],
+            "olga": [(mine.model, [mine.session, made], 0)],
+        }
+        owners = [dataset.owner for dataset in registered(channels["olga"])[1]]
+        assert owners == ["alice", "bob"]
+        assert [d.id for d in registered(channels["bob"])[1]] == [his]
 
 
 def test_vectors_and_results_in_a_shared_session_are_their_makers_own(serving):

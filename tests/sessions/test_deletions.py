@@ -1,6 +1,7 @@
 """Models and datasets go when nothing needs them, and never before."""
 
 import contextlib
+import json
 import threading
 
 import numpy as np
@@ -163,6 +164,18 @@ def test_the_command_line_lists_and_deletes(tmp_path):
         session = raw.create(channel, model, dataset, name="mine").id
         run = CliRunner().invoke(main, ["sessions", target])
         assert session in run.output and "'mine'" in run.output
+        for command, name, what in (
+            ("models", model, "'two' of 2 tensors, 0.000 MiB, "),
+            ("datasets", dataset, "N=4 B=4, 0.000 MiB, "),
+        ):
+            run = CliRunner().invoke(main, [command, target])
+            first, *rest = run.output.splitlines()
+            assert first == f"1 {command.removesuffix('s')}", run.output
+            assert rest[0].strip() == name and what in rest[1]
+            assert rest[1].endswith(f" old, needed by {session}")
+            run = CliRunner().invoke(main, [command, target, "--json"])
+            (facts,) = json.loads(run.output)
+            assert (facts["id"], facts["session_ids"]) == (name, [session])
         words = ["delete", target, "--model", model]
         refused = CliRunner().invoke(main, words)
         assert refused.exit_code == 1 and "delete the sessions first" in refused.output

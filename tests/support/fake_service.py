@@ -111,7 +111,7 @@ class FakeService:
         """(name, header, metadata) of every call, in order."""
         self.chunk_bytes = defaultdict(int)
         """Chunk bytes received, by RPC."""
-        self.sessions = {}
+        self.sessions, self.models, self.datasets = {}, {}, {}
         self.uploads = {}
         self.by_request = {}
         self.vectors = {}
@@ -155,7 +155,8 @@ class FakeService:
             tensors=_tensors(upload),
             state_bytes=header.state.total_bytes,
         )
-        yield session_pb.RegisterModelResponse(model=convert.model_to_proto(info))
+        model = self.models[info.id] = convert.model_to_proto(info)
+        yield session_pb.RegisterModelResponse(model=model)
 
     def RegisterDataset(self, parts):
         header = next(parts).header
@@ -183,7 +184,8 @@ class FakeService:
             data_points=len(upload[spec.target]),
             total_bytes=header.tensors.total_bytes,
         )
-        yield session_pb.RegisterDatasetResponse(dataset=convert.dataset_to_proto(info))
+        dataset = self.datasets[info.id] = convert.dataset_to_proto(info)
+        yield session_pb.RegisterDatasetResponse(dataset=dataset)
 
     def CreateSession(self, parts):
         request = next(parts)
@@ -236,13 +238,24 @@ class FakeService:
         yield session_pb.GetSessionResponse(session=convert.session_to_proto(info))
 
     def ListSessions(self, parts):
-        start = int(next(parts).page_token or 0)
-        infos = list(self.sessions.values())
-        stop = start + self.page_size
+        infos, after = self._page(self.sessions, next(parts).page_token)
         yield session_pb.ListSessionsResponse(
-            sessions=map(convert.session_to_proto, infos[start:stop]),
-            next_page_token=str(stop) if stop < len(infos) else "",
+            sessions=map(convert.session_to_proto, infos), next_page_token=after
         )
+
+    def _page(self, registered, start):
+        """Cut a list: what it has from there on, and where the next page begins."""
+        stop = int(start or 0) + self.page_size
+        after = str(stop) if stop < len(registered) else ""
+        return list(registered.values())[int(start or 0) : stop], after
+
+    def ListModels(self, parts):
+        page, after = self._page(self.models, next(parts).page_token)
+        yield session_pb.ListModelsResponse(models=page, next_page_token=after)
+
+    def ListDatasets(self, parts):
+        page, after = self._page(self.datasets, next(parts).page_token)
+        yield session_pb.ListDatasetsResponse(datasets=page, next_page_token=after)
 
     def RenewSession(self, parts):
         request = next(parts)

@@ -75,6 +75,8 @@ class Requests:
     def _ListSessions(self, message):
         message.page_size = 10
 
+    _ListModels = _ListDatasets = _ListSessions
+
     def _GetServerInfo(self, message):
         pass
 

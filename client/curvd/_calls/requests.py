@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf import wrappers_pb2
+from google.protobuf.message import Message
 
 from curvd._calls.base import Unary
 from curvd._calls.column_stream import ColumnStream
@@ -42,8 +43,10 @@ from curvd.tensors import NARROW, Array, Layout, Operand, arrange, vector_dtype
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import session_service_pb2 as session_pb
 
-Page = tuple[list[SessionInfo], str]
-"""Sessions, and the token of the next page; empty on the last."""
+T = TypeVar("T")
+
+Page = tuple[list[T], str]
+"""What a list names, and the token of the next page; empty on the last."""
 
 # grpc.health.v1 in terms of messages that protobuf ships: on the wire its request is
 # a string in field 1 and its response a small number in field 1.
@@ -381,15 +384,22 @@ def get_session(session_id: str) -> Unary[SessionInfo]:
     return Unary(RPCS["GetSession"], request, _session)
 
 
-def list_sessions(page_token: str) -> Unary[Page]:
+def list_sessions(page_token: str) -> Unary[Page[SessionInfo]]:
     """List one page of sessions."""
     request = session_pb.ListSessionsRequest(page_token=page_token, page_size=1000)
+    return _page("ListSessions", request, "sessions", convert.session_from_proto)
 
-    def read(response: session_pb.ListSessionsResponse) -> Page:
-        found = [convert.session_from_proto(m) for m in response.sessions]
-        return found, response.next_page_token
 
-    return Unary(RPCS["ListSessions"], request, read)
+def list_models(page_token: str) -> Unary[Page[ModelInfo]]:
+    """List one page of models."""
+    request = session_pb.ListModelsRequest(page_token=page_token, page_size=1000)
+    return _page("ListModels", request, "models", convert.model_from_proto)
+
+
+def list_datasets(page_token: str) -> Unary[Page[DatasetInfo]]:
+    """List one page of datasets."""
+    request = session_pb.ListDatasetsRequest(page_token=page_token, page_size=1000)
+    return _page("ListDatasets", request, "datasets", convert.dataset_from_proto)
 
 
 def renew_session(session_id: str, lease_s: float | None) -> Unary[SessionInfo]:
@@ -430,6 +440,16 @@ def server_info() -> Unary[infos.ServerInfo]:
 def healthy() -> Unary[bool]:
     """Ask the server's health service."""
     return Unary(_HEALTH, wrappers_pb2.StringValue(), lambda r: r.value == _SERVING)
+
+
+def _page(
+    rpc: str, request: Message, field: str, read: Callable[[Any], T]
+) -> Unary[Page[T]]:
+    return Unary(
+        RPCS[rpc],
+        request,
+        lambda r: ([read(one) for one in getattr(r, field)], r.next_page_token),
+    )
 
 
 def _session(response: Any) -> SessionInfo:

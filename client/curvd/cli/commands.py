@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,14 @@ import click
 from curvd.cli import bench, query_commands, top
 from curvd.cli.options import connection_options, json_option
 from curvd.config import VERSION, ClientConfig, RetryConfig, TlsConfig, Transport
-from curvd.contract import Activity, ServerInfo, SessionInfo, WorkerInfo
+from curvd.contract import (
+    Activity,
+    DatasetInfo,
+    ModelInfo,
+    ServerInfo,
+    SessionInfo,
+    WorkerInfo,
+)
 from curvd.errors import CurvdError, install
 from curvd.remote import connect
 
@@ -86,8 +94,7 @@ def info(target: str, as_json: bool, **options: Any) -> None:
             "server": dataclasses.asdict(server),
             "sessions": [dataclasses.asdict(s) for s in sessions],
         }
-        # What JSON cannot say is a graph; its digest names it, if there is one.
-        click.echo(json.dumps(facts, indent=2, default=lambda g: g.digest or None))
+        click.echo(_json(facts))
     else:
         lines = [
             *_server_lines(server),
@@ -104,11 +111,37 @@ def sessions(target: str, as_json: bool, **options: Any) -> None:
     """List the sessions that are yours or shared with you, oldest first."""
     with connect(target, config=_config(**options)) as client:
         found = client.sessions()
-    if as_json:
-        facts = [dataclasses.asdict(s) for s in found]
-        click.echo(json.dumps(facts, indent=2, default=lambda g: g.digest or None))
-    else:
-        click.echo("\n".join(_session_lines(found)))
+    _list(found, _session_lines(found), as_json)
+
+
+@main.command()
+@connection_options
+@json_option
+def models(target: str, as_json: bool, **options: Any) -> None:
+    """List the models that are yours or shared with you, and what needs them."""
+    with connect(target, config=_config(**options)) as client:
+        found = client.models()
+    lines = [f"{len(found)} model{'s' * (len(found) != 1)}"]
+    for model in found:
+        made = repr(model.spec.builder) if model.spec.builder else "graph"
+        what = f"{made} of {len(model.tensors)} tensors"
+        lines += _resource_lines(model, what, model.state_bytes)
+    _list(found, lines, as_json)
+
+
+@main.command()
+@connection_options
+@json_option
+def datasets(target: str, as_json: bool, **options: Any) -> None:
+    """List the datasets that are yours or shared with you, and what needs them."""
+    with connect(target, config=_config(**options)) as client:
+        found = client.datasets()
+    lines = [f"{len(found)} dataset{'s' * (len(found) != 1)}"]
+    for dataset in found:
+        name = f"{dataset.name!r} " if dataset.name else ""
+        what = f"{name}N={dataset.data_points} B={dataset.spec.batch_size}"
+        lines += _resource_lines(dataset, what, dataset.total_bytes)
+    _list(found, lines, as_json)
 
 
 @main.command()
@@ -292,6 +325,41 @@ def _activity_lines(activities: Sequence[Activity]) -> list[str]:
             f"  {a.work}{subject} of {session}: {a.progress}, {a.elapsed_s:.1f} s"
         )
     return lines
+
+
+def _list(found: Sequence[Any], lines: Sequence[str], as_json: bool) -> None:
+    if as_json:
+        click.echo(_json([dataclasses.asdict(one) for one in found]))
+    else:
+        click.echo("\n".join(lines))
+
+
+def _json(facts: Any) -> str:
+    # What JSON cannot say is a graph; its digest names it, if there is one.
+    return json.dumps(facts, indent=2, default=lambda graph: graph.digest or None)
+
+
+def _resource_lines(
+    info: ModelInfo | DatasetInfo, what: str, size_bytes: int
+) -> list[str]:
+    age = "of unknown age"
+    if info.create_time_s is not None:
+        age = f"{_duration(time.time() - info.create_time_s)} old"
+    whose = f", of {info.owner}" if info.owner else ""
+    users = [*info.session_ids]
+    users += [f"{info.other_sessions} of others"] if info.other_sessions else []
+    return [
+        f"  {info.id}",
+        f"    {what}, {size_bytes / 2**20:.3f} MiB, {age}{whose}, "
+        f"needed by {', '.join(users) or 'no session'}",
+    ]
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} seconds"
 
 
 def _session_lines(sessions: list[SessionInfo]) -> list[str]:

@@ -216,6 +216,11 @@ def model_to_proto(model: infos.ModelInfo) -> session_pb.Model:
         graph_digest=model.graph_digest,
         owner=model.owner,
         shared_with=model.shared_with,
+        create_time=(
+            None if model.create_time_s is None else _timestamp(model.create_time_s)
+        ),
+        session_ids=model.session_ids,
+        other_sessions=model.other_sessions,
     )
 
 
@@ -231,6 +236,9 @@ def model_from_proto(message: session_pb.Model) -> infos.ModelInfo:
         graph_digest=message.graph_digest,
         owner=message.owner,
         shared_with=tuple(message.shared_with),
+        create_time_s=_seconds(message, "create_time"),
+        session_ids=tuple(message.session_ids),
+        other_sessions=message.other_sessions,
     )
 
 
@@ -248,6 +256,11 @@ def dataset_to_proto(dataset: infos.DatasetInfo) -> session_pb.Dataset:
         name=dataset.name,
         owner=dataset.owner,
         shared_with=dataset.shared_with,
+        create_time=(
+            None if dataset.create_time_s is None else _timestamp(dataset.create_time_s)
+        ),
+        session_ids=dataset.session_ids,
+        other_sessions=dataset.other_sessions,
     )
 
 
@@ -262,6 +275,9 @@ def dataset_from_proto(message: session_pb.Dataset) -> infos.DatasetInfo:
         name=message.name,
         owner=message.owner,
         shared_with=tuple(message.shared_with),
+        create_time_s=_seconds(message, "create_time"),
+        session_ids=tuple(message.session_ids),
+        other_sessions=message.other_sessions,
     )
 
 
@@ -320,7 +336,6 @@ def session_to_proto(info: infos.SessionInfo) -> session_pb.Session:
 
 def session_from_proto(message: session_pb.Session) -> infos.SessionInfo:
     """Convert a session."""
-    expires = message.HasField("expire_time")
     return infos.SessionInfo(
         id=message.id,
         name=message.name,
@@ -342,7 +357,7 @@ def session_from_proto(message: session_pb.Session) -> infos.SessionInfo:
         ),
         state=convert_enums.state_from_proto(message.state),
         create_time_s=message.create_time.ToNanoseconds() / 1e9,
-        expire_time_s=message.expire_time.ToNanoseconds() / 1e9 if expires else None,
+        expire_time_s=_seconds(message, "expire_time"),
         params=tuple(message.params),
         plan=convert_enums.tier_from_proto(message.plan),
         parameters_of=message.parameters_of,
@@ -439,3 +454,8 @@ def _timestamp(seconds: float) -> timestamp_pb2.Timestamp:
     stamp = timestamp_pb2.Timestamp()
     stamp.FromNanoseconds(round(seconds * 1e9))
     return stamp
+
+
+def _seconds(message: Message, name: str) -> float | None:
+    stamp = _optional(message, name)
+    return None if stamp is None else stamp.ToNanoseconds() / 1e9

@@ -67,6 +67,12 @@ class ModelInfo:
     """Name of the caller whose it is; empty: nobody's in particular."""
     shared_with: tuple[str, ...] = ()
     """Other callers who may use it: names, and groups behind an "@"."""
+    create_time_s: float | None = None
+    """When it was registered, in seconds since the epoch; None: nobody took note."""
+    session_ids: tuple[str, ...] = ()
+    """Sessions that needed it at that moment, as far as the caller sees them."""
+    other_sessions: int = 0
+    """How many more did; told to whoever may delete it."""
 
     def __repr__(self) -> str:
         made = repr(self.spec.builder) if self.spec.builder else "graph"
@@ -92,6 +98,12 @@ class DatasetInfo:
     """Name of the caller whose it is; empty: nobody's in particular."""
     shared_with: tuple[str, ...] = ()
     """Other callers who may use it: names, and groups behind an "@"."""
+    create_time_s: float | None = None
+    """When it was registered, in seconds since the epoch; None: nobody took note."""
+    session_ids: tuple[str, ...] = ()
+    """Sessions that needed it at that moment, as far as the caller sees them."""
+    other_sessions: int = 0
+    """How many more did; told to whoever may delete it."""
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{t.name} {list(t.shape)}" for t in self.tensors)

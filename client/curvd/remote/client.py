@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-from curvd._calls import ObserveOpening, Progress, Tensors, requests, upload
+from curvd._calls import Call, ObserveOpening, Progress, Tensors, requests, upload
 from curvd._transport import Connection
 from curvd.config import ClientConfig, Pem, TlsConfig
 from curvd.contract import (
@@ -27,6 +27,8 @@ from curvd.exported import ExportedModel, prepare
 from curvd.parameters import exportable
 from curvd.remote.progress import ClientStages, opening, shown
 from curvd.remote.session import Session
+
+T = TypeVar("T")
 
 
 def connect(
@@ -410,10 +412,40 @@ class Client:
             >>> session.id in [info.id for info in client.sessions()]
             True
         """
-        found, token = self._connection.run(requests.list_sessions(""))
+        return self._all(requests.list_sessions)
+
+    def models(self) -> list[ModelInfo]:
+        """List the models on the server, oldest first.
+
+        Returns:
+            Those that are the caller's and those shared with him; each says its size,
+            when it was registered, and which sessions need it.
+
+        Examples:
+            >>> (mine,) = [info for info in client.models() if info.id == model.id]
+            >>> mine.state_bytes == model.state_bytes, session.id in mine.session_ids
+            (True, True)
+        """
+        return self._all(requests.list_models)
+
+    def datasets(self) -> list[DatasetInfo]:
+        """List the datasets on the server, oldest first.
+
+        Returns:
+            As for `models`.
+
+        Examples:
+            >>> dataset.id in [info.id for info in client.datasets()]
+            True
+        """
+        return self._all(requests.list_datasets)
+
+    def _all(self, page: Callable[[str], Call[requests.Page[T]]]) -> list[T]:
+        """Ask for page after page."""
+        found, token = self._connection.run(page(""))
         while token:
-            page, token = self._connection.run(requests.list_sessions(token))
-            found += page
+            more, token = self._connection.run(page(token))
+            found += more
         return found
 
     def delete_model(self, model: ModelInfo | str) -> None:

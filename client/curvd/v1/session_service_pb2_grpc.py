@@ -80,6 +80,16 @@ class SessionServiceStub(object):
                 request_serializer=curvd_dot_v1_dot_session__service__pb2.DeleteSessionRequest.SerializeToString,
                 response_deserializer=curvd_dot_v1_dot_session__service__pb2.DeleteSessionResponse.FromString,
                 _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/curvd.v1.SessionService/ListModels',
+                request_serializer=curvd_dot_v1_dot_session__service__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_session__service__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
+        self.ListDatasets = channel.unary_unary(
+                '/curvd.v1.SessionService/ListDatasets',
+                request_serializer=curvd_dot_v1_dot_session__service__pb2.ListDatasetsRequest.SerializeToString,
+                response_deserializer=curvd_dot_v1_dot_session__service__pb2.ListDatasetsResponse.FromString,
+                _registered_method=True)
         self.DeleteModel = channel.unary_unary(
                 '/curvd.v1.SessionService/DeleteModel',
                 request_serializer=curvd_dot_v1_dot_session__service__pb2.DeleteModelRequest.SerializeToString,
@@ -169,6 +179,20 @@ class SessionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListModels(self, request, context):
+        """Lists the models that are the caller's or shared with him, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDatasets(self, request, context):
+        """Lists the datasets, likewise.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteModel(self, request, context):
         """Deletes a model that no session needs any more, and its tensors if nothing else does.
         """
@@ -239,6 +263,16 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.DeleteSession,
                     request_deserializer=curvd_dot_v1_dot_session__service__pb2.DeleteSessionRequest.FromString,
                     response_serializer=curvd_dot_v1_dot_session__service__pb2.DeleteSessionResponse.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=curvd_dot_v1_dot_session__service__pb2.ListModelsRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_session__service__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'ListDatasets': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDatasets,
+                    request_deserializer=curvd_dot_v1_dot_session__service__pb2.ListDatasetsRequest.FromString,
+                    response_serializer=curvd_dot_v1_dot_session__service__pb2.ListDatasetsResponse.SerializeToString,
             ),
             'DeleteModel': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteModel,
@@ -483,6 +517,60 @@ class SessionService(object):
             '/curvd.v1.SessionService/DeleteSession',
             curvd_dot_v1_dot_session__service__pb2.DeleteSessionRequest.SerializeToString,
             curvd_dot_v1_dot_session__service__pb2.DeleteSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/curvd.v1.SessionService/ListModels',
+            curvd_dot_v1_dot_session__service__pb2.ListModelsRequest.SerializeToString,
+            curvd_dot_v1_dot_session__service__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDatasets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/curvd.v1.SessionService/ListDatasets',
+            curvd_dot_v1_dot_session__service__pb2.ListDatasetsRequest.SerializeToString,
+            curvd_dot_v1_dot_session__service__pb2.ListDatasetsResponse.FromString,
             options,
             channel_credentials,
             insecure,

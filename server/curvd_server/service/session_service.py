@@ -26,7 +26,7 @@ from curvd.contract import (
 from curvd.errors import CurvdError, DatasetNotFound, InvalidSpec
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.config import LimitsConfig
-from curvd_server.service import uploads
+from curvd_server.service import listings, uploads
 from curvd_server.service.parameter_updates import ParameterUpdates
 from curvd_server.service.streams import Send, opened
 from curvd_server.sessions import NewSession, SessionStore
@@ -43,9 +43,6 @@ from curvd_server.system import check_share
 
 T = TypeVar("T")
 
-_PAGE, _LARGEST_PAGE = 100, 1000
-_PAGE_BYTES = 2 << 20
-"""A page that would be larger ends sooner, so that it fits into a message."""
 _REPORT_S = 0.05
 """Between two reports of how far an opening is."""
 
@@ -99,7 +96,8 @@ class SessionService:
         if found is None:
             missing = uploads.needed(header.state, self._blobs)
             return session_pb.RegisterModelResponse(upload_needed=missing)
-        return session_pb.RegisterModelResponse(model=convert.model_to_proto(found))
+        model = convert.model_to_proto(self._sessions.deletions.users()(found))
+        return session_pb.RegisterModelResponse(model=model)
 
     def _registering(
         self, spec: ModelSpec, digest: str, share_with: tuple[str, ...]
@@ -141,7 +139,7 @@ class SessionService:
         if found is None:
             missing = uploads.needed(header.tensors, self._blobs)
             return session_pb.RegisterDatasetResponse(upload_needed=missing)
-        dataset = convert.dataset_to_proto(found)
+        dataset = convert.dataset_to_proto(self._sessions.deletions.users()(found))
         return session_pb.RegisterDatasetResponse(dataset=dataset)
 
     async def _present_dataset(
@@ -172,7 +170,7 @@ class SessionService:
         if found is None:
             msg = f"no tensors with SHA-256 {digest} are on this server; upload them"
             raise DatasetNotFound(msg, digest=digest)
-        dataset = convert.dataset_to_proto(found)
+        dataset = convert.dataset_to_proto(self._sessions.deletions.users()(found))
         return session_pb.RegisterDatasetResponse(dataset=dataset)
 
     async def create_session(
@@ -222,19 +220,15 @@ class SessionService:
         self, request: session_pb.ListSessionsRequest
     ) -> session_pb.ListSessionsResponse:
         """List the sessions, oldest first."""
-        limit = min(request.page_size or _PAGE, _LARGEST_PAGE)
-        infos, after = self._sessions.page(after=request.page_token, limit=limit)
-        page = session_pb.ListSessionsResponse(next_page_token=after)
-        size = 0
+        page = listings.Page[session_pb.Session](request.page_size)
+        infos, after = self._sessions.page(after=request.page_token, limit=page.limit)
         for info in infos:
-            session = _shown(info)
-            size += session.ByteSize()
-            if page.sessions and size > _PAGE_BYTES:
-                page.next_page_token = page.sessions[-1].id
+            if not page.add(info.id, _shown(info)):
                 break
-            page.sessions.append(session)
             await asyncio.sleep(0)  # a thousand layouts take a second
-        return page
+        return session_pb.ListSessionsResponse(
+            sessions=page.messages, next_page_token=page.token or after
+        )
 
     async def renew_session(
         self, request: session_pb.RenewSessionRequest
@@ -250,6 +244,32 @@ class SessionService:
         structlog.contextvars.bind_contextvars(session=request.session_id)
         await self._sessions.delete(request.session_id)
         return session_pb.DeleteSessionResponse()
+
+    async def list_models(
+        self, request: session_pb.ListModelsRequest
+    ) -> session_pb.ListModelsResponse:
+        """List the models that the caller may know of, oldest first."""
+        page = listings.Page[session_pb.Model](request.page_size)
+        found = self._registry.models(listings.ordinal(request.page_token))
+        used = self._sessions.deletions.users()
+        shown = ((n, convert.model_to_proto(used(model))) for n, model in found)
+        await asyncio.to_thread(page.fill, shown)
+        return session_pb.ListModelsResponse(
+            models=page.messages, next_page_token=page.token
+        )
+
+    async def list_datasets(
+        self, request: session_pb.ListDatasetsRequest
+    ) -> session_pb.ListDatasetsResponse:
+        """List the datasets that the caller may know of, oldest first."""
+        page = listings.Page[session_pb.Dataset](request.page_size)
+        found = self._registry.datasets(listings.ordinal(request.page_token))
+        used = self._sessions.deletions.users()
+        shown = ((n, convert.dataset_to_proto(used(data))) for n, data in found)
+        await asyncio.to_thread(page.fill, shown)
+        return session_pb.ListDatasetsResponse(
+            datasets=page.messages, next_page_token=page.token
+        )
 
     async def delete_model(
         self, request: session_pb.DeleteModelRequest

@@ -11,11 +11,15 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import TypeVar
 
-from curvd.contract import SessionInfo
+from curvd.contract import DatasetInfo, ModelInfo, SessionInfo
 from curvd.errors import DatasetNotFound, ModelNotFound, PermissionDenied, StillInUse
 from curvd_server.storage import BlobStore, Catalogue, StoredDataset, StoredModel
 from curvd_server.system import calling
+
+I = TypeVar("I", ModelInfo, DatasetInfo)  # noqa: E741
 
 _NAMED = 8
 """Sessions that are named to whoever deletes what they need."""
@@ -68,6 +72,26 @@ class Deletions:
             self._wanted.subtract((model_id, dataset_id))
             self._wanted = +self._wanted
 
+    def users(self) -> Callable[[I], I]:
+        """Look which sessions need which models and datasets; on the event loop.
+
+        Returns:
+            Adds to what is known of a model or dataset those that need it, as far as the
+            caller may know of them; on any thread.
+        """
+        needed: dict[str, list[SessionInfo]] = {}
+        for session in sorted(self._sessions(), key=lambda session: session.id):
+            for name in (session.model_id, session.dataset_id):
+                needed.setdefault(name, []).append(session)
+
+        def described(info: I) -> I:
+            users = needed.get(info.id, [])
+            seen = tuple(s.id for s in users if _is_seen(s))
+            others = len(users) - len(seen) if _may_delete(info.owner) else 0
+            return replace(info, session_ids=seen, other_sessions=others)
+
+        return described
+
     async def model(self, model_id: str) -> None:
         """Delete a model, and its tensors if nothing else needs them.
 
@@ -100,7 +124,7 @@ class Deletions:
         self, kind: str, name: str, found: StoredModel | StoredDataset
     ) -> None:
         owner = found.info.owner
-        if not (calling().is_operator or calling().owns(owner)):
+        if not _may_delete(owner):
             msg = f"{kind} {name} belongs to {owner!r}: its end is up to its owner"
             raise PermissionDenied(msg, owner=owner)
         self._check_unused(kind, name)
@@ -117,9 +141,18 @@ class Deletions:
         users = [s for s in self._sessions() if name in (s.model_id, s.dataset_id)]
         if not users and not self._wanted[name]:
             return
-        seen = [s.id for s in users if calling().sees(s.owner, s.shared_with)][:_NAMED]
+        seen = [s.id for s in users if _is_seen(s)][:_NAMED]
         others = len(users) - len(seen) + self._wanted[name]
         who = [f"session {session_id}" for session_id in seen]
         who += [f"{others} more"] if others else []
         msg = f"{', '.join(who)} still needs {kind} {name}: delete the sessions first"
         raise StillInUse(msg, kind=kind, id=name, sessions=len(users))
+
+
+def _may_delete(owner: str) -> bool:
+    """Tell whether the end of what somebody owns is up to the caller."""
+    return calling().is_operator or calling().owns(owner)
+
+
+def _is_seen(session: SessionInfo) -> bool:
+    return calling().sees(session.owner, session.shared_with)

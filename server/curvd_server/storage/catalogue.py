@@ -26,6 +26,7 @@ from curvd_server.storage.ranges import LONGEST_LEASE_S
 from curvd_server.system import calling, logger
 
 T = TypeVar("T")
+S = TypeVar("S", "StoredModel", "StoredDataset")
 
 _KEPT_VERSIONS = 1000
 _CREATE = """
@@ -243,6 +244,41 @@ class Catalogue:
         if not calling().uses(dataset.info.owner, dataset.info.shared_with):
             raise _no_dataset(dataset_id)
         return dataset
+
+    def visible_models(self, after: int = 0) -> Iterator[tuple[int, ModelInfo]]:
+        """Find the models that the caller may know of, oldest first.
+
+        Args:
+            after: Number of the last one that is known already; 0: none is.
+
+        Yields:
+            Number and model. One that cannot be read is left out.
+        """
+        for ordinal, model in self._visible("models", after, _model):
+            yield ordinal, model.info
+
+    def visible_datasets(self, after: int = 0) -> Iterator[tuple[int, DatasetInfo]]:
+        """Find the datasets that the caller may know of; as `visible_models`.
+
+        Args:
+            after: Number of the last one that is known already; 0: none is.
+
+        Yields:
+            Number and dataset.
+        """
+        for ordinal, dataset in self._visible("datasets", after, _dataset):
+            yield ordinal, dataset.info
+
+    def _visible(
+        self, table: str, after: int, read: Callable[[Row], S]
+    ) -> Iterator[tuple[int, S]]:
+        for ordinal, row, sound in self._db.after(table, after):
+            if sound and calling().sees(*_owner(table, row)):
+                try:
+                    found = read(row)
+                except _UNREADABLE:  # a newer curvd wrote it, perhaps
+                    continue
+                yield ordinal, found
 
     def add_session(self, session: StoredSession) -> None:
         """Keep a new session and its first version."""

@@ -29,6 +29,8 @@ Row = dict[str, Any]
 Statement = tuple[str, tuple[object, ...]]
 
 _DAMAGED = ".damaged"
+_FEW = 16
+"""Rows that are in memory at once where all are looked through; a graph takes megabytes."""
 _NOT_THE_FILE = (
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_READONLY,
@@ -115,6 +117,33 @@ class Database:
         with self._lock, _typed():
             found = self._rows(self._first, table, where)
         yield from found
+
+    def after(self, table: str, ordinal: int) -> Iterator[tuple[int, Row, bool]]:
+        """Read rows in the order in which they were made, a few at a time.
+
+        Args:
+            table: The table.
+            ordinal: Where to go on: after the row of this number; 0: at the first.
+
+        Yields:
+            The number of each row, which it keeps, the row, and whether it is what was
+            written.
+        """
+        known = self._schema.tables[table]
+        while True:
+            with self._lock, _typed():
+                found = self._first.execute(
+                    f"SELECT rowid AS row_number, * FROM {table} WHERE rowid > ?"
+                    " ORDER BY rowid LIMIT ?",
+                    (ordinal, _FEW),
+                )
+                names = [column[0] for column in found.description]
+                rows = [dict(zip(names, values, strict=True)) for values in found]
+            if not rows:
+                return
+            for row in rows:
+                ordinal = row.pop("row_number")
+                yield ordinal, row, row["seal"] == _seal(known, row)
 
     def put(self, table: str, row: Row) -> Statement:
         """Say how a row is written, in place of the one with its key."""

@@ -145,6 +145,8 @@ COMMON: Mapping[str, Rule] = {
     "store_as": _NAME,
     "result_type": Text(8),
     "lease": _LEASE,
+    "page_size": Number(0, 2**31 - 1),
+    "page_token": _ID,
 }
 """By field, in whatever message: these mean the same everywhere."""
 
@@ -185,8 +187,6 @@ RULES: Mapping[str, Rule] = {
     "Operator.mc_samples": Number(0, 100_000),
     "Operator.seed": _SEED,
     "Operator.parameters": _TENSOR,
-    "ListSessionsRequest.page_size": Number(0, 2**31 - 1),
-    "ListSessionsRequest.page_token": _ID,
     "Resume.offset": _BYTES,
     "Resume.sha256": Text(32),
     "Operand.stored": _NAME,

@@ -11,7 +11,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -70,6 +71,7 @@ class Registry:
         blobs: Where their tensors are.
         architecture: Finds out what a builder makes of a configuration, or what a
             graph needs.
+        clock: Seconds since the epoch.
     """
 
     def __init__(
@@ -77,8 +79,9 @@ class Registry:
         catalogue: Catalogue,
         blobs: BlobStore,
         architecture: Callable[[ModelSpec], Architecture],
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._catalogue, self._blobs = catalogue, blobs
+        self._catalogue, self._blobs, self._clock = catalogue, blobs, clock
         self._architecture = architecture
 
     def knows(self, spec: ModelSpec, digest: str) -> bool:
@@ -138,6 +141,7 @@ class Registry:
             graph_digest=spec.graph.digest,
             owner=calling().name,
             shared_with=tuple(share_with),
+            create_time_s=self._clock(),
         )
         model = StoredModel(
             info=info,
@@ -201,9 +205,32 @@ class Registry:
             name=name,
             owner=calling().name,
             shared_with=tuple(share_with),
+            create_time_s=self._clock(),
         )
         self._catalogue.add_dataset(StoredDataset(info=info, digest=digest))
         return info
+
+    def models(self, after: int = 0) -> Iterator[tuple[int, ModelInfo]]:
+        """Find the models that the caller may know of; see `Catalogue.visible_models`.
+
+        Args:
+            after: Number of the last one that is known already; 0: none is.
+
+        Returns:
+            Number and model, oldest first.
+        """
+        return self._catalogue.visible_models(after)
+
+    def datasets(self, after: int = 0) -> Iterator[tuple[int, DatasetInfo]]:
+        """Find the datasets that the caller may know of, likewise.
+
+        Args:
+            after: Number of the last one that is known already; 0: none is.
+
+        Returns:
+            Number and dataset, oldest first.
+        """
+        return self._catalogue.visible_datasets(after)
 
     def release(self, digest: str) -> None:
         """Remove a blob that came to nothing, unless something else needs it."""
