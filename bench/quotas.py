@@ -1,12 +1,17 @@
 """One caller at his quotas: what does another notice?
 
-    python bench/quotas.py [--check] [--only QUOTA] [--rounds N]
+    python bench/quotas.py [--check] [--only QUOTA ...] [--rounds N]
 
-A real server, a process that multiplies small vectors as one caller, and this process, which
-is another caller at one of his quotas: he holds all of it and asks for more without a pause.
-Periods with and without him alternate, and medians are compared in pairs of neighbours, so
-that a machine that others use disturbs both alike. Exits with 1 if a product failed, or, with
---check, if one takes more than 1.5 times as long.
+A real server, a process that multiplies small vectors as Ann, and one that is Ben, who is at
+one of his quotas: he holds all of it and asks for more without a pause. Three kinds of
+periods take turns: Ann alone; Ann beside Ben; and, as a control, Ann beside a process that
+knows nothing of curvd and computes as much as Ben's process did a moment before, for on two
+cores that alone costs her something. Ratios are taken within a round, between neighbours,
+and their median counts. Seconds of a processor stand beside: what the server, Ann and Ben
+each took in a second.
+
+Exits with 1 if a product of Ann's failed, or, with --check, if one takes more than 1.5
+times as long beside Ben as alone.
 """
 
 from __future__ import annotations
@@ -14,138 +19,136 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from neighbours_multiplier import WIDTHS, opened, points_of, registered
+import psutil
+import quotas_callers
 
-import curvd
 from curvd_server.transport import token_file
 
 MOST_RATIO = 1.5
 PERIOD_S = 1.0
+SETTLED_S = 0.1
+"""Between two periods: what was asked for in one is answered."""
 TABLE = """
 [callers.ben]
 sessions = 2
 vector_bytes = 1_000_000
-disk_bytes = 2_000_000
+disk_bytes = 4_000_000
 uploads = 1
 columns = 8
 calls = 4
 """
-ONCE = curvd.ClientConfig(retry=curvd.RetryConfig(give_up_s=0))
+COLUMNS = (
+    *("quota", "alone ms", "beside ms", "ratio", "control ratio", "p99 ms"),
+    *("CPU server alone", "beside", "CPU Ben", "refused", "failed"),
+)
 
 
-def multiply(target: str, token: str) -> None:
-    """Multiply one second for each line of the input; print the median and failures."""
-    with curvd.connect(target, config=ONCE, token=token) as client:
-        session = opened(client, WIDTHS["small"], plan="final")
-        H, v = session.hessian(), np.ones(session.layout.size, np.float32)
-        for _ in range(200):
-            H @ v
-        print("ready", flush=True)
-        while sys.stdin.readline():
-            times, failures = [], 0
-            end_s = time.perf_counter() + PERIOD_S
-            while (start_s := time.perf_counter()) < end_s:
-                try:
-                    H @ v
-                except curvd.CurvdError:
-                    failures += 1
-                times.append(time.perf_counter() - start_s)
-            found = {"median_s": statistics.median(times), "failures": failures}
-            print(json.dumps(found | {"p99_s": sorted(times)[-len(times) // 100 - 1]}))
-            sys.stdout.flush()
+class Caller:
+    """A process of quotas_callers.py."""
 
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, quotas_callers.__file__, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
-def more_sessions(client: curvd.Client) -> Callable[[], object]:
-    """He has all his sessions, and asks for another."""
-    model, data = registered(client, WIDTHS["small"])
-    make = lambda: client.create_session(  # noqa: E731
-        model, data, loss="cross_entropy", operators=None
-    )
-    make()
-    return make
+    def say(self, line: object) -> None:
+        """Tell it something."""
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
 
+    def hear(self) -> dict[str, Any]:
+        """Wait for its answer."""
+        line = self.process.stdout.readline()
+        assert line, f"{self.process.args} has ended"
+        return json.loads(line)
 
-def more_vectors(client: curvd.Client) -> Callable[[], object]:
-    """He stores all he may, and puts another vector."""
-    session = client.session(client.sessions()[0].id)
-    columns = np.ones((session.layout.size, 4), np.float32)
-    for n in range(1000):
+    def ask(self, line: object) -> dict[str, Any]:
+        """Tell it something, and wait for its answer."""
+        self.say(line)
+        return self.hear()
+
+    def close(self) -> None:
+        """End it."""
+        self.process.stdin.close()
         try:
-            session.put(f"v{n}", columns)
-        except curvd.LimitExceeded:
-            break
-    return lambda: session.put("more", columns)
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
 
-def more_disk(client: curvd.Client) -> Callable[[], object]:
-    """He registers a dataset that is larger than what he may have."""
-    points = points_of([64, 4], 20_000)
-    return lambda: client.register_dataset(
-        points, inputs="x", target="y", batch_size=128
-    )
+@dataclass
+class Row:
+    """What the rounds of one quota found."""
 
+    alone: list[dict] = field(default_factory=list)
+    beside: list[dict] = field(default_factory=list)
+    control: list[dict] = field(default_factory=list)
+    bens: list[dict] = field(default_factory=list)
 
-def more_columns(client: curvd.Client) -> Callable[[], object]:
-    """He multiplies as many columns as he may, from four threads."""
-    session = client.session(client.sessions()[0].id)
-    H, V = session.hessian(), np.ones((session.layout.size, 4), np.float32)
-    return lambda: H @ V
+    def ratio(self, side: str) -> float:
+        """How many times as long a product takes; the median round."""
+        return statistics.median(
+            with_["median_s"] / without["median_s"]
+            for with_, without in zip(getattr(self, side), self.alone, strict=True)
+        )
 
+    def middle(self, side: str, key: str, scale: float = 1.0) -> float:
+        """The median of a figure."""
+        return scale * statistics.median(p[key] for p in getattr(self, side))
 
-QUOTAS: dict[str, tuple[Callable[[curvd.Client], Callable[[], object]], int]] = {
-    "sessions": (more_sessions, 1),
-    "vector_bytes": (more_vectors, 1),
-    "disk_bytes": (more_disk, 1),
-    "columns": (more_columns, 4),
-    "calls": (more_columns, 8),
-}
-"""What he does, and from how many threads, by the quota that stops him."""
+    @property
+    def failures(self) -> Counter[str]:
+        """Products of Ann's that failed, by error."""
+        found = Counter()
+        for period in (*self.alone, *self.beside, *self.control):
+            found.update(period["failures"])
+        return found
 
+    @property
+    def asked(self) -> Counter[str]:
+        """What became of what Ben asked for."""
+        found = Counter()
+        for period in self.bens:
+            found.update({k: n for k, n in period.items() if k != "cpu_s"})
+        return found
 
-class Ben:
-    """The caller at his quota."""
-
-    def __init__(self, act: Callable[[], object], threads: int) -> None:
-        self._act, self._threads = act, threads
-        self.done = self.refused = 0
-
-    @contextlib.contextmanager
-    def asking(self) -> Iterator[None]:
-        """Have him ask meanwhile."""
-        stopped = threading.Event()
-
-        def ask() -> None:
-            while not stopped.is_set():
-                try:
-                    self._act()
-                    self.done += 1
-                except curvd.ResourceExhausted:
-                    self.refused += 1
-
-        threads = [threading.Thread(target=ask) for _ in range(self._threads)]
-        for thread in threads:
-            thread.start()
-        try:
-            yield
-        finally:
-            stopped.set()
-            for thread in threads:
-                thread.join()
+    def line(self, name: str) -> str:
+        """The row of the table."""
+        asked, done = self.asked, self.asked["done"]
+        cells = (
+            name,
+            f"{self.middle('alone', 'median_s', 1e3):.2f}",
+            f"{self.middle('beside', 'median_s', 1e3):.2f}",
+            f"{self.ratio('beside'):.2f}",
+            f"{self.ratio('control'):.2f}",
+            f"{self.middle('beside', 'p99_s', 1e3):.1f}",
+            f"{self.middle('alone', 'server_s'):.2f}",
+            f"{self.middle('beside', 'server_s'):.2f}",
+            f"{self.middle('bens', 'cpu_s') / PERIOD_S:.2f}",
+            f"{asked['refused']} of {asked['refused'] + done}",
+            f"{self.failures.total()}",
+        )
+        return f"| {' | '.join(cells)} |"
 
 
 @contextlib.contextmanager
-def serving(folder: Path, tokens: dict[str, str]) -> Iterator[str]:
-    """A server with both callers."""
+def serving(folder: Path, tokens: dict[str, str]) -> Iterator[tuple[str, int]]:
+    """A server with both callers: its target and its process."""
     for name, token in tokens.items():
         token_file.append(folder / "tokens", token_file.line_of(name, token))
     (folder / "quotas.toml").write_text(TABLE)
@@ -157,80 +160,88 @@ def serving(folder: Path, tokens: dict[str, str]) -> Iterator[str]:
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        yield process.stdout.readline().split()[-1]
+        yield process.stdout.readline().split()[-1], process.pid
     finally:
         process.terminate()
         process.wait(60)
 
 
-def measured(ann: subprocess.Popen[str], ben: Ben, rounds: int) -> list[dict]:
-    """Pairs of periods, without him and beside him."""
+class Bench:
+    """Periods of Ann's.
 
-    def period() -> dict:
-        ann.stdin.write("\n")
-        ann.stdin.flush()
-        return json.loads(ann.stdout.readline())
+    Args:
+        ann: Who multiplies.
+        burner: The control.
+        server: The server's process.
+    """
 
-    pairs = []
-    for _ in range(rounds):
-        quiet = period()
-        with ben.asking():
-            pairs.append({"quiet": quiet, "beside": period()})
-    return pairs
+    def __init__(self, ann: Caller, burner: Caller, server: int) -> None:
+        self._ann, self._burner = ann, burner
+        self._server = psutil.Process(server)
+
+    def period(self) -> dict:
+        """Let Ann multiply, and see what the server takes for it."""
+        before_s = sum(self._server.cpu_times()[:2])
+        found = self._ann.ask(PERIOD_S)
+        after_s = sum(self._server.cpu_times()[:2])
+        return found | {"server_s": (after_s - before_s) / PERIOD_S}
+
+    def round(self, ben: Caller, row: Row) -> None:
+        """Ann alone, beside Ben, and beside somebody who only computes."""
+        row.alone.append(self.period())
+        ben.say("go")
+        row.beside.append(self.period())
+        row.bens.append(ben.ask("stop"))
+        time.sleep(SETTLED_S)
+        share = min(1.0, row.bens[-1]["cpu_s"] / PERIOD_S)
+        self._burner.say(f"{PERIOD_S} {share}")
+        row.control.append(self.period())
+        self._burner.hear()
+
+    def quota(self, name: str, ben: Caller, rounds: int) -> Row:
+        """Measure one quota."""
+        ben.ask(name)
+        row = Row()
+        for _ in range(rounds):
+            self.round(ben, row)
+        ben.say("end")
+        return row
 
 
 def main() -> int:
     """Measure each quota."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--only", choices=QUOTAS)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit non-zero on a miss")
+    parser.add_argument("--only", nargs="*", choices=list(quotas_callers.QUOTAS))
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     tokens = {name: token_file.new_token() for name in ("ann", "ben")}
-    bad = False
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        serving(Path(folder), tokens) as target,
-    ):
-        command = [sys.executable, __file__, target, tokens["ann"]]
-        ann = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert ann.stdout.readline() == "ready\n"
-        with curvd.connect(target, config=ONCE, token=tokens["ben"]) as client:
-            opened(client, WIDTHS["small"], plan="final")
-            print("| quota | alone ms | beside ms | ratio | p99 | refused | failed |")
-            print("| --- | --- | --- | --- | --- | --- | --- |")
-            for name in [given.only] if given.only else QUOTAS:
-                prepare, threads = QUOTAS[name]
-                ben = Ben(prepare(client), threads)
-                pairs = measured(ann, ben, given.rounds)
-                of = lambda side, key, pairs=pairs: [p[side][key] for p in pairs]  # noqa: E731
-                ratio = statistics.median(
-                    b / q
-                    for b, q in zip(
-                        of("beside", "median_s"), of("quiet", "median_s"), strict=True
-                    )
-                )
-                failed = sum(of("beside", "failures"))
-                bad = bad or failed or (given.check and ratio > MOST_RATIO)
-                quiet, beside = (
-                    1e3 * statistics.median(of(side, "median_s"))
-                    for side in ("quiet", "beside")
-                )
-                p99 = 1e3 * statistics.median(of("beside", "p99_s"))
-                print(
-                    f"| {name} | {quiet:.2f} | {beside:.2f} | {ratio:.2f} | {p99:.1f} ms "
-                    f"| {ben.refused} of {ben.refused + ben.done} | {failed} |",
-                    flush=True,
-                )
-        ann.stdin.close()
-        ann.wait(60)
-    return int(bool(bad))
+    missed = []
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        target, server = stack.enter_context(serving(folder, tokens))
+        burner = Caller("burner")
+        ann, ben = (Caller(name, target, tokens[name]) for name in ("ann", "ben"))
+        for caller in (burner, ann, ben):
+            stack.callback(caller.close)
+        for caller in (ann, ben):
+            caller.hear()
+        bench = Bench(ann, burner, server)
+        print(f"load {os.getloadavg()[0]:.1f}, {len(os.sched_getaffinity(0))} cores\n")
+        print(f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|", flush=True)
+        for name in given.only or quotas_callers.QUOTAS:
+            row = bench.quota(name, ben, given.rounds)
+            print(row.line(name), flush=True)
+            if row.failures:
+                missed.append(f"{name}: {dict(row.failures)} failed")
+            if not row.asked["refused"]:
+                missed.append(f"{name}: nothing was refused: {dict(row.asked)}")
+            if given.check and row.ratio("beside") > MOST_RATIO:
+                missed.append(f"{name}: {row.ratio('beside'):.2f} > {MOST_RATIO}")
+    for text in missed:
+        print("MISSED", text)
+    return int(bool(missed))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3 and not sys.argv[1].startswith("-"):
-        multiply(*sys.argv[1:])
-    else:
-        raise SystemExit(main())
+    raise SystemExit(main())

@@ -11,8 +11,10 @@ from curvd.contract.enums import Dtype, LossName, Mode
 from curvd.contract.specs import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
 from curvd_server.device.batcher import Batcher
 from curvd_server.device.torch_device import TorchDevice
+from curvd_server.engine import batch_product
 from curvd_server.engine.tuning import plan as plans
 from curvd_server.engine.tuning.autotune import Plan
+from curvd_server.system.cooperative import LongWork, Threads
 
 
 @pytest.fixture
@@ -55,3 +57,33 @@ def test_who_asks_for_the_same_gets_the_same_bits_whoever_else_asks(operator):
     assert [d.run_columns for d in done] == [16] * len(requests)
     for d, want in zip(done, alone, strict=True):
         np.testing.assert_array_equal(d.value, want)
+
+
+def pauses_of(operator, V, *, is_shared):
+    """Multiply in turns that end at each chance: how many turns, and the result."""
+    work = LongWork(
+        lambda poll: operator.apply(V, cancelled=poll),
+        stopped=lambda: False,
+        gives_way=lambda: True,
+        threads=Threads(),
+        is_shared=lambda: is_shared,
+    )
+    turns = 1
+    while not work.resume():
+        turns += 1
+        assert turns < 10_000
+    return turns, work.result()
+
+
+@everywhere
+def test_a_long_chunk_gives_way_between_its_operations_and_has_the_same_bits(
+    operator, monkeypatch
+):
+    monkeypatch.setattr(batch_product, "LONG_CHUNK_S", -1.0)
+    V = np.random.default_rng(1).standard_normal((8, 195))
+    alone = operator.apply(V, cancelled=lambda: False).copy()
+    few, rows = pauses_of(operator, V, is_shared=False)
+    np.testing.assert_array_equal(rows, alone)
+    many, rows = pauses_of(operator, V, is_shared=True)
+    np.testing.assert_array_equal(rows, alone)
+    assert many > few + 20

@@ -28,7 +28,7 @@ def turns(lanes, *, count, seconds, refill):
         key, lane = lanes.next(idle=False)
         taken = lane.tickets.popleft()
         had.append(taken.caller)
-        lanes.charge([taken], seconds[taken.caller.name])
+        lanes.charge([taken.caller], seconds[taken.caller.name])
         refill(key, taken.caller)
         lanes.rotate(key, lane, after_long=False)
     return had
@@ -80,6 +80,43 @@ def test_nobody_saves_up_time_while_away():
     assert had["ben"] - had["ann"] <= 1.0
 
 
+def test_who_has_had_more_waits_for_who_is_expected():
+    lanes, refill = busy({}, [(BEN, 3), (ANN, 1)])
+    turns(lanes, count=10, seconds={"ann": 1.0, "ben": 2.0}, refill=refill)
+    del lanes._lanes["ann", 0]  # her answer has left, and she is away
+    assert lanes.is_owed(["ann"], [BEN], 0.0) != lanes.is_owed(["ben"], [ANN], 0.0)
+    while lanes.next(idle=False, expected=["ann"])[1] is not None:
+        turns(lanes, count=1, seconds={"ben": 1.0}, refill=refill)
+    # Now he has had more: without her he would go on.
+    assert lanes.next(idle=False)[1].caller == "ben"
+    lanes.add("back", None, ticket(ANN))
+    assert lanes.next(idle=False, expected=[])[0] == "back"
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_nobody_owes_time_that_he_had_alone(aside):
+    lanes, refill = busy({}, [(BEN, 1), (ANN, 1)])
+    turns(lanes, count=4, seconds={"ann": 1.0, "ben": 1.0}, refill=refill)
+    del lanes._lanes["ben", 0]
+    if aside:
+        for _ in range(100):
+            lanes.charge_aside(ANN, 1.0, [])
+    else:
+        turns(lanes, count=100, seconds={"ann": 1.0}, refill=refill)
+    lanes.add(("ben", 0), None, ticket(BEN))
+    had = turns(lanes, count=10, seconds={"ann": 1.0, "ben": 1.0}, refill=refill)
+    assert 4 <= had.count(ANN) <= 6
+
+
+def test_nobody_waits_for_who_has_had_more():
+    lanes, refill = busy({}, [(BEN, 1), (ANN, 1)])
+    turns(lanes, count=4, seconds={"ann": 5.0, "ben": 1.0}, refill=refill)
+    del lanes._lanes["ann", 0]
+    assert lanes.next(idle=False, expected=["ann"])[1].caller == "ben"
+    assert not lanes.is_owed(["ann"], [BEN], 1.0)
+    assert lanes.is_owed(["ann"], [BEN], 20.0)
+
+
 def test_a_run_of_several_is_paid_by_all_of_them():
     shares = Shares(lambda caller: 1.0)
     shares.had(["ann", "ben"])
@@ -94,7 +131,7 @@ def test_one_caller_alone_has_the_order_of_lanes():
         key, lane = lanes.next(idle=False)
         keys.append(key[1])
         taken = lane.tickets.popleft()
-        lanes.charge([taken], 1.0)
+        lanes.charge([taken.caller], 1.0)
         refill(key, ANN)
         lanes.rotate(key, lane, after_long=False)
     assert keys == [0, 1, 2, 0, 1, 2]
@@ -118,6 +155,55 @@ class Stepping:
         return columns
 
 
+class Doubles:
+    """An operator whose products take no time, and are noted."""
+
+    shares = True
+
+    def __init__(self, name, order):
+        self.name, self.order = name, order
+
+    def apply(self, columns, *, counts=(), cancelled):
+        self.order.append(self.name)
+        return 2 * columns
+
+
+def test_the_device_waits_a_moment_for_who_comes_back_at_once():
+    now, had = [0.0], []
+    batcher = batching.Batcher(
+        run_columns=4,
+        run_bytes=1 << 20,
+        pending_columns=8,
+        pending_bytes=1000,
+        clock=lambda: now[0],
+    )
+    hers, his = Doubles("ann", had), Doubles("ben", had)
+
+    def ask(operator, caller):
+        with calls_as(caller):
+            return batcher.multiply(operator, np.ones((1, 2)))
+
+    try:
+        for _ in range(3):  # she comes back after a millisecond each time
+            ask(hers, ANN).result(timeout=300)
+            now[0] += 1e-3
+        ask(his, BEN).result(timeout=300)
+        with batcher._lock:
+            batcher._lanes.charge([BEN], 1.0)  # he has had a second more
+        ask(hers, ANN).result(timeout=300)
+        had.clear()
+        waiting = ask(his, BEN)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.2)  # the clock stands still, and he with it
+        ask(hers, ANN).result(timeout=300)
+        assert had == ["ann"]
+        now[0] += 1.0  # this time she stays away
+        waiting.result(timeout=300)
+        assert had == ["ann", "ben"]
+    finally:
+        batcher.close()
+
+
 @pytest.mark.parametrize(
     ("callers", "order"),
     [
@@ -130,7 +216,7 @@ def test_a_caller_with_a_name_waits_for_one_step_of_another(
 ):
     monkeypatch.setattr(batching, "LONG_S", 1e9)
     monkeypatch.setattr(batching, "SHARED_LONG_S", -1.0)
-    monkeypatch.setattr(batching, "_SHARED_TURN_S", (0.0, 0.0))
+    monkeypatch.setattr(batching, "_SHARED_TURN_S", 0.0)
     had = []
     long, short = Stepping("ben", 3, had), Stepping("ann", 1, had)
     batcher = batching.Batcher(

@@ -33,10 +33,12 @@ import numpy as np
 from curvd.errors import Cancelled, OutOfMemory, Unavailable
 from curvd.tensors import Pool
 from curvd_server.device.lanes import Lane, Lanes, Run
+from curvd_server.device.presence import Presence
 from curvd_server.device.requests import Columns, Done, Multiplies, Ticket
 from curvd_server.device.room import Reservation, Room
 from curvd_server.system import (
     HostMemory,
+    Identity,
     LongWork,
     Poll,
     Quotas,
@@ -61,13 +63,11 @@ _TURN_S = (5e-3, 0.25)
 """Long work keeps the device for one step, or for several short ones: as long as the
 latest turn of a product took, within these bounds. So who multiplies all the time and
 who opens a session get half of the device each."""
-SHARED_LONG_S = 1e-3
+SHARED_LONG_S = 2e-3
 """The same while several callers with names want the device: each may have a short product,
 and waits for one step of another's."""
-_SHARED_TURN_S = (0.5e-3, 5e-3)
-"""Bounds of a turn then."""
-_SHARED_S = 1.0
-"""How long after its latest request a caller counts as one of several."""
+_SHARED_TURN_S = 0.5e-3
+"""The length of a turn then, unless one step takes longer."""
 IDLE_S = 0.1
 """A device that nobody has asked for so long is idle: solvers come back at once."""
 
@@ -132,8 +132,9 @@ class Batcher:
         )
         self._lanes = Lanes(long_bytes, lambda caller: quotas.of(caller).weight)
         self._threads = Threads()
-        self._latest_s = self._turn_end_s = 0.0
-        self._asked: dict[str, float] = {}  # when each caller with a name came
+        self._latest_s = self._turn_s = self._turn_end_s = 0.0
+        self._having: list[Identity] = []  # whose turn it is
+        self._presence = Presence(clock)
         self._busy_s = -math.inf  # when somebody was last waited for
         self._patient = False  # whether what runs waits for an idle device
         self._borrowed = False  # whether a caller's own thread computes
@@ -147,6 +148,8 @@ class Batcher:
         self._seconds_per_column = _FIRST_GUESS_S
         # Of the slowest product lately. Operators come and go.
         self._paces = weakref.WeakKeyDictionary[Multiplies, float]()
+        # Of the quickest lately: what it takes when nothing of the machine is in its way.
+        self._best_paces = weakref.WeakKeyDictionary[Multiplies, float]()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -193,14 +196,17 @@ class Batcher:
             The result [K, P]; None if the device is busy, or the product not known to
             be short: then it belongs in the queue.
         """
+        caller = calling()
         with self._lock:
             pace_s = self._paces.get(operator, math.inf)
             idle = self._asleep and not self._closed
             if not idle or pace_s * len(columns) > _SHORT_S:
                 return None
+            if self._lanes.is_wanted() and caller.name not in self._presence.expected():
+                return None  # the device waits for somebody else
             # As if the thread were awake: whoever comes now is waited for below.
             self._asleep, self._borrowed = False, True
-            self._came(calling().name)
+            self._presence.came(caller.name)
             self._requests += 1
         start_s = time.monotonic()
         try:
@@ -209,6 +215,9 @@ class Batcher:
             seconds = time.monotonic() - start_s
             self._count(operator, len(columns), seconds, products=1)
             with self._lock:
+                expected = self._presence.expected()
+                self._lanes.charge_aside(caller, seconds, expected)
+                self._presence.ended(caller.name)
                 self._borrowed, self._busy_s = False, self._clock()
                 self._asleep = not self._lanes.is_wanted() and not self._closed
                 if not self._asleep:
@@ -316,30 +325,16 @@ class Batcher:
             if self._closed:
                 raise _shutting_down()
             self._lanes.add(key, operator, ticket)
-            self._came(ticket.caller.name)
+            self._presence.came(ticket.caller.name)
             self._requests += 1
             asleep, self._asleep = self._asleep, False
         if asleep:
             self._bell.put(None)
         return ticket
 
-    def _came(self, caller: str) -> None:
-        """Take note of who asks for the device; the lock is held."""
-        if caller:
-            now_s = self._clock()
-            if caller not in self._asked:  # others have left, perhaps for ever
-                recent = self._asked.items()
-                self._asked = {n: t for n, t in recent if t > now_s - _SHARED_S}
-            self._asked[caller] = now_s
-
     def _is_shared(self) -> bool:
-        """Tell whether several callers with names have asked for the device lately."""
-        asked = self._asked
-        if len(asked) < 2:
-            return False
-        since_s = self._clock() - _SHARED_S
-        # A list is made at once: others come meanwhile.
-        return sum(came_s > since_s for came_s in list(asked.values())) > 1
+        with self._lock:
+            return self._presence.is_shared()
 
     def _work(self) -> None:
         # A call per run: nothing of a run outlives it while the device is idle.
@@ -352,12 +347,17 @@ class Batcher:
                 self._refuse_all()
                 return False
             idle = self._clock() - self._busy_s >= IDLE_S
-            key, lane = (None, None) if self._borrowed else self._lanes.next(idle=idle)
+            expected = self._presence.expected()
+            key, lane = (
+                (None, None)
+                if self._borrowed
+                else self._lanes.next(idle=idle, expected=expected)
+            )
             self._asleep = lane is None and not self._borrowed
             if lane is not None and lane.run is None:
                 lane.run = self._begun(lane)
             run = None if lane is None else lane.run
-            patience_s = IDLE_S if self._lanes else None
+            patience_s = min([IDLE_S, *expected.values()]) if self._lanes else None
         if lane is None:
             with contextlib.suppress(queue.Empty):
                 self._bell.get(timeout=patience_s)
@@ -367,7 +367,7 @@ class Batcher:
             self._end(run, lane)
         with self._lock:
             if run is not None:
-                self._lanes.charge(run.tickets, run.spent_s - had_s)
+                self._lanes.charge(self._having, run.spent_s - had_s)
             self._lanes.rotate(key, lane, after_long=run is not None and run.in_turns)
         return True
 
@@ -379,14 +379,17 @@ class Batcher:
         self._lanes.begin(tickets)
         in_turns = tickets[0].in_turns
         if operator is not None:
-            pace_s = self._paces.get(operator, math.inf)
-            long_s = SHARED_LONG_S if self._is_shared() else LONG_S
+            paces, long_s = self._paces, LONG_S
+            if self._presence.is_shared():
+                paces, long_s = self._best_paces, SHARED_LONG_S
+            pace_s = paces.get(operator, math.inf)
             in_turns = pace_s * sum(ticket.width for ticket in tickets) > long_s
         work = LongWork(
             lambda poll: self._compute(operator, tickets, poll),
             stopped=lambda: self._closed or all(t.abandoned for t in tickets),
             gives_way=self._gives_way,
             threads=self._threads,
+            is_shared=self._is_shared,
         )
         return Run(operator, tickets, work, in_turns, time.monotonic())
 
@@ -409,6 +412,7 @@ class Batcher:
             lane.tickets.popleft()
             if not (ticket.running() or ticket.set_running_or_notify_cancel()):
                 self._cancelled += 1
+                self._presence.ended(ticket.caller.name)
                 continue
             taken.append(ticket)
             if head is None or ticket.alone:
@@ -418,11 +422,14 @@ class Batcher:
 
     def _advance(self, run: Run) -> bool:
         """Let a run take its turn; return whether it has ended."""
-        least_s, most_s = _SHARED_TURN_S if self._is_shared() else _TURN_S
+        is_shared = self._is_shared()
+        self._having = [ticket.caller for ticket in run.tickets]
         waits = run.tickets[0].waits
         self._patient = waits is not None and waits()
-        start_s = self._clock()
-        self._turn_end_s = start_s + min(max(least_s, self._latest_s), most_s)
+        self._turn_s = start_s = self._clock()
+        least_s, most_s = _TURN_S
+        turn_s = min(max(least_s, self._latest_s), most_s)
+        self._turn_end_s = start_s + (_SHARED_TURN_S if is_shared else turn_s)
         if run.in_turns:
             ended = run.work.resume()
         else:
@@ -441,12 +448,18 @@ class Batcher:
         """Tell long work whether its turn is over: if others wait, and it took a while."""
         if self._closed:
             return True
-        if len(self._lanes) < 2:
-            return False
         if self._patient:
+            if len(self._lanes) < 2:
+                return False
             with self._lock:
                 return self._lanes.is_wanted()
-        return self._clock() >= self._turn_end_s
+        now_s = self._clock()
+        if now_s < self._turn_end_s or len(self._lanes) > 1:
+            return now_s >= self._turn_end_s
+        with self._lock:
+            expected = self._presence.expected()
+            had_s = now_s - self._turn_s
+            return self._lanes.is_owed(expected, self._having, had_s)
 
     def _end(self, run: Run, lane: Lane) -> None:
         """Tell the callers how their run ended."""
@@ -463,19 +476,28 @@ class Batcher:
                         ticket.alone = True
                         lane.tickets.appendleft(ticket)
                 return
+            self._leave(run)
             run.tickets[0].set_exception(error)
         except Exception as error:
             if self._closed and isinstance(error, Cancelled):
                 error = _shutting_down()
+            self._leave(run)
             for ticket in run.tickets:
                 ticket.set_exception(error)
         else:
+            self._leave(run)
             for ticket, value in zip(run.tickets, values, strict=True):
                 queue_s = run.began_s - ticket.submitted_s
                 ticket.set_result(Done(value, queue_s, run.spent_s, run.columns))
         given_up = sum(ticket.abandoned for ticket in run.tickets)
         products = len(run.tickets) if run.operator is not None else 0
         self._count(run.operator, run.columns, run.spent_s, given_up, products=products)
+
+    def _leave(self, run: Run) -> None:
+        """Take note of an end before anybody is told, who may ask again at once."""
+        with self._lock:
+            for ticket in run.tickets:
+                self._presence.ended(ticket.caller.name)
 
     def _joined(self, parts: list[Columns]) -> Columns:
         """Put columns into one array; its memory is that of an earlier run."""
@@ -522,6 +544,8 @@ class Batcher:
             self._seconds_per_column += 0.2 * (pace_s - self._seconds_per_column)
             slowest_s = self._paces.get(operator, 0.0)
             self._paces[operator] = max(pace_s, _FORGET * slowest_s)
+            quickest_s = self._best_paces.get(operator, math.inf)
+            self._best_paces[operator] = min(pace_s, 1.05 * quickest_s)
 
     def _wait_s(self, columns: int) -> float:
         """Guess how long columns under way will take."""

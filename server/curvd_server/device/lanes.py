@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,9 @@ class Lanes:
         lane = self._lanes.setdefault(key, Lane(operator, deque()))
         lane.tickets.append(ticket)
 
-    def next(self, *, idle: bool) -> tuple[Hashable, Lane | None]:
+    def next(
+        self, *, idle: bool, expected: Collection[str] = ()
+    ) -> tuple[Hashable, Lane | None]:
         """Choose whose turn it is: the first, but some may have to wait for room.
 
         What waits for room begins in the order in which it came. What waits for an idle
@@ -121,13 +123,17 @@ class Lanes:
 
         Args:
             idle: Whether nobody has asked for the device for a while.
+            expected: Names of callers who will be back in a moment; those who have had
+                more of the device wait for them.
 
         Returns:
             The lane and its key; None if nobody can go on.
         """
         full = False
         patient: list[tuple[Hashable, Lane]] = []
-        for key, lane in self._in_turn():
+        for key, lane in self._in_turn(expected):
+            if lane is None:  # a caller who is expected
+                return None, None
             if lane.waits_for_idleness:
                 patient.append((key, lane))
                 continue
@@ -142,22 +148,64 @@ class Lanes:
                 return key, lane
         return None, None
 
-    def charge(self, tickets: Sequence[Ticket[Any]], seconds: float) -> None:
-        """Count the time of a turn against those who had it."""
-        self._shares.charge([ticket.caller for ticket in tickets], seconds)
+    def charge(self, callers: Sequence[Identity], seconds: float) -> None:
+        """Count the time of a turn against those who had it together."""
+        self._shares.charge(callers, seconds)
 
-    def _in_turn(self) -> list[tuple[Hashable, Lane]]:
+    def charge_aside(
+        self, caller: Identity, seconds: float, expected: Collection[str]
+    ) -> None:
+        """Count time that a caller had without a turn, while nobody computed.
+
+        Args:
+            caller: Who had it.
+            seconds: How long.
+            expected: Names of callers who will be back in a moment.
+        """
+        self._shares.had(self._callers() | {caller.name, *expected})
+        self._shares.charge([caller], seconds)
+
+    def is_owed(
+        self, expected: Collection[str], callers: Sequence[Identity], seconds: float
+    ) -> bool:
+        """Tell whether somebody who is expected has had less than those whose turn it is.
+
+        Args:
+            expected: Names of callers who will be back in a moment.
+            callers: Who have the turn.
+            seconds: How long they have had it.
+        """
+        others = set(expected) - {caller.name for caller in callers}
+        return bool(others) and self._shares.is_ahead(callers, seconds, others)
+
+    def _in_turn(
+        self, expected: Collection[str] = ()
+    ) -> Sequence[tuple[Hashable, Lane | None]]:
         """List the lanes as their turns come: those of one caller as they stand here.
 
         Who has had less of the device than others comes before them, however many lanes
-        they have. What waits for idleness is nobody's.
+        they have; no lane stands for a caller who is expected. What waits for idleness is
+        nobody's.
         """
         lanes = list(self._lanes.items())
-        callers = {lane.caller for _, lane in lanes if not lane.waits_for_idleness}
-        if len(callers) < 2:
+        callers = self._callers()
+        if not callers:
             return lanes
-        had_s = self._shares.had(callers)
-        return sorted(lanes, key=lambda item: had_s.get(item[1].caller, math.inf))
+        away = set(expected) - callers
+        # Also of one alone: his time must not be owed to who comes later.
+        had_s = self._shares.had(callers | away)
+        if len(callers) + len(away) < 2:
+            return lanes
+        places: list[tuple[float, tuple[Hashable, Lane | None]]] = [
+            (had_s.get(lane.caller, math.inf), (key, lane)) for key, lane in lanes
+        ]
+        places += [(had_s[name], (None, None)) for name in away]
+        return [place for _, place in sorted(places, key=lambda item: item[0])]
+
+    def _callers(self) -> set[str]:
+        """Name whose turn it may be."""
+        lanes = self._lanes.values()
+        return {lane.caller for lane in lanes if not lane.waits_for_idleness}
 
     def is_wanted(self) -> bool:
         """Tell whether anybody waits who does not wait for an idle device."""

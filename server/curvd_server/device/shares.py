@@ -55,3 +55,21 @@ class Shares:
             part_s = seconds / len(callers) / self._weight(caller)
             had_s = self._had_s.get(caller.name, self._now_s)
             self._had_s[caller.name] = had_s + part_s
+
+    def is_ahead(
+        self, callers: Collection[Identity], seconds: float, others: Collection[str]
+    ) -> bool:
+        """Tell whether a turn that is not over has made callers richer than others.
+
+        Args:
+            callers: Who have it together.
+            seconds: How long they have had it.
+            others: Names of the others.
+        """
+        least_s = min(self._had_s.get(name, self._now_s) for name in others)
+        return any(
+            self._had_s.get(caller.name, self._now_s)
+            + seconds / len(callers) / self._weight(caller)
+            > least_s
+            for caller in callers
+        )

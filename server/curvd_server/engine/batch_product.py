@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,11 +15,14 @@ from curvd.contract import OperatorSpec
 from curvd_server.engine.linearization_cache import Counters, LinearizationCache
 from curvd_server.engine.objective import Problem, check_cancelled, tangents_of
 from curvd_server.engine.operators import Linearisation, block_ranges
-from curvd_server.engine.program import Emits
-from curvd_server.system import is_out_of_memory, yield_point
+from curvd_server.engine.program import Emits, Interruptible
+from curvd_server.system import is_out_of_memory, is_shared, yield_point
 
 EMITTED_BYTES = 64 << 20
 """A column of this size has its rows added one by one, so that they take no memory."""
+LONG_CHUNK_S = 2e-3
+"""A chunk of columns that takes longer has yield points between its operations, while
+several callers want the device: each of them costs some microseconds."""
 
 
 class BatchProduct:
@@ -46,6 +51,8 @@ class BatchProduct:
         self.blocks = block_ranges(spec, len(problem.parameters))
         self.width = width
         """Columns that go through together; fewer after the memory ran out."""
+        # The latest chunk of so many columns. What a GPU is given takes no time here.
+        self._chunk_s: dict[int, float] = {}
 
     def add(
         self,
@@ -79,11 +86,12 @@ class BatchProduct:
             end = next(end for end in ends if end > start)
             stop = min(start + self.width, end)
             try:
-                for at, row in self._rows(linear, V[start:stop]):
-                    if at not in added:
-                        self._add(at, row, out[start:stop], first=index == 0)
-                    added.add(at)
-                    del row  # before the next one is made
+                with self._timed(stop - start):
+                    for at, row in self._rows(linear, V[start:stop]):
+                        if at not in added:
+                            self._add(at, row, out[start:stop], first=index == 0)
+                        added.add(at)
+                        del row  # before the next one is made
             except RuntimeError as error:
                 # Rows that were added stay added: the same columns go on behind them.
                 if not is_out_of_memory(error) or (added and stop > start + 1):
@@ -93,6 +101,23 @@ class BatchProduct:
             self._counters.batch_products += 1
             start = stop
             added.clear()
+
+    @contextlib.contextmanager
+    def _timed(self, columns: int) -> Iterator[None]:
+        """Let others go within a chunk that takes long, if they want short turns.
+
+        The operations and their order stay the same, and so do the bits.
+
+        Args:
+            columns: Of the chunk.
+        """
+        if self._chunk_s.get(columns, 0.0) > LONG_CHUNK_S and is_shared():
+            with Interruptible():
+                yield
+            return
+        start_s = time.thread_time()
+        yield
+        self._chunk_s[columns] = time.thread_time() - start_s
 
     def _rows(
         self, linear: Linearisation, V: Tensor

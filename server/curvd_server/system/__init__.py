@@ -18,6 +18,7 @@ from curvd_server.system.cooperative import (
     Threads,
     alone,
     given_up,
+    is_shared,
     yield_point,
 )
 from curvd_server.system.cores import is_quiet, usable_cores, waited_s
@@ -81,6 +82,7 @@ __all__ = [
     "given_up",
     "is_out_of_memory",
     "is_quiet",
+    "is_shared",
     "logger",
     "look_at_all",
     "none_while_building",

@@ -73,6 +73,8 @@ class LongWork(Generic[T]):
         stopped: Says whether nobody wants the work any more.
         gives_way: Says whether somebody waits long enough; asked at each yield point.
         threads: Where it runs.
+        is_shared: Says whether others want short turns, so that yield points within a
+            step pay.
     """
 
     def __init__(
@@ -82,7 +84,9 @@ class LongWork(Generic[T]):
         stopped: Poll,
         gives_way: Poll,
         threads: Threads,
+        is_shared: Poll = lambda: False,
     ) -> None:
+        self.is_shared = is_shared
         self._work, self._stopped, self._gives_way = work, stopped, gives_way
         self._threads = threads
         self._value: list[T] = []
@@ -169,6 +173,12 @@ def given_up() -> bool:
     """
     work: LongWork[object] | None = getattr(_here, "work", None)
     return work is not None and work.is_given_up()
+
+
+def is_shared() -> bool:
+    """Tell whether this thread does long work beside others who want short turns."""
+    work: LongWork[object] | None = getattr(_here, "work", None)
+    return work is not None and work.is_shared()
 
 
 @contextlib.contextmanager

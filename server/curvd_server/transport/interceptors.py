@@ -24,11 +24,12 @@ from curvd.errors import (
     Unauthenticated,
     Unavailable,
 )
-from curvd_server.system import CALLING, Quotas, faults, logger
+from curvd_server.system import CALLING, Quotas, calling, faults, logger
 from curvd_server.system.quotas import CALLS
 from curvd_server.transport.access import AccessLog
 from curvd_server.transport.callers import Callers
 from curvd_server.transport.drops import Drops
+from curvd_server.transport.refusals import Refusals
 from curvd_server.transport.tally import Tally
 
 # Errors travel in HTTP/2 headers, of which clients accept 8 KiB; the message is in
@@ -68,6 +69,7 @@ class Gate:
         self._callers, self._drops = callers or Callers(), drops or Drops()
         self._tally, self._access = tally or Tally(), access or AccessLog()
         self._log = logger()
+        self._refusals = Refusals()
         self._draining = False
         self._idle = asyncio.Event()
 
@@ -116,6 +118,8 @@ class Gate:
             raise
         except CurvdError as error:
             code = error.code
+            if isinstance(error, ResourceExhausted):
+                await self._refusals.pace(calling().name, context.time_remaining())
             await abort(context, error)
         except Exception as error:
             if context.done():  # the client left, and a read or write noticed first

@@ -1,0 +1,198 @@
+"""The processes of bench/quotas.py: who multiplies, who is at his limit, who only computes.
+
+Each reads lines and answers each with one of JSON. A process of his own has his own
+interpreter and his own share of the cores, so its seconds of a processor can be told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+from neighbours_multiplier import WIDTHS, opened, points_of, registered
+
+import curvd
+
+ONCE = curvd.ClientConfig(retry=curvd.RetryConfig(give_up_s=0))
+SMALL = WIDTHS["small"]
+
+
+def say(**found: object) -> None:
+    """Answer the process that asked."""
+    print(json.dumps(found), flush=True)
+
+
+def ann(target: str, token: str) -> None:
+    """Multiply so many seconds for each line; tell the times, failures and own CPU."""
+    with curvd.connect(target, config=ONCE, token=token) as client:
+        session = opened(client, SMALL, plan="final")
+        H, v = session.hessian(), np.ones(session.layout.size, np.float32)
+        for _ in range(200):
+            H @ v
+        say(ready=True)
+        for line in sys.stdin:
+            times, failures = [], Counter()
+            cpu_s, end_s = time.process_time(), time.perf_counter() + float(line)
+            while (start_s := time.perf_counter()) < end_s:
+                try:
+                    H @ v
+                except curvd.CurvdError as error:
+                    failures[type(error).__name__] += 1
+                times.append(time.perf_counter() - start_s)
+            say(
+                median_s=statistics.median(times),
+                p99_s=float(np.quantile(times, 0.99)),
+                products=len(times),
+                failures=failures,
+                cpu_s=time.process_time() - cpu_s,
+            )
+
+
+def burner() -> None:
+    """Compute for a share of the time: each line says for how long, and which share."""
+    for line in sys.stdin:
+        seconds, share = map(float, line.split())
+        cpu_s, start_s = time.process_time(), time.perf_counter()
+        number = 1
+        while (passed_s := time.perf_counter() - start_s) < seconds:
+            if time.process_time() - cpu_s < share * passed_s:
+                for _ in range(5000):
+                    number = (number * 31 + 7) % 1_000_003
+            else:
+                time.sleep(1e-3)
+        say(cpu_s=time.process_time() - cpu_s)
+
+
+def ben(target: str, token: str) -> None:
+    """Be at a quota.
+
+    A line names it, and has him hold all of it; then "go" and "stop" by turns, and "end".
+    """
+    with curvd.connect(target, config=ONCE, token=token) as client:
+        opened(client, SMALL, plan="final")
+        say(ready=True)
+        for line in sys.stdin:
+            act, threads = QUOTAS[line.strip()]
+            with contextlib.ExitStack() as held:
+                _ask(act(client, held), threads)
+
+
+def _ask(act: Callable[[], object], threads: int) -> None:
+    say(ready=True)
+    for line in sys.stdin:
+        if line.strip() == "end":
+            return
+        stopped, came = threading.Event(), Counter()
+        cpu_s = time.process_time()
+
+        def ask(stopped=stopped, came=came) -> None:
+            while not stopped.is_set():
+                try:
+                    act()
+                    came["done"] += 1
+                except curvd.ResourceExhausted as error:
+                    came["refused"] += 1
+                    came["of " + error.metadata.get("quota", "nothing")] += 1
+                except curvd.CurvdError as error:
+                    came[repr(error)] += 1
+
+        asking = [threading.Thread(target=ask) for _ in range(threads)]
+        for thread in asking:
+            thread.start()
+        assert sys.stdin.readline().strip() == "stop"
+        cpu_s = time.process_time() - cpu_s
+        stopped.set()
+        for thread in asking:
+            thread.join()
+        say(cpu_s=cpu_s, **came)
+
+
+Held = contextlib.ExitStack
+
+
+def more_sessions(client: curvd.Client, held: Held) -> Callable[[], object]:
+    """He has all his sessions, and asks for another."""
+    model, data = registered(client, SMALL)
+    make = lambda: client.create_session(  # noqa: E731
+        model, data, loss="cross_entropy", operators=None
+    )
+    with contextlib.suppress(curvd.LimitExceeded):
+        make()
+    return make
+
+
+def more_vectors(client: curvd.Client, held: Held) -> Callable[[], object]:
+    """He stores all he may, and puts another vector."""
+    session = client.session(client.sessions()[0].id)
+    columns = np.ones((session.layout.size, 4), np.float32)
+    for n in range(1000):
+        try:
+            session.put(f"v{n}", columns)
+        except curvd.LimitExceeded:
+            break
+    return lambda: session.put("more", columns)
+
+
+def more_disk(client: curvd.Client, held: Held) -> Callable[[], object]:
+    """He registers a dataset that is larger than what he may have."""
+    points = points_of([64, 4], 20_000)
+    return lambda: client.register_dataset(
+        points, inputs="x", target="y", batch_size=128
+    )
+
+
+def more_uploads(client: curvd.Client, held: Held) -> Callable[[], object]:
+    """He has begun as many uploads as he may, and begins another."""
+
+    class Left(Exception):
+        pass
+
+    def leave(done: int, total: int) -> None:
+        if 0 < done < total:
+            raise Left
+
+    def begin(value: float) -> None:
+        points = points_of(SMALL, 20_000)
+        points["x"] += np.float32(value)
+        client.register_dataset(
+            points, inputs="x", target="y", batch_size=128, progress=leave
+        )
+
+    for value in range(1, 100):
+        try:
+            begin(value)
+        except Left:
+            continue
+        except curvd.LimitExceeded:
+            break
+    return lambda: begin(0.5)
+
+
+def more_columns(client: curvd.Client, held: Held) -> Callable[[], object]:
+    """He multiplies as many columns as he may, from four threads."""
+    session = client.session(client.sessions()[0].id)
+    H, V = session.hessian(), np.ones((session.layout.size, 4), np.float32)
+    return lambda: H @ V
+
+
+Act = Callable[[curvd.Client, Held], Callable[[], object]]
+QUOTAS: dict[str, tuple[Act, int]] = {
+    "sessions": (more_sessions, 1),
+    "vector_bytes": (more_vectors, 1),
+    "disk_bytes": (more_disk, 1),
+    "uploads": (more_uploads, 1),
+    "columns": (more_columns, 4),
+    "calls": (more_columns, 8),
+}
+"""What he does, and from how many threads, by the quota that stops him."""
+
+
+if __name__ == "__main__":
+    {"ann": ann, "ben": ben, "burner": burner}[sys.argv[1]](*sys.argv[2:])
