@@ -1,6 +1,8 @@
 """The dashboard asks for metrics that there are, and a Prometheus answers it."""
 
 import contextlib
+import copy
+import itertools
 import json
 import re
 import shutil
@@ -8,12 +10,14 @@ import socket
 import subprocess
 import urllib.parse
 import urllib.request
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import raw
 import yaml
+from grafana_foundation_sdk.cog import encoder, plugins
 from support.fake_device import FakeDevice
 from support.served import Channels
 
@@ -53,6 +57,52 @@ def test_every_metric_but_the_build_is_on_the_dashboard():
     missing = {m.name for m in metrics.METRICS} - shown
     assert missing == {"curvd_build_info", "curvd_runs", "curvd_requests_given_up",
                        "curvd_queue_bytes"}  # fmt: skip
+
+
+def unknown(ours, theirs, path=""):
+    """What of a value is not, or is otherwise, in the other one: paths."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in ours:
+            yield from unknown(ours[key], theirs.get(key), f"{path}/{key}")
+    elif isinstance(ours, list) and isinstance(theirs, list):
+        for number, (a, b) in enumerate(itertools.zip_longest(ours, theirs)):
+            yield from unknown(a, b, f"{path}/{number}")
+    elif ours != theirs:
+        yield path
+
+
+def as_grafana_reads(board):
+    """Read by Grafana's own models, and written again by them."""
+    with warnings.catch_warnings():  # that there is a newer kind of dashboard, too
+        warnings.simplefilter("ignore", DeprecationWarning)
+        plugins.register_default_plugins()
+        from grafana_foundation_sdk.models.dashboard import Dashboard
+    return json.loads(encoder.JSONEncoder().encode(Dashboard.from_json(board)))
+
+
+def test_grafanas_models_know_everything_that_the_dashboard_says():
+    assert list(unknown(BOARD, as_grafana_reads(BOARD))) == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("refreshh",),
+        ("panels", 0, "gridPos", "width"),
+        ("panels", 1, "fieldConfig", "defaults", "units"),
+        ("panels", 2, "fieldConfig", "defaults", "custom", "fill"),
+        ("panels", 3, "options", "legend", "display"),
+        ("panels", 4, "targets", 0, "query"),
+    ],
+)
+def test_a_word_that_grafana_does_not_know_is_found(path):
+    board = copy.deepcopy(BOARD)
+    place = board
+    for part in path[:-1]:
+        place = place[part]
+    place[path[-1]] = "invented"
+    named = "/" + "/".join(map(str, path))
+    assert list(unknown(board, as_grafana_reads(board))) == [named]
 
 
 def test_the_files_of_the_profile_fit_each_other():
