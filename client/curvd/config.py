@@ -108,7 +108,8 @@ class RetryConfig:
     """
 
     give_up_s: float = 30.0
-    """Give up after so long without progress; 0 never repeats."""
+    """Give up when a call has failed for so long without progress, from its first failure
+    on; 0 never repeats."""
     first_s: float = 0.1
     """Upper end of the first random pause; it doubles with each failure."""
     longest_s: float = 5.0

@@ -140,6 +140,7 @@ def test_patience_ends_after_so_long_without_progress():
     clock = Clock()
     config = curvd.ClientConfig(retry=curvd.RetryConfig(first_s=0, longest_s=0))
     policy = RetryPolicy(config, clock)
+    assert policy.pause_after(AWAY) == 0
     clock.now += 29
     assert policy.pause_after(AWAY) == 0
     clock.now += 1
@@ -148,6 +149,20 @@ def test_patience_ends_after_so_long_without_progress():
     policy.progressed()
     assert policy.pause_after(AWAY) == 0
     assert policy.timeout() is None
+
+
+def test_an_attempt_that_took_longer_than_the_patience_is_repeated():
+    clock = Clock()
+    policy = RetryPolicy(curvd.ClientConfig(), clock)
+    for _ in range(3):
+        clock.now += 3600  # a long product, or a line that went dead without a word
+        assert policy.pause_after(AWAY) >= 0
+        policy.progressed()
+    clock.now += 40
+    assert policy.pause_after(AWAY) >= 0
+    clock.now += 40
+    with pytest.raises(curvd.Unavailable, match="away"):
+        policy.pause_after(AWAY)
 
 
 def test_the_deadline_bounds_attempts_and_pauses():

@@ -230,7 +230,7 @@ class Person:
             v = self.rng.standard_normal((problem.inputs + 1, 3))
             operator = session.hessian()
             claim(np.allclose(operator @ v, problem.matrix() @ v), "a product")
-            ends = threading.Thread(target=session.delete)
+            ends = threading.Thread(target=self._protected, args=(session.delete,))
             ends.start()
             try:
                 for _ in range(50):

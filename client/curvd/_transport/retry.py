@@ -41,15 +41,17 @@ class RetryPolicy:
         self, config: ClientConfig, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._retry, self._clock = config.retry, clock
-        self._progress = clock()
+        # When it first failed since the last progress. An attempt may take longer than
+        # the patience before it fails: a long product, a line that is found to be dead.
+        self._failing_since: float | None = None
         self._deadline = (
-            None if config.deadline_s is None else self._progress + config.deadline_s
+            None if config.deadline_s is None else clock() + config.deadline_s
         )
         self._state: tenacity.RetryCallState | None = None
 
     def progressed(self) -> None:
         """Take note that something came through, so that giving up is put off."""
-        self._progress = self._clock()
+        self._failing_since = None
 
     def timeout(self) -> float | None:
         """Tell how long the next attempt may take.
@@ -77,6 +79,8 @@ class RetryPolicy:
         """
         if not (recovers or is_worth_a_retry(error)):
             raise error
+        if self._failing_since is None:
+            self._failing_since = self._clock()
         state = self._state = self._state or self._begun()
         state.set_exception((type(error), error, error.__traceback__))
         try:
@@ -106,7 +110,8 @@ class RetryPolicy:
         next_attempt = self._clock() + state.upcoming_sleep
         if self._deadline is not None and next_attempt >= self._deadline:
             return True
-        return next_attempt - self._progress >= self._retry.give_up_s
+        assert self._failing_since is not None, "nothing has failed"
+        return next_attempt - self._failing_since >= self._retry.give_up_s
 
 
 def _log(state: tenacity.RetryCallState) -> None:
