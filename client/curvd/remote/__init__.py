@@ -17,7 +17,8 @@ from curvd.remote.progress import ClientStages, opening, shown
 from curvd.remote.queries import DataPointQueries, OperatorQueries
 from curvd.remote.queries.base import check_drawable
 from curvd.remote.session import Session
-from curvd.remote.session_base import SessionBase, Vectors, name_of, names_of
+from curvd.remote.session_base import SessionBase
+from curvd.remote.stored_vectors import AsyncStoredVectors
 from curvd.remote.submatrix import AsyncSubmatrix, Submatrix
 from curvd.remote.torch_names import AsyncMultiplies
 
@@ -27,6 +28,7 @@ __all__ = [
     "AsyncJacobian",
     "AsyncMultiplies",
     "AsyncOperatorSum",
+    "AsyncStoredVectors",
     "AsyncSubmatrix",
     "Client",
     "ClientStages",
@@ -41,13 +43,10 @@ __all__ = [
     "Session",
     "SessionBase",
     "Submatrix",
-    "Vectors",
     "check_drawable",
     "configured",
     "connect",
     "dense_bytes",
-    "name_of",
-    "names_of",
     "opening",
     "shown",
 ]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from curvd._calls import Progress, requests, upload
 from curvd._transport import Connection
@@ -19,10 +16,9 @@ from curvd.contract import (
     JacobianOf,
     OperatorSpec,
     SessionInfo,
-    StoredVector,
     Tier,
 )
-from curvd.errors import SessionNotFound, VectorNotFound
+from curvd.errors import SessionNotFound
 from curvd.parameters import Values, updates
 from curvd.remote.asking import Asks
 from curvd.remote.jacobian import Jacobian
@@ -36,11 +32,14 @@ from curvd.remote.queries import (
     Predictive,
     Sketch,
 )
-from curvd.remote.session_base import SessionBase, Vectors, name_of, names_of
-from curvd.tensors import Layout, operand
+from curvd.remote.session_base import SessionBase
+from curvd.remote.stored_vectors import StoredVectors
+from curvd.tensors import Layout
 
 
-class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
+class Session(
+    DataPointQueries, Asks, StoredVectors, SessionBase[RemoteOperator, Jacobian]
+):
     """A model, a dataset and a loss on a device of the server.
 
     It outlives this object and the client. In a ``with`` it is deleted at the end.
@@ -80,58 +79,6 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
             The operator.
         """
         return RemoteOperator(self._connection, self._info, spec, expected_version)
-
-    def loss_jacobian(
-        self,
-        *,
-        params: Sequence[str] | str | None = None,
-        expected_version: int | None = None,
-    ) -> Jacobian:
-        """Name the Jacobian of the data points' losses, as an operator.
-
-        Args:
-            params: Globs over names that choose the parameters that it is in, in this
-                order; None: all.
-            expected_version: Refuse to compute at another parameter version.
-
-        Returns:
-            [N, P]: row n is the gradient of data point n's own loss.
-
-        Examples:
-            >>> J = session.loss_jacobian()
-            >>> loss, gradient = session.gradient()
-            >>> np.allclose(J.T @ np.ones(60) / 60, gradient)
-            True
-        """
-        return Jacobian(
-            session=self,
-            of=JacobianOf.LOSSES,
-            params=params,
-            expected_version=expected_version,
-        )
-
-    def output_jacobian(
-        self,
-        *,
-        params: Sequence[str] | str | None = None,
-        expected_version: int | None = None,
-    ) -> Jacobian:
-        """Name the Jacobian of the model's outputs, as an operator.
-
-        Args:
-            params: Globs over names that choose the parameters that it is in, in this
-                order; None: all.
-            expected_version: Refuse to compute at another parameter version.
-
-        Returns:
-            [N C, P], the C numbers of a data point one after the other.
-        """
-        return Jacobian(
-            session=self,
-            of=JacobianOf.OUTPUTS,
-            params=params,
-            expected_version=expected_version,
-        )
 
     def gradient(
         self,
@@ -379,154 +326,6 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
             )
             return self._advance(*updates.run(steps, self._connection.run))
 
-    def put(self, name: str, value: Any, *, wire: str | None = None) -> StoredVector:
-        """Store a vector or columns in the session, as operand of later products.
-
-        What is stored is lost when the server restarts.
-
-        Args:
-            name: What to call it; one that exists is replaced.
-            value: The value, as for ``H @ value``.
-            wire: ``BF16`` or ``F16`` send half the bytes, rounded to nearest.
-
-        Returns:
-            What stands for it.
-
-        Examples:
-            >>> stored = session.put("ones", np.ones(43))
-            >>> stored.shape, stored.dtype
-            ((43,), 'F64')
-            >>> H = session.hessian()
-            >>> np.array_equal(H.multiply(stored), H @ np.ones(43))
-            True
-        """
-        call = requests.put_vector(
-            self._info,
-            name,
-            operand(value, self.layout, self._info.dtype),
-            wire_type=requests.check_wire(wire, self._info.dtype),
-        )
-        return self._connection.run(call)
-
-    def get(self, vector: StoredVector | str, *, wire: str | None = None) -> Any:
-        """Fetch a stored vector.
-
-        Args:
-            vector: Which, or its name.
-            wire: ``BF16`` or ``F16`` fetch half the bytes, rounded to nearest.
-
-        Returns:
-            [P], or [P, K].
-
-        Examples:
-            >>> stored = session.put("columns", np.eye(43, 2))
-            >>> session.get("columns").shape
-            (43, 2)
-        """
-        wire_type = requests.check_wire(wire, self._info.dtype)
-        found = vector
-        if isinstance(found, str):
-            found = self._named(found, self.vectors())
-        call = requests.get_vector(self._info, found, wire_type=wire_type)
-        return self._connection.run(call)
-
-    def vectors(self) -> list[StoredVector]:
-        """List what the session stores, the oldest name first."""
-        return self._connection.run(requests.list_vectors(self.id))
-
-    def combine(
-        self, terms: Mapping[StoredVector | str, float], store: str
-    ) -> StoredVector:
-        """Store a linear combination of stored vectors, where they are.
-
-        Args:
-            terms: Coefficients by vector, or by name; all of one shape.
-            store: Name of the sum, which may be that of a term.
-
-        Returns:
-            What stands for the sum.
-
-        Examples:
-            >>> loss, g = session.gradient(store="g")
-            >>> _ = session.put("x", np.ones(43))
-            >>> stored = session.combine({"x": 1.0, "g": -0.1}, store="x")  # a step
-            >>> np.allclose(session.get("x"), 1 - 0.1 * session.get("g"))
-            True
-        """
-        named = {name_of(vector): float(c) for vector, c in terms.items()}
-        return self._connection.run(requests.combine_vectors(self.id, named, store))
-
-    def inner_products(
-        self, left: Vectors, right: Vectors | None = None
-    ) -> NDArray[np.float64]:
-        """Multiply stored vectors with each other, where they are.
-
-        Args:
-            left: A stored vector or several, or their names; their columns, one after the
-                other, are the rows of the answer.
-            right: The same for its columns; None: `left`, so that it is a Gram matrix,
-                whose diagonal has the squared norms.
-
-        Returns:
-            [L, R], summed in float64.
-
-        Examples:
-            >>> _ = session.put("two", np.eye(43, 2)), session.put("one", np.ones(43))
-            >>> session.inner_products(["two", "one"])
-            array([[ 1.,  0.,  1.],
-                   [ 0.,  1.,  1.],
-                   [ 1.,  1., 43.]])
-        """
-        call = requests.inner_products(
-            self.id, names_of(left), () if right is None else names_of(right)
-        )
-        return self._connection.run(call)
-
-    def orthonormalise(
-        self, vectors: Vectors, store: str, *, tolerance: float = 0.0
-    ) -> StoredVector:
-        """Store an orthonormal basis of what stored vectors span, as columns.
-
-        Args:
-            vectors: A stored vector or several, or their names.
-            store: Name of the basis.
-            tolerance: Directions shorter than this, relative to the longest, are left
-                out; 0: those that rounding hides.
-
-        Returns:
-            What stands for the basis, principal directions first.
-
-        Examples:
-            >>> _ = session.put("a", np.ones((43, 2)))  # the same column twice
-            >>> session.orthonormalise("a", store="basis").shape
-            (1, 43)
-        """
-        return self._connection.run(
-            requests.orthonormalise_vectors(
-                self.id, names_of(vectors), store, tolerance
-            )
-        )
-
-    def discard(self, vector: StoredVector | str) -> None:
-        """Forget a stored vector and free its memory.
-
-        Args:
-            vector: Which, or its name.
-
-        Examples:
-            >>> stored = session.put("for a while", np.ones(43))
-            >>> session.discard(stored)
-            >>> "for a while" in [vector.name for vector in session.vectors()]
-            False
-        """
-        call = requests.delete_vector(self.id, name_of(vector))
-        try:
-            self._connection.run(call)
-        except VectorNotFound:
-            if call.attempts == 1:
-                raise
-            # An earlier attempt discarded it, and its answer was lost.
-
     def refresh(self) -> SessionInfo:
         """Ask for the session as it is now: version, plans, lease."""
         self._info = self._connection.run(requests.get_session(self.id))
@@ -573,3 +372,13 @@ class Session(DataPointQueries, Asks, SessionBase[RemoteOperator]):
         if self._entered_here():
             with contextlib.suppress(SessionNotFound):  # its end is what was wanted
                 self.delete()
+
+    def _jacobian(
+        self,
+        of: JacobianOf,
+        params: Sequence[str] | str | None,
+        expected_version: int | None,
+    ) -> Jacobian:
+        return Jacobian(
+            session=self, of=of, params=params, expected_version=expected_version
+        )

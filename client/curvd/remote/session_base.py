@@ -11,24 +11,22 @@ from curvd._transport import Process, current_process
 from curvd.contract import (
     DatasetSpec,
     Distribution,
+    JacobianOf,
     OperatorKind,
     OperatorSpec,
     ParameterLayout,
     Probe,
     ResultInfo,
     SessionInfo,
-    StoredVector,
     check_patterns,
     select,
 )
-from curvd.errors import VectorNotFound
 
 O = TypeVar("O")  # noqa: E741 - the operator type of the client
-Vectors = Sequence[StoredVector | str] | StoredVector | str
-"""One stored vector or several, or their names."""
+J = TypeVar("J")  # its type of Jacobians
 
 
-class SessionBase(ABC, Generic[O]):
+class SessionBase(ABC, Generic[O, J]):
     """A model, a dataset and a loss on a device of the server.
 
     The operator methods make no call: the server builds and verifies an operator
@@ -305,6 +303,56 @@ class SessionBase(ABC, Generic[O]):
         )
         return self.operator(spec, expected_version=expected_version)
 
+    def loss_jacobian(
+        self,
+        *,
+        params: Sequence[str] | str | None = None,
+        expected_version: int | None = None,
+    ) -> J:
+        """Name the Jacobian of the data points' losses, as an operator.
+
+        Args:
+            params: Globs over names that choose the parameters that it is in, in this
+                order; None: all.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            [N, P]: row n is the gradient of data point n's own loss.
+
+        Examples:
+            >>> J = session.loss_jacobian()
+            >>> loss, gradient = session.gradient()
+            >>> np.allclose(J.T @ np.ones(60) / 60, gradient)
+            True
+        """
+        return self._jacobian(JacobianOf.LOSSES, params, expected_version)
+
+    def output_jacobian(
+        self,
+        *,
+        params: Sequence[str] | str | None = None,
+        expected_version: int | None = None,
+    ) -> J:
+        """Name the Jacobian of the model's outputs, as an operator.
+
+        Args:
+            params: Globs over names that choose the parameters that it is in, in this
+                order; None: all.
+            expected_version: Refuse to compute at another parameter version.
+
+        Returns:
+            [N C, P], the C numbers of a data point one after the other.
+        """
+        return self._jacobian(JacobianOf.OUTPUTS, params, expected_version)
+
+    @abstractmethod
+    def _jacobian(
+        self,
+        of: JacobianOf,
+        params: Sequence[str] | str | None,
+        expected_version: int | None,
+    ) -> J: ...
+
     def probe(
         self,
         distribution: Distribution | str = Distribution.RADEMACHER,
@@ -342,14 +390,6 @@ class SessionBase(ABC, Generic[O]):
             first=first,
         )
 
-    def _named(self, name: str, vectors: Sequence[StoredVector]) -> StoredVector:
-        found = [vector for vector in vectors if vector.name == name]
-        if not found:
-            known = ", ".join(repr(vector.name) for vector in vectors) or "none"
-            msg = f"session {self.id} stores no vector {name!r}; known: {known}"
-            raise VectorNotFound(msg, vector=name)
-        return found[0]
-
     def __repr__(self) -> str:
         i = self._info
         name = f"{i.name!r} " if i.name else ""
@@ -370,32 +410,6 @@ class SessionBase(ABC, Generic[O]):
             self._info, version=version, parameters_digest=digest, operators=()
         )
         return version
-
-
-def name_of(vector: StoredVector | str) -> str:
-    """Tell the name of a stored vector.
-
-    Args:
-        vector: The vector, or its name.
-
-    Returns:
-        Its name.
-    """
-    return vector if isinstance(vector, str) else vector.name
-
-
-def names_of(vectors: Vectors) -> list[str]:
-    """Tell the names of stored vectors.
-
-    Args:
-        vectors: One or several of them, or names.
-
-    Returns:
-        The names, in order.
-    """
-    if isinstance(vectors, str | StoredVector):
-        return [name_of(vectors)]
-    return [name_of(vector) for vector in vectors]
 
 
 def _blocks(sizes: Sequence[int] | None) -> tuple[int, ...] | None:
