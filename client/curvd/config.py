@@ -151,6 +151,9 @@ class ClientConfig:
     """Take the connection for dead when a ping stays unanswered so long."""
     transport: Transport = Transport.DIRECT
     """Who speaks HTTP/2; the wire is the same."""
+    tracing: bool = False
+    """Make a span of each call, of OpenTelemetry's tracer provider in this process, and
+    tell the server its trace; needs ``curvd[otel]``."""
 
     def __post_init__(self) -> None:
         try:

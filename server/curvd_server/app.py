@@ -13,12 +13,15 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 import psutil
 
 from curvd.contract import OperatorKind, ServerInfo, Tier
+from curvd.errors import InvalidSpec, install
 from curvd.tensors import trim_allocator, tune_allocator
 from curvd_server.config import ServerConfig
 from curvd_server.device import Batcher, Device, torch_device
@@ -59,6 +62,9 @@ from curvd_server.system import (
     usable_cores,
 )
 from curvd_server.transport import Callers, Tally, raise_descriptor_limit
+
+if TYPE_CHECKING:  # of an extra, which few have
+    from curvd_server.transport.tracing import Tracing
 
 CAPABILITIES = tuple(
     sorted([
@@ -263,12 +269,31 @@ async def running(
         ]
         callers = config.callers()
         metrics = await stack.enter_async_context(exposed(config.metrics, sources))
+        tracing = None
+        if config.traces:
+            tracing = await stack.enter_async_context(_traced(config))
         target = await stack.enter_async_context(
-            serving(config, services, callers, quotas, tally)
+            serving(config, services, callers, quotas, tally, tracing)
         )
         sweeper = asyncio.create_task(_expire(sessions, curvature, blobs, catalogue))
         stack.callback(sweeper.cancel)
         yield Running(target, batcher, sessions, callers, quotas, metrics)
+
+
+def _traced(config: ServerConfig) -> AbstractAsyncContextManager[Tracing]:
+    """Send spans of calls where the configuration says.
+
+    Raises:
+        InvalidSpec: If OpenTelemetry is not installed.
+    """
+    try:
+        from curvd_server.transport import tracing
+    except ModuleNotFoundError as error:
+        msg = (
+            f"--traces needs OpenTelemetry ({error.name} is missing): {install('otel')}"
+        )
+        raise InvalidSpec(msg, traces=config.traces) from error
+    return tracing.exporting(config.traces, config.trace_share, _version())
 
 
 def _single(

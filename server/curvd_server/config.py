@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
@@ -25,6 +26,7 @@ _WAITING_CALLS = 512
 """Calls of clients that are not ours that wait for the event loop."""
 _MOST_PORT = 65535
 _UNIX = ("unix:", "unix-abstract:")
+_COLLECTOR = re.compile(r"https?://[^/\s]+:\d+/?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,6 +316,20 @@ class ServerConfig:
         metavar="ADDRESS",
         shown="none",
     )
+    traces: str = setting(
+        "",
+        "Where to send traces of calls, by OTLP over gRPC: http://host:port or "
+        "https://host:port, of an OpenTelemetry collector; needs curvd[otel].",
+        metavar="URL",
+        shown="none",
+    )
+    trace_share: float = setting(
+        1.0,
+        "Share of the calls that are traced, of those whose callers do not say whether "
+        "they are.",
+        least=0,
+        most=1,
+    )
     drain_s: float = setting(
         30.0, "Seconds that running calls may go on after SIGTERM.", least=0
     )
@@ -348,6 +364,12 @@ class ServerConfig:
                     raise InvalidSpec(msg, **{name: folder})
         if self.metrics:
             address_of(self.metrics, "metrics")
+        if self.traces and not _COLLECTOR.fullmatch(self.traces):
+            msg = (
+                "traces must be where a collector takes OTLP over gRPC, such as "
+                f"http://127.0.0.1:4317, got {self.traces!r}"
+            )
+            raise InvalidSpec(msg, traces=self.traces)
         if self.ray and self.devices:
             msg = (
                 f"workers are processes here (devices={self.devices!r}) or on Ray "

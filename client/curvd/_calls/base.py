@@ -32,6 +32,8 @@ class Call(Generic[T]):
         self.rpc = rpc
         self.done = False
         self.attempts = 0
+        self.metadata: tuple[tuple[str, str], ...] = ()
+        """What its headers have beside what all calls have."""
         self.failure: Exception | None = None
         """What went wrong while parts were made; it must not disappear in gRPC."""
         self.progressed: Callable[[], None] = lambda: None

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import grpc
 
@@ -23,8 +23,18 @@ from curvd._transport.process import PerProcess, check_loop
 from curvd._transport.retry import RetryPolicy
 from curvd.config import ClientConfig, Transport, check_target
 from curvd.contract import RpcError, translated
-from curvd.errors import Cancelled, CurvdError, Unauthenticated, Unavailable
+from curvd.errors import (
+    Cancelled,
+    CurvdError,
+    InvalidSpec,
+    Unauthenticated,
+    Unavailable,
+    install,
+)
 from curvd.tensors import Pool
+
+if TYPE_CHECKING:  # of an extra, which few have
+    from curvd._transport.tracing import CallSpans
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -57,6 +67,7 @@ class ConnectionBase(Generic[C]):
         )
         self._answered = self._closed = False
         self._pool = Pool(_IDLE_BYTES)
+        self._spans = _spans(self.target) if config.tracing else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what it takes to connect anew, the token included."""
@@ -149,16 +160,26 @@ class Connection(ConnectionBase[DirectChannel | GrpcioChannel]):
             CurvdError: If it fails for good.
         """
         policy = self._begin(call)
-        while not call.done:
-            try:
-                with translated(self.target):
-                    call.restart()
-                    while not call.done:
-                        yield from self._attempt(call, policy)
-            except CurvdError as failure:
-                error = self._cause(failure, policy)
-                recovers = call.recovers(error)
-                time.sleep(policy.pause_after(error, recovers=recovers))
+        span = None if self._spans is None else self._spans.begin(call)
+        try:
+            while not call.done:
+                try:
+                    with translated(self.target):
+                        call.restart()
+                        while not call.done:
+                            yield from self._attempt(call, policy)
+                except CurvdError as failure:
+                    error = self._cause(failure, policy)
+                    recovers = call.recovers(error)
+                    time.sleep(policy.pause_after(error, recovers=recovers))
+                    if span is not None:
+                        span.repeated(error)
+        except BaseException as error:
+            if span is not None:
+                span.end(error)
+            raise
+        if span is not None:
+            span.end(None)
 
     def close(self) -> None:
         """Close the channel; calls under way are cancelled."""
@@ -167,7 +188,7 @@ class Connection(ConnectionBase[DirectChannel | GrpcioChannel]):
 
     def _attempt(self, call: Call[Any], policy: RetryPolicy) -> Iterator[Any]:
         response = self._channels.get().call(
-            call.rpc, call.parts(), call.buffer_for, policy.timeout()
+            call.rpc, call.parts(), call.buffer_for, policy.timeout(), call.metadata
         )
         try:
             with contextlib.closing(response) as parts:
@@ -224,19 +245,29 @@ class AsyncConnection(ConnectionBase[AsyncDirectChannel | AsyncGrpcioChannel]):
         """
         check_loop(asyncio.get_running_loop())
         policy = self._begin(call)
-        while not call.done:
-            try:
-                with translated(self.target):
-                    call.restart()
-                    while not call.done:
-                        attempt = self._attempt(call, policy)
-                        async with contextlib.aclosing(attempt) as blocks:
-                            async for block in blocks:
-                                yield block
-            except CurvdError as failure:
-                error = await asyncio.to_thread(self._cause, failure, policy)
-                recovers = call.recovers(error)
-                await asyncio.sleep(policy.pause_after(error, recovers=recovers))
+        span = None if self._spans is None else self._spans.begin(call)
+        try:
+            while not call.done:
+                try:
+                    with translated(self.target):
+                        call.restart()
+                        while not call.done:
+                            attempt = self._attempt(call, policy)
+                            async with contextlib.aclosing(attempt) as blocks:
+                                async for block in blocks:
+                                    yield block
+                except CurvdError as failure:
+                    error = await asyncio.to_thread(self._cause, failure, policy)
+                    recovers = call.recovers(error)
+                    await asyncio.sleep(policy.pause_after(error, recovers=recovers))
+                    if span is not None:
+                        span.repeated(error)
+        except BaseException as error:
+            if span is not None:
+                span.end(error)
+            raise
+        if span is not None:
+            span.end(None)
 
     async def close(self) -> None:
         """Close the channel; calls under way are cancelled."""
@@ -247,7 +278,7 @@ class AsyncConnection(ConnectionBase[AsyncDirectChannel | AsyncGrpcioChannel]):
         self, call: Call[Any], policy: RetryPolicy
     ) -> AsyncGenerator[Any, None]:
         response = self._channels.get().call(
-            call.rpc, call.parts(), call.buffer_for, policy.timeout()
+            call.rpc, call.parts(), call.buffer_for, policy.timeout(), call.metadata
         )
         try:
             async with contextlib.aclosing(response) as parts:
@@ -273,3 +304,20 @@ def _opened(
     if transport is Transport.GRPCIO and lost_in_fork(target):
         transport = Transport.DIRECT  # the same on the wire, and it survives
     return kinds[transport](target, config)
+
+
+def _spans(target: str) -> CallSpans:
+    """Make what makes spans of calls.
+
+    Raises:
+        InvalidSpec: If OpenTelemetry is not installed.
+    """
+    try:
+        from curvd._transport.tracing import CallSpans
+    except ModuleNotFoundError as error:
+        msg = (
+            f"ClientConfig(tracing=True) needs OpenTelemetry ({error.name} is missing): "
+            f"{install('otel')}"
+        )
+        raise InvalidSpec(msg, tracing=True) from error
+    return CallSpans(target)

@@ -33,6 +33,8 @@ from curvd.http2 import (
     tune,
 )
 
+Metadata = tuple[tuple[str, str], ...]
+
 _MOST_IDLE = 4
 """Connections that wait for the next call."""
 _LONGEST_MESSAGE = 32 << 20
@@ -53,12 +55,15 @@ class _ConnectionPool:
         self._lock = threading.Lock()
         self._closed = False
 
-    def options(self, rpc: Rpc, timeout_s: float | None) -> CallOptions:
+    def options(
+        self, rpc: Rpc, timeout_s: float | None, metadata: Metadata
+    ) -> CallOptions:
         """Say what holds for a call.
 
         Args:
             rpc: Which method.
             timeout_s: Seconds that it may take.
+            metadata: Further headers of it.
 
         Returns:
             Its options.
@@ -72,6 +77,7 @@ class _ConnectionPool:
             ("content-type", "application/grpc"),
             ("user-agent", f"curvd-python/{VERSION}"),
             *self._metadata,
+            *metadata,
         ]
         if timeout_s is not None:
             if timeout_s <= 0:
@@ -235,6 +241,7 @@ class DirectChannel:
         parts: Iterator[Any],
         buffer_for: BufferProvider,
         timeout_s: float | None,
+        metadata: Metadata = (),
     ) -> Generator[Any, None, None]:
         """Make one call.
 
@@ -243,6 +250,7 @@ class DirectChannel:
             parts: The parts of the request; nothing is sent if there are none.
             buffer_for: Finds the place for chunks of the response.
             timeout_s: Seconds; None: no deadline.
+            metadata: Further headers.
 
         Yields:
             The parts of the response.
@@ -253,7 +261,7 @@ class DirectChannel:
         first = next(parts, None)
         if first is None:
             return
-        options = self._pool.options(rpc, timeout_s)
+        options = self._pool.options(rpc, timeout_s, metadata)
         connection = self._pool.take() or self._pool.connect(timeout_s)
         request = itertools.chain((first,), parts)
         with self._pool.at_work(
@@ -288,6 +296,7 @@ class AsyncDirectChannel:
         parts: Iterator[Any],
         buffer_for: BufferProvider,
         timeout_s: float | None,
+        metadata: Metadata = (),
     ) -> AsyncGenerator[Any, None]:
         """Make one call.
 
@@ -296,6 +305,7 @@ class AsyncDirectChannel:
             parts: The parts of the request; nothing is sent if there are none.
             buffer_for: Finds the place for chunks of the response.
             timeout_s: Seconds; None: no deadline.
+            metadata: Further headers.
 
         Yields:
             The parts of the response.
@@ -306,7 +316,7 @@ class AsyncDirectChannel:
         first = next(parts, None)
         if first is None:
             return
-        options = self._pool.options(rpc, timeout_s)
+        options = self._pool.options(rpc, timeout_s, metadata)
         connection = self._pool.take()
         if connection is None:
             connection = await asyncio.to_thread(self._pool.connect, timeout_s)

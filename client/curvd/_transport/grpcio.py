@@ -88,6 +88,7 @@ class GrpcioChannel:
         parts: Iterator[Any],
         buffer_for: BufferProvider,
         timeout_s: float | None,
+        metadata: tuple[tuple[str, str], ...] = (),
     ) -> Generator[Any, None, None]:
         """Make one call.
 
@@ -96,6 +97,7 @@ class GrpcioChannel:
             parts: The parts of the request; nothing is sent if a message would be missing.
             buffer_for: Not used: grpcio has memory of its own.
             timeout_s: Seconds; None: no deadline.
+            metadata: Further headers.
 
         Yields:
             The parts of the response.
@@ -109,7 +111,8 @@ class GrpcioChannel:
         request = parts if rpc.client_streams else next(parts, None)
         if request is None:
             return
-        response = method(request, timeout=timeout_s, metadata=self._metadata)
+        metadata = self._metadata + metadata
+        response = method(request, timeout=timeout_s, metadata=metadata)
         if not rpc.server_streams:
             yield response
             return
@@ -147,6 +150,7 @@ class AsyncGrpcioChannel:
         parts: Iterator[Any],
         buffer_for: BufferProvider,
         timeout_s: float | None,
+        metadata: tuple[tuple[str, str], ...] = (),
     ) -> AsyncGenerator[Any, None]:
         """Make one call.
 
@@ -155,6 +159,7 @@ class AsyncGrpcioChannel:
             parts: The parts of the request; nothing is sent if a message would be missing.
             buffer_for: Not used: grpcio has memory of its own.
             timeout_s: Seconds; None: no deadline.
+            metadata: Further headers.
 
         Yields:
             The parts of the response.
@@ -168,7 +173,8 @@ class AsyncGrpcioChannel:
         request = parts if rpc.client_streams else next(parts, None)
         if request is None:
             return
-        response = method(request, timeout=timeout_s, metadata=self._metadata)
+        metadata = self._metadata + metadata
+        response = method(request, timeout=timeout_s, metadata=metadata)
         statuses = _watch(response)
         try:
             if not rpc.server_streams:

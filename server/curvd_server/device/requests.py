@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -10,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
-from curvd_server.system import Poll, calling
+from curvd_server.system import TRACED, Poll, Traces, calling
 
 T = TypeVar("T")
 Columns = NDArray[Any]
@@ -65,6 +66,9 @@ class Ticket(Future[Done[T]]):
         """Whether it still waits for an idle device; None: it takes its turn."""
         self.room_bytes: int | None = None
         """Memory that there must be room for before it begins; None: it needs none."""
+        traced = TRACED.get()
+        if traced is not None:
+            self.add_done_callback(functools.partial(_trace, traced))
 
     @property
     def width(self) -> int:
@@ -75,3 +79,21 @@ class Ticket(Future[Done[T]]):
         """Give up. A run stops at the next mini-batch if all its members have."""
         self.abandoned = True
         return super().cancel()
+
+
+def _trace(traced: Traces, ticket: Ticket[Any]) -> None:
+    """Tell whoever traces a call what one of its requests took."""
+    ended_s = time.monotonic()
+    if ticket.cancelled() or ticket.waits is not None or ticket.exception() is not None:
+        return  # the call's own span says how it failed; of the rest nobody waits
+    done = ticket.result()
+    began_s = ticket.submitted_s + done.queue_s
+    traced.add("queue", ticket.submitted_s, began_s)
+    traced.add(
+        "compute",
+        began_s,
+        ended_s,
+        device_s=done.compute_s,
+        columns=ticket.width,
+        run_columns=done.run_columns,
+    )

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -31,6 +32,9 @@ from curvd_server.transport import (
     target_of,
 )
 
+if TYPE_CHECKING:  # of an extra, which few have
+    from curvd_server.transport.tracing import Tracing
+
 _GOODBYE_S = 0.5
 """Seconds for statuses that are on their way to the client."""
 _SERVICES = sorted({rpc.service for rpc in RPCS.values()})
@@ -43,6 +47,7 @@ async def serving(
     callers: Callers,
     quotas: Quotas,
     tally: Tally,
+    tracing: Tracing | None = None,
 ) -> AsyncIterator[str]:
     """Serve the services with health and reflection; drain at the end.
 
@@ -55,6 +60,7 @@ async def serving(
         callers: Those who may call.
         quotas: How many calls each may make at once.
         tally: Counts calls and connections.
+        tracing: Makes spans of calls; None: nobody does.
 
     Yields:
         The target for clients on this machine.
@@ -64,7 +70,8 @@ async def serving(
     """
     drops = Drops()
     tally.dropped = drops.counts
-    gate = Gate(callers, drops, quotas, tally, AccessLog(config.log_calls))
+    access = AccessLog(config.log_calls)
+    gate = Gate(callers, drops, quotas, tally, access, tracing)
     stalls = StallGuard(config.connections.stall_s, drops)
     interceptors = interceptors_of(callers, drops)
     server = grpc.aio.server(interceptors=interceptors, options=config.server_options())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import groupby
 from typing import Any
@@ -17,7 +18,7 @@ from curvd.errors import Internal, Overloaded
 from curvd.http2 import BufferProvider, ReceivesInPlace
 from curvd_server.service.streams import CALLER
 from curvd_server.storage import ranges
-from curvd_server.system import calling
+from curvd_server.system import TRACED, Traces, calling
 from curvd_server.transport import Gate, Stalled, StallGuard
 from curvd_server.trials import PEER
 
@@ -149,6 +150,51 @@ def _nothing() -> None:
     pass
 
 
+class _TimedRequests(_Requests):
+    """Requests of a call that is traced: how long they came, and how much."""
+
+    def __init__(
+        self, parts: AsyncIterator[Part], stalls: StallGuard, peer: str
+    ) -> None:
+        super().__init__(parts, stalls, peer)
+        self._began_s = self._latest_s = time.monotonic()
+        self._bytes = 0
+
+    async def __anext__(self) -> Part:
+        """Wait for the next part."""
+        part = await super().__anext__()
+        self._latest_s = time.monotonic()
+        self._bytes += part.nbytes if isinstance(part, memoryview) else 0
+        return part
+
+    def tell(self, traced: Traces) -> None:
+        """Say how long all of them took to come."""
+        traced.add("receive", self._began_s, self._latest_s, bytes=self._bytes)
+
+
+class _TimedResponses(_Responses):
+    """Responses of a call that is traced, likewise."""
+
+    def __init__(
+        self, context: grpc.aio.ServicerContext[Any, Any], stalls: StallGuard
+    ) -> None:
+        super().__init__(context, stalls)
+        self._began_s = self._latest_s = 0.0
+        self._bytes = 0
+
+    async def send(self, part: Part) -> None:
+        """Send one part; waits while the client reads slowly."""
+        self._began_s = self._began_s or time.monotonic()
+        await super().send(part)
+        self._latest_s = time.monotonic()
+        self._bytes += part.nbytes if isinstance(part, memoryview) else 0
+
+    def tell(self, traced: Traces) -> None:
+        """Say how long they were sent; they are computed at the same time."""
+        if self._latest_s:
+            traced.add("send", self._began_s, self._latest_s, bytes=self._bytes)
+
+
 def _loader(codec: Codec) -> Callable[[bytes], Part | Framed | Internal]:
     """Parse messages of grpcio's, which hides what its deserializers raise."""
 
@@ -178,15 +224,18 @@ def _handler(
         # All of grpcio's clients on our Unix socket have one name, and so none.
         CALLER.set("" if peer == "unix:" else peer)
         PEER.set("" if peer == "unix:" else peer.rpartition(":")[0])
-        if rpc.client_streams:
-            request = _Requests(request, stalls, peer)
-        responses = _Responses(context, stalls)
 
         async def answer() -> Any:
             nonlocal stalled
+            traced, parts = TRACED.get(), request
+            timed = traced is not None
+            if rpc.client_streams:
+                kind = _TimedRequests if timed else _Requests
+                parts = kind(request, stalls, peer)
+            responses = (_TimedResponses if timed else _Responses)(context, stalls)
             if not rpc.client_streams:
-                _check_readable(request)
-                ranges.check(request.message if rpc.request.framed else request)
+                _check_readable(parts)
+                ranges.check(parts.message if rpc.request.framed else parts)
             if calling().name:  # who has a name has his turns by that, wherever he is
                 PEER.set(calling().name)
             try:
@@ -194,8 +243,8 @@ def _handler(
                     # Written, not yielded: all of a call happens in one task, so that
                     # what it holds is let go when the call ends, not when a generator
                     # is collected.
-                    return await method(request, responses.send)
-                return await method(request)
+                    return await method(parts, responses.send)
+                return await method(parts)
             except Overloaded:
                 stalls.press()
                 raise
@@ -204,6 +253,10 @@ def _handler(
                 raise
             finally:
                 await responses.settle(stalled=stalled)
+                if traced is not None:
+                    for end in (parts, responses):
+                        if isinstance(end, _TimedRequests | _TimedResponses):
+                            end.tell(traced)
 
         return await gate.call(rpc, context, answer)
 

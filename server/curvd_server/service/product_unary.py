@@ -8,6 +8,7 @@ device. At this size a task, a queue or a copy takes as long as the computation.
 from __future__ import annotations
 
 import asyncio
+import time
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from curvd_server.service.result_encoding import Format
 from curvd_server.service.sources import name_of
 from curvd_server.service.streams import CALLER
 from curvd_server.sessions import Lease
-from curvd_server.system import calling
+from curvd_server.system import TRACED, calling
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,16 @@ async def multiply(
         if done is None:
             ticket = dependencies.batcher.multiply(lease.operator, columns)
             done = await asyncio.wrap_future(ticket)
+        elif (traced := TRACED.get()) is not None:
+            now_s = time.monotonic()
+            traced.add(
+                "compute",
+                now_s - done.compute_s,
+                now_s,
+                device_s=done.compute_s,
+                columns=len(columns),
+                run_columns=done.run_columns,
+            )
     rows = scaled_and_damped(done.value, columns, spec).reshape(operand.shape)
     result = CachedResult(header_of(lease, plan=True), rows, summary_of([done]))
     caller = CALLER.get()

@@ -49,6 +49,7 @@ from curvd_server.system.identity import (
 )
 from curvd_server.system.logs import logger
 from curvd_server.system.quotas import COLUMNS, Quota, Quotas
+from curvd_server.system.traced import TRACED, Traces
 
 __all__ = [
     "CALLING",
@@ -61,6 +62,7 @@ __all__ = [
     "RESULTS",
     "ROLES",
     "SNAPSHOTS",
+    "TRACED",
     "USER",
     "VECTORS",
     "Activities",
@@ -72,6 +74,7 @@ __all__ = [
     "Quota",
     "Quotas",
     "Threads",
+    "Traces",
     "advance",
     "alone",
     "calling",

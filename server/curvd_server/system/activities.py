@@ -19,11 +19,15 @@ from types import TracebackType
 from curvd.contract import Activity, Stage, StageProgress, Work
 from curvd_server.system.identity import calling
 from curvd_server.system.logs import logger
+from curvd_server.system.traced import TRACED
 
 MOST = 100
 """Activities that are listed at most."""
 _NOTED_S = 0.1
 """Waiting that took less is not worth a line of the log; none for an idle device is."""
+
+_TRACED = (Work.OPENING, Work.BUILDING)
+"""What a call waits for, and what is none of the device's requests."""
 
 _here = threading.local()
 
@@ -67,6 +71,7 @@ class Ongoing:
         self.work, self.subject, self.caller = work, subject, calling().name
         self._session, self._activities = session, activities
         self._clock, self._lock = clock, threading.Lock()
+        self._traced = TRACED.get() if work in _TRACED else None
         self._began_s = clock()
         self._entered = [_Entered(Stage.WAITING, "", None, self._began_s)]
 
@@ -168,6 +173,17 @@ class Ongoing:
 
     def _log(self, ended: _Entered) -> None:
         progress = self._progress(ended)
+        if self._traced is not None and ended.stage is not Stage.WAITING:
+            assert ended.ended_s is not None
+            said = {"subject": self.subject, "detail": progress.detail}
+            self._traced.add(
+                "build",
+                ended.began_s,
+                ended.ended_s,
+                work=str(self.work),
+                stage=str(ended.stage),
+                **{name: value for name, value in said.items() if value},
+            )
         least_s = math.inf if self.work is Work.IMPROVING else _NOTED_S
         briefly = ended.stage is Stage.WAITING and progress.elapsed_s < least_s
         if self.work is Work.QUERY or briefly:

@@ -213,6 +213,8 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         self._trailing: tuple[tuple[str, str | bytes], ...] = ()
         self._callbacks: list[Callable[[Any], None]] = []
         self._deadline = _deadline(self._headers.get("grpc-timeout", ""))
+        self.came_s = time.monotonic()
+        """When its headers came, on the clock of `time.monotonic`."""
         self.serialise: Callable[[Any], Any] = _itself
         """Turns responses into what the format writes."""
 
@@ -336,6 +338,10 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         """What the client sent with the call."""
         pairs = self._headers.items()
         return tuple((k, v) for k, v in pairs if not k.startswith(":"))
+
+    def header(self, name: str) -> str:
+        """Find one header that the client sent; empty if it did not."""
+        return self._headers.get(name, "")
 
     def time_remaining(self) -> float | None:  # type: ignore[override]
         """Seconds until the deadline; None if there is none."""

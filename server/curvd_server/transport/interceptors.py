@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
@@ -32,6 +32,9 @@ from curvd_server.transport.drops import Drops
 from curvd_server.transport.refusals import Refusals
 from curvd_server.transport.tally import Tally
 
+if TYPE_CHECKING:  # of an extra, which few have
+    from curvd_server.transport.tracing import Tracing
+
 # Errors travel in HTTP/2 headers, of which clients accept 8 KiB; the message is in
 # there twice.
 _LONGEST_MESSAGE = 2000
@@ -55,6 +58,7 @@ class Gate:
         quotas: How many calls each may make at once.
         tally: Counts the calls.
         access: Writes a line of each.
+        tracing: Makes spans of them; None: nobody does.
     """
 
     def __init__(
@@ -64,11 +68,12 @@ class Gate:
         quotas: Quotas | None = None,
         tally: Tally | None = None,
         access: AccessLog | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._quotas = quotas or Quotas()
         self._callers, self._drops = callers or Callers(), drops or Drops()
         self._tally, self._access = tally or Tally(), access or AccessLog()
-        self._log = logger()
+        self._log, self._tracing = logger(), tracing
         self._refusals = Refusals()
         self._draining = False
         self._idle = asyncio.Event()
@@ -105,6 +110,9 @@ class Gate:
         """
         start_s, code = time.monotonic(), "OK"
         structlog.contextvars.clear_contextvars()
+        traced = None
+        if self._tracing is not None:
+            traced = self._tracing.begin(rpc, context, start_s)
         self._tally.under_way += 1
         try:
             if self._draining:
@@ -142,6 +150,8 @@ class Gate:
             self._tally.under_way -= 1
             self._tally.end(rpc.name, code, seconds)
             self._idle.set()
+            if traced is not None:
+                traced.answered(code)
             self._access.add(rpc.name, code, seconds, context.peer)
 
     def _identify(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
