@@ -114,8 +114,9 @@ ray-test: $(VENV)/dev.stamp ## workers on a Ray cluster of a head and a node on 
 	$(PIP) -e '.[ray]'
 	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests $(BIN)/python tests/ray_cluster.py
 
-storm-workers: $(VENV)/dev.stamp ## workers killed and frozen beside clients, for five minutes
+storm-workers: $(VENV)/dev.stamp ## workers killed, frozen and cut off beside clients, in about ten minutes
 	PYTHONPATH=tests $(BIN)/python tests/storm_workers.py
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests $(BIN)/python tests/cut_workers.py
 
 fuzz-http2: $(VENV)/dev.stamp ## strangers' bytes for HTTP/2, guided by coverage, for ten minutes
 	PYTHONPATH=tests $(BIN)/python tests/fuzz_http2.py

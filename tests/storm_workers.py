@@ -35,13 +35,12 @@ LOSS = curvd.LossSpec(
 
 
 @contextlib.contextmanager
-def serving(folder, workers):
-    """A server with workers in a process of its own."""
-    devices = ",".join(f"cpu:{rank}" for rank in range(workers))
+def serving(folder, *workers):
+    """A server in a process of its own, with workers as the options say."""
     code = "from curvd.cli.commands import main; main()"
     command = [sys.executable, "-c", code, "serve", "--listen", "127.0.0.1:0"]
-    command += ["--data-dir", folder / "data", "--devices", devices, "--shards", "4"]
-    command += ["--worker-patience-s", "5", "--threads", "1", "--log-level", "warning"]
+    command += ["--data-dir", folder / "data", "--shards", "4", "--threads", "1"]
+    command += ["--log-level", "warning", *workers]
     with open(folder / "log", "ab") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
     try:
@@ -134,6 +133,15 @@ class Storm:
             thread.start()
         return threads
 
+    def report(self):
+        """Print what was done, the longest waits, and what was wrong."""
+        done = sorted(self.done.items())
+        print("; ".join(f"{count} {what}" for what, count in done))
+        longest = sorted(self.longest_s.items())
+        print("longest:", ", ".join(f"{what} {s:.1f} s" for what, s in longest))
+        for what, count in self.wrong.items():
+            print(f"WRONG {count} times: {what}")
+
 
 def kill(server, count):
     """Kill one worker, or freeze it."""
@@ -150,9 +158,11 @@ def main():
     parser.add_argument("--every", type=float, default=15.0)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
+    devices = ",".join(f"cpu:{rank}" for rank in range(options.workers))
+    here = ["--devices", devices, "--worker-patience-s", "5"]
     with (
         tempfile.TemporaryDirectory() as folder,
-        serving(Path(folder), options.workers) as (target, server),
+        serving(Path(folder), *here) as (target, server),
     ):
         end_s = time.monotonic() + options.seconds
         storm = Storm(target, end_s)
@@ -165,11 +175,7 @@ def main():
         for thread in threads:
             thread.join()
     print(f"{kills} workers killed or frozen in {options.seconds:.0f} s;", end=" ")
-    print("; ".join(f"{count} {what}" for what, count in sorted(storm.done.items())))
-    longest = sorted(storm.longest_s.items())
-    print("longest:", ", ".join(f"{what} {s:.1f} s" for what, s in longest))
-    for what, count in storm.wrong.items():
-        print(f"WRONG {count} times: {what}")
+    storm.report()
     sys.exit(bool(storm.wrong))
 
 

@@ -340,6 +340,7 @@ def _fleet(
             incarnation=incarnation,
             device=devices[rank],
             threads=threads,
+            patience_s=config.worker_patience_s,
             builders=config.builders,
             libraries=config.libraries,
             model_bytes=limits.upload_bytes,
@@ -358,6 +359,7 @@ def _fleet(
         invite,
         devices,
         patience_s=config.worker_patience_s,
+        start_s=config.worker_start_s,
         host=config.worker_listen if config.ray else "",
     )
     stack.callback(fleet.close)
@@ -415,9 +417,7 @@ async def _expire(
 
 def _describe(config: ServerConfig, mounts: Mounts, sources: Sources) -> ServerInfo:
     device = sources.device
-    workers, generation = (
-        device.workers() if isinstance(device, FleetDevice) else ((), 0)
-    )
+    workers, generation = device.workers()
     return ServerInfo(
         version=sources.version,
         torch_version=device.torch_version,

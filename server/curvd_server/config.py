@@ -228,6 +228,12 @@ class ServerConfig:
         "Seconds after which a worker that says nothing is ended, and started anew.",
         least=1,
     )
+    worker_start_s: float = setting(
+        300.0,
+        "Seconds that a worker may take until it is there; calls that wait longer for one end "
+        "with UNAVAILABLE.",
+        least=1,
+    )
     ray: str = setting(
         "",
         "Address of a Ray cluster on which --ray-workers compute, each on --device, in place "

@@ -18,7 +18,7 @@ import pytest
 import raw
 import yaml
 from grafana_foundation_sdk.cog import encoder, plugins
-from support.fake_device import FakeDevice
+from support.fake_device import FakeDevice, worker
 from support.served import Channels
 
 from curvd_server.app import serve_in_thread
@@ -55,8 +55,8 @@ def test_every_metric_but_the_build_is_on_the_dashboard():
     asked = " ".join(QUESTIONS)
     shown = {m.name for m in metrics.METRICS if re.search(rf"\b{m.name}", asked)}
     missing = {m.name for m in metrics.METRICS} - shown
-    assert missing == {"curvd_build_info", "curvd_runs", "curvd_requests_given_up",
-                       "curvd_queue_bytes"}  # fmt: skip
+    assert missing == {"curvd_build_info", "curvd_worker_info", "curvd_runs",
+                       "curvd_requests_given_up", "curvd_queue_bytes"}  # fmt: skip
 
 
 def unknown(ours, theirs, path=""):
@@ -177,9 +177,10 @@ def test_a_prometheus_answers_every_panel_with_what_was_done(tmp_path):
     config = ServerConfig(
         listen="127.0.0.1:0", data_dir=tmp_path / "data", metrics=place
     )
-    done = 0
+    done, device = 0, FakeDevice()
+    device.known_workers = (worker(0), worker(1, restarts=1))
     with (
-        serve_in_thread(config, device=FakeDevice()) as target,
+        serve_in_thread(config, device=device) as target,
         Channels(target) as channel,
         prometheus(tmp_path, place) as ask,
     ):

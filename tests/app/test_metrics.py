@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import raw
 from prometheus_client.parser import text_string_to_metric_families
-from support.fake_device import FakeDevice
+from support.fake_device import FakeDevice, worker
 from support.served import Channels, stub
 
 from curvd.contract.rpcs import RPCS
@@ -90,6 +90,32 @@ async def test_a_scrape_counts_what_was_done(tmp_path):
     assert found[("curvd_queue_requests",)] == found[("curvd_calls_under_way",)] == 0
     # The test's own channels are grpcio's, which the port passes on.
     assert found[("curvd_connections", ("carrier", "grpcio"))] >= 1
+
+
+async def test_workers_are_told_by_rank(tmp_path):
+    device = FakeDevice()
+    lost = worker(1, ready=False, restarts=3, host="", lost="its connection ended")
+    device.known_workers = (worker(0), lost)
+    found = await seen_after(tmp_path, lambda channel: None, device=device)
+    told = {key: n for key, n in found.items() if key[0].startswith("curvd_worker_")}
+    first, second = ("rank", "0"), ("rank", "1")
+    assert told == {
+        ("curvd_worker_info", ("device", "fake:0"), ("host", "here"), first): 1,
+        ("curvd_worker_info", ("device", "fake:1"), ("host", ""), second): 1,
+        ("curvd_worker_ready", first): 1,
+        ("curvd_worker_ready", second): 0,
+        ("curvd_worker_shards", first): 2,
+        ("curvd_worker_shards", second): 2,
+        ("curvd_worker_restarts_total", first): 0,
+        ("curvd_worker_restarts_total", second): 3,
+        ("curvd_worker_generation",): 5,
+    }
+
+
+async def test_without_workers_none_is_told(tmp_path):
+    found = await seen_after(tmp_path, lambda channel: None)
+    told = {key[0] for key in found if key[0].startswith("curvd_worker_")}
+    assert told == {"curvd_worker_generation"}
 
 
 async def test_the_buckets_of_a_method_hold_all_its_calls(tmp_path):
@@ -195,7 +221,9 @@ def test_the_documents_list_every_metric():
 
 
 async def test_every_metric_of_the_table_can_be_scraped(tmp_path):
-    found = await seen_after(tmp_path, raw.fake_session)
+    device = FakeDevice()
+    device.known_workers = (worker(0),)
+    found = await seen_after(tmp_path, raw.fake_session, device=device)
     names = {key[0] for key in found}
     for metric in metrics.METRICS:
         if metric.name != "curvd_dropped":  # nothing was

@@ -157,6 +157,23 @@ async def test_who_leaves_stops_all_workers_within_one_step(held, session, call)
     assert held.steps() == [b".!", b".!"]
 
 
+def test_an_update_that_one_worker_refuses_changes_no_version_anywhere(held, session):
+    with held.client() as client:
+        for worker in client.server_info().workers:
+            refuses = held.folder / "refuses"
+            refuses.write_text(str(worker.pid))
+            with pytest.raises(curvd.OutOfMemory):
+                session.update_parameters(state(5))
+            refuses.unlink()
+            check_whole(session)
+            assert client.session(session.id).info.version == 1
+    assert session.update_parameters(state(5)) == 2
+    v = np.ones(57)
+    np.testing.assert_allclose(
+        session.hessian() @ v, eager_hessian(state(5)) @ v, atol=1e-12
+    )
+
+
 async def test_products_do_not_wait_for_an_opening(held, session):
     """Neither in the server nor on a worker: it gives way at each of its steps."""
     async with curvd.aio.connect(held.target) as client:

@@ -238,6 +238,23 @@ def test_a_worker_that_is_lost_again_and_again_is_an_error_that_says_so(
         dense(operator)
 
 
+def test_a_worker_for_which_there_is_no_place_is_waited_for_so_long_and_no_longer(
+    two, monkeypatch
+):
+    """A cluster may say nothing, for ever."""
+    operator = built(load(device_of(two)))
+    want = dense(operator)
+    monkeypatch.setattr(fleets, "_BACKOFF_S", 1.0)
+    monkeypatch.setattr(two.launcher, "start", lambda invitation: None)
+    monkeypatch.setattr(two.launcher, "ended", lambda rank: None)
+    monkeypatch.setattr(two, "_start_s", 0.5)
+    two.launcher.end(1)
+    with pytest.raises(Unavailable, match=r"worker 1 .* above --worker-start-s 0\.5"):
+        dense(operator)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(dense(operator), want)
+
+
 def test_who_gives_up_stops_all_workers_within_one_mini_batch(two, monkeypatch):
     operator = built(load(device_of(two)))
     want = dense(operator)

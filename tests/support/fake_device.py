@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from curvd.contract.enums import LossName, Stage, Tier
-from curvd.contract.infos import DeviceInfo, PlanReport, TensorInfo
+from curvd.contract.infos import DeviceInfo, PlanReport, TensorInfo, WorkerInfo
 from curvd.contract.layout import ParameterLayout
 from curvd.contract.specs import DatasetSpec, LossSpec, ModelSpec
 from curvd.errors import BuilderNotFound, Cancelled, CurvatureUnverified
@@ -35,6 +35,20 @@ def report(**changes):
         "compiled": False,
     }
     return PlanReport(**(values | changes))
+
+
+def worker(rank, **changes):
+    """What is known of a worker."""
+    values = {
+        "device": f"fake:{rank}",
+        "host": "here",
+        "pid": 1,
+        "shards": 2,
+        "ready": True,
+        "restarts": 0,
+        "lost": "",
+    }
+    return WorkerInfo(rank=rank, **(values | changes))
 
 
 class FakeOperator:
@@ -142,6 +156,8 @@ class FakeDevice:
     builders = ("two",)
     torch_version = "none"
     kept_bytes = 10
+    known_workers = ()
+    """What it says of its workers; none has a part in anything."""
 
     def __init__(self):
         self.loads, self.built, self.operators, self.tried = 0, [], [], []
@@ -157,6 +173,9 @@ class FakeDevice:
         return DeviceInfo(
             name="fake", description="", total_bytes=1 << 40, free_bytes=1
         )
+
+    def workers(self):
+        return self.known_workers, sum(w.restarts + 1 for w in self.known_workers)
 
     def architecture(self, spec):
         if spec.builder != "two":

@@ -92,6 +92,7 @@ def invite(rank, incarnation, address, secret):
         incarnation=incarnation,
         device=f"cpu:{rank}",
         threads=1,
+        patience_s=60.0,
         builders={},
         libraries=(),
         model_bytes=1 << 30,

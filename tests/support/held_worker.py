@@ -4,7 +4,8 @@ Where the folder that the environment names has a file `hold`, each step of the 
 written down in a file of the process's own, and waits there to be stopped: ``products`` in
 it are mini-batches of products and gradients, ``loads`` those of openings, and tensors of
 updates. So the file tells how many steps were begun, and how many of them
-after somebody gave up: ``.!`` is one that was stopped, and none that followed.
+after somebody gave up: ``.!`` is one that was stopped, and none that followed. A process
+whose number is in the file `refuses` has no memory for openings and updates.
 """
 
 import os
@@ -40,6 +41,9 @@ def held_check(cancelled, _check=objective.check_cancelled):
 
 
 def held_yield_point(_yield_point=objective.yield_point):
+    refuses = FOLDER / "refuses"
+    if refuses.exists() and refuses.read_text() == str(os.getpid()):
+        raise MemoryError
     step("loads", cooperative.given_up)
     _yield_point()
 

@@ -24,6 +24,7 @@ from curvd.contract import (
     PlanReport,
     SerializedGraph,
     Tier,
+    WorkerInfo,
 )
 from curvd_server.storage import Architecture
 from curvd_server.system import Poll
@@ -209,6 +210,13 @@ class Device(Protocol):
 
     def describe(self) -> DeviceInfo:
         """Describe the device and its memory."""
+
+    def workers(self) -> tuple[tuple[WorkerInfo, ...], int]:
+        """Describe the workers by rank, and count how often one became ready.
+
+        Returns:
+            None, and 0, where the server itself computes; waits for nothing.
+        """
 
     def architecture(self, spec: ModelSpec) -> Architecture:
         """Find out what a builder makes of a configuration; on any thread."""

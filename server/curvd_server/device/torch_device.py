@@ -32,6 +32,7 @@ from curvd.contract import (
     PlanReport,
     SerializedGraph,
     Tier,
+    WorkerInfo,
 )
 from curvd.errors import InvalidSpec, OutOfMemory
 from curvd.tensors import Pool
@@ -169,6 +170,10 @@ class TorchDevice:
             total_bytes=memory.total,
             free_bytes=memory.available,
         )
+
+    def workers(self) -> tuple[tuple[WorkerInfo, ...], int]:
+        """Name none: this process computes."""
+        return (), 0
 
     def architecture(self, spec: ModelSpec) -> Architecture:
         """Find out what a builder or a graph makes; on any thread.

@@ -29,8 +29,6 @@ from curvd_server.fleet.registry import Registry
 from curvd_server.fleet.seats import Lost, Numbers, Request, Seat, raised, silent_s
 from curvd_server.system import Poll, logger
 
-START_S = 300.0
-"""How long a worker may take until it is there: torch is imported, on a busy machine."""
 ATTEMPTS = 4
 """How often one command is sent to the same rank before its caller is told."""
 FAILURES = 3
@@ -50,6 +48,8 @@ class Fleet:
             of the front and secret.
         devices: Where each computes.
         patience_s: How long nothing may be heard of a worker.
+        start_s: How long one may take until it is there, and calls wait for it: torch is
+            imported, on a busy machine, or a cluster has no place for it.
         host: Address of this machine that workers elsewhere reach; empty: all are here.
     """
 
@@ -60,9 +60,11 @@ class Fleet:
         devices: tuple[str, ...],
         *,
         patience_s: float,
+        start_s: float = 300.0,
         host: str = "",
     ) -> None:
-        self._launcher, self._invite, self._patience_s = launcher, invite, patience_s
+        self._launcher, self._invite = launcher, invite
+        self._patience_s, self._start_s = patience_s, start_s
         self._secret = secrets.token_bytes(32)
         self._changed = threading.Condition()
         self.seats = [Seat(rank, device) for rank, device in enumerate(devices)]
@@ -95,7 +97,7 @@ class Fleet:
         with self._changed:
             while not all(seat.is_ready for seat in self.seats):
                 self._check_startable()
-                self._changed.wait()
+                self._changed.wait(_WATCH_S)
 
     def all(
         self,
@@ -277,6 +279,15 @@ class Fleet:
                     "it is tried again every few seconds; look at the server's log"
                 )
                 raise Unavailable(msg)
+            gone_s = time.monotonic() - seat.gone_s
+            if seat.connection is None and gone_s > self._start_s:
+                msg = (
+                    f"worker {seat.rank} on {seat.device} has been gone for {gone_s:.0f} s, "
+                    f"above --worker-start-s {self._start_s:g}: "
+                    f"{seat.said or 'it has not come yet'}; try again, and look at the "
+                    "server's log and, where workers are elsewhere, at the cluster"
+                )
+                raise Unavailable(msg)
         if self._closed:
             msg = "the server is shutting down"
             raise Unavailable(msg)
@@ -336,7 +347,7 @@ class Fleet:
 
     def _bring_up(self, seat: Seat, incarnation: int) -> None:
         """Wait until a worker is there, and have it make what is registered."""
-        until_s = time.monotonic() + START_S
+        until_s = time.monotonic() + self._start_s
         with self._changed:
             while seat.hello is None and seat.incarnation == incarnation:
                 left_s = until_s - time.monotonic()
@@ -347,7 +358,9 @@ class Fleet:
                 self._changed.wait(min(left_s, _WATCH_S))
             connection = seat.connection
         if connection is None:
-            self._lose(seat, incarnation, f"it was not there within {START_S:g} s")
+            self._lose(
+                seat, incarnation, f"it was not there within {self._start_s:g} s"
+            )
             return
         try:
             self._replay(seat, incarnation, connection)
@@ -449,6 +462,8 @@ class Fleet:
                 seat.retry_s = time.monotonic() + _BACKOFF_S
             connection, seat.connection, seat.hello = seat.connection, None, None
             seat.is_ready, seat.is_starting, seat.said = False, False, said
+            if connection is not None:
+                seat.gone_s = time.monotonic()
             seat.answers.clear()
             self._changed.notify_all()
         if connection is not None:

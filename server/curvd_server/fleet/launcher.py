@@ -34,6 +34,9 @@ class Invitation:
     """Where it computes, for example ``cpu:0`` or ``cuda:1``."""
     threads: int
     """Threads that compute one product at most."""
+    patience_s: float
+    """How long the front waits for a word of it; a network that is gone for twice as long
+    ends it, for the front has started another one."""
     builders: Mapping[str, str]
     libraries: tuple[str, ...]
     model_bytes: int
@@ -97,7 +100,7 @@ class LocalLauncher:
         self.end(invitation.rank)
         kept = {n: v for n, v in os.environ.items() if n not in WITHHELD}
         process = subprocess.Popen(
-            [sys.executable, "-c", self._code],
+            self.command(invitation),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env={
@@ -111,6 +114,10 @@ class LocalLauncher:
         assert process.stdin is not None
         process.stdin.write(invitation.written())
         process.stdin.flush()  # and it stays open
+
+    def command(self, invitation: Invitation) -> list[str]:
+        """Say what is run for a worker, which is told the invitation on its input."""
+        return [sys.executable, "-c", self._code]
 
     def ended(self, rank: int) -> str | None:
         """Say how a process ended; see `Launcher.ended`."""

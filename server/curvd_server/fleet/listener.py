@@ -21,11 +21,14 @@ TCP = "tcp:"
 """Begins an address that is no path."""
 
 
-def connected(address: str) -> socket.socket:
+def connected(address: str, *, connect_s: float, lost_s: float) -> socket.socket:
     """Connect to a listener.
 
     Args:
         address: Its address.
+        connect_s: How long that may take.
+        lost_s: How long what is sent may stay unacknowledged, over a network; then the
+            other machine counts as lost, and the connection is broken (RFC 5482).
 
     Returns:
         The socket.
@@ -35,9 +38,11 @@ def connected(address: str) -> socket.socket:
     """
     if address.startswith(TCP):
         host, _, port = address.removeprefix(TCP).rpartition(":")
-        made = socket.create_connection((host, int(port)))
+        made = socket.create_connection((host, int(port)), connect_s)
         made.settimeout(None)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        lost_ms = round(lost_s * 1000)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, lost_ms)
         return made
     made = socket.socket(socket.AF_UNIX)
     made.connect(address)

@@ -42,6 +42,8 @@ class Seat:
     """How often in a row it was lost before it was ready."""
     said: str = ""
     """Why it was lost the last time."""
+    gone_s: float = field(default_factory=time.monotonic)
+    """Since when nobody is there, by `time.monotonic`."""
     retry_s: float = 0.0
     """When it may be started again, by `time.monotonic`."""
     hello: messages.Hello | None = None

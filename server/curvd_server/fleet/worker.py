@@ -6,7 +6,8 @@ which come first, and one for whatever takes long: openings, and products over m
 which give way between two steps to each other and to short ones (`system.cooperative`).
 
 It ends with the front, however that ends: the system then closes the pipe and the
-connection, and kills what is stopped (`PR_SET_PDEATHSIG`).
+connection, and kills what is stopped (`PR_SET_PDEATHSIG`). A worker on another machine that
+is cut off ends when what it says stays unacknowledged (`TCP_USER_TIMEOUT`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from curvd_server.system import LongWork, Poll, Threads, logs
 BEAT_S = 0.5
 """How often a worker says that it is not frozen."""
 CONNECT_S = 30.0
+"""How long it may take to connect, and then to prove who it is."""
 _TURN_S = (5e-3, 0.25)
 """Long work keeps its turn as long as the latest short product took, within these."""
 _PR_SET_PDEATHSIG = 1
@@ -63,7 +65,12 @@ def work(invitation: Invitation) -> NoReturn:
     tune_allocator()
     logs.set_up(invitation.log_level, invitation.log_style)
     set_threads(invitation.threads)
-    connection = Connection(connected(invitation.address))
+    made = connected(
+        invitation.address,
+        connect_s=CONNECT_S,
+        lost_s=2 * invitation.patience_s,
+    )
+    connection = Connection(made)
     connection.prove(
         bytes.fromhex(invitation.secret), role=b"worker", timeout_s=CONNECT_S
     )

@@ -25,7 +25,7 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from curvd.contract import Work
+from curvd.contract import Work, WorkerInfo
 from curvd.errors import InvalidSpec
 from curvd_server.config import address_of
 from curvd_server.device import BatcherStatistics
@@ -45,6 +45,9 @@ class _Now:
     sources: Sources
     queue: BatcherStatistics
     sessions: SessionStatistics
+    workers: tuple[WorkerInfo, ...]
+    generation: int
+    """How often a worker became ready."""
 
 
 Values = Mapping[tuple[str, ...], float]
@@ -72,6 +75,10 @@ class Metric:
 
 def _one(value: float) -> Values:
     return {(): value}
+
+
+def _ranked(now: _Now, value: Callable[[WorkerInfo], float]) -> Values:
+    return {(str(worker.rank),): float(value(worker)) for worker in now.workers}
 
 
 def _by(values: Mapping[str, float]) -> Values:
@@ -215,6 +222,40 @@ METRICS = (
         ("device",),
     ),
     Metric(
+        "curvd_worker_info",
+        "gauge",
+        "1 for each worker, by rank, where there are some; the labels say where it computes.",
+        lambda now: {(str(w.rank), w.device, w.host): 1 for w in now.workers},
+        ("rank", "device", "host"),
+    ),
+    Metric(
+        "curvd_worker_ready",
+        "gauge",
+        "Whether a worker holds all that it should, and answers: 1, or 0.",
+        lambda now: _ranked(now, lambda w: w.ready),
+        ("rank",),
+    ),
+    Metric(
+        "curvd_worker_shards",
+        "gauge",
+        "Shards of the data that a worker has.",
+        lambda now: _ranked(now, lambda w: w.shards),
+        ("rank",),
+    ),
+    Metric(
+        "curvd_worker_restarts",
+        "counter",
+        "Times that another worker took the place of one that was lost.",
+        lambda now: _ranked(now, lambda w: w.restarts),
+        ("rank",),
+    ),
+    Metric(
+        "curvd_worker_generation",
+        "gauge",
+        "Times that a worker became ready; it grows with each that comes, or comes back.",
+        lambda now: _one(now.generation),
+    ),
+    Metric(
         "curvd_connections",
         "gauge",
         "Connections: answered by the server itself, or relayed to grpcio.",
@@ -263,7 +304,12 @@ def families(sources: Sources) -> list[Family]:
     Returns:
         What Prometheus' library writes out.
     """
-    now = _Now(sources, sources.batcher.statistics(), sources.sessions.statistics())
+    now = _Now(
+        sources,
+        sources.batcher.statistics(),
+        sources.sessions.statistics(),
+        *sources.device.workers(),
+    )
     return [_family(metric, now) for metric in METRICS]
 
 
