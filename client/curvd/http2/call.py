@@ -104,12 +104,12 @@ def make_call(
                 break
             if sending and not stream.outbox:
                 sending = _send_next(connection, stream, rpc, parts)
-            sent, received = connection.push(), connection.bytes_received
-            # Nothing answers a whole request between two lines of Python.
-            if begun or sending or stream.outbox:
+            if begun:  # nothing answers before anything was sent
                 connection.pull()
-            idle = connection.bytes_received == received and not connection.more
-            begun = True
+            sent, begun = connection.push(), True  # what came may have widened windows
+            if stream.inbox or stream.ended or stream.failure is not None:
+                continue
+            idle = connection.drained and not connection.more
             if idle and (stream.outbox or not sent or not sending):
                 yield Wait(not sent, silence.seconds_left())
                 silence.check()

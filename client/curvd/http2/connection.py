@@ -167,6 +167,11 @@ class H2Connection(Incoming):
         return self._receiver.more
 
     @property
+    def drained(self) -> bool:
+        """Whether the last `pull` left nothing in the socket."""
+        return self._receiver.drained
+
+    @property
     def bytes_received(self) -> int:
         """Bytes that came; keepalive looks whether they move."""
         return self._receiver.bytes_received

@@ -12,6 +12,7 @@ from curvd.errors import CurvdError
 from curvd.http2 import frames
 from curvd.http2.frames import Code, Kind
 from curvd.http2.rules import KNOWN, check_head
+from curvd.http2.sockets import counts_bytes, wake_after
 from curvd.http2.stream import ProtocolError, Stream
 
 _SCRATCH_BYTES = 1 << 16
@@ -24,6 +25,9 @@ _MOST_STEPS = 64
 """Frames, pieces of data and reads of the socket in one `pull`."""
 _MOST_BYTES = 4 << 20
 """Bytes after which one `pull` returns, however many the socket still has."""
+_WORTH_WAKING_BYTES = 1 << 20
+"""Data of one frame that is left in the socket until there is so much of it. A sender is
+slower than memory, so whoever reads what has come finds 64 KiB, and again 64 KiB."""
 _NOTHING = memoryview(bytearray())
 _threads = threading.local()
 
@@ -59,6 +63,7 @@ class Receiver:
         self, sock: socket, handler: FrameHandler, *, introduced: bool
     ) -> None:
         self._sock, self._handler, self._introduced = sock, handler, introduced
+        self._counts_bytes, self._wakes_after = counts_bytes(sock), 1
         self._tls = sock if isinstance(sock, ssl.SSLSocket) else None
         self._scratch = _NOTHING  # while nobody pulls
         self._start = self._stop = 0
@@ -70,6 +75,8 @@ class Receiver:
         self._stream: Stream | None = None
         self.bytes_received = 0
         """Bytes that came."""
+        self.drained = True
+        """Whether the last `pull` left nothing in the socket."""
         self.farewell = "the connection was closed"
         """What to say when the peer closes the connection."""
 
@@ -102,9 +109,10 @@ class Receiver:
             self._pull()
         finally:
             self._give_back()
+        self._rest_until_worth_it()
 
     def _pull(self) -> None:
-        self._steps_left = _MOST_STEPS
+        self._steps_left, self.drained = _MOST_STEPS, False
         most = self.bytes_received + _MOST_BYTES
         done = self._is_cut and self._parsed(0)
         while not done and self._steps_left > 0 and self.bytes_received < most:
@@ -115,8 +123,19 @@ class Receiver:
                 place = self._scratch[self._stop :]
             count = self._receive(place)
             if count is None:
+                self.drained = True
                 return
             done = self._landed(count) if direct else self._parsed(count)
+            if self._data_left and count < place.nbytes and self._tls is None:
+                self.drained = True  # one more call would say so, or find a crumb
+                return
+
+    def _rest_until_worth_it(self) -> None:
+        """Have the socket wake its reader when much of a frame has come, or its end."""
+        wanted = min(self._data_left, _WORTH_WAKING_BYTES) or 1
+        if self._counts_bytes and wanted != self._wakes_after:
+            self._wakes_after = wanted
+            wake_after(self._sock, wanted)
 
     def _borrow(self) -> None:
         """Take the scratch memory, unless a long frame needed memory of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ def first_not_finite(values: NDArray[Any], *, bits: bool = False) -> int | None:
         return None
     if bits:
         return _first(values, lambda part: (part & 0x7F80) != 0x7F80)
-    return _first(values, np.isfinite)
+    return _first(values, np.isfinite, surely=_sums_up)
 
 
 def first_nan(values: NDArray[Any], *, bits: bool = False) -> int | None:
@@ -49,12 +50,34 @@ def first_beyond(values: NDArray[Any], limit: float) -> int | None:
     return _first(values, lambda part: ~(np.abs(part) >= limit) | ~np.isfinite(part))
 
 
+def _sums_up(part: NDArray[Any]) -> bool:
+    """Whether the sum is finite, and so every value: neither NaN nor infinity cancels.
+
+    Half the time of a verdict for each value. A sum may overflow where no value has.
+    """
+    return math.isfinite(np.einsum("i->", part))
+
+
 def _first(
-    values: NDArray[Any], good: Callable[[NDArray[Any]], NDArray[Any]]
+    values: NDArray[Any],
+    good: Callable[[NDArray[Any]], NDArray[Any]],
+    surely: Callable[[NDArray[Any]], bool] = lambda part: False,
 ) -> int | None:
-    """Find the first value that is not good, looking at pieces that fit the cache."""
+    """Find the first value that is not good, looking at pieces that fit the cache.
+
+    Args:
+        values: [n]
+        good: A verdict for each value.
+        surely: A quick verdict for all of them; False if there is to be a closer look.
+
+    Returns:
+        Its index; None if all are good.
+    """
     for start in range(0, len(values), _SEGMENT):
-        verdicts = good(values[start : start + _SEGMENT])
+        part = values[start : start + _SEGMENT]
+        if surely(part):
+            continue
+        verdicts = good(part)
         if not verdicts.all():
             return start + int(np.argmin(verdicts))
     return None

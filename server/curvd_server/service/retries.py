@@ -151,11 +151,18 @@ class KeepingSink:
         await self._sink.begin(header)
 
     async def take(self, rows: Columns, summary: curvature_pb.ResultSummary) -> None:
-        """Keep the only block, and pass it on."""
+        """Keep the only block, and pass it on meanwhile."""
+        keeping: asyncio.Task[None] | None = None
         if self._attempt.covers(rows):
-            result = rows.reshape(self._attempt.shape)
-            await self._attempt.keep(CachedResult(self._header, result, summary))
-        await self._sink.take(rows, summary)
+            result = CachedResult(
+                self._header, rows.reshape(self._attempt.shape), summary
+            )
+            keeping = asyncio.create_task(self._attempt.keep(result))
+        try:
+            await self._sink.take(rows, summary)
+        finally:  # whoever lost the stream is whom it is kept for
+            if keeping is not None:
+                await keeping
         # Let go before the last message leaves: the client may come back at once, and
         # its next vector fits into the memory of this one.
         if rows.nbytes > _SOON_SENT_BYTES:
