@@ -7,6 +7,7 @@ from support import fake_service
 import curvd
 from curvd._calls import requests
 from curvd.contract import Stage
+from curvd.errors import InvalidSpec
 from curvd.remote import progress as drawn
 from curvd.v1 import session_service_pb2 as session_pb
 
@@ -104,3 +105,21 @@ def test_one_line_says_stage_counts_and_what_is_left(monkeypatch):
     (fields,) = drawings
     assert fields["description"] == "tuning, 2 of 8"
     assert (fields["completed"], fields["left"]) == (2, "at most 1:30 left")
+
+
+@pytest.mark.parametrize("progress", [5, "yes", [print]])
+def test_what_nobody_can_be_told_by_is_refused(client, progress):
+    said = r"progress is True, False, or a function .*, got "
+    session = client.create_session("m", "d", loss="mse")
+    torch = pytest.importorskip("torch")
+    net = torch.nn.Linear(2, 1)
+    data = (np.ones((4, 2)), np.ones((4, 1)))
+    for use in (
+        lambda: client.session_for(net, "mse", data, batch_size=2, progress=progress),
+        lambda: client.create_session("m", "d", loss="mse", progress=progress),
+        lambda: client.register_model("mlp", {}, {"a": np.ones(2)}, progress=progress),
+        lambda: session.update_parameters({"a": np.ones(2)}, progress=progress),
+        lambda: session.hessian().trace(samples=2, progress=progress),
+    ):
+        with pytest.raises(InvalidSpec, match=said):
+            use()

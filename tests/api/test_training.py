@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from support.client_fixtures import QUICK  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.optim.swa_utils import AveragedModel  # noqa: E402
 
 import curvd  # noqa: E402
 from curvd import parameters  # noqa: E402
@@ -241,6 +242,17 @@ def test_two_names_of_one_parameter_are_refused(session):
         session.update_parameters(twice)
 
 
+def test_what_an_average_counts_is_no_tensor_of_the_model():
+    averaged = AveragedModel(nn.Linear(2, 1)).state_dict()
+    assert parameters.wrappers.state_of(averaged).keys() == {
+        "module.weight",
+        "module.bias",
+    }
+    # A model of this form, whose buffer it is, has other names as well.
+    own = {"n_averaged": 1, "module.a": 2, "head": 3}
+    assert parameters.wrappers.state_of(own) is own
+
+
 def parallel(net):
     """DataParallel, which would take a net to whatever device there is."""
     module = "torch.nn.parallel.data_parallel"
@@ -256,8 +268,18 @@ def parallel(net):
         lambda net: torch.compile(net, backend="eager"),
         lambda net: parallel(torch.compile(net, backend="eager")),
         lambda net: torch.compile(parallel(net), backend="eager"),
+        AveragedModel,
+        lambda net: AveragedModel(parallel(net)),
     ],
-    ids=["plain", "parallel", "compiled", "parallel compiled", "compiled parallel"],
+    ids=[
+        "plain",
+        "parallel",
+        "compiled",
+        "parallel compiled",
+        "compiled parallel",
+        "averaged",
+        "averaged parallel",
+    ],
 )
 def test_a_wrapped_module_is_the_module(live_target, wrap):
     net = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3))

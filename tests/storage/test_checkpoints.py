@@ -300,7 +300,7 @@ def test_whatever_the_bytes_a_pickle_is_read_or_refused(data):
 
 
 def test_keys_that_are_deep_are_refused():
-    deep = b"(" * 0 + b")" + b"\x85" * 100_000
+    deep = b"(" * 0 + b")" + b"\x85" * 9_000
     with pytest.raises(InvalidTensors, match="a tuple as a key"):
         pickled.read(b"\x80\x02}" + deep + b"\x85Ns.")
 
@@ -425,6 +425,37 @@ def sound(tmp_path_factory):
         warnings.simplefilter("ignore")
         dcp.save({"a": torch.ones(3)}, checkpoint_id=folder, no_dist=True)
     return folder, {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "bytes_", [b"(", b"N", b"]", b"\x85", b"\x94", b"\x80\x04", b"Q", b"(t", b")N"]
+)
+def test_megabytes_that_say_nothing_are_refused_when_that_shows(bytes_):
+    walked = []
+    flood = b"\x80\x04N" + bytes_ * (3 << 20)
+    reader = pickled._Reader
+
+    class Counting(reader):
+        def take(self, name, arg):
+            walked.append(name)
+            super().take(name, arg)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pickled, "_Reader", Counting)
+        with pytest.raises(InvalidTensors, match=r"damaged: .* (in a row|that wait)"):
+            pickled.read(flood)
+    assert len(walked) < 210_000
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_large_collections_are_no_flood(protocol):
+    value = {
+        "list": list(range(30_000)),
+        "none": [None] * 30_000,
+        "tuple": tuple(range(9_000)),
+        "dict": {i: (i, None) for i in range(5_000)},
+    }
+    assert pickled.read(pickle.dumps(value, protocol)) == value
 
 
 @settings(max_examples=500, deadline=None)

@@ -1,4 +1,4 @@
-"""Modules without what trains or compiles them: DDP, DataParallel, torch.compile."""
+"""Modules without what trains, averages or compiles them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from curvd.errors import InvalidSpec
+
+_COUNT, _INNER = "n_averaged", "module."
+"""What a state dict of `torch.optim.swa_utils.AveragedModel` has: its count, and the rest."""
 
 
 def unwrapped(value: Any) -> Any:
@@ -23,7 +26,7 @@ def unwrapped(value: Any) -> Any:
         return value
     parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
     while True:
-        if isinstance(value, parallel):
+        if isinstance(value, parallel) or _is_averaged(value):
             value = value.module
         elif _is_compiled(value):
             value = value._orig_mod
@@ -68,13 +71,30 @@ def state_of(value: Any) -> Any:
         value: A module, wrapped or not, or anything else.
 
     Returns:
-        A module's state dict; anything else as it is.
+        A module's state dict; that of an `AveragedModel` without its count; anything
+        else as it is.
     """
+    if isinstance(value, Mapping):
+        return _without_count(value)
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(value, torch.nn.Module):
         return value
     state: Mapping[str, Any] = unwrapped(value).state_dict()
     return state
+
+
+def _without_count(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Take away what an `AveragedModel` counts, and no model has."""
+    others = [name for name in state if name != _COUNT]
+    if len(others) == len(state) or not all(n.startswith(_INNER) for n in others):
+        return state
+    return {name: state[name] for name in others}
+
+
+def _is_averaged(value: Any) -> bool:
+    """Tell what averages the parameters of a training; its file may not be imported."""
+    averages = sys.modules.get("torch.optim.swa_utils")
+    return averages is not None and isinstance(value, averages.AveragedModel)
 
 
 def _is_compiled(value: Any) -> bool:

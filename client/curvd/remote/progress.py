@@ -6,10 +6,11 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from curvd._calls import ObserveOpening, Progress
 from curvd.contract import QueryProgress, Stage, StageProgress
-from curvd.errors import missing
+from curvd.errors import InvalidSpec, missing
 
 
 @contextlib.contextmanager
@@ -25,8 +26,10 @@ def shown(progress: Progress | bool, what: str) -> Iterator[Progress | None]:
         The callback; None if nobody looks.
 
     Raises:
+        InvalidSpec: If it is none of them.
         ModuleNotFoundError: If a bar is to be drawn and rich is not installed.
     """
+    progress = _checked(progress)
     if not isinstance(progress, bool):
         yield progress
         return
@@ -65,8 +68,10 @@ def watched(
         The callback.
 
     Raises:
+        InvalidSpec: If it is none of them.
         ModuleNotFoundError: If a line is to be drawn and rich is not installed.
     """
+    progress = _checked(progress)
     if not isinstance(progress, bool):
         yield progress
         return
@@ -89,8 +94,10 @@ def opening(progress: ObserveOpening | bool) -> Iterator[ObserveOpening | None]:
         The callback; None if nobody looks.
 
     Raises:
+        InvalidSpec: If it is none of them.
         ModuleNotFoundError: If a line is to be drawn and rich is not installed.
     """
+    progress = _checked(progress)
     if not isinstance(progress, bool):
         yield progress
         return
@@ -147,6 +154,32 @@ class ClientStages:
 
         told(0, None)
         return told
+
+
+P = TypeVar("P", bound="Callable[..., None]")
+
+
+def _checked(progress: P | bool | None) -> P | bool:
+    """Refuse what nobody could be told by.
+
+    Args:
+        progress: A callback, or whether to show how far something is; None: do not.
+
+    Returns:
+        The same; False in place of None.
+
+    Raises:
+        InvalidSpec: If it is something else.
+    """
+    if progress is None:
+        return False
+    if not isinstance(progress, bool) and not callable(progress):
+        msg = (
+            "progress is True, False, or a function that is called with how far the work "
+            f"is, got {progress!r}"
+        )
+        raise InvalidSpec(msg, progress=progress)
+    return progress
 
 
 _Draw = Callable[[str, int, int | None, float | None], None]

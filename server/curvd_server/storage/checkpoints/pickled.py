@@ -20,6 +20,12 @@ PERSISTENT = "persistent"
 """Name of records that stand for what a pickle refers to outside itself."""
 
 
+_MOST_TIMES = 10_000
+"""One opcode in a row."""
+_MOST_WAITING = 100_000
+"""Values, and marks, that wait for an opcode that takes them."""
+
+
 @dataclass(eq=False, slots=True)
 class Record:
     """What would be an object, or a name that would be imported."""
@@ -70,14 +76,25 @@ def read(data: bytes) -> Any:
 
 
 class _Reader:
-    """A stack machine without a call."""
+    """A stack machine without a call.
+
+    What torch writes is shallow, and its values are taken in batches of a thousand. What
+    only piles up, or repeats itself, is refused where that shows, and not when megabytes
+    of it have been walked.
+    """
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.latest, self.times = "", 0
 
     def take(self, name: str, arg: Any) -> None:
         """Take one opcode."""
+        self.times = self.times + 1 if name == self.latest else 1
+        self.latest = name
+        if self.times > _MOST_TIMES or len(self.stack) > _MOST_WAITING:
+            msg = f"{self.times} times {name} in a row, {len(self.stack)} values that wait"
+            raise ValueError(msg)
         if name in _NOTHING:
             return
         if name in _VALUES:
