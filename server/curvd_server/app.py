@@ -110,7 +110,7 @@ class Running:
     """``host:port`` where Prometheus may scrape; empty: nowhere."""
 
     def reload(self) -> None:
-        """Read the files of tokens and quotas again."""
+        """Read the files of tokens, of an issuer's keys and of quotas again."""
         self.callers.reload()
         self.quotas.reload()
 
@@ -382,7 +382,8 @@ async def _serve(config: ServerConfig) -> None:
     with torchs_folder(config.data_dir):
         async with running(config) as server:
             gc.freeze()  # with what the device imported
-            if config.tokens is not None or config.quotas is not None:
+            files = (config.tokens, config.issuer, config.quotas)
+            if any(file is not None for file in files):
                 loop.add_signal_handler(signal.SIGHUP, server.reload)
             print(f"curvd serves at {server.target}", flush=True)  # noqa: T201
             await stop.wait()

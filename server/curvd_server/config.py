@@ -11,13 +11,17 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 
 from curvd.contract import Limits, check_settings, setting
-from curvd.errors import InvalidSpec
+from curvd.errors import InvalidSpec, install
 from curvd.tensors import MAX_HEADER_BYTES
 from curvd_server.transport import USUAL_LINES, Callers, ConnectionLimits, TokenFile
+
+if TYPE_CHECKING:  # of an extra, which few have
+    from curvd_server.transport.issuer import Issuer
 
 DEFAULT_LISTEN = "127.0.0.1:50551"
 MESSAGE_BYTES = 4 << 20
@@ -266,6 +270,11 @@ class ServerConfig:
         "A file with a line for each token, so that callers have names and each has its "
         "own (curvd token NAME makes one); in place of the one token.",
     )
+    issuer: Path | None = setting(
+        None,
+        "A TOML file about who signs the tokens of callers (JWT), and with which keys; in "
+        "place of tokens of our own; needs curvd[jwt].",
+    )
     quotas: Path | None = setting(
         None,
         "A TOML file that says what single callers may hold: tables [default], "
@@ -387,6 +396,7 @@ class ServerConfig:
             "the token": self.token,
             "token_file": self.token_file,
             "tokens": self.tokens,
+            "issuer": self.issuer,
         }
         given = [name for name, value in ways.items() if value is not None]
         if len(given) > 1:
@@ -421,7 +431,7 @@ class ServerConfig:
     @property
     def has_token(self) -> bool:
         """Whether calls must carry a token."""
-        ways = (self.token, self.token_file, self.tokens)
+        ways = (self.token, self.token_file, self.tokens, self.issuer)
         return any(way is not None for way in ways)
 
     def bearer_token(self) -> str | None:
@@ -450,7 +460,12 @@ class ServerConfig:
         """
         certificates = self.tls is not None and self.tls.client_ca is not None
         tokens = None if self.tokens is None else TokenFile(Path(self.tokens))
-        return Callers(self.bearer_token(), tokens, certificates=certificates)
+        return Callers(
+            self.bearer_token(),
+            tokens,
+            certificates=certificates,
+            issuer=None if self.issuer is None else _issuer(Path(self.issuer)),
+        )
 
     def credentials(self) -> grpc.ServerCredentials | None:
         """Read the TLS files, the only place that does.
@@ -552,6 +567,20 @@ def address_of(text: str, name: str, *, or_else: str = "") -> tuple[str, int]:
         msg = f"the port of {name} must be at most {_MOST_PORT}, got {text!r}"
         raise InvalidSpec(msg, address=text)
     return host.strip("[]"), int(port)
+
+
+def _issuer(path: Path) -> Issuer:
+    """Read whose tokens let callers in.
+
+    Raises:
+        InvalidSpec: If a file of it cannot be used, or PyJWT is not installed.
+    """
+    try:
+        from curvd_server.transport.issuer import Issuer
+    except ModuleNotFoundError as error:
+        msg = f"--issuer needs PyJWT ({error.name} is missing): {install('jwt')}"
+        raise InvalidSpec(msg, issuer=path) from error
+    return Issuer(path)
 
 
 def _check_token(token: str, where: str) -> None:

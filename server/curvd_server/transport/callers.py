@@ -1,4 +1,4 @@
-"""Finds out who calls: by a token, by a certificate, or nobody in particular."""
+"""Finds out who calls: by a token, ours or an issuer's, by a certificate, or nobody."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import hmac
 import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from curvd.errors import Unauthenticated
 from curvd_server.system import EVERYBODY, USER, Identity
 from curvd_server.transport.token_file import Entry, TokenFile, check_name
+
+if TYPE_CHECKING:  # of an extra, which few have
+    from curvd_server.transport.issuer import Issuer
 
 _ADMITTED: ContextVar[Identity | None] = ContextVar("admitted", default=None)
 """Whose token the call under way has brought; None: none was needed until now."""
@@ -27,6 +30,7 @@ class Callers:
         token: What every call must bring, which tells nobody apart; None: nothing.
         tokens: Names and tokens of those who may call; None: there is no such file.
         certificates: Whether clients have certificates, so that their names are known.
+        issuer: Reads the tokens of an issuer; None: there is none.
     """
 
     def __init__(
@@ -35,24 +39,30 @@ class Callers:
         tokens: TokenFile | None = None,
         *,
         certificates: bool = False,
+        issuer: Issuer | None = None,
     ) -> None:
         self._expected = None if token is None else (_SCHEME + token).encode()
         self._tokens, self._certificates = tokens, certificates
+        self._issuer = issuer
 
     @property
     def asks(self) -> bool:
         """Whether calls have to bring something."""
-        return self._expected is not None or self._tokens is not None
+        ways = (self._expected, self._tokens, self._issuer)
+        return any(way is not None for way in ways)
 
     @property
     def tells_apart(self) -> bool:
         """Whether callers have names."""
-        return self._tokens is not None or self._certificates
+        named = self._tokens is not None or self._issuer is not None
+        return named or self._certificates
 
     def reload(self) -> None:
-        """Read the file of tokens again."""
+        """Read the file of tokens again, or the issuer's keys."""
         if self._tokens is not None:
             self._tokens.reload()
+        if self._issuer is not None:
+            self._issuer.reload()
 
     def admit(self, authorization: str | bytes) -> None:
         """Let a call in by what it brings, before anything of it is read.
@@ -69,6 +79,8 @@ class Callers:
             if not hmac.compare_digest(given, self._expected):
                 msg = "this server needs a token: send authorization: Bearer <token>"
                 raise Unauthenticated(msg)
+        elif self._issuer is not None:
+            _ADMITTED.set(self._issuer.identity(_token_in(given)))
         elif self._tokens is not None and (given or not self._certificates):
             entry = self._tokens.token(_token_in(given))
             if entry is None:

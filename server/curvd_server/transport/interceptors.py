@@ -208,7 +208,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         async def refuse(
             requests: object, context: grpc.aio.ServicerContext[Any, Any]
         ) -> None:
-            self._drops.add(UNAUTHENTICATED, context.peer())
+            self._drops.add(UNAUTHENTICATED, context.peer(), **error.metadata)
             await abort(context, error)
 
         return grpc.stream_stream_rpc_method_handler(refuse)

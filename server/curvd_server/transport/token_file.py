@@ -14,20 +14,18 @@ import os
 import re
 import secrets
 import shlex
-import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from curvd.errors import InvalidSpec
-from curvd_server.system import ROLES, USER, Identity, logger
+from curvd_server.system import ROLES, USER, Identity
+from curvd_server.transport.watched_file import WatchedFile, text_of
 
 ANY = "*"
 """Name on a line of certificates that is about all of them."""
 LONGEST_NAME = 128
-_LOOK_S = 1.0
-"""How often the file is asked whether it changed."""
 _HASH = re.compile("sha256:([0-9a-f]{64})")
 _CERTIFICATE = "certificate"
 _WORDS = ("roles", "groups", "expires")
@@ -71,15 +69,14 @@ class TokenFile:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._path, self._clock, self._monotonic = path, clock, monotonic
-        self._stamp = _stamp(path)
-        self._known = read(path)
-        self._looked_s = monotonic()
+        self._clock = clock
+        self._file = WatchedFile(
+            path, read, "tokens", lambda known: len(known.tokens), monotonic
+        )
 
     def token(self, token: str) -> Entry | None:
         """Find the line of a token that a caller brought."""
-        self._look()
-        return self._known.tokens.get(_hash_of(token))
+        return self._file.get().tokens.get(_hash_of(token))
 
     def certificate(self, name: str) -> Entry | None:
         """Find the line of the name that a caller's certificate carries.
@@ -90,8 +87,7 @@ class TokenFile:
         Returns:
             The line; that about all certificates if it has none of its own.
         """
-        self._look()
-        known = self._known.certificates
+        known = self._file.get().certificates
         if name in known:
             return known[name]
         if ANY not in known:
@@ -106,23 +102,7 @@ class TokenFile:
 
     def reload(self) -> None:
         """Read the file again; if it cannot be used, what was read before goes on."""
-        stamp = _stamp(self._path)
-        try:
-            self._known = read(self._path)
-        except InvalidSpec as error:
-            logger().error("tokens not read", error=str(error))
-        else:
-            count = len(self._known.tokens)
-            logger().info("tokens read", file=str(self._path), tokens=count)
-        self._stamp = stamp  # a broken file is not complained of every second
-
-    def _look(self) -> None:
-        now = self._monotonic()
-        if now - self._looked_s < _LOOK_S:
-            return
-        self._looked_s = now
-        if _stamp(self._path) != self._stamp:
-            self.reload()
+        self._file.reload()
 
 
 def read(path: Path) -> Known:
@@ -138,19 +118,7 @@ def read(path: Path) -> Known:
         InvalidSpec: If it cannot be read, others may write to it, or a line is malformed;
             the message names the line, and nothing that is secret.
     """
-    try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        msg = f"cannot read the tokens in {str(path)!r}: {why}"
-        raise InvalidSpec(msg, file=path) from error
-    if mode & (stat.S_IWGRP | stat.S_IWOTH):
-        msg = (
-            f"others may write to {path} (mode {mode:04o}), and so make themselves tokens: "
-            f"chmod go-w {path}"
-        )
-        raise InvalidSpec(msg, file=path)
+    text = text_of(path, "tokens", why="make themselves tokens")
     tokens: dict[str, Entry] = {}
     certificates: dict[str, Entry] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -335,15 +303,6 @@ def _add(entries: dict[str, Entry], key: str, entry: Entry) -> None:
 
 def _hash_of(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    """Say what the file system says of a file; it changes with the content."""
-    try:
-        status = path.stat()
-    except OSError:
-        return ()
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _private(path: str, flags: int) -> int:
