@@ -216,7 +216,7 @@ class Issuer:
     def _times(self, claims: Mapping[str, Any]) -> float:
         """Compare moments with now; the token is good until the one returned."""
         now_s, leeway_s = self._clock(), self._config.leeway_s
-        found = {name: claims.get(name) for name in ("exp", "nbf", "iat")}
+        found: dict[str, Any] = {n: claims.get(n) for n in ("exp", "nbf", "iat")}
         for value in found.values():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (is_number and abs(value) < 1e15):
@@ -224,7 +224,7 @@ class Issuer:
         for name in ("nbf", "iat"):
             if found[name] is not None and now_s < found[name] - leeway_s:
                 raise _refused(Why.EARLY)
-        return float(found["exp"])  # type: ignore[arg-type]
+        return float(found["exp"])
 
     def _caller(self, claims: Mapping[str, Any]) -> Identity:
         config = self._config
@@ -262,7 +262,7 @@ def read(path: Path) -> IssuerConfig:
         raise InvalidSpec(msg, file=path) from error
     known = IssuerConfig.__dataclass_fields__
     needed = {"issuer": str, "audience": str, "jwks": str, "algorithms": list}
-    kinds = {
+    kinds: dict[str, Any] = {
         **needed,
         "leeway_s": (int, float),
         "name": str,
