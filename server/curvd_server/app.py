@@ -196,10 +196,10 @@ async def running(
         catalogue = Catalogue(config.data_dir / "catalogue.sqlite")
         stack.callback(catalogue.close)
         activities = Activities()
+        quotas = Quotas(config.quotas)
         if device is None:
             make = _fleet if config.workers else _single
-            device = make(config, catalogue, activities, stack)
-        quotas = Quotas(config.quotas)
+            device = make(config, catalogue, activities, quotas, stack)
         memory = HostMemory(limits.memory_bytes or default_bytes())
         mounts = Mounts(config.datasets_root, config.data_dir / "mounts")
         blobs = BlobStore(
@@ -300,13 +300,14 @@ def _single(
     config: ServerConfig,
     catalogue: Catalogue,
     activities: Activities,
+    quotas: Quotas,
     stack: contextlib.AsyncExitStack,
 ) -> Device:
     """Make the device that computes in this process."""
     compiler = None
     if config.compile_after_s:
         compiler = Compiler(
-            config.data_dir / "compiled", config.compile_after_s, activities
+            config.data_dir / "compiled", config.compile_after_s, activities, quotas
         )
         stack.callback(compiler.close)
     return torch_device.TorchDevice(
@@ -317,6 +318,7 @@ def _single(
         allowed=config.libraries,
         model_bytes=config.limits.upload_bytes,
         idle_bytes=config.limits.idle_bytes,
+        quotas=quotas,
     )
 
 
@@ -324,6 +326,7 @@ def _fleet(
     config: ServerConfig,
     catalogue: Catalogue,
     activities: Activities,
+    quotas: Quotas,
     stack: contextlib.AsyncExitStack,
 ) -> Device:
     """Start workers; returns when all are there."""
@@ -368,6 +371,7 @@ def _fleet(
         "cpu",
         allowed=config.libraries,
         model_bytes=limits.upload_bytes,
+        quotas=quotas,
     )
     fleet.wait()
     return FleetDevice(fleet, front, catalogue.plans, shards=config.shards)

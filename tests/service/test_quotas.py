@@ -1,66 +1,25 @@
 """One caller at his quota is told so, with its name; nobody else notices."""
 
-import contextlib
+import functools
 import threading
 
 import numpy as np
 import pytest
 import raw
 from support.callers import calls_as
-from support.fake_device import FakeDevice
-from support.served import As, Channels
+from support.quotas import refused, served, written
 
 from curvd.errors import InvalidSpec, LimitExceeded, Overloaded
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import session_service_pb2 as session_pb
-from curvd_server.app import serve_in_thread
-from curvd_server.config import ServerConfig
 from curvd_server.device import Batcher
 from curvd_server.system import Identity, Quota, Quotas
-from curvd_server.transport import token_file
-
-TOKENS = {name: token_file.new_token() for name in ("ann", "ben")}
-
-
-def written(path, text):
-    path.write_text(text)
-    path.chmod(0o600)
-    return path
 
 
 @pytest.fixture
 def serving(tmp_path):
     """Start a server with quotas; gives a channel for each caller by name."""
-    lines = [token_file.line_of(name, token) for name, token in TOKENS.items()]
-    tokens = written(tmp_path / "tokens", "\n".join(lines) + "\n")
-
-    @contextlib.contextmanager
-    def start(quotas, device=None):
-        config = ServerConfig(
-            listen="127.0.0.1:0",
-            data_dir=tmp_path / "data",
-            drain_s=0.0,
-            tokens=tokens,
-            quotas=written(tmp_path / "quotas.toml", quotas),
-        )
-        with (
-            serve_in_thread(config, device=device or FakeDevice()) as target,
-            Channels(target) as channels,
-        ):
-            yield {name: As(channels, token) for name, token in TOKENS.items()}
-
-    return start
-
-
-def refused(kind, quota, limit, act):
-    """What the caller is told."""
-    with pytest.raises(
-        kind, match=rf"'ann' has .* of {limit} {quota}.*\[callers.ann\]"
-    ) as (caught):
-        act()
-    told = caught.value.metadata
-    assert (told["quota"], told["owner"], told["limit"]) == (quota, "ann", str(limit))
-    return caught.value
+    return functools.partial(served, tmp_path)
 
 
 def put(channel, session, name, size=5):

@@ -37,6 +37,7 @@ from curvd_server.device.presence import Presence
 from curvd_server.device.requests import Columns, Done, Multiplies, Ticket
 from curvd_server.device.room import Reservation, Room
 from curvd_server.system import (
+    CALLING,
     HostMemory,
     Identity,
     LongWork,
@@ -385,7 +386,9 @@ class Batcher:
             pace_s = paces.get(operator, math.inf)
             in_turns = pace_s * sum(ticket.width for ticket in tickets) > long_s
         work = LongWork(
-            lambda poll: self._compute(operator, tickets, poll),
+            lambda poll: _as_caller(
+                tickets[0].caller, lambda: self._compute(operator, tickets, poll)
+            ),
             stopped=lambda: self._closed or all(t.abandoned for t in tickets),
             gives_way=self._gives_way,
             threads=self._threads,
@@ -561,6 +564,15 @@ class Batcher:
                 if ticket.running() or ticket.set_running_or_notify_cancel():
                     ticket.set_exception(_shutting_down())
         self._lanes.clear()
+
+
+def _as_caller(caller: Identity, compute: Callable[[], T]) -> T:
+    """Compute for a caller, at whose expense what follows from it is."""
+    token = CALLING.set(caller)
+    try:
+        return compute()
+    finally:
+        CALLING.reset(token)
 
 
 def _shutting_down() -> Unavailable:

@@ -50,7 +50,7 @@ from curvd_server.engine import operator as engine
 from curvd_server.engine.data_points import Points
 from curvd_server.models import BUILDERS, Models
 from curvd_server.storage import Architecture
-from curvd_server.system import Poll, is_out_of_memory, usable_cores
+from curvd_server.system import Poll, Quotas, is_out_of_memory, usable_cores
 from curvd_server.trials import Trials
 
 _CANNOT_RUN = (
@@ -104,6 +104,7 @@ class TorchDevice:
         allowed: Globs over models of libraries, for example ``timm:*``.
         model_bytes: Largest state of a model of a library.
         idle_bytes: Memory of results that is kept for the next ones.
+        quotas: How long the models of one caller may be tried.
 
     Raises:
         InvalidSpec: If a builder cannot be loaded or the device is not there.
@@ -119,13 +120,14 @@ class TorchDevice:
         allowed: Sequence[str] = (),
         model_bytes: int = 64 << 30,
         idle_bytes: int = 1 << 30,
+        quotas: Quotas | None = None,
     ) -> None:
         use_differentiable_attention()
         # The first trace would import it: a second of Python in which nobody is served.
         importlib.import_module("torch._dynamo")
         self._tools = Tools({} if plans is None else plans, compiler, Pool(idle_bytes))
         self._name = device
-        self._trials, self._one_builder = Trials(), asyncio.Lock()
+        self._trials, self._one_builder = Trials(quotas), asyncio.Lock()
         self._models = Models(
             entries,
             allowed,

@@ -32,6 +32,7 @@ from curvd.contract import (
 from curvd.errors import Cancelled, CurvdError, VersionMismatch
 from curvd_server.config import LimitsConfig
 from curvd_server.device import Batcher, Device, Operator, Problem
+from curvd_server.sessions.allotments import Allotment
 from curvd_server.sessions.leases import Remaining
 from curvd_server.sessions.operator_cache import CachedOperator, OperatorCache
 from curvd_server.sessions.parameters import architecture_of, home_names, state_of
@@ -143,6 +144,8 @@ class Session:
             begin=self.begin,
         )
         self._vectors: dict[str, Vectors] = {}
+        self.allotment: Allotment | None = None
+        """What it has of the device."""
         self._dependencies = dependencies
         self._remaining = Remaining(
             stored.lease_s, stored.remaining_s, dependencies.monotonic
@@ -356,7 +359,13 @@ class Session:
         for vectors in self._vectors.values():
             vectors.clear()
         await self.operator_cache.close()
+        self.let_go()
         await self._release(set(self.stored.sources.values()))
+
+    def let_go(self) -> None:
+        """Give back what it has had of the device."""
+        if self.allotment is not None:
+            self.allotment.give()
 
     async def _update(self, update: Update) -> StoredVersion:
         stored, dependencies = self.stored, self._dependencies

@@ -28,6 +28,7 @@ from curvd.errors import (
     PermissionDenied,
     SessionNotFound,
 )
+from curvd_server.sessions.allotments import Allotments
 from curvd_server.sessions.deletions import Deletions
 from curvd_server.sessions.parameters import architecture_of, state_of
 from curvd_server.sessions.session import (
@@ -107,13 +108,19 @@ class SessionStore:
             weakref.WeakValueDictionary()
         )
         self._being_made, self._latest_us = Counter[str](), 0
+        self._allotments = Allotments(
+            dependencies.catalogue, dependencies.blobs, dependencies.quotas
+        )
         found, self._lost = dependencies.catalogue.sessions()
         self._sessions: dict[str, Session] = {}
         locks: dict[str, asyncio.Lock] = {}
         for s in found:
             family = s.info.parameters_of or s.info.id
             lock = locks.setdefault(family, asyncio.Lock())
-            self._sessions[s.info.id] = Session(dependencies, s, self._relatives, lock)
+            session = Session(dependencies, s, self._relatives, lock)
+            with contextlib.suppress(CurvdError):  # of what is lost nothing is held
+                session.allotment = self._allotments.restored(s.info)
+            self._sessions[s.info.id] = session
         self.deletions = Deletions(
             dependencies.catalogue,
             dependencies.blobs,
@@ -436,6 +443,9 @@ class SessionStore:
     ) -> SessionInfo:
         stored = session.stored
         try:
+            session.allotment = await asyncio.to_thread(
+                self._allotments.take, stored.info
+            )
             problem = await session.warm(opening)
             usual = () if new.build_later else (OperatorSpec(),)
             if not (new.operators or usual):
@@ -458,6 +468,7 @@ class SessionStore:
         finally:
             if session.id not in self._sessions:
                 await to_the_end(session.operator_cache.close())
+                session.let_go()
 
     def _relatives(self, session: Session) -> list[Session]:
         """Find the sessions that share the parameters of one."""
@@ -483,18 +494,15 @@ class SessionStore:
         # Of a session that is his own, the caller has the model, whoever registered it.
         find = catalogue.usable_model if other is None else catalogue.model
         model, dataset = find(new.model_id), catalogue.usable_dataset(new.dataset_id)
-        budget_bytes = new.budget_bytes
         total_bytes = self._dependencies.device.describe().total_bytes
-        if budget_bytes is None:
-            budget_bytes = min(
-                self._dependencies.limits.default_budget_bytes, total_bytes
-            )
-        elif budget_bytes > total_bytes:
+        usual_bytes = min(self._dependencies.limits.default_budget_bytes, total_bytes)
+        if new.budget_bytes is not None and new.budget_bytes > total_bytes:
             msg = (
-                f"budget_bytes is {budget_bytes}, but device {self._dependencies.device.name} "
-                f"has {total_bytes} bytes in all; ask for less, or leave it out"
+                f"budget_bytes is {new.budget_bytes}, but device "
+                f"{self._dependencies.device.name} has {total_bytes} bytes in all; ask "
+                "for less, or leave it out"
             )
-            raise LimitExceeded(msg, budget_bytes=budget_bytes, limit=total_bytes)
+            raise LimitExceeded(msg, budget_bytes=new.budget_bytes, limit=total_bytes)
         info = SessionInfo(
             id="",
             name=new.name,
@@ -509,7 +517,7 @@ class SessionStore:
             data_points=dataset.info.data_points,
             batches=0,
             device=self._dependencies.device.name,
-            budget_bytes=budget_bytes,
+            budget_bytes=usual_bytes if new.budget_bytes is None else new.budget_bytes,
             operators=(),
             state=SessionState.COLD,
             create_time_s=self._dependencies.clock(),
@@ -526,6 +534,9 @@ class SessionStore:
                 parameters_digest=other.info.parameters_digest,
                 parameters_of=other.info.parameters_of or other.info.id,
             )
+        if new.budget_bytes is None:
+            budget_bytes = self._allotments.budget_bytes(info, usual_bytes)
+            info = replace(info, budget_bytes=budget_bytes)
         return StoredSession(
             info=info,
             lease_s=self._lease_s(new),

@@ -157,6 +157,17 @@ class BlobStore:
         except FileNotFoundError:
             return 0
 
+    def size(self, digest: str) -> int:
+        """Tell how large a complete blob is; 0 if it is not there.
+
+        Args:
+            digest: The digest of the blob.
+        """
+        try:
+            return self._find(digest).stat().st_size
+        except OSError:
+            return 0
+
     def check_quota(self, digest: str, total_bytes: int) -> None:
         """Refuse an upload that the caller has no quota for.
 

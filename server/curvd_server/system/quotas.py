@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from curvd_server.system.logs import logger
 
 SESSIONS, CALLS, COLUMNS = "sessions", "calls", "columns"
 VECTOR_BYTES, DISK_BYTES, UPLOADS = "vector_bytes", "disk_bytes", "uploads"
-_PASSING = (CALLS, COLUMNS)
+DEVICE_BYTES, TRIAL_SECONDS = "device_bytes", "trial_seconds"
+COMPILE_JOBS, CONNECTIONS = "compile_jobs", "connections"
+_PASSING = (CALLS, COLUMNS, COMPILE_JOBS, CONNECTIONS, TRIAL_SECONDS)
 """Quotas that are free again soon, so that a retry may succeed."""
 _REMEDIES = {
     SESSIONS: "delete one, or let its lease run out",
@@ -31,8 +34,13 @@ _REMEDIES = {
     VECTOR_BYTES: "delete stored vectors",
     DISK_BYTES: "delete models or datasets, or let uploads that stopped run out",
     UPLOADS: "complete one",
+    DEVICE_BYTES: "ask for a smaller budget_bytes, or delete sessions",
+    TRIAL_SECONDS: "register fewer models, or wait: what was spent an hour ago is free again",
+    COMPILE_JOBS: "the program goes on as it is, and native code is asked for again later",
+    CONNECTIONS: "make fewer calls at once, or close clients",
 }
 _RETRY_S = 0.1
+_HOUR_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +59,14 @@ class Quota:
     """Disk of models, datasets, parameters and uploads."""
     uploads: int | None = None
     """Uploads that are not complete."""
+    device_bytes: int | None = None
+    """Memory of a device: parameters and data of his sessions, and their budgets."""
+    trial_seconds: int | None = None
+    """Seconds of a processor in an hour for trying his models."""
+    compile_jobs: int | None = None
+    """Native code that is being made for him, or waits for it."""
+    connections: int | None = None
+    """Connections of our own clients at once."""
     weight: float = 1.0
     """Share of a device that several callers want, in comparison with theirs."""
 
@@ -60,16 +76,23 @@ class Quotas:
 
     Args:
         path: The file; None: nobody has any.
+        clock: Seconds, monotonic.
 
     Raises:
         InvalidSpec: If it cannot be read, or says what it must not.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self._path = path
+    def __init__(
+        self,
+        path: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._path, self._clock = path, clock
         self._tables = {} if path is None else read_quotas(path)
         self._lock = threading.Lock()
         self._held: Counter[tuple[str, str]] = Counter()
+        # Seconds that were spent and are not free again, and when that was so.
+        self._spent: dict[tuple[str, str], tuple[float, float]] = {}
 
     def reload(self) -> None:
         """Read the file again; if it cannot be used, what was read before goes on."""
@@ -107,19 +130,78 @@ class Quotas:
         limit = getattr(self.of(caller), kind)
         if limit is None or held + more <= limit:
             return
+        msg = f"{caller.name!r} has {held:g} of {limit:g} {kind}, {more:g} more would exceed "
+        raise self._refusal(kind, limit, msg)
+
+    def left(self, kind: str) -> int | None:
+        """Tell how much more the caller may hold; None: as much as the server has."""
+        caller = calling()
+        limit: int | None = getattr(self.of(caller), kind)
+        with self._lock:
+            held = self._held[caller.name, kind]
+        return None if limit is None else max(0, limit - held)
+
+    def hold(self, kind: str, amount: int, name: str) -> None:
+        """Hold what a caller has had since before this process, whatever he may."""
+        if name:
+            with self._lock:
+                self._held[name, kind] += amount
+
+    def check_spent(self, kind: str) -> None:
+        """Refuse who has spent what he may in an hour.
+
+        Args:
+            kind: Which quota; what was spent is free again little by little.
+
+        Raises:
+            Overloaded: If he has; it says when some is free again.
+            LimitExceeded: If he may spend nothing.
+        """
+        caller = calling()
+        limit = getattr(self.of(caller), kind)
+        if limit is None:
+            return
+        spent = self._spent_by(caller.name, kind, limit)
+        if spent < limit:
+            return
+        msg = (
+            f"{caller.name!r} has spent {spent:.1f} of {limit:g} {kind} in an hour, "
+            "more would exceed "
+        )
+        # A hundredth of it is room enough to begin.
+        wait_s = (spent - 0.99 * limit) * _HOUR_S / limit if limit else 0.0
+        raise self._refusal(kind, limit, msg, wait_s)
+
+    def spend(self, kind: str, seconds: float) -> None:
+        """Count what the caller has spent; one begun is never ended for it."""
+        caller = calling()
+        limit = getattr(self.of(caller), kind)
+        if limit is None:
+            return
+        spent = self._spent_by(caller.name, kind, limit)
+        with self._lock:
+            self._spent[caller.name, kind] = (spent + seconds, self._clock())
+
+    def _spent_by(self, name: str, kind: str, limit: float) -> float:
+        with self._lock:
+            spent, at_s = self._spent.get((name, kind), (0.0, 0.0))
+        return max(0.0, spent - (self._clock() - at_s) * limit / _HOUR_S)
+
+    def _refusal(
+        self, kind: str, limit: float, begun: str, retry_after_s: float = _RETRY_S
+    ) -> LimitExceeded | Overloaded:
+        """Say what the caller has too much of, where that is set, and what to do."""
+        caller = calling()
         source = next(
             table
             for table in reversed(self._sections(caller))
             if kind in self._tables.get(table, {})
         )
-        msg = (
-            f"{caller.name!r} has {held:g} of {limit:g} {kind}, {more:g} more would exceed "
-            f"the quota ({kind} in [{source}]): {_REMEDIES[kind]}"
-        )
+        msg = f"{begun}the quota ({kind} in [{source}]): {_REMEDIES[kind]}"
         facts: dict[str, Any] = {"quota": kind, "owner": caller.name, "limit": limit}
-        if kind in _PASSING:
-            raise Overloaded(msg, retry_after_s=_RETRY_S, **facts)
-        raise LimitExceeded(msg, **facts)
+        if kind in _PASSING and limit:
+            return Overloaded(msg, retry_after_s=retry_after_s, **facts)
+        return LimitExceeded(msg, **facts)
 
     def take(self, kind: str, amount: int) -> str:
         """Hold something for the caller; `give` gives it back.

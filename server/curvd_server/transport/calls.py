@@ -19,6 +19,7 @@ from curvd.http2 import Format, Stream, framed
 from curvd_server.system import logger
 from curvd_server.transport.connection import Requests, ServerConnection
 from curvd_server.transport.interceptors import abort
+from curvd_server.transport.owners import Owners
 from curvd_server.transport.stalls import StallGuard
 
 _GRPC = "application/grpc"
@@ -317,6 +318,11 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
     def disconnect(self) -> None:
         """End the call by closing its connection."""
         self._connection.close()
+
+    def claim(self, owners: Owners) -> None:
+        """Say whose the connection is: of who makes the call; see `Owners.claim`."""
+        owners.claim(self._connection)
+        self._connection.left = owners.leave
 
     def vouch(self) -> None:
         """Trust the client: interceptors let its call through."""

@@ -76,6 +76,10 @@ class ServerConnection:
         self._idle_since = self._loop.time()
         self.failure: ProtocolError | None = None
         """What the client did wrong, if that ended the connection."""
+        self.owner = ""
+        """Name of whose it is, once a call has told."""
+        self.left: Callable[[ServerConnection], None] = lambda connection: None
+        """Called when it is closed."""
         self.gone = asyncio.Event()
         """Set when the connection is closed."""
         self._watch()
@@ -90,6 +94,11 @@ class ServerConnection:
     def busy(self) -> bool:
         """Whether a call is under way."""
         return self._task is not None and not self._task.done()
+
+    @property
+    def calls(self) -> int:
+        """How many calls are under way."""
+        return int(self.busy) + len(self._ending)
 
     def vouch(self) -> None:
         """Trust the client: its call was let through."""
@@ -208,6 +217,7 @@ class ServerConnection:
         if self.gone.is_set():
             return
         self.gone.set()
+        self.left(self)
         self._uploads.leave(self)
         self._watch()
         self._h2.sock.close()

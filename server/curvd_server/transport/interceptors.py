@@ -29,6 +29,7 @@ from curvd_server.system.quotas import CALLS
 from curvd_server.transport.access import AccessLog
 from curvd_server.transport.callers import Callers
 from curvd_server.transport.drops import Drops
+from curvd_server.transport.owners import Owners
 from curvd_server.transport.refusals import Refusals
 from curvd_server.transport.tally import Tally
 
@@ -74,7 +75,7 @@ class Gate:
         self._callers, self._drops = callers or Callers(), drops or Drops()
         self._tally, self._access = tally or Tally(), access or AccessLog()
         self._log, self._tracing = logger(), tracing
-        self._refusals = Refusals()
+        self._refusals, self._owners = Refusals(), Owners(self._quotas)
         self._draining = False
         self._idle = asyncio.Event()
 
@@ -119,6 +120,7 @@ class Gate:
                 msg = "this server is shutting down; retry, another may answer"
                 raise Unavailable(msg)
             self._identify(context)
+            self._claim(context)
             with self._quotas.held(CALLS, 1):
                 return await answer()
         except asyncio.CancelledError:
@@ -169,6 +171,12 @@ class Gate:
         CALLING.set(identity)
         if identity.name:
             structlog.contextvars.bind_contextvars(caller=identity.name)
+
+    def _claim(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Count the connection as the caller's; what grpcio relays is not seen."""
+        claim = getattr(context, "claim", None)
+        if claim is not None and calling().name:
+            claim(self._owners)
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):

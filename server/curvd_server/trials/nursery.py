@@ -16,6 +16,7 @@ import resource
 import signal
 import socket
 import struct
+import time
 from typing import Any
 
 from curvd.contract import SerializedGraph
@@ -74,7 +75,7 @@ def _serve(connection: socket.socket, try_builder: Any, try_graphs: Any) -> None
             found = try_graphs(
                 model, loss, rows=task["rows"], limit_bytes=task["limit_bytes"]
             )
-        answer = {"found": None if found is None else _written(found)}
+        answer: dict[str, Any] = {"found": None if found is None else _written(found)}
     except CurvdError as error:
         answer = _refusal(error)
     except MemoryError:
@@ -85,6 +86,7 @@ def _serve(connection: socket.socket, try_builder: Any, try_graphs: Any) -> None
         answer = _refusal(LimitExceeded(msg, limit=task["bytes"]))
     except RecursionError as error:
         answer = _refusal(LimitExceeded(f"the graph is nested too deeply: {error}"))
+    answer["seconds"] = time.process_time()
     data = json.dumps(answer).encode()
     connection.sendall(LENGTH.pack(len(data)) + data)
 

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Mapping
 from contextvars import ContextVar
@@ -27,6 +28,8 @@ from typing import Any
 from curvd.contract import SerializedGraph, TensorInfo
 from curvd.errors import BY_REASON, Internal, LimitExceeded, Overloaded
 from curvd_server.storage import Architecture
+from curvd_server.system import Quotas
+from curvd_server.system.quotas import TRIAL_SECONDS
 from curvd_server.trials import nursery
 from curvd_server.trials.nursery import LENGTH
 
@@ -50,10 +53,14 @@ PEER: ContextVar[str] = ContextVar("peer", default="")
 
 
 class Trials:
-    """Tries models for one server."""
+    """Tries models for one server.
 
-    def __init__(self) -> None:
-        self._free = AT_ONCE
+    Args:
+        quotas: How long those of one caller may be tried in an hour.
+    """
+
+    def __init__(self, quotas: Quotas | None = None) -> None:
+        self._free, self._quotas = AT_ONCE, quotas or Quotas()
         # What came of what was sent to a child, the latest used last. No refusal: the same
         # model may fit into the time or memory of another day.
         self._known: OrderedDict[bytes, Architecture | None] = OrderedDict()
@@ -120,10 +127,23 @@ class Trials:
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
+        self._quotas.check_spent(TRIAL_SECONDS)
         async with self._slot(PEER.get()):
-            found = _read(await _answer(request))
+            found = await self._tried(request)
         self._remember(key, found)
         return found
+
+    async def _tried(self, request: bytes) -> Architecture | None:
+        """Have a child work on a request, at its caller's expense."""
+        start_s, spent_s = time.monotonic(), None
+        try:
+            answer = await _answer(request)
+            spent_s = _seconds_in(answer)
+            return _read(answer)
+        finally:
+            if spent_s is None:  # it was ended: by its own time, or with its caller
+                spent_s = min(time.monotonic() - start_s, SECONDS)
+            self._quotas.spend(TRIAL_SECONDS, spent_s)
 
     def _remember(self, key: bytes, found: Architecture | None) -> None:
         """Remember what came of a trial, and forget those that were not used for long."""
@@ -226,6 +246,14 @@ async def _exactly(
             raise EOFError
         data += piece
     return bytes(data)
+
+
+def _seconds_in(data: bytes) -> float | None:
+    """Read how long a child has computed; None if it does not say."""
+    try:
+        return min(max(0.0, float(json.loads(data)["seconds"])), SECONDS)
+    except (ValueError, TypeError, LookupError):
+        return None
 
 
 def _read(data: bytes) -> Architecture | None:

@@ -35,7 +35,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from curvd.contract import Stage, Work
-from curvd_server.system import Activities, Ongoing, logger, told
+from curvd.errors import ResourceExhausted
+from curvd_server.system import Activities, Ongoing, Quotas, logger, told
+from curvd_server.system.quotas import COMPILE_JOBS
 
 WORTH = 0.97
 """Native code must need less than this share of the program's time."""
@@ -88,10 +90,15 @@ class Compiler:
         folder: Where code is kept; made if it is not there.
         after_s: Seconds that an operator must have computed before it is compiled.
         activities: Where the making is listed; None: nowhere.
+        quotas: How much may be made for one caller at once.
     """
 
     def __init__(
-        self, folder: Path, after_s: float, activities: Activities | None = None
+        self,
+        folder: Path,
+        after_s: float,
+        activities: Activities | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         with told():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -99,10 +106,12 @@ class Compiler:
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
         self.after_s = after_s
-        self._activities = activities
+        self._activities, self._quotas = activities, quotas or Quotas()
         self._folder = folder
         self._thread = ThreadPoolExecutor(1, "curvd-compiler")
         self._asked: weakref.WeakSet[fx.GraphModule] = weakref.WeakSet()
+        # Those that a quota has put off, and the log has told so.
+        self._put_off: weakref.WeakSet[fx.GraphModule] = weakref.WeakSet()
         self._closed = threading.Event()
 
     def consider(self, tasks: Sequence[CompileTask], spent_s: float) -> None:
@@ -127,8 +136,23 @@ class Compiler:
                 continue
             package = self._folder / f"{_key(text)}.pt2"
             if spent_s >= self.after_s or package.exists():
-                self._asked.add(module)
-                self._thread.submit(self._work, task, text, package)
+                self._submit(task, text, package)
+
+    def _submit(self, task: CompileTask, text: str, package: Path) -> None:
+        """Have code made in its turn, within its caller's quota; else it is asked later."""
+        module = task.kernel.module
+        try:
+            owner = self._quotas.take(COMPILE_JOBS, 1)
+        except ResourceExhausted as error:
+            if module not in self._put_off:
+                self._put_off.add(module)
+                log = logger().bind(**error.metadata)
+                log.warning("not compiled yet", error=str(error))
+            return
+        self._asked.add(module)
+        job = self._thread.submit(self._work, task, text, package)
+        give = self._quotas.give
+        job.add_done_callback(lambda job: give(COMPILE_JOBS, 1, owner))
 
     def wait(self) -> None:
         """Wait until everything that was asked for is there; for tests and benches."""
