@@ -23,10 +23,12 @@ Each of these has a help of its own, such as ``help(curvd.Session)``:
     ClientConfig, RetryConfig, TlsConfig, tune_allocator       how to reach a server
     ModelSpec, DatasetSpec, LossSpec, OperatorSpec, Probe      what is asked for
     Dtype, Mode, LossName, Reduction, InputStyle, OperatorKind, Which, Estimator, Solver,
-    Distribution, Tier                                         choices; their values will do
+    Distribution, Tier, FisherType, WeightSharing, OperatorFunction,
+    FactorBlockKind                                            choices; their values will do
     ServerInfo, ModelInfo, DatasetInfo, SessionInfo, SessionState, TensorInfo, DeviceInfo,
-    Limits, PlanReport, ResultInfo, StoredVector, ParameterLayout, ParameterSpec, Activity,
-    Work, StageProgress, Stage, WorkerInfo, ServerStatus       what a server says
+    Limits, PlanReport, FactorBlock, ResultInfo, StoredVector, ParameterLayout,
+    ParameterSpec, Activity, Work, StageProgress, Stage, WorkerInfo,
+    ServerStatus                                               what a server says
     queries: Eigenpairs, Estimate, DiagonalEstimate, Density, Solution, Sketch,
     LogDeterminant, QueryInfo, QueryProgress, Stop             what queries return
 
@@ -47,6 +49,9 @@ from curvd.contract import (
     Distribution,
     Dtype,
     Estimator,
+    FactorBlock,
+    FactorBlockKind,
+    FisherType,
     InputStyle,
     Limits,
     LossName,
@@ -54,6 +59,7 @@ from curvd.contract import (
     Mode,
     ModelInfo,
     ModelSpec,
+    OperatorFunction,
     OperatorKind,
     OperatorSpec,
     ParameterLayout,
@@ -75,6 +81,7 @@ from curvd.contract import (
     StoredVector,
     TensorInfo,
     Tier,
+    WeightSharing,
     Which,
     Work,
     WorkerInfo,
@@ -182,6 +189,7 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "Mode",
     "ModelInfo",
     "ModelSpec",
+    "OperatorFunction",
     "OperatorKind",
     "OperatorSpec",
     "ParameterLayout",
@@ -206,6 +214,9 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "Eigenpairs",
     "Estimate",
     "Estimator",
+    "FactorBlock",
+    "FactorBlockKind",
+    "FisherType",
     "LogDeterminant",
     "QueryInfo",
     "QueryProgress",
@@ -214,6 +225,7 @@ __all__ = [  # noqa: RUF022 - grouped, not sorted
     "Solver",
     "Stop",
     "Tier",
+    "WeightSharing",
     "Which",
     "Work",
     "WorkerInfo",

@@ -19,6 +19,8 @@ ONLY_BLOCKING = {"to_scipy"}  # SciPy calls, and does not await
 IN_MEMORY = {
     "adjoint",
     "dim",
+    "inverse",
+    "inverse_root",
     "loss_jacobian",
     "operator",
     "output_jacobian",

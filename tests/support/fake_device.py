@@ -32,6 +32,7 @@ def report(**changes):
     values = dict.fromkeys(PlanReport.__slots__, 0) | {
         "tier": Tier.FINAL,
         "mode": "fake",
+        "blocks": (),
         "compiled": False,
     }
     return PlanReport(**(values | changes))
@@ -71,6 +72,9 @@ class FakeOperator:
             if cancelled():
                 raise Cancelled("stopped between two mini-batches")
         return columns * self.problem.factor
+
+    def eigenvalues(self, *, cancelled):
+        return None
 
     def close(self):
         self.closed = True

@@ -22,6 +22,7 @@ from curvd.remote import (
     AsyncMultiplies,
     AsyncOperatorSum,
     AsyncSubmatrix,
+    Functions,
     Indices,
     OperatorBase,
     OperatorQueries,
@@ -37,6 +38,7 @@ class AsyncOperator(
     OperatorBase,
     AsyncMultiplies,
     Algebra["AsyncOperator", AsyncOperatorSum, AsyncSubmatrix],
+    Functions["AsyncOperator"],
 ):
     """``scale * A + damping * I`` on a session's parameters; see `curvd.RemoteOperator`.
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from google.protobuf import timestamp_pb2
 from google.protobuf.message import Message
 
-from curvd.contract import convert_enums, infos, specs
+from curvd.contract import convert_enums, enums, infos, specs
 from curvd.contract.convert_activities import activities_from_proto, activity_to_proto
 from curvd.contract.convert_status import status_from_proto, status_to_proto
 from curvd.contract.layout import ParameterLayout, ParameterSpec
@@ -100,7 +100,23 @@ def operator_to_proto(spec: specs.OperatorSpec) -> types_pb.Operator:
         mc_samples=spec.mc_samples,
         seed=spec.seed,
         parameters=spec.parameters,
+        **_factors_to_proto(spec),
     )
+
+
+def _factors_to_proto(spec: specs.OperatorSpec) -> dict[str, Any]:
+    """Name what only operators with Kronecker factors have."""
+    if not spec.kind.is_factored:
+        return {}
+    assert spec.fisher is not None
+    assert spec.sharing is not None
+    whole = spec.function is enums.OperatorFunction.NONE
+    return {
+        "fisher": convert_enums.fisher_to_proto(spec.fisher),
+        "sharing": convert_enums.sharing_to_proto(spec.sharing),
+        "function": None if whole else convert_enums.function_to_proto(spec.function),
+        "shift": spec.shift,
+    }
 
 
 @_remembering
@@ -110,14 +126,24 @@ def operator_from_proto(message: types_pb.Operator) -> specs.OperatorSpec:
     Raises:
         InvalidSpec: If an option is out of range.
     """
+    kind = convert_enums.kind_from_proto(message.kind)
+    factored = kind.is_factored
     return specs.OperatorSpec(
-        kind=convert_enums.kind_from_proto(message.kind),
+        kind=kind,
         block_sizes=tuple(message.block_sizes) or None,
         damping=message.damping,
         scale=message.scale if message.HasField("scale") else 1.0,
         mc_samples=message.mc_samples,
         seed=message.seed,
         parameters=tuple(message.parameters) or None,
+        fisher=convert_enums.fisher_from_proto(message.fisher)
+        if factored or message.fisher
+        else None,
+        sharing=convert_enums.sharing_from_proto(message.sharing)
+        if factored or message.sharing
+        else None,
+        function=convert_enums.function_from_proto(message.function),
+        shift=message.shift,
     )
 
 
@@ -138,17 +164,36 @@ def layout_from_proto(messages: Sequence[types_pb.Parameter]) -> ParameterLayout
 
 @lru_cache(maxsize=64)
 def plan_to_proto(plan: infos.PlanReport) -> types_pb.Plan:
-    """Convert a plan; every result carries one, so do not write to the message."""
+    """Convert a plan; every result carries one, so do not write to the message.
+
+    The blocks of a factored operator are said where operators are listed.
+    """
+    values = asdict(replace(plan, blocks=()))
+    del values["blocks"]
     tier = convert_enums.tier_to_proto(plan.tier)
-    return types_pb.Plan(**(asdict(plan) | {"tier": tier}))
+    return types_pb.Plan(**(values | {"tier": tier}))
 
 
 @_remembering
 def plan_from_proto(message: types_pb.Plan) -> infos.PlanReport:
     """Convert a plan; those of older servers are all final."""
-    plan = _same_names(infos.PlanReport, message)
+    names = [f.name for f in fields(infos.PlanReport) if f.name != "blocks"]
+    plan = infos.PlanReport(**{name: getattr(message, name) for name in names})
     tier = message.tier or types_pb.TIER_FINAL
     return replace(plan, tier=convert_enums.tier_from_proto(tier))
+
+
+def _block_to_proto(block: infos.FactorBlock) -> types_pb.FactorBlock:
+    kind = convert_enums.block_kind_to_proto(block.kind)
+    return types_pb.FactorBlock(**(asdict(block) | {"kind": kind}))
+
+
+def _block_from_proto(message: types_pb.FactorBlock) -> infos.FactorBlock:
+    return replace(
+        _same_names(infos.FactorBlock, message),
+        parameters=tuple(message.parameters),
+        kind=convert_enums.block_kind_from_proto(message.kind),
+    )
 
 
 def tensors_to_proto(
@@ -317,7 +362,9 @@ def session_to_proto(info: infos.SessionInfo) -> session_pb.Session:
         budget_bytes=info.budget_bytes,
         operators=[
             types_pb.BuiltOperator(
-                operator=operator_to_proto(spec), plan=plan_to_proto(plan)
+                operator=operator_to_proto(spec),
+                plan=plan_to_proto(plan),
+                blocks=map(_block_to_proto, plan.blocks),
             )
             for spec, plan in info.operators
         ],
@@ -352,7 +399,13 @@ def session_from_proto(message: session_pb.Session) -> infos.SessionInfo:
         device=message.device,
         budget_bytes=message.budget_bytes,
         operators=tuple(
-            (operator_from_proto(m.operator), plan_from_proto(m.plan))
+            (
+                operator_from_proto(m.operator),
+                replace(
+                    plan_from_proto(m.plan),
+                    blocks=tuple(map(_block_from_proto, m.blocks)),
+                ),
+            )
             for m in message.operators
         ),
         state=convert_enums.state_from_proto(message.state),

@@ -81,6 +81,28 @@ kind_from_proto = enum_from(
     enums.OperatorKind,
     enums.OperatorKind.HESSIAN,
 )
+fisher_to_proto = _enum_to("FISHER_TYPE")
+fisher_from_proto = enum_from(
+    types_pb.FisherType, "FISHER_TYPE", enums.FisherType, enums.FisherType.MC
+)
+sharing_to_proto = _enum_to("WEIGHT_SHARING")
+sharing_from_proto = enum_from(
+    types_pb.WeightSharing,
+    "WEIGHT_SHARING",
+    enums.WeightSharing,
+    enums.WeightSharing.EXPAND,
+)
+function_to_proto = _enum_to("OPERATOR_FUNCTION")
+function_from_proto = enum_from(
+    types_pb.OperatorFunction,
+    "OPERATOR_FUNCTION",
+    enums.OperatorFunction,
+    enums.OperatorFunction.NONE,
+)
+block_kind_to_proto = _enum_to("FACTOR_BLOCK_KIND")
+block_kind_from_proto = enum_from(
+    types_pb.FactorBlockKind, "FACTOR_BLOCK_KIND", enums.FactorBlockKind
+)
 tier_to_proto = _enum_to("TIER")
 tier_from_proto = enum_from(types_pb.Tier, "TIER", enums.Tier, enums.Tier.FIRST)
 stage_to_proto = _enum_to("STAGE")

@@ -87,11 +87,64 @@ class OperatorKind(enum.StrEnum):
     JACOBIAN_GRAM = "jacobian_gram"
     """``J^T J``, J the Jacobian of the model's outputs, summed over all data points,
     positions and outputs, whatever the loss; the neural tangent kernel is ``J J^T``."""
+    KFAC = "kfac"
+    """The Fisher's Kronecker-factored approximation, a block for each linear layer."""
+    EKFAC = "ekfac"
+    """KFAC's eigenvectors, with the second moments of gradients along them."""
 
     @property
     def least_samples(self) -> int | None:
         """Fewest targets sampled per loss term, 0 if they may be exact; None: no samples."""
         return {OperatorKind.GGN: 0, OperatorKind.FISHER: 1}.get(self)
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether its eigenvectors are known, so that functions of it are products."""
+        return self in (OperatorKind.KFAC, OperatorKind.EKFAC)
+
+
+class FisherType(enum.StrEnum):
+    """Which gradients of outputs Kronecker factors are made of."""
+
+    MC = "mc"
+    """Of targets sampled from the model's distribution."""
+    TYPE2 = "type-2"
+    """Columns of a square root of the Hessian of the loss, a backward pass for each."""
+    EMPIRICAL = "empirical"
+    """Of the targets of the dataset."""
+
+
+class WeightSharing(enum.StrEnum):
+    """How Kronecker factors see the positions that share a weight."""
+
+    EXPAND = "expand"
+    """Each position counts by itself."""
+    REDUCE = "reduce"
+    """Inputs are averaged and gradients summed over the positions of a data point."""
+
+
+class OperatorFunction(enum.StrEnum):
+    """What is made of an operator ``A`` whose eigenvectors are known."""
+
+    NONE = "none"
+    """The operator itself."""
+    INVERSE = "inverse"
+    """``(A + shift * I)^-1``."""
+    INVERSE_ROOT = "inverse_root"
+    """``(A + shift * I)^(-1/2)``."""
+
+
+class FactorBlockKind(enum.StrEnum):
+    """What a block of a factored operator is made of."""
+
+    KRONECKER = "kronecker"
+    """A Kronecker product for each group of a linear layer."""
+    DENSE = "dense"
+    """A matrix, of the gradients of all data points, exactly."""
+    DIAGONAL = "diagonal"
+    """The diagonal alone, of the gradients of all data points."""
+    ZERO = "zero"
+    """The parameters are not used."""
 
 
 class Tier(enum.StrEnum):

@@ -6,9 +6,38 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from curvd.contract.enums import Dtype, Mode, Stage, Stop, Tier, Work
+from curvd.contract.enums import (
+    Dtype,
+    FactorBlockKind,
+    Mode,
+    Stage,
+    Stop,
+    Tier,
+    Work,
+)
 from curvd.contract.layout import ParameterLayout
 from curvd.contract.specs import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FactorBlock:
+    """A block of the diagonal of a factored operator."""
+
+    parameters: tuple[str, ...]
+    """Names of its parameters, or of those that some of its elements belong to."""
+    kind: FactorBlockKind
+    reason: str = ""
+    """Why it is no Kronecker product; empty if it is one."""
+    groups: int = 1
+    """Groups of a linear layer, which have a product each."""
+    inputs: int = 1
+    """Inputs of a group, and one more if there is a bias."""
+    outputs: int = 1
+    """Outputs of a group; the number of elements, if it is no Kronecker product."""
+    diagonal_inputs: bool = False
+    """Whether the inputs' factor is a diagonal, as an embedding's is."""
+    diagonal_outputs: bool = False
+    """Whether the outputs' factor is a diagonal, as one that would be too large is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +70,8 @@ class PlanReport:
     included; 1: a quiet machine; 0: nothing was timed, or the system does not tell."""
     revision: int = 0
     """How often a plan that was chosen anew, on a quiet machine, took over."""
+    blocks: tuple[FactorBlock, ...] = ()
+    """Of a factored operator, where operators are listed; results do not repeat them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,13 @@ from typing import Literal
 
 from curvd.contract.enums import (
     Distribution,
+    FisherType,
     InputStyle,
     LossName,
+    OperatorFunction,
     OperatorKind,
     Reduction,
+    WeightSharing,
     member,
 )
 from curvd.contract.selection import check_patterns
@@ -149,7 +152,9 @@ def weight_decay(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorSpec:
-    """A linear map ``scale * A + damping * I`` on the parameter space of a session.
+    """A linear map ``scale * f(A) + damping * I`` on the parameter space of a session.
+
+    ``f(A)`` is ``A`` itself, unless `function` says otherwise.
 
     Examples:
         >>> spec = curvd.OperatorSpec(kind="ggn", damping=0.1)
@@ -172,9 +177,18 @@ class OperatorSpec:
     """Fixes the sampled targets to the bit."""
     parameters: tuple[str, ...] | None = None
     """Names of those that it acts on, in this order, the others fixed; None: all."""
+    fisher: FisherType | None = None
+    """Which gradients Kronecker factors are made of (kfac, ekfac: mc unless said)."""
+    sharing: WeightSharing | None = None
+    """How they see shared weights (kfac, ekfac: expand unless said)."""
+    function: OperatorFunction = OperatorFunction.NONE
+    """``f`` (kfac, ekfac)."""
+    shift: float = 0.0
+    """Added to the diagonal of ``A`` inside of ``f``."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", member(OperatorKind, self.kind, "operator"))
+        self._check_factors()
         if self.block_sizes is not None:
             sizes = tuple(int(n) for n in self.block_sizes)
             object.__setattr__(self, "block_sizes", sizes)
@@ -193,15 +207,52 @@ class OperatorSpec:
             if not math.isfinite(getattr(self, name)):
                 msg = f"{name} must be finite, got {getattr(self, name)}"
                 raise InvalidSpec(msg, **{name: getattr(self, name)})
-        least = self.kind.least_samples
+        least = self._least_samples
         if self.mc_samples == 0 and least:
             object.__setattr__(self, "mc_samples", least)
         if self.mc_samples < 0 or (self.mc_samples and least is None):
-            msg = f"mc_samples={self.mc_samples} does not fit operator {self.kind}"
+            of = f" of fisher type {self.fisher}" if self.fisher else ""
+            msg = f"mc_samples={self.mc_samples} does not fit operator {self.kind}{of}"
             raise InvalidSpec(msg, mc_samples=self.mc_samples, operator=self.kind)
         if not 0 <= self.seed < 2**63:
             msg = f"seed must be in [0, 2**63), got {self.seed}"
             raise InvalidSpec(msg, seed=self.seed)
+
+    @property
+    def _least_samples(self) -> int | None:
+        if self.kind.is_factored:
+            return 1 if self.fisher is FisherType.MC else None
+        return self.kind.least_samples
+
+    def _check_factors(self) -> None:
+        """Fill in what Kronecker factors are made of, and refuse it of other operators."""
+        function = member(OperatorFunction, self.function, "function")
+        object.__setattr__(self, "function", function)
+        if self.kind.is_factored:
+            fisher = member(FisherType, self.fisher or FisherType.MC, "fisher type")
+            sharing = member(
+                WeightSharing, self.sharing or WeightSharing.EXPAND, "weight sharing"
+            )
+            object.__setattr__(self, "fisher", fisher)
+            object.__setattr__(self, "sharing", sharing)
+            if self.block_sizes is not None:
+                msg = (
+                    f"{self.kind} has blocks of its own, those of its Kronecker products; "
+                    f"leave block_sizes={self.block_sizes} out"
+                )
+                raise InvalidSpec(msg, block_sizes=self.block_sizes)
+        elif self.fisher or self.sharing or function is not OperatorFunction.NONE:
+            msg = (
+                f"fisher, sharing and function belong to kfac and ekfac, not {self.kind}; "
+                "its inverse is what solve computes"
+            )
+            raise InvalidSpec(msg, operator=self.kind)
+        if not (math.isfinite(self.shift) and self.shift >= 0):
+            msg = f"shift must be finite and not negative, got {self.shift}"
+            raise InvalidSpec(msg, shift=self.shift)
+        if self.shift and function is OperatorFunction.NONE:
+            msg = f"shift={self.shift} is inside of a function; without one say damping"
+            raise InvalidSpec(msg, shift=self.shift)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from curvd.remote.algebra import Algebra, Identity, Indices, dense_bytes
 from curvd.remote.asking import AsyncAsks
 from curvd.remote.client import Client, configured, connect
+from curvd.remote.factored import Functions
 from curvd.remote.jacobian import AsyncJacobian, Jacobian
 from curvd.remote.operator import OperatorBase, RemoteOperator
 from curvd.remote.operator_sum import AsyncOperatorSum, OperatorSum
@@ -33,6 +34,7 @@ __all__ = [
     "Client",
     "ClientStages",
     "DataPointQueries",
+    "Functions",
     "Identity",
     "Indices",
     "Jacobian",

@@ -154,7 +154,11 @@ class Algebra(Generic[O, S, B]):
         rows, columns = key if isinstance(key, tuple) else (key, slice(None))
         names = [_names(part, self.layout) for part in (rows, columns)]
         whole: Any = self
-        blocked = any(part.spec.block_sizes for part in self._parts())
+        # Of the parameters alone, these have other blocks than the whole one.
+        blocked = any(
+            part.spec.block_sizes or part.spec.kind.is_factored
+            for part in self._parts()
+        )
         if None not in names and not blocked:
             chosen = [name for part in names for name in part or ()]
             whole = self._on(tuple(dict.fromkeys(chosen)))

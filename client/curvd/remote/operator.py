@@ -21,6 +21,7 @@ from curvd.contract import (
 from curvd.errors import InvalidSpec, InvalidVector
 from curvd.remote.algebra import Algebra, Indices, dense_bytes
 from curvd.remote.asking import Asks
+from curvd.remote.factored import Functions, function_said
 from curvd.remote.operator_sum import OperatorSum
 from curvd.remote.queries import OperatorQueries
 from curvd.remote.submatrix import Submatrix
@@ -85,7 +86,7 @@ class OperatorBase:
         spec = self.spec
         scale = "" if spec.scale == 1 else f"{spec.scale:g} * "
         shift = f" + {spec.damping:g} * I" if spec.damping else ""
-        return f"{scale}{spec.kind}{shift}"
+        return f"{scale}{function_said(spec)}{shift}"
 
     def __repr__(self) -> str:
         return (
@@ -160,6 +161,7 @@ class RemoteOperator(
     OperatorBase,
     Multiplies,
     Algebra["RemoteOperator", OperatorSum, Submatrix],
+    Functions["RemoteOperator"],
 ):
     """``scale * A + damping * I`` on the parameters of a session.
 

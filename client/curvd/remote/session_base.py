@@ -21,12 +21,13 @@ from curvd.contract import (
     check_patterns,
     select,
 )
+from curvd.remote.factored import FactoredOperators
 
 O = TypeVar("O")  # noqa: E741 - the operator type of the client
 J = TypeVar("J")  # its type of Jacobians
 
 
-class SessionBase(ABC, Generic[O, J]):
+class SessionBase(FactoredOperators[O], ABC, Generic[O, J]):
     """A model, a dataset and a loss on a device of the server.
 
     The operator methods make no call: the server builds and verifies an operator

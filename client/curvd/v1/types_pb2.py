@@ -25,41 +25,51 @@ _sym_db = _symbol_database.Default()
 from curvd.v1 import graph_pb2 as curvd_dot_v1_dot_graph__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x63urvd/v1/types.proto\x12\x08\x63urvd.v1\x1a\x14\x63urvd/v1/graph.proto\"\xa4\x02\n\x04Loss\x12 \n\x04name\x18\x01 \x01(\x0e\x32\x12.curvd.v1.LossName\x12&\n\treduction\x18\x02 \x01(\x0e\x32\x13.curvd.v1.Reduction\x12\x19\n\x0cignore_index\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x15\n\rclass_weights\x18\x04 \x03(\x01\x12\x17\n\x0flabel_smoothing\x18\x05 \x01(\x01\x12\r\n\x05shift\x18\x06 \x01(\x08\x12\x11\n\x04\x62\x65ta\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x1e\n\x05graph\x18\x08 \x01(\x0b\x32\x0f.curvd.v1.Graph\x12+\n\x0cweight_decay\x18\t \x03(\x0b\x32\x15.curvd.v1.WeightDecayB\x0f\n\r_ignore_indexB\x07\n\x05_beta\"3\n\x0bWeightDecay\x12\x0f\n\x07pattern\x18\x01 \x01(\t\x12\x13\n\x0b\x63oefficient\x18\x02 \x01(\x01\"\xaa\x01\n\x08Operator\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.curvd.v1.OperatorKind\x12\x13\n\x0b\x62lock_sizes\x18\x02 \x03(\r\x12\x0f\n\x07\x64\x61mping\x18\x03 \x01(\x01\x12\x12\n\x05scale\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nmc_samples\x18\x05 \x01(\r\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x12\n\nparameters\x18\x07 \x03(\tB\x08\n\x06_scale\"8\n\tParameter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06offset\x18\x03 \x01(\x03\"\x97\x02\n\x04Plan\x12\x0c\n\x04mode\x18\x01 \x01(\t\x12\x17\n\x0f\x63olumns_at_once\x18\x02 \x01(\x05\x12\x0f\n\x07\x62\x61tches\x18\x03 \x01(\x05\x12\x14\n\x0ckept_batches\x18\x04 \x01(\x05\x12\x12\n\nkept_bytes\x18\x05 \x01(\x03\x12\x10\n\x08\x63ompiled\x18\x06 \x01(\x08\x12\x14\n\x0csymmetry_gap\x18\x07 \x01(\x01\x12\x16\n\x0e\x64ifference_gap\x18\x08 \x01(\x01\x12\x1b\n\x13seconds_per_product\x18\t \x01(\x01\x12\x12\n\npeak_bytes\x18\n \x01(\x03\x12\x1c\n\x04tier\x18\x0b \x01(\x0e\x32\x0e.curvd.v1.Tier\x12\x0c\n\x04\x62usy\x18\x0c \x01(\x01\x12\x10\n\x08revision\x18\r \x01(\x05\"S\n\rBuiltOperator\x12$\n\x08operator\x18\x01 \x01(\x0b\x32\x12.curvd.v1.Operator\x12\x1c\n\x04plan\x18\x02 \x01(\x0b\x32\x0e.curvd.v1.Plan\"8\n\nTensorInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03*X\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT64\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03*F\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_EVAL\x10\x01\x12\x19\n\x15MODE_BATCH_STATISTICS\x10\x02*<\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0e\n\nTIER_FIRST\x10\x01\x12\x0e\n\nTIER_FINAL\x10\x02*x\n\nInputStyle\x12\x1b\n\x17INPUT_STYLE_UNSPECIFIED\x10\x00\x12\x1a\n\x16INPUT_STYLE_POSITIONAL\x10\x01\x12\x18\n\x14INPUT_STYLE_KEYWORDS\x10\x02\x12\x17\n\x13INPUT_STYLE_MAPPING\x10\x03*\xb6\x01\n\x08LossName\x12\x19\n\x15LOSS_NAME_UNSPECIFIED\x10\x00\x12\x1b\n\x17LOSS_NAME_CROSS_ENTROPY\x10\x01\x12\x11\n\rLOSS_NAME_MSE\x10\x02\x12\x1d\n\x19LOSS_NAME_BCE_WITH_LOGITS\x10\x03\x12\x11\n\rLOSS_NAME_NLL\x10\x04\x12\x17\n\x13LOSS_NAME_SMOOTH_L1\x10\x05\x12\x14\n\x10LOSS_NAME_CUSTOM\x10\x06*M\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x12\n\x0eREDUCTION_MEAN\x10\x01\x12\x11\n\rREDUCTION_SUM\x10\x02*b\n\x0c\x44istribution\x12\x1c\n\x18\x44ISTRIBUTION_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44ISTRIBUTION_RADEMACHER\x10\x01\x12\x17\n\x13\x44ISTRIBUTION_NORMAL\x10\x02*\xbe\x01\n\x0cOperatorKind\x12\x1d\n\x19OPERATOR_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15OPERATOR_KIND_HESSIAN\x10\x01\x12\x15\n\x11OPERATOR_KIND_GGN\x10\x02\x12\x18\n\x14OPERATOR_KIND_FISHER\x10\x03\x12\"\n\x1eOPERATOR_KIND_EMPIRICAL_FISHER\x10\x04\x12\x1f\n\x1bOPERATOR_KIND_JACOBIAN_GRAM\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x63urvd/v1/types.proto\x12\x08\x63urvd.v1\x1a\x14\x63urvd/v1/graph.proto\"\xa4\x02\n\x04Loss\x12 \n\x04name\x18\x01 \x01(\x0e\x32\x12.curvd.v1.LossName\x12&\n\treduction\x18\x02 \x01(\x0e\x32\x13.curvd.v1.Reduction\x12\x19\n\x0cignore_index\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x15\n\rclass_weights\x18\x04 \x03(\x01\x12\x17\n\x0flabel_smoothing\x18\x05 \x01(\x01\x12\r\n\x05shift\x18\x06 \x01(\x08\x12\x11\n\x04\x62\x65ta\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x1e\n\x05graph\x18\x08 \x01(\x0b\x32\x0f.curvd.v1.Graph\x12+\n\x0cweight_decay\x18\t \x03(\x0b\x32\x15.curvd.v1.WeightDecayB\x0f\n\r_ignore_indexB\x07\n\x05_beta\"3\n\x0bWeightDecay\x12\x0f\n\x07pattern\x18\x01 \x01(\t\x12\x13\n\x0b\x63oefficient\x18\x02 \x01(\x01\"\xb7\x02\n\x08Operator\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.curvd.v1.OperatorKind\x12\x13\n\x0b\x62lock_sizes\x18\x02 \x03(\r\x12\x0f\n\x07\x64\x61mping\x18\x03 \x01(\x01\x12\x12\n\x05scale\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nmc_samples\x18\x05 \x01(\r\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x12\n\nparameters\x18\x07 \x03(\t\x12$\n\x06\x66isher\x18\x08 \x01(\x0e\x32\x14.curvd.v1.FisherType\x12(\n\x07sharing\x18\t \x01(\x0e\x32\x17.curvd.v1.WeightSharing\x12,\n\x08\x66unction\x18\n \x01(\x0e\x32\x1a.curvd.v1.OperatorFunction\x12\r\n\x05shift\x18\x0b \x01(\x01\x42\x08\n\x06_scale\"8\n\tParameter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06offset\x18\x03 \x01(\x03\"\x97\x02\n\x04Plan\x12\x0c\n\x04mode\x18\x01 \x01(\t\x12\x17\n\x0f\x63olumns_at_once\x18\x02 \x01(\x05\x12\x0f\n\x07\x62\x61tches\x18\x03 \x01(\x05\x12\x14\n\x0ckept_batches\x18\x04 \x01(\x05\x12\x12\n\nkept_bytes\x18\x05 \x01(\x03\x12\x10\n\x08\x63ompiled\x18\x06 \x01(\x08\x12\x14\n\x0csymmetry_gap\x18\x07 \x01(\x01\x12\x16\n\x0e\x64ifference_gap\x18\x08 \x01(\x01\x12\x1b\n\x13seconds_per_product\x18\t \x01(\x01\x12\x12\n\npeak_bytes\x18\n \x01(\x03\x12\x1c\n\x04tier\x18\x0b \x01(\x0e\x32\x0e.curvd.v1.Tier\x12\x0c\n\x04\x62usy\x18\x0c \x01(\x01\x12\x10\n\x08revision\x18\r \x01(\x05\"z\n\rBuiltOperator\x12$\n\x08operator\x18\x01 \x01(\x0b\x32\x12.curvd.v1.Operator\x12\x1c\n\x04plan\x18\x02 \x01(\x0b\x32\x0e.curvd.v1.Plan\x12%\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x15.curvd.v1.FactorBlock\"\xbe\x01\n\x0b\x46\x61\x63torBlock\x12\x12\n\nparameters\x18\x01 \x03(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.curvd.v1.FactorBlockKind\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06groups\x18\x04 \x01(\x03\x12\x0e\n\x06inputs\x18\x05 \x01(\x03\x12\x0f\n\x07outputs\x18\x06 \x01(\x03\x12\x17\n\x0f\x64iagonal_inputs\x18\x07 \x01(\x08\x12\x18\n\x10\x64iagonal_outputs\x18\x08 \x01(\x08\"8\n\nTensorInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03*X\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT64\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03*F\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_EVAL\x10\x01\x12\x19\n\x15MODE_BATCH_STATISTICS\x10\x02*<\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0e\n\nTIER_FIRST\x10\x01\x12\x0e\n\nTIER_FINAL\x10\x02*x\n\nInputStyle\x12\x1b\n\x17INPUT_STYLE_UNSPECIFIED\x10\x00\x12\x1a\n\x16INPUT_STYLE_POSITIONAL\x10\x01\x12\x18\n\x14INPUT_STYLE_KEYWORDS\x10\x02\x12\x17\n\x13INPUT_STYLE_MAPPING\x10\x03*\xb6\x01\n\x08LossName\x12\x19\n\x15LOSS_NAME_UNSPECIFIED\x10\x00\x12\x1b\n\x17LOSS_NAME_CROSS_ENTROPY\x10\x01\x12\x11\n\rLOSS_NAME_MSE\x10\x02\x12\x1d\n\x19LOSS_NAME_BCE_WITH_LOGITS\x10\x03\x12\x11\n\rLOSS_NAME_NLL\x10\x04\x12\x17\n\x13LOSS_NAME_SMOOTH_L1\x10\x05\x12\x14\n\x10LOSS_NAME_CUSTOM\x10\x06*M\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x12\n\x0eREDUCTION_MEAN\x10\x01\x12\x11\n\rREDUCTION_SUM\x10\x02*b\n\x0c\x44istribution\x12\x1c\n\x18\x44ISTRIBUTION_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44ISTRIBUTION_RADEMACHER\x10\x01\x12\x17\n\x13\x44ISTRIBUTION_NORMAL\x10\x02*\xef\x01\n\x0cOperatorKind\x12\x1d\n\x19OPERATOR_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15OPERATOR_KIND_HESSIAN\x10\x01\x12\x15\n\x11OPERATOR_KIND_GGN\x10\x02\x12\x18\n\x14OPERATOR_KIND_FISHER\x10\x03\x12\"\n\x1eOPERATOR_KIND_EMPIRICAL_FISHER\x10\x04\x12\x1f\n\x1bOPERATOR_KIND_JACOBIAN_GRAM\x10\x05\x12\x16\n\x12OPERATOR_KIND_KFAC\x10\x06\x12\x17\n\x13OPERATOR_KIND_EKFAC\x10\x07*o\n\nFisherType\x12\x1b\n\x17\x46ISHER_TYPE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x46ISHER_TYPE_MC\x10\x01\x12\x15\n\x11\x46ISHER_TYPE_TYPE2\x10\x02\x12\x19\n\x15\x46ISHER_TYPE_EMPIRICAL\x10\x03*e\n\rWeightSharing\x12\x1e\n\x1aWEIGHT_SHARING_UNSPECIFIED\x10\x00\x12\x19\n\x15WEIGHT_SHARING_EXPAND\x10\x01\x12\x19\n\x15WEIGHT_SHARING_REDUCE\x10\x02*x\n\x10OperatorFunction\x12!\n\x1dOPERATOR_FUNCTION_UNSPECIFIED\x10\x00\x12\x1d\n\x19OPERATOR_FUNCTION_INVERSE\x10\x01\x12\"\n\x1eOPERATOR_FUNCTION_INVERSE_ROOT\x10\x02*\xae\x01\n\x0f\x46\x61\x63torBlockKind\x12!\n\x1d\x46\x41\x43TOR_BLOCK_KIND_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x46\x41\x43TOR_BLOCK_KIND_KRONECKER\x10\x01\x12\x1b\n\x17\x46\x41\x43TOR_BLOCK_KIND_DENSE\x10\x02\x12\x1e\n\x1a\x46\x41\x43TOR_BLOCK_KIND_DIAGONAL\x10\x03\x12\x1a\n\x16\x46\x41\x43TOR_BLOCK_KIND_ZERO\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'curvd.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=1060
-  _globals['_DTYPE']._serialized_end=1148
-  _globals['_MODE']._serialized_start=1150
-  _globals['_MODE']._serialized_end=1220
-  _globals['_TIER']._serialized_start=1222
-  _globals['_TIER']._serialized_end=1282
-  _globals['_INPUTSTYLE']._serialized_start=1284
-  _globals['_INPUTSTYLE']._serialized_end=1404
-  _globals['_LOSSNAME']._serialized_start=1407
-  _globals['_LOSSNAME']._serialized_end=1589
-  _globals['_REDUCTION']._serialized_start=1591
-  _globals['_REDUCTION']._serialized_end=1668
-  _globals['_DISTRIBUTION']._serialized_start=1670
-  _globals['_DISTRIBUTION']._serialized_end=1768
-  _globals['_OPERATORKIND']._serialized_start=1771
-  _globals['_OPERATORKIND']._serialized_end=1961
+  _globals['_DTYPE']._serialized_start=1433
+  _globals['_DTYPE']._serialized_end=1521
+  _globals['_MODE']._serialized_start=1523
+  _globals['_MODE']._serialized_end=1593
+  _globals['_TIER']._serialized_start=1595
+  _globals['_TIER']._serialized_end=1655
+  _globals['_INPUTSTYLE']._serialized_start=1657
+  _globals['_INPUTSTYLE']._serialized_end=1777
+  _globals['_LOSSNAME']._serialized_start=1780
+  _globals['_LOSSNAME']._serialized_end=1962
+  _globals['_REDUCTION']._serialized_start=1964
+  _globals['_REDUCTION']._serialized_end=2041
+  _globals['_DISTRIBUTION']._serialized_start=2043
+  _globals['_DISTRIBUTION']._serialized_end=2141
+  _globals['_OPERATORKIND']._serialized_start=2144
+  _globals['_OPERATORKIND']._serialized_end=2383
+  _globals['_FISHERTYPE']._serialized_start=2385
+  _globals['_FISHERTYPE']._serialized_end=2496
+  _globals['_WEIGHTSHARING']._serialized_start=2498
+  _globals['_WEIGHTSHARING']._serialized_end=2599
+  _globals['_OPERATORFUNCTION']._serialized_start=2601
+  _globals['_OPERATORFUNCTION']._serialized_end=2721
+  _globals['_FACTORBLOCKKIND']._serialized_start=2724
+  _globals['_FACTORBLOCKKIND']._serialized_end=2898
   _globals['_LOSS']._serialized_start=57
   _globals['_LOSS']._serialized_end=349
   _globals['_WEIGHTDECAY']._serialized_start=351
   _globals['_WEIGHTDECAY']._serialized_end=402
   _globals['_OPERATOR']._serialized_start=405
-  _globals['_OPERATOR']._serialized_end=575
-  _globals['_PARAMETER']._serialized_start=577
-  _globals['_PARAMETER']._serialized_end=633
-  _globals['_PLAN']._serialized_start=636
-  _globals['_PLAN']._serialized_end=915
-  _globals['_BUILTOPERATOR']._serialized_start=917
-  _globals['_BUILTOPERATOR']._serialized_end=1000
-  _globals['_TENSORINFO']._serialized_start=1002
-  _globals['_TENSORINFO']._serialized_end=1058
+  _globals['_OPERATOR']._serialized_end=716
+  _globals['_PARAMETER']._serialized_start=718
+  _globals['_PARAMETER']._serialized_end=774
+  _globals['_PLAN']._serialized_start=777
+  _globals['_PLAN']._serialized_end=1056
+  _globals['_BUILTOPERATOR']._serialized_start=1058
+  _globals['_BUILTOPERATOR']._serialized_end=1180
+  _globals['_FACTORBLOCK']._serialized_start=1183
+  _globals['_FACTORBLOCK']._serialized_end=1373
+  _globals['_TENSORINFO']._serialized_start=1375
+  _globals['_TENSORINFO']._serialized_end=1431
 # @@protoc_insertion_point(module_scope)

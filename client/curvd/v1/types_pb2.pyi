@@ -63,6 +63,35 @@ class OperatorKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OPERATOR_KIND_FISHER: _ClassVar[OperatorKind]
     OPERATOR_KIND_EMPIRICAL_FISHER: _ClassVar[OperatorKind]
     OPERATOR_KIND_JACOBIAN_GRAM: _ClassVar[OperatorKind]
+    OPERATOR_KIND_KFAC: _ClassVar[OperatorKind]
+    OPERATOR_KIND_EKFAC: _ClassVar[OperatorKind]
+
+class FisherType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FISHER_TYPE_UNSPECIFIED: _ClassVar[FisherType]
+    FISHER_TYPE_MC: _ClassVar[FisherType]
+    FISHER_TYPE_TYPE2: _ClassVar[FisherType]
+    FISHER_TYPE_EMPIRICAL: _ClassVar[FisherType]
+
+class WeightSharing(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WEIGHT_SHARING_UNSPECIFIED: _ClassVar[WeightSharing]
+    WEIGHT_SHARING_EXPAND: _ClassVar[WeightSharing]
+    WEIGHT_SHARING_REDUCE: _ClassVar[WeightSharing]
+
+class OperatorFunction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OPERATOR_FUNCTION_UNSPECIFIED: _ClassVar[OperatorFunction]
+    OPERATOR_FUNCTION_INVERSE: _ClassVar[OperatorFunction]
+    OPERATOR_FUNCTION_INVERSE_ROOT: _ClassVar[OperatorFunction]
+
+class FactorBlockKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FACTOR_BLOCK_KIND_UNSPECIFIED: _ClassVar[FactorBlockKind]
+    FACTOR_BLOCK_KIND_KRONECKER: _ClassVar[FactorBlockKind]
+    FACTOR_BLOCK_KIND_DENSE: _ClassVar[FactorBlockKind]
+    FACTOR_BLOCK_KIND_DIAGONAL: _ClassVar[FactorBlockKind]
+    FACTOR_BLOCK_KIND_ZERO: _ClassVar[FactorBlockKind]
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_FLOAT32: Dtype
 DTYPE_FLOAT64: Dtype
@@ -96,6 +125,23 @@ OPERATOR_KIND_GGN: OperatorKind
 OPERATOR_KIND_FISHER: OperatorKind
 OPERATOR_KIND_EMPIRICAL_FISHER: OperatorKind
 OPERATOR_KIND_JACOBIAN_GRAM: OperatorKind
+OPERATOR_KIND_KFAC: OperatorKind
+OPERATOR_KIND_EKFAC: OperatorKind
+FISHER_TYPE_UNSPECIFIED: FisherType
+FISHER_TYPE_MC: FisherType
+FISHER_TYPE_TYPE2: FisherType
+FISHER_TYPE_EMPIRICAL: FisherType
+WEIGHT_SHARING_UNSPECIFIED: WeightSharing
+WEIGHT_SHARING_EXPAND: WeightSharing
+WEIGHT_SHARING_REDUCE: WeightSharing
+OPERATOR_FUNCTION_UNSPECIFIED: OperatorFunction
+OPERATOR_FUNCTION_INVERSE: OperatorFunction
+OPERATOR_FUNCTION_INVERSE_ROOT: OperatorFunction
+FACTOR_BLOCK_KIND_UNSPECIFIED: FactorBlockKind
+FACTOR_BLOCK_KIND_KRONECKER: FactorBlockKind
+FACTOR_BLOCK_KIND_DENSE: FactorBlockKind
+FACTOR_BLOCK_KIND_DIAGONAL: FactorBlockKind
+FACTOR_BLOCK_KIND_ZERO: FactorBlockKind
 
 class Loss(_message.Message):
     __slots__ = ("name", "reduction", "ignore_index", "class_weights", "label_smoothing", "shift", "beta", "graph", "weight_decay")
@@ -128,7 +174,7 @@ class WeightDecay(_message.Message):
     def __init__(self, pattern: _Optional[str] = ..., coefficient: _Optional[float] = ...) -> None: ...
 
 class Operator(_message.Message):
-    __slots__ = ("kind", "block_sizes", "damping", "scale", "mc_samples", "seed", "parameters")
+    __slots__ = ("kind", "block_sizes", "damping", "scale", "mc_samples", "seed", "parameters", "fisher", "sharing", "function", "shift")
     KIND_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZES_FIELD_NUMBER: _ClassVar[int]
     DAMPING_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +182,10 @@ class Operator(_message.Message):
     MC_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    FISHER_FIELD_NUMBER: _ClassVar[int]
+    SHARING_FIELD_NUMBER: _ClassVar[int]
+    FUNCTION_FIELD_NUMBER: _ClassVar[int]
+    SHIFT_FIELD_NUMBER: _ClassVar[int]
     kind: OperatorKind
     block_sizes: _containers.RepeatedScalarFieldContainer[int]
     damping: float
@@ -143,7 +193,11 @@ class Operator(_message.Message):
     mc_samples: int
     seed: int
     parameters: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, kind: _Optional[_Union[OperatorKind, str]] = ..., block_sizes: _Optional[_Iterable[int]] = ..., damping: _Optional[float] = ..., scale: _Optional[float] = ..., mc_samples: _Optional[int] = ..., seed: _Optional[int] = ..., parameters: _Optional[_Iterable[str]] = ...) -> None: ...
+    fisher: FisherType
+    sharing: WeightSharing
+    function: OperatorFunction
+    shift: float
+    def __init__(self, kind: _Optional[_Union[OperatorKind, str]] = ..., block_sizes: _Optional[_Iterable[int]] = ..., damping: _Optional[float] = ..., scale: _Optional[float] = ..., mc_samples: _Optional[int] = ..., seed: _Optional[int] = ..., parameters: _Optional[_Iterable[str]] = ..., fisher: _Optional[_Union[FisherType, str]] = ..., sharing: _Optional[_Union[WeightSharing, str]] = ..., function: _Optional[_Union[OperatorFunction, str]] = ..., shift: _Optional[float] = ...) -> None: ...
 
 class Parameter(_message.Message):
     __slots__ = ("name", "shape", "offset")
@@ -186,12 +240,34 @@ class Plan(_message.Message):
     def __init__(self, mode: _Optional[str] = ..., columns_at_once: _Optional[int] = ..., batches: _Optional[int] = ..., kept_batches: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., compiled: bool = ..., symmetry_gap: _Optional[float] = ..., difference_gap: _Optional[float] = ..., seconds_per_product: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., busy: _Optional[float] = ..., revision: _Optional[int] = ...) -> None: ...
 
 class BuiltOperator(_message.Message):
-    __slots__ = ("operator", "plan")
+    __slots__ = ("operator", "plan", "blocks")
     OPERATOR_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     operator: Operator
     plan: Plan
-    def __init__(self, operator: _Optional[_Union[Operator, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ...) -> None: ...
+    blocks: _containers.RepeatedCompositeFieldContainer[FactorBlock]
+    def __init__(self, operator: _Optional[_Union[Operator, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., blocks: _Optional[_Iterable[_Union[FactorBlock, _Mapping]]] = ...) -> None: ...
+
+class FactorBlock(_message.Message):
+    __slots__ = ("parameters", "kind", "reason", "groups", "inputs", "outputs", "diagonal_inputs", "diagonal_outputs")
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    DIAGONAL_INPUTS_FIELD_NUMBER: _ClassVar[int]
+    DIAGONAL_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    parameters: _containers.RepeatedScalarFieldContainer[str]
+    kind: FactorBlockKind
+    reason: str
+    groups: int
+    inputs: int
+    outputs: int
+    diagonal_inputs: bool
+    diagonal_outputs: bool
+    def __init__(self, parameters: _Optional[_Iterable[str]] = ..., kind: _Optional[_Union[FactorBlockKind, str]] = ..., reason: _Optional[str] = ..., groups: _Optional[int] = ..., inputs: _Optional[int] = ..., outputs: _Optional[int] = ..., diagonal_inputs: bool = ..., diagonal_outputs: bool = ...) -> None: ...
 
 class TensorInfo(_message.Message):
     __slots__ = ("name", "dtype", "shape")

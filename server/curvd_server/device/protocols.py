@@ -95,6 +95,13 @@ class Operator(Protocol):
             cancelled: Polled between mini-batches.
         """
 
+    def eigenvalues(self, *, cancelled: Poll) -> Tensor | None:
+        """Give all eigenvalues, in no order: [P] in float64; None: they are not known.
+
+        Args:
+            cancelled: Polled between mini-batches, if they have to be made.
+        """
+
     def close(self) -> None:
         """Return its memory."""
 

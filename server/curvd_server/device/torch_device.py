@@ -9,7 +9,6 @@ import asyncio
 import importlib
 import math
 import platform
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,8 +33,10 @@ from curvd.contract import (
     Tier,
     WorkerInfo,
 )
-from curvd.errors import InvalidSpec, OutOfMemory
+from curvd.errors import InvalidSpec
 from curvd.tensors import Pool
+from curvd_server.device.factored import FactoredOperator, SharedFactors
+from curvd_server.device.translated import translated
 from curvd_server.engine import (
     Compiler,
     Memory,
@@ -62,9 +63,6 @@ _CANNOT_RUN = (
     AssertionError,
 )
 """What modules raise when they see data that they were not made for."""
-
-_OUTSIDE = re.compile(r"^index .*out of (range|bounds)")
-"""How torch says that a table has no such row."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -320,6 +318,7 @@ class TorchProblem:
 
     def __init__(self, problem: Problem, tools: Tools) -> None:
         self._problem, self._tools = problem, tools
+        self._factors = SharedFactors()
 
     @property
     def layout(self) -> ParameterLayout:
@@ -396,11 +395,13 @@ class TorchProblem:
         budget_bytes: int,
         cancelled: Poll,
         tier: Tier = Tier.FINAL,
-    ) -> TorchOperator:
+    ) -> TorchOperator | FactoredOperator:
         """Verify and warm an operator; see `Problem.build` of the protocols.
 
         Native code takes over where a first tier did, and nowhere else.
         """
+        if spec.kind.is_factored:
+            return self.factored(spec, budget_bytes, cancelled)
         with translated():
             built = engine.build(
                 self._problem,
@@ -428,9 +429,32 @@ class TorchProblem:
         with translated():
             return operator.chosen_again(self._tools.plans, budget_bytes, cancelled)
 
-    def move(self, operator: TorchOperator) -> TorchOperator:
+    def move(
+        self, operator: TorchOperator | FactoredOperator
+    ) -> TorchOperator | FactoredOperator:
         """Make the same operator for this version; nothing is computed yet."""
+        if isinstance(operator, FactoredOperator):
+            return self.refactored(operator)
         return operator.at(self._problem)
+
+    def factored(
+        self, spec: OperatorSpec, budget_bytes: int, cancelled: Poll
+    ) -> FactoredOperator:
+        """Make an operator of Kronecker factors, those that are there if there are some.
+
+        Args:
+            spec: Which.
+            budget_bytes: Memory for factors.
+            cancelled: Polled between mini-batches.
+        """
+        with translated():
+            return self._factors.build(
+                self._problem, spec, budget_bytes=budget_bytes, cancelled=cancelled
+            )
+
+    def refactored(self, operator: FactoredOperator) -> FactoredOperator:
+        """Make the same at this version; factors are made when they are asked for."""
+        return self._factors.move(operator, self._problem)
 
 
 class TorchOperator:
@@ -551,32 +575,12 @@ class TorchOperator:
         with translated():
             return self._operator.apply(columns, cancelled=cancelled)
 
+    def eigenvalues(self, *, cancelled: Poll) -> None:
+        """Know none; see `Device`'s `Operator`."""
+
     def close(self) -> None:
         """Return its memory."""
         self._operator.close()
-
-
-class translated:
-    """Turns what memory and data are to blame for into ours; everything else passes."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: object, error: BaseException | None, trace: object
-    ) -> None:
-        if is_out_of_memory(error):
-            msg = (
-                "the device has not enough memory: use a smaller batch_size, a smaller "
-                "budget_bytes, or delete sessions"
-            )
-            raise OutOfMemory(msg) from error
-        if isinstance(error, IndexError | RuntimeError) and _OUTSIDE.search(str(error)):
-            msg = (
-                f"the model fails on the data: {str(error).splitlines()[0]}. Integers in "
-                "the data index a table of the model: they must be below its size"
-            )
-            raise InvalidSpec(msg) from error
 
 
 def as_tensors(arrays: Arrays) -> dict[str, Any]:

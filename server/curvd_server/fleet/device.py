@@ -30,6 +30,7 @@ from curvd.contract import (
     WorkerInfo,
 )
 from curvd.errors import InvalidSpec
+from curvd_server.device.factored import FactoredOperator
 from curvd_server.device.protocols import Array, Counted
 from curvd_server.device.torch_device import TorchDevice, TorchProblem
 from curvd_server.engine import Memory
@@ -327,6 +328,10 @@ class FleetProblem:
         expired: Callable[[], bool],
     ) -> Counted:
         """Name its data points as what a query is about: they are gone through here."""
+        return self._here().points(compute, limit=limit, expired=expired)
+
+    def _here(self) -> TorchProblem:
+        """Load all of it on the front, for what is no sum over shards."""
         if self._local is None:
             load = self.entry.load
             self._local = self._device.front.load(
@@ -339,7 +344,7 @@ class FleetProblem:
                 load.dtype,
                 load.params,
             )
-        return self._local.points(compute, limit=limit, expired=expired)
+        return self._local
 
     def build(
         self,
@@ -348,8 +353,13 @@ class FleetProblem:
         budget_bytes: int,
         cancelled: Poll,
         tier: Tier = Tier.FINAL,
-    ) -> FleetOperator:
-        """Verify an operator on one shard, and build it on all; see `Problem.build`."""
+    ) -> FleetOperator | FactoredOperator:
+        """Verify an operator on one shard, and build it on all; see `Problem.build`.
+
+        A product of sums over all data, as Kronecker factors are, is made on the front.
+        """
+        if spec.kind.is_factored:
+            return self._here().factored(spec, budget_bytes, cancelled)
         decided = self._decided(spec, budget_bytes, tier, cancelled)
         return self._built(spec, budget_bytes, decided, cancelled)
 
@@ -370,8 +380,12 @@ class FleetProblem:
         """Keep the plan; see `FleetOperator.is_in_doubt`."""
         return None
 
-    def move(self, operator: FleetOperator) -> FleetOperator:
+    def move(
+        self, operator: FleetOperator | FactoredOperator
+    ) -> FleetOperator | FactoredOperator:
         """Make another version's operator for this one; nothing is computed yet."""
+        if isinstance(operator, FactoredOperator):
+            return self._here().refactored(operator)
         number, spec = self.fleet.next_number(), operator.spec
         entry = replace(
             operator.entry,

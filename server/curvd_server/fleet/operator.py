@@ -52,6 +52,9 @@ class FleetOperator:
         self._end = weakref.finalize(self, problem.fleet.forget, forget)
         self._end.atexit = False
 
+    def eigenvalues(self, *, cancelled: Poll) -> None:
+        """Know none; see `Operator` of the protocols."""
+
     @property
     def shares(self) -> bool:
         """Whether columns go together, or share what is linearised for them."""

@@ -47,6 +47,8 @@ class Products:
         device: Where its vectors live.
         limit: Most columns that may be multiplied; None: no limit.
         expired: Whether the time is up; asked between products.
+        eigenvalues: Gives all of them, [P], without a product; None if they are not
+            known, as of most maps.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class Products:
         device: torch.device | str = "cpu",
         limit: int | None = None,
         expired: Callable[[], bool] = lambda: False,
+        eigenvalues: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
         self._multiply, self._expired = multiply, expired
+        self.eigenvalues = eigenvalues
         self.size, self.dtype, self.device = size, dtype, torch.device(device)
         self.limit = limit
         self.done = 0

@@ -17,6 +17,7 @@ from curvd_server.linalg.lanczos import quadratures
 from curvd_server.linalg.low_rank import LowRank, Preconditioner
 from curvd_server.linalg.random_probes import probes
 from curvd_server.linalg.sampling import LEAST_SAMPLES, Estimate, Target
+from curvd_server.linalg.whole import summed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,9 @@ def logdet(
         The estimate. A Ritz value that is not positive ends the query: it proves that
         the damped map is not positive definite.
     """
+    eigenvalues = products.eigenvalues()
+    if eigenvalues is not None:
+        return _of_eigenvalues(products, eigenvalues + damping)
     at = None if known is None else known.at(damping)
     exact = 0.0 if at is None else at.log_determinant
     seen = _seen(products, damping, at)
@@ -119,6 +123,25 @@ def logdet(
         standard_error=mean.standard_error,
         half_width=mean.half_width,
         samples=len(values),
+        products=products.done,
+        stopped=stopped,
+        smallest=smallest,
+    )
+
+
+def _of_eigenvalues(products: Products, eigenvalues: Tensor) -> LogDetResult:
+    """Add up the logarithms of all eigenvalues, [P], where all of them are positive."""
+    smallest = float(eigenvalues.min())
+    if smallest <= 0:
+        value, rounding, stopped = math.nan, math.inf, Stop.NEGATIVE_CURVATURE
+    else:
+        value, rounding = summed(products, eigenvalues.log())
+        stopped = Stop.CONVERGED
+    return LogDetResult(
+        value=value,
+        standard_error=rounding,
+        half_width=rounding,
+        samples=0,
         products=products.done,
         stopped=stopped,
         smallest=smallest,

@@ -79,10 +79,15 @@ def shifted_determinants(
         The logarithms.
     """
     size = products.size
+    known = products.eigenvalues()
+    if known is not None:
+        return _of_eigenvalues(known.sort().values, dampings, products.done)
     if is_dense(size, samples, steps) and products.allowed(size) == size:
         A = yield from matrix(products, block)
         if A is not None:
-            return _of_eigenvalues(A, dampings, products.done)
+            A = A.double()
+            eigenvalues = torch.linalg.eigvalsh((A + A.T) / 2)
+            return _of_eigenvalues(eigenvalues, dampings, products.done)
     found: list[Quadrature] = []
     stopped = Stop.CONVERGED
     while len(found) < samples:
@@ -104,10 +109,9 @@ def shifted_determinants(
 
 
 def _of_eigenvalues(
-    A: Tensor, dampings: Sequence[float], products: int
+    eigenvalues: Tensor, dampings: Sequence[float], products: int
 ) -> ShiftedDeterminants:
-    A = A.double()
-    eigenvalues = torch.linalg.eigvalsh((A + A.T) / 2)
+    """Compute the logarithms of all eigenvalues, [P] in ascending order."""
     # Rounding alone makes eigenvalues of a semi-definite map negative.
     floor = -1e-6 * float(eigenvalues[-1].abs())
     definite = bool(eigenvalues[0] >= floor)

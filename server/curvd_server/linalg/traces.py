@@ -17,7 +17,7 @@ from curvd_server.linalg.sampling import (
 )
 from curvd_server.linalg.sketch import Sketch
 from curvd_server.linalg.vectors import dots
-from curvd_server.linalg.whole import is_small, number_of
+from curvd_server.linalg.whole import is_small, known_or, number_of
 
 
 def trace(
@@ -42,14 +42,18 @@ def trace(
     Returns:
         The estimate.
     """
-    if is_small(products, target):
-        return number_of(products, block, lambda A: A.trace())
-    method = {
-        Estimator.HUTCHINSON: hutchinson,
-        Estimator.HUTCHPP: hutchpp,
-        Estimator.EXCHANGEABLE: xtrace,
-    }[estimator]
-    return method(products, target=target, seed=seed, block=block)
+
+    def estimate() -> Query[Estimate]:
+        if is_small(products, target):
+            return number_of(products, block, lambda A: A.trace())
+        method = {
+            Estimator.HUTCHINSON: hutchinson,
+            Estimator.HUTCHPP: hutchpp,
+            Estimator.EXCHANGEABLE: xtrace,
+        }[estimator]
+        return method(products, target=target, seed=seed, block=block)
+
+    return known_or(products, lambda values: values, estimate)
 
 
 def hutchinson(

@@ -65,6 +65,48 @@ def number_of(
     )
 
 
+def known_or(
+    products: Products,
+    function: Callable[[Tensor], Tensor],
+    estimate: Callable[[], Query[Estimate]],
+) -> Query[Estimate]:
+    """Sum a function of the eigenvalues if all of them are known, or estimate.
+
+    Args:
+        products: The map.
+        function: Maps eigenvalues, [P], to terms of the number.
+        estimate: Begins what estimates it from products.
+
+    Returns:
+        The number, with what rounding may do to it; or the estimate.
+    """
+    eigenvalues = products.eigenvalues()
+    if eigenvalues is None:
+        return (yield from estimate())
+    value, rounding = summed(products, function(eigenvalues))
+    return Estimate(
+        value=value,
+        standard_error=rounding,
+        half_width=rounding,
+        samples=0,
+        products=products.done,
+        stopped=Stop.CONVERGED,
+    )
+
+
+def summed(products: Products, terms: Tensor) -> tuple[float, float]:
+    """Add up terms of known eigenvalues.
+
+    Args:
+        products: The map, in whose precision they are known.
+        terms: [P].
+
+    Returns:
+        The sum, and what rounding may do to it.
+    """
+    return float(terms.sum()), products.rounding * float(terms.abs().sum())
+
+
 def matrix(products: Products, block: int) -> Query[Tensor | None]:
     """Multiply with every unit vector.
 

@@ -262,8 +262,14 @@ def products_of(
             rows = rows * spec.scale
         return rows.add(V, alpha=spec.damping) if spec.damping else rows
 
+    def eigenvalues() -> Tensor | None:
+        now = run.operator(operator)
+        found = run.compute(lambda cancelled: now.eigenvalues(cancelled=cancelled))
+        return None if found is None else found * spec.scale + spec.damping
+
     return Products(
         multiply,
+        eigenvalues=eigenvalues if spec.kind.is_factored else lambda: None,
         size=operator.size,
         dtype=operator.dtype,
         device=operator.device,

@@ -184,6 +184,7 @@ RULES: Mapping[str, Rule] = {
     "Operator.block_sizes": Number(1, 2**32 - 1),
     "Operator.damping": _FINITE,
     "Operator.scale": _FINITE,
+    "Operator.shift": _NOT_NEGATIVE,
     "Operator.mc_samples": Number(0, 100_000),
     "Operator.seed": _SEED,
     "Operator.parameters": _TENSOR,

@@ -151,10 +151,11 @@ def elementwise(problem: Problem, z: Tensor, batch: Batch) -> Tensor:
         beta = problem.loss.spec.beta
         return ((z - batch.targets).abs() < beta).to(z) / beta
     p = z.sigmoid()
-    return _bce_weight(problem, batch.targets, z) * p * (1 - p)
+    return bce_weight(problem, batch.targets, z) * p * (1 - p)
 
 
-def _bce_weight(problem: Problem, targets: Tensor, z: Tensor) -> Tensor:
+def bce_weight(problem: Problem, targets: Tensor, z: Tensor) -> Tensor:
+    """Weigh each target of a binary cross-entropy, in the shape of `z`."""
     t = targets.to(z.dtype)
     positive = 1.0 if problem.loss.weights is None else problem.loss.weights
     return positive * t + (1 - t)

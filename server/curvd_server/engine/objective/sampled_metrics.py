@@ -46,7 +46,7 @@ def sampled_loss_hessian(
     axis = class_axis(z, batch)
     p = z.softmax(axis)
     weight = class_weight(problem, z, batch, axis) / problem.normaliser
-    drawn = _drawn_classes(p, axis, spec, batch)
+    drawn = drawn_classes(p, axis, spec, batch)
     if problem.loss.spec.name is LossName.NLL:
         # The score of log-probabilities is minus one at the class drawn.
         one = p.new_ones(()).expand(drawn.shape)
@@ -92,7 +92,7 @@ class _SampledSoftmax:
         return rows.scatter_add(self.axis, drawn, -along).to(u.dtype)
 
 
-def _uniforms(spec: OperatorSpec, batch: Batch, terms: int) -> Tensor:
+def uniforms(spec: OperatorSpec, batch: Batch, terms: int) -> Tensor:
     """Draw uniform numbers that belong to data points, not to mini-batches.
 
     Philox is counter based: data point ``n`` owns a fixed stretch of the stream, so
@@ -117,7 +117,7 @@ def _uniforms(spec: OperatorSpec, batch: Batch, terms: int) -> Tensor:
     )
 
 
-def _drawn_classes(p: Tensor, axis: int, spec: OperatorSpec, batch: Batch) -> Tensor:
+def drawn_classes(p: Tensor, axis: int, spec: OperatorSpec, batch: Batch) -> Tensor:
     """Draw classes by inverting the distribution function in float64 on the CPU.
 
     Returns:
@@ -125,7 +125,7 @@ def _drawn_classes(p: Tensor, axis: int, spec: OperatorSpec, batch: Batch) -> Te
     """
     last = p.movedim(axis, -1)
     terms = last[0].numel() // last.shape[-1]
-    uniform = _uniforms(spec, batch, terms)
+    uniform = uniforms(spec, batch, terms)
     edges = last.cpu().double().cumsum(-1).reshape(len(p), terms, -1)
     drawn = torch.searchsorted(edges, uniform * edges[..., -1:], right=True)
     drawn = drawn.clamp_(max=last.shape[-1] - 1).to(p.device)
@@ -141,7 +141,7 @@ def _sampled_square(
     whose squared score is ``2 * (2 * eps^2 / 2) = 2 eps^2``: ``eps^2`` relative to
     the exact curvature 2. A Bernoulli's is ``(p - y)^2 / (p (1 - p))``.
     """
-    uniform = _uniforms(spec, batch, z[0].numel())
+    uniform = uniforms(spec, batch, z[0].numel())
     if problem.loss.spec.name is LossName.MSE:
         square = torch.special.ndtri(uniform).square()
     else:

@@ -16,9 +16,10 @@ from curvd_server.engine.operators.protocol import (
     Differences,
     Linearisation,
 )
-from curvd_server.engine.operators.registry import definition
+from curvd_server.engine.operators.registry import LINEARISED, definition
 
 __all__ = [
+    "LINEARISED",
     "MODES",
     "TRACED",
     "Definition",

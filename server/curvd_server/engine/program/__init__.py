@@ -18,6 +18,7 @@ from curvd_server.engine.program.linear_program import (
     jacobian_program,
 )
 from curvd_server.engine.program.replay import ReplayedProgram
+from curvd_server.engine.program.trace import trace_outputs
 
 __all__ = [
     "Compilable",
@@ -32,4 +33,5 @@ __all__ = [
     "held_bytes",
     "hessian_program",
     "jacobian_program",
+    "trace_outputs",
 ]

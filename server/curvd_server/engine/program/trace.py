@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,6 @@ def trace(problem: Problem, batch: Batch, *, hessian: bool) -> fx.GraphModule:
         A graph of parameters, constants, inputs, targets, tangents and, for a
         Jacobian, a cotangent, to the rows (then ``J v`` and the outputs).
     """
-    names = tuple(problem.model.constants)
     primals = problem.parameters
     yield_point()
 
@@ -57,10 +56,7 @@ def trace(problem: Problem, batch: Batch, *, hessian: bool) -> fx.GraphModule:
         tangents: tuple[Tensor, ...],
         cotangents: tuple[Tensor, ...],
     ) -> Any:
-        here = Batch(batch.start, inputs, targets)
-        state = dict(zip(names, constants, strict=True))
-        model = dataclasses.replace(problem.model, constants=state)
-        at = dataclasses.replace(problem, model=model)
+        here, at = Batch(batch.start, inputs, targets), _with(problem, constants)
         if hessian:
             gradient = torch.func.grad(lambda p: at.objective(p, here))
             return torch.func.jvp(gradient, (parameters,), (tangents,))[1]
@@ -78,8 +74,47 @@ def trace(problem: Problem, batch: Batch, *, hessian: bool) -> fx.GraphModule:
     cotangents = () if z is None else (z.new_empty(z.shape),)
     # note: one tensor in two places would be traced as one input.
     tangents = tuple(torch.empty_like(p) for p in primals)
-    args = (primals, constants, batch.inputs, batch.targets, tangents, cotangents)
-    pure = torch.func.functionalize(linear, remove="mutations")
+    return _traced(
+        linear, (primals, constants, batch.inputs, batch.targets, tangents, cotangents)
+    )
+
+
+def trace_outputs(problem: Problem, batch: Batch) -> fx.GraphModule:
+    """Trace the model alone, forwards.
+
+    Args:
+        problem: The objective.
+        batch: Gives the shapes; its values are not looked at.
+
+    Returns:
+        A graph of parameters, constants, inputs and targets to the outputs.
+    """
+    yield_point()
+
+    def outputs(
+        parameters: tuple[Tensor, ...],
+        constants: tuple[Tensor, ...],
+        inputs: tuple[Tensor, ...],
+        targets: Tensor,
+    ) -> Tensor:
+        here = Batch(batch.start, inputs, targets)
+        return _with(problem, constants).outputs(parameters, here)
+
+    constants = tuple(problem.model.constants.values())
+    args = (problem.parameters, constants, batch.inputs, batch.targets)
+    return _traced(outputs, args)
+
+
+def _with(problem: Problem, constants: Sequence[Tensor]) -> Problem:
+    """Make a problem whose constants are these, in order."""
+    state = dict(zip(problem.model.constants, constants, strict=True))
+    model = dataclasses.replace(problem.model, constants=state)
+    return dataclasses.replace(problem, model=model)
+
+
+def _traced(function: Callable[..., Any], args: tuple[Any, ...]) -> fx.GraphModule:
+    """Trace a function into aten operations, without mutations."""
+    pure = torch.func.functionalize(function, remove="mutations")
 
     def gently(*given: Any) -> Any:
         with Interruptible():
