@@ -191,6 +191,11 @@ class SessionInfo:
     shared_with: tuple[str, ...] = ()
     """Other callers who may use it: names, and groups behind an "@"."""
 
+    @property
+    def family(self) -> str:
+        """The same for all sessions that share its parameters, and no others."""
+        return self.parameters_of or self.id
+
     def __repr__(self) -> str:
         name = f"{self.name!r} " if self.name else ""
         return (

@@ -81,6 +81,11 @@ class OperatorBase:
         return self._session.id
 
     @property
+    def family(self) -> str:
+        """The same for operators on the same parameters, of one session or several."""
+        return self._session.family
+
+    @property
     def said(self) -> str:
         """What it is as a formula, for people."""
         spec = self.spec

@@ -72,11 +72,11 @@ class SumBase:
         """List the terms whose product belongs to parameters that are gone."""
         newest: dict[str, int] = {}
         versions = [
-            (t.session_id, 0 if t.last is None else t.last.version) for t in self.terms
+            (t.family, 0 if t.last is None else t.last.version) for t in self.terms
         ]
-        for session, version in versions:
-            newest[session] = max(version, newest.get(session, 0))
-        stale = [n for n, (session, v) in enumerate(versions) if v < newest[session]]
+        for family, version in versions:
+            newest[family] = max(version, newest.get(family, 0))
+        stale = [n for n, (family, v) in enumerate(versions) if v < newest[family]]
         if stale and round_ == _ROUNDS:
             msg = (
                 f"the parameters changed {_ROUNDS} times while the terms of a sum were "
@@ -90,10 +90,10 @@ class SumBase:
 class OperatorSum(SumBase, Multiplies, Algebra[Any, "OperatorSum", Submatrix]):
     """A sum of operators, such as ``H + 2 * G``; it multiplies like each of them.
 
-    The terms are multiplied side by side, each by its server, and belong to one parameter
-    version where they belong to one session. Terms of several sessions, for example of a
-    training and a test set, may be added if they have the same parameters. Queries such as
-    ``eigsh`` are for single operators: for a sum there is `to_scipy`.
+    The terms are multiplied side by side, each by its server, and belong to one version of
+    the parameters that their sessions share (`Session.on`). Terms of several sessions, for
+    example of a training and a test set, may be added if they have the same parameters.
+    Queries such as ``eigsh`` are for single operators: for a sum there is `to_scipy`.
 
     Args:
         terms: Operators on the same parameters.
