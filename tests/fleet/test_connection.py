@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import mmap
+import os
 import socket
 import threading
 
@@ -20,6 +22,7 @@ from curvd_server.fleet import messages
 from curvd_server.fleet.connection import Connection
 from curvd_server.fleet.shards import cut, deal
 from curvd_server.fleet.values import plain, typed
+from curvd_server.storage import Snapshot, region_of
 
 CHOICE = Choice(
     Plan("program", 8), Evidence(1e-9, math.inf, ()), Tier.FIRST, plainer="double"
@@ -111,6 +114,56 @@ def test_arrays_travel_with_a_message(pair):
         np.testing.assert_array_equal(a, b)
 
 
+def snapshot_of(path, array):
+    path.write_bytes(b"12345678" + array.tobytes())
+    return Snapshot(path, digest=False).view()[8:].view(array.dtype)
+
+
+def test_what_lies_in_blobs_is_mapped_and_does_not_travel(pair, tmp_path):
+    """Nobody receives, and far more than a socket holds is sent at once."""
+    n = 2 << 20
+    one = snapshot_of(tmp_path / "one", np.arange(n, dtype=np.float64))
+    other = snapshot_of(tmp_path / "other", np.arange(n, dtype=np.float32))
+    small = np.ones(3)
+    arrays = [one.reshape(4, -1)[1:3], small, other, one[n // 2 :]]
+    pair[0].send(1, messages.Product(operator=3, counts=()), arrays)
+    got = pair[1].receive().arrays
+    for a, b in zip(got, arrays, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    got[0][:] = 0  # stays with who writes
+    assert arrays[0][0, 0] == n // 4
+    pair[0].send(2, messages.Arrived(), arrays)
+    np.testing.assert_array_equal(pair[1].receive().arrays[0], arrays[0])
+
+
+def test_the_memory_of_a_blob_cannot_be_written_by_who_is_handed_it(tmp_path):
+    view = snapshot_of(tmp_path / "one", np.ones(1 << 14))
+    memory = region_of(view).memory
+    with pytest.raises(PermissionError):
+        os.pwrite(memory, b"0", 0)
+    with pytest.raises(PermissionError):
+        mmap.mmap(memory, 0)  # shared, to write
+    assert region_of(np.ones(3)) is None
+
+
+def test_over_a_network_the_bytes_of_blobs_travel(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    ends = Connection(ours), Connection(theirs)
+    array = snapshot_of(tmp_path / "one", np.arange(1 << 14, dtype=np.float64))
+    sender = threading.Thread(
+        target=ends[0].send, args=(1, messages.Arrived(), [array])
+    )
+    sender.start()
+    (got,) = ends[1].receive().arrays
+    sender.join()
+    np.testing.assert_array_equal(got, array)
+    for end in ends:
+        end.close()
+
+
 @pytest.mark.parametrize(
     ("head", "match"),
     [
@@ -118,11 +171,11 @@ def test_arrays_travel_with_a_message(pair):
         (b'{"number": 1, "kind": "object", "fields": {}, "arrays": []}', "cannot be"),
         (b'{"number": 1, "kind": "Done", "fields": {"a": 1}, "arrays": []}', "no Done"),
         (
-            b'{"number": 1, "kind": "Done", "fields": {}, "arrays": [["|O", [1]]]}',
+            b'{"number": 1, "kind": "Done", "fields": {}, "arrays": [["|O", [1], null]]}',
             "does not travel",
         ),
         (
-            b'{"number": 1, "kind": "Done", "fields": {}, "arrays": [["<f8", [-1]]]}',
+            b'{"number": 1, "kind": "Done", "fields": {}, "arrays": [["<f8", [-1], null]]}',
             "does not travel",
         ),
     ],

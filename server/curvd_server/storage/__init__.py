@@ -26,6 +26,7 @@ from curvd_server.storage.registry import (
     check_state,
     model_spec,
 )
+from curvd_server.storage.snapshots import Region, Snapshot, mapped, region_of
 
 __all__ = [
     "Architecture",
@@ -35,7 +36,9 @@ __all__ = [
     "Checkpoints",
     "Mounts",
     "Piece",
+    "Region",
     "Registry",
+    "Snapshot",
     "StoredDataset",
     "StoredModel",
     "StoredSession",
@@ -45,9 +48,11 @@ __all__ = [
     "check_representable",
     "check_state",
     "chosen",
+    "mapped",
     "model_spec",
     "owned",
     "pieces_of",
     "private_folder",
+    "region_of",
     "torchs_folder",
 ]

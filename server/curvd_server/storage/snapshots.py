@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import io
 import mmap
@@ -17,14 +18,16 @@ import os
 import stat
 import weakref
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from curvd.errors import Unavailable
 from curvd.tensors import Buffer
 
 _READ_BYTES = 8 << 20
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 class Stamp(NamedTuple):
@@ -61,7 +64,8 @@ class Snapshot:
         sha = hashlib.sha256()
         with _opened(path) as file:
             self.stamp = Stamp.of(os.fstat(file.fileno()))
-            self._memory = os.memfd_create("curvd-snapshot", os.MFD_CLOEXEC)
+            flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+            self._memory = os.memfd_create("curvd-snapshot", flags)
             weakref.finalize(self, os.close, self._memory).atexit = False
             os.ftruncate(self._memory, self.size)
             with self._mapped(mmap.ACCESS_WRITE) as whole, memoryview(whole) as target:
@@ -78,6 +82,8 @@ class Snapshot:
             if done < self.size or Stamp.of(os.fstat(file.fileno())) != self.stamp:
                 msg = f"{path.name} was written to while it was read; try again"
                 raise Unavailable(msg, file=path.name)
+        # Whoever is handed it can change it as little as we can.
+        fcntl.fcntl(self._memory, fcntl.F_ADD_SEALS, _SEALS)
         self.digest = sha.hexdigest() if digest else None
         """SHA-256 of what was read, if it was asked for."""
 
@@ -110,6 +116,49 @@ class _View(mmap.mmap):
     """A mapping that keeps what it maps."""
 
     snapshot: Snapshot
+
+
+class Region(NamedTuple):
+    """Where the bytes of an array lie in memory that another process can map."""
+
+    memory: int
+    """The descriptor; it belongs to the snapshot, which the array keeps."""
+    offset: int
+
+
+def region_of(array: NDArray[Any]) -> Region | None:
+    """Say where an array lies, for another process of this machine to map it.
+
+    Args:
+        array: Contiguous.
+
+    Returns:
+        The place; None if it is no view of a snapshot.
+    """
+    base = array
+    while isinstance(base.base, np.ndarray):
+        base = base.base
+    mapped = base.base
+    if isinstance(mapped, memoryview):
+        mapped = mapped.obj
+    if not isinstance(mapped, _View):
+        return None
+    return Region(mapped.snapshot._memory, array.ctypes.data - base.ctypes.data)
+
+
+def mapped(memory: int) -> Buffer:
+    """Map the memory of another process's snapshot.
+
+    Args:
+        memory: A descriptor; it is closed.
+
+    Returns:
+        [size] Writes to it stay private.
+    """
+    try:
+        return np.frombuffer(mmap.mmap(memory, 0, access=mmap.ACCESS_COPY), np.uint8)
+    finally:
+        os.close(memory)
 
 
 def digest_of(path: Path) -> tuple[str, Stamp]:
