@@ -46,13 +46,15 @@ from curvd_server.engine.tuning import (
     Renewed,
     begin,
     choose,
+    choose_untimed,
     is_alike,
     steps,
 )
 from curvd_server.engine.verification import (
+    ProjectedReference,
     Reference,
-    check_objective,
     check_repeatable,
+    reference_of,
 )
 from curvd_server.system import advance, enter_stage, yield_point
 
@@ -89,7 +91,8 @@ def build(
         results: Memory of results on the host; None: fresh for each.
         tuning_s: Time for timing candidates.
         tier: ``first``: take the first mode that is right and needs no preparation, and
-            time nothing; where there is none the plan is final all the same.
+            time nothing; where there is none the plan is final all the same, and so is
+            that of a large model, for which nothing is timed.
         cancelled: Polled between mini-batches and candidates.
 
     Returns:
@@ -121,7 +124,7 @@ def build(
 
 def verified_choice(
     problem: Problem, spec: OperatorSpec, *, tier: Tier, **how: Any
-) -> tuple[Choice, Reference]:
+) -> tuple[Choice, Reference | None]:
     """Verify an operator and choose its plan.
 
     Args:
@@ -131,7 +134,7 @@ def verified_choice(
         how: As for `tuning.choose`.
 
     Returns:
-        The choice, and what it was compared with.
+        The choice, and what a later tier is compared with; None if this is the last.
 
     Raises:
         InvalidSpec: If its loss has no such operator.
@@ -139,9 +142,13 @@ def verified_choice(
         CurvatureUnverified: If no AD mode is right.
     """
     definition(spec.kind).check_loss(problem.loss.spec.name, spec)
-    check_objective(problem)
+    reference = reference_of(problem, spec)
+    reference.check_objective()
     check_cancelled(how["cancelled"])
-    reference = Reference(problem, spec)
+    if isinstance(reference, ProjectedReference):
+        return choose_untimed(
+            problem, spec, reference=reference, cancelled=how["cancelled"]
+        ), None
     choice = None
     if tier is Tier.FIRST:
         choice = begin(problem, spec, reference, how["cancelled"])
@@ -220,7 +227,8 @@ class Operator:
         self._cache = LinearizationCache(
             self._work, spec, choice.plan.mode, budget_bytes, self.counters
         )
-        self._native = NativeCode(compiler)
+        # Native code makes all rows at once: one more vector of all parameters.
+        self._native = NativeCode(None if self.is_lean else compiler)
         self._product = BatchProduct(
             problem,
             spec,
@@ -257,6 +265,11 @@ class Operator:
     def choice(self) -> Choice:
         """The plan, its evidence, and how it was chosen."""
         return self._choice
+
+    @property
+    def is_lean(self) -> bool:
+        """Whether little of the parameters' size is to be held beside them."""
+        return bool(self._choice.evidence.projections)
 
     def settle(self, busy: float) -> None:
         """Take note that its plan has stood another choice.
@@ -346,6 +359,8 @@ class Operator:
     def make_ready(self, *, cancelled: Callable[[], bool] = never) -> None:
         """Warm up, and find out what holds for products of this plan.
 
+        Of a large model it was found out when it was verified.
+
         Args:
             cancelled: Polled between mini-batches.
 
@@ -353,6 +368,8 @@ class Operator:
             NotDeterministic: If two products disagree.
         """
         self.warm(cancelled=cancelled)
+        if self.is_lean:
+            return
         self.check_repeatable()
         self.examine_company(cancelled=cancelled)
 
@@ -365,11 +382,15 @@ class Operator:
             self._cache.get(index)
             advance()
         check_cancelled(cancelled)
-        column = torch.ones(
-            1, self.problem.layout.size, dtype=self.problem.result_dtype
-        ).to(self.problem.device)
+        shape = 1, self.problem.layout.size
+        column = torch.ones(1, 1, dtype=self.problem.result_dtype)
+        column = column.to(self.problem.device).expand(shape)
         start = time.perf_counter()
-        self._batch_product(0, column, torch.empty_like(column), [1], never)
+        if self.is_lean:
+            self._product.run(0, column)
+        else:
+            column = column.contiguous()
+            self._batch_product(0, column, torch.empty_like(column), [1], never)
         if self.problem.device.type == "cuda":
             torch.cuda.synchronize(self.problem.device)
         self._seconds = (time.perf_counter() - start) * self._work.batches

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from curvd.contract import OperatorSpec, Tier
-from curvd.errors import CurvatureUnverified
+from curvd.errors import CurvatureUnverified, OutOfMemory
 from curvd.tensors import Pool
 from curvd_server.engine.objective import Problem, never, on_host
 from curvd_server.engine.operator import TUNING_S, Operator, verified_choice
@@ -20,6 +20,7 @@ from curvd_server.engine.tuning import (
     disagreements_of,
     structure,
 )
+from curvd_server.engine.verification import ProjectedReference
 
 
 def decide(
@@ -89,10 +90,10 @@ def follow(
     """
     problem = problem.restricted(spec)
     if not _sizes(problem, choice.plan) <= set(verified):
-        wrong = disagreements_of(problem, spec, choice.plan, choice.plainer)
+        wrong, beside = _wrong(problem, spec, choice, verified)
         if wrong:
             msg = (
-                f"mode {choice.plan.mode} disagrees with {choice.plainer} on a mini-batch "
+                f"mode {choice.plan.mode} disagrees with {beside} on a mini-batch "
                 f"of another size, in {', '.join(wrong)}: choose a batch_size that "
                 "divides the data points, or ask for plan='first'"
             )
@@ -100,6 +101,26 @@ def follow(
     operator = Operator(problem, spec, choice, budget_bytes, None, results)
     operator.make_ready(cancelled=cancelled)
     return operator
+
+
+def _wrong(
+    problem: Problem, spec: OperatorSpec, choice: Choice, verified: Collection[int]
+) -> tuple[tuple[str, ...], str]:
+    """Compare a plan on mini-batches of other sizes.
+
+    Returns:
+        Names of the parameters whose rows disagree, and what they disagree with.
+    """
+    if not choice.evidence.projections:
+        wrong = disagreements_of(problem, spec, choice.plan, choice.plainer)
+        return wrong, choice.plainer
+    reference = ProjectedReference(problem, spec, verified)
+    evidence = reference.examine(choice.plan.mode)
+    if evidence.out_of_memory:
+        msg = "there is not enough memory to verify a mini-batch of another size"
+        raise OutOfMemory(msg)
+    failed = (evidence.failure,) if evidence.failure else ()
+    return (*evidence.wrong, *failed), "central differences"
 
 
 def structure_of(problem: Problem, spec: OperatorSpec) -> str:

@@ -395,6 +395,31 @@ class Problem:
             return dataclasses.replace(self, data=data.joined(count))
         return dataclasses.replace(self, data=joined(data, count))
 
+    def exactly(
+        self,
+        batch: Batch,
+        parameters: tuple[Tensor, ...],
+        constants: Mapping[str, Tensor],
+    ) -> Problem:
+        """Make one mini-batch's share in float64 on the CPU, whatever holds the parameters.
+
+        Args:
+            batch: The mini-batch.
+            parameters: Of the same shapes, in float64.
+            constants: By name, likewise.
+
+        Returns:
+            The same term of the sum, with the same normaliser.
+        """
+        inputs = tuple(map(exact, batch.inputs))
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, constants=constants),
+            loss=Loss.of(self.loss.spec, torch.float64, torch.device("cpu")),
+            parameters=parameters,
+            data=(Batch(batch.start, inputs, exact(batch.targets)),),
+        )
+
     def excerpt(self, rows: int) -> Problem:
         """Take a small problem of one mini-batch, in float64 on the CPU.
 

@@ -26,7 +26,9 @@ from curvd_server.engine.operators import MODES, TRACED
 from curvd_server.engine.tuning.autotune import Plan, PlanTimer, ranked
 from curvd_server.engine.tuning.thread_count import measured_threads
 from curvd_server.engine.verification import (
+    LEAN,
     Evidence,
+    ProjectedReference,
     Reference,
     disagreements,
     explanation,
@@ -38,6 +40,7 @@ __all__ = [
     "Plan",
     "begin",
     "choose",
+    "choose_untimed",
     "disagreements_of",
     "recall",
     "remember",
@@ -211,13 +214,60 @@ def choose(
             remember(memory, key, candidate, busy)
             return Choice(candidate, evidence, busy=busy, plainer=plainer)
         found[candidate.mode] = evidence
+    raise _refused(found, problem)
+
+
+def choose_untimed(
+    problem: Problem,
+    spec: OperatorSpec,
+    *,
+    reference: ProjectedReference,
+    cancelled: Callable[[], bool],
+) -> Choice:
+    """Find the plan of a model of which few copies fit: nothing is timed.
+
+    A traced program is taken if it is right, because it holds nothing of the parameters'
+    size beside operand and result. Timing would hold three vectors, and columns or
+    mini-batches together more.
+
+    Args:
+        problem: The objective.
+        spec: The operator.
+        reference: What modes are compared with.
+        cancelled: Polled between modes.
+
+    Returns:
+        The plan and its evidence.
+
+    Raises:
+        CurvatureUnverified: If no mode reproduces finite differences.
+        OutOfMemory: If one did not for want of memory.
+    """
+    found: dict[str, Evidence] = {}
+    for mode in (LEAN, *UNPREPARED):
+        check_cancelled(cancelled)
+        try:
+            found[mode] = reference.examine(mode)
+        except OutOfMemory:
+            if any(evidence.wrong for evidence in found.values()):
+                break
+            raise
+        if found[mode].ok:
+            return Choice(Plan(mode), found[mode])
+    raise _refused(found, problem)
+
+
+def _refused(
+    found: dict[str, Evidence], problem: Problem
+) -> CurvatureUnverified | OutOfMemory:
+    """Say why no mode may be used."""
     if any(evidence.out_of_memory for evidence in found.values()):
         msg = (
             "there is not enough memory to verify the operator: use a smaller batch_size, "
             "or delete sessions"
         )
-        raise OutOfMemory(msg)
-    raise _unverified(found, getattr(problem.model.skeleton, "cut_off", ()))
+        return OutOfMemory(msg)
+    return _unverified(found, getattr(problem.model.skeleton, "cut_off", ()))
 
 
 def _plainer(reference: Reference, plan: Plan) -> str:

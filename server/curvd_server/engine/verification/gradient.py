@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from curvd.contract import OperatorSpec
 from curvd.errors import CurvatureUnverified
 from curvd_server.engine.objective import Problem
-from curvd_server.engine.verification.verify import TOLERANCE, Reference
+from curvd_server.engine.verification.size import reference_of
+from curvd_server.engine.verification.verify import TOLERANCE
 
 _NAMED = 5
 """Places that a message names."""
@@ -28,8 +29,9 @@ def check_gradient(problem: Problem, cancelled: Callable[[], bool]) -> None:
     Raises:
         CurvatureUnverified: If central differences of the loss are something else.
     """
-    problem.gradient(cancelled=cancelled)
-    difference, slope = Reference(problem, OperatorSpec()).slopes()
+    reference = reference_of(problem, OperatorSpec())
+    reference.check_gradients(cancelled)
+    difference, slope = reference.slopes()
     gap = abs(difference - slope)
     if gap <= _STRAY * max(abs(difference), abs(slope)) or gap < 1e-9:
         return

@@ -17,7 +17,7 @@ difference quotient is accumulated where backward passes leave the gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -29,6 +29,7 @@ from curvd.errors import InvalidSpec, OutOfMemory
 from curvd_server.engine.objective import Batch, Problem, distance, norm, on_host
 from curvd_server.engine.operators import MODES, Linearisation, block_ranges
 from curvd_server.engine.program import Rows
+from curvd_server.engine.verification.determinism import check_objective
 from curvd_server.engine.verification.finite_differences import (
     Direction,
     FiniteDifferences,
@@ -69,6 +70,8 @@ class Evidence:
     """What torch said if the mode could not run at all."""
     out_of_memory: bool = False
     """Whether that was for want of memory."""
+    projections: int = 0
+    """By how many projections rows were compared; 0: entry by entry."""
 
     @property
     def ok(self) -> bool:
@@ -115,25 +118,16 @@ class Reference:
         """
         key = mode, batched
         if key not in self._found:
-            evidence = self._tried(mode, batched=batched)
+            evidence = tried(lambda: self._examine(mode, batched=batched))
             if evidence.out_of_memory:  # there may be more the next time
                 return evidence
             self._found[key] = evidence
         return self._found[key]
 
-    def _tried(self, mode: str, *, batched: bool) -> Evidence:
-        # A mode fails in whatever way torch chooses to say "not implemented".
-        try:
-            return self._examine(mode, batched=batched)
-        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-            said = f"{error}".split("\n")[0][:300]
-            short = is_out_of_memory(error)
-            return Evidence(math.inf, math.inf, (), said, out_of_memory=short)
-
     def is_sum_over_data(self) -> bool:
         """Tell whether the gradient is the sum of the data points' own gradients."""
         try:
-            return max(_relative(*self._differences().beyond_the_sum())) <= TOLERANCE
+            return max(relative(*self._differences().beyond_the_sum())) <= TOLERANCE
         except (ValueError, InvalidSpec):  # of statistics that one data point has not
             return False
 
@@ -156,6 +150,18 @@ class Reference:
 
     def _differences(self) -> FiniteDifferences:
         return FiniteDifferences(self._problem, self._perturbation, self._directions[0])
+
+    def check_objective(self) -> None:
+        """Evaluate loss and gradient twice; see `determinism.check_objective`."""
+        check_objective(self._problem)
+
+    def check_gradients(self, cancelled: Callable[[], bool]) -> None:
+        """Compute a gradient of all data.
+
+        Args:
+            cancelled: Polled between mini-batches.
+        """
+        self._problem.gradient(cancelled=cancelled)
 
     def _examine(self, mode: str, *, batched: bool) -> Evidence:
         detail = f"{mode}, vectorised" if batched else mode
@@ -258,6 +264,23 @@ class Reference:
         return [n for n, gap in zip(names, gaps, strict=True) if not gap <= TOLERANCE]
 
 
+def tried(examine: Callable[[], Evidence]) -> Evidence:
+    """Examine a mode, which fails in whatever way torch says "not implemented".
+
+    Args:
+        examine: Compares it.
+
+    Returns:
+        The evidence, that of a failure included.
+    """
+    try:
+        return examine()
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        said = f"{error}".split("\n")[0][:300]
+        short = is_out_of_memory(error)
+        return Evidence(math.inf, math.inf, (), said, out_of_memory=short)
+
+
 def disagreements(
     problem: Problem, spec: OperatorSpec, mode: str, reference: str, *, batched: bool
 ) -> tuple[str, ...]:
@@ -314,7 +337,7 @@ def _disagreement(
         gaps += map(distance, got, want)
         norms += map(norm, want)
         del want, got  # before the next block's
-    return _relative(gaps, norms, floor=floor)
+    return relative(gaps, norms, floor=floor)
 
 
 def _linearised(
@@ -354,21 +377,35 @@ def _one_of_each_shape(problem: Problem) -> list[Batch]:
 
 def _gaps(got: Sequence[Tensor], want: Sequence[Tensor]) -> list[float]:
     """Relative error per parameter."""
-    return _relative(list(map(distance, got, want)), list(map(norm, want)))
+    return relative(list(map(distance, got, want)), list(map(norm, want)))
 
 
-def _relative(
+def relative(
     distances: Sequence[float], norms: Sequence[float], *, floor: float = 1e-6
 ) -> list[float]:
-    """Divide by the norms; rows far below the largest may be rounding."""
+    """Divide errors by norms; rows far below the largest may be rounding.
+
+    Args:
+        distances: Norms of the errors.
+        norms: Of the rows.
+        floor: How far below all rows together one may lie.
+
+    Returns:
+        Relative errors.
+    """
     least = floor * math.hypot(*norms) + 1e-300
     return [d / (n + least) for d, n in zip(distances, norms, strict=True)]
 
 
+def whole_bytes(problem: Problem) -> int:
+    """Count what an examination takes on the host: float64 vectors, and constants."""
+    frozen = sum(t.numel() for t in problem.model.constants.values())
+    return 8 * (HELD * problem.layout.size + frozen)
+
+
 def _check_host_memory(problem: Problem) -> None:
     """Refuse what the kernel would end the process for."""
-    frozen = sum(t.numel() for t in problem.model.constants.values())
-    needed = 8 * (HELD * problem.layout.size + frozen)
+    needed = whole_bytes(problem)
     available = psutil.virtual_memory().available
     if needed > available:
         msg = (
