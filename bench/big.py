@@ -1,11 +1,12 @@
 """Products whose operand is larger than 2 GiB, and vectors beyond 4 GiB on the wire.
 
-    python bench/big.py [--layers 8] [--width 8200] [--gigabytes 4.4]
+    python bench/big.py [--layers 32] [--width 4100] [--gigabytes 4.4]
 
 First a real model: an mlp with more than 2 GiB of float32 parameters is registered and
 verified by the real service, and one remote MatVec is compared, row by row, with central
-differences of a gradient that is written by hand, in float64, some rows at a time. Then
-the transport alone: a device that doubles in place, so that what is measured is the
+differences of a gradient that is written by hand, in float64, some rows at a time. It is
+verified layer by layer; what each stage of that held at most is printed as a table. Then the
+transport alone: a device that doubles in place, so that what is measured is the
 server's memory beside one vector.
 
 The server's peaks are given in float32 vectors of all parameters, beyond the parameters.
@@ -16,19 +17,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import wire
 from numpy.typing import NDArray
 
 import curvd
+from curvd.contract import Stage
 from curvd_server.device import torch_device
+from curvd_server.engine.verification import size
+from curvd_server.system import Ongoing
 
 WANT_VECTORS = 3.0
+WANT_VERIFIED = 1.2
+"""Most that an opening may hold beyond the parameters while it checks and verifies."""
 WANT_ERROR = 1e-4
 """Relative error of a row; the float32 of eight layers gives up to 4e-5."""
 STEP = 1e-7
@@ -170,10 +179,72 @@ def row_errors(net: Net, vector, result) -> Iterator[tuple[str, Array]]:
         }
 
 
+class Stages:
+    """What each stage of long work held at most, written down where it happens.
+
+    Args:
+        path: A line of JSON for each stage.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def watch(self) -> None:
+        """Note, in this process, the peak of resident memory whenever a stage ends."""
+        enter, leave = Ongoing.enter, Ongoing.__exit__
+
+        def entered(work: Ongoing, *stage, **more) -> None:
+            self._note(work)
+            enter(work, *stage, **more)
+
+        def left(work: Ongoing, *error) -> None:
+            self._note(work)
+            leave(work, *error)
+
+        Ongoing.enter, Ongoing.__exit__ = entered, left
+
+    def _note(self, work: Ongoing) -> None:
+        latest = work._entered[-1]
+        line = {
+            "work": work.work,
+            "stage": latest.stage,
+            "detail": latest.detail,
+            "seconds": time.monotonic() - latest.began_s,
+            "peak": wire.peak_bytes("self"),
+        }
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        wire.reset_peak("self")
+
+    def table(self, idle: int, column_bytes: int) -> tuple[str, float]:
+        """Read what was written.
+
+        Args:
+            idle: Resident bytes before a model was registered.
+            column_bytes: Of a float32 vector of all parameters.
+
+        Returns:
+            The table, and the most that a stage held which checks or verifies, in vectors
+            beyond the parameters, which are pages of a mapped file.
+        """
+        rows, most = [], 0.0
+        for text in self._path.read_text().splitlines():
+            line = json.loads(text)
+            if line["stage"] == Stage.WAITING:
+                continue
+            vectors = (line["peak"] - idle) / column_bytes - 1
+            name = f"{line['work']}: {line['stage']} {line['detail']}".strip()
+            rows.append(f"  {name:48} {line['seconds']:8.1f} {vectors:8.2f}")
+            if line["stage"] in (Stage.CHECKING, Stage.VERIFYING):
+                most = max(most, vectors)
+        head = f"  {'stage':48} {'seconds':>8} {'vectors':>8}"
+        return "\n".join([head, *rows]), most
+
+
 @contextlib.contextmanager
-def serving(kind: str) -> Iterator[tuple[int, curvd.Client]]:
+def serving(kind: str, *more: str) -> Iterator[tuple[int, curvd.Client]]:
     """Start a server; stop it so that it removes its files."""
-    process, line = wire.start(__file__, "--serve", kind)
+    process, line = wire.start(__file__, "--serve", kind, *more)
     try:
         with wire.connected(line) as client:
             yield process.pid, client
@@ -195,7 +266,11 @@ def of_a_model(net: Net) -> list[str]:
     """Multiply by a model's Hessian; return what was missed."""
     column_bytes = 4 * net.size
     config = {"widths": [net.width] * (net.layers + 1), "activation": "tanh"}
-    with serving("model") as (pid, client):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving("model", "--stages", f"{folder}/stages") as (pid, client),
+    ):
+        stages = Stages(Path(folder) / "stages")
         idle, start = wire.resident_bytes(pid), time.perf_counter()
         model = client.register_model("mlp", config, net.state())
         dataset = client.register_dataset(
@@ -212,11 +287,17 @@ def of_a_model(net: Net) -> list[str]:
         vector = np.random.default_rng(2).standard_normal(net.size, dtype=np.float32)
         result, seconds, peak = timed_product(pid, operator, vector)
         plan = operator.last.plan
+        table, verified = stages.table(idle, column_bytes)
     print(
         f"mlp, P = {net.size}, {column_bytes / 2**30:.2f} GiB: registered in "
         f"{registered_s:.0f} s (server's peak {registering:.2f} vectors), opened in "
         f"{opened_s:.0f} s ({opening:.2f} vectors), plan {plan.mode}, gap to central "
         f"differences {plan.difference_gap:.1e}, asymmetry {plan.symmetry_gap:.1e}"
+    )
+    print(table)
+    print(
+        f"checked and verified with {verified:.2f} vectors at most beyond the parameters "
+        f"(want <= {WANT_VERIFIED})"
     )
     start, worst, where, rows = time.perf_counter(), 0.0, "", 0
     for name, errors in row_errors(net, vector, result):
@@ -228,9 +309,11 @@ def of_a_model(net: Net) -> list[str]:
         f"parameters (want <= {WANT_VECTORS}); worst of {rows} rows off by {worst:.1e}, "
         f"in {where} (want <= {WANT_ERROR}; checked in {time.perf_counter() - start:.0f} s)"
     )
-    return ["model: memory"] * (not peak <= WANT_VECTORS) + ["model: result"] * (
-        not worst <= WANT_ERROR
-    )
+    return [
+        *["model: memory"] * (not peak <= WANT_VECTORS),
+        *["model: memory of verification"] * (not verified <= WANT_VERIFIED),
+        *["model: result"] * (not worst <= WANT_ERROR),
+    ]
 
 
 def of_the_transport(gigabytes: float) -> list[str]:
@@ -255,13 +338,17 @@ def of_the_transport(gigabytes: float) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=8, help="0: no model")
-    parser.add_argument("--width", type=int, default=8200)
+    parser.add_argument("--layers", type=int, default=32, help="0: no model")
+    parser.add_argument("--width", type=int, default=4100)
     parser.add_argument("--gigabytes", type=float, default=4.4, help="0: no transport")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--stages", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         model = arguments.serve == "model"
+        if model:
+            size.SHARE = 0.0  # layer by layer on any machine
+            Stages(arguments.stages).watch()
         wire.serve("tcp", torch_device.TorchDevice({}, "cpu") if model else Doubling())
         return 0
     curvd.tune_allocator()

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from curvd.contract.specs import DatasetSpec, LossSpec, OperatorSpec
-from curvd_server.engine import batch_product
+from curvd_server.engine import batch_product, check_gradient
 from curvd_server.engine.objective import chunked
 from curvd_server.engine.objective.objective import Problem
 from curvd_server.engine.operator import build
 from curvd_server.engine.tuning.plan import Plan
-from curvd_server.engine.verification import verify
+from curvd_server.engine.verification import patterns, size, verify
 from curvd_server.engine.verification.determinism import check_objective
+from curvd_server.engine.verification.projected import ProjectedReference
 from curvd_server.engine.verification.verify import HELD, Reference, disagreements
 from curvd_server.models import builders
 
@@ -35,6 +36,7 @@ KEPT = ("program", "double_backward")
 def problem(monkeypatch: pytest.MonkeyPatch) -> Problem:
     """A net in float32 whose parameters dwarf all else; mini-batches of four and three."""
     monkeypatch.setattr(chunked, "PIECE", 1 << 13)
+    monkeypatch.setattr(patterns, "_ROWS", 1)
     module = builders.BUILDERS["mlp"]({"widths": [WIDTH] * (LAYERS + 1)})
     generator = torch.Generator().manual_seed(0)
     arrays = {n: torch.randn(7, WIDTH, generator=generator) for n in ("x", "y")}
@@ -106,6 +108,30 @@ def test_examining_blocks_holds_no_more(peak, problem):
 def test_opening_an_operator_holds_no_more(mode, peak, problem, monkeypatch):
     monkeypatch.setattr(verify, "KEPT_BYTES", 0)  # of models that are not small
     assert peak(lambda: operator_of(problem, mode)) <= 2 * (HELD + ONE)
+
+
+LAYERWISE = 3 * 2 / LAYERS
+"""Three layers in float64: widened, its gradient, and a copy in the order of memory."""
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+@pytest.mark.parametrize("blocks", [None, (2,) * LAYERS])
+def test_verifying_layer_by_layer_holds_three_layers_in_float64(
+    kind, blocks, peak, problem
+):
+    spec = OperatorSpec(kind=kind, block_sizes=blocks)
+    # What directions are made of is kept, and as large for all models.
+    ProjectedReference(problem, spec).examine("program")
+    reference = ProjectedReference(problem, spec)
+    held = peak(lambda: reference.examine("program"))
+    assert held <= LAYERWISE + ONE
+
+
+def test_opening_a_large_model_holds_no_more(peak, problem, monkeypatch):
+    monkeypatch.setattr(size, "SHARE", 0.0)
+    monkeypatch.setattr(batch_product, "EMITTED_BYTES", 1 << 20)
+    assert peak(lambda: operator_of(problem, "program")) <= LAYERWISE + ONE
+    assert peak(lambda: check_gradient(problem, lambda: False)) <= LAYERWISE + ONE
 
 
 def test_asking_for_the_sum_over_data_holds_two_float64_vectors(peak, problem):

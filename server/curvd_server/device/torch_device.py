@@ -34,7 +34,7 @@ from curvd.contract import (
     WorkerInfo,
 )
 from curvd.errors import InvalidSpec
-from curvd.tensors import Pool
+from curvd.tensors import Pool, trim_allocator
 from curvd_server.device.factored import FactoredOperator, SharedFactors
 from curvd_server.device.translated import translated
 from curvd_server.engine import (
@@ -66,6 +66,8 @@ _CANNOT_RUN = (
 
 Arrays = Mapping[str, NDArray[Any]]
 
+_TRIMMED_BYTES = 64 << 20
+"""After loading a model of this size, memory that was needed meanwhile is given back."""
 _RESIDENT_SHARE = 0.25
 """Of a CUDA device's free memory; larger datasets stay on the host."""
 
@@ -276,7 +278,7 @@ class TorchDevice:
         module = self._models.build(model, rows)
         with translated():
             try:
-                return Problem.load(
+                problem = Problem.load(
                     module,
                     as_tensors(state),
                     as_tensors(arrays),
@@ -300,6 +302,10 @@ class TorchDevice:
                     f"{type(error).__name__}: {first_line}"
                 )
                 raise InvalidSpec(msg, builder=model.builder) from error
+        del module  # whose own values take as much memory as the state
+        if sum(p.nbytes for p in problem.parameters) >= _TRIMMED_BYTES:
+            trim_allocator()
+        return problem
 
     def _resident_bytes(self) -> float:
         """Say how large a dataset may be that lies on the device."""

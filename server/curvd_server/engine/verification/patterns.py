@@ -28,7 +28,7 @@ WIDTH = 16381
 """A prime, so that the rows of the pattern never lie in line with those of a parameter."""
 _POOL = 4
 """Widths of normals, of which each parameter's ``n`` is a part of its own."""
-_ROWS = 64
+_ROWS = 16
 """Rows of the pattern that are in float64 at once."""
 PROJECTIONS = 8
 """An estimate of a norm by so many is a hundredth of it with odds of 1e-15."""
