@@ -110,9 +110,10 @@ fuzz: $(VENV)/dev.stamp ## a hundred thousand hostile graphs, in about ten minut
 storm-net: $(VENV)/dev.stamp ## floods and hoards beside a client that multiplies, in about an hour and a half
 	PYTHONPATH=tests $(BIN)/python tests/storm_net.py
 
-ray-test: $(VENV)/dev.stamp ## workers on a Ray cluster of a head and a node on loopback addresses
+ray-test: $(VENV)/dev.stamp ## a storm on a Ray cluster of a head and two nodes on loopback addresses
 	$(PIP) -e '.[ray]'
 	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests $(BIN)/python tests/ray_cluster.py
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests $(BIN)/python tests/ray_cluster.py --by-client --only-nodes --seconds 30
 
 storm-workers: $(VENV)/dev.stamp ## workers killed, frozen and cut off beside clients, in about ten minutes
 	PYTHONPATH=tests $(BIN)/python tests/storm_workers.py

@@ -27,7 +27,7 @@ from support.fleets import WIDTHS, B, arrays, eager_hessian, state
 
 import curvd
 
-PATIENT = curvd.ClientConfig(retry=curvd.RetryConfig(give_up_s=300.0))
+PATIENT = curvd.ClientConfig(retry=curvd.RetryConfig(give_up_s=900.0))
 WORKER = "curvd_server.fleet.worker"
 LOSS = curvd.LossSpec(
     name="cross_entropy", ignore_index=-1, class_weights=(1.0, 2.0, 0.5)
