@@ -3,6 +3,7 @@
 import contextlib
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -91,6 +92,13 @@ def _at_work(channel):
     return list(info.activities)
 
 
+def _wait_until_idle(channel):
+    end_s = time.monotonic() + 60
+    while work := _at_work(channel):
+        assert time.monotonic() < end_s, work
+        time.sleep(0.01)
+
+
 @pytest.mark.usefixtures("answers")
 def test_a_foreign_client_is_told_and_may_leave(tmp_path):
     device = _held()
@@ -104,8 +112,7 @@ def test_a_foreign_client_is_told_and_may_leave(tmp_path):
             "mine",
         )
         answers.cancel()
-        while _at_work(channel):
-            pass
+        _wait_until_idle(channel)
         assert device.operators == []
 
 
@@ -114,8 +121,7 @@ def test_the_deadline_of_an_opening_holds_while_it_tells_how_far_it_is(tmp_path)
     with server(tmp_path, device) as channel:
         with pytest.raises(curvd.DeadlineExceeded):
             raw.call(channel, "OpenSession", _asked(channel), timeout=0.3)
-        while _at_work(channel):
-            pass
+        _wait_until_idle(channel)
         assert device.operators == []
 
 
