@@ -308,6 +308,25 @@ def test_what_is_closed_is_forgotten_by_all(two):
     assert len(two.registry.numbers()) == 1
 
 
+def test_what_is_closed_waits_for_no_worker_that_is_gone(two, monkeypatch):
+    """It would be waited for on the device's thread, by everybody."""
+    operator = built(load(device_of(two)))
+    monkeypatch.setattr(fleets, "_BACKOFF_S", 0.5)
+    monkeypatch.setattr(two.launcher, "start", lambda invitation: None)
+    two.launcher.end(1)
+    while two.seats[1].is_ready:
+        threading.Event().wait(0.01)
+    asked, ask = [], two.all
+
+    def noted(requests, **options):
+        asked.extend(requests)
+        return ask(requests, **options)
+
+    monkeypatch.setattr(two, "all", noted)
+    operator.close()
+    assert asked == [0]
+
+
 def test_a_fleet_of_one_has_the_memory_of_one_device():
     """Budgets are shared among shards, so that all of them together keep to it."""
     with fleet_of(1) as fleet:

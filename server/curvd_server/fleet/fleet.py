@@ -183,10 +183,12 @@ class Fleet:
 
         Args:
             ranks: Those that hold it.
-            message: What; a worker that is started from now on never makes it.
+            message: What; a worker that is started from now on never makes it, so nobody
+                waits for one that is gone.
         """
         with self._changed:
             self.registry.forget(message)
+            ranks = [rank for rank in ranks if self.seats[rank].is_ready]
         # While the server ends, so do they.
         with suppress(Unavailable):
             self.all(dict.fromkeys(ranks, Request(message)), cancelled=lambda: False)
