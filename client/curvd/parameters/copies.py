@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from curvd.tensors import to_numpy
+from curvd.tensors import loaded, to_numpy
 
 
 def copied(value: Any) -> NDArray[Any] | None:
@@ -29,7 +28,7 @@ def copied(value: Any) -> NDArray[Any] | None:
 
 def _is_elsewhere(value: Any, seen: NDArray[Any]) -> bool:
     """Tell whether seeing a tensor as NumPy was a copy already: off a GPU, or widened."""
-    torch = sys.modules.get("torch")
+    torch = loaded("torch")
     if torch is None or not isinstance(value, torch.Tensor):
         return False
     return bool(value.data_ptr() != seen.ctypes.data)

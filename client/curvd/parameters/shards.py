@@ -7,12 +7,11 @@ size, as bytes, before and after the commit; nothing is pickled.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from curvd.errors import BY_REASON, CurvdError, InvalidTensors, Unavailable
-from curvd.tensors import Box
+from curvd.tensors import Box, loaded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +32,7 @@ def sharded(values: Mapping[str, Any]) -> dict[str, DTensor]:
     Returns:
         Those that are DTensors, as FSDP2 and tensor parallelism make them.
     """
-    module = sys.modules.get("torch.distributed.tensor")
+    module = loaded("torch.distributed.tensor")
     if module is None:
         return {}
     return {n: v for n, v in values.items() if isinstance(v, module.DTensor)}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from curvd.errors import InvalidSpec
+from curvd.tensors import loaded
 
 _COUNT, _INNER = "n_averaged", "module."
 """What a state dict of `torch.optim.swa_utils.AveragedModel` has: its count, and the rest."""
@@ -21,7 +21,7 @@ def unwrapped(value: Any) -> Any:
     Returns:
         The module within; what is no wrapper as it is.
     """
-    torch = sys.modules.get("torch")
+    torch = loaded("torch")
     if torch is None:
         return value
     parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
@@ -47,9 +47,9 @@ def exportable(module: Any) -> Any:
         InvalidSpec: If its parameters are shards: no rank has the whole of them.
     """
     inner = unwrapped(module)
-    torch = sys.modules.get("torch")
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is None or not isinstance(inner, torch.nn.Module):  # type: ignore[union-attr]
+    torch = loaded("torch")
+    distributed = loaded("torch.distributed.tensor")
+    if distributed is None or not isinstance(inner, torch.nn.Module):
         return inner
     for name, parameter in inner.named_parameters():
         if isinstance(parameter, distributed.DTensor):
@@ -76,7 +76,7 @@ def state_of(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         return _without_count(value)
-    torch = sys.modules.get("torch")
+    torch = loaded("torch")
     if torch is None or not isinstance(value, torch.nn.Module):
         return value
     state: Mapping[str, Any] = unwrapped(value).state_dict()
@@ -93,11 +93,11 @@ def _without_count(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _is_averaged(value: Any) -> bool:
     """Tell what averages the parameters of a training; its file may not be imported."""
-    averages = sys.modules.get("torch.optim.swa_utils")
+    averages = loaded("torch.optim.swa_utils")
     return averages is not None and isinstance(value, averages.AveragedModel)
 
 
 def _is_compiled(value: Any) -> bool:
     """Tell what torch.compile returns; its class is imported with the compiler only."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    dynamo = loaded("torch._dynamo.eval_frame")
     return dynamo is not None and isinstance(value, dynamo.OptimizedModule)

@@ -11,6 +11,7 @@ from curvd.tensors.boxes import Box, dump_boxes, load_boxes
 from curvd.tensors.buffer_pool import Buffer, Pool
 from curvd.tensors.finite import first_beyond, first_nan, first_not_finite
 from curvd.tensors.half_precision import ITEM_BYTES, NARROW, narrow, widen
+from curvd.tensors.loaded import loaded
 from curvd.tensors.random_probes import probes
 from curvd.tensors.safetensors_header import MAX_HEADER_BYTES, Header
 from curvd.tensors.vectors import (
@@ -40,6 +41,7 @@ __all__ = [
     "first_nan",
     "first_not_finite",
     "load_boxes",
+    "loaded",
     "narrow",
     "operand",
     "probes",

@@ -7,7 +7,6 @@ the wire columns lead: [K, P]. Nothing here imports torch: whoever passes a tens
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from curvd.contract import Dtype, ParameterLayout
 from curvd.errors import InvalidSpec, InvalidVector
 from curvd.tensors.finite import first_not_finite
+from curvd.tensors.loaded import loaded
 
 Array = NDArray[Any]
 Layout = Literal["flat", "list", "dict"]
@@ -171,7 +171,7 @@ def to_numpy(value: Any) -> Array | None:
     """
     if isinstance(value, np.ndarray | np.generic):
         return np.asarray(value)
-    torch = sys.modules.get("torch")
+    torch = loaded("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         tensor = value.detach().cpu().resolve_conj().resolve_neg()
         if tensor.dtype == torch.bfloat16:
@@ -181,7 +181,7 @@ def to_numpy(value: Any) -> Array | None:
 
 
 def _is_array(value: Any) -> bool:
-    torch = sys.modules.get("torch")
+    torch = loaded("torch")
     return isinstance(value, np.ndarray) or (
         torch is not None and isinstance(value, torch.Tensor)
     )
@@ -191,7 +191,7 @@ def _like(model: Any, array: Array) -> Any:
     """Turn a result into what the caller passed: NumPy, or torch on its device."""
     if isinstance(model, np.ndarray):
         return array
-    tensor = sys.modules["torch"].from_numpy(array)
+    tensor = loaded("torch").from_numpy(array)
     return tensor.to(device=model.device, dtype=model.dtype)
 
 
