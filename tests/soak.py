@@ -28,7 +28,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 from support import team
-from support.flatness import Watch
+from support.flatness import Watch, held
 
 import curvd
 from curvd_server.transport import token_file
@@ -51,6 +51,8 @@ LIMITS = {
 """How much each may grow in an hour."""
 PATIENCE_S = 90.0
 """Until what was given up is gone when all have left."""
+MOST_DESCRIPTORS = 8
+"""What may be open when all have left that was not when nobody had come."""
 SCRAPE_S = 5.0
 
 
@@ -93,7 +95,7 @@ def scrape(place):
     }
 
 
-def left_behind(target, token, folder):
+def left_behind(target, token, process, folder, before):
     """What is still held when everybody has left; nothing, if all is well."""
     end_s, found = time.monotonic() + PATIENCE_S, {}
     while time.monotonic() < end_s:
@@ -106,6 +108,9 @@ def left_behind(target, token, folder):
                 "columns under way": status.queue_columns,
                 "blobs": len(list((folder / "data/blobs").glob("*"))),
             }
+        descriptors = held(process.pid, folder / "data")["descriptors"]
+        if descriptors > before + MOST_DESCRIPTORS:
+            found["descriptors"] = descriptors
         found = {what: count for what, count in found.items() if count}
         if not found:
             return found
@@ -126,13 +131,14 @@ def uncounted(place, people):
     return {what: n for what, n in counted.items() if n < done[what]}
 
 
-def scraping(place, until, failed):
-    """Scrape as Prometheus does, until the end."""
+def scraping(place, until, scraped):
+    """Scrape as Prometheus does, until the end; count how that went."""
     while not until():
         try:
             scrape(place)
-        except OSError as error:
-            failed[f"a scrape: {error}"] += 1
+            scraped["answered"] += 1
+        except OSError as error:  # the event loop had no processor for 5 s
+            scraped[str(error)] += 1
         time.sleep(SCRAPE_S)
 
 
@@ -160,12 +166,13 @@ def done_table(people):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--log", help="where the server's log is copied to")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server ends with us
     logging.getLogger("curvd").setLevel(logging.ERROR)  # not each retry
     tokens = {name: token_file.new_token() for name in (*NAMES, "expired")}
     strangers = [tokens["expired"], token_file.new_token()]
-    others, failed, place = {}, Counter(), free_place()
+    others, scraped, place = {}, Counter(), free_place()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with serving(folder, tokens, place) as (target, process):
@@ -177,24 +184,28 @@ def main():
                 for who in NAMES
             ]
             acts = [person.run for person in people]
-            acts.append(lambda: scraping(place, until, failed))
+            acts.append(lambda: scraping(place, until, scraped))
             threads = [threading.Thread(target=act, daemon=True) for act in acts]
+            before = held(process.pid, folder / "data")["descriptors"]
             with Watch(process.pid, folder / "data") as watch:
                 for thread in threads:
                     thread.start()
                 for thread in threads:
                     thread.join()
-            left = left_behind(target, tokens[OPERATOR], folder)
+            left = left_behind(target, tokens[OPERATOR], process, folder, before)
             less = uncounted(place, people)
         log = (folder / "log").read_text()
+        if options.log:
+            Path(options.log).write_text(log)
     defects = log.count('"event": "defect"') + log.count("never retrieved")
-    wrong = sum((person.wrong for person in people), failed)
+    wrong = sum((person.wrong for person in people), Counter())
     lines, missed = watch.table(WARM_S, PERIOD_S, LIMITS)
     load = ", ".join(f"{number:.0f}" for number in os.getloadavg())
     print(
         f"{options.minutes:g} minutes, the first {WARM_S:g} s not counted; load {load}"
     )
     print("\n".join([*lines, "", *done_table(people)]))
+    print(f"scrapes: {dict(scraped)}")
     print(f"wrong: {dict(wrong)}; defects: {defects}; left: {left}; uncounted: {less}")
     print("grew too fast, or not known:", ", ".join(missed) or "nothing")
     return int(bool(wrong or defects or left or less or missed))

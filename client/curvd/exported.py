@@ -5,11 +5,13 @@ Importing this costs nothing: torch is imported when something is exported.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from curvd.contract import Dtype, LossSpec, Mode, Normaliser, Output, member
 from curvd.errors import InvalidSpec, missing
@@ -17,6 +19,11 @@ from curvd.v1 import graph_pb2 as graph_pb
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_turn = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,30 @@ class Prepared:
     """``B``."""
 
 
+@functools.cache
+def _renewed_in_children() -> None:
+    """Have forked children begin with nobody exporting."""
+
+    def renew() -> None:
+        global _turn
+        _turn = threading.RLock()
+
+    os.register_at_fork(after_in_child=renew)
+
+
+def _one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
+    """Let threads export one after the other: torch's tracers patch what all share."""
+
+    @functools.wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+        _renewed_in_children()
+        with _turn:
+            return function(*args, **kwargs)
+
+    return alone
+
+
+@_one_at_a_time
 def export(
     module: nn.Module,
     inputs: Any,
@@ -139,6 +170,7 @@ def _captured(
     return ExportedModel(graph, state, needed, parameters)
 
 
+@_one_at_a_time
 def export_loss(
     loss: Callable[[Tensor, Tensor], Any],
     outputs: Tensor,
@@ -194,6 +226,7 @@ def export_loss(
     return capture_loss(loss, outputs, targets, normaliser, check=check)
 
 
+@_one_at_a_time
 def prepare(
     module: nn.Module,
     loss: Any,

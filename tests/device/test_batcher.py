@@ -1,7 +1,9 @@
 """Natural batching: who waited together runs together, in turns, and within bounds."""
 
+import gc
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError
 
 import numpy as np
@@ -371,3 +373,33 @@ def test_paces_of_operators_that_are_gone_are_forgotten(batcher):
     assert len(batcher._paces) == 1
     del operator
     assert not batcher._paces
+
+
+@pytest.fixture
+def no_collections():
+    """Nobody looks for circles of references."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("how", ["given up", "fails"])
+def test_what_a_run_worked_with_is_free_when_it_failed(batcher, no_collections, how):
+    operator = Gated()
+
+    def fail(columns):
+        raise Cancelled("as the engine says it")
+
+    operator.fails = fail
+    ticket = batcher.multiply(operator, columns(0))
+    operator.wait_until_running()
+    if how == "given up":
+        ticket.cancel()
+    operator.let()
+    with pytest.raises((Cancelled, CancelledError)):
+        result(ticket)
+    result(batcher.run(lambda poll: None))  # the device has let go of the run
+    gone = weakref.ref(operator)
+    del operator, fail
+    assert gone() is None  # the ticket is held still

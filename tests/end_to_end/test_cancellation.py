@@ -1,6 +1,10 @@
 """A client that disappears in the middle of a product stops it within one mini-batch."""
 
+import asyncio
+import contextlib
+import gc
 import threading
+import time
 
 import grpc
 import numpy as np
@@ -8,11 +12,13 @@ import pytest
 import raw
 
 pytest.importorskip("torch")
+import curvd
 from curvd.contract.rpcs import RPCS
 from curvd_server.app import serve_in_thread
 from curvd_server.config import ServerConfig
 from curvd_server.engine import operator
 from curvd_server.engine.tuning import autotune
+from curvd_server.storage.snapshots import Snapshot
 
 BATCHES, REACHED = 50, 3
 
@@ -62,3 +68,49 @@ def test_mini_batches_after_a_client_disappeared_are_not_computed(
             channel, "Gradient", RPCS["Gradient"].request.message(session_id=session.id)
         )
         assert Watched.done == REACHED
+
+
+def snapshots():
+    """How many files are held in memory."""
+    return sum(type(each) is Snapshot for each in gc.get_objects())
+
+
+async def give_up(target, model, data, v):
+    """Cancel a product in the middle, and end its session."""
+    async with curvd.aio.connect(target) as client:
+        session = await client.create_session(model, data, loss="mse")
+        Watched.reached.clear()
+        Watched.armed = True
+        product = asyncio.ensure_future(session.hessian() @ v)
+        assert await asyncio.to_thread(Watched.reached.wait, 300)
+        product.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await product
+        Watched.armed = False
+        await session.delete()
+
+
+def test_a_session_that_ended_after_cancelled_products_holds_no_data(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(operator, "Operator", Watched)
+    monkeypatch.setattr(autotune, "LONGEST_STEP_S", 0.0)  # one mini-batch at a time
+    rng = np.random.default_rng(0)
+    state = {"1.weight": rng.normal(size=(2, 3)), "1.bias": np.zeros(2)}
+    points = {"x": rng.normal(size=(BATCHES, 3)), "y": rng.normal(size=(BATCHES, 2))}
+    v = rng.normal(size=(8, 4000)).astype(np.float32)  # in several messages
+    config = ServerConfig(listen="127.0.0.1:0", data_dir=tmp_path)
+    with serve_in_thread(config) as target, curvd.connect(target) as client:
+        model = client.register_model("mlp", {"widths": [3, 2]}, state)
+        data = client.register_dataset(points, inputs=["x"], target="y", batch_size=1)
+        gc.collect()
+        before = snapshots()
+        gc.disable()  # it looks for circles of references; there must be none
+        try:
+            asyncio.run(give_up(target, model, data, v))
+            end_s = time.monotonic() + 60
+            while snapshots() > before and time.monotonic() < end_s:
+                client.healthy()
+            assert snapshots() == before
+        finally:
+            gc.enable()

@@ -22,6 +22,8 @@ WIDE = (2048, 400)
 SESSIONS = 4
 """The quota of each."""
 VECTOR_BYTES = 100_000
+PATIENT = curvd.RetryConfig(give_up_s=600.0)
+"""Other work may have the machine for a minute."""
 ABANDONED = "abandoned"
 """Name of sessions that nobody ends but their lease, or the operator."""
 QUOTAS = f"""\
@@ -116,10 +118,13 @@ class Person:
         visits = 0
         while not self.until():
             transport = ("direct", "grpcio")[visits % 2]
-            config = curvd.ClientConfig(token=self.token, transport=transport)
+            config = curvd.ClientConfig(
+                token=self.token, transport=transport, retry=PATIENT
+            )
             self._protected(self.visit, config)
             visits += 1
-        with curvd.connect(self.target, token=self.token) as client:
+        config = curvd.ClientConfig(token=self.token, retry=PATIENT)
+        with curvd.connect(self.target, config=config) as client:
             self.client = client
             for session in client.sessions():
                 if session.owner in ("", self.name):
@@ -187,9 +192,9 @@ class Person:
     def update(self):
         """New parameters, whose gradient NumPy knows."""
         self.problem.w = self.rng.standard_normal(self.problem.inputs + 1)
-        self.version += 1
         found = self.session.update_parameters(self.problem.state())
-        claim(found == self.version, f"version {found}, not {self.version}")
+        claim(found == self.version + 1, f"version {found} after {self.version}")
+        self.version = found
         gradient = self.session.gradient()[1]
         claim(np.allclose(gradient, self.problem.gradient(), atol=1e-8), "a gradient")
 
@@ -357,22 +362,22 @@ class Person:
 
     def abandon(self):
         """A session that nobody ends but its lease, or the operator."""
-        if len(self.left) >= 2 or self.operator:
+        if len(self.left) >= 4 or self.operator:
             return
         problem = LeastSquares(self.rng, SHAPES[1])
         model, data = problem.registered(self.client)
         self.client.create_session(
             model, data, loss="mse", dtype="F64", name=ABANDONED, lease_s=20.0
         )
-        self.left.append((model, data))
+        self.left += [("delete_model", model), ("delete_dataset", data)]
 
     def tidy(self):
         """Delete what abandoned sessions were made of, once they have ended."""
-        for model, data in list(self.left):
+        for each in list(self.left):
+            delete, what = each
             try:
-                self.client.delete_model(model)
-                self.client.delete_dataset(data)
-                self.left.remove((model, data))
+                getattr(self.client, delete)(what)
+                self.left.remove(each)
             except curvd.StillInUse:
                 self.done["StillInUse: abandoned"] += 1
 

@@ -45,6 +45,7 @@ from curvd_server.system import (
     Quotas,
     Threads,
     calling,
+    released,
 )
 
 T = TypeVar("T")
@@ -480,11 +481,12 @@ class Batcher:
                         lane.tickets.appendleft(ticket)
                 return
             self._leave(run)
-            run.tickets[0].set_exception(error)
+            run.tickets[0].set_exception(released(error))
         except Exception as error:
             if self._closed and isinstance(error, Cancelled):
                 error = _shutting_down()
             self._leave(run)
+            released(error)
             for ticket in run.tickets:
                 ticket.set_exception(error)
         else:

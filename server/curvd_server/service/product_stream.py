@@ -27,6 +27,7 @@ from curvd_server.service.outcomes import (
 from curvd_server.service.sinks import Sink
 from curvd_server.service.sources import Source
 from curvd_server.sessions import Lease
+from curvd_server.system import released
 
 Columns = NDArray[Any]
 
@@ -83,6 +84,7 @@ class _Product:
         try:
             await self._send()
         finally:
+            self._error = None  # its traceback holds this stream
             receiver.cancel()
             while not self._tickets.empty():
                 ticket = self._tickets.get_nowait()
@@ -100,7 +102,7 @@ class _Product:
         except Exception as error:
             # Not by cancelling the sender: a write that is cut off leaves a call that
             # cannot be ended with a status any more.
-            self._error = error
+            self._error = released(error)
         self._announced.set()
         self._tickets.put_nowait(None)
 

@@ -197,14 +197,14 @@ class Inline:
             allocate=self._allocate,
             arrived=self._check,
         )
-        self._chunks.receive_into(assembler.buffer_for)
-        async for chunk in self._chunks:
-            for piece in assembler.feed(chunk):
-                columns = await self._widened(piece)
-                del piece
-                self._checked += columns.size
-                yield columns.reshape(-1, size)
-                del columns
+        with self._chunks.received_into(assembler.buffer_for):
+            async for chunk in self._chunks:
+                for piece in assembler.feed(chunk):
+                    columns = await self._widened(piece)
+                    del piece
+                    self._checked += columns.size
+                    yield columns.reshape(-1, size)
+                    del columns
         assembler.finish()
 
     def _check(self, piece: Buffer, start: int, stop: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -62,14 +63,28 @@ class Chunks(AsyncIterator[memoryview]):
             self._first = await anext(self, None)
         return self._first is None
 
-    def receive_into(self, buffer_for: BufferProvider) -> None:
+    @contextlib.contextmanager
+    def received_into(self, buffer_for: BufferProvider) -> Iterator[None]:
         """Receive chunks where they belong, if the transport can.
 
         Args:
             buffer_for: Finds the place of the next chunk, all before were taken.
+
+        Yields:
+            Nothing. Afterwards the transport does not hold what it was asked for.
         """
-        if isinstance(self._parts, ReceivesInPlace):
-            self._parts.buffer_for = buffer_for
+        if not isinstance(self._parts, ReceivesInPlace):
+            yield
+            return
+        self._parts.buffer_for = buffer_for
+        try:
+            yield
+        finally:
+            self._parts.buffer_for = _anywhere
+
+
+def _anywhere(nbytes: int) -> memoryview | None:
+    return None
 
 
 class OneMessage:

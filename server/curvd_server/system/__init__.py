@@ -22,7 +22,7 @@ from curvd_server.system.cooperative import (
     yield_point,
 )
 from curvd_server.system.cores import is_quiet, usable_cores, waited_s
-from curvd_server.system.faults import FREE_SOME, is_out_of_memory, told
+from curvd_server.system.faults import FREE_SOME, is_out_of_memory, released, told
 from curvd_server.system.garbage import (
     collect_if_due,
     look_at_all,
@@ -89,6 +89,7 @@ __all__ = [
     "logger",
     "look_at_all",
     "none_while_building",
+    "released",
     "told",
     "usable_cores",
     "waited_s",

@@ -113,9 +113,13 @@ class LongWork(Generic[T]):
         self._finish(self._stopped)
 
     def result(self) -> T:
-        """Return what the work returned, or raise what it raised."""
+        """Return what the work returned, or raise what it raised; once."""
         if self._error is not None:
-            raise self._error
+            error, self._error = self._error, None
+            try:
+                raise error
+            finally:
+                del error  # or its traceback, with this frame, would hold itself
         (value,) = self._value
         return value
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import traceback
 from collections.abc import Iterator
+from typing import TypeVar
 
 from curvd.errors import CurvdError, DiskFull, FailedPrecondition, OutOfMemory
+
+E = TypeVar("E", bound=BaseException)
 
 FREE_SOME = (
     "have the server's operator free some space in its data directory, then try again; "
@@ -81,3 +85,27 @@ def told() -> Iterator[None]:
             )
             known = FailedPrecondition(msg)
         raise known from error
+
+
+def released(error: E) -> E:
+    """Let go of the frames through which an error came.
+
+    Whoever keeps an error, such as a future, is often held by one of these frames, or by one
+    that called it; in such a circle all that they worked with, a session's data say, would
+    stay until a full collection of garbage, which may be far away. Where one of ours came
+    from is no news; where a defect was stays with it as text, which logs print.
+
+    Args:
+        error: Was caught by the caller, who keeps it.
+
+    Returns:
+        The same.
+    """
+    if error.__traceback__ is not None and not isinstance(error, CurvdError):
+        error.add_note("".join(traceback.format_exception(error)))
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
