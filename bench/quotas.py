@@ -48,6 +48,7 @@ disk_bytes = 4_000_000
 uploads = 1
 columns = 8
 calls = 4
+connections = 64
 """
 COLUMNS = (
     *("quota", "alone ms", "beside ms", "ratio", "control ratio", "p99 ms"),

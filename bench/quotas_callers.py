@@ -6,6 +6,7 @@ interpreter and his own share of the cores, so its seconds of a processor can be
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import statistics
@@ -14,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from neighbours_multiplier import WIDTHS, opened, points_of, registered
@@ -95,8 +97,8 @@ def _ask(act: Callable[[], object], threads: int) -> None:
         def ask(stopped=stopped, came=came) -> None:
             while not stopped.is_set():
                 try:
-                    act()
-                    came["done"] += 1
+                    found = act()
+                    came.update(found if isinstance(found, Counter) else ["done"])
                 except curvd.ResourceExhausted as error:
                     came["refused"] += 1
                     came["of " + error.metadata.get("quota", "nothing")] += 1
@@ -182,6 +184,73 @@ def more_columns(client: curvd.Client, held: Held) -> Callable[[], object]:
     return lambda: H @ V
 
 
+def more_connections(client: curvd.Client, held: Held) -> Callable[[], object]:
+    """He makes a thousand calls at once, each on a connection of its own."""
+    return Storm(*sys.argv[2:], held)
+
+
+STORM = 1000
+"""Connections of one caller."""
+
+
+class Storm:
+    """As many calls at once, each of which takes a connection of its own."""
+
+    def __init__(self, target: str, token: str, held: Held) -> None:
+        self._target, self._token = target, token
+        self._until_s = 0.0
+        self._came: Counter[str] = Counter()
+        self._loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=self._loop.run_forever)
+        thread.start()
+        held.callback(thread.join)
+        held.callback(self._loop.call_soon_threadsafe, self._loop.stop)
+        begun = asyncio.run_coroutine_threadsafe(self._begin(), self._loop)
+        tasks = begun.result()
+        held.callback(
+            lambda: asyncio.run_coroutine_threadsafe(
+                self._end(tasks), self._loop
+            ).result()
+        )
+
+    async def _begin(self) -> list[asyncio.Task[None]]:
+        self._client = curvd.aio.connect(self._target, config=ONCE, token=self._token)
+        await self._client.__aenter__()
+        (first, *_) = await self._client.sessions()
+        session = await self._client.session(first.id)
+        v = np.ones(session.layout.size, np.float32)
+        return [
+            asyncio.create_task(self._ask(session.hessian(), v)) for _ in range(STORM)
+        ]
+
+    async def _end(self, tasks: list[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._client.__aexit__(None, None, None)
+
+    async def _ask(self, H: Any, v: np.ndarray) -> None:
+        while True:
+            if time.monotonic() > self._until_s:
+                await asyncio.sleep(0.05)
+                continue
+            try:
+                await (H @ v)
+                self._came["done"] += 1
+            except curvd.ResourceExhausted as error:
+                self._came["refused"] += 1
+                self._came["of " + error.metadata.get("quota", "nothing")] += 1
+            except curvd.CurvdError as error:
+                self._came[type(error).__name__] += 1
+
+    def __call__(self) -> Counter[str]:
+        """Let them ask for a moment; say what came of it."""
+        self._until_s = time.monotonic() + 0.1
+        time.sleep(0.05)
+        came, self._came = self._came, Counter()
+        return came
+
+
 Act = Callable[[curvd.Client, Held], Callable[[], object]]
 QUOTAS: dict[str, tuple[Act, int]] = {
     "sessions": (more_sessions, 1),
@@ -190,6 +259,7 @@ QUOTAS: dict[str, tuple[Act, int]] = {
     "uploads": (more_uploads, 1),
     "columns": (more_columns, 4),
     "calls": (more_columns, 8),
+    "connections": (more_connections, 1),
 }
 """What he does, and from how many threads, by the quota that stops him."""
 

@@ -11,6 +11,7 @@ import pytest
 
 pytest_plugins = [
     "support.client_fixtures",
+    "support.disks",
     "support.places",
     "support.server_fixtures",
 ]

@@ -2,9 +2,7 @@
 
 import errno
 import os
-import shutil
 import signal
-import subprocess
 import tempfile
 
 import numpy as np
@@ -109,60 +107,6 @@ def test_a_disk_that_is_almost_full_is_said_and_the_server_starts(
     with server(tmp_path):
         pass
     assert said == ["disk almost full"]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of two megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m,mode=0700", "none", str(folder)]
-    if os.geteuid() or not shutil.which("mount") or subprocess.run(command).returncode:
-        pytest.skip("only root mounts a small disk")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def filled(folder):
-    """Leave no byte free."""
-    path = folder / "filler"
-    with path.open("wb", buffering=0) as file:
-        for size in (1 << 16, 1 << 12, 1):
-            try:
-                while True:
-                    file.write(bytes(size))
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
-    return path
-
-
-def test_a_full_disk_loses_nothing_and_the_server_goes_on(small_disk):
-    update = session_pb.RenewSessionRequest(lease={"seconds": 60})
-    with server(small_disk) as channel:
-        made = raw.fake_session(channel)
-        filler = filled(small_disk)
-        update.session_id = made.id
-        with pytest.raises(DiskFull, match=r"full.*free some space"):
-            for _ in range(300):  # until the pages that SQLite has are used up
-                raw.call(channel, "RenewSession", update)
-                raw.fake_session(channel)
-        with pytest.raises(DiskFull):
-            raw.register_dataset(channel, bytes(1 << 20))
-        found = raw.call(channel, "ListSessions", session_pb.ListSessionsRequest())
-        before = {s.id for s in found.sessions}
-        assert made.id in before
-    with server(small_disk) as channel:  # it starts on a full disk, too
-        found = raw.call(channel, "ListSessions", session_pb.ListSessionsRequest())
-        assert {s.id for s in found.sessions} == before
-        filler.unlink()
-        assert raw.fake_session(channel).id not in before
-
-
-def test_a_start_on_a_full_disk_that_holds_nothing_is_one_error(small_disk):
-    filled(small_disk)
-    with pytest.raises((DiskFull, FailedPrecondition), match="full"):
-        with server(small_disk):
-            pass
 
 
 def test_a_killed_server_leaves_nothing_behind(tmp_path, monkeypatch):

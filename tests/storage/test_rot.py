@@ -96,6 +96,7 @@ KINDS = {
     "datasets/d.safetensors": {"mounted"},
     "data/catalogue.sqlite": set(),
     "data/catalogue.mirror.sqlite": set(),
+    "data/catalogue.sqlite.reserve": set(),
 }
 
 

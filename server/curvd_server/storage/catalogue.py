@@ -371,7 +371,7 @@ class Catalogue:
 
     def delete_session(self, session_id: str) -> None:
         """Forget a session and its versions."""
-        self._db.write(("DELETE FROM sessions WHERE id = ?", (session_id,)))
+        self._db.free(("DELETE FROM sessions WHERE id = ?", (session_id,)))
 
     def delete(self, table: str, name: str) -> None:
         """Forget a model or a dataset.
@@ -381,7 +381,7 @@ class Catalogue:
             name: Its id.
         """
         assert table in ("models", "datasets")
-        self._db.write((f"DELETE FROM {table} WHERE id = ?", (name,)))
+        self._db.free((f"DELETE FROM {table} WHERE id = ?", (name,)))
 
     def referenced(self) -> set[str]:
         """Collect the digests of all blobs that something needs."""

@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 from curvd.errors import CurvdError, DataLoss, DiskFull, FailedPrecondition
 from curvd_server.storage.partial_upload import fsync_directory
+from curvd_server.storage.reserve import Reserve
 from curvd_server.system import logger
 
 Row = dict[str, Any]
@@ -99,6 +100,7 @@ class Database:
         self._schema, self._path = schema, path
         self._second_path = path.with_suffix(f".mirror{path.suffix}")
         self._lock = threading.Lock()
+        self._reserve = Reserve(path.with_name(f"{path.name}.reserve"))
         self._second: sqlite3.Connection | None = None
         with _typed():
             self._first = self._opened(is_new)
@@ -168,9 +170,29 @@ class Database:
             FailedPrecondition: If the files cannot be written.
         """
         with self._lock:
-            with _typed():
-                _transaction(self._first, statements)
-            self._copy_to_second(statements)
+            self._write(statements)
+
+    def free(self, *statements: Statement) -> None:
+        """Delete something; on a full disk too, in space that is kept for that.
+
+        Args:
+            *statements: As for `write`.
+
+        Raises:
+            DiskFull: If even that does not do; then nothing has changed.
+            FailedPrecondition: If the files cannot be written.
+        """
+        with self._lock:
+            try:
+                self._write(statements)
+            except DiskFull:
+                with self._reserve.opened():
+                    self._write(statements)
+
+    def _write(self, statements: Sequence[Statement]) -> None:
+        with _typed():
+            _transaction(self._first, statements)
+        self._copy_to_second(statements)
 
     def close(self) -> None:
         """Close both files."""

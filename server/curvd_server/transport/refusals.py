@@ -17,7 +17,7 @@ PER_SECOND = 50.0
 """Refusals of one caller: their cost is a fiftieth of the event loop's time."""
 AT_ONCE = 50
 """Refusals without a pause, of a caller who had none lately."""
-LONGEST_S = 2.0
+LONGEST_S = 10.0
 """Longest time that a refusal is put off."""
 
 
