@@ -3,13 +3,16 @@
     python bench/influence.py [--check]
 
 The net is the mlp of solves_nets.py. The exact scores are dense, from torch.func: gradients
-of single losses and an inverse of the Gauss-Newton matrix. `served` is `session.influence`,
-asked of a server in this process over a socket; `kronfluence`, if it is installed, its EKFAC
-scores with the same damping. CPU seconds are of the whole process, server and client; bytes
-are what the client's connection received. With --check the exit status is 1 if a target is
-missed:
+of single losses and an inverse of the Gauss-Newton matrix. Each contestant has a process of its
+own: `served` is `session.influence`, asked of a server in that process over a socket; `ekfac` is
+the same of `session.ekfac(fisher="empirical")`, whose systems are closed forms; `kronfluence`, if
+it is installed, makes EKFAC scores of the same Fisher with the same damping. CPU seconds are of
+the whole process, server and client, factors included and imports not; memory is the largest
+resident set of the process, and what it was before the first score. Bytes are what the client's
+connection received. With --check the exit status is 1 if a target is missed:
 
-- each query's Spearman correlation with the dense answer is at least 0.999;
+- each query's Spearman correlation of `served` with the dense answer is at least 0.999;
+- scores of `ekfac` are those of kronfluence to 1e-6;
 - what is received is at most the answer and 10 kB, of influence and of predictions;
 - variances of predictions are those of a dense inverse to 1e-6;
 - the products with a sketch, its own counted, are at most those without at the smallest
@@ -19,10 +22,15 @@ missed:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import resource
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +94,10 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def kronfluence_scores(net: Trained, damping: float) -> Any:
-    """Compute EKFAC's scores by the peer: [M, N]; None if it is not installed."""
-    try:
-        from kronfluence.analyzer import Analyzer, prepare_model
-        from kronfluence.arguments import FactorArguments, ScoreArguments
-        from kronfluence.task import Task
-    except ImportError:
-        return None
+    """Compute EKFAC's scores of the empirical Fisher by the peer: [M, N]."""
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments, ScoreArguments
+    from kronfluence.task import Task
 
     class Digits(Task):
         def compute_train_loss(
@@ -123,6 +128,7 @@ def kronfluence_scores(net: Trained, damping: float) -> Any:
         wide = torch.float64
         factors = FactorArguments(
             strategy="ekfac",
+            use_empirical_fisher=True,
             activation_covariance_dtype=wide,
             gradient_covariance_dtype=wide,
             per_sample_gradient_dtype=wide,
@@ -153,40 +159,107 @@ def report(what: str, figure: str, good: bool) -> bool:
     return good
 
 
-def influence(session: curvd.Session, net: Trained, received: Received) -> list[bool]:
+def resident_bytes() -> int:
+    """Tell the largest resident set that this process had."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def contestant(name: str, folder: Path) -> None:
+    """Make scores at each damping in this process, and write down what they took.
+
+    Args:
+        name: Whose.
+        folder: Where to.
+    """
+    net, received = mlp(), Received()
+    x, y = net.test_inputs[:QUERIES], net.test_targets[:QUERIES]
+    took: dict[str, Any] = {}
+
+    def note(damping: float, work: Callable[[], Any], **more: Any) -> Any:
+        before = resident_bytes()
+        seconds, found = timed(work)
+        after = resident_bytes()
+        took[f"{damping:g}"] = more | {"s": seconds, "before": before, "peak": after}
+        return found
+
+    if name == "kronfluence":
+        import kronfluence  # noqa: F401 - importing is not what is measured
+
+        for damping in DAMPINGS:
+            scores = note(damping, lambda d=damping: kronfluence_scores(net, d))
+            np.save(folder / f"{name}-{damping:g}.npy", scores)
+    else:
+        with served(net) as session:
+            operator = session.ekfac(fisher="empirical") if name == "ekfac" else session
+            if name == "served":
+                session.influence((x, y), damping=1.0)  # builds the operator
+            for damping in DAMPINGS:
+                received.nbytes = 0
+                found = note(
+                    damping, lambda d=damping: operator.influence((x, y), damping=d)
+                )
+                over = received.nbytes - found.scores.nbytes
+                took[f"{damping:g}"] |= {"over": over, "products": found.products}
+                np.save(folder / f"{name}-{damping:g}.npy", found.scores)
+    (folder / f"{name}.json").write_text(json.dumps(took))
+
+
+@contextlib.contextmanager
+def served(net: Trained) -> Iterator[curvd.Session]:
+    """Serve a session of the net from this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = ServerConfig(
+            listen="127.0.0.1:0", data_dir=Path(folder), drain_s=0.0, threads=1
+        )
+        with serve_in_thread(config) as target, curvd.connect(target) as client:
+            yield client.session_for(
+                net.net, "cross_entropy", (net.inputs, net.targets), batch_size=500
+            )
+
+
+def contest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Have each contestant compute in a process of its own; by name, what it took."""
+    found = {}
+    for name in ("served", "ekfac", "kronfluence"):
+        if name == "kronfluence" and find_spec(name) is None:
+            print("kronfluence is not installed")
+            continue
+        command = [sys.executable, __file__, "--contestant", name, "--folder", folder]
+        subprocess.run(list(map(str, command)), check=True)
+        found[name] = json.loads((folder / f"{name}.json").read_text())
+    return found
+
+
+def influence(net: Trained, folder: Path) -> list[bool]:
     """Compare scores with the dense ones, at each damping."""
     x, y = net.test_inputs[:QUERIES], net.test_targets[:QUERIES]
     G, J, Q = net.ggn(), gradients(net, net.inputs, net.targets), gradients(net, x, y)
-    passed = []
-    session.influence((x, y), damping=1.0)  # builds the operator
+    passed, contestants = [], contest(folder)
     for damping in DAMPINGS:
         damped = G + damping * torch.eye(len(G), dtype=G.dtype)
         exact = (Q @ torch.linalg.solve(damped, J.T)).numpy()
-        received.nbytes = 0
-        seconds, found = timed(lambda d=damping: session.influence((x, y), damping=d))
-        ranks = rank_correlations(found.scores, exact)
-        what = f"influence at damping {damping:g}"
-        passed.append(
-            report(
-                f"{what}: smallest Spearman",
-                f"{ranks.min():.5f}, {found.products} products",
-                bool(ranks.min() >= 0.999),
+        what, scores = f"influence at damping {damping:g}", {}
+        for name, all_took in contestants.items():
+            took = all_took[f"{damping:g}"]
+            scores[name] = np.load(folder / f"{name}-{damping:g}.npy")
+            ranks = rank_correlations(scores[name], exact)
+            mib = [took[which] / 2**20 for which in ("peak", "before")]
+            print(
+                f"{what}: {name:12} Spearman {ranks.mean():.3f} (least {ranks.min():.5f}), "
+                f"{took['s']:.2f} CPU s, peak {mib[0]:.0f} MiB ({mib[1]:.0f} before)"
             )
-        )
-        over = received.nbytes - found.scores.nbytes
-        passed.append(
-            report(f"{what}: bytes beside the scores", f"{over}", over <= 10_000)
-        )
-        print(f"{what}: {seconds:.2f} CPU s")
-        theirs, scores = timed(lambda d=damping: kronfluence_scores(net, d))
-        if scores is None:
-            print("kronfluence is not installed")
-            continue
-        ranks = rank_correlations(scores, exact)
-        print(
-            f"kronfluence (EKFAC) at damping {damping:g}: mean Spearman "
-            f"{ranks.mean():.3f}, {theirs:.2f} CPU s"
-        )
+            if name == "served":
+                figure = f"{ranks.min():.5f}, {took['products']} products"
+                row = f"{what}: smallest Spearman"
+                passed.append(report(row, figure, bool(ranks.min() >= 0.999)))
+            if "over" in took:
+                row, over = f"{what}: {name}, bytes beside the scores", took["over"]
+                passed.append(report(row, f"{over}", over <= 10_000))
+        if "kronfluence" in scores:
+            gap = np.linalg.norm(scores["ekfac"] - scores["kronfluence"])
+            gap /= np.linalg.norm(scores["kronfluence"])
+            row = f"{what}: ekfac is kronfluence's"
+            passed.append(report(row, f"{gap:.1e}", bool(gap <= 1e-6)))
     return passed
 
 
@@ -228,21 +301,21 @@ def main() -> int:
     """Print all rows; 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="fail below a target")
-    check = parser.parse_args().check
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
     torch.set_num_threads(1)
-    net, received = mlp(), Received()
+    if asked.contestant:
+        contestant(asked.contestant, asked.folder)
+        return 0
+    net = mlp()
     with tempfile.TemporaryDirectory() as folder:
-        config = ServerConfig(
-            listen="127.0.0.1:0", data_dir=Path(folder), drain_s=0.0, threads=1
-        )
-        with serve_in_thread(config) as target, curvd.connect(target) as client:
-            session = client.session_for(
-                net.net, "cross_entropy", (net.inputs, net.targets), batch_size=500
-            )
-            passed = influence(session, net, received)
-            passed.append(sketched(session, net))
-            passed += predictions(session, net, received)
-    return int(check and not all(passed))
+        passed = influence(net, Path(folder))
+    received = Received()
+    with served(net) as session:
+        passed.append(sketched(session, net))
+        passed += predictions(session, net, received)
+    return int(asked.check and not all(passed))
 
 
 if __name__ == "__main__":

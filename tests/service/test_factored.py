@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from support.small_net import WIDTHS, data, module, open_session
 from torch import nn
 
 import curvd
+from curvd.cli.commands import main
 from curvd.errors import InvalidSpec, OutOfMemory
 
 kfac = pytest.importorskip("curvlinops.kfac")
@@ -93,6 +97,46 @@ def test_draws_have_the_covariance_of_the_posterior(session):
     found = draws @ draws.T / draws.shape[1]
     # The error of a covariance of S draws is sqrt(P / S) of its size, about.
     assert error(found, exact) < 2 * np.sqrt(SIZE / draws.shape[1])
+
+
+def test_systems_and_influence_of_it_are_closed_forms_with_true_residuals(session):
+    K = session.ekfac(fisher="type-2", scale=3.0)
+    dense = 3 * peer("ekfac", "type-2") + 0.1 * np.eye(SIZE)
+    b = np.arange(SIZE) / SIZE
+    found = K.solve(b, damping=0.1, tolerance=1e-10)
+    np.testing.assert_allclose(found.x, np.linalg.solve(dense, b), rtol=1e-9)
+    assert found.converged and found.products == 1  # that of the residual
+    assert 0 < found.relative_residuals[0] < 1e-12
+    J = session.loss_jacobian() @ np.eye(SIZE)
+    scores = K.influence(None, damping=0.1, tolerance=1e-10)
+    np.testing.assert_allclose(
+        scores.scores, J @ np.linalg.solve(dense, J.T), rtol=1e-5, atol=1e-7
+    )
+    assert scores.products == len(J)
+
+
+def test_a_posterior_of_it_is_that_of_the_dense_matrix(session):
+    K = session.kfac(fisher="type-2")
+    found = K.marginal_likelihood([0.5, 2.0])
+    logs = [
+        np.linalg.slogdet(24 * peer("kfac", "type-2") + prior * np.eye(SIZE))[1]
+        for prior in (0.5, 2.0)
+    ]
+    np.testing.assert_allclose(found.log_determinants, logs, rtol=1e-10)
+    assert found.exact and found.products == 0
+
+
+def test_the_command_line_names_them_and_what_they_are_made_of(session, live_target):
+    run = CliRunner()
+    options = ["--operator", "ekfac", "--fisher", "type-2", "--json"]
+    found = run.invoke(main, ["trace", session.id, live_target, *options])
+    assert found.exit_code == 0, found.output
+    value = json.loads(found.stdout)["value"]
+    assert value == pytest.approx(np.trace(peer("ekfac", "type-2")))
+    wrong = ["trace", session.id, live_target, "--fisher", "mc"]
+    refused = run.invoke(main, wrong)
+    assert refused.exit_code != 0
+    assert "belong to kfac and ekfac, not hessian" in refused.output
 
 
 def test_an_inverse_that_does_not_exist_names_the_damping_that_it_takes(session):

@@ -76,6 +76,9 @@ class FakeOperator:
     def eigenvalues(self, *, cancelled):
         return None
 
+    def inverse(self, columns, shift, *, cancelled):
+        return None
+
     def close(self):
         self.closed = True
 

@@ -21,11 +21,13 @@ from curvd.cli.options import connection_options, json_option
 from curvd.config import ClientConfig
 from curvd.contract import (
     QUERIES,
+    FisherType,
     OperatorKind,
     OperatorSpec,
     QueryOptions,
     QuerySpec,
     Setting,
+    WeightSharing,
     choices_of,
     own_first,
     query_messages,
@@ -146,6 +148,16 @@ def _operator_options(command: F, default: OperatorKind) -> F:
     kinds = [kind.value for kind in OperatorKind]
     for decorate in (
         click.option(
+            "--sharing",
+            type=click.Choice([kind.value for kind in WeightSharing]),
+            help="How factors of kfac and ekfac see shared weights. [default: expand]",
+        ),
+        click.option(
+            "--fisher",
+            type=click.Choice([kind.value for kind in FisherType]),
+            help="Which gradients kfac and ekfac are made of. [default: mc]",
+        ),
+        click.option(
             "--damping",
             type=float,
             default=0.0,
@@ -172,6 +184,8 @@ def _asked(
     target: str,
     operator: str | None = None,
     damping: float = 0.0,
+    fisher: str | None = None,
+    sharing: str | None = None,
     **connection: Any,
 ) -> Iterator[RemoteOperator | Session]:
     """Find the session, and the operator if the command has one."""
@@ -183,7 +197,12 @@ def _asked(
             if operator is None:
                 yield found
                 return
-            spec = OperatorSpec(kind=OperatorKind(operator), damping=damping)
+            spec = OperatorSpec(
+                kind=OperatorKind(operator),
+                damping=damping,
+                fisher=FisherType(fisher) if fisher else None,
+                sharing=WeightSharing(sharing) if sharing else None,
+            )
             yield found.operator(spec)
     except KeyboardInterrupt as stopped:
         for note in getattr(stopped, "__notes__", ()):

@@ -78,6 +78,22 @@ class FactoredOperator:
         with translated():
             return self.operator.eigenvalues(cancelled)
 
+    def inverse(
+        self, columns: Tensor, shift: float, *, cancelled: Poll
+    ) -> Tensor | None:
+        """Multiply columns that are on the device by the inverse: [K, P] -> [K, P].
+
+        Args:
+            columns: [K, P].
+            shift: Added to the diagonal of the operator that is inverted.
+            cancelled: Polled between mini-batches, if factors have to be made.
+
+        Returns:
+            The products; None if there is no such inverse.
+        """
+        with translated():
+            return self.operator.inverse(columns, shift, cancelled)
+
     def close(self) -> None:
         """Return its memory, if no other operator shares it."""
         self.operator.close()

@@ -102,6 +102,20 @@ class Operator(Protocol):
             cancelled: Polled between mini-batches, if they have to be made.
         """
 
+    def inverse(
+        self, columns: Tensor, shift: float, *, cancelled: Poll
+    ) -> Tensor | None:
+        """Multiply columns that are on the device by ``(A + shift * I)^-1``.
+
+        Args:
+            columns: [K, P] in `dtype`.
+            shift: Added to the diagonal.
+            cancelled: Polled between mini-batches, if factors have to be made.
+
+        Returns:
+            [K, P]; None if the inverse is not known, or not defined.
+        """
+
     def close(self) -> None:
         """Return its memory."""
 

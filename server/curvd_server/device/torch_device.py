@@ -584,6 +584,9 @@ class TorchOperator:
     def eigenvalues(self, *, cancelled: Poll) -> None:
         """Know none; see `Device`'s `Operator`."""
 
+    def inverse(self, columns: Tensor, shift: float, *, cancelled: Poll) -> None:
+        """Know none; see `Operator` of the protocols."""
+
     def close(self) -> None:
         """Return its memory."""
         self._operator.close()

@@ -55,6 +55,9 @@ class FleetOperator:
     def eigenvalues(self, *, cancelled: Poll) -> None:
         """Know none; see `Operator` of the protocols."""
 
+    def inverse(self, columns: Tensor, shift: float, *, cancelled: Poll) -> None:
+        """Know none; see `Operator` of the protocols."""
+
     @property
     def shares(self) -> bool:
         """Whether columns go together, or share what is linearised for them."""

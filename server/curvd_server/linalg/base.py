@@ -49,6 +49,8 @@ class Products:
         expired: Whether the time is up; asked between products.
         eigenvalues: Gives all of them, [P], without a product; None if they are not
             known, as of most maps.
+        inverse: Multiplies V: [K, P] by ``(A + damping * I)^-1`` without a product; None
+            if that is not known, or not defined.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class Products:
         limit: int | None = None,
         expired: Callable[[], bool] = lambda: False,
         eigenvalues: Callable[[], Tensor | None] = lambda: None,
+        inverse: Callable[[Tensor, float], Tensor | None] = lambda V, damping: None,
     ) -> None:
         self._multiply, self._expired = multiply, expired
-        self.eigenvalues = eigenvalues
+        self.eigenvalues, self.inverse = eigenvalues, inverse
         self.size, self.dtype, self.device = size, dtype, torch.device(device)
         self.limit = limit
         self.done = 0

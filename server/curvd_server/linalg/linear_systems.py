@@ -61,7 +61,8 @@ def solve(
 
     Where an iteration cannot answer for its residual, that is computed from a product; if
     it is larger than claimed, the iteration starts again from there, until a round no
-    longer halves it.
+    longer halves it. Where the inverse is known in closed form, its solution is the first
+    guess, whose residual is computed likewise.
 
     Args:
         products: The map A.
@@ -80,6 +81,7 @@ def solve(
     Returns:
         The solutions; the best so far if products or time ran out.
     """
+    start = products.inverse(B, damping) if start is None else start
     systems = _Systems(products, B, solver, damping, tolerance, start)
     inverse = _inverse(preconditioner, damping)
     # Columns that do not see each other can as well be multiplied together.

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from curvd.contract import OperatorSpec, Work
+from curvd.contract import OperatorFunction, OperatorSpec, Work
 from curvd.errors import Cancelled
 from curvd_server.device import LONG_S, Batcher, Counted, Operator, Ticket
 from curvd_server.linalg import Products, Progress, Query
@@ -262,17 +262,34 @@ def products_of(
             rows = rows * spec.scale
         return rows.add(V, alpha=spec.damping) if spec.damping else rows
 
-    def eigenvalues() -> Tensor | None:
-        now = run.operator(operator)
-        found = run.compute(lambda cancelled: now.eigenvalues(cancelled=cancelled))
-        return None if found is None else found * spec.scale + spec.damping
-
     return Products(
         multiply,
-        eigenvalues=eigenvalues if spec.kind.is_factored else lambda: None,
+        **(_closed_forms(run, operator, spec) if spec.kind.is_factored else {}),
         size=operator.size,
         dtype=operator.dtype,
         device=operator.device,
         limit=limit or _PRODUCTS,
         expired=run.expired,
     )
+
+
+def _closed_forms(
+    run: QueryRun, operator: Operator, spec: OperatorSpec
+) -> dict[str, Callable[..., Tensor | None]]:
+    """Make what is known without products of a factored operator."""
+
+    def eigenvalues() -> Tensor | None:
+        now = run.operator(operator)
+        found = run.compute(lambda cancelled: now.eigenvalues(cancelled=cancelled))
+        return None if found is None else found * spec.scale + spec.damping
+
+    def inverse(V: Tensor, damping: float) -> Tensor | None:
+        if not spec.scale > 0 or spec.function is not OperatorFunction.NONE:
+            return None
+        now, shift = run.operator(operator), (spec.damping + damping) / spec.scale
+        found = run.compute(
+            lambda cancelled: now.inverse(V, shift, cancelled=cancelled)
+        )
+        return None if found is None else found / spec.scale
+
+    return {"eigenvalues": eigenvalues, "inverse": inverse}

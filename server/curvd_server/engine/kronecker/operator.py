@@ -124,18 +124,48 @@ class KroneckerOperator:
             Cancelled: If the caller gave up.
         """
         V = self._checked(columns)
-        spectra = self.factors.spectra(cancelled)
-        function = self._function(cancelled)
-        start = time.perf_counter()
-        zero = float(function(torch.zeros(1, dtype=V.dtype))[0])
-        out = V * zero
-        for part, place in zip(V.split(AT_ONCE), out.split(AT_ONCE), strict=True):  # type: ignore[no-untyped-call]
-            for spectrum in spectra:
-                spectrum.product(part, place, function)
+        function = self._function(self.spec.function, self.spec.shift, cancelled)
+        out = self._product(V, function, cancelled)
         if self.spec.scale != 1.0:
             out *= self.spec.scale
         if self.spec.damping:
             out.add_(V, alpha=self.spec.damping)
+        return out
+
+    def inverse(
+        self, columns: Tensor, shift: float, cancelled: Callable[[], bool] = never
+    ) -> Tensor | None:
+        """Multiply columns by ``(K + shift * I)^-1``, whatever the operator makes of K.
+
+        Args:
+            columns: ``V: [K, P]``.
+            shift: Added to the diagonal.
+            cancelled: Polled between mini-batches, if factors have to be made.
+
+        Returns:
+            [K, P]; None if there is no such inverse.
+        """
+        V = self._checked(columns)
+        try:
+            function = self._function(OperatorFunction.INVERSE, shift, cancelled)
+        except InvalidSpec:
+            return None
+        return self._product(V, function, cancelled)
+
+    def _product(
+        self,
+        V: Tensor,
+        function: Callable[[Tensor], Tensor],
+        cancelled: Callable[[], bool],
+    ) -> Tensor:
+        """Multiply by a function of ``K``."""
+        spectra = self.factors.spectra(cancelled)
+        start = time.perf_counter()
+        # What is in no block has eigenvalues of zero.
+        out = V * float(function(torch.zeros(1, dtype=V.dtype))[0])
+        for part, place in zip(V.split(AT_ONCE), out.split(AT_ONCE), strict=True):  # type: ignore[no-untyped-call]
+            for spectrum in spectra:
+                spectrum.product(part, place, function)
         self.spent_s += time.perf_counter() - start
         return out
 
@@ -145,7 +175,8 @@ class KroneckerOperator:
         Args:
             cancelled: Polled between mini-batches, if factors have to be made.
         """
-        found = self._function(cancelled)(self.factors.eigenvalues(cancelled).double())
+        function = self._function(self.spec.function, self.spec.shift, cancelled)
+        found = function(self.factors.eigenvalues(cancelled).double())
         return found * self.spec.scale + self.spec.damping
 
     def _checked(self, columns: Array) -> Tensor:
@@ -159,9 +190,10 @@ class KroneckerOperator:
             raise InvalidVector(msg, shape=tuple(V.shape), P=p.layout.size)
         return V.to(p.device, p.result_dtype)
 
-    def _function(self, cancelled: Callable[[], bool]) -> Callable[[Tensor], Tensor]:
+    def _function(
+        self, which: OperatorFunction, shift: float, cancelled: Callable[[], bool]
+    ) -> Callable[[Tensor], Tensor]:
         """Make ``f`` on eigenvalues, if it is defined on all of them."""
-        which, shift = self.spec.function, self.spec.shift
         if which is OperatorFunction.NONE:
             return lambda values: values
         known = self.factors.eigenvalues(cancelled)
