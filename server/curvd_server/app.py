@@ -212,6 +212,7 @@ async def running(
             senders=catalogue.senders(),
             quotas=quotas,
         )
+        blobs.collect(catalogue.referenced())
         batcher = Batcher(
             run_columns=limits.run_columns,
             run_bytes=limits.block_bytes,

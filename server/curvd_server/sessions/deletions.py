@@ -130,6 +130,7 @@ class Deletions:
         self._check_unused(kind, name)
         self._going.add(name)
         try:
+            await asyncio.to_thread(self._blobs.mark_leaving, found.digest, owner)
             await asyncio.to_thread(self._catalogue.delete, f"{kind}s", name)
         finally:
             self._going.discard(name)

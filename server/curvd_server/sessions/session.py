@@ -343,7 +343,9 @@ class Session:
     async def end(self) -> None:
         """Forget it, cancel its work, free its memory."""
         self._ended = True
+        sources = set(self.stored.sources.values())
         try:
+            await self._mark_leaving(sources)
             await asyncio.to_thread(
                 self._dependencies.catalogue.delete_session, self.id
             )
@@ -360,7 +362,8 @@ class Session:
             vectors.clear()
         await self.operator_cache.close()
         self.let_go()
-        await self._release(set(self.stored.sources.values()))
+        # An update that was under way may have brought others meanwhile.
+        await self._release(sources | set(self.stored.sources.values()))
 
     def let_go(self) -> None:
         """Give back what it has had of the device."""
@@ -406,13 +409,15 @@ class Session:
                 )
                 for s in there
             ]
+            leaving = set(stored.sources.values()) - set(sources.values())
+            await self._mark_leaving(leaving)
             await asyncio.to_thread(
                 dependencies.catalogue.add_version, infos, version, sources
             )
             for session, new in zip(there, infos, strict=True):
                 session.stored = replace(session.stored, info=new, sources=sources)
                 moves.get(session.id, _nothing)()
-            await self._release(set(stored.sources.values()) - set(sources.values()))
+            await self._release(leaving)
 
         await to_the_end(commit())
         return version
@@ -432,6 +437,12 @@ class Session:
                 problem, moves[session.id] = await cache.move(values, first)
                 first = first or problem
         return family, moves
+
+    async def _mark_leaving(self, digests: set[str]) -> None:
+        """Note that values are about to be nobody's; see `BlobStore.mark_leaving`."""
+        blobs, owner = self._dependencies.blobs, self.stored.info.owner
+        for digest in digests:
+            await asyncio.to_thread(blobs.mark_leaving, digest, owner)
 
     async def _release(self, digests: set[str]) -> None:
         blobs = self._dependencies.blobs

@@ -12,6 +12,9 @@ not lie there at all.
 Disks forget. A blob is hashed when it is first used after a start, and again whenever
 its file was touched, before anything depends on it. One that has another digest is
 moved aside, to ``<digest>.damaged``, so that the same content can be uploaded again.
+
+A record goes before its blob does. In between ``<digest>.leaving`` says so, so that a server
+that was killed there finds what it has left when it starts.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ _WATCHED_S = 3600.0
 """How long this process must have seen that nobody uses a file before it is removed: the
 clock may have been set meanwhile."""
 
-_DAMAGED = ".damaged"
+_DAMAGED, _LEAVING = ".damaged", ".leaving"
 
 
 class BlobStore:
@@ -295,6 +298,34 @@ class BlobStore:
                 writer.write(piece)
             assert writer.finish()
 
+    def mark_leaving(self, digest: str, owner: str) -> None:
+        """Note on the disk that what needs a blob is about to go, before it does.
+
+        Args:
+            digest: The digest of the blob, which `release` is to be told of afterwards.
+            owner: Who needed it until now.
+        """
+        with self._lock:
+            if self._senders.get(digest, set()) - {owner}:
+                return  # it stays for others
+        # On a disk that is full there may be no room for a note, and there must be a way
+        # to make some: then it is a file that nothing needs, which `sweep` finds.
+        with contextlib.suppress(OSError):
+            self._path(digest, _LEAVING).touch(mode=0o600)
+
+    def collect(self, needed: set[str]) -> None:
+        """Remove what a deletion has left that was cut off; before anybody calls.
+
+        Args:
+            needed: The digests to keep.
+        """
+        for note in self._directory.glob(f"*{_LEAVING}"):
+            if note.stem not in needed:
+                with contextlib.suppress(InvalidSpec):  # a file that is not ours
+                    self._path(note.stem).unlink(missing_ok=True)
+                    logger().info("collected", blob=note.stem)
+            note.unlink(missing_ok=True)
+
     def release(
         self, digest: str, needed: Callable[[], set[str]], owner: str | None = None
     ) -> None:
@@ -314,6 +345,7 @@ class BlobStore:
             if not others and not self._held[digest] and digest not in needed():
                 self._path(digest).unlink(missing_ok=True)
                 self._senders.pop(digest, None)
+            self._path(digest, _LEAVING).unlink(missing_ok=True)
 
     def sweep(
         self, needed: Callable[[], set[str]], *, now_s: float, monotonic_s: float
