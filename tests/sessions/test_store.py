@@ -22,7 +22,7 @@ from curvd.errors import (
 )
 from curvd.tensors import chunks
 from curvd.v1 import session_service_pb2 as session_pb
-from curvd_server.service import session_service
+from curvd_server.service import listings
 from curvd_server.service.session_service import SessionService
 from curvd_server.sessions.session import Update
 
@@ -396,7 +396,7 @@ async def test_a_page_that_would_not_fit_into_a_message_ends_sooner(
     request = session_pb.ListSessionsRequest()
     whole = await service.list_sessions(request)
     assert [s.id for s in whole.sessions] == made
-    monkeypatch.setattr(session_service, "_PAGE_BYTES", whole.sessions[0].ByteSize())
+    monkeypatch.setattr(listings, "_BYTES", whole.sessions[0].ByteSize())
     seen = []
     for _ in made:
         page = await service.list_sessions(request)
