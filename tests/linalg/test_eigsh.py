@@ -12,7 +12,7 @@ from curvd_server.linalg.base import Products, drain
 from curvd_server.linalg.drift import Drift
 from curvd_server.linalg.eigenpairs import default_basis, eigsh
 from curvd_server.linalg.ritz import keep_of, select
-from curvd_server.linalg.vectors import coefficients, dots, norms, orthogonalise
+from curvd_server.linalg.space import Space
 
 SIZE = 200
 
@@ -260,18 +260,21 @@ def test_long_vectors_are_summed_in_double_precision(monkeypatch):
     monkeypatch.setattr("curvd_server.linalg.vectors._CPU_PART", 7)
     generator = torch.Generator().manual_seed(2)
     V = torch.randn(5, 1000, generator=generator)
+    space = Space.of(V)
     exact = V.double() @ V.double().T
-    np.testing.assert_allclose(dots(V, V), exact.diagonal(), rtol=1e-6)
-    np.testing.assert_allclose(norms(V[0]) ** 2, exact[0, 0], rtol=1e-6)
-    np.testing.assert_allclose(coefficients(V, V[2]), exact[2], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(space.dots(V, V), exact.diagonal(), rtol=1e-6)
+    np.testing.assert_allclose(space.norms(V[0]) ** 2, exact[0, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+        space.coefficients(V, V[2]), exact[2], rtol=1e-4, atol=1e-3
+    )
     basis = torch.linalg.qr(V.T)[0].T.contiguous()
     rest = torch.randn(1000, generator=generator)
     before = rest.clone()
-    weights, left = orthogonalise(basis, rest)
-    np.testing.assert_allclose(left, norms(rest), rtol=1e-12)
+    weights, left = space.orthogonalise(basis, rest)
+    np.testing.assert_allclose(left, space.norms(rest), rtol=1e-12)
     assert float((basis @ rest).abs().max()) < 1e-6
     np.testing.assert_allclose(weights.float() @ basis + rest, before, atol=1e-5)
-    assert math.isclose(float(norms(torch.zeros(3))), 0.0)
+    assert math.isclose(float(Space.of(rest).norms(torch.zeros(3))), 0.0)
 
 
 N = 120

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from curvd_server.linalg import Runner
+
 Array = NDArray[Any]
 
 
@@ -74,6 +76,10 @@ class Operator(Protocol):
     @property
     def device(self) -> torch.device:
         """Where its products are made."""
+
+    @property
+    def runner(self) -> Runner | None:
+        """Runs algorithms that multiply by it in parts; None: they run here."""
 
     def apply(
         self, columns: Array, *, counts: Sequence[int] = (), cancelled: Poll

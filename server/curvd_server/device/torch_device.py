@@ -497,6 +497,10 @@ class TorchOperator:
         return self._operator.spent_s
 
     @property
+    def runner(self) -> None:
+        """Nobody runs algorithms elsewhere: vectors are whole here."""
+
+    @property
     def shares(self) -> bool:
         """Whether columns go together, or share what is linearised for them."""
         report = self._report

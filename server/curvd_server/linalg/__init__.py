@@ -7,7 +7,7 @@ network, no session and no model.
 
 from __future__ import annotations
 
-from curvd_server.linalg.base import Products, Progress, Query
+from curvd_server.linalg.base import Products, Progress, Query, Runner
 from curvd_server.linalg.definition import Definition, Room, Tensors
 from curvd_server.linalg.density import spectral_density
 from curvd_server.linalg.diagonals import diagonal
@@ -23,28 +23,33 @@ from curvd_server.linalg.low_rank import LowRank
 from curvd_server.linalg.norm import frobenius_norm
 from curvd_server.linalg.nystrom import NystromResult, nystrom
 from curvd_server.linalg.random_probes import probes
-from curvd_server.linalg.registry import definitions_in
+from curvd_server.linalg.registry import ALGORITHMS, definitions_in
 from curvd_server.linalg.sampling import Estimate, Target
 from curvd_server.linalg.shifted import joined, solve_dampings
 from curvd_server.linalg.shifted_determinants import (
     ShiftedDeterminants,
     shifted_determinants,
 )
+from curvd_server.linalg.space import Group, Space
 from curvd_server.linalg.traces import trace
 from curvd_server.linalg.vectors import cross
 
 __all__ = [
+    "ALGORITHMS",
     "Definition",
     "EigshResult",
     "Estimate",
+    "Group",
     "LowRank",
     "NystromResult",
     "Products",
     "Progress",
     "Query",
     "Room",
+    "Runner",
     "ShiftedDeterminants",
     "SolveResult",
+    "Space",
     "Target",
     "Tensors",
     "cross",

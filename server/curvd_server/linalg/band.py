@@ -33,14 +33,6 @@ from torch import Tensor
 
 from curvd_server.linalg.base import Products
 from curvd_server.linalg.drift import Drift
-from curvd_server.linalg.vectors import (
-    coefficients,
-    cross,
-    norms,
-    orthogonalise,
-    rotate,
-    subtract,
-)
 
 Floats = NDArray[np.float64]
 
@@ -86,9 +78,10 @@ class Band:
         complement: Complement | None = None,
     ) -> None:
         self._products, self._seed, self._drawn = products, seed, 0
+        self._space = products.space
         width = 1 if start is None else len(start)
-        self._complement = complement or Complement(products.empty(0))
-        self._rows = products.empty(size + width)
+        self._complement = complement or Complement(self._space.empty(0))
+        self._rows = self._space.empty(size + width)
         """Q above N."""
         self._h, self._c = np.zeros((size, size)), np.zeros((width, size))
         self.size, self.count, self.pending = size, 0, 0
@@ -148,7 +141,7 @@ class Band:
         """
         self.settle()
         self._put(vector)
-        self.aim(coefficients(self.waiting, vector).cpu().numpy())
+        self.aim(self._space.coefficients(self.waiting, vector).cpu().numpy())
 
     def grow(self) -> None:
         """Move the first pending direction, or a random one, into the basis."""
@@ -159,8 +152,8 @@ class Band:
         # The latest rows hold nearly all of a Lanczos product: without them one pass
         # over the whole basis is enough, and often none.
         near = self._rows[max(0, n - 1) : n + b + 1]
-        weights = coefficients(near, product)
-        left = subtract(near[:-1], weights[:-1], product)
+        weights = self._space.coefficients(near, product)
+        left = self._space.subtract(near[:-1], weights[:-1], product)
         self.scale = max(self.scale, math.sqrt(weights[-1]))
         self._append(weights[:-1].cpu().numpy())
         drift = self._forecast(float(left))
@@ -188,11 +181,11 @@ class Band:
         there = self._complement
         place.copy_(self._products(row[None])[0])
         if there.along is not None:
-            weights = coefficients(there.along, row)
-            subtract(
+            weights = self._space.coefficients(there.along, row)
+            self._space.subtract(
                 there.along, -torch.from_numpy(there.pull).to(weights) @ weights, place
             )
-        orthogonalise(there.beside, place)
+        self._space.orthogonalise(there.beside, place)
         return place
 
     def settle(self, *, pending: bool = True) -> bool:
@@ -210,7 +203,9 @@ class Band:
         if old >= end:
             return True
         rows = self._rows[:end]
-        drift, gram = np.split(cross(rows, rows[old:]).cpu().numpy(), [old], axis=1)
+        drift, gram = np.split(
+            self._space.cross(rows, rows[old:]).cpu().numpy(), [old], axis=1
+        )
         np.fill_diagonal(gram, 1.0)  # so they were made, more precisely than this sum
         gram -= drift @ drift.T
         self._drift.correct(float(np.abs(drift).max()))
@@ -222,7 +217,7 @@ class Band:
             return False
         lower = np.linalg.cholesky(gram)
         turn = np.linalg.solve(lower, np.c_[-drift, np.eye(end - old)])
-        rotate(rows, torch.from_numpy(turn), old)
+        self._space.rotate(rows, torch.from_numpy(turn), old)
         # Y = V R, and F is H above C; see the head of this file.
         change = np.eye(full)
         change[:old, old:end], change[old:end, old:end] = drift.T, lower.T
@@ -273,7 +268,7 @@ class Band:
         """
         last, n = self.count + self.pending - 1, self.count - 1
         row, known = self._rows[last], self._rows[:last]
-        found, after = orthogonalise(known, row, length=left)
+        found, after = self._space.orthogonalise(known, row, length=left)
         weights, rest = found.cpu().numpy(), float(after)
         if n > 1 and self.pending == 1 and self.scale > 0:
             # By symmetry the row before the step tells what they should be.
@@ -286,7 +281,7 @@ class Band:
         if rest > 4 * self.eps * self.scale:
             row /= after.to(row.dtype)
             # What rounding left in the row would grow with every step.
-            orthogonalise(self._complement.beside, row)
+            self._space.orthogonalise(self._complement.beside, row)
         else:
             self.pending -= 1  # the space is invariant in this direction
         self._settled = self.count + self.pending
@@ -306,7 +301,7 @@ class Band:
         mirror[0] += np.copysign(1.0, mirror[0])
         mirror *= np.sqrt(2) / np.linalg.norm(mirror)
         turn = np.eye(self.pending) - np.outer(mirror, mirror)
-        rotate(self.waiting, torch.from_numpy(turn))
+        self._space.rotate(self.waiting, torch.from_numpy(turn))
         self._c[: self.pending] = turn @ self._c[: self.pending]
 
     def shrink(self, turn: Floats) -> None:
@@ -318,7 +313,7 @@ class Band:
         n, b, kept = self.count, self.pending, turn.shape[1]
         assert self.settled
         h, c = turn.T @ self.h @ turn, self.c @ turn
-        rotate(self._rows[:n], torch.from_numpy(turn.T))
+        self._space.rotate(self._rows[:n], torch.from_numpy(turn.T))
         for i in range(b):
             self._rows[kept + i].copy_(self._rows[n + i])
         self.count, self._settled = kept, kept + b
@@ -334,9 +329,8 @@ class Band:
         Returns:
             [k, P].
         """
-        weights = torch.from_numpy(turn.T.copy()).to(self._rows)
-        result: Tensor = weights @ self._rows[: self.count]
-        return result
+        weights = torch.from_numpy(turn.T.copy())
+        return self._space.combine(weights, self._rows[: self.count])
 
     def residuals(self, turn: Floats, values: Floats) -> Floats:
         """Compute the residual norms of Ritz pairs.
@@ -361,12 +355,12 @@ class Band:
             self._widen()
         place = self._rows[n]
         place.copy_(vector)
-        length = norms(place)
+        length = self._space.norms(place)
         if not length > 0:
             return
         place /= length.to(place.dtype)
-        orthogonalise(self._complement.beside, place)
-        _, left = orthogonalise(self._rows[:n], place)
+        self._space.orthogonalise(self._complement.beside, place)
+        _, left = self._space.orthogonalise(self._rows[:n], place)
         if left > 100 * self.eps:
             place /= left.to(place.dtype)
             self._c[self.pending] = 0.0
@@ -375,7 +369,7 @@ class Band:
 
     def _widen(self) -> None:
         """Make room for more pending directions."""
-        self._rows = torch.cat((self._rows, self._products.empty(_WIDER)))
+        self._rows = torch.cat((self._rows, self._space.empty(_WIDER)))
         self._c = np.r_[self._c, np.zeros((_WIDER, self.size))]
 
     def _random(self) -> Tensor:

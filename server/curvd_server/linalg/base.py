@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from curvd.contract import Distribution, Stop
 from curvd.errors import NotFinite
-from curvd_server.linalg.random_probes import probes
+from curvd_server.linalg.space import Space
 
+P = ParamSpec("P")
 R = TypeVar("R")
 
 Multiply: TypeAlias = Callable[[Tensor], Tensor]
@@ -37,6 +39,24 @@ Query: TypeAlias = Generator[Progress, None, R]
 """A running query: yields progress between products, returns its result."""
 
 
+class Runner(Protocol):
+    """Runs algorithms elsewhere, where vectors of a map are in parts."""
+
+    def __call__(
+        self,
+        products: Products,
+        algorithm: Callable[..., Query[R]],
+        arguments: Mapping[str, Any],
+    ) -> Query[R]:
+        """Make an algorithm, not begun, that asks for products here.
+
+        Args:
+            products: The map.
+            algorithm: One of this package's, which takes the map and these arguments.
+            arguments: By name; tensors are vectors, [..., P].
+        """
+
+
 class Products:
     """A linear map that counts its columns and knows when to stop.
 
@@ -51,6 +71,9 @@ class Products:
             known, as of most maps.
         inverse: Multiplies V: [K, P] by ``(A + damping * I)^-1`` without a product; None
             if that is not known, or not defined.
+        space: Where its vectors live, if some of their elements are elsewhere; `multiply`
+            then refuses what is not finite.
+        runner: Runs algorithms elsewhere; None: they run where the map is.
     """
 
     def __init__(
@@ -64,14 +87,41 @@ class Products:
         expired: Callable[[], bool] = lambda: False,
         eigenvalues: Callable[[], Tensor | None] = lambda: None,
         inverse: Callable[[Tensor, float], Tensor | None] = lambda V, damping: None,
+        space: Space | None = None,
+        runner: Runner | None = None,
     ) -> None:
-        self._multiply, self._expired = multiply, expired
+        self._multiply, self._runner = multiply, runner
         self.eigenvalues, self.inverse = eigenvalues, inverse
+        self.expired = expired
+        """Whether the time is up; raises if nobody wants the result any more."""
+        self.space = space or Space(size, dtype, device)
+        """Where its vectors live."""
+        self._checks = space is None
         self.size, self.dtype, self.device = size, dtype, torch.device(device)
         self.limit = limit
         self.done = 0
-        self.largest = 0.0
-        """Largest ``|Av| / |v|`` seen, a lower bound of the norm."""
+
+    def begin(
+        self,
+        algorithm: Callable[Concatenate[Products, P], Query[R]],
+        *args: P.args,
+        **keywords: P.kwargs,
+    ) -> Query[R]:
+        """Make an algorithm, not begun, that runs where the vectors of the map are.
+
+        Args:
+            algorithm: One of this package's.
+            *args: What it takes beside the map.
+            **keywords: Likewise.
+
+        Returns:
+            The algorithm.
+        """
+        if self._runner is None:
+            return algorithm(self, *args, **keywords)
+        given = inspect.signature(algorithm).bind(self, *args, **keywords).arguments
+        _, *names = given
+        return self._runner(self, algorithm, {name: given[name] for name in names})
 
     def __call__(self, V: Tensor) -> Tensor:
         """Multiply and count.
@@ -87,7 +137,7 @@ class Products:
         """
         result = self._multiply(V)
         self.done += len(V)
-        if not torch.isfinite(result).all():
+        if self._checks and not torch.isfinite(result).all():
             kind = "NaN" if torch.isnan(result).any() else "infinite"
             msg = (
                 f"product {self.done} of the query is {kind}: at these parameters the "
@@ -107,18 +157,6 @@ class Products:
         """Memory of one vector."""
         return self.size * self.dtype.itemsize
 
-    def empty(self, *rows: int) -> Tensor:
-        """Allocate vectors like those of the map.
-
-        Args:
-            *rows: Leading axes.
-
-        Returns:
-            [*rows, P], uninitialised.
-        """
-        shape = (*rows, self.size)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
-
     def normal(self, seed: int, index: int) -> Tensor:
         """Make a random vector like those of the map.
 
@@ -127,16 +165,9 @@ class Products:
             index: The number of the probe.
 
         Returns:
-            [P], elements of variance one.
+            [own], elements of variance one.
         """
-        return probes(
-            Distribution.NORMAL,
-            seed,
-            [index],
-            self.size,
-            dtype=self.dtype,
-            device=self.device,
-        )[0]
+        return self.space.probes(Distribution.NORMAL, seed, [index])[0]
 
     def refusal(self, columns: int = 1) -> Stop | None:
         """Say why so many more columns must not be multiplied.
@@ -149,7 +180,7 @@ class Products:
         """
         if self.limit is not None and self.done + columns > self.limit:
             return Stop.PRODUCTS
-        return Stop.TIME if self._expired() else None
+        return Stop.TIME if self.expired() else None
 
     def allowed(self, wanted: int) -> int:
         """Count how many of the wanted columns the limit leaves.

@@ -16,7 +16,7 @@ from torch import Tensor
 from curvd.contract import Stop
 from curvd_server.linalg.base import Query
 from curvd_server.linalg.krylov import Steps, System
-from curvd_server.linalg.vectors import cross, norms
+from curvd_server.linalg.space import Space
 
 _GRAM = 16
 """Roundings of an element that an inner product of unit vectors may be off by."""
@@ -27,7 +27,7 @@ _LONG = 4
 """Without rounding P directions are enough; after so many times P it has won."""
 
 
-def factors(W: Tensor, Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def factors(space: Space, W: Tensor, Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Factorise ``W = T' Q`` with ``Q P^-1 Q' = I``, revealing the rank.
 
     Eigenvectors of the Gram matrix in place of Cholesky QR's triangle, again until it was
@@ -35,6 +35,7 @@ def factors(W: Tensor, Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tell longer, so that the next one can.
 
     Args:
+        space: Where they live.
         W: [k, P].
         Z: [k, P] ``P^-1 W``; W itself without preconditioner.
 
@@ -46,7 +47,7 @@ def factors(W: Tensor, Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     turn = torch.eye(len(W), dtype=torch.float64, device=W.device)
     unseen = _GRAM * torch.finfo(W.dtype).eps
     for again in range(_PASSES):
-        gram = cross(Z, W)
+        gram = space.cross(Z, W)
         values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
         top = values[-1] if len(values) else values.new_zeros(())
         # Only the second pass knows vectors that short.
@@ -55,9 +56,9 @@ def factors(W: Tensor, Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             used = torch.zeros_like(values, dtype=torch.bool)
         scale = values.clamp_min(unseen * top).sqrt()[used]
         vectors = vectors[:, used]
-        change = (vectors / scale).T.to(W.dtype)
-        W = change @ W
-        Z = W if plain else change @ Z
+        change = (vectors / scale).T
+        W = space.combine(change, W)
+        Z = W if plain else space.combine(change, Z)
         turn = (vectors * scale).T @ turn
         if not len(scale) or values[used][0] > _WELL * top:
             break
@@ -84,7 +85,7 @@ def block_cg(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
     """
     block = _Block(system, R, limits)
     iterations, stopped = 0, None
-    left = _LONG * (R.shape[1] + len(R))
+    left = _LONG * (system.space.size + len(R))
     while len(block.active) and left > 0:
         stopped = system.refusal(len(block.S))
         if stopped is not None:
@@ -105,13 +106,13 @@ class _Block:
     """
 
     def __init__(self, system: System, R: Tensor, limits: Tensor) -> None:
-        self._system = system
-        sizes = norms(R)
+        self._system, self._space = system, system.space
+        sizes = self._space.norms(R)
         self.sizes = torch.where(sizes > 0, sizes, 1.0)
         self._limits = limits / self.sizes
         self._R = R / self.sizes[:, None].to(R.dtype)
         self._X = torch.zeros_like(R)
-        self.length = norms(self._R)
+        self.length = self._space.norms(self._R)
         self.active = torch.nonzero(self.length > self._limits).flatten()
         """Columns that have neither converged nor met negative curvature."""
         self._curvature = torch.full_like(self.length, torch.inf)
@@ -121,22 +122,22 @@ class _Block:
         """[r, P]; [r, P] search directions."""
         self._C = self.length.new_zeros(0, 0)
         """[r, active] The residuals of the active columns are ``C' Q``."""
-        self._left = _Left(self.S, self.S)
+        self._left = _Left(self._space, self.S, self.S)
         self._begin()
 
     def step(self) -> None:
         """Multiply the directions, move along them, and make new ones."""
         S = self.S
         T = self._system.apply(S)
-        turn, values = _conjugate(cross(S, S), cross(S, T))
+        turn, values = _conjugate(self._space.cross(S, S), self._space.cross(S, T))
         if self._blocked(turn, values):
             return
         pull = (turn / values) @ turn.T  # the inverse of S A S'
         self._move(pull @ self._C, T)
-        W = torch.addmm(self._Q, pull.to(S.dtype), T, alpha=-1)
-        self._Q, Z, carry = factors(W, self._inverse(W))
+        W = self._space.add(self._Q, pull, T, alpha=-1)
+        self._Q, Z, carry = factors(self._space, W, self._inverse(W))
         self._C = carry @ self._C
-        self.S = torch.addmm(Z, carry.to(S.dtype), S)
+        self.S = self._space.add(Z, carry, S)
         self._retire(carry, S, T)
         self.S = self._left.conjugate(self.S)
 
@@ -155,8 +156,8 @@ class _Block:
     def _begin(self) -> None:
         """Make a block of the residuals of the active columns."""
         W = self._R[self.active]
-        self._Q, self.S, self._C = factors(W, self._inverse(W))
-        self._left = _Left(self.S[:0], self.S[:0])
+        self._Q, self.S, self._C = factors(self._space, W, self._inverse(W))
+        self._left = _Left(self._space, self.S[:0], self.S[:0])
 
     def _inverse(self, W: Tensor) -> Tensor:
         return W if self._system.inverse is None else self._system.inverse(W)
@@ -192,9 +193,10 @@ class _Block:
             T: [r, P] Their products.
         """
         active, S = self.active, self.S
-        moves = weights.T.to(S.dtype) @ S
+        norms = self._space.norms
+        moves = self._space.combine(weights.T, S)
         self._X[active] += moves
-        self._R[active] -= weights.T.to(S.dtype) @ T
+        self._R[active] -= self._space.combine(weights.T, T)
         self.length[active] = norms(self._R[active])
         self._rounding.add(active, weights, norms(S), norms(T), norms(moves))
 
@@ -208,7 +210,7 @@ class _Block:
         """
         # Rounding may have parted the sum of products from the recurrence: once that has
         # arrived, there is nothing left to do here.
-        gram = cross(self._Q, self._Q)
+        gram = self._space.cross(self._Q, self._Q)
         claimed = (self._C * (gram @ self._C)).sum(0).clamp_min(0).sqrt()
         limits = self._limits[self.active]
         open_ = (self.length[self.active] > limits) & (claimed > limits / 2)
@@ -223,20 +225,21 @@ class _Block:
         inside, outside = turn[:, :rank].T, turn[:, rank:].T
         self._left.add(outside @ carry, S, T)
         self._C = inside @ self._C
-        self._Q = inside.to(S.dtype) @ self._Q
-        self.S = inside.to(S.dtype) @ self.S
+        self._Q = self._space.combine(inside, self._Q)
+        self.S = self._space.combine(inside, self.S)
 
 
 class _Left:
     """Directions that have left a block, to which later ones must stay conjugate.
 
     Args:
+        space: Where they live.
         F: [d, P], ``F A F' = I``.
         H: [d, P] Their products.
     """
 
-    def __init__(self, F: Tensor, H: Tensor) -> None:
-        self._F, self._H = F, H
+    def __init__(self, space: Space, F: Tensor, H: Tensor) -> None:
+        self._space, self._F, self._H = space, F, H
 
     def add(self, weights: Tensor, S: Tensor, T: Tensor) -> None:
         """Take over combinations of directions.
@@ -248,17 +251,18 @@ class _Left:
         """
         if not len(weights):
             return
-        F, H = weights.to(S.dtype) @ S, weights.to(S.dtype) @ T
-        turn, values = _conjugate(cross(F, F), cross(F, H))
-        change = (turn / values.sqrt())[:, values > 0].T.to(S.dtype)
-        self._F = torch.cat((self._F, change @ F))
-        self._H = torch.cat((self._H, change @ H))
+        space = self._space
+        F, H = space.combine(weights, S), space.combine(weights, T)
+        turn, values = _conjugate(space.cross(F, F), space.cross(F, H))
+        change = (turn / values.sqrt())[:, values > 0].T
+        self._F = torch.cat((self._F, space.combine(change, F)))
+        self._H = torch.cat((self._H, space.combine(change, H)))
 
     def conjugate(self, S: Tensor) -> Tensor:
         """Subtract from directions what is not conjugate: [r, P]."""
         if not len(self._F):
             return S
-        return torch.addmm(S, cross(self._H, S).to(S.dtype), self._F, alpha=-1)
+        return self._space.add(S, self._space.cross(self._H, S), self._F, alpha=-1)
 
 
 class _Rounding:

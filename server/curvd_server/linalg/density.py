@@ -13,7 +13,6 @@ from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.definition import Definition, Room
 from curvd_server.linalg.intervals import uncertainty
 from curvd_server.linalg.lanczos import Quadrature, quadratures
-from curvd_server.linalg.random_probes import probes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,14 +79,7 @@ def spectral_density(
     stopped = Stop.CONVERGED
     while len(found) < samples:
         indices = range(len(found), min(samples, len(found) + block))
-        W = probes(
-            Distribution.NORMAL,
-            seed,
-            indices,
-            products.size,
-            dtype=products.dtype,
-            device=products.device,
-        )
+        W = products.space.probes(Distribution.NORMAL, seed, indices)
         more = yield from quadratures(products, W, steps, iteration=products.done)
         if more is None:
             stopped = products.refusal(len(indices)) or Stop.TIME
@@ -206,8 +198,8 @@ def _begin(
     products: Products, options: SpectralDensityOptions, room: Room
 ) -> Query[DensityResult]:
     steps = min(options.steps, products.size)
-    return spectral_density(
-        products,
+    return products.begin(
+        spectral_density,
         samples=options.probes,
         steps=steps,
         points=options.points,

@@ -13,10 +13,9 @@ from curvd.errors import InvalidSpec
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.definition import Definition, Room
 from curvd_server.linalg.intervals import student_975
-from curvd_server.linalg.random_probes import probes
 from curvd_server.linalg.sampling import LEAST_SAMPLES, Target, vectors_of
 from curvd_server.linalg.sketch import Sketch
-from curvd_server.linalg.vectors import norms
+from curvd_server.linalg.space import Space
 from curvd_server.linalg.whole import is_small, matrix, rounding_of
 
 
@@ -42,6 +41,7 @@ class DiagonalResult:
     @property
     def relative_error(self) -> float:
         """Norm of the standard errors relative to the diagonal's."""
+        norms = Space.of(self.values).norms
         length = float(norms(self.values))
         return float(norms(self.standard_errors)) / length if length else math.inf
 
@@ -86,7 +86,9 @@ def _whole(products: Products, block: int) -> Query[DiagonalResult]:
     if A is None:
         return moments.result(products.refusal() or Stop.TIME)
     moments.count = products.size
-    moments.exact(A.diagonal().clone(), rounding_of(products, A).to(A))
+    own = products.space.own
+    rounding = rounding_of(products, A)[own]
+    moments.exact(A[own].diagonal().clone(), rounding.to(A))
     return moments.result(Stop.CONVERGED)
 
 
@@ -116,13 +118,8 @@ def hutchinson_diagonal(
         if reason is not None:
             stopped = reason
             break
-        W = probes(
-            Distribution.RADEMACHER,
-            seed,
-            range(moments.count, moments.count + wanted),
-            products.size,
-            dtype=products.dtype,
-            device=products.device,
+        W = products.space.probes(
+            Distribution.RADEMACHER, seed, range(moments.count, moments.count + wanted)
         )
         for row in W * products(W):
             moments.add(row)
@@ -177,6 +174,7 @@ def _exchanged(products: Products, sketch: Sketch) -> _Moments:
     s = sketch.leave_one_out()
     # (I - ss')Q'y for y = QR's i-th column; s is orthogonal to all other columns of R.
     inner = (sketch.r - s * (s * sketch.r).sum(0)).to(whole)
+    products.space.witness(s)
     turned = s.to(whole)
     for i in range(sketch.count):
         lost = (turned[:, i] @ sketch.q) * (turned[:, i] @ sketch.z)
@@ -190,7 +188,7 @@ def _exchanged(products: Products, sketch: Sketch) -> _Moments:
 def _rounding(products: Products, sketch: Sketch) -> Tensor:
     """Bound what rounding may do to the elements of ``diag(QQ'A)``: [P]."""
     return products.rounding * (
-        sketch.q.abs() * norms(sketch.z).to(sketch.q)[:, None]
+        sketch.q.abs() * products.space.norms(sketch.z).to(sketch.q)[:, None]
     ).sum(0)
 
 
@@ -199,8 +197,9 @@ class _Moments:
 
     def __init__(self, products: Products) -> None:
         self._products = products
-        self._mean = products.empty().zero_()
-        self._square = products.empty().zero_()
+        self._norms = products.space.norms
+        self._mean = products.space.empty().zero_()
+        self._square = products.space.empty().zero_()
         self._exact_error: Tensor | None = None
         self.count = 0
         self.inflation = 1.0
@@ -224,15 +223,17 @@ class _Moments:
         return self.inflation * variance.clamp_min(0).sqrt()
 
     def reached(self, target: Target) -> bool:
-        error = float(norms(self.errors()))
-        return error <= max(target.absolute, target.relative * float(norms(self._mean)))
+        error = float(self._norms(self.errors()))
+        return error <= max(
+            target.absolute, target.relative * float(self._norms(self._mean))
+        )
 
     def progress(self) -> Progress:
         return Progress(
             iteration=self.count,
             products=self._products.done,
-            estimates=(float(norms(self._mean)),),
-            residuals=(float(norms(self.errors())),),
+            estimates=(float(self._norms(self._mean)),),
+            residuals=(float(self._norms(self.errors())),),
         )
 
     def result(self, stopped: Stop) -> DiagonalResult:
@@ -248,8 +249,8 @@ class _Moments:
 def _begin(
     products: Products, options: DiagonalOptions, room: Room
 ) -> Query[DiagonalResult]:
-    return diagonal(
-        products,
+    return products.begin(
+        diagonal,
         estimator=Estimator(options.estimator),
         target=Target.of(options, options.samples),
         seed=options.seed,

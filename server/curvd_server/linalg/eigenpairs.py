@@ -25,7 +25,7 @@ from curvd_server.linalg.complement import Part, parts
 from curvd_server.linalg.copies import Found, missing
 from curvd_server.linalg.evidence import Evidence, Side, sides
 from curvd_server.linalg.ritz import keep_of, select
-from curvd_server.linalg.vectors import coefficients, norms
+from curvd_server.linalg.space import Space
 
 _SMALL_BYTES = 64 << 20
 _SMALL_BASIS = 256
@@ -231,7 +231,9 @@ class _Proof:
         """
         known = sides(pairs.values, pairs.wanted, self._which)
         if self._single:
-            self._evidence = pairs.evidence(band, self._products.normal(self._seed, 0))
+            self._evidence = pairs.evidence(
+                band, self._products.normal(self._seed, 0), self._products.space
+            )
         open_ = [side for side in known if self._is_open(side)]
         if open_ and not self._pays(band):
             return []
@@ -349,12 +351,13 @@ class _Pairs:
         """Say whether all wanted pairs have converged."""
         return len(self.values) == k and not self.open.any()
 
-    def evidence(self, band: Band, start: Tensor) -> Evidence:
-        """Say what all pairs show, if the run began with this vector: [P]."""
+    def evidence(self, band: Band, start: Tensor, space: Space) -> Evidence:
+        """Say what all pairs show, if the run began with this vector: [own]."""
         ritz, turns = self.all
-        along = coefficients(band.basis, start).cpu().numpy() / float(norms(start))
+        along = space.coefficients(band.basis, start).cpu().numpy()
+        along /= float(space.norms(start))
         residuals = np.linalg.norm(band.c @ turns, axis=0)
-        return Evidence(ritz, residuals * np.abs(along @ turns), len(start))
+        return Evidence(ritz, residuals * np.abs(along @ turns), space.size)
 
     def kept(self, k: int, which: Which) -> Floats:
         """Choose the Ritz vectors that survive a restart: [c, l]."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from curvd.contract import Stop
 from curvd_server.linalg.base import Progress, Query
-from curvd_server.linalg.vectors import dots, norms
+from curvd_server.linalg.space import Space
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,8 @@ class System:
     """Makes progress from the residual norms [k]."""
     inverse: Callable[[Tensor], Tensor] | None
     """Applies the inverse of a positive definite preconditioner: [k, P] -> [k, P]."""
+    space: Space
+    """Where the vectors live."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ def cg(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
     Returns:
         The solutions.
     """
+    dots, norms = system.space.dots, system.space.norms
     R = R.clone()
     D = torch.zeros_like(R)
     Z = R if system.inverse is None else system.inverse(R)
@@ -137,6 +140,7 @@ def minres(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
         The solutions.
     """
     k, dtype, inverse = len(R), R.dtype, system.inverse
+    dots, norms = system.space.dots, system.space.norms
     D, w, w_old = torch.zeros_like(R), torch.zeros_like(R), torch.zeros_like(R)
     r_old, r_new = torch.zeros_like(R), R.clone()
     y = R.clone() if inverse is None else inverse(R)

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvd_server.linalg.base import Multiply, Products, Progress, Query
-from curvd_server.linalg.vectors import dots, norms, orthogonalise
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +50,12 @@ def quadratures(
         One quadrature per probe; None if products or time did not suffice.
     """
     steps, multiply = min(steps, products.size), multiply or products
-    basis = torch.empty(
-        len(W), steps, products.size, dtype=W.dtype, device=W.device
-    )  # [k, m, P]
+    space = products.space
+    basis = space.empty(len(W), steps)  # [k, m, P]
     alpha, beta = np.zeros((len(W), steps)), np.zeros((len(W), steps))
     # Steps until a probe's Krylov space was exhausted.
     length = np.full(len(W), steps)
-    basis[:, 0] = W / norms(W)[:, None].to(W.dtype)
+    basis[:, 0] = W / space.norms(W)[:, None].to(W.dtype)
     scale = 0.0
     for j in range(steps):
         alive = np.flatnonzero(length > j)
@@ -67,12 +65,12 @@ def quadratures(
             return None
         index = torch.as_tensor(alive, device=W.device)
         U = multiply(basis[index, j])
-        alpha[alive, j] = dots(basis[index, j], U).cpu().numpy()
+        alpha[alive, j] = space.dots(basis[index, j], U).cpu().numpy()
         for row, probe in enumerate(alive):
             used = basis[probe, : j + 1]
-            orthogonalise(used[-2:], U[row], passes=1)
-            orthogonalise(used, U[row])
-        beta[alive, j] = norms(U).cpu().numpy()
+            space.orthogonalise(used[-2:], U[row], passes=1)
+            space.orthogonalise(used, U[row])
+        beta[alive, j] = space.norms(U).cpu().numpy()
         scale = max(scale, float(np.abs(alpha).max()), float(beta.max()))
         small = 100 * torch.finfo(W.dtype).eps * scale
         for row, probe in enumerate(alive):

@@ -13,7 +13,7 @@ from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.block_krylov import block_cg
 from curvd_server.linalg.krylov import Steps, System, cg, minres
 from curvd_server.linalg.low_rank import LowRank
-from curvd_server.linalg.vectors import norms
+from curvd_server.linalg.space import Space
 
 _SLACK = 16
 """The recurrence goes further than asked by so many roundings of its start, so that they
@@ -83,7 +83,7 @@ def solve(
     """
     start = products.inverse(B, damping) if start is None else start
     systems = _Systems(products, B, solver, damping, tolerance, start)
-    inverse = _inverse(preconditioner, damping)
+    inverse = _inverse(products.space, preconditioner, damping)
     # Columns that do not see each other can as well be multiplied together.
     alone = solver is Solver.MINRES or block == 1
     width = len(B) if alone or block is None else block
@@ -117,6 +117,7 @@ class _Systems:
         start: Tensor | None,
     ) -> None:
         self._products, self._B, self._solver = products, B, solver
+        norms = self._norms = products.space.norms
         self._damping, self._cold = damping, start is None
         self._X = torch.zeros_like(B) if start is None else start.to(B).clone()
         self._R = B.clone() if start is None else B - self._damped(self._X)
@@ -158,6 +159,7 @@ class _Systems:
             refusal=lambda n: self._products.refusal(n + len(columns)),
             progress=_ProgressOf(self, columns),
             inverse=inverse,
+            space=self._products.space,
         )
         inner = cg if alone or len(columns) == 1 else block_cg
         if self._solver is Solver.MINRES:
@@ -235,7 +237,7 @@ class _Systems:
             doubtful[:] = True
         if len(again := columns[doubtful]):
             self._R[again] = self._B[again] - self._damped(self._X[again])
-            self._length[again] = norms(self._R[again])
+            self._length[again] = self._norms(self._R[again])
 
     def _stop_of(self, column: int) -> Stop:
         if self._length[column] <= self._limits[column]:
@@ -261,12 +263,12 @@ class _ProgressOf:
 
 
 def _inverse(
-    preconditioner: Tensor | LowRank | None, damping: float
+    space: Space, preconditioner: Tensor | LowRank | None, damping: float
 ) -> Callable[[Tensor], Tensor] | None:
     """Make what applies a preconditioner's inverse."""
     if preconditioner is None:
         return None
     if isinstance(preconditioner, LowRank):
-        return preconditioner.at(damping).inverse
+        return preconditioner.at(damping, space).inverse
     scale = 1 / preconditioner
     return lambda V: V * scale

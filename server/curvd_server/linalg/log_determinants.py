@@ -15,7 +15,6 @@ from curvd_server.linalg.definition import Definition, Room
 from curvd_server.linalg.intervals import Mean, mean_of, widened
 from curvd_server.linalg.lanczos import quadratures
 from curvd_server.linalg.low_rank import LowRank, Preconditioner
-from curvd_server.linalg.random_probes import probes
 from curvd_server.linalg.sampling import LEAST_SAMPLES, Estimate, Target
 from curvd_server.linalg.whole import summed
 
@@ -66,7 +65,7 @@ def logdet(
     eigenvalues = products.eigenvalues()
     if eigenvalues is not None:
         return _of_eigenvalues(products, eigenvalues + damping)
-    at = None if known is None else known.at(damping)
+    at = None if known is None else known.at(damping, products.space)
     exact = 0.0 if at is None else at.log_determinant
     seen = _seen(products, damping, at)
     shift = damping if at is None else 0.0
@@ -75,14 +74,7 @@ def logdet(
     stopped = Stop.CONVERGED
     while len(values) < target.samples:
         indices = range(len(values), min(target.samples, len(values) + block))
-        W = probes(
-            Distribution.RADEMACHER,
-            seed,
-            indices,
-            products.size,
-            dtype=products.dtype,
-            device=products.device,
-        )
+        W = products.space.probes(Distribution.RADEMACHER, seed, indices)
         found = yield from quadratures(
             products, W, steps, iteration=products.done, multiply=seen
         )
@@ -166,8 +158,8 @@ def _begin(
     products: Products, options: LogDetOptions, room: Room
 ) -> Query[LogDetResult]:
     steps = min(options.steps, products.size)
-    return logdet(
-        products,
+    return products.begin(
+        logdet,
         damping=options.damping,
         steps=steps,
         target=Target.of(options, options.probes),

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from curvd_server.linalg.vectors import cross
+from curvd_server.linalg.space import Space
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,15 +23,15 @@ class LowRank:
 
     vectors: Tensor
     """U: [r, P], orthonormal rows."""
-    values: Tensor
-    """[r] Eigenvalues, float64."""
+    values: NDArray[np.float64]
+    """[r] Eigenvalues."""
 
     @property
     def rank(self) -> int:
         """Number of vectors, r."""
         return len(self.vectors)
 
-    def at(self, damping: float) -> Preconditioner:
+    def at(self, damping: float, space: Space) -> Preconditioner:
         """Make the preconditioner of ``A + damping * I``.
 
         ``P^-1 = I + U' ((l + damping) / (values + damping) - 1) U`` with l the smallest of
@@ -38,15 +40,18 @@ class LowRank:
 
         Args:
             damping: At least 0; a negative one counts as 0.
+            space: Where the vectors live.
 
         Returns:
             The preconditioner, from the values that are positive.
         """
-        shifted = self.values.double() + max(0.0, damping)
-        used = self.values > 0
+        values = torch.from_numpy(self.values).double()
+        shifted, used = values + max(0.0, damping), values > 0
         shifted = shifted[used]
         weights = shifted.min() / shifted if len(shifted) else shifted
-        return Preconditioner(self.vectors[used.to(self.vectors.device)], weights)
+        return Preconditioner(
+            self.vectors[used.to(self.vectors.device)], weights, space
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,8 @@ class Preconditioner:
     """U: [r, P], orthonormal rows."""
     weights: Tensor
     """[r] In (0, 1], float64."""
+    space: Space
+    """Where the vectors live."""
 
     def inverse(self, V: Tensor) -> Tensor:
         """Compute ``P^-1 V``: [K, P]."""
@@ -72,5 +79,5 @@ class Preconditioner:
         return -float(self.weights.log().sum())
 
     def _scaled(self, V: Tensor, weights: Tensor) -> Tensor:
-        found = cross(self.vectors, V) * (weights.to(V.device) - 1)
-        return torch.addmm(V, found.to(V.dtype), self.vectors)
+        found = self.space.cross(self.vectors, V) * (weights.to(V.device) - 1)
+        return self.space.add(V, found, self.vectors)

@@ -11,7 +11,6 @@ from curvd.contract import FrobeniusNormOptions
 from curvd_server.linalg.base import Products, Query
 from curvd_server.linalg.definition import Definition, Room
 from curvd_server.linalg.sampling import Estimate, Target, sample_mean
-from curvd_server.linalg.vectors import norms
 from curvd_server.linalg.whole import is_small, number_of
 
 
@@ -44,7 +43,7 @@ def _sampled(
     """Estimate it from random probes."""
     query = sample_mean(
         products,
-        lambda _, AW: (norms(AW) ** 2).tolist(),
+        lambda _, AW: (products.space.norms(AW) ** 2).tolist(),
         target=replace(target, relative=2 * target.relative, absolute=0.0),
         seed=seed,
         block=block,
@@ -77,8 +76,8 @@ def _halved(error: float, root: float) -> float:
 def _begin(
     products: Products, options: FrobeniusNormOptions, room: Room
 ) -> Query[Estimate]:
-    return frobenius_norm(
-        products,
+    return products.begin(
+        frobenius_norm,
         target=Target.of(options, options.samples),
         seed=options.seed,
         block=room.block,

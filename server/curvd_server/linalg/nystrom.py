@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +18,6 @@ from curvd.contract import Distribution, Stop
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.block_krylov import factors
 from curvd_server.linalg.low_rank import LowRank
-from curvd_server.linalg.random_probes import probes
-from curvd_server.linalg.vectors import cross, norms
 
 _FIRST = 16
 """Rank to begin with; it doubles as long as that pays."""
@@ -96,7 +95,9 @@ def nystrom(
             break
     bad = stopped is Stop.NEGATIVE_CURVATURE
     return NystromResult(
-        sketch=LowRank(products.empty(0), values[:0]) if bad else growing.sketch(),
+        sketch=LowRank(products.space.empty(0), values[:0].numpy())
+        if bad
+        else growing.sketch(),
         smallest=growing.smallest,
         products=products.done,
         stopped=stopped or Stop.CONVERGED,
@@ -142,8 +143,8 @@ class _Growing:
     """
 
     def __init__(self, products: Products, seed: int) -> None:
-        self._products, self._seed = products, seed
-        self._omega, self._y = products.empty(0), products.empty(0)
+        self._products, self._space, self._seed = products, products.space, seed
+        self._omega, self._y = self._space.empty(0), self._space.empty(0)
         self.smallest = math.inf
 
     @property
@@ -154,7 +155,7 @@ class _Growing:
     @property
     def rounding(self) -> float:
         """How negative rounding may make an eigenvalue of a map that has none."""
-        return self._products.rounding * float(norms(self._y).max())
+        return self._products.rounding * float(self._space.norms(self._y).max())
 
     def grow(self, columns: int) -> None:
         """Add probes, at a product each.
@@ -163,19 +164,16 @@ class _Growing:
             columns: How many.
         """
         products = self._products
-        W = probes(
+        W = products.space.probes(
             Distribution.NORMAL,
             self._seed,
             range(_PROBES + self.count, _PROBES + self.count + columns),
-            products.size,
-            dtype=products.dtype,
-            device=products.device,
         )
         for _ in range(2):
             if self.count:
-                found = cross(self._omega, W).to(W.dtype)
-                W = torch.addmm(W, found, self._omega, alpha=-1)
-            W, _, _ = factors(W, W)
+                found = self._space.cross(self._omega, W)
+                W = self._space.add(W, found, self._omega, alpha=-1)
+            W, _, _ = factors(self._space, W, W)
         self._omega = torch.cat((self._omega, W))
         self._y = torch.cat((self._y, products(W)))
         self.smallest = float(torch.linalg.eigvalsh(self._core())[0])
@@ -183,7 +181,9 @@ class _Growing:
     def values(self) -> Tensor:
         """Compute the sketch's eigenvalues: [count], descending, float64."""
         _, triangle = self._shifted()
-        gram = cross(self._y, self._y)  # the shift is far below its rounding
+        gram = self._space.cross(
+            self._y, self._y
+        )  # the shift is far below its rounding
         inner = torch.linalg.solve_triangular(triangle, gram, upper=False)
         inner = torch.linalg.solve_triangular(triangle, inner.T, upper=False)
         values: Tensor = torch.linalg.eigvalsh((inner + inner.T) / 2)
@@ -192,27 +192,31 @@ class _Growing:
     def sketch(self) -> LowRank:
         """Make the sketch: eigenvectors and values."""
         if not self.count:
-            return LowRank(self._omega, torch.zeros(0, dtype=torch.float64))
+            return LowRank(self._omega, np.zeros(0))
         shift, triangle = self._shifted()
         Y = torch.add(self._y, self._omega, alpha=shift)
+        self._space.witness(triangle)
         F = torch.linalg.solve_triangular(triangle.to(Y.dtype), Y, upper=False)
-        Q, _, turn = factors(F, F)
+        Q, _, turn = factors(self._space, F, F)
         # F = turn' Q: with the singular values of turn, A is about F'F - shift.
         left, sizes, _ = torch.linalg.svd(turn, full_matrices=False)
         values = (sizes**2 - shift).clamp_min(0)
         # What the shift may have made is no eigenvalue.
         used = values > max(shift, self._products.rounding * float(sizes.max()) ** 2)
-        return LowRank(left[:, used].T.to(Q.dtype) @ Q, values[used])
+        found = self._space.combine(left[:, used].T, Q)
+        return LowRank(found, values[used].cpu().numpy())
 
     def _core(self) -> Tensor:
-        core = cross(self._omega, self._y)
+        core = self._space.cross(self._omega, self._y)
         return (core + core.T) / 2
 
     def _shifted(self) -> tuple[float, Tensor]:
         """Shift the map by as little as makes it positive: the shift, and the factor."""
         core = self._core()
         eps = torch.finfo(self._products.dtype).eps
-        shift = eps * float(norms(self._y).norm()) + max(0.0, -2 * self.smallest)
+        shift = eps * float(self._space.norms(self._y).norm()) + max(
+            0.0, -2 * self.smallest
+        )
         while True:
             shifted = core + shift * torch.eye(self.count, dtype=core.dtype).to(core)
             triangle, failed = torch.linalg.cholesky_ex(shifted)

@@ -21,6 +21,8 @@ _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
 _CHUNK_WORDS = 1 << 16  # 4 Mi signs at a time: the 64-bit intermediate stays at 32 MiB
+_NORMALS = 2 * _CHUNK_WORDS
+"""Normals that are made at a time."""
 
 
 def probes(
@@ -31,6 +33,7 @@ def probes(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    part: range | None = None,
 ) -> Tensor:
     """Make probes.
 
@@ -41,14 +44,26 @@ def probes(
         size: P.
         dtype: Element type.
         device: Where to make them.
+        part: Which of their elements; None: all.
 
     Returns:
-        [K, P].
+        [K, P], or [K, len(part)] with the same bits.
     """
-    fill = _signs if distribution is Distribution.RADEMACHER else _normals
-    result = torch.empty(len(indices), size, dtype=dtype, device=device)
+    is_signs = distribution is Distribution.RADEMACHER
+    make, step = (_signs, 64 * _CHUNK_WORDS) if is_signs else (_normals, _NORMALS)
+    own = range(size) if part is None else part
+    result = torch.empty(len(indices), len(own), dtype=dtype, device=device)
     for row, index in zip(result, indices, strict=True):
-        fill(key(seed, index), row)
+        for start in range(own.start - own.start % step, own.stop, step):
+            first, last = max(start, own.start), min(start + step, own.stop)
+            # Signs begin with a word. Normals are made in the chunks of whole probes: at
+            # their ends a device may round differently.
+            begin = first - first % 64 if is_signs else start
+            end = last if is_signs else min(start + step, size)
+            made = make(key(seed, index), begin, end - begin, row.device)
+            row[first - own.start : last - own.start].copy_(
+                made[first - begin : last - begin]
+            )
     return result
 
 
@@ -65,27 +80,21 @@ def key(seed: int, index: int) -> int:
     return _mix_int((_mix_int(seed) + (index + 1) * _GAMMA) & _MASK)
 
 
-def _signs(key: int, row: Tensor) -> None:
-    """Fill a row with +1 (bit 0) and -1 (bit 1), 64 to a word, lowest bit first."""
-    shifts = torch.arange(64, device=row.device)
-    for start in range(0, row.numel(), 64 * _CHUNK_WORDS):
-        part = row[start : start + 64 * _CHUNK_WORDS]
-        words = _words(key, start // 64, -(-part.numel() // 64), row.device)
-        bits = (words[:, None] >> shifts) & 1
-        part.copy_(1 - 2 * bits.view(-1)[: part.numel()])
+def _signs(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """Make +1 (bit 0) and -1 (bit 1), 64 to a word, lowest bit first: [count]."""
+    words = _words(key, start // 64, -(-count // 64), device)
+    bits = (words[:, None] >> torch.arange(64, device=device)) & 1
+    return (1 - 2 * bits).view(-1)[:count]
 
 
-def _normals(key: int, row: Tensor) -> None:
-    """Fill a row by Box & Muller (1958): two words make two elements."""
-    for start in range(0, row.numel(), 2 * _CHUNK_WORDS):
-        part = row[start : start + 2 * _CHUNK_WORDS]
-        pairs = -(-part.numel() // 2)
-        words = _words(key, start, 2 * pairs, row.device).view(-1, 2)
-        uniforms = _shift(words, 11).double() * 2.0**-53
-        radius = torch.sqrt(-2.0 * torch.log(uniforms[:, 0] + 2.0**-53))
-        angle = 2.0 * math.pi * uniforms[:, 1]
-        both = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), 1)
-        part.copy_(both.view(-1)[: part.numel()])
+def _normals(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """Make normals by Box & Muller (1958), two of two words: [count]."""
+    words = _words(key, start, 2 * -(-count // 2), device).view(-1, 2)
+    uniforms = _shift(words, 11).double() * 2.0**-53
+    radius = torch.sqrt(-2.0 * torch.log(uniforms[:, 0] + 2.0**-53))
+    angle = 2.0 * math.pi * uniforms[:, 1]
+    both = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), 1)
+    return both.view(-1)[:count]
 
 
 def _words(key: int, first: int, count: int, device: torch.device) -> Tensor:

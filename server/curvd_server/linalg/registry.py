@@ -1,14 +1,42 @@
-"""Every query that is all algorithm, found by its options in the files beside this one."""
+"""Queries that are all algorithm, by their options; and all algorithms, by their names."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from curvd.contract import QueryOptions
+from curvd_server.linalg.base import Query
 from curvd_server.linalg.definition import Definition
+from curvd_server.linalg.density import spectral_density
+from curvd_server.linalg.diagonals import diagonal
+from curvd_server.linalg.eigenpairs import eigsh
+from curvd_server.linalg.linear_systems import solve
+from curvd_server.linalg.log_determinants import logdet
+from curvd_server.linalg.norm import frobenius_norm
+from curvd_server.linalg.nystrom import nystrom
+from curvd_server.linalg.shifted import solve_dampings
+from curvd_server.linalg.shifted_determinants import shifted_determinants
+from curvd_server.linalg.traces import trace
+
+ALGORITHMS: Mapping[str, Callable[..., Query[Any]]] = {
+    algorithm.__name__: algorithm
+    for algorithm in (
+        diagonal,
+        eigsh,
+        frobenius_norm,
+        logdet,
+        nystrom,
+        shifted_determinants,
+        solve,
+        solve_dampings,
+        spectral_density,
+        trace,
+    )
+}
+"""What `Products.begin` may begin where vectors are in parts, in another process."""
 
 
 def definitions_in(

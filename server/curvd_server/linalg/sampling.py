@@ -12,7 +12,6 @@ from torch import Tensor
 from curvd.contract import Distribution, Estimator, Stop
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.intervals import Mean, mean_of
-from curvd_server.linalg.random_probes import probes
 
 LEAST_SAMPLES = 10
 """Below this many samples a standard error is too rough to stop on."""
@@ -135,14 +134,7 @@ def sample_mean(
             stopped = reason
             break
         indices = range(first + len(values), first + len(values) + wanted)
-        W = probes(
-            Distribution.RADEMACHER,
-            seed,
-            indices,
-            products.size,
-            dtype=products.dtype,
-            device=products.device,
-        )
+        W = products.space.probes(Distribution.RADEMACHER, seed, indices)
         W = project(W)
         values += sample(W, products(W))
         mean = mean_of(values, products.rounding)

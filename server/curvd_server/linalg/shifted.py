@@ -21,7 +21,7 @@ from curvd.contract import Stop
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.block_krylov import factors
 from curvd_server.linalg.linear_systems import SolveResult, solve
-from curvd_server.linalg.vectors import cross, norms
+from curvd_server.linalg.space import Space
 
 T = TypeVar("T")
 
@@ -108,13 +108,14 @@ def _together(
     Returns:
         [D, K, P], and the steps.
     """
-    sizes = norms(B)
+    space = products.space
+    sizes = space.norms(B)
     sizes = torch.where(sizes > 0, sizes, 1.0)[:, None].to(B.dtype)
-    Q, _, C = factors(B / sizes, B / sizes)
+    Q, _, C = factors(space, B / sizes, B / sizes)
     base = min(dampings)
-    systems = [_Shifted(damping - base, Q, C) for damping in dampings]
+    systems = [_Shifted(space, damping - base, Q, C) for damping in dampings]
     S, before, carry = Q, None, None
-    left, steps = _LONG * (B.shape[1] + len(B)), 0
+    left, steps = _LONG * (products.size + len(B)), 0
     # The closing residuals need one product per solution.
     closing = len(dampings) * len(B)
     while len(S) and left > 0 and any(s.length > tolerance / 2 for s in systems):
@@ -122,7 +123,7 @@ def _together(
             break
         left, steps = left - len(S), steps + 1
         AS = torch.add(products(S), S, alpha=base)
-        form = cross(S, AS)
+        form = space.cross(S, AS)
         form = (form + form.T) / 2
         triangle, failed = torch.linalg.cholesky_ex(form)
         if failed:  # not positive definite: each damping is judged by itself
@@ -134,9 +135,9 @@ def _together(
         for system in open_:
             system.step(diagonal, below, Q)
         pull = torch.cholesky_inverse(triangle)
-        W = torch.addmm(Q, pull.to(Q.dtype), AS, alpha=-1)
-        Q, _, carry = factors(W, W)
-        S, before = torch.addmm(Q, carry.to(Q.dtype), S), form
+        W = space.add(Q, pull, AS, alpha=-1)
+        Q, _, carry = factors(space, W, W)
+        S, before = space.add(Q, carry, S), form
         for system in open_:
             system.look(carry @ before)
         yield Progress(
@@ -151,13 +152,14 @@ class _Shifted:
     """The factorisation of ``T + shift``, and the solution that follows from it.
 
     Args:
+        space: Where vectors live.
         shift: Above the smallest damping.
         Q: [r, P] The first block.
         C: [r, K] Coefficients of the right-hand sides in it.
     """
 
-    def __init__(self, shift: float, Q: Tensor, C: Tensor) -> None:
-        self._shift, self._y = shift, C
+    def __init__(self, space: Space, shift: float, Q: Tensor, C: Tensor) -> None:
+        self._space, self._shift, self._y = space, shift, C
         self._S, self._pull = Q, C.new_zeros(len(C), len(C))
         self.X = C.T.to(Q.dtype) @ torch.zeros_like(Q)
         self.length = float(C.norm(dim=0).amax()) if C.numel() else 0.0
@@ -177,11 +179,11 @@ class _Shifted:
         else:
             lower = below @ self._pull
             pivot = pivot - lower @ below.T
-            self._S = torch.addmm(Q, lower.to(Q.dtype), self._S, alpha=-1)
+            self._S = self._space.add(Q, lower, self._S, alpha=-1)
             self._y = -lower @ self._y
         # At least as positive definite as that of the smallest damping.
         self._pull = torch.linalg.inv((pivot + pivot.T) / 2)
-        self.X += (self._pull @ self._y).T.to(Q.dtype) @ self._S
+        self.X += self._space.combine((self._pull @ self._y).T, self._S)
 
     def look(self, beside: Tensor) -> None:
         """Compute what is left of the residuals: ``beside`` is minus T's next block."""

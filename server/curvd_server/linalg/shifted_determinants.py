@@ -14,7 +14,6 @@ from curvd.contract import Distribution, Stop
 from curvd_server.linalg.base import Products, Query
 from curvd_server.linalg.intervals import mean_of
 from curvd_server.linalg.lanczos import Quadrature, quadratures
-from curvd_server.linalg.random_probes import probes
 from curvd_server.linalg.whole import matrix
 
 _DENSE = 4096
@@ -85,21 +84,14 @@ def shifted_determinants(
     if is_dense(size, samples, steps) and products.allowed(size) == size:
         A = yield from matrix(products, block)
         if A is not None:
-            A = A.double()
+            A = products.space.joined(A).double()
             eigenvalues = torch.linalg.eigvalsh((A + A.T) / 2)
             return _of_eigenvalues(eigenvalues, dampings, products.done)
     found: list[Quadrature] = []
     stopped = Stop.CONVERGED
     while len(found) < samples:
         indices = range(len(found), min(samples, len(found) + block))
-        W = probes(
-            Distribution.RADEMACHER,
-            seed,
-            indices,
-            size,
-            dtype=products.dtype,
-            device=products.device,
-        )
+        W = products.space.probes(Distribution.RADEMACHER, seed, indices)
         some = yield from quadratures(products, W, steps, iteration=products.done)
         if some is None:
             stopped = products.refusal(len(indices)) or Stop.TIME

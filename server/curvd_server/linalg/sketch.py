@@ -9,8 +9,6 @@ from torch import Tensor
 
 from curvd.contract import Distribution
 from curvd_server.linalg.base import Products
-from curvd_server.linalg.random_probes import probes
-from curvd_server.linalg.vectors import dots, norms, orthogonalise
 
 _CHECKS = 1 << 32
 """Index of the first probe that checks whether a range is exhausted."""
@@ -30,8 +28,8 @@ class Sketch:
     """
 
     def __init__(self, products: Products, seed: int) -> None:
-        self._products, self._seed = products, seed
-        self.w, self.y, self.q, self.z = (products.empty(0) for _ in range(4))
+        self._products, self._space, self._seed = products, products.space, seed
+        self.w, self.y, self.q, self.z = (self._space.empty(0) for _ in range(4))
         """[k, P] each, columns first."""
         self.r = torch.empty(0, 0, dtype=torch.float64)
         """[k, k], upper triangular. A row of Q, of Z and of R is zero where a probe's
@@ -47,7 +45,7 @@ class Sketch:
     @property
     def rounding(self) -> float:
         """What rounding may do to ``tr(Q'AQ)``."""
-        return self._products.rounding * float(norms(self.z).sum())
+        return self._products.rounding * float(self._space.norms(self.z).sum())
 
     def grow(self, columns: int) -> None:
         """Add probes, at two products each, or one that adds nothing to Q.
@@ -56,13 +54,8 @@ class Sketch:
             columns: How many.
         """
         products, old = self._products, self.count
-        W = probes(
-            Distribution.RADEMACHER,
-            self._seed,
-            range(old, old + columns),
-            products.size,
-            dtype=products.dtype,
-            device=products.device,
+        W = products.space.probes(
+            Distribution.RADEMACHER, self._seed, range(old, old + columns)
         )
         Y = products(W)
         Q, r = self._orthonormal(Y)
@@ -94,17 +87,12 @@ class Sketch:
         if int((self.r.diagonal() > 0).sum()) >= products.size:
             self.complete = True
         elif not all_new and products.refusal() is None:
-            g = probes(
-                Distribution.NORMAL,
-                self._seed,
-                [_CHECKS + self.count],
-                products.size,
-                dtype=products.dtype,
-                device=products.device,
+            g = products.space.probes(
+                Distribution.NORMAL, self._seed, [_CHECKS + self.count]
             )
             image = products(g)[0]
-            length = norms(image)
-            _, left = orthogonalise(self.q, image)
+            length = self._space.norms(image)
+            _, left = self._space.orthogonalise(self.q, image)
             self.complete = bool(left <= self._tiny * length)
 
     def without(self, V: Tensor) -> Tensor:
@@ -116,16 +104,16 @@ class Sketch:
         Returns:
             ``(I - QQ')V``: [n, P].
         """
-        return V - (V @ self.q.T) @ self.q
+        return self._space.add(V, self._space.cross(self.q, V), self.q, alpha=-1)
 
     def projected(self) -> Tensor:
         """Return the symmetric part of ``Q'AQ``: [k, k], float64."""
-        h = (self.q @ self.z.T).double().cpu()
+        h = self._space.cross(self.z, self.q).cpu()
         return (h + h.T) / 2
 
     def exact_trace(self) -> float:
         """Return ``tr(Q'AQ)``."""
-        return float(dots(self.q, self.z).sum())
+        return float(self._space.dots(self.q, self.z).sum())
 
     def leave_one_out(self) -> Tensor:
         """Find what each probe alone contributes to the sketch.
@@ -156,13 +144,13 @@ class Sketch:
             k estimates of the trace.
         """
         h, s = self.projected(), self.leave_one_out()
-        qw = (self.q @ self.w.T).double().cpu()
-        zw = (self.z @ self.w.T).double().cpu()
+        qw = self._space.cross(self.w, self.q).cpu()
+        zw = self._space.cross(self.w, self.z).cpu()
         x = qw - s * (s * qw).sum(0)
         values = (
             self.exact_trace()
             - (s * (h @ s)).sum(0)
-            + dots(self.w, self.y).cpu()
+            + self._space.dots(self.w, self.y).cpu()
             - 2 * (x * zw).sum(0)
             + (x * (h @ x)).sum(0)
         )
@@ -185,8 +173,8 @@ class Sketch:
         if k < 3:
             return float("inf")
         h, s = self.projected(), self.leave_one_out()
-        qw = (self.q @ self.w.T).double().cpu()
-        zw = (self.z @ self.w.T).double().cpu()
+        qw = self._space.cross(self.w, self.q).cpu()
+        zw = self._space.cross(self.w, self.z).cpu()
         g, shs = s.T @ s, s.T @ h @ s
         sq, sz, shq = s.T @ qw, s.T @ zw, s.T @ h @ qw  # [j, i]: s_j with probe i
         own, hii = sq.diagonal(), shs.diagonal()
@@ -204,7 +192,7 @@ class Sketch:
         values = (
             self.exact_trace()
             - lost
-            + dots(self.w, self.y).cpu()
+            + self._space.dots(self.w, self.y).cpu()
             - 2 * ((qw * zw).sum(0) - cross)
             + (qw * (h @ qw)).sum(0)
             - 2 * inner
@@ -229,8 +217,8 @@ class Sketch:
         basis = torch.cat((self.q, torch.zeros_like(Y)))
         for i, y in enumerate(Y):
             known, row = basis[: old + i], basis[old + i].copy_(y)
-            length = norms(row)
-            found, left = orthogonalise(known, row)
+            length = self._space.norms(row)
+            found, left = self._space.orthogonalise(known, row)
             r[: old + i, i] = found.cpu()
             if left > self._tiny * length:
                 row /= left.to(row.dtype)

@@ -16,7 +16,6 @@ from curvd_server.linalg.sampling import (
     vectors_of,
 )
 from curvd_server.linalg.sketch import Sketch
-from curvd_server.linalg.vectors import dots
 from curvd_server.linalg.whole import is_small, known_or, number_of
 
 
@@ -72,7 +71,7 @@ def hutchinson(
     """
     return sample_mean(
         products,
-        lambda W, AW: dots(W, AW).tolist(),
+        lambda W, AW: products.space.dots(W, AW).tolist(),
         target=target,
         seed=seed,
         block=block,
@@ -125,7 +124,7 @@ def hutchpp(
     return (
         yield from sample_mean(
             products,
-            lambda W, AW: dots(W, AW).tolist(),
+            lambda W, AW: products.space.dots(W, AW).tolist(),
             target=rest,
             seed=seed,
             block=block,
@@ -209,8 +208,8 @@ def _estimate(products: Products, mean: Mean, samples: int, stopped: Stop) -> Es
 
 
 def _begin(products: Products, options: TraceOptions, room: Room) -> Query[Estimate]:
-    return trace(
-        products,
+    return products.begin(
+        trace,
         estimator=Estimator(options.estimator),
         target=Target.of(options, options.samples),
         seed=options.seed,

@@ -10,7 +10,6 @@ from torch import Tensor
 from curvd.contract import Stop
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.sampling import LEAST_SAMPLES, Estimate, Target
-from curvd_server.linalg.vectors import norms
 
 
 def is_small(products: Products, target: Target) -> bool:
@@ -56,7 +55,7 @@ def number_of(
         )
     rounding = float(rounding_of(products, A).sum())
     return Estimate(
-        value=float(function(A.double())),
+        value=float(function(products.space.joined(A).double())),
         standard_error=rounding,
         half_width=rounding,
         samples=products.size,
@@ -118,18 +117,18 @@ def matrix(products: Products, block: int) -> Query[Tensor | None]:
         Progress.
 
     Returns:
-        [P, P]; None if time ran out.
+        [P, own]; None if time ran out.
     """
     rows = []
-    unit = torch.eye(products.size, dtype=products.dtype, device=products.device)
-    for part in torch.split(unit, block):
+    for start in range(0, products.size, block):
+        part = range(start, min(start + block, products.size))
         if products.refusal(len(part)) is not None:
             return None
-        rows.append(products(part))
+        rows.append(products(products.space.units(part)))
         yield Progress(iteration=products.done, products=products.done)
     return torch.cat(rows)
 
 
 def rounding_of(products: Products, A: Tensor) -> Tensor:
     """Bound what rounding did to an element of each column: [P]."""
-    return products.rounding * norms(A)
+    return products.rounding * products.space.norms(A)

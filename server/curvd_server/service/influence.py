@@ -135,8 +135,8 @@ class _Solver:
     async def solve(self, gradients: Tensor) -> Tensor:
         """Solve a block: [m, P]."""
         found: SolveResult = await self.call.drive(
-            solve(
-                self.products,
+            self.products.begin(
+                solve,
                 gradients,
                 damping=self.options.damping,
                 tolerance=self.options.tolerance,

@@ -69,8 +69,8 @@ class _Posterior:
         """Solve a block: the solutions [k, P], and their relative residuals."""
         scale = self.likelihood.scale
         result: SolveResult = await self.call.drive(
-            solve(
-                self.call.products,
+            self.call.products.begin(
+                solve,
                 B / scale,
                 damping=self.prior / scale,
                 tolerance=self.tolerance,
@@ -348,8 +348,8 @@ async def marginal_likelihood(
     block = call.krylov_block(steps, options.probes)
     call.reserve(max(block * (steps + 3), 2 * size if size <= 4096 else 0))
     found: ShiftedDeterminants = await call.drive(
-        shifted_determinants(
-            call.products,
+        call.products.begin(
+            shifted_determinants,
             [prior / scale for prior in priors],
             samples=options.probes,
             steps=steps,

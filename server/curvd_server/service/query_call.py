@@ -317,7 +317,7 @@ class QueryCall:
         check.of_layout(name, stored.layout, self.lease.info.layout)
         vectors = self.stored(name)
         self.reserve(len(vectors))
-        values = torch.tensor(stored.values, dtype=torch.float64)
+        values = np.array(stored.values, dtype=np.float64)
         return LowRank(vectors, values * spec.scale + spec.damping)
 
     def store(

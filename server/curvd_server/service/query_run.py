@@ -270,6 +270,7 @@ def products_of(
         device=operator.device,
         limit=limit or _PRODUCTS,
         expired=run.expired,
+        runner=operator.runner,
     )
 
 

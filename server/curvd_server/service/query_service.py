@@ -121,8 +121,8 @@ class QueryService:
                 basis + searching + 2 * k + (1 if start is None else len(start))
             )
             result: EigshResult = await call.drive(
-                eigsh(
-                    call.products,
+                call.products.begin(
+                    eigsh,
                     k,
                     which=which,
                     tolerance=options.tolerance,
@@ -197,8 +197,8 @@ class QueryService:
             call.lease.vectors.check_room(options.name, call.vectors_bytes(rank))
             call.reserve(4 * rank)  # probes and products; factors and vectors
             result: NystromResult = await call.drive(
-                nystrom(
-                    call.products,
+                call.products.begin(
+                    nystrom,
                     rank,
                     # That of the systems to come, in the scale of the sketch.
                     damping=max(0.0, options.damping + asked.damping)
@@ -351,10 +351,10 @@ def _systems(
     together = call.together(len(B), options.block)
     if header.dampings:
         return joined(
-            solve_dampings(
-                call.products,
+            call.products.begin(
+                solve_dampings,
                 B,
-                header.dampings,
+                tuple(header.dampings),
                 tolerance=options.tolerance,
                 block=together,
             )
@@ -364,8 +364,8 @@ def _systems(
         known = call.known(header.preconditioner)
     elif "preconditioner" in tensors:
         known = call.tensor(tensors["preconditioner"])
-    return solve(
-        call.products,
+    return call.products.begin(
+        solve,
         B,
         solver=Solver(options.solver),
         damping=options.damping,
