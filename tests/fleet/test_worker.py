@@ -13,6 +13,7 @@ from support.fleets import invite
 
 from curvd.contract.specs import OperatorSpec
 from curvd.errors import Internal, OutOfMemory, Unavailable
+from curvd_server.device.torch_device import TorchDevice
 from curvd_server.fleet import Fleet, LocalLauncher, messages
 from curvd_server.fleet.connection import Connection, Frame
 from curvd_server.fleet.seats import raised
@@ -25,6 +26,8 @@ PATIENCE_S = 120.0
 
 class Waiting:
     """Holdings whose long command ends when a product was computed meanwhile."""
+
+    device = TorchDevice({}, "cpu")
 
     def __init__(self):
         self.multiplied, self.begun = threading.Event(), threading.Event()

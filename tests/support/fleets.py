@@ -39,7 +39,7 @@ class ThreadLauncher:
     """Workers as threads, which a test can cut off."""
 
     def __init__(self):
-        self.holdings, self._sockets, self._threads = {}, {}, {}
+        self.holdings, self.workers, self._sockets, self._threads = {}, {}, {}, {}
         self.starts = 0
 
     def start(self, invitation):
@@ -70,7 +70,9 @@ class ThreadLauncher:
             )
             holdings = Holdings(TorchDevice({}, "cpu"), 1 << 20)
             self.holdings[invitation.rank] = holdings
-            Worker(connection, holdings, lambda: None).run()
+            worker = Worker(connection, holdings, lambda: None)
+            self.workers[invitation.rank] = worker
+            worker.run()
 
     def ended(self, rank):
         return None if self._threads[rank].is_alive() else "its thread ended"

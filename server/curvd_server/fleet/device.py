@@ -1,8 +1,8 @@
 """A fleet behind the device protocol: the server's middle sees one device.
 
 Products are computed where the shards are, and partial products are added here, in the
-order of shards. Algorithms and what is about single data points run here, with products
-of the fleet. Everything belongs to whoever has the device's turn.
+order of shards. Algorithms run on the workers, with products of the fleet (`spread`); what
+is about single data points runs here. Everything belongs to whoever has the device's turn.
 """
 
 from __future__ import annotations

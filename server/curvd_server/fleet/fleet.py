@@ -74,7 +74,9 @@ class Fleet:
         self._numbers = Numbers()
         self._wanted: set[int] = set()
         # None ends who passes them on.
-        self._forgotten: queue.SimpleQueue[messages.Close | None] = queue.SimpleQueue()
+        self._forgotten: queue.SimpleQueue[messages.Close | messages.End | None] = (
+            queue.SimpleQueue()
+        )
         self._closed = False
         self._listener = Listener(self._secret, self._arrived, host)
         self._keeper = threading.Thread(target=self._keep, name="fleet", daemon=True)
@@ -105,6 +107,7 @@ class Fleet:
         *,
         cancelled: Poll,
         register: Callable[[], None] | None = None,
+        only: Mapping[int, int] | None = None,
     ) -> dict[int, Frame]:
         """Ask workers; those that are lost are asked again when they are back.
 
@@ -113,11 +116,13 @@ class Fleet:
             cancelled: Polled while they work; then all of them stop within a mini-batch.
             register: Called under the lock when those that answered are those that are
                 there: notes what they hold now.
+            only: Incarnations by rank that can answer, as `there` tells them; None: any.
 
         Returns:
             The answers by rank.
 
         Raises:
+            Lost: If one of these is gone.
             Cancelled: If the caller gave up.
             Unavailable: If a worker was lost again and again.
             CurvdError: If a worker refuses; the first one, by rank.
@@ -131,6 +136,7 @@ class Fleet:
             while True:
                 self._send_to(requests, number, asked, tries)
                 with self._changed:
+                    self._check_there(only or {})
                     found = self._found(requests, number, asked)
                     if found is not None:
                         if register is not None:
@@ -148,6 +154,28 @@ class Fleet:
                 self._wanted.discard(number)
                 for seat in self.seats:
                     seat.answers.pop(number, None)
+
+    def there(self, ranks: Collection[int], *, cancelled: Poll) -> dict[int, int]:
+        """Wait until workers are there, and tell their incarnations by rank.
+
+        Args:
+            ranks: Which.
+            cancelled: Polled meanwhile.
+
+        Raises:
+            Cancelled: If the caller gave up.
+            Unavailable: If one cannot be started.
+        """
+        while True:
+            with self._changed:
+                self._check_startable()
+                seats = [self.seats[rank] for rank in ranks]
+                if all(seat.is_ready for seat in seats):
+                    return {seat.rank: seat.incarnation for seat in seats}
+                self._changed.wait(_POLL_S)
+            if cancelled():
+                msg = "the caller gave up while a worker was started"
+                raise Cancelled(msg)
 
     def describe(self, shards: Mapping[int, int]) -> tuple[tuple[WorkerInfo, ...], int]:
         """Describe the workers.
@@ -174,7 +202,7 @@ class Fleet:
             )
             return found, self.generation
 
-    def forget(self, message: messages.Close) -> None:
+    def forget(self, message: messages.Close | messages.End) -> None:
         """Have workers forget what nobody needs any more; on any thread, at once."""
         self._forgotten.put(message)
 
@@ -251,6 +279,14 @@ class Fleet:
                 raise error
             found[rank] = frame
         return found if len(found) == len(requests) else None
+
+    def _check_there(self, only: Mapping[int, int]) -> None:
+        """Find out whether workers are still those that they were."""
+        for rank, incarnation in only.items():
+            seat = self.seats[rank]
+            if seat.incarnation != incarnation or not seat.is_ready:
+                msg = f"worker {rank} was lost: {seat.said}"
+                raise Lost(msg)
 
     def _stop(self, number: int, asked: Mapping[int, int]) -> None:
         """Have all workers stop, and wait until they have, or are lost."""
@@ -476,7 +512,8 @@ class Fleet:
         """Tell all workers what is forgotten; on a thread of its own, for it may block."""
         while (message := self._forgotten.get()) is not None:
             with self._changed:
-                self.registry.forget(message)
+                if isinstance(message, messages.Close):
+                    self.registry.forget(message)
                 there = [s.connection for s in self.seats if s.connection is not None]
             for connection in there:
                 with suppress(OSError):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from curvd.errors import Internal
+from curvd.errors import CurvdError, Internal
 from curvd.tensors import Pool
 from curvd_server.device.torch_device import TorchDevice, as_tensors
 from curvd_server.device.translated import translated
@@ -59,7 +59,7 @@ class Holdings:
     """
 
     def __init__(self, device: TorchDevice, idle_bytes: int) -> None:
-        self._device, self._results = device, Pool(idle_bytes)
+        self.device, self._results = device, Pool(idle_bytes)
         self._problems: dict[int, Held] = {}
         self._operators: dict[int, dict[int, Operator]] = {}
         self._paces: dict[int, float] = {}
@@ -120,7 +120,7 @@ class Holdings:
     def _load(self, m: messages.Load, arrays: list[Array], cancelled: Poll) -> Said:
         state = dict(zip(m.state, arrays, strict=False))
         data = dict(zip(m.arrays, arrays[len(m.state) :], strict=True))
-        whole = self._device.objective(
+        whole = self.device.objective(
             m.model,
             state,
             data,
@@ -259,6 +259,13 @@ def _known(held: dict[int, T], number: int, what: str) -> T:
     except KeyError:
         msg = f"this worker has no {what} {number}; it has {sorted(held)}"
         raise Internal(msg) from None
+
+
+def refused(error: CurvdError) -> Said:
+    """Answer with one of our errors."""
+    values = {str(k): str(v) for k, v in error.metadata.items()}
+    refusal = messages.Refused(reason=error.reason, message=str(error), values=values)
+    return refusal, ()
 
 
 def use_device(name: str) -> str:

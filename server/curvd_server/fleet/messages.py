@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from curvd.contract import (
     DatasetSpec,
@@ -23,6 +23,7 @@ from curvd.contract import (
     Tier,
 )
 from curvd_server.engine.tuning import Choice
+from curvd_server.linalg import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +235,69 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Begin:
+    """Begin an algorithm on segments of its vectors; `Paused` answers.
+
+    Arrays: `small` that are the same for all; then for each segment its elements of each
+    vector among the arguments, [..., own].
+    """
+
+    program: int
+    algorithm: str
+    """Its name, one of `linalg.ALGORITHMS`."""
+    arguments: str
+    """As `packing.pack` writes them."""
+    small: int
+    size: int
+    """P."""
+    dtype: str
+    """Of vectors, as NumPy names it."""
+    segments: tuple[Part, ...]
+    """Of this worker: elements in place of mini-batches."""
+    limit: int | None
+    """Most columns that may be multiplied."""
+    expired: bool
+    """Whether the time is up."""
+
+
+Ask = Literal["sum", "join", "product", "result"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paused:
+    """A program has come to where it needs what the others have, or to its end.
+
+    Arrays: `small` of its result; then what each segment contributes, one array, or all
+    vectors of its result.
+    """
+
+    asks: tuple[Ask, ...]
+    """What each segment needs: a sum over P, whole vectors, a product; or its end."""
+    digests: tuple[str, ...]
+    """Of all that decides how each segment goes on."""
+    progress: tuple[Progress, ...]
+    """Since it was last resumed."""
+    result: str = ""
+    """At its end, as `packing.pack` writes it."""
+    small: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    """Go on. Arrays: the sum or the whole vectors; of a product each segment's part."""
+
+    program: int
+    expired: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """Forget a program, wherever it is; needs no answer."""
+
+    program: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
     """Under which a plan is remembered."""
 
@@ -283,9 +347,22 @@ Command = (
     | Product
     | Gradient
     | Check
+    | Begin
+    | Resume
 )
-Answer = Loaded | Key | Decided | Built | Arrived | Gradients | Done | Refused | Failed
-Message = Command | Answer | Hello | Alive | Cancel
+Answer = (
+    Loaded
+    | Key
+    | Decided
+    | Built
+    | Arrived
+    | Gradients
+    | Paused
+    | Done
+    | Refused
+    | Failed
+)
+Message = Command | Answer | Hello | Alive | Cancel | End
 
 KINDS: Mapping[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
 """All messages by name."""

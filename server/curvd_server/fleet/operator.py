@@ -17,6 +17,9 @@ from curvd_server.device.protocols import Array
 from curvd_server.fleet import messages
 from curvd_server.fleet.connection import Frame
 from curvd_server.fleet.seats import OperatorEntry, Request
+from curvd_server.fleet.shards import segments
+from curvd_server.fleet.spread import Spread
+from curvd_server.linalg import Runner
 from curvd_server.system import Poll
 
 if TYPE_CHECKING:
@@ -84,6 +87,13 @@ class FleetOperator:
     def device(self) -> torch.device:
         """Where its products are made: partial ones are added on the host."""
         return torch.device("cpu")
+
+    @property
+    def runner(self) -> Runner:
+        """Runs algorithms on the workers, each with its segments of all vectors."""
+        fleet = self._problem.fleet
+        shards = self._problem.entry.load.parts
+        return Spread(fleet, segments(self.size, len(shards), len(fleet.seats)))
 
     def apply(
         self, columns: Array, *, counts: Sequence[int] = (), cancelled: Poll

@@ -35,6 +35,20 @@ def cut(batches: int, shards: int) -> tuple[Part, ...]:
     )
 
 
+def segments(size: int, shards: int, workers: int) -> dict[int, tuple[Part, ...]]:
+    """Cut vectors as data is, and give their segments to workers.
+
+    Args:
+        size: P.
+        shards: How many there are of the data.
+        workers: How many workers there are.
+
+    Returns:
+        The segments of each worker by its rank, in elements.
+    """
+    return deal(cut(size, shards), workers)
+
+
 def deal(parts: tuple[Part, ...], workers: int) -> dict[int, tuple[Part, ...]]:
     """Give consecutive shards to workers, as even as can be.
 

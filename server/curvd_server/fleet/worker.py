@@ -1,9 +1,10 @@
 """A worker: a process that holds shards of data and answers the front.
 
 One thread reads, so that a cancellation is known at once; one says now and then that the
-process is not frozen; the main one computes. It has a lane for products that are short,
-which come first, and one for whatever takes long: openings, and products over much data,
-which give way between two steps to each other and to short ones (`system.cooperative`).
+process is not frozen; queries have theirs (`programs`); the main one computes. It has a
+lane for products that are short, which come first, and one for whatever takes long:
+openings, and products over much data, which give way between two steps to each other and to
+short ones (`system.cooperative`).
 
 It ends with the front, however that ends: the system then closes the pipe and the
 connection, and kills what is stopped (`PR_SET_PDEATHSIG`). A worker on another machine that
@@ -34,9 +35,10 @@ from curvd_server.device import LONG_S
 from curvd_server.device.torch_device import TorchDevice, set_threads
 from curvd_server.fleet import messages
 from curvd_server.fleet.connection import Connection, Frame
-from curvd_server.fleet.holdings import Holdings, Said, use_device
+from curvd_server.fleet.holdings import Holdings, Said, refused, use_device
 from curvd_server.fleet.launcher import Invitation
 from curvd_server.fleet.listener import connected
+from curvd_server.fleet.programs import Programs
 from curvd_server.system import LongWork, Poll, Threads, logs
 
 BEAT_S = 0.5
@@ -128,6 +130,7 @@ class Worker:
         self, connection: Connection, holdings: Holdings, leave: Callable[[], None]
     ) -> None:
         self._connection, self._holdings = connection, holdings
+        self._programs = Programs(holdings.device, self._say)
         self._leave, self._is_over = leave, False
         self._changed = threading.Condition()
         self._new: deque[Frame] = deque()
@@ -206,19 +209,17 @@ class Worker:
         try:
             said = task.work.result()
         except CurvdError as error:
-            values = {str(k): str(v) for k, v in error.metadata.items()}
-            said = (
-                messages.Refused(
-                    reason=error.reason, message=str(error), values=values
-                ),
-                (),
-            )
+            said = refused(error)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             said = messages.Failed(message=text, trace=traceback.format_exc()), ()
         with self._changed:
             self._pending.discard(number)
             self._cancelled.discard(number)
+        self._say(number, said)
+
+    def _say(self, number: int, said: Said) -> None:
+        """Send an answer; on any thread."""
         try:
             self._connection.send(number, *said)
         except OSError:
@@ -227,6 +228,7 @@ class Worker:
     def _end(self) -> None:
         """Take note that the front is gone."""
         self._leave()
+        self._programs.close()
         with self._changed:
             self._is_over = True
             # Long work that waits for its next turn stops there.
@@ -238,6 +240,11 @@ class Worker:
         try:
             while True:
                 frame = self._connection.receive()
+                if isinstance(
+                    frame.message, messages.Begin | messages.Resume | messages.End
+                ):
+                    self._programs.take(frame)
+                    continue
                 with self._changed:
                     if isinstance(frame.message, messages.Cancel):
                         # What is answered already needs no stopping.
