@@ -185,8 +185,14 @@ class Band:
             self._space.subtract(
                 there.along, -torch.from_numpy(there.pull).to(weights) @ weights, place
             )
-        self._space.orthogonalise(there.beside, place)
+        self._keep_beside(place)
         return place
+
+    def _keep_beside(self, row: Tensor) -> None:
+        """Subtract from a row what is not in the complement: [own]."""
+        beside = self._complement.beside
+        if len(beside):  # else its length would be computed in vain
+            self._space.orthogonalise(beside, row)
 
     def settle(self, *, pending: bool = True) -> bool:
         """Orthogonalise what is not orthogonal to the older rows yet.
@@ -281,7 +287,7 @@ class Band:
         if rest > 4 * self.eps * self.scale:
             row /= after.to(row.dtype)
             # What rounding left in the row would grow with every step.
-            self._space.orthogonalise(self._complement.beside, row)
+            self._keep_beside(row)
         else:
             self.pending -= 1  # the space is invariant in this direction
         self._settled = self.count + self.pending
@@ -359,7 +365,7 @@ class Band:
         if not length > 0:
             return
         place /= length.to(place.dtype)
-        self._space.orthogonalise(self._complement.beside, place)
+        self._keep_beside(place)
         _, left = self._space.orthogonalise(self._rows[:n], place)
         if left > 100 * self.eps:
             place /= left.to(place.dtype)
