@@ -73,6 +73,10 @@ class FactoredOperator:
         with translated():
             return self.operator.apply(columns, cancelled=cancelled)
 
+    @property
+    def runner(self) -> None:
+        """Nobody runs algorithms elsewhere: vectors are whole here."""
+
     def eigenvalues(self, *, cancelled: Poll) -> Tensor:
         """Give all eigenvalues: [P] in float64, in no order."""
         with translated():
