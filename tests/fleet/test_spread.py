@@ -99,6 +99,18 @@ def test_bits_do_not_depend_on_the_number_of_workers_nor_on_repetition(fleets, n
         same(found, want)
 
 
+def lose(fleet, rank):
+    """Cut a worker off; returns when the front knows it."""
+    seat = fleet.seats[rank]
+    with fleet._changed:
+        there = seat.incarnation
+    fleet.launcher.end(rank)
+    with fleet._changed:
+        assert fleet._changed.wait_for(
+            lambda: not seat.is_ready or seat.incarnation != there, timeout=60
+        )
+
+
 def cut_off(fleet, at):
     """A multiplication during which a worker is lost, once."""
     done = []
@@ -106,11 +118,7 @@ def cut_off(fleet, at):
     def multiply(V):
         done.append(len(V))
         if sum(done) >= at > sum(done[:-1]):
-            fleet.launcher.end(1)
-            with fleet._changed:  # the front knows it before the product is there
-                assert fleet._changed.wait_for(
-                    lambda: not fleet.seats[1].is_ready, timeout=60
-                )
+            lose(fleet, 1)
         return V @ A
 
     return multiply
@@ -137,11 +145,7 @@ def test_a_query_whose_worker_is_lost_again_and_again_is_unavailable(fleets):
     fleet = fleets[1]
 
     def multiply(V):
-        fleet.launcher.end(0)
-        with fleet._changed:
-            assert fleet._changed.wait_for(
-                lambda: not fleet.seats[0].is_ready, timeout=60
-            )
+        lose(fleet, 0)
         return V @ A
 
     map_ = Products(multiply, size=P, dtype=A.dtype, runner=runner_of(fleet, "eigsh"))

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from curvd.errors import CurvdError
-from curvd_server.device.torch_device import TorchDevice, translated
+from curvd_server.device.torch_device import TorchDevice
+from curvd_server.device.translated import translated
 from curvd_server.fleet import messages
 from curvd_server.fleet.connection import Array, Frame
 from curvd_server.fleet.holdings import Said, refused
