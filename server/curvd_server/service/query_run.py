@@ -276,7 +276,7 @@ def products_of(
 
 def _closed_forms(
     run: QueryRun, operator: Operator, spec: OperatorSpec
-) -> dict[str, Callable[..., Tensor | None]]:
+) -> dict[str, Any]:
     """Make what is known without products of a factored operator."""
 
     def eigenvalues() -> Tensor | None:
