@@ -1,6 +1,7 @@
 """What travels between front and workers: typed values, arrays, and nothing for strangers."""
 
 import dataclasses
+import json
 import math
 import mmap
 import os
@@ -15,7 +16,7 @@ from support.fleets import fleet_of
 
 from curvd.contract.enums import LossName, Tier
 from curvd.contract.specs import LossSpec, OperatorSpec, SerializedGraph
-from curvd.errors import Internal
+from curvd.errors import Cancelled, Internal
 from curvd_server.engine.tuning import Choice, Plan
 from curvd_server.engine.verification import Evidence
 from curvd_server.fleet import messages
@@ -114,6 +115,65 @@ def test_arrays_travel_with_a_message(pair):
         np.testing.assert_array_equal(a, b)
 
 
+def test_others_send_between_the_pieces_of_a_large_message(pair):
+    large = np.arange(3 << 20, dtype=np.float64)
+    answers, got = [], []
+
+    def receive():
+        while len(got) < 2:
+            got.append(pair[1].receive())
+
+    receiver = threading.Thread(target=receive)
+    receiver.start()
+
+    def between():
+        if not answers:
+            pair[0].send(2, messages.Arrived(), [np.ones(2)])
+            answers.append(1)
+        return False
+
+    small = np.ones(0)
+    pair[0].send(1, messages.Arrived(), [small, large, large[:5]], cancelled=between)
+    receiver.join()
+    assert [frame.number for frame in got] == [2, 1]
+    for a, b in zip(got[1].arrays, [small, large, large[:5]], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_of_a_message_that_is_given_up_nothing_is_heard(pair):
+    large = np.zeros(3 << 20)
+    polls = iter([False, False, True])
+    got = []
+    receiver = threading.Thread(target=lambda: got.append(pair[1].receive()))
+    receiver.start()
+    with pytest.raises(Cancelled, match="while a worker was sent what it needs"):
+        pair[0].send(1, messages.Arrived(), [large], cancelled=lambda: next(polls))
+    pair[0].send(2, messages.Done())
+    receiver.join()
+    assert (got[0].number, got[0].message) == (2, messages.Done())
+    assert pair[1]._arriving == {}
+
+
+@pytest.mark.parametrize(
+    "at", [[7, 0, 0, 1], [1, 1, 0, 1], [1, -1, 0, 1], [1, 0, 8, 9]]
+)
+def test_a_piece_that_lies_nowhere_is_refused(at):
+    ours, theirs = socket.socketpair()
+    head = {
+        "number": 1,
+        "kind": "Arrived",
+        "fields": {},
+        "arrays": [["<f8", [2], None]],
+        "transfer": 1,
+    }
+    with ours, theirs:
+        for each in (head, {"piece": at}):
+            data = json.dumps(each).encode()
+            ours.sendall(len(data).to_bytes(4, "little") + data)
+        with pytest.raises(Internal):
+            Connection(theirs).receive()
+
+
 def snapshot_of(path, array):
     path.write_bytes(b"12345678" + array.tobytes())
     return Snapshot(path, digest=False).view()[8:].view(array.dtype)
@@ -168,14 +228,22 @@ def test_over_a_network_the_bytes_of_blobs_travel(tmp_path):
     ("head", "match"),
     [
         (b"[]", "cannot be read"),
-        (b'{"number": 1, "kind": "object", "fields": {}, "arrays": []}', "cannot be"),
-        (b'{"number": 1, "kind": "Done", "fields": {"a": 1}, "arrays": []}', "no Done"),
         (
-            b'{"number": 1, "kind": "Done", "fields": {}, "arrays": [["|O", [1], null]]}',
+            b'{"number": 1, "kind": "object", "fields": {}, "arrays": [], "transfer": 0}',
+            "cannot be",
+        ),
+        (
+            b'{"number": 1, "kind": "Done", "fields": {"a": 1}, "arrays": [], "transfer": 0}',
+            "no Done",
+        ),
+        (
+            b'{"number": 1, "kind": "Done", "fields": {}, "transfer": 0, '
+            b'"arrays": [["|O", [1], null]]}',
             "does not travel",
         ),
         (
-            b'{"number": 1, "kind": "Done", "fields": {}, "arrays": [["<f8", [-1], null]]}',
+            b'{"number": 1, "kind": "Done", "fields": {}, "transfer": 0, '
+            b'"arrays": [["<f8", [-1], null]]}',
             "does not travel",
         ),
     ],

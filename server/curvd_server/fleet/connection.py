@@ -1,7 +1,9 @@
 """A connection between the front and a worker: typed messages, length-prefixed, with arrays.
 
 A frame is the length of its head, the head in JSON (number, kind, fields, and the types and
-shapes of the arrays), and the arrays' bytes. Whoever does not know the secret of the fleet
+shapes of the arrays), and the arrays' bytes. Those of large arrays follow in pieces, which are
+frames of their own, so that other messages go between them, and who gives up need not send
+the rest. Whoever does not know the secret of the fleet
 is told nothing and read no further: both ends prove it before the first frame, each by an
 HMAC over both challenges.
 
@@ -15,23 +17,26 @@ from __future__ import annotations
 import errno
 import hashlib
 import hmac
+import itertools
 import json
 import secrets
 import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from curvd.errors import Internal
+from curvd.errors import Cancelled, Internal
 from curvd.tensors import Buffer, Pool
 from curvd_server.fleet.messages import KINDS, Message
 from curvd_server.fleet.values import plain, typed
 from curvd_server.storage import mapped, region_of
+from curvd_server.system import Poll
 
 Array = NDArray[Any]
 
@@ -60,6 +65,16 @@ class Frame(NamedTuple):
     arrays: list[Array]
 
 
+@dataclass(slots=True)
+class _Arriving:
+    """A message whose arrays come in pieces."""
+
+    frame: Frame
+    arrays: Sequence[Buffer]
+    """Their bytes, to be filled."""
+    missing: int
+
+
 class Connection:
     """One end of a connection, after both have proved who they are.
 
@@ -72,6 +87,8 @@ class Connection:
     def __init__(self, connected: socket.socket) -> None:
         self._socket, self._sending = connected, threading.Lock()
         self._pool = Pool(_IDLE_BYTES)
+        self._transfers = itertools.count(1)
+        self._arriving: dict[int, _Arriving] = {}
         self.heard_s = time.monotonic()
         """When the other end was last heard of, by `time.monotonic`."""
 
@@ -99,19 +116,36 @@ class Connection:
             raise EOFError(msg)
         self._socket.settimeout(None)
 
-    def send(self, number: int, message: Message, arrays: Sequence[Array] = ()) -> None:
+    def send(
+        self,
+        number: int,
+        message: Message,
+        arrays: Sequence[Array] = (),
+        *,
+        cancelled: Poll = lambda: False,
+    ) -> None:
         """Send a message; blocks until the other end has taken most of it.
 
         Args:
             number: Of the command that it is, or answers.
             message: The message.
             arrays: Those that its class names.
+            cancelled: Polled between pieces of large arrays; the other end then never
+                hears of the message.
 
         Raises:
+            Cancelled: If the caller gave up.
             OSError: If the connection is broken.
         """
         flat = [np.ascontiguousarray(array) for array in arrays]
         places, memories = self._shared(flat)
+        bytes_of = [
+            array.reshape(-1).view(np.uint8)
+            for array, place in zip(flat, places, strict=True)
+            if place is None
+        ]
+        is_large = sum(each.nbytes for each in bytes_of) > _PIECE
+        transfer = next(self._transfers) if is_large else 0
         head = {
             "number": number,
             "kind": type(message).__name__,
@@ -120,18 +154,40 @@ class Connection:
                 [a.dtype.str, list(a.shape), place]
                 for a, place in zip(arrays, places, strict=True)
             ],
+            "transfer": transfer,
         }
+        self._send(head, [] if is_large else bytes_of, memories)
+        if is_large:
+            self._send_pieces(transfer, bytes_of, cancelled)
+
+    def _send_pieces(
+        self, transfer: int, arrays: Sequence[Buffer], cancelled: Poll
+    ) -> None:
+        """Send the bytes of a message that was announced; others may send in between."""
+        for index, array in enumerate(arrays):
+            for start in range(0, array.nbytes, _PIECE):
+                if cancelled():
+                    self._send({"abandoned": transfer})
+                    msg = "the caller gave up while a worker was sent what it needs"
+                    raise Cancelled(msg)
+                piece = array[start : start + _PIECE]
+                at = [transfer, index, start, piece.nbytes]
+                self._send({"piece": at}, [piece])
+
+    def _send(
+        self,
+        head: Mapping[str, Any],
+        arrays: Sequence[Buffer] = (),
+        memories: Sequence[int] = (),
+    ) -> None:
         data = json.dumps(head).encode()
+        length = _LENGTH.pack(len(data))
         with self._sending:
-            if memories:  # with the first byte of the frame
-                length = _LENGTH.pack(len(data))
-                sent = socket.send_fds(self._socket, [length], memories)
-                self._socket.sendall(length[sent:] + data)
-            else:
-                self._socket.sendall(_LENGTH.pack(len(data)) + data)
-            for array, place in zip(flat, places, strict=True):
-                if place is None:
-                    self._socket.sendall(array.reshape(-1).view(np.uint8).data)
+            # Memories go with the first byte of the frame.
+            sent = socket.send_fds(self._socket, [length], memories) if memories else 0
+            self._socket.sendall(length[sent:] + data)
+            for array in arrays:
+                self._socket.sendall(array.data)
 
     def receive(self) -> Frame:
         """Wait for a message.
@@ -144,21 +200,55 @@ class Connection:
             OSError: If the connection is broken.
             Internal: If it is no message of the protocol.
         """
+        while True:
+            frame = self._received()
+            if frame is not None:
+                return frame
+
+    def _received(self) -> Frame | None:
+        """Receive a frame; None if no message is complete by it."""
         (length,), memories = self._begin()
         if length > _HEAD_BYTES:
             msg = f"a message announces a head of {length} bytes, above {_HEAD_BYTES}"
             raise Internal(msg)
         try:
             head = json.loads(bytes(self._exactly(length)))
+            if "piece" in head:
+                return self._piece(*map(int, head["piece"]))
+            if "abandoned" in head:
+                del self._arriving[int(head["abandoned"])]
+                return None
             number, kind = int(head["number"]), KINDS[head["kind"]]
             fields, described = head["fields"], list(head["arrays"])
+            transfer = int(head["transfer"])
         except (ValueError, TypeError, LookupError) as error:
             msg = f"a message between front and worker cannot be read: {error}"
             raise Internal(msg) from error
         message = typed(kind, fields)
-        return Frame(
-            number, message, [self._array(memories, *each) for each in described]
-        )
+        arrays, to_fill = list[Array](), list[Buffer]()
+        for each in described:
+            arrays.append(self._array(memories, to_fill, *each))
+        frame = Frame(number, message, arrays)
+        if transfer:
+            missing = sum(each.nbytes for each in to_fill)
+            self._arriving[transfer] = _Arriving(frame, to_fill, missing)
+            return None
+        for memory in to_fill:
+            self._fill(memoryview(memory.data))
+        return frame
+
+    def _piece(self, transfer: int, index: int, start: int, size: int) -> Frame | None:
+        """Receive a piece of a message; return it with the last one."""
+        arriving = self._arriving[transfer]
+        place = arriving.arrays[index][start : start + size]
+        if min(index, start) < 0 or place.nbytes != size or size > arriving.missing:
+            msg = f"piece {start}+{size} of array {index} does not lie in it"
+            raise Internal(msg)
+        self._fill(memoryview(place.data))
+        arriving.missing -= size
+        if arriving.missing:
+            return None
+        return self._arriving.pop(transfer).frame
 
     def close(self) -> None:
         """Close it, and wake up who receives."""
@@ -212,6 +302,7 @@ class Connection:
     def _array(
         self,
         memories: Sequence[Buffer],
+        to_fill: list[Buffer],
         kind: str,
         shape: Sequence[int],
         place: Sequence[int] | None,
@@ -227,7 +318,7 @@ class Connection:
             memory = memories[which][start : start + size * dtype.itemsize]
         else:
             memory = self._pool.take(size * dtype.itemsize)
-            self._fill(memoryview(memory.data))
+            to_fill.append(memory)
         return memory.view(dtype).reshape(tuple(shape))
 
     def _exactly(self, size: int) -> bytearray:

@@ -134,7 +134,7 @@ class Fleet:
             self._wanted.add(number)
         try:
             while True:
-                self._send_to(requests, number, asked, tries)
+                self._send_to(requests, number, asked, tries, cancelled)
                 with self._changed:
                     self._check_there(only or {})
                     found = self._found(requests, number, asked)
@@ -238,6 +238,7 @@ class Fleet:
         number: int,
         asked: dict[int, int],
         tries: Counter[int],
+        cancelled: Poll,
     ) -> None:
         """Send a command to those that are ready and were not asked since they came."""
         with self._changed:
@@ -260,7 +261,9 @@ class Fleet:
             assert connection is not None
             tries[seat.rank] += 1
             with suppress(OSError):  # its reader will notice, too
-                connection.send(number, request.message, request.arrays)
+                connection.send(
+                    number, request.message, request.arrays, cancelled=cancelled
+                )
             asked[seat.rank] = incarnation
 
     def _found(
