@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,8 @@ def _ask(act: Callable[[], object], threads: int) -> None:
         if line.strip() == "end":
             return
         stopped, came = threading.Event(), Counter()
+        if isinstance(act, Storm):
+            act.begin()
         cpu_s = time.process_time()
 
         def ask(stopped=stopped, came=came) -> None:
@@ -113,6 +115,8 @@ def _ask(act: Callable[[], object], threads: int) -> None:
         stopped.set()
         for thread in asking:
             thread.join()
+        if isinstance(act, Storm):
+            act.end()
         say(cpu_s=cpu_s, **came)
 
 
@@ -194,46 +198,57 @@ STORM = 1000
 
 
 class Storm:
-    """As many calls at once, each of which takes a connection of its own."""
+    """As many calls at once, each of which takes a connection of its own.
+
+    Args:
+        target: The server.
+        token: Who he is.
+        held: Ends the thread in which they are made.
+    """
 
     def __init__(self, target: str, token: str, held: Held) -> None:
         self._target, self._token = target, token
-        self._until_s = 0.0
         self._came: Counter[str] = Counter()
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever)
         thread.start()
         held.callback(thread.join)
         held.callback(self._loop.call_soon_threadsafe, self._loop.stop)
-        begun = asyncio.run_coroutine_threadsafe(self._begin(), self._loop)
-        tasks = begun.result()
-        held.callback(
-            lambda: asyncio.run_coroutine_threadsafe(
-                self._end(tasks), self._loop
-            ).result()
-        )
 
-    async def _begin(self) -> list[asyncio.Task[None]]:
+    def begin(self) -> None:
+        """Let it begin."""
+        self._run(self._begin())
+
+    def end(self) -> None:
+        """Have it over: no call, and no connection is left."""
+        self._run(self._end())
+
+    def __call__(self) -> Counter[str]:
+        """Wait a moment; say what came of it."""
+        time.sleep(0.05)
+        came, self._came = self._came, Counter()
+        return came
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _begin(self) -> None:
         self._client = curvd.aio.connect(self._target, config=ONCE, token=self._token)
         await self._client.__aenter__()
         (first, *_) = await self._client.sessions()
         session = await self._client.session(first.id)
         v = np.ones(session.layout.size, np.float32)
-        return [
-            asyncio.create_task(self._ask(session.hessian(), v)) for _ in range(STORM)
-        ]
+        H = session.hessian()
+        self._tasks = [asyncio.create_task(self._ask(H, v)) for _ in range(STORM)]
 
-    async def _end(self, tasks: list[asyncio.Task[None]]) -> None:
-        for task in tasks:
+    async def _end(self) -> None:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._client.__aexit__(None, None, None)
 
     async def _ask(self, H: Any, v: np.ndarray) -> None:
         while True:
-            if time.monotonic() > self._until_s:
-                await asyncio.sleep(0.05)
-                continue
             try:
                 await (H @ v)
                 self._came["done"] += 1
@@ -242,13 +257,6 @@ class Storm:
                 self._came["of " + error.metadata.get("quota", "nothing")] += 1
             except curvd.CurvdError as error:
                 self._came[type(error).__name__] += 1
-
-    def __call__(self) -> Counter[str]:
-        """Let them ask for a moment; say what came of it."""
-        self._until_s = time.monotonic() + 0.1
-        time.sleep(0.05)
-        came, self._came = self._came, Counter()
-        return came
 
 
 Act = Callable[[curvd.Client, Held], Callable[[], object]]

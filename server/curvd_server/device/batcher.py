@@ -150,8 +150,9 @@ class Batcher:
         self._seconds_per_column = _FIRST_GUESS_S
         # Of the slowest product lately. Operators come and go.
         self._paces = weakref.WeakKeyDictionary[Multiplies, float]()
-        # Of the quickest lately: what it takes when nothing of the machine is in its way.
-        self._best_paces = weakref.WeakKeyDictionary[Multiplies, float]()
+        # Seconds of the quickest run of so many columns, up to a factor of two: what it
+        # takes when nothing is in its way. A busy machine makes no product a long one.
+        self._quickest = weakref.WeakKeyDictionary[Multiplies, dict[int, float]]()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -215,7 +216,7 @@ class Batcher:
             value = operator.apply(columns, cancelled=lambda: self._closed)
         finally:
             seconds = time.monotonic() - start_s
-            self._count(operator, len(columns), seconds, products=1)
+            self._count(operator, len(columns), seconds, products=1, complete=False)
             with self._lock:
                 expected = self._presence.expected()
                 self._lanes.charge_aside(caller, seconds, expected)
@@ -381,11 +382,7 @@ class Batcher:
         self._lanes.begin(tickets)
         in_turns = tickets[0].in_turns
         if operator is not None:
-            paces, long_s = self._paces, LONG_S
-            if self._presence.is_shared():
-                paces, long_s = self._best_paces, SHARED_LONG_S
-            pace_s = paces.get(operator, math.inf)
-            in_turns = pace_s * sum(ticket.width for ticket in tickets) > long_s
+            in_turns = self._is_long(operator, sum(ticket.width for ticket in tickets))
         work = LongWork(
             lambda poll: _as_caller(
                 tickets[0].caller, lambda: self._compute(operator, tickets, poll)
@@ -396,6 +393,14 @@ class Batcher:
             is_shared=self._is_shared,
         )
         return Run(operator, tickets, work, in_turns, time.monotonic())
+
+    def _is_long(self, operator: Multiplies, columns: int) -> bool:
+        """Tell whether a product takes so long that it gives way; the lock is held."""
+        seconds = self._paces.get(operator, math.inf) * columns
+        if not self._presence.is_shared():
+            return seconds > LONG_S
+        known = self._quickest.get(operator, {})
+        return known.get(columns.bit_length(), seconds) > SHARED_LONG_S
 
     def _take(self, lane: Lane) -> list[Ticket[Any]]:
         """Take what runs together from the front of a lane; skip the cancelled."""
@@ -467,6 +472,7 @@ class Batcher:
 
     def _end(self, run: Run, lane: Lane) -> None:
         """Tell the callers how their run ended."""
+        complete = False
         with self._lock:
             lane.run = None
             self._lanes.end(run.tickets)
@@ -490,13 +496,21 @@ class Batcher:
             for ticket in run.tickets:
                 ticket.set_exception(error)
         else:
+            complete = True
             self._leave(run)
             for ticket, value in zip(run.tickets, values, strict=True):
                 queue_s = run.began_s - ticket.submitted_s
                 ticket.set_result(Done(value, queue_s, run.spent_s, run.columns))
         given_up = sum(ticket.abandoned for ticket in run.tickets)
         products = len(run.tickets) if run.operator is not None else 0
-        self._count(run.operator, run.columns, run.spent_s, given_up, products=products)
+        self._count(
+            run.operator,
+            run.columns,
+            run.spent_s,
+            given_up,
+            products=products,
+            complete=complete,
+        )
 
     def _leave(self, run: Run) -> None:
         """Take note of an end before anybody is told, who may ask again at once."""
@@ -536,6 +550,7 @@ class Batcher:
         given_up: int = 0,
         *,
         products: int,
+        complete: bool,
     ) -> None:
         with self._lock:
             self._products += products
@@ -549,8 +564,10 @@ class Batcher:
             self._seconds_per_column += 0.2 * (pace_s - self._seconds_per_column)
             slowest_s = self._paces.get(operator, 0.0)
             self._paces[operator] = max(pace_s, _FORGET * slowest_s)
-            quickest_s = self._best_paces.get(operator, math.inf)
-            self._best_paces[operator] = min(pace_s, 1.05 * quickest_s)
+            if complete:
+                known = self._quickest.setdefault(operator, {})
+                width = columns.bit_length()
+                known[width] = min(seconds, known.get(width, math.inf))
 
     def _wait_s(self, columns: int) -> float:
         """Guess how long columns under way will take."""

@@ -51,7 +51,8 @@ class BatchProduct:
         self.blocks = block_ranges(spec, len(problem.parameters))
         self.width = width
         """Columns that go through together; fewer after the memory ran out."""
-        # The latest chunk of so many columns. What a GPU is given takes no time here.
+        # Of chunks of so many columns, while callers shared the device. What a GPU is
+        # given takes no time here.
         self._chunk_s: dict[int, float] = {}
 
     def add(
@@ -86,7 +87,7 @@ class BatchProduct:
             end = next(end for end in ends if end > start)
             stop = min(start + self.width, end)
             try:
-                with self._timed(stop - start):
+                with self._giving_way(stop - start):
                     for at, row in self._rows(linear, V[start:stop]):
                         if at not in added:
                             self._add(at, row, out[start:stop], first=index == 0)
@@ -102,8 +103,7 @@ class BatchProduct:
             start = stop
             added.clear()
 
-    @contextlib.contextmanager
-    def _timed(self, columns: int) -> Iterator[None]:
+    def _giving_way(self, columns: int) -> contextlib.AbstractContextManager[object]:
         """Let others go within a chunk that takes long, if they want short turns.
 
         The operations and their order stay the same, and so do the bits.
@@ -111,23 +111,17 @@ class BatchProduct:
         Args:
             columns: Of the chunk.
         """
-        if self._chunk_s.get(columns, 0.0) > LONG_CHUNK_S and is_shared():
-            with Interruptible():
-                yield
-            return
+        if not is_shared():
+            return contextlib.nullcontext()
+        if self._chunk_s.get(columns, 0.0) > LONG_CHUNK_S:
+            return Interruptible()
+        return self._timed(columns)
+
+    @contextlib.contextmanager
+    def _timed(self, columns: int) -> Iterator[None]:
         start_s = time.thread_time()
         yield
         self._chunk_s[columns] = time.thread_time() - start_s
-
-    def run(self, index: int, V: Tensor) -> None:
-        """Multiply by one mini-batch's share, and keep nothing of the product.
-
-        Args:
-            index: Which mini-batch.
-            V: ``[K, P]``.
-        """
-        for _ in self._rows(self._cache.get(index), V):
-            yield_point()
 
     def _rows(
         self, linear: Linearisation, V: Tensor
