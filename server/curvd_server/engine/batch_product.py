@@ -123,6 +123,16 @@ class BatchProduct:
         yield
         self._chunk_s[columns] = time.thread_time() - start_s
 
+    def run(self, index: int, V: Tensor) -> None:
+        """Multiply by one mini-batch's share, and keep nothing of the product.
+
+        Args:
+            index: Which mini-batch.
+            V: ``[K, P]``.
+        """
+        for _ in self._rows(self._cache.get(index), V):
+            yield_point()
+
     def _rows(
         self, linear: Linearisation, V: Tensor
     ) -> Iterator[tuple[int, Tensor | None]]:
