@@ -14,6 +14,8 @@ pytest.importorskip("torch")
 from support.fleets import device_of, eager_hessian, fleet_of, load, never, state
 
 from curvd.contract.specs import OperatorSpec
+from curvd_server.linalg import Products, eigsh
+from curvd_server.linalg.base import drain
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,29 @@ def test_workers_end_with_a_front_that_is_killed():
         front.kill()
         gone, alive = psutil.wait_procs(workers, timeout=120)
         assert (len(gone), alive) == (2, [])
+
+
+def test_a_query_whose_worker_is_killed_ends_with_the_same_bits(fleet, operator):
+    def eigenvectors(at=-1):
+        """Those of the Hessian; a worker is killed before a product."""
+
+        def multiply(V):
+            if products.done == at:
+                os.kill(pid_of(fleet, 1), signal.SIGKILL)
+            return operator.multiply(V, cancelled=never)
+
+        products = Products(
+            multiply,
+            size=operator.size,
+            dtype=operator.dtype,
+            runner=operator.runner,
+        )
+        return drain(products.begin(eigsh, 3)), products.done
+
+    want, products = eigenvectors()
+    found, spent = eigenvectors(at=products // 2)
+    assert (found.values, found.residuals) == (want.values, want.residuals)
+    np.testing.assert_array_equal(found.vectors, want.vectors)
+    assert (found.products, spent > products) == (want.products, True)
+    exact = np.linalg.eigvalsh(eager_hessian())[::-1][:3]
+    np.testing.assert_allclose(found.values, exact, rtol=1e-6)
