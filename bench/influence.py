@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -119,7 +120,7 @@ def kronfluence_scores(net: Trained, damping: float) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         analyzer = Analyzer(
             analysis_name="digits",
-            model=prepare_model(net.net, task),
+            model=prepare_model(copy.deepcopy(net.net), task),
             task=task,
             cpu=True,
             disable_tqdm=True,
@@ -160,8 +161,14 @@ def report(what: str, figure: str, good: bool) -> bool:
 
 
 def resident_bytes() -> int:
-    """Tell the largest resident set that this process had."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Tell the largest resident set that this process had.
+
+    That of getrusage would be its parent's, if that was larger when it began.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 def contestant(name: str, folder: Path) -> None:

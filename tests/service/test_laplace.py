@@ -108,6 +108,8 @@ def test_regression_divides_by_the_noise(live_target):
             Z = output_jacobian(net, X)
             expected = np.einsum("tcp,pq,tcq->tc", Z, np.linalg.inv(A), Z)
             np.testing.assert_allclose(found.variance, expected, rtol=1e-7)
+            with pytest.raises(curvd.InvalidSpec, match="no logits of classes"):
+                found.probabilities()
             value = session.marginal_likelihood([PRIOR], noise=NOISE)
             z = net(torch.from_numpy(x)).detach().numpy()
             theta = nn.utils.parameters_to_vector(net.parameters()).detach().numpy()
@@ -322,3 +324,22 @@ def test_a_weight_decay_is_no_second_prior_of_draws_and_evidence(live_target):
     np.testing.assert_allclose(
         found, np.einsum("tcp,pq,tcq->tc", J, inverse, J), rtol=1e-8
     )
+
+
+def test_what_means_nothing_is_refused_with_what_to_do(live_target):
+    with curvd.connect(live_target) as client, open_session(client) as session:
+        with pytest.raises(curvd.InvalidSpec, match=r"leave noise=0\.3 out"):
+            session.predictive(X, noise=NOISE)
+        with pytest.raises(curvd.InvalidSpec, match="ask the ggn"):
+            session.hessian().marginal_likelihood([1e-8])
+
+
+def test_fishers_have_an_evidence_beside_a_weight_decay(live_target):
+    decayed = curvd.LossSpec(name="cross_entropy", weight_decay=0.5)
+    with curvd.connect(live_target) as client, open_session(client) as plain:
+        want = plain.empirical_fisher().marginal_likelihood([PRIOR])
+        with open_session(client, loss=decayed) as session:
+            found = session.empirical_fisher().marginal_likelihood([PRIOR])
+            np.testing.assert_allclose(found.values, want.values, rtol=1e-10)
+            with pytest.raises(curvd.InvalidSpec, match="a prior of its own"):
+                session.ggn().marginal_likelihood([PRIOR])

@@ -322,6 +322,23 @@ def _check_prior(problem: Problem) -> None:
         raise InvalidSpec(msg, weight_decay=largest)
 
 
+def _refuse_indefinite(
+    spec: OperatorSpec, found: ShiftedDeterminants, priors: Sequence[float]
+) -> None:
+    """Refuse priors at which there is no posterior, with what to use instead."""
+    pairs = zip(priors, found.values, strict=True)
+    wrong = [prior for prior, value in pairs if math.isnan(value)]
+    instead = ""
+    if spec.kind is OperatorKind.HESSIAN:
+        instead = "ask the ggn, which has no negative curvature, or "
+    msg = (
+        f"the precision scale * {spec.kind} + prior * I is not positive definite at a prior "
+        f"of {', '.join(f'{prior:g}' for prior in wrong[:3])}, so there is no Gaussian of "
+        f"it: {instead}take larger priors"
+    )
+    raise InvalidSpec(msg, operator=spec.kind, prior=wrong[0] if wrong else priors[0])
+
+
 async def marginal_likelihood(
     call: QueryCall, options: MarginalLikelihoodOptions, priors: Sequence[float]
 ) -> None:
@@ -334,14 +351,15 @@ async def marginal_likelihood(
 
     Raises:
         InvalidSpec: If the loss is no likelihood, or the operator or the objective has a
-            scale, a damping or a weight decay.
+            scale, a damping or a weight decay, or there is no posterior.
     """
     assert call.spec is not None
     _check_scaled(call.spec)
     points = call.points_beside()
     problem = points.problem.restricted(call.spec)
     _check_likelihood(call.spec)
-    _check_prior(problem)
+    if call.spec.kind in (OperatorKind.HESSIAN, OperatorKind.GGN):
+        _check_prior(problem)  # Fishers have no share of the weight decay
     likelihood = likelihood_of(points.problem, options.noise)
     scale, size = likelihood.scale, call.products.size
     steps = min(options.steps, size)
@@ -357,6 +375,8 @@ async def marginal_likelihood(
             block=block,
         )
     )
+    if found.stopped is Stop.NEGATIVE_CURVATURE:
+        _refuse_indefinite(call.spec, found, priors)
     own, _ = await call.drive(log_likelihood(points, likelihood, together(call)))
     squared = sum(float(p.double().square().sum()) for p in problem.parameters)
     logs = [value + size * math.log(scale) for value in found.values]

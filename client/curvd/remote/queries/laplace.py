@@ -10,6 +10,7 @@ import numpy as np
 
 from curvd._calls import Answer, Queries, QueryCall
 from curvd.contract import (
+    LossName,
     MarginalLikelihoodOptions,
     PosteriorSamplesOptions,
     PredictiveOptions,
@@ -44,6 +45,9 @@ class Predictive(Result):
     scale: float
     """What the operator was multiplied by: the precision is this plus the prior."""
 
+    loss: LossName
+    """Of the session, which says what outputs mean."""
+
     def probabilities(self) -> Floats:
         """Average softmax over the posterior, by MacKay's probit approximation.
 
@@ -52,7 +56,16 @@ class Predictive(Result):
 
         Returns:
             [T, *outputs]
+
+        Raises:
+            InvalidSpec: If outputs are no logits of classes.
         """
+        if not self.loss.has_classes:
+            msg = (
+                f"outputs of a session with loss {self.loss} are no logits of classes, so "
+                "their softmax means nothing: read mean and variance"
+            )
+            raise InvalidSpec(msg, loss=self.loss)
         z = self.mean / np.sqrt(1 + np.pi / 8 * self.variance)
         z = np.exp(z - z.max(-1, keepdims=True))
         found: Floats = z / z.sum(-1, keepdims=True)
@@ -258,7 +271,12 @@ class LaplaceQueries:
             if covariance is not None:
                 diagonal = np.diagonal(covariance, axis1=1, axis2=2)
                 variance = np.array(diagonal).reshape(mean.shape)
-            return answer.result(Predictive, variance=variance, covariance=covariance)
+            return answer.result(
+                Predictive,
+                variance=variance,
+                covariance=covariance,
+                loss=self._queries.session.loss.name,
+            )
 
         return self._queries.call(
             "Predictive", options, read, arrays=arrays, max_bytes=_MOST_BYTES

@@ -50,7 +50,7 @@ def likelihood_of(problem: Problem, noise: float) -> Likelihood:
         The likelihood.
 
     Raises:
-        InvalidSpec: If the loss is none.
+        InvalidSpec: If the loss is none, or has no noise.
     """
     name = problem.loss.spec.name
     if name is LossName.MSE:
@@ -58,6 +58,12 @@ def likelihood_of(problem: Problem, noise: float) -> Likelihood:
         per_term = -math.log(noise * math.sqrt(2 * math.pi))
         return Likelihood(problem.normaliser * per_loss, per_term, per_loss)
     if name in (LossName.CROSS_ENTROPY, LossName.NLL, LossName.BCE_WITH_LOGITS):
+        if noise != 1.0:
+            msg = (
+                f"noise is the deviation of targets that are numbers, of mse; targets of "
+                f"{name} have a distribution of their own: leave noise={noise:g} out"
+            )
+            raise InvalidSpec(msg, loss=name, noise=noise)
         return Likelihood(problem.normaliser, 0.0, 1.0)
     msg = (
         f"{name} is no negative log-likelihood with a known scale: make the session with "
