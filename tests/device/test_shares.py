@@ -219,8 +219,14 @@ def test_a_caller_with_a_name_waits_for_one_step_of_another(
     monkeypatch.setattr(batching, "_SHARED_TURN_S", 0.0)
     had = []
     long, short = Stepping("ben", 3, had), Stepping("ann", 1, had)
+    # Every look at the clock is a microsecond: the machine decides nothing.
+    ticks = itertools.count()
     batcher = batching.Batcher(
-        run_columns=4, run_bytes=1 << 20, pending_columns=8, pending_bytes=1000
+        run_columns=4,
+        run_bytes=1 << 20,
+        pending_columns=8,
+        pending_bytes=1000,
+        clock=lambda: next(ticks) * 1e-6,
     )
 
     def ask(operator, caller):
