@@ -105,6 +105,17 @@ def test_a_frame_wakes_its_reader_when_much_of_it_is_there_and_at_its_end(wire):
     assert wire.connection.drained
 
 
+def test_a_short_frame_wakes_its_reader_for_each_byte(wire):
+    head, data = chunk(np.zeros(400_000, np.uint8))
+    wire.send(greeting() + head + data[:100])
+    wire.pull()
+    wire.send(data[100:200])
+    wire.pull()
+    wire.send(data[200:])
+    while not wire.connection.stream.inbox:
+        wire.pull()
+
+
 def test_the_end_of_a_connection_wakes_its_reader_within_a_frame(wire):
     head, data = chunk(np.zeros(CHUNK_BYTES, np.uint8))
     wire.send(greeting() + head + data[:100])

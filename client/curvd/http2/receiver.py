@@ -26,8 +26,9 @@ _MOST_STEPS = 64
 _MOST_BYTES = 4 << 20
 """Bytes after which one `pull` returns, however many the socket still has."""
 _WORTH_WAKING_BYTES = 1 << 20
-"""Data of one frame that is left in the socket until there is so much of it. A sender is
-slower than memory, so whoever reads what has come finds 64 KiB, and again 64 KiB."""
+"""Data of a long frame that is left in the socket until there is so much of it. A sender
+is slower than memory, so whoever reads what has come finds 64 KiB, and again 64 KiB.
+Shorter frames are read as they come: their sender is done before a wait would pay."""
 _NOTHING = memoryview(bytearray())
 _threads = threading.local()
 
@@ -71,7 +72,7 @@ class Receiver:
         self._steps_left = 0
         self._is_cut = False  # the scratch memory may hold another whole frame
         self._data_left = self._pad_left = 0
-        self._data_ends = False
+        self._data_ends = self._is_long = False
         self._stream: Stream | None = None
         self.bytes_received = 0
         """Bytes that came."""
@@ -126,14 +127,19 @@ class Receiver:
                 self.drained = True
                 return
             done = self._landed(count) if direct else self._parsed(count)
-            if self._data_left and count < place.nbytes and self._tls is None:
+            if self._rests and count < place.nbytes:
                 self.drained = True  # one more call would say so, or find a crumb
                 return
 
+    @property
+    def _rests(self) -> bool:
+        """Whether much is still to come for certain, and may come together."""
+        return self._counts_bytes and self._is_long and self._data_left > 0
+
     def _rest_until_worth_it(self) -> None:
         """Have the socket wake its reader when much of a frame has come, or its end."""
-        wanted = min(self._data_left, _WORTH_WAKING_BYTES) or 1
-        if self._counts_bytes and wanted != self._wakes_after:
+        wanted = min(self._data_left, _WORTH_WAKING_BYTES) if self._rests else 1
+        if wanted != self._wakes_after:
             self._wakes_after = wanted
             wake_after(self._sock, wanted)
 
@@ -267,7 +273,7 @@ class Receiver:
         self._stream = self._handler.data(number, length, padding, ends=ends)
         self._start += head
         self._data_left, self._pad_left = length - padding, max(0, padding - 1)
-        self._data_ends = ends
+        self._data_ends, self._is_long = ends, length >= _WORTH_WAKING_BYTES
         self._conclude_data()
         return True
 
