@@ -90,6 +90,7 @@ def fleet_of(workers: int, launcher: LocalLauncher) -> Iterator[Fleet]:
             idle_bytes=1 << 30,
             log_level="warning",
             log_style="json",
+            patience_s=60.0,
             path=tuple(sys.path),
         )
 
