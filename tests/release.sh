@@ -66,14 +66,14 @@ echo "the client alone"
 environment client "$wheel"
 [[ $("$work/client/bin/curvd" --version) == "curvd, version $version" ]] ||
   fail "curvd --version is not $version"
-imports client curvd torch scipy curvlinops
+imports client curvd torch scipy curvlinops opentelemetry
 ! "$work/client/bin/python" -c 'import torch' 2>/dev/null || fail "the client brings torch"
 du --summarize --human-readable "$work/client/lib"
 
 echo "the server"
 environment server "$wheel[server]"
-imports server curvd_server scipy sklearn matplotlib
-imports server curvd scipy curvlinops
+imports server curvd_server scipy sklearn matplotlib opentelemetry jwt
+imports server curvd scipy curvlinops opentelemetry
 exec 3< <(exec "$work/server/bin/curvd" serve \
   --listen "unix:$work/socket" --data-dir "$work/data" 2>&1)
 server_pid=$!
