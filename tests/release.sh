@@ -73,7 +73,7 @@ du --summarize --human-readable "$work/client/lib"
 echo "the server"
 environment server "$wheel[server]"
 imports server curvd_server scipy sklearn matplotlib opentelemetry jwt
-imports server curvd scipy curvlinops opentelemetry
+imports server curvd scipy curvlinops opentelemetry lightning transformers
 exec 3< <(exec "$work/server/bin/curvd" serve \
   --listen "unix:$work/socket" --data-dir "$work/data" 2>&1)
 server_pid=$!
