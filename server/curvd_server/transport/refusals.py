@@ -1,7 +1,7 @@
 """How fast a caller who is at a quota is told so: the first at once, then in a steady pace.
 
-A refusal costs the event loop half a millisecond, and who asks again without a pause would
-take as much of it as he has connections. So each caller with a name has so many refusals at
+A refusal takes time of the event loop, and who asks again without a pause would take as much
+of it as he has connections. So each caller with a name has so many refusals at
 once and so many a second; further ones are told later, to a caller who waits. Nothing of his
 call is held meanwhile but its connection, and nobody else's calls are slowed.
 """
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 PER_SECOND = 50.0
-"""Refusals of one caller: their cost is a fiftieth of the event loop's time."""
+"""Refusals of one caller."""
 AT_ONCE = 50
 """Refusals without a pause, of a caller who had none lately."""
 LONGEST_S = 10.0
