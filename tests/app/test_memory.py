@@ -19,6 +19,7 @@ from curvd_server.engine import batch_product, check_gradient
 from curvd_server.engine.objective import chunked
 from curvd_server.engine.objective.objective import Problem
 from curvd_server.engine.operator import build
+from curvd_server.engine.operators import linearize
 from curvd_server.engine.tuning.plan import Plan
 from curvd_server.engine.verification import patterns, size, verify
 from curvd_server.engine.verification.determinism import check_objective
@@ -110,13 +111,20 @@ def test_opening_an_operator_holds_no_more(mode, peak, problem, monkeypatch):
     assert peak(lambda: operator_of(problem, mode)) <= 2 * (HELD + ONE)
 
 
-LAYERWISE = 3 * 2 / LAYERS
-"""Three layers in float64: widened, its gradient, and a copy in the order of memory."""
+LAYERWISE = 2 * 2 / LAYERS
+"""Two layers in float64: a gradient, and what it is made of or copied to."""
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+def test_linearising_makes_no_gradient_that_nobody_asks_for(kind, peak, problem):
+    spec, batch = OperatorSpec(kind=kind), problem.data[0]
+    linearize.program(problem, spec, batch)  # traced
+    assert peak(lambda: linearize.program(problem, spec, batch)) <= ONE
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])
 @pytest.mark.parametrize("blocks", [None, (2,) * LAYERS])
-def test_verifying_layer_by_layer_holds_three_layers_in_float64(
+def test_verifying_layer_by_layer_holds_two_layers_in_float64(
     kind, blocks, peak, problem
 ):
     spec = OperatorSpec(kind=kind, block_sizes=blocks)

@@ -71,5 +71,25 @@ class Model:
             raise InvalidSpec(msg, returned=type(result).__name__)
         return result
 
+    def recording(
+        self, parameters: Sequence[Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Say within what a graph of it is built that is kept.
+
+        Args:
+            parameters: One tensor per name.
+
+        Returns:
+            A context.
+        """
+        return contextlib.nullcontext()
+
+    def kept(self) -> dict[int, int]:
+        """Bytes that the latest graph within `recording` keeps, by address of the storage.
+
+        Nothing, if it records nothing by itself.
+        """
+        return {}
+
     def _named(self, batch: Batch) -> dict[str, Tensor]:
         return dict(zip(self.data.inputs, batch.inputs, strict=True))

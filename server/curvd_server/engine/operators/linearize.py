@@ -57,7 +57,8 @@ def double_backward(
     problem: Problem, spec: OperatorSpec, batch: Batch
 ) -> Linearisation:
     """Keep the graph whose backward pass is the product."""
-    return definition(spec.kind).double_backward(problem, spec, batch)
+    with problem.model.recording(problem.parameters):
+        return definition(spec.kind).double_backward(problem, spec, batch)
 
 
 def forward_over_reverse(
@@ -101,6 +102,7 @@ def cached_bytes(mode: str, problem: Problem, spec: OperatorSpec, batch: Batch) 
     yield_point()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         MODES[mode](problem, spec, batch)
+    seen |= {at: n for at, n in problem.model.kept().items() if at not in known}
     return sum(seen.values())
 
 

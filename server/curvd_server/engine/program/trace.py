@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from curvd_server.engine.objective import Batch, Problem
 from curvd_server.engine.program.interruptible import Interruptible
+from curvd_server.engine.program.simplify import drop_unused
 from curvd_server.system import alone, yield_point
 
 _one_trace = threading.Lock()
@@ -140,8 +141,11 @@ def split(traced: fx.GraphModule, known: int) -> LinearGraph:
         known: How many are known.
 
     Returns:
-        The graph, and its linear part with ``get_attr`` nodes for known operands.
+        The graph, without what no row depends on, and its linear part with ``get_attr``
+        nodes for known operands.
     """
+    # Above all the gradient itself, of which only the tangent was asked for.
+    drop_unused(traced.graph)
     graph = fx.Graph()
     renamed: dict[fx.Node, fx.Node] = {}
     lifted: dict[fx.Node, str] = {}

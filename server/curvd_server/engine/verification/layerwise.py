@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from curvd.contract import OperatorSpec
+from curvd_server.engine.made_anew import Leaves, MadeAnew
 from curvd_server.engine.objective import Batch, Problem
 from curvd_server.engine.operators import definition
-from curvd_server.engine.verification.made_anew import Leaves, MadeAnew
 from curvd_server.engine.verification.patterns import Pattern
 from curvd_server.system import yield_point
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from curvd.contract import Mode, OperatorSpec, Stage
 from curvd.errors import OutOfMemory
+from curvd_server.engine.made_anew import Leaves, MadeAnew
 from curvd_server.engine.objective import (
     Batch,
     Problem,
@@ -40,7 +41,6 @@ from curvd_server.engine.operators import (
 from curvd_server.engine.program import Emits
 from curvd_server.engine.verification.determinism import check_repeatable
 from curvd_server.engine.verification.layerwise import LayerwiseDifferences
-from curvd_server.engine.verification.made_anew import Leaves, MadeAnew
 from curvd_server.engine.verification.patterns import (
     PROJECTIONS,
     Pattern,

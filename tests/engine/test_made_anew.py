@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from curvd_server.engine.verification.made_anew import Leaves, MadeAnew
+from curvd_server.engine.made_anew import Leaves, MadeAnew
 
 CPU = torch.device("cpu")
 

@@ -137,6 +137,51 @@ def _view(func: Callable[..., Any], source: MadeAnew, *how: Any) -> MadeAnew:
     )
 
 
+class Alive:
+    """Knows by its storage what was made, for as long as it lives.
+
+    Graphs keep its key in place of the values (`hooks`), and it is made again where a
+    backward pass asks for them.
+
+    Args:
+        make: Makes it again, given its key; contiguous, without a graph.
+    """
+
+    def __init__(self, make: Callable[[int], Tensor]) -> None:
+        self._make = make
+        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.kept: dict[int, int] = {}
+        """Bytes of what graphs keep all the same, by the address of its storage."""
+
+    def note(self, key: int, made: Tensor) -> Tensor:
+        """Remember where something lies that was made; return it."""
+        storage = made.untyped_storage()
+        self._known[storage.data_ptr()] = StorageWeakRef(storage), key  # type: ignore[no-untyped-call]
+        return made
+
+    def hooks(self) -> contextlib.AbstractContextManager[None]:
+        """Build graphs that do not keep what was made; a context."""
+        hooks: contextlib.AbstractContextManager[None] = (
+            torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        )
+        return hooks
+
+    def _pack(self, saved: Tensor) -> Any:
+        at = saved.untyped_storage().data_ptr()
+        known, key = self._known.get(at, (None, 0))
+        if known is None or known.expired():  # type: ignore[no-untyped-call]
+            self._known.pop(at, None)  # others lie there now
+            self.kept[at] = saved.untyped_storage().nbytes()
+            return saved.detach()
+        return key, saved.size(), saved.stride(), saved.storage_offset()
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        key, *view = packed
+        return self.note(key, self._make(key)).as_strided(*view)
+
+
 class Leaves:
     """What is differentiated, made at each use; what its gradients are is made of them.
 
@@ -163,7 +208,7 @@ class Leaves:
     ) -> None:
         self._make, self._summary = make, summary
         self._token = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._alive = Alive(make)
         self._summaries: list[Tensor | None] = [None] * len(like)
         self.tensors = tuple(
             MadeAnew(_user(self, index), p.shape, dtype, device)
@@ -178,10 +223,7 @@ class Leaves:
 
     def make(self, index: int) -> Tensor:
         """Make a leaf, and remember for as long as it lives where it lies."""
-        made = self._make(index)
-        storage = made.untyped_storage()
-        self._alive[storage.data_ptr()] = StorageWeakRef(storage), index  # type: ignore[no-untyped-call]
-        return made
+        return self._alive.note(index, self._make(index))
 
     def arrive(self, index: int, gradient: Tensor) -> None:
         """Take note of the gradient of one use."""
@@ -207,8 +249,7 @@ class Leaves:
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Build a graph that does not keep the leaves."""
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-        with torch.enable_grad(), hooks:
+        with torch.enable_grad(), self._alive.hooks():
             yield
 
     def pulled(self, value: Tensor, cotangent: Tensor | None) -> list[Tensor | None]:
@@ -217,22 +258,6 @@ class Leaves:
         if value.requires_grad:
             torch.autograd.backward(value, cotangent)
         return self._summaries
-
-    def _pack(self, saved: Tensor) -> Any:
-        at = saved.untyped_storage().data_ptr()
-        known, index = self._alive.get(at, (None, 0))
-        if known is None:
-            return saved
-        if known.expired():  # type: ignore[no-untyped-call]
-            del self._alive[at]  # others lie there now
-            return saved
-        return index, saved.size(), saved.stride(), saved.storage_offset()
-
-    def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        index, *view = packed
-        return self.make(index).as_strided(*view)
 
 
 def _user(leaves: Leaves, index: int) -> Callable[[], Tensor]:

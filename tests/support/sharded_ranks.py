@@ -1,0 +1,277 @@
+"""Processes that share a model's parameters; `together` starts them, a function in each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from curvd.contract.enums import Dtype
+from curvd.contract.specs import DatasetSpec, LossSpec, OperatorSpec
+from curvd.errors import InvalidSpec
+from curvd_server.engine import use_differentiable_attention
+from curvd_server.engine.objective.objective import Problem
+from curvd_server.engine.operator import Operator
+from curvd_server.engine.sharding import Shards, gather, scatter, sharded
+from curvd_server.engine.tuning import Choice, Plan
+from curvd_server.engine.verification import Evidence
+
+VOCABULARY, WIDTH, LENGTH, POINTS, BATCH = 11, 8, 5, 8, 2
+
+
+class Transformer(nn.Module):
+    """Tied embeddings, two encoder layers, a causal mask."""
+
+    def __init__(self, width: int = WIDTH, layers: int = 2) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY, width)
+        self.places = nn.Parameter(torch.randn(LENGTH, width) / 10)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, 2, 4 * width, dropout=0.0, activation="gelu", batch_first=True
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mask = torch.full((LENGTH, LENGTH), float("-inf"), dtype=self.places.dtype)
+        x = self.tokens(tokens) + self.places
+        for layer in self.layers:
+            x = layer(x, src_mask=mask.triu(1))
+        return self.head(self.norm(x))
+
+
+def problem_of(rank: int, world: int, width: int = WIDTH, layers: int = 2) -> Problem:
+    """A rank's mini-batches, and the normaliser of all of them."""
+    torch.manual_seed(0)
+    module = Transformer(width, layers).double()
+    points = torch.randint(VOCABULARY, (POINTS, LENGTH + 1))
+    each = POINTS // world
+    mine = points[rank * each : (rank + 1) * each]
+    problem = Problem.load(
+        module,
+        {},
+        {"x": mine[:, :-1], "y": mine[:, 1:]},
+        DatasetSpec(inputs=("x",), target="y", batch_size=BATCH),
+        LossSpec(name="cross_entropy"),
+        dtype=Dtype.FLOAT64,
+        first=rank * each,
+    )
+    return problem.normalised(float(POINTS * LENGTH))
+
+
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def column(size: int) -> Tensor:
+    """The vector that is multiplied."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(size, generator=generator, dtype=torch.float64)
+
+
+def truth(kind: str) -> Tensor:
+    """``H v``, ``G v`` or the gradient by eager torch, on all data in one process."""
+    use_differentiable_attention()
+    problem = problem_of(0, 1)
+    sizes = [p.numel() for p in problem.parameters]
+    v = [
+        t.reshape(p.shape)
+        for t, p in zip(
+            column(sum(sizes)).split(sizes), problem.parameters, strict=True
+        )
+    ]
+    total = torch.zeros(sum(sizes), dtype=torch.float64)
+    for batch in problem.data:
+        leaves = [p.detach().requires_grad_() for p in problem.parameters]
+        if kind != "ggn":
+            loss = problem.objective(leaves, batch)
+            rows = torch.autograd.grad(loss, leaves, create_graph=True)
+            if kind == "hessian":
+                rows = torch.autograd.grad(rows, leaves, v)
+        else:
+            z = problem.outputs(leaves, batch)
+            u = torch.zeros_like(z, requires_grad=True)
+            back = torch.autograd.grad(z, leaves, u, create_graph=True)
+            (pushed,) = torch.autograd.grad(back, u, v)
+            fixed = z.detach()
+            middle = torch.func.jvp(
+                torch.func.grad(lambda o, b=batch: problem.batch_loss(o, b)),
+                (fixed,),
+                (pushed,),
+            )[1]
+            z = problem.outputs(leaves, batch)
+            rows = torch.autograd.grad(z, leaves, middle)
+        total += flat(rows).detach()
+    return total
+
+
+def operator_of(problem: Problem, kind: str) -> Operator:
+    """The engine's operator on shards, as it is."""
+    choice = Choice(Plan("double_backward"), Evidence(0.0, 0.0, ()))
+    return Operator(problem, OperatorSpec(kind=kind), choice, budget_bytes=1 << 30)
+
+
+def products(rank: int, world: int) -> dict[str, Any]:
+    """Products of the Hessian and of the GGN, twice each, and a gradient."""
+    whole = problem_of(rank, world)
+    shapes = [p.shape for p in whole.parameters]
+    problem = sharded(whole)
+    cuts = [Shards(shape, world) for shape in shapes]
+    v = column(whole.layout.size).split([s.numel() for s in shapes])
+    mine = flat([c.cut(t.reshape(c.shape), rank) for c, t in zip(cuts, v, strict=True)])
+    told: dict[str, Any] = {
+        "elements": sum(p.numel() for p in problem.parameters),
+        "of": whole.layout.size,
+    }
+    for kind in ("hessian", "ggn"):
+        operator = operator_of(problem, kind)
+        for attempt in ("first", "kept"):
+            row = operator.apply(mine[None])[0]
+            parts = row.split([c.length for c in cuts])
+            found = [c.gathered(t) for c, t in zip(cuts, parts, strict=True)]
+            told[f"{kind} {attempt}"] = flat(found).tolist()
+    _, gradient = problem.gradient()
+    parts = gradient.split([c.length for c in cuts])
+    told["gradient"] = flat([
+        c.gathered(t) for c, t in zip(cuts, parts, strict=True)
+    ]).tolist()
+    return told
+
+
+def held(rank: int, world: int) -> dict[str, float]:
+    """What a process holds between two products, in units of all parameters.
+
+    Whole tensors that were gathered are watched; the rest is what the operator keeps.
+    """
+    gathered: list[StorageWeakRef] = []
+    original = Shards.gathered
+
+    def watched(self: Shards, shard: Tensor) -> Tensor:
+        whole = original(self, shard)
+        gathered.append(StorageWeakRef(whole.untyped_storage()))
+        return whole
+
+    whole = problem_of(rank, world, width=768, layers=2)
+    nbytes = sum(p.nbytes for p in whole.parameters)
+    problem = sharded(whole)
+    Shards.gathered = watched
+    try:
+        operator = operator_of(problem, "hessian")
+        for _ in range(2):
+            operator.apply(torch.ones(1, problem.layout.size, dtype=torch.float64))
+    finally:
+        Shards.gathered = original
+    shards = sum(p.nbytes for p in problem.parameters)
+    report = operator.report
+    return {
+        "whole": nbytes,
+        "shards": shards / nbytes,
+        "kept": report.kept_bytes / nbytes,
+        "kept_batches": report.kept_batches,
+        "gathered": len(gathered),
+        "alive": sum(not ref.expired() for ref in gathered),
+    }
+
+
+def derivatives(rank: int, world: int) -> list[bool]:
+    """Gather and scatter against what they are, in both modes."""
+    torch.manual_seed(3)
+    cut = Shards(torch.Size((3, 5)), world)
+    shards = torch.randn(world, cut.length, dtype=torch.float64)
+    wholes = torch.randn(world, 3, 5, dtype=torch.float64)
+
+    def dense(all_shards: Tensor) -> Tensor:
+        return all_shards.reshape(-1)[:15].view(3, 5)
+
+    own = shards[rank].clone().requires_grad_()
+    whole = gather(own, cut)
+    right = [torch.equal(whole, dense(shards))]
+    back = torch.autograd.grad(whole, own, wholes[rank], create_graph=True)[0]
+    total = torch.zeros(world * cut.length, dtype=torch.float64)
+    total[:15] = wholes.sum(0).reshape(-1)
+    right.append(torch.allclose(back, total.view(world, -1)[rank]))
+    x = wholes[rank].clone().requires_grad_()
+    part = scatter(x, cut)
+    right.append(torch.allclose(part, total.view(world, -1)[rank]))
+    (pulled,) = torch.autograd.grad(part, x, shards[rank])
+    right.append(torch.allclose(pulled, dense(shards)))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(shards[rank], shards[rank] * 2)
+        made = torch.autograd.forward_ad.unpack_dual(gather(dual, cut))
+        right.append(torch.allclose(made.tangent, 2 * dense(shards)))
+        dual = torch.autograd.forward_ad.make_dual(wholes[rank], wholes[rank] * 2)
+        made = torch.autograd.forward_ad.unpack_dual(scatter(dual, cut))
+        right.append(torch.allclose(made.tangent, 2 * total.view(world, -1)[rank]))
+    return right
+
+
+def uneven(rank: int, world: int) -> str:
+    """One process has a mini-batch more."""
+    problem = problem_of(rank, world)
+    if rank:
+        problem = problem.part(range(problem.batches - 1), penalised=True)
+    try:
+        sharded(problem)
+    except InvalidSpec as error:
+        return str(error)
+    return ""
+
+
+def everything(rank: int, world: int) -> dict[str, Any]:
+    """What each function says; processes are slow to start."""
+    functions = (derivatives, uneven, products, held)
+    return {f.__name__: f(rank, world) for f in functions}
+
+
+def together(directory: Any, world: int = 2) -> list[Any]:
+    """Run `everything` in some processes; what each returned, by rank."""
+    command = [__file__, str(directory / "store"), str(world)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OUT": str(directory)}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error::FutureWarning", *command, str(rank)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for rank in range(world)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=300) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for rank, (_, errors) in zip(ranks, outputs, strict=True):
+        assert rank.returncode == 0, errors[-3000:]
+    return [
+        json.loads((directory / f"{rank}.json").read_text()) for rank in range(world)
+    ]
+
+
+def main() -> None:
+    """Be one rank."""
+    store, world, rank = sys.argv[1:]
+    use_differentiable_attention()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(world)
+    )
+    with open(f"{os.environ['OUT']}/{rank}.json", "w") as file:
+        json.dump(everything(int(rank), int(world)), file)
+    dist.barrier()
+    os._exit(0)  # gloo's threads do not always let a process end by itself
+
+
+if __name__ == "__main__":
+    main()
