@@ -6,7 +6,11 @@ no connection.
 
 from __future__ import annotations
 
-from curvd.tensors.allocator import trim_allocator, tune_allocator
+from curvd.tensors.allocator import (
+    exact_allocator,
+    trim_allocator,
+    tune_allocator,
+)
 from curvd.tensors.boxes import Box, dump_boxes, load_boxes
 from curvd.tensors.buffer_pool import Buffer, Pool
 from curvd.tensors.finite import first_beyond, first_nan, first_not_finite
@@ -37,6 +41,7 @@ __all__ = [
     "Pool",
     "arrange",
     "dump_boxes",
+    "exact_allocator",
     "first_beyond",
     "first_nan",
     "first_not_finite",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
+import threading
+from collections.abc import Iterator
 
 # Parameter numbers of glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
@@ -18,6 +21,11 @@ _SETTINGS = (
     (_M_TOP_PAD, 16 << 20),
     (_M_ARENA_MAX, 1),
 )
+
+_EXACT_BYTES = 1 << 20
+_one_change = threading.Lock()
+_exact = 0
+"""How many contexts of `exact_allocator` are open; beside it, who changes it."""
 
 
 def tune_allocator() -> bool:
@@ -38,6 +46,36 @@ def tune_allocator() -> bool:
     except (OSError, AttributeError):
         return False  # musl
     return all([mallopt(parameter, value) == 1 for parameter, value in _SETTINGS])
+
+
+@contextlib.contextmanager
+def exact_allocator() -> Iterator[None]:
+    """Give memory of 1 MiB and more back to the system at once, for as long as it is open.
+
+    On the heap small blocks take the ends of holes that large ones have left, so that the
+    next large ones do not fit there: work that holds a layer at a time grew by a model. All
+    of the process pays with fresh pages meanwhile.
+
+    Yields:
+        Nothing.
+    """
+    _change(1)
+    try:
+        yield
+    finally:
+        _change(-1)
+
+
+def _change(by: int) -> None:
+    global _exact
+    with _one_change:
+        before, _exact = _exact, _exact + by
+        if sys.platform.startswith("linux") and not (before and _exact):
+            usual = dict(_SETTINGS)[_M_MMAP_THRESHOLD]
+            # musl has no mallopt, and needs none.
+            with contextlib.suppress(OSError, AttributeError):
+                libc = ctypes.CDLL("libc.so.6")
+                libc.mallopt(_M_MMAP_THRESHOLD, _EXACT_BYTES if _exact else usual)
 
 
 def trim_allocator() -> bool:

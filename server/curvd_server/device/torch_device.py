@@ -6,6 +6,7 @@ Everything but `TorchDevice.architecture` belongs to whoever has the device's tu
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import math
 import platform
@@ -34,7 +35,7 @@ from curvd.contract import (
     WorkerInfo,
 )
 from curvd.errors import InvalidSpec
-from curvd.tensors import Pool, trim_allocator
+from curvd.tensors import Pool, exact_allocator
 from curvd_server.device.factored import FactoredOperator, SharedFactors
 from curvd_server.device.translated import translated
 from curvd_server.engine import (
@@ -66,8 +67,8 @@ _CANNOT_RUN = (
 
 Arrays = Mapping[str, NDArray[Any]]
 
-_TRIMMED_BYTES = 64 << 20
-"""After loading a model of this size, memory that was needed meanwhile is given back."""
+_LARGE_BYTES = 64 << 20
+"""What loading a model of this size takes meanwhile is given back at once."""
 _RESIDENT_SHARE = 0.25
 """Of a CUDA device's free memory; larger datasets stay on the host."""
 
@@ -275,10 +276,14 @@ class TorchDevice:
             InvalidSpec: If they do not fit each other.
         """
         rows = min(data.batch_size, len(arrays[data.target]))
-        module = self._models.build(model, rows)
+        large = sum(value.nbytes for value in state.values()) >= _LARGE_BYTES
+        # A module's own values take as much memory as the state, and leave no hole.
+        exactly = exact_allocator() if large else contextlib.nullcontext()
+        with exactly:
+            module = self._models.build(model, rows)
         with translated():
             try:
-                problem = Problem.load(
+                return Problem.load(
                     module,
                     as_tensors(state),
                     as_tensors(arrays),
@@ -302,10 +307,6 @@ class TorchDevice:
                     f"{type(error).__name__}: {first_line}"
                 )
                 raise InvalidSpec(msg, builder=model.builder) from error
-        del module  # whose own values take as much memory as the state
-        if sum(p.nbytes for p in problem.parameters) >= _TRIMMED_BYTES:
-            trim_allocator()
-        return problem
 
     def _resident_bytes(self) -> float:
         """Say how large a dataset may be that lies on the device."""

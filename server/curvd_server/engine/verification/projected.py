@@ -24,6 +24,7 @@ from torch import Tensor
 
 from curvd.contract import Mode, OperatorSpec, Stage
 from curvd.errors import OutOfMemory
+from curvd.tensors import exact_allocator
 from curvd_server.engine.made_anew import Leaves, MadeAnew
 from curvd_server.engine.objective import (
     Batch,
@@ -96,6 +97,7 @@ class ProjectedReference:
         self._verified = frozenset(verified)
         self._found: dict[str, Evidence] = {}
 
+    @exact_allocator()
     def check_objective(self) -> None:
         """Evaluate loss and gradient twice on the first mini-batch.
 
@@ -112,6 +114,7 @@ class ProjectedReference:
             if a is not None and b is not None:
                 check_repeatable(f"gradient of {name}", a, b)
 
+    @exact_allocator()
     def check_gradients(self, cancelled: Callable[[], bool] = never) -> None:
         """Compute a gradient of all data.
 
@@ -122,6 +125,7 @@ class ProjectedReference:
             check_cancelled(cancelled)
             self._gradient(batch)
 
+    @exact_allocator()
     def slopes(self) -> tuple[float, float]:
         """Give the loss's slope along a direction twice; see `Reference.slopes`."""
 
@@ -143,6 +147,7 @@ class ProjectedReference:
                 break
         return best, share
 
+    @exact_allocator()
     def examine(self, mode: str) -> Evidence:
         """Compare a mode with the truth.
 
