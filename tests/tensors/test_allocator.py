@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from curvd.tensors import trim_allocator
+from curvd.tensors import exact_allocator, trim_allocator
 
 BLOCK_BYTES, BLOCKS = 64 << 10, 1024
 
@@ -30,3 +30,21 @@ def test_what_was_freed_below_a_block_in_use_is_given_back():
     assert trim_allocator()
     assert before - resident_bytes() > BLOCKS * BLOCK_BYTES // 2
     libc.free(blocks[-1])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
+def test_large_blocks_are_given_back_at_once_while_it_is_exact():
+    """Also those below a block in use, and until the last of several contexts ends."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    size = 24 << 20
+    with exact_allocator():
+        with exact_allocator():
+            pass
+        blocks = [libc.malloc(size), libc.malloc(size)]
+        for block in blocks:
+            ctypes.memset(ctypes.c_void_p(block), 1, size)
+        before = resident_bytes()
+        libc.free(blocks[0])
+        assert before - resident_bytes() > size * 3 // 4
+        libc.free(blocks[1])
