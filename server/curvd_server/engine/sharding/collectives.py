@@ -59,7 +59,7 @@ class Shards:
             The tensor, in memory of its own.
         """
         flat = shard.new_empty(self.world * self.length)
-        dist.all_gather(list(flat.split(self.length)), shard.contiguous())
+        dist.all_gather(list(torch.split(flat, self.length)), shard.contiguous())
         return flat[: self.shape.numel()].view(self.shape)
 
     def scattered(self, whole: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Shards:
         arrived = torch.empty_like(flat)
         dist.all_to_all_single(arrived, flat)
         first, *others = arrived.view(self.world, self.length)
-        total = first.clone()
+        total: Tensor = first.clone()
         for other in others:
             total += other
         return total
