@@ -66,7 +66,7 @@ echo "the client alone"
 environment client "$wheel"
 [[ $("$work/client/bin/curvd" --version) == "curvd, version $version" ]] ||
   fail "curvd --version is not $version"
-imports client curvd torch scipy curvlinops opentelemetry
+imports client curvd torch scipy curvlinops opentelemetry lightning transformers
 ! "$work/client/bin/python" -c 'import torch' 2>/dev/null || fail "the client brings torch"
 du --summarize --human-readable "$work/client/lib"
 
