@@ -119,7 +119,7 @@ def test_a_query_whose_worker_is_killed_ends_with_the_same_bits(fleet, operator)
             multiply,
             size=operator.size,
             dtype=operator.dtype,
-            runner=operator.runner,
+            runner=operator.spread,
         )
         return drain(products.begin(eigsh, 3)), products.done
 

@@ -25,6 +25,11 @@ from curvd_server.system import Poll
 if TYPE_CHECKING:
     from curvd_server.fleet.device import FleetProblem
 
+SPREAD_SIZE = 1 << 20
+"""Elements from which vectors are spread over the workers. A basis of smaller ones fits
+into the front, where a sum is no round of messages (3 ms): a log-determinant of 53 parameters
+with 1,000 products took 0.9 s there and 18 s on two workers."""
+
 
 class FleetOperator:
     """An operator that is built on all workers that have shards.
@@ -89,7 +94,12 @@ class FleetOperator:
         return torch.device("cpu")
 
     @property
-    def runner(self) -> Runner:
+    def runner(self) -> Runner | None:
+        """Runs algorithms where it pays: in the front, or on the workers."""
+        return None if self.size < SPREAD_SIZE else self.spread
+
+    @property
+    def spread(self) -> Spread:
         """Runs algorithms on the workers, each with its segments of all vectors."""
         fleet = self._problem.fleet
         shards = self._problem.entry.load.parts
