@@ -52,7 +52,7 @@ echo "Prometheus answers each question of the dashboard with what a client did"
 "$python" tests/images_observe.py "$CURVD_PUBLISH" "$CURVD_PROMETHEUS"
 
 echo "a client on the host gets right products from the composed server, in native code too"
-"$python" tests/images_client.py "$CURVD_PUBLISH"
+"$python" tests/images_client.py "$CURVD_PUBLISH" native
 said=$(compose logs cpu)
 grep -q '"event": "compiled"' <<<"$said"
 grep -q '"event": "native code took over"' <<<"$said"

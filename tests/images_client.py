@@ -1,9 +1,9 @@
 """Asks the server at argv[1] for products whose values are known without it.
 
-A linear model under squared error has the Hessian 2/(N·M) XᵀX per output. Then, with a
-builder and a dataset from the mounted folders, it multiplies until the server says that it
-makes native code, waits until that is made, multiplies until native code computes the
-product, and compares with double backward in torch. If argv[1] is a folder, it writes that
+A linear model under squared error has the Hessian 2/(N·M) XᵀX per output. With `native` as
+argv[2], and a builder and a dataset from the mounted folders, it multiplies until the server
+says that it makes native code, waits until that is made, multiplies until native code computes
+the product, and compares with double backward in torch. If argv[1] is a folder, it writes that
 dataset there.
 """
 
@@ -13,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
-from images_builders import deep
 from safetensors.numpy import save_file
 
 import curvd
@@ -59,8 +57,10 @@ def check_closed_form(client: curvd.Client) -> None:
     print(f"MatVec: largest error {error:.1e}")
 
 
-def product_of_torch(net: torch.nn.Module, v: np.ndarray) -> np.ndarray:
+def product_of_torch(net, v: np.ndarray) -> np.ndarray:
     """``H v`` by double backward in float64."""
+    import torch
+
     x, y = (torch.from_numpy(a).double() for a in points().values())
     parameters = list(net.parameters())
     loss = torch.nn.functional.mse_loss(net(x), y)
@@ -71,6 +71,9 @@ def product_of_torch(net: torch.nn.Module, v: np.ndarray) -> np.ndarray:
 
 
 def check_native_code(client: curvd.Client) -> None:
+    import torch
+    from images_builders import deep
+
     torch.manual_seed(0)
     net = deep.build(CONFIG)
     dataset = client.register_dataset(
@@ -113,12 +116,13 @@ def check_native_code(client: curvd.Client) -> None:
     print(f"it took over; errors beside torch {before:.1e} before, {after:.1e} after")
 
 
-def main(target: str) -> None:
+def main(target: str, *what: str) -> None:
     # The composed server starts in its own time.
     patient = curvd.ClientConfig(retry=curvd.RetryConfig(give_up_s=PATIENCE_S))
     with curvd.connect(target, config=patient) as client:
         check_closed_form(client)
-        check_native_code(client)
+        if "native" in what:
+            check_native_code(client)
 
 
 if __name__ == "__main__":
@@ -127,4 +131,4 @@ if __name__ == "__main__":
         save_file(points(), path)
         path.chmod(0o644)  # the server has another user
     else:
-        main(sys.argv[1])
+        main(*sys.argv[1:])
