@@ -291,7 +291,7 @@ def test_wrong_vectors_are_refused_before_a_byte_is_sent(session, service):
         ({"loss": {"nom": "mse"}}, "nom"),
         ({"dtype": "F16"}, "unknown dtype 'F16'; known: F32, F64, BF16"),
         ({"mode": "train"}, "unknown mode 'train'; known: eval"),
-        ({"operators": ["kfac"]}, "unknown operator 'kfac'"),
+        ({"operators": ["shampoo"]}, "unknown operator 'shampoo'"),
         ({"lease_s": 0}, "lease_s must be positive"),
     ],
 )

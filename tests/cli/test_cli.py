@@ -157,3 +157,11 @@ def test_a_picture_is_known_to_be_impossible_before_anything_is_computed(
 def test_a_transport_is_chosen_by_the_name_that_documents_have(target, transport):
     result = run("health", target, "--transport", transport.value)
     assert result.output == "serving\n"
+
+
+def test_an_update_says_where_the_parameters_are(target, file):
+    path = file("")
+    for given, got in ([], "neither"), (["--file", path, "--checkpoint", "a"], "both"):
+        result = run("update", "s0", target, *given)
+        assert result.exit_code == 2
+        assert f"--file or --checkpoint, got {got}" in result.output

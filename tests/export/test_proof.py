@@ -453,6 +453,26 @@ def test_an_output_without_the_batch_axis_is_refused(transform, shape):
         curvd.export(Whole(), X)
 
 
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.BCEWithLogitsLoss])
+def test_weights_of_classes_keep_their_digits(client, loss):
+    """A tenth is no float32: rounded, it would move the gradient by 1e-8."""
+    torch.manual_seed(0)
+    weights = torch.tensor([0.1, 0.7, 0.2], dtype=torch.float64)
+    x, y = torch.randn(12, 4).double(), torch.arange(12) % 3
+    named = {"weight": weights}
+    if loss is nn.BCEWithLogitsLoss:
+        named, y = {"pos_weight": weights}, nn.functional.one_hot(y).double()
+    net = nn.Linear(4, 3).double()
+    with client.session_for(net, loss(**named), (x, y), batch_size=4) as session:
+        value, gradient = session.gradient(layout="dict")
+    want = loss(**named)(net(x), y)
+    want.backward()
+    np.testing.assert_allclose(value, want.item(), rtol=1e-13)
+    np.testing.assert_allclose(
+        gradient["weight"], net.weight.grad, rtol=1e-11, atol=1e-14
+    )
+
+
 @pytest.mark.parametrize("loss", [nn.MSELoss(), F.smooth_l1_loss, nn.HuberLoss()])
 def test_targets_that_would_broadcast_are_refused(client, loss):
     module, y = nn.Sequential(nn.Linear(4, 1)).double(), draw(N)

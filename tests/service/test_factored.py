@@ -99,6 +99,25 @@ def test_draws_have_the_covariance_of_the_posterior(session):
     assert error(found, exact) < 2 * np.sqrt(SIZE / draws.shape[1])
 
 
+@pytest.mark.parametrize("fisher", ["empirical", "type-2"])
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+def test_a_singular_one_has_no_determinant_whatever_rounding_makes_of_zero(
+    session, kind, fisher
+):
+    """Gradients of a softmax add up to 0 over the classes."""
+    K = getattr(session, kind)(fisher=fisher)
+    values = np.linalg.eigvalsh(K.to_dense())
+    assert values[0] < 1e-14 * values[-1]
+    found = K.logdet()
+    assert np.isnan(found.value) and not found.converged
+    assert K.logdet(damping=1e-3).converged
+
+
+def test_targets_are_sampled_at_least_once(session):
+    with pytest.raises(curvd.InvalidSpec, match="mc_samples must be at least 1, got 0"):
+        session.kfac(mc_samples=0)
+
+
 def test_systems_and_influence_of_it_are_closed_forms_with_true_residuals(session):
     K = session.ekfac(fisher="type-2", scale=3.0)
     dense = 3 * peer("ekfac", "type-2") + 0.1 * np.eye(SIZE)

@@ -223,6 +223,10 @@ def update(
     **options: Any,
 ) -> None:
     """Bring a session to the parameters of a checkpoint or a file."""
+    if (file is None) == (checkpoint is None):
+        given = "neither" if file is None else "both"
+        msg = f"say where the parameters are: --file or --checkpoint, got {given}"
+        raise click.UsageError(msg)
     config = dataclasses.replace(_config(**options), deadline_s=None)
     with connect(target, config=config) as client:
         found = client.session(session)

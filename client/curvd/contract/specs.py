@@ -248,7 +248,10 @@ class OperatorSpec:
             )
             raise InvalidSpec(msg, operator=self.kind)
         if not (math.isfinite(self.shift) and self.shift >= 0):
-            msg = f"shift must be finite and not negative, got {self.shift}"
+            msg = (
+                "the damping inside of an inverse (shift) must be finite and not negative, "
+                f"got {self.shift}"
+            )
             raise InvalidSpec(msg, shift=self.shift)
         if self.shift and function is OperatorFunction.NONE:
             msg = f"shift={self.shift} is inside of a function; without one say damping"

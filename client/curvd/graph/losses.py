@@ -235,7 +235,7 @@ def evaluated(spec: LossSpec, outputs: Tensor, targets: Tensor) -> Tensor:
     options: dict[str, Any] = {"reduction": str(spec.reduction)}
     if spec.class_weights is not None:
         binary = kind is nn.BCEWithLogitsLoss
-        weights = torch.tensor(spec.class_weights).to(outputs)
+        weights = torch.tensor(spec.class_weights, dtype=torch.float64).to(outputs)
         options["pos_weight" if binary else "weight"] = weights
     if spec.ignore_index is not None:
         options["ignore_index"] = spec.ignore_index

@@ -148,6 +148,12 @@ class FactoredOperators(ABC, Generic[O]):
         seed: int,
         expected_version: int | None,
     ) -> O:
+        if mc_samples is not None and mc_samples < 1:
+            msg = (
+                f"mc_samples must be at least 1, got {mc_samples}; leave it out for 1, or "
+                "take fisher='type-2', which is exact"
+            )
+            raise InvalidSpec(msg, mc_samples=mc_samples, operator=kind)
         spec = OperatorSpec(
             kind=kind,
             fisher=fisher,  # type: ignore[arg-type]
@@ -155,7 +161,7 @@ class FactoredOperators(ABC, Generic[O]):
             parameters=self._chosen(params),
             damping=damping,
             scale=scale,
-            mc_samples=mc_samples or 0,
+            mc_samples=0 if mc_samples is None else mc_samples,
             seed=seed,
         )
         return self.operator(spec, expected_version=expected_version)

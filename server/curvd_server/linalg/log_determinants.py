@@ -122,9 +122,13 @@ def logdet(
 
 
 def _of_eigenvalues(products: Products, eigenvalues: Tensor) -> LogDetResult:
-    """Add up the logarithms of all eigenvalues, [P], where all of them are positive."""
+    """Add up the logarithms of all eigenvalues, [P], where all of them are positive.
+
+    One that rounding of the largest would hide may as well be zero, or negative.
+    """
     smallest = float(eigenvalues.min())
-    if smallest <= 0:
+    hidden = torch.finfo(eigenvalues.dtype).eps * float(eigenvalues.max())
+    if smallest <= max(hidden, 0.0):
         value, rounding, stopped = math.nan, math.inf, Stop.NEGATIVE_CURVATURE
     else:
         value, rounding = summed(products, eigenvalues.log())
