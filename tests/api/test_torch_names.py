@@ -4,6 +4,8 @@ import pytest
 from support.client_fixtures import Blocking
 from support.fake_service import MATRIX
 
+import curvd
+
 torch = pytest.importorskip("torch")
 
 MATRICES = {
@@ -36,7 +38,7 @@ def test_products_and_shapes_are_those_of_a_matrix(session, kind):
 
 
 @pytest.mark.parametrize("kind", MATRICES)
-@pytest.mark.parametrize("name", ["eigvalsh", "inverse", "slogdet", "numpy", "eigh"])
+@pytest.mark.parametrize("name", ["eigvalsh", "inv", "slogdet", "numpy", "eigh"])
 def test_what_torch_has_besides_says_what_there_is(session, kind, name):
     operator = made(kind, session.hessian())
     assert hasattr(torch.ones(2, 2), name) or hasattr(torch.linalg, name)
@@ -45,6 +47,11 @@ def test_what_torch_has_besides_says_what_there_is(session, kind, name):
         getattr(operator, name)
     with pytest.raises(AttributeError, match=r"has no 'nonsense'$"):
         _ = operator.nonsense
+
+
+def test_an_inverse_is_there_where_it_has_a_closed_form(session):
+    with pytest.raises(curvd.InvalidSpec, match="and solve"):
+        session.hessian().inverse()
 
 
 def test_the_norm_is_torchs(tanh_session):

@@ -105,6 +105,12 @@ def test_a_name_leads_nowhere_else(root, name):
         Checkpoints(root).pieces(name)
 
 
+@pytest.mark.parametrize("name", ["a\0b.distcp", "\ud800.distcp"])
+def test_a_name_that_no_file_can_have_is_damage(root, name):
+    with pytest.raises(InvalidTensors, match="which no file can be called"):
+        File.at(root, root / name)
+
+
 def test_a_link_that_leads_out_is_not_read(root, tmp_path, sharded):
     save_file({"a": A}, tmp_path / "secret.safetensors")
     (root / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")

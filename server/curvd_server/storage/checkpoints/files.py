@@ -91,6 +91,9 @@ def _opened(root: Path, path: Path) -> int:
     except OSError as error:
         msg = f"{path.name} of the checkpoint cannot be read: {error.strerror}"
         raise FailedPrecondition(msg, file=path.name) from error
+    except ValueError as error:  # a zero byte, or half a character
+        msg = f"the checkpoint names a file {path.name!r}, which no file can be called"
+        raise InvalidTensors(msg) from error
     is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
     found = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
     if not is_file or not found.is_relative_to(root):
