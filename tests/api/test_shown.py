@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import curvd
-from curvd.contract import QUERIES, most_products, query_options
+from curvd.contract import QUERIES, most_products
+from curvd.contract.query_options.data_points import GradientNormsOptions
 from curvd.remote import progress
 
 
@@ -148,7 +149,7 @@ MOST = {
     "probes and steps": (curvd.contract.SpectralDensityOptions(probes=3, steps=5), 15),
     "a rank": (curvd.contract.SketchOptions(rank=8), 8),
     "until it is good": (curvd.contract.EigshOptions(k=3), None),
-    "data points": (query_options.GradientNormsOptions(), 20),
+    "data points": (GradientNormsOptions(), 20),
 }
 
 

@@ -194,7 +194,7 @@ def test_a_query_stands_in_four_files():
     }
     assert found == {
         "proto/curvd/v1/query_service.proto",
-        "client/curvd/contract/query_options.py",
+        "client/curvd/contract/query_options/data_points.py",
         "client/curvd/remote/queries/data_points.py",
         "server/curvd_server/engine/data_points/gradient_norms.py",
     }

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from curvd.contract import DatasetSpec, Dtype, LossSpec, Stop, query_options
+from curvd.contract import DatasetSpec, Dtype, LossSpec, Stop
+from curvd.contract.query_options.data_points import GradientNormsOptions
 from curvd_server.engine.data_points import Points
 from curvd_server.engine.data_points.gradient_norms import (
     DEFINITION,
@@ -253,7 +254,7 @@ def test_memory_is_counted_of_the_gradients_and_of_the_answer(by_parameter, numb
     room = SimpleNamespace(
         fitting=lambda each, most: 4, data_points=1000, parameters=10, size=100
     )
-    options = query_options.GradientNormsOptions(by_parameter=by_parameter)
+    options = GradientNormsOptions(by_parameter=by_parameter)
     assert DEFINITION.vectors(options, room) == 2 * 4 + 3 * 1000 * numbers / 100
 
 

@@ -53,22 +53,25 @@ from curvd.contract.infos import (
     left_s,
 )
 from curvd.contract.layout import ParameterLayout, ParameterSpec
-from curvd.contract.query_options import (
-    QUERIES,
-    DiagonalOptions,
-    EigshOptions,
-    FrobeniusNormOptions,
+from curvd.contract.query_options import QUERIES, most_products
+from curvd.contract.query_options.data_points import (
     InfluenceOptions,
     JacobianProductOptions,
-    LogDetOptions,
+)
+from curvd.contract.query_options.laplace import (
     MarginalLikelihoodOptions,
     PosteriorSamplesOptions,
     PredictiveOptions,
+)
+from curvd.contract.query_options.operators import (
+    DiagonalOptions,
+    EigshOptions,
+    FrobeniusNormOptions,
+    LogDetOptions,
     SketchOptions,
     SolveOptions,
     SpectralDensityOptions,
     TraceOptions,
-    most_products,
 )
 from curvd.contract.query_spec import QueryOptions, QuerySpec, choices_of, own_first
 from curvd.contract.rpcs import (

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from curvd._calls import Answer, QueryCall
-from curvd.contract import query_options
+from curvd.contract.query_options.data_points import (
+    GradientGramOptions,
+    GradientNormsOptions,
+    GradientSquaresOptions,
+)
 from curvd.remote.asking import asks
 from curvd.remote.queries.base import Floats, Result, drawn_on
 from curvd.remote.queries.jacobians import JacobianQueries
@@ -158,10 +162,8 @@ class GradientSquares(Result):
 class DataPointQueries(JacobianQueries):
     """Queries about data points; a base of `curvd.Session`."""
 
-    @asks(query_options.GradientNormsOptions)
-    def gradient_norms(
-        self, options: query_options.GradientNormsOptions
-    ) -> QueryCall[GradientNorms]:
+    @asks(GradientNormsOptions)
+    def gradient_norms(self, options: GradientNormsOptions) -> QueryCall[GradientNorms]:
         """Compute the norm of the gradient of each data point's own loss.
 
         The loss of data point n is the sum of its terms, as in the empirical Fisher: the
@@ -189,10 +191,8 @@ class DataPointQueries(JacobianQueries):
         nbytes = 8 * self._info.data_points * numbers
         return self._queries.call("GradientNorms", options, read, max_bytes=nbytes)
 
-    @asks(query_options.GradientGramOptions)
-    def gradient_gram(
-        self, options: query_options.GradientGramOptions
-    ) -> QueryCall[GradientGram]:
+    @asks(GradientGramOptions)
+    def gradient_gram(self, options: GradientGramOptions) -> QueryCall[GradientGram]:
         """Compute the inner products of the gradients of each two data points' losses.
 
         They are what gradient descent does to one loss by a step on another, and, with the
@@ -218,9 +218,9 @@ class DataPointQueries(JacobianQueries):
             max_bytes=nbytes,
         )
 
-    @asks(query_options.GradientSquaresOptions)
+    @asks(GradientSquaresOptions)
     def gradient_squares(
-        self, options: query_options.GradientSquaresOptions
+        self, options: GradientSquaresOptions
     ) -> QueryCall[GradientSquares]:
         """Sum the squared elements of the gradients of the data points' own losses.
 

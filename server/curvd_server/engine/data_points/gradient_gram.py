@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvd.contract import Stop, query_options
+from curvd.contract import Stop
+from curvd.contract.query_options.data_points import GradientGramOptions
 from curvd.errors import LimitExceeded
 from curvd_server.engine.data_points.gradients import TOGETHER, Gradients
 from curvd_server.engine.data_points.points import Part, Points
@@ -120,7 +121,7 @@ def _held(room: Room) -> int:
     return max(_rows(room), room.fitting(2, room.data_points))
 
 
-def _vectors(options: query_options.GradientGramOptions, room: Room) -> int:
+def _vectors(options: GradientGramOptions, room: Room) -> int:
     count = min(room.data_points, options.max_products or room.data_points)
     nbytes = 8 * count**2
     if nbytes > _LARGEST_BYTES:
@@ -136,13 +137,13 @@ def _vectors(options: query_options.GradientGramOptions, room: Room) -> int:
 
 
 def _begin(
-    points: Points, options: query_options.GradientGramOptions, room: Room
+    points: Points, options: GradientGramOptions, room: Room
 ) -> Query[GradientGramResult]:
     return gradient_gram(points, rows=_rows(room), held=_held(room))
 
 
 DEFINITION = Definition(
-    options=query_options.GradientGramOptions,
+    options=GradientGramOptions,
     vectors=_vectors,
     begin=_begin,
     tensors=lambda result: {"gram": result.gram},

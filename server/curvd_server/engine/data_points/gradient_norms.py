@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvd.contract import Stop, query_options
+from curvd.contract import Stop
+from curvd.contract.query_options.data_points import GradientNormsOptions
 from curvd_server.engine.data_points.gradients import TOGETHER, Gradients
 from curvd_server.engine.data_points.points import Points
 from curvd_server.engine.objective import Batch, Problem
@@ -82,7 +83,7 @@ def _rows(room: Room) -> int:
     return room.fitting(2, TOGETHER)  # a gradient, and what its square takes
 
 
-def _vectors(options: query_options.GradientNormsOptions, room: Room) -> int:
+def _vectors(options: GradientNormsOptions, room: Room) -> int:
     numbers = room.parameters if options.by_parameter else 1
     # The squares, their roots, and a copy on the way out.
     answer = 3 * room.data_points * numbers
@@ -90,7 +91,7 @@ def _vectors(options: query_options.GradientNormsOptions, room: Room) -> int:
 
 
 def _begin(
-    points: Points, options: query_options.GradientNormsOptions, room: Room
+    points: Points, options: GradientNormsOptions, room: Room
 ) -> Query[GradientNormsResult]:
     return gradient_norms(points, rows=_rows(room), by_parameter=options.by_parameter)
 
@@ -102,7 +103,7 @@ def _tensors(result: GradientNormsResult) -> dict[str, Tensor]:
 
 
 DEFINITION = Definition(
-    options=query_options.GradientNormsOptions,
+    options=GradientNormsOptions,
     vectors=_vectors,
     begin=_begin,
     tensors=_tensors,

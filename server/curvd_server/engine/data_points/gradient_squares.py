@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvd.contract import Stop, query_options
+from curvd.contract import Stop
+from curvd.contract.query_options.data_points import GradientSquaresOptions
 from curvd_server.engine.data_points.gradients import TOGETHER, Gradients
 from curvd_server.engine.data_points.points import Part, Points
 from curvd_server.engine.objective import Batch
@@ -64,18 +65,18 @@ def _rows(room: Room) -> int:
     return room.fitting(3, TOGETHER)  # a gradient, as one row, and its square
 
 
-def _vectors(options: query_options.GradientSquaresOptions, room: Room) -> int:
+def _vectors(options: GradientSquaresOptions, room: Room) -> int:
     return 3 * _rows(room) + 4
 
 
 def _begin(
-    points: Points, options: query_options.GradientSquaresOptions, room: Room
+    points: Points, options: GradientSquaresOptions, room: Room
 ) -> Query[GradientSquaresResult]:
     return gradient_squares(points, rows=_rows(room))
 
 
 DEFINITION = Definition(
-    options=query_options.GradientSquaresOptions,
+    options=GradientSquaresOptions,
     vectors=_vectors,
     begin=_begin,
     tensors=lambda result: {"squares": result.squares},
