@@ -76,7 +76,7 @@ class Codec:
             return memoryview(BYTES_TAG + _varint(part.nbytes)), part
         if isinstance(part, Framed):
             rest = part.message.SerializeToString()
-            size = sum(view.nbytes for view in part.tensors)
+            size = sum([view.nbytes for view in part.tensors])
             head = b"".join((rest, BYTES_TAG, _varint(size)))
             return memoryview(head), *part.tensors
         return (memoryview(part.SerializeToString()),)

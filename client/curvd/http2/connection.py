@@ -90,7 +90,7 @@ class H2Connection(Incoming):
             views: The bytes.
             end: Whether nothing follows.
         """
-        stream.outbox.extend(view for view in views if view.nbytes)
+        stream.outbox.extend([view for view in views if view.nbytes])
         if end and stream.outbox and isinstance(stream.outbox[-1], memoryview):
             stream.finishing = stream.closed = True
         elif end:

@@ -68,7 +68,7 @@ def framed(format_: Format, part: Any) -> list[memoryview]:
         Its bytes with the prefix, in order; large ones are not copied.
     """
     first, *rest = format_.views(part)
-    size = first.nbytes + sum(view.nbytes for view in rest)
+    size = first.nbytes + sum([view.nbytes for view in rest])
     prefix = b"\0" + size.to_bytes(4, "big")
     if first.nbytes > 1 << 12:
         return [memoryview(prefix), first, *rest]

@@ -127,7 +127,7 @@ class Receiver:
                 self.drained = True
                 return
             done = self._landed(count) if direct else self._parsed(count)
-            if self._rests and count < place.nbytes:
+            if count < place.nbytes and self._rests:
                 self.drained = True  # one more call would say so, or find a crumb
                 return
 
@@ -138,6 +138,8 @@ class Receiver:
 
     def _rest_until_worth_it(self) -> None:
         """Have the socket wake its reader when much of a frame has come, or its end."""
+        if not self._is_long and self._wakes_after == 1:
+            return  # short frames, as most are
         wanted = min(self._data_left, _WORTH_WAKING_BYTES) if self._rests else 1
         if wanted != self._wakes_after:
             self._wakes_after = wanted

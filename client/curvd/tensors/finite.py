@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_SEGMENT = 1 << 16
+_SEGMENT = 1 << 17
 """Elements that are looked at together: their verdicts stay in the cache."""
 
 

@@ -19,6 +19,8 @@ def loaded(name: str) -> Any:
     Returns:
         The module; None if nobody has imported it.
     """
-    if sys.modules.get(name) is None:
-        return None
+    module = sys.modules.get(name)
+    spec = getattr(module, "__spec__", None)
+    if module is None or not getattr(spec, "_initializing", False):
+        return module  # most calls, of which each product has several
     return importlib.import_module(name)

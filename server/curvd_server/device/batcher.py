@@ -218,9 +218,10 @@ class Batcher:
             seconds = time.monotonic() - start_s
             self._count(operator, len(columns), seconds, products=1, complete=False)
             with self._lock:
-                expected = self._presence.expected()
-                self._lanes.charge_aside(caller, seconds, expected)
-                self._presence.ended(caller.name)
+                if caller.name:  # else nobody is told apart, and shares are nobody's
+                    expected = self._presence.expected()
+                    self._lanes.charge_aside(caller, seconds, expected)
+                    self._presence.ended(caller.name)
                 self._borrowed, self._busy_s = False, self._clock()
                 self._asleep = not self._lanes.is_wanted() and not self._closed
                 if not self._asleep:

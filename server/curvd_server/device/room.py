@@ -91,14 +91,16 @@ class Room:
                 always gets the room.
             LimitExceeded: If what is stored leaves the host no memory for it.
         """
-        with (
-            self._quotas.held(COLUMNS, columns),
-            self._reserved(columns, nbytes) as room,
-        ):
-            yield room
+        name, reservation = self._quotas.take(COLUMNS, columns), None
+        try:
+            reservation = self._reserved(columns, nbytes)
+            yield reservation
+        finally:
+            if reservation is not None:
+                reservation.close()
+            self._quotas.give(COLUMNS, columns, name)
 
-    @contextlib.contextmanager
-    def _reserved(self, columns: int, nbytes: int) -> Iterator[Reservation]:
+    def _reserved(self, columns: int, nbytes: int) -> Reservation:
         with self._lock:
             taken, most = self._taken, self._limits
             full = taken[0] + columns > most[0] or taken[1] + nbytes > most[1]
@@ -106,11 +108,7 @@ class Room:
                 raise self._overloaded(columns, nbytes)
             self._memory.take(CALLS, nbytes)
             self._add(columns, nbytes)
-        reservation = Reservation(self._hold, columns, nbytes)
-        try:
-            yield reservation
-        finally:
-            reservation.close()
+        return Reservation(self._hold, columns, nbytes)
 
     def _hold(self, columns: int, nbytes: int) -> None:
         with self._lock:

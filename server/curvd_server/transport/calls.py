@@ -343,7 +343,7 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
     def invocation_metadata(self) -> Any:
         """What the client sent with the call."""
         pairs = self._headers.items()
-        return tuple((k, v) for k, v in pairs if not k.startswith(":"))
+        return tuple([(k, v) for k, v in pairs if not k.startswith(":")])
 
     def header(self, name: str) -> str:
         """Find one header that the client sent; empty if it did not."""
