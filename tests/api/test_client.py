@@ -16,7 +16,7 @@ from support.fake_service import (
 )
 
 import curvd
-from curvd._calls import requests
+from curvd._calls import curvature_requests
 
 RNG = np.random.default_rng(0)
 STATE = {"0.weight": RNG.standard_normal((3, 8)), "0.bias": np.zeros(3)}
@@ -312,7 +312,7 @@ def test_the_repr_of_everything_helps(client, session):
 @pytest.mark.parametrize("what", ["vector", "columns", "gradient", "blocks"])
 def test_results_are_freed_when_the_caller_lets_go(session, what, small, monkeypatch):
     """No reference cycle: results may be gigabytes."""
-    monkeypatch.setattr(requests, "SMALL_BYTES", small)
+    monkeypatch.setattr(curvature_requests, "SMALL_BYTES", small)
     H = session.hessian()
     gc.collect()
     gc.disable()

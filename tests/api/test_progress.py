@@ -5,7 +5,7 @@ import pytest
 from support import fake_service
 
 import curvd
-from curvd._calls import requests
+from curvd._calls.opening import CreateSession
 from curvd.contract import Stage
 from curvd.errors import InvalidSpec
 from curvd.remote import progress as drawn
@@ -36,7 +36,7 @@ def test_a_server_that_knows_of_no_progress_opens_without(client, service):
 
 
 def test_an_answer_without_a_session_is_a_breach():
-    call = requests.CreateSession(session_pb.CreateSessionRequest())
+    call = CreateSession(session_pb.CreateSessionRequest())
     call.observed(lambda progress: None)
     call.restart()
     list(call.feed(session_pb.OpenSessionResponse()))
@@ -46,7 +46,7 @@ def test_an_answer_without_a_session_is_a_breach():
 
 def test_a_stage_of_a_newer_server_is_passed_over():
     seen = []
-    call = requests.CreateSession(session_pb.CreateSessionRequest())
+    call = CreateSession(session_pb.CreateSessionRequest())
     call.observed(seen.append).restart()
     for stage in (session_pb.STAGE_TUNING, 99):
         progress = session_pb.StageProgress(stage=stage, done=1)

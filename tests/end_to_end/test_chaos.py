@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("torch")
 import curvd
-from curvd._calls import requests
+from curvd._calls import curvature_requests
 from curvd_server.app import serve_in_thread
 from curvd_server.config import LimitsConfig, ServerConfig
 from curvd_server.service import endpoint
@@ -252,7 +252,9 @@ def test_two_hundred_calls_through_chaos(tmp_path, chaos, monkeypatch, transport
         order = random.Random(3)
         chaos.on = True
         for _ in range(CALLS):
-            monkeypatch.setattr(requests, "SMALL_BYTES", order.choice([-1, 1 << 20]))
+            monkeypatch.setattr(
+                curvature_requests, "SMALL_BYTES", order.choice([-1, 1 << 20])
+            )
             (step,) = order.choices(list(STEPS), list(STEPS.values()))
             getattr(script, step)()
         chaos.on = False

@@ -8,7 +8,7 @@ import pytest
 from support import fake_service
 
 import curvd
-from curvd._calls import requests
+from curvd._calls import curvature_requests
 
 QUICK = curvd.ClientConfig(
     retry=curvd.RetryConfig(first_s=0.0, longest_s=0.0, give_up_s=10.0)
@@ -103,7 +103,7 @@ def client(connect, target):
 @pytest.fixture
 def streams(monkeypatch):
     """Small vectors go in streams too."""
-    monkeypatch.setattr(requests, "SMALL_BYTES", -1)
+    monkeypatch.setattr(curvature_requests, "SMALL_BYTES", -1)
 
 
 @pytest.fixture

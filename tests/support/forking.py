@@ -20,7 +20,7 @@ import threading
 import numpy as np
 
 import curvd
-from curvd._calls import requests
+from curvd._calls import curvature_requests
 
 PATIENCE_S = 900
 """Who waits longer is taken for stuck; nobody waits so long otherwise."""
@@ -103,7 +103,7 @@ def busy(session, client):
 
 def within_a_call(session, client):
     """Parent and child both go on with a stream of columns that the parent began."""
-    requests.SMALL_BYTES = -1
+    curvature_requests.SMALL_BYTES = -1
     wanted = rows_of(session)
     blocks = session.hessian().iter_matmat(np.eye(session.layout.size), columns=2)
     begun = [next(blocks), next(blocks)]

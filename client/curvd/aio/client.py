@@ -12,7 +12,7 @@ from curvd._calls import (
     ObserveOpening,
     Progress,
     Tensors,
-    requests,
+    session_requests,
     upload,
 )
 from curvd._transport import AsyncConnection
@@ -144,7 +144,7 @@ class AsyncClient:
         progress: ObserveOpening | bool = False,
     ) -> AsyncSession:
         """Bring a model, a dataset and a loss together; see `curvd.Client`."""
-        call = requests.create_session(
+        call = session_requests.create_session(
             model,
             dataset,
             loss=loss,
@@ -223,22 +223,24 @@ class AsyncClient:
 
     async def session(self, session_id: str) -> AsyncSession:
         """Find a session that exists; see `curvd.Client`."""
-        call = requests.get_session(session_id)
+        call = session_requests.get_session(session_id)
         return AsyncSession(self._connection, await self._connection.run(call))
 
     async def sessions(self) -> list[SessionInfo]:
         """List the sessions, oldest first."""
-        return await self._all(requests.list_sessions)
+        return await self._all(session_requests.list_sessions)
 
     async def models(self) -> list[ModelInfo]:
         """List the models on the server, oldest first. See `curvd.Client`."""
-        return await self._all(requests.list_models)
+        return await self._all(session_requests.list_models)
 
     async def datasets(self) -> list[DatasetInfo]:
         """List the datasets on the server, oldest first. See `curvd.Client`."""
-        return await self._all(requests.list_datasets)
+        return await self._all(session_requests.list_datasets)
 
-    async def _all(self, page: Callable[[str], Call[requests.Page[T]]]) -> list[T]:
+    async def _all(
+        self, page: Callable[[str], Call[session_requests.Page[T]]]
+    ) -> list[T]:
         """Ask for page after page."""
         found, token = await self._connection.run(page(""))
         while token:
@@ -248,19 +250,19 @@ class AsyncClient:
 
     async def delete_model(self, model: ModelInfo | str) -> None:
         """Delete a model that no session needs any more; see `curvd.Client`."""
-        await self._connection.run(requests.delete_model(model))
+        await self._connection.run(session_requests.delete_model(model))
 
     async def delete_dataset(self, dataset: DatasetInfo | str) -> None:
         """Delete a dataset that no session needs any more; see `curvd.Client`."""
-        await self._connection.run(requests.delete_dataset(dataset))
+        await self._connection.run(session_requests.delete_dataset(dataset))
 
     async def server_info(self) -> ServerInfo:
         """Describe the server: versions, limits, devices, builders, capabilities."""
-        return await self._connection.run(requests.server_info())
+        return await self._connection.run(session_requests.server_info())
 
     async def healthy(self) -> bool:
         """Tell whether the server is serving; False while it drains."""
-        return await self._connection.run(requests.healthy())
+        return await self._connection.run(session_requests.healthy())
 
     async def close(self) -> None:
         """Close the connection; sessions stay on the server."""

@@ -11,7 +11,8 @@ from typing import Any
 
 from curvd._calls import (
     Progress,
-    requests,
+    curvature_requests,
+    session_requests,
     upload,
 )
 from curvd._transport import AsyncConnection
@@ -81,14 +82,14 @@ class AsyncSession(
         store: str | None = None,
     ) -> tuple[float, Any]:
         """Compute the objective and its gradient; see `curvd.Session`."""
-        call = requests.gradient(
+        call = curvature_requests.gradient(
             self._info, layout=layout, expected_version=expected_version, store=store
         )
         gradient = await self._connection.run(call)
         self.last = call.info
         if store is not None:
-            gradient = requests.at_version(gradient, call.info)
-        return requests.loss_of(call.info), gradient
+            gradient = curvature_requests.at_version(gradient, call.info)
+        return curvature_requests.loss_of(call.info), gradient
 
     async def influence(self, queries: Any = None, **options: Any) -> Influence:
         """Compute influence by the GGN; see `curvd.Session`."""
@@ -132,7 +133,7 @@ class AsyncSession(
                 upload.register_like, spec, data, batch_size
             )
             dataset = await self._connection.run(registering)
-        call = requests.share_session(
+        call = session_requests.share_session(
             self._info,
             dataset,
             operators=operators,
@@ -172,18 +173,18 @@ class AsyncSession(
 
     async def refresh(self) -> SessionInfo:
         """Ask for the session as it is now: version, plans, lease."""
-        self._info = await self._connection.run(requests.get_session(self.id))
+        self._info = await self._connection.run(session_requests.get_session(self.id))
         return self._info
 
     async def renew(self, lease_s: float | None = None) -> SessionInfo:
         """Put off the end of the lease; see `curvd.Session`."""
-        call = requests.renew_session(self.id, lease_s)
+        call = session_requests.renew_session(self.id, lease_s)
         self._info = await self._connection.run(call)
         return self._info
 
     async def delete(self) -> None:
         """End the session, cancel its work and free its memory."""
-        call = requests.delete_session(self.id)
+        call = session_requests.delete_session(self.id)
         try:
             await self._connection.run(call)
         except SessionNotFound:

@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
-from curvd._calls import Call, ObserveOpening, Progress, Tensors, requests, upload
+from curvd._calls import (
+    Call,
+    ObserveOpening,
+    Progress,
+    Tensors,
+    session_requests,
+    upload,
+)
 from curvd._transport import Connection
 from curvd.config import ClientConfig, Pem, TlsConfig
 from curvd.contract import (
@@ -267,7 +274,7 @@ class Client:
             >>> (session.hessian() @ np.ones(18)).shape
             (18,)
         """
-        call = requests.create_session(
+        call = session_requests.create_session(
             model,
             dataset,
             loss=loss,
@@ -402,7 +409,7 @@ class Client:
             >>> same.info.version == session.info.version
             True
         """
-        call = requests.get_session(session_id)
+        call = session_requests.get_session(session_id)
         return Session(self._connection, self._connection.run(call))
 
     def sessions(self) -> list[SessionInfo]:
@@ -412,7 +419,7 @@ class Client:
             >>> session.id in [info.id for info in client.sessions()]
             True
         """
-        return self._all(requests.list_sessions)
+        return self._all(session_requests.list_sessions)
 
     def models(self) -> list[ModelInfo]:
         """List the models on the server, oldest first.
@@ -426,7 +433,7 @@ class Client:
             >>> mine.state_bytes == model.state_bytes, session.id in mine.session_ids
             (True, True)
         """
-        return self._all(requests.list_models)
+        return self._all(session_requests.list_models)
 
     def datasets(self) -> list[DatasetInfo]:
         """List the datasets on the server, oldest first.
@@ -438,9 +445,9 @@ class Client:
             >>> dataset.id in [info.id for info in client.datasets()]
             True
         """
-        return self._all(requests.list_datasets)
+        return self._all(session_requests.list_datasets)
 
-    def _all(self, page: Callable[[str], Call[requests.Page[T]]]) -> list[T]:
+    def _all(self, page: Callable[[str], Call[session_requests.Page[T]]]) -> list[T]:
         """Ask for page after page."""
         found, token = self._connection.run(page(""))
         while token:
@@ -462,7 +469,7 @@ class Client:
             Traceback (most recent call last):
             curvd.errors.ModelNotFound: ...
         """
-        self._connection.run(requests.delete_model(model))
+        self._connection.run(session_requests.delete_model(model))
 
     def delete_dataset(self, dataset: DatasetInfo | str) -> None:
         """Delete a dataset that no session needs any more.
@@ -475,7 +482,7 @@ class Client:
             >>> few = client.register_dataset(data, inputs="x", target="y", batch_size=6)
             >>> client.delete_dataset(few)
         """
-        self._connection.run(requests.delete_dataset(dataset))
+        self._connection.run(session_requests.delete_dataset(dataset))
 
     def server_info(self) -> ServerInfo:
         """Describe the server: versions, limits, devices, builders, capabilities.
@@ -484,11 +491,11 @@ class Client:
             >>> client.server_info().limits.columns
             1048576
         """
-        return self._connection.run(requests.server_info())
+        return self._connection.run(session_requests.server_info())
 
     def healthy(self) -> bool:
         """Tell whether the server is serving; False while it drains."""
-        return self._connection.run(requests.healthy())
+        return self._connection.run(session_requests.healthy())
 
     def close(self) -> None:
         """Close the connection; sessions stay on the server."""

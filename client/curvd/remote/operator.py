@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from curvd._calls import Queries, TensorStream, requests
+from curvd._calls import Queries, TensorStream, curvature_requests
 from curvd._transport import Connection
 from curvd.contract import (
     OperatorSpec,
@@ -123,12 +123,12 @@ class OperatorBase:
         if store is not None and not store:
             msg = "a stored vector needs a name, at least one character"
             raise InvalidSpec(msg, store=store)
-        return requests.product(
+        return curvature_requests.product(
             self._session,
             self.spec,
             v,
             expected_version=self.expected_version,
-            wire_type=requests.check_wire(wire, self._session.dtype),
+            wire_type=curvature_requests.check_wire(wire, self._session.dtype),
             store=store or "",
             verify=verify,
             block=block,

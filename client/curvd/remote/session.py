@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from curvd._calls import Progress, requests, upload
+from curvd._calls import Progress, curvature_requests, session_requests, upload
 from curvd._transport import Connection
 from curvd.contract import (
     DatasetInfo,
@@ -108,14 +108,14 @@ class Session(
             >>> stored.shape
             (43,)
         """
-        call = requests.gradient(
+        call = curvature_requests.gradient(
             self._info, layout=layout, expected_version=expected_version, store=store
         )
         gradient = self._connection.run(call)
         self.last = call.info
         if store is not None:
-            gradient = requests.at_version(gradient, call.info)
-        return requests.loss_of(call.info), gradient
+            gradient = curvature_requests.at_version(gradient, call.info)
+        return curvature_requests.loss_of(call.info), gradient
 
     def influence(self, queries: Any = None, **options: Any) -> Influence:
         """Compute what each data point has to do with the losses of queries, by the GGN.
@@ -260,7 +260,7 @@ class Session(
             spec = data.spec
         elif not isinstance(data, str):
             dataset = self._connection.run(upload.register_like(spec, data, batch_size))
-        call = requests.share_session(
+        call = session_requests.share_session(
             self._info,
             dataset,
             operators=operators,
@@ -328,7 +328,7 @@ class Session(
 
     def refresh(self) -> SessionInfo:
         """Ask for the session as it is now: version, plans, lease."""
-        self._info = self._connection.run(requests.get_session(self.id))
+        self._info = self._connection.run(session_requests.get_session(self.id))
         return self._info
 
     def renew(self, lease_s: float | None = None) -> SessionInfo:
@@ -346,12 +346,14 @@ class Session(
             >>> session.renew(3600).expire_time_s > before + 3000
             True
         """
-        self._info = self._connection.run(requests.renew_session(self.id, lease_s))
+        self._info = self._connection.run(
+            session_requests.renew_session(self.id, lease_s)
+        )
         return self._info
 
     def delete(self) -> None:
         """End the session, cancel its work and free its memory."""
-        call = requests.delete_session(self.id)
+        call = session_requests.delete_session(self.id)
         try:
             self._connection.run(call)
         except SessionNotFound:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curvd._calls import requests
+from curvd._calls import curvature_requests
 from curvd._transport import AsyncConnection, Connection
 from curvd.contract import SessionInfo, StoredVector
 from curvd.errors import VectorNotFound
@@ -45,11 +45,11 @@ class StoredVectors:
             >>> np.array_equal(H.multiply(stored), H @ np.ones(43))
             True
         """
-        call = requests.put_vector(
+        call = curvature_requests.put_vector(
             self._info,
             name,
             operand(value, self._info.layout, self._info.dtype),
-            wire_type=requests.check_wire(wire, self._info.dtype),
+            wire_type=curvature_requests.check_wire(wire, self._info.dtype),
         )
         return self._connection.run(call)
 
@@ -68,16 +68,16 @@ class StoredVectors:
             >>> session.get("columns").shape
             (43, 2)
         """
-        wire_type = requests.check_wire(wire, self._info.dtype)
+        wire_type = curvature_requests.check_wire(wire, self._info.dtype)
         found = vector
         if isinstance(found, str):
             found = _named(self._info.id, found, self.vectors())
-        call = requests.get_vector(self._info, found, wire_type=wire_type)
+        call = curvature_requests.get_vector(self._info, found, wire_type=wire_type)
         return self._connection.run(call)
 
     def vectors(self) -> list[StoredVector]:
         """List what the session stores, the oldest name first."""
-        return self._connection.run(requests.list_vectors(self._info.id))
+        return self._connection.run(curvature_requests.list_vectors(self._info.id))
 
     def combine(
         self, terms: Mapping[StoredVector | str, float], store: str
@@ -100,7 +100,7 @@ class StoredVectors:
         """
         named = {name_of(vector): float(c) for vector, c in terms.items()}
         return self._connection.run(
-            requests.combine_vectors(self._info.id, named, store)
+            curvature_requests.combine_vectors(self._info.id, named, store)
         )
 
     def inner_products(
@@ -124,7 +124,7 @@ class StoredVectors:
                    [ 0.,  1.,  1.],
                    [ 1.,  1., 43.]])
         """
-        call = requests.inner_products(
+        call = curvature_requests.inner_products(
             self._info.id, names_of(left), () if right is None else names_of(right)
         )
         return self._connection.run(call)
@@ -149,7 +149,7 @@ class StoredVectors:
             (1, 43)
         """
         return self._connection.run(
-            requests.orthonormalise_vectors(
+            curvature_requests.orthonormalise_vectors(
                 self._info.id, names_of(vectors), store, tolerance
             )
         )
@@ -166,7 +166,7 @@ class StoredVectors:
             >>> "for a while" in [vector.name for vector in session.vectors()]
             False
         """
-        call = requests.delete_vector(self._info.id, name_of(vector))
+        call = curvature_requests.delete_vector(self._info.id, name_of(vector))
         try:
             self._connection.run(call)
         except VectorNotFound:
@@ -185,40 +185,42 @@ class AsyncStoredVectors:
         self, name: str, value: Any, *, wire: str | None = None
     ) -> StoredVector:
         """Store a vector or columns in the session; see `curvd.Session`."""
-        call = requests.put_vector(
+        call = curvature_requests.put_vector(
             self._info,
             name,
             operand(value, self._info.layout, self._info.dtype),
-            wire_type=requests.check_wire(wire, self._info.dtype),
+            wire_type=curvature_requests.check_wire(wire, self._info.dtype),
         )
         return await self._connection.run(call)
 
     async def get(self, vector: StoredVector | str, *, wire: str | None = None) -> Any:
         """Fetch a stored vector; see `curvd.Session`."""
-        wire_type = requests.check_wire(wire, self._info.dtype)
+        wire_type = curvature_requests.check_wire(wire, self._info.dtype)
         found = vector
         if isinstance(found, str):
             found = _named(self._info.id, found, await self.vectors())
-        call = requests.get_vector(self._info, found, wire_type=wire_type)
+        call = curvature_requests.get_vector(self._info, found, wire_type=wire_type)
         return await self._connection.run(call)
 
     async def vectors(self) -> list[StoredVector]:
         """List what the session stores, the oldest name first."""
-        return await self._connection.run(requests.list_vectors(self._info.id))
+        return await self._connection.run(
+            curvature_requests.list_vectors(self._info.id)
+        )
 
     async def combine(
         self, terms: Mapping[StoredVector | str, float], store: str
     ) -> StoredVector:
         """Store a linear combination of stored vectors; see `curvd.Session`."""
         named = {name_of(vector): float(c) for vector, c in terms.items()}
-        call = requests.combine_vectors(self._info.id, named, store)
+        call = curvature_requests.combine_vectors(self._info.id, named, store)
         return await self._connection.run(call)
 
     async def inner_products(
         self, left: Vectors, right: Vectors | None = None
     ) -> NDArray[np.float64]:
         """Multiply stored vectors with each other; see `curvd.Session`."""
-        call = requests.inner_products(
+        call = curvature_requests.inner_products(
             self._info.id, names_of(left), () if right is None else names_of(right)
         )
         return await self._connection.run(call)
@@ -227,14 +229,14 @@ class AsyncStoredVectors:
         self, vectors: Vectors, store: str, *, tolerance: float = 0.0
     ) -> StoredVector:
         """Store an orthonormal basis of stored vectors; see `curvd.Session`."""
-        call = requests.orthonormalise_vectors(
+        call = curvature_requests.orthonormalise_vectors(
             self._info.id, names_of(vectors), store, tolerance
         )
         return await self._connection.run(call)
 
     async def discard(self, vector: StoredVector | str) -> None:
         """Forget a stored vector; see `curvd.Session`."""
-        call = requests.delete_vector(self._info.id, name_of(vector))
+        call = curvature_requests.delete_vector(self._info.id, name_of(vector))
         try:
             await self._connection.run(call)
         except VectorNotFound:
