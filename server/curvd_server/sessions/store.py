@@ -1,4 +1,4 @@
-"""All sessions of a server: making, finding, leasing, ending them."""
+"""All sessions of a server: finding, leasing, ending them; `opening` makes them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from curvd.contract import (
-    Dtype,
-    LossSpec,
-    Mode,
     OperatorSpec,
-    ParameterLayout,
     SessionInfo,
-    SessionState,
     Tier,
     Work,
 )
@@ -30,7 +25,8 @@ from curvd.errors import (
 )
 from curvd_server.sessions.allotments import Allotments
 from curvd_server.sessions.deletions import Deletions
-from curvd_server.sessions.parameters import architecture_of, state_of
+from curvd_server.sessions.opening import NewSession, Openings
+from curvd_server.sessions.parameters import architecture_of
 from curvd_server.sessions.session import (
     Lease,
     Session,
@@ -39,40 +35,9 @@ from curvd_server.sessions.session import (
     to_the_end,
 )
 from curvd_server.sessions.stored_vectors import check_same
-from curvd_server.storage import Architecture, StoredSession, StoredVersion
+from curvd_server.storage import Architecture, StoredVersion
 from curvd_server.system import Activities, Ongoing, calling, logger
 from curvd_server.system.quotas import SESSIONS
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewSession:
-    """What a session is to be."""
-
-    dataset_id: str
-    model_id: str = ""
-    """Empty, like all that belongs to the model, if it shares a session's parameters."""
-    loss: LossSpec | None = None
-    dtype: Dtype = Dtype.FLOAT32
-    mode: Mode = Mode.EVAL
-    operators: tuple[OperatorSpec, ...] = ()
-    """Operators to build before the answer; empty: the Hessian, unless `build_later`."""
-    build_later: bool = False
-    """Whether nothing is built before the answer if no operator is named."""
-    plan: Tier | None = None
-    """Which tier the first answer of an operator waits for; None: the server's."""
-    shares_with: str = ""
-    """Id of a session whose parameters it shares, and all that belongs to them."""
-    params: tuple[str, ...] = ()
-    """Globs that choose the parameters; empty: all of them."""
-    budget_bytes: int | None = None
-    lease_s: float | None = None
-    name: str = ""
-    request_id: str = ""
-    fingerprint: str = ""
-    """Hash of the request, without its id."""
-    share_with: tuple[str, ...] = ()
-    """Other callers who may use it: names, and groups behind an "@"."""
-
 
 TIERS = (*Tier, "native")
 """How operators are told apart in statistics."""
@@ -107,7 +72,7 @@ class SessionStore:
         self._making: weakref.WeakValueDictionary[str, asyncio.Lock] = (
             weakref.WeakValueDictionary()
         )
-        self._being_made, self._latest_us = Counter[str](), 0
+        self._being_made = Counter[str]()
         self._allotments = Allotments(
             dependencies.catalogue, dependencies.blobs, dependencies.quotas
         )
@@ -127,9 +92,16 @@ class SessionStore:
             lambda: [session.stored.info for session in self._sessions.values()],
         )
         """Deletes models and datasets that no session needs."""
-        if self._sessions:
-            # Ids sort by time, even if the clock has been set back since.
-            self._latest_us = int(max(self._sessions).partition("-")[0], 16)
+        # Ids sort by time, even if the clock has been set back since.
+        latest_us = int(max(self._sessions, default="0").partition("-")[0], 16)
+        self._openings = Openings(
+            dependencies,
+            self._allotments,
+            self.deletions,
+            relatives=self._relatives,
+            add=self._add,
+            latest_us=latest_us,
+        )
 
     def get(self, session_id: str) -> SessionInfo:
         """Describe a session as it is now; that renews its lease.
@@ -234,10 +206,13 @@ class SessionStore:
             if made is not None:
                 return made.info()
             self._check_room()
+            other = self._owned(new.shares_with) if new.shares_with else None
             self._being_made[calling().name] += 1
             try:
                 with opening:
-                    return await self._create(new, validate_only, opening)
+                    return await self._openings.open(
+                        new, other, validate_only=validate_only, opening=opening
+                    )
             finally:
                 self._being_made[calling().name] -= 1
 
@@ -408,148 +383,10 @@ class SessionStore:
             if session_id in self._sessions:
                 self._sessions[session_id].remaining.noted(seconds)
 
-    async def _create(
-        self, new: NewSession, validate_only: bool, opening: Ongoing
-    ) -> SessionInfo:
-        model_id = new.model_id
-        if new.shares_with:
-            model_id = self._owned(new.shares_with).stored.info.model_id
-        with self.deletions.wanted(model_id, new.dataset_id):
-            return await self._opened(new, validate_only, opening)
-
-    async def _opened(
-        self, new: NewSession, validate_only: bool, opening: Ongoing
-    ) -> SessionInfo:
-        if not new.shares_with:
-            stored = await asyncio.to_thread(self._described, new)
-            return await self._made(
-                new,
-                Session(self._dependencies, stored, self._relatives),
-                validate_only,
-                opening,
-            )
-        other = self._owned(new.shares_with)
-        with contextlib.ExitStack() as held:
-            async with other.lock:  # until this one is there, no update comes between
-                for digest in other.stored.sources.values():
-                    held.enter_context(self._dependencies.blobs.held(digest))
-                stored = await asyncio.to_thread(self._described, new, other.stored)
-                relatives, lock = self._relatives, other.lock
-                session = Session(self._dependencies, stored, relatives, lock)
-                return await self._made(new, session, validate_only, opening)
-
-    async def _made(
-        self, new: NewSession, session: Session, validate_only: bool, opening: Ongoing
-    ) -> SessionInfo:
-        stored = session.stored
-        try:
-            session.allotment = await asyncio.to_thread(
-                self._allotments.take, stored.info
-            )
-            problem = await session.warm(opening)
-            usual = () if new.build_later else (OperatorSpec(),)
-            if not (new.operators or usual):
-                await session.operator_cache.check()
-                opening.advance()
-            for spec in new.operators or usual:
-                session.operator_cache.release(
-                    await session.operator_cache.acquire(spec, opening)
-                )
-            info = replace(
-                stored.info,
-                id="" if validate_only else self._new_id(),
-                layout=problem.layout,
-                batches=problem.batches,
-            )
-            session.stored = replace(stored, info=info)
-            if not validate_only:
-                await to_the_end(self._add(session))
-            return session.info()
-        finally:
-            if session.id not in self._sessions:
-                await to_the_end(session.operator_cache.close())
-                session.let_go()
-
     def _relatives(self, session: Session) -> list[Session]:
         """Find the sessions that share the parameters of one."""
         family = session.family
         return [s for s in self._sessions.values() if s.family == family]
-
-    def _described(
-        self, new: NewSession, other: StoredSession | None = None
-    ) -> StoredSession:
-        """Say what is known before anything is on the device. Blocks."""
-        if other is not None:
-            known = other.info
-            new = replace(
-                new,
-                model_id=known.model_id,
-                loss=known.loss,
-                dtype=known.dtype,
-                mode=known.mode,
-                params=known.params,
-            )
-        assert new.loss is not None
-        catalogue = self._dependencies.catalogue
-        # Of a session that is his own, the caller has the model, whoever registered it.
-        find = catalogue.usable_model if other is None else catalogue.model
-        model, dataset = find(new.model_id), catalogue.usable_dataset(new.dataset_id)
-        total_bytes = self._dependencies.device.describe().total_bytes
-        usual_bytes = min(self._dependencies.limits.default_budget_bytes, total_bytes)
-        if new.budget_bytes is not None and new.budget_bytes > total_bytes:
-            msg = (
-                f"budget_bytes is {new.budget_bytes}, but device "
-                f"{self._dependencies.device.name} has {total_bytes} bytes in all; ask "
-                "for less, or leave it out"
-            )
-            raise LimitExceeded(msg, budget_bytes=new.budget_bytes, limit=total_bytes)
-        info = SessionInfo(
-            id="",
-            name=new.name,
-            model_id=new.model_id,
-            dataset_id=new.dataset_id,
-            loss=new.loss,
-            dtype=new.dtype,
-            mode=new.mode,
-            version=1,
-            parameters_digest=state_of(self._dependencies.blobs, model, {}).digest(),
-            layout=ParameterLayout(()),
-            data_points=dataset.info.data_points,
-            batches=0,
-            device=self._dependencies.device.name,
-            budget_bytes=usual_bytes if new.budget_bytes is None else new.budget_bytes,
-            operators=(),
-            state=SessionState.COLD,
-            create_time_s=self._dependencies.clock(),
-            expire_time_s=None,
-            params=new.params,
-            plan=new.plan or self._dependencies.plan,
-            owner=calling().name,
-            shared_with=new.share_with,
-        )
-        if other is not None:
-            info = replace(
-                info,
-                version=other.info.version,
-                parameters_digest=other.info.parameters_digest,
-                parameters_of=other.info.parameters_of or other.info.id,
-            )
-        if new.budget_bytes is None:
-            budget_bytes = self._allotments.budget_bytes(info, usual_bytes)
-            info = replace(info, budget_bytes=budget_bytes)
-        return StoredSession(
-            info=info,
-            lease_s=self._lease_s(new),
-            request_id=new.request_id,
-            fingerprint=new.fingerprint,
-            sources={} if other is None else other.sources,
-        )
-
-    def _lease_s(self, new: NewSession) -> float | None:
-        """Say how long a session lives without a call; None: for ever."""
-        if new.lease_s is not None:
-            return new.lease_s
-        return float(self._dependencies.limits.lease_s) or None
 
     async def _add(self, session: Session) -> None:
         await asyncio.to_thread(
@@ -612,12 +449,6 @@ class SessionStore:
         if held >= limit:
             msg = f"{held} sessions are the limit of this server (sessions); delete one"
             raise LimitExceeded(msg, sessions=held, limit=limit)
-
-    def _new_id(self) -> str:
-        self._latest_us = max(
-            self._latest_us + 1, int(self._dependencies.clock() * 1e6)
-        )
-        return f"{self._latest_us:014x}-{secrets.token_hex(4)}"
 
 
 def _is_seen(session: Session) -> bool:
