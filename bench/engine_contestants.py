@@ -14,7 +14,8 @@ from torch import Tensor
 from curvd.contract import OperatorSpec
 from curvd.tensors import Pool
 from curvd_server.engine import Compiler
-from curvd_server.engine.operator import Operator, build
+from curvd_server.engine.building import build
+from curvd_server.engine.operator import Operator
 from curvd_server.engine.tuning.plan import Choice
 from curvd_server.engine.verification.verify import Evidence
 

@@ -34,7 +34,8 @@ import curvd
 from curvd.contract import DatasetSpec, LossSpec, OperatorSpec
 from curvd.tensors import Pool, tune_allocator
 from curvd_server.engine import Problem, use_differentiable_attention
-from curvd_server.engine.operator import Operator, build
+from curvd_server.engine.building import build
+from curvd_server.engine.operator import Operator
 from curvd_server.graph import canonical, decode
 from curvd_server.graph.execution import GraphModule, Interpreter, without_onednn
 

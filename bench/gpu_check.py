@@ -32,7 +32,8 @@ from curvd.contract import DatasetSpec, Dtype, LossSpec, OperatorSpec
 from curvd_server.app import serve_in_thread
 from curvd_server.config import ServerConfig
 from curvd_server.engine import Compiler, Problem
-from curvd_server.engine.operator import Operator, build
+from curvd_server.engine.building import build
+from curvd_server.engine.operator import Operator
 from curvd_server.engine.operators import MODES
 from curvd_server.engine.tuning import Plan
 from curvd_server.models import BUILDERS

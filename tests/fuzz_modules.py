@@ -26,8 +26,7 @@ from support.grammar import Case, derive
 from torch import nn
 
 import curvd
-from curvd_server.device import torch_device
-from curvd_server.engine import operator
+from curvd_server.engine import building
 from curvd_server.engine.tuning.autotune import Plan
 
 TOLERANCE = 1e-6
@@ -167,8 +166,8 @@ def take_plan(mode: str) -> None:
 
     Racing takes most of the time, and finds nothing out about what is exported.
     """
-    build = functools.partial(operator.build, plan=Plan(mode))
-    torch_device.engine.build = build  # type: ignore[attr-defined]
+    build = functools.partial(building.build, plan=Plan(mode))
+    building.build = build  # type: ignore[assignment]
 
 
 def main() -> int:

@@ -16,9 +16,9 @@ import torch
 
 from curvd.contract.specs import DatasetSpec, LossSpec, OperatorSpec
 from curvd_server.engine import batch_product, check_gradient
+from curvd_server.engine.building import build
 from curvd_server.engine.objective import chunked
 from curvd_server.engine.objective.objective import Problem
-from curvd_server.engine.operator import build
 from curvd_server.engine.operators import linearize
 from curvd_server.engine.tuning.plan import Plan
 from curvd_server.engine.verification import patterns, size, verify

@@ -15,8 +15,8 @@ from support.zoo import ANIMALS, Animal
 
 from curvd.contract.enums import Dtype
 from curvd.contract.specs import DatasetSpec, OperatorSpec
+from curvd_server.engine.building import build
 from curvd_server.engine.objective.objective import Problem
-from curvd_server.engine.operator import build
 from curvd_server.engine.operators.linearize import MODES
 from curvd_server.engine.tuning.plan import Plan
 

@@ -21,9 +21,9 @@ from curvd.contract.specs import DatasetSpec, OperatorSpec
 from curvd_server.app import serve_in_thread
 from curvd_server.config import ServerConfig
 from curvd_server.engine.batch_product import BatchProduct
+from curvd_server.engine.building import build
 from curvd_server.engine.objective.layer_patches import PlainRecurrence
 from curvd_server.engine.objective.objective import Problem
-from curvd_server.engine.operator import build
 from curvd_server.engine.operators import LINEARISED
 from curvd_server.engine.operators.linearize import MODES
 from curvd_server.engine.tuning.plan import Plan

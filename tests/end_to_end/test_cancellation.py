@@ -16,14 +16,14 @@ import curvd
 from curvd.contract.rpcs import RPCS
 from curvd_server.app import serve_in_thread
 from curvd_server.config import ServerConfig
-from curvd_server.engine import operator
+from curvd_server.engine import building
 from curvd_server.engine.tuning import autotune
 from curvd_server.storage.snapshots import Snapshot
 
 BATCHES, REACHED = 50, 3
 
 
-class Watched(operator.Operator):
+class Watched(building.Operator):
     """Says when it has done some mini-batches, and goes on when the client is gone."""
 
     armed = False
@@ -43,7 +43,7 @@ class Watched(operator.Operator):
 def test_mini_batches_after_a_client_disappeared_are_not_computed(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(operator, "Operator", Watched)
+    monkeypatch.setattr(building, "Operator", Watched)
     monkeypatch.setattr(autotune, "LONGEST_STEP_S", 0.0)  # one mini-batch at a time
     rng = np.random.default_rng(0)
     state = {"1.weight": rng.normal(size=(2, 3)), "1.bias": np.zeros(2)}
@@ -93,7 +93,7 @@ async def give_up(target, model, data, v):
 def test_a_session_that_ended_after_cancelled_products_holds_no_data(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(operator, "Operator", Watched)
+    monkeypatch.setattr(building, "Operator", Watched)
     monkeypatch.setattr(autotune, "LONGEST_STEP_S", 0.0)  # one mini-batch at a time
     rng = np.random.default_rng(0)
     state = {"1.weight": rng.normal(size=(2, 3)), "1.bias": np.zeros(2)}

@@ -8,7 +8,7 @@ from support.zoo import ANIMALS
 
 from curvd.contract.specs import OperatorSpec
 from curvd.errors import InvalidSpec, InvalidVector
-from curvd_server.engine.operator import build
+from curvd_server.engine.building import build
 from curvd_server.engine.operators.linearize import MODES
 from curvd_server.engine.tuning.plan import Plan
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from curvd.contract.enums import OperatorKind
 from curvd.contract.specs import LossSpec, OperatorSpec
 from curvd.errors import CurvatureUnverified
+from curvd_server.engine.building import build
 from curvd_server.engine.objective import tangents_of
-from curvd_server.engine.operator import build
 from curvd_server.engine.operators import LINEARISED
 from curvd_server.engine.operators.linearize import MODES
 from curvd_server.engine.tuning.autotune import PlanTimer

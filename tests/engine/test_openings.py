@@ -11,8 +11,8 @@ from torch import nn
 
 from curvd.contract.specs import OperatorSpec
 from curvd.errors import Cancelled
+from curvd_server.engine.building import build
 from curvd_server.engine.objective.model import Model
-from curvd_server.engine.operator import build
 from curvd_server.engine.operators import hessian, jacobian_form
 from curvd_server.engine.program import HessianProgram, JacobianProgram
 from curvd_server.engine.program import trace as tracing

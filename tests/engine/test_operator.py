@@ -18,8 +18,9 @@ from curvd.errors import Cancelled, InvalidSpec, InvalidVector, OutOfMemory
 from curvd.tensors.buffer_pool import Pool
 from curvd_server.engine import batch_product
 from curvd_server.engine.batch_product import BatchProduct
+from curvd_server.engine.building import build
 from curvd_server.engine.objective.objective import Problem
-from curvd_server.engine.operator import Operator, build
+from curvd_server.engine.operator import Operator
 from curvd_server.engine.operators.linearize import MODES
 from curvd_server.engine.tuning.plan import Plan
 from curvd_server.models.builders import BUILDERS

@@ -7,7 +7,7 @@ from support.reference import problem_of
 from support.zoo import ANIMALS
 
 from curvd.contract import OperatorSpec, Stage, StageProgress, Tier, Work
-from curvd_server.engine.operator import build, improve
+from curvd_server.engine.building import build, improve
 from curvd_server.engine.operators import MODES
 from curvd_server.engine.verification.verify import STEPS
 from curvd_server.system import Ongoing

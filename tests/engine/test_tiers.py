@@ -10,7 +10,8 @@ from support.zoo import ANIMALS, REFUSED, Animal
 from curvd.contract.enums import OperatorKind, Tier
 from curvd.contract.specs import OperatorSpec
 from curvd.errors import CurvatureUnverified
-from curvd_server.engine.operator import Operator, build, improve
+from curvd_server.engine.building import build, improve
+from curvd_server.engine.operator import Operator
 from curvd_server.engine.operators import LINEARISED, linearize
 from curvd_server.engine.program import linear_program
 from curvd_server.engine.tuning.plan import UNPREPARED

@@ -12,7 +12,7 @@ import curvd
 from curvd_server.app import running
 from curvd_server.config import LimitsConfig, ServerConfig
 from curvd_server.device import batcher
-from curvd_server.engine import operator as engine
+from curvd_server.engine import building
 from curvd_server.engine.tuning import autotune
 from curvd_server.service import query_run
 
@@ -50,7 +50,7 @@ async def held_operator(server, session):
 def watched_batches(monkeypatch):
     """Operators whose second product halts in its second mini-batch until cancelled."""
 
-    class Watched(engine.Operator):
+    class Watched(building.Operator):
         armed, begun, done = False, 0, 0
         reached = threading.Event()
 
@@ -64,7 +64,7 @@ def watched_batches(monkeypatch):
             super()._batch_product(index, V, out, sizes, cancelled)
             Watched.done += Watched.armed
 
-    monkeypatch.setattr(engine, "Operator", Watched)
+    monkeypatch.setattr(building, "Operator", Watched)
     monkeypatch.setattr(autotune, "LONGEST_STEP_S", 0.0)  # one mini-batch at a time
     return Watched
 

@@ -15,9 +15,9 @@ from curvd.contract.enums import Dtype
 from curvd.contract.specs import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
 from curvd.errors import BuilderNotFound, FailedPrecondition, InvalidSpec, LimitExceeded
 from curvd_server.device.torch_device import TorchDevice
+from curvd_server.engine.building import build
 from curvd_server.engine.objective.layer_patches import WideFloats
 from curvd_server.engine.objective.objective import Problem
-from curvd_server.engine.operator import build
 from curvd_server.engine.tuning.plan import Plan
 from curvd_server.models import libraries, size_limit
 

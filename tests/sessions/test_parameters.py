@@ -12,8 +12,8 @@ from curvd.contract.enums import Dtype
 from curvd.contract.selection import check_patterns, select
 from curvd.contract.specs import DatasetSpec, LossSpec, OperatorSpec
 from curvd.errors import InvalidSpec, LimitExceeded
+from curvd_server.engine.building import build
 from curvd_server.engine.objective.objective import Problem
-from curvd_server.engine.operator import build
 from curvd_server.engine.operators.linearize import MODES, cached_bytes
 from curvd_server.engine.tuning.plan import Plan
 

@@ -42,14 +42,15 @@ from curvd_server.engine import (
     Compiler,
     Memory,
     Problem,
+    building,
     check_gradient,
     choose_again,
     is_in_doubt,
     use_differentiable_attention,
     use_threads,
 )
-from curvd_server.engine import operator as engine
 from curvd_server.engine.data_points import Points
+from curvd_server.engine.operator import Operator
 from curvd_server.models import BUILDERS, Models
 from curvd_server.storage import Architecture
 from curvd_server.system import Poll, Quotas, is_out_of_memory, usable_cores
@@ -410,7 +411,7 @@ class TorchProblem:
         if spec.kind.is_factored:
             return self.factored(spec, budget_bytes, cancelled)
         with translated():
-            built = engine.build(
+            built = building.build(
                 self._problem,
                 spec,
                 budget_bytes=budget_bytes,
@@ -472,9 +473,7 @@ class TorchOperator:
         report: How it is computed; by default as it says now.
     """
 
-    def __init__(
-        self, operator: engine.Operator, report: PlanReport | None = None
-    ) -> None:
+    def __init__(self, operator: Operator, report: PlanReport | None = None) -> None:
         self._operator = operator
         # Asked here, on the device's thread, because it may measure.
         self._report = report or operator.report
@@ -533,7 +532,7 @@ class TorchOperator:
             budget_bytes: Memory for cached linearisations.
             cancelled: Polled between mini-batches.
         """
-        final = engine.improve(
+        final = building.improve(
             self._operator,
             budget_bytes=budget_bytes,
             memory=plans,

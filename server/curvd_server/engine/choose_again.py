@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from curvd_server.engine.building import TUNING_S
 from curvd_server.engine.objective import never
-from curvd_server.engine.operator import TUNING_S, Operator
+from curvd_server.engine.operator import Operator
 from curvd_server.engine.tuning import (
     BUSY,
     Memory,

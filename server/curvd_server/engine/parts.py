@@ -11,8 +11,9 @@ from collections.abc import Callable, Collection
 from curvd.contract import OperatorSpec, Tier
 from curvd.errors import CurvatureUnverified, OutOfMemory
 from curvd.tensors import Pool
+from curvd_server.engine.building import TUNING_S, verified_choice
 from curvd_server.engine.objective import Problem, never, on_host
-from curvd_server.engine.operator import TUNING_S, Operator, verified_choice
+from curvd_server.engine.operator import Operator
 from curvd_server.engine.tuning import (
     Choice,
     Memory,

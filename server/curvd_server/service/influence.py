@@ -11,7 +11,7 @@ from torch import Tensor
 from curvd.contract import InfluenceOptions, Stop, Tier, convert_enums
 from curvd.v1 import query_service_pb2 as query_pb
 from curvd_server.device.torch_device import TorchOperator
-from curvd_server.engine import operator as engine
+from curvd_server.engine import building
 from curvd_server.engine.data_points import Points
 from curvd_server.engine.data_points.influence import Scores
 from curvd_server.engine.data_points.jacobian_products import together
@@ -103,7 +103,7 @@ async def _products(
 
     def build(cancelled: Poll) -> TorchOperator:
         few = part_of(points.problem, options.part, options.part_seed)
-        built = engine.build(
+        built = building.build(
             few, plain, budget_bytes=budget, tier=Tier.FIRST, cancelled=cancelled
         )
         return TorchOperator(built)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from curvd.contract.enums import Dtype, LossName
 from curvd.contract.specs import DatasetSpec, LossSpec, OperatorSpec
 from curvd.errors import InvalidSpec
+from curvd_server.engine.building import build
 from curvd_server.engine.objective.objective import Problem
-from curvd_server.engine.operator import build
 from curvd_server.engine.operators.linearize import MODES
 from curvd_server.engine.tuning.plan import Plan
 

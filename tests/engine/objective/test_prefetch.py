@@ -9,9 +9,9 @@ from support.zoo import ANIMALS
 
 from curvd.contract.enums import Dtype
 from curvd.contract.specs import DatasetSpec, OperatorSpec
+from curvd_server.engine.building import build
 from curvd_server.engine.objective.objective import Problem
 from curvd_server.engine.objective.prefetch import Streamed, on_host
-from curvd_server.engine.operator import build
 from curvd_server.engine.tuning.plan import Plan
 
 GELU = next(a for a in ANIMALS if a.name == "gelu")

@@ -14,7 +14,7 @@ from support.reference import columns, error, problem_of
 from support.zoo import ANIMALS
 
 from curvd.contract.specs import OperatorSpec
-from curvd_server.engine.operator import build
+from curvd_server.engine.building import build
 from curvd_server.engine.operators.linearize import program
 from curvd_server.engine.program import compile
 from curvd_server.engine.program.compile import Compiler, describe, rebuild

@@ -10,7 +10,7 @@ from support.zoo import ANIMALS
 from curvd.contract.specs import OperatorSpec
 from curvd_server.engine import batch_product
 from curvd_server.engine import operator as engines
-from curvd_server.engine.operator import build
+from curvd_server.engine.building import build
 from curvd_server.engine.operators.linearize import MODES
 from curvd_server.engine.tuning.bit_invariance import is_alike, steps
 from curvd_server.engine.tuning.plan import Plan

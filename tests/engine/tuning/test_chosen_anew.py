@@ -12,7 +12,7 @@ from support.zoo import ANIMALS
 
 from curvd.contract import OperatorSpec, Tier
 from curvd_server.engine import choose_again, is_in_doubt
-from curvd_server.engine.operator import build, improve
+from curvd_server.engine.building import build, improve
 from curvd_server.engine.tuning import autotune
 from curvd_server.engine.tuning import plan as plans
 from curvd_server.engine.tuning.autotune import Plan, PlanTimer

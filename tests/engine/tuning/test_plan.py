@@ -14,7 +14,7 @@ from curvd.contract.enums import Dtype, Mode
 from curvd.contract.specs import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
 from curvd.errors import CurvatureUnverified, InvalidSpec
 from curvd_server.device import torch_device
-from curvd_server.engine.operator import build
+from curvd_server.engine.building import build
 from curvd_server.engine.operators.linearize import MODES
 from curvd_server.engine.program import linear_program
 from curvd_server.engine.tuning import autotune

@@ -9,7 +9,7 @@ from curvd.contract.enums import Tier
 from curvd.contract.specs import OperatorSpec
 from curvd_server.engine import threads
 from curvd_server.engine.batch_product import BatchProduct
-from curvd_server.engine.operator import build
+from curvd_server.engine.building import build
 from curvd_server.engine.tuning import thread_count
 from curvd_server.engine.tuning.autotune import Plan
 

@@ -12,7 +12,7 @@ from curvd.contract.enums import Dtype
 from curvd.contract.specs import OperatorSpec
 from curvd.errors import CurvatureUnverified, NotDeterministic, OutOfMemory
 from curvd_server.engine import check_gradient, parts
-from curvd_server.engine.operator import build
+from curvd_server.engine.building import build
 from curvd_server.engine.operators import MODES, linearize
 from curvd_server.engine.verification import projected, size
 from curvd_server.engine.verification.projected import ProjectedReference

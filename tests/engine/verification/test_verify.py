@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from curvd.contract.enums import Dtype
 from curvd.contract.specs import DatasetSpec, LossSpec, OperatorSpec
 from curvd.errors import InvalidSpec, NotDeterministic, OutOfMemory
+from curvd_server.engine.building import build
 from curvd_server.engine.objective.objective import Problem
-from curvd_server.engine.operator import build
 from curvd_server.engine.operators import linearize
 from curvd_server.engine.verification import verify
 from curvd_server.engine.verification.verify import Reference
