@@ -10,15 +10,10 @@ import contextlib
 import importlib
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import psutil
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from curvd.contract import (
     DatasetSpec,
@@ -27,33 +22,23 @@ from curvd.contract import (
     LossSpec,
     Mode,
     ModelSpec,
-    OperatorSpec,
-    ParameterLayout,
-    PlanReport,
     SerializedGraph,
-    Tier,
     WorkerInfo,
 )
 from curvd.errors import InvalidSpec
 from curvd.tensors import Pool, exact_allocator
-from curvd_server.device.factored import FactoredOperator, SharedFactors
+from curvd_server.device.torch_problem import Arrays, Tools, TorchProblem, as_tensors
 from curvd_server.device.translated import translated
 from curvd_server.engine import (
     Compiler,
     Memory,
     Problem,
-    building,
-    check_gradient,
-    choose_again,
-    is_in_doubt,
     use_differentiable_attention,
     use_threads,
 )
-from curvd_server.engine.data_points import Points
-from curvd_server.engine.operator import Operator
 from curvd_server.models import BUILDERS, Models
 from curvd_server.storage import Architecture
-from curvd_server.system import Poll, Quotas, is_out_of_memory, usable_cores
+from curvd_server.system import Quotas, is_out_of_memory, usable_cores
 from curvd_server.trials import Trials
 
 _CANNOT_RUN = (
@@ -66,24 +51,10 @@ _CANNOT_RUN = (
 )
 """What modules raise when they see data that they were not made for."""
 
-Arrays = Mapping[str, NDArray[Any]]
-
 _LARGE_BYTES = 64 << 20
 """What loading a model of this size takes meanwhile is given back at once."""
 _RESIDENT_SHARE = 0.25
 """Of a CUDA device's free memory; larger datasets stay on the host."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """What operators are built with."""
-
-    plans: Memory
-    """Plans of earlier operators."""
-    compiler: Compiler | None
-    """Makes native code of what is used long enough."""
-    results: Pool
-    """Memory of results on the host."""
 
 
 def set_threads(count: int | None) -> None:
@@ -314,301 +285,3 @@ class TorchDevice:
         if not self.name.startswith("cuda"):
             return math.inf
         return self.describe().free_bytes * _RESIDENT_SHARE
-
-
-class TorchProblem:
-    """An objective at one version of its parameters.
-
-    Args:
-        problem: The engine's.
-        tools: What its operators are built with.
-    """
-
-    def __init__(self, problem: Problem, tools: Tools) -> None:
-        self._problem, self._tools = problem, tools
-        self._factors = SharedFactors()
-
-    @property
-    def layout(self) -> ParameterLayout:
-        """What a vector of length P means."""
-        return self._problem.layout
-
-    @property
-    def batches(self) -> int:
-        """Mini-batches per pass over the data."""
-        return self._problem.batches
-
-    def with_parameters(self, values: Arrays) -> TorchProblem:
-        """Make a new version; this one stays valid.
-
-        Args:
-            values: Parameters and buffers by name; what this objective does not use
-                (running statistics in batch mode, for example) is passed over.
-
-        Returns:
-            The new version.
-        """
-        used = {*self._problem.layout.names, *self._problem.model.constants}
-        with translated():
-            tensors = as_tensors({n: v for n, v in values.items() if n in used})
-            moved = self._problem.with_parameters(tensors)
-            return TorchProblem(moved, self._tools)
-
-    def sharing(self, other: TorchProblem) -> TorchProblem:
-        """Take the parameters of the same model on other data, in the same memory."""
-        return TorchProblem(self._problem.sharing(other._problem), self._tools)
-
-    def gradient(self, *, cancelled: Poll) -> tuple[float, NDArray[Any]]:
-        """Compute the loss and its gradient [P]."""
-        with translated():
-            loss, gradient = self._problem.gradient(cancelled=cancelled)
-            return loss, gradient.cpu().numpy()
-
-    def check(self, *, cancelled: Poll) -> None:
-        """Compute a gradient of all data, and find out whether it is that of the loss."""
-        with translated():
-            check_gradient(self._problem, cancelled)
-
-    def points(
-        self,
-        compute: Callable[[Callable[[Poll], Any]], Any],
-        *,
-        limit: int | None,
-        expired: Callable[[], bool],
-    ) -> Points:
-        """Name its data points as what a query is about.
-
-        Args:
-            compute: Runs a job on the device, in its turn.
-            limit: Most data points; None: all.
-            expired: Whether the time is up.
-
-        Returns:
-            The data points.
-        """
-
-        def told(job: Callable[[Poll], Any]) -> Any:
-            def inside(cancelled: Poll) -> Any:
-                with translated():
-                    return job(cancelled)
-
-            return compute(inside)
-
-        return Points(self._problem, compute=told, limit=limit, expired=expired)
-
-    def build(
-        self,
-        spec: OperatorSpec,
-        *,
-        budget_bytes: int,
-        cancelled: Poll,
-        tier: Tier = Tier.FINAL,
-    ) -> TorchOperator | FactoredOperator:
-        """Verify and warm an operator; see `Problem.build` of the protocols.
-
-        Native code takes over where a first tier did, and nowhere else.
-        """
-        if spec.kind.is_factored:
-            return self.factored(spec, budget_bytes, cancelled)
-        with translated():
-            built = building.build(
-                self._problem,
-                spec,
-                budget_bytes=budget_bytes,
-                memory=self._tools.plans,
-                compiler=self._tools.compiler if tier is Tier.FIRST else None,
-                results=self._tools.results,
-                tier=tier,
-                cancelled=cancelled,
-            )
-            return TorchOperator(built)
-
-    def improve(
-        self, operator: TorchOperator, *, budget_bytes: int, cancelled: Poll
-    ) -> TorchOperator:
-        """Make the last tier of an operator; see `Problem.improve` of the protocols."""
-        with translated():
-            return operator.improved(self._tools.plans, budget_bytes, cancelled)
-
-    def choose_again(
-        self, operator: TorchOperator, *, budget_bytes: int, cancelled: Poll
-    ) -> TorchOperator | None:
-        """Choose its plan anew; see `Problem.choose_again` of the protocols."""
-        with translated():
-            return operator.chosen_again(self._tools.plans, budget_bytes, cancelled)
-
-    def move(
-        self, operator: TorchOperator | FactoredOperator
-    ) -> TorchOperator | FactoredOperator:
-        """Make the same operator for this version; nothing is computed yet."""
-        if isinstance(operator, FactoredOperator):
-            return self.refactored(operator)
-        return operator.at(self._problem)
-
-    def factored(
-        self, spec: OperatorSpec, budget_bytes: int, cancelled: Poll
-    ) -> FactoredOperator:
-        """Make an operator of Kronecker factors, those that are there if there are some.
-
-        Args:
-            spec: Which.
-            budget_bytes: Memory for factors.
-            cancelled: Polled between mini-batches.
-        """
-        with translated():
-            return self._factors.build(
-                self._problem, spec, budget_bytes=budget_bytes, cancelled=cancelled
-            )
-
-    def refactored(self, operator: FactoredOperator) -> FactoredOperator:
-        """Make the same at this version; factors are made when they are asked for."""
-        return self._factors.move(operator, self._problem)
-
-
-class TorchOperator:
-    """An operator that is built.
-
-    Args:
-        operator: The engine's operator.
-        report: How it is computed; by default as it says now.
-    """
-
-    def __init__(self, operator: Operator, report: PlanReport | None = None) -> None:
-        self._operator = operator
-        # Asked here, on the device's thread, because it may measure.
-        self._report = report or operator.report
-
-    @property
-    def report(self) -> PlanReport:
-        """How it is computed; whether in native code, as of now."""
-        compiled, busy = self._operator.is_compiled, self._operator.choice.busy
-        if (self._report.compiled, self._report.busy) != (compiled, busy):
-            self._report = replace(self._report, compiled=compiled, busy=busy)
-        return self._report
-
-    @property
-    def is_in_doubt(self) -> bool:
-        """Whether its plan was chosen on a busy machine."""
-        return is_in_doubt(self._operator)
-
-    @property
-    def spent_s(self) -> float:
-        """Seconds that it has computed, at earlier versions included."""
-        return self._operator.spent_s
-
-    @property
-    def runner(self) -> None:
-        """Nobody runs algorithms elsewhere: vectors are whole here."""
-
-    @property
-    def shares(self) -> bool:
-        """Whether columns go together, or share what is linearised for them."""
-        report = self._report
-        together = report.columns_at_once > 1 and self._operator.mixes
-        return together or report.kept_batches < report.batches
-
-    @property
-    def size(self) -> int:
-        """P, the length of the vectors that it multiplies."""
-        return self._operator.problem.layout.size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of its products."""
-        return self._operator.problem.result_dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where its products are made."""
-        return self._operator.problem.device
-
-    def improved(
-        self, plans: Memory, budget_bytes: int, cancelled: Poll
-    ) -> TorchOperator:
-        """Make its last tier.
-
-        Args:
-            plans: Plans of earlier operators.
-            budget_bytes: Memory for cached linearisations.
-            cancelled: Polled between mini-batches.
-        """
-        final = building.improve(
-            self._operator,
-            budget_bytes=budget_bytes,
-            memory=plans,
-            cancelled=cancelled,
-        )
-        return TorchOperator(final)
-
-    def chosen_again(
-        self, plans: Memory, budget_bytes: int, cancelled: Poll
-    ) -> TorchOperator | None:
-        """Choose its plan anew.
-
-        Args:
-            plans: Plans of earlier operators.
-            budget_bytes: Memory for cached linearisations.
-            cancelled: Polled between mini-batches.
-
-        Returns:
-            The operator with a better plan; None if there is none.
-        """
-        made = choose_again(
-            self._operator,
-            budget_bytes=budget_bytes,
-            memory=plans,
-            cancelled=cancelled,
-        )
-        return None if made is None else TorchOperator(made)
-
-    def at(self, problem: Problem) -> TorchOperator:
-        """Make the same operator at another version of its problem.
-
-        Args:
-            problem: The engine's.
-
-        Returns:
-            The operator; nothing is computed or measured yet.
-        """
-        return TorchOperator(self._operator.at(problem), self.report)
-
-    def apply(
-        self, columns: NDArray[Any], *, counts: Sequence[int] = (), cancelled: Poll
-    ) -> NDArray[Any]:
-        """Multiply columns: [K, P] -> [K, P]; see `Device`'s `Operator`."""
-        with translated():
-            rows = self._operator.apply(columns, counts=counts, cancelled=cancelled)
-            return rows.cpu().numpy()
-
-    def multiply(self, columns: Tensor, *, cancelled: Poll) -> Tensor:
-        """Multiply columns that are on the device: [K, P] -> [K, P]."""
-        with translated():
-            return self._operator.apply(columns, cancelled=cancelled)
-
-    def eigenvalues(self, *, cancelled: Poll) -> None:
-        """Know none; see `Device`'s `Operator`."""
-
-    def inverse(self, columns: Tensor, shift: float, *, cancelled: Poll) -> None:
-        """Know none; see `Operator` of the protocols."""
-
-    def close(self) -> None:
-        """Return its memory."""
-        self._operator.close()
-
-
-def as_tensors(arrays: Arrays) -> dict[str, Any]:
-    """Prepare arrays for torch.
-
-    Args:
-        arrays: By name. NumPy has no bfloat16; its bits come as uint16, which is no type
-            of the wire.
-
-    Returns:
-        The same; tensors where there is no array of the type.
-    """
-    return {
-        name: torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
-        if a.dtype == np.uint16
-        else a
-        for name, a in arrays.items()
-    }

@@ -17,11 +17,7 @@ from typing import Any
 
 from curvd.contract import OperatorSpec, Tier
 from curvd.tensors import Pool
-from curvd_server.engine.objective import (
-    Problem,
-    check_cancelled,
-    never,
-)
+from curvd_server.engine.objective import Problem, check_cancelled, never
 from curvd_server.engine.operator import Operator
 from curvd_server.engine.operators import definition
 from curvd_server.engine.program import Compiler
@@ -34,11 +30,7 @@ from curvd_server.engine.tuning import (
     choose,
     choose_untimed,
 )
-from curvd_server.engine.verification import (
-    ProjectedReference,
-    Reference,
-    reference_of,
-)
+from curvd_server.engine.verification import ProjectedReference, Reference, reference_of
 
 TUNING_S = 6.0
 """Default time for measuring candidate plans."""

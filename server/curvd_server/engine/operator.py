@@ -22,25 +22,12 @@ from curvd.tensors import Pool
 from curvd_server.engine.batch_product import BatchProduct, DoesNotFit
 from curvd_server.engine.linearization_cache import Counters, LinearizationCache
 from curvd_server.engine.native_code import NativeCode
-from curvd_server.engine.objective import (
-    Array,
-    Problem,
-    check_cancelled,
-    never,
-)
+from curvd_server.engine.objective import Array, Problem, check_cancelled, never
 from curvd_server.engine.operators import definition
 from curvd_server.engine.program import Compiler, Interruptible
 from curvd_server.engine.threads import computing_with
-from curvd_server.engine.tuning import (
-    Choice,
-    Plan,
-    is_alike,
-    steps,
-)
-from curvd_server.engine.verification import (
-    Reference,
-    check_repeatable,
-)
+from curvd_server.engine.tuning import Choice, Plan, is_alike, steps
+from curvd_server.engine.verification import Reference, check_repeatable
 from curvd_server.system import advance, enter_stage, yield_point
 
 SHARED = 16

@@ -14,13 +14,7 @@ from curvd.tensors import Pool
 from curvd_server.engine.building import TUNING_S, verified_choice
 from curvd_server.engine.objective import Problem, never, on_host
 from curvd_server.engine.operator import Operator
-from curvd_server.engine.tuning import (
-    Choice,
-    Memory,
-    Plan,
-    disagreements_of,
-    structure,
-)
+from curvd_server.engine.tuning import Choice, Memory, Plan, disagreements_of, structure
 from curvd_server.engine.verification import ProjectedReference
 
 

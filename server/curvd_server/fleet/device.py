@@ -32,7 +32,8 @@ from curvd.contract import (
 from curvd.errors import InvalidSpec
 from curvd_server.device.factored import FactoredOperator
 from curvd_server.device.protocols import Array, Counted
-from curvd_server.device.torch_device import TorchDevice, TorchProblem
+from curvd_server.device.torch_device import TorchDevice
+from curvd_server.device.torch_problem import TorchProblem
 from curvd_server.engine import Memory
 from curvd_server.fleet import messages
 from curvd_server.fleet.fleet import Fleet

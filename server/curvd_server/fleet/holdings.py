@@ -14,7 +14,8 @@ import torch
 
 from curvd.errors import CurvdError, Internal
 from curvd.tensors import Pool
-from curvd_server.device.torch_device import TorchDevice, as_tensors
+from curvd_server.device.torch_device import TorchDevice
+from curvd_server.device.torch_problem import as_tensors
 from curvd_server.device.translated import translated
 from curvd_server.engine import Problem, check_gradient, parts
 from curvd_server.engine.operator import Operator

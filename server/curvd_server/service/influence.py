@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvd.contract import InfluenceOptions, Stop, Tier, convert_enums
 from curvd.v1 import query_service_pb2 as query_pb
-from curvd_server.device.torch_device import TorchOperator
+from curvd_server.device.torch_operator import TorchOperator
 from curvd_server.engine import building
 from curvd_server.engine.data_points import Points
 from curvd_server.engine.data_points.influence import Scores

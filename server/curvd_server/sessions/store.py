@@ -11,18 +11,8 @@ from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
-from curvd.contract import (
-    OperatorSpec,
-    SessionInfo,
-    Tier,
-    Work,
-)
-from curvd.errors import (
-    CurvdError,
-    LimitExceeded,
-    PermissionDenied,
-    SessionNotFound,
-)
+from curvd.contract import OperatorSpec, SessionInfo, Tier, Work
+from curvd.errors import CurvdError, LimitExceeded, PermissionDenied, SessionNotFound
 from curvd_server.sessions.allotments import Allotments
 from curvd_server.sessions.deletions import Deletions
 from curvd_server.sessions.opening import NewSession, Openings
