@@ -1,7 +1,7 @@
 """Workers in what a server says of itself: over the wire, and on the command line."""
 
 from curvd.cli.commands import _server_lines
-from curvd.contract import Limits, ServerInfo, WorkerInfo, convert
+from curvd.contract import Limits, ServerInfo, WorkerInfo, convert_server
 
 LIMITS = Limits(**dict.fromkeys(Limits.__slots__, 1))
 READY = WorkerInfo(
@@ -23,7 +23,10 @@ INFO = ServerInfo(
 
 
 def test_workers_travel_with_the_server():
-    assert convert.server_info_from_proto(convert.server_info_to_proto(INFO)) == INFO
+    assert (
+        convert_server.server_info_from_proto(convert_server.server_info_to_proto(INFO))
+        == INFO
+    )
 
 
 def test_the_command_line_shows_workers_and_why_one_was_lost():

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from curvd.contract.enums import LossName, Stage, Tier
-from curvd.contract.infos import DeviceInfo, PlanReport, TensorInfo, WorkerInfo
+from curvd.contract.infos import PlanReport, TensorInfo
 from curvd.contract.layout import ParameterLayout
+from curvd.contract.server_info import DeviceInfo, WorkerInfo
 from curvd.contract.specs import DatasetSpec, LossSpec, ModelSpec
 from curvd.errors import BuilderNotFound, Cancelled, CurvatureUnverified
 from curvd.tensors import chunks

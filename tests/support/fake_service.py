@@ -13,14 +13,25 @@ import grpc
 import numpy as np
 
 from curvd.contract import (
+    DatasetInfo,
+    DeviceInfo,
+    Limits,
+    ModelInfo,
+    PlanReport,
+    ServerInfo,
+    SessionInfo,
+    SessionState,
+    StageProgress,
+    TensorInfo,
     convert,
     convert_activities,
     convert_enums,
+    convert_server,
+    convert_sessions,
     enums,
     layout,
     specs,
 )
-from curvd.contract import infos as reports
 from curvd.contract.rpcs import RPCS, Framed
 from curvd.contract.statuses import DETAILS_KEY, dump
 from curvd.errors import (
@@ -44,7 +55,7 @@ MATRIX = _HALF + _HALF.T
 GRADIENT = np.arange(P, dtype=np.float64)
 LOSS = 0.25
 
-PLAN = reports.PlanReport(
+PLAN = PlanReport(
     mode="known_matrix",
     columns_at_once=8,
     batches=4,
@@ -56,10 +67,10 @@ PLAN = reports.PlanReport(
     seconds_per_product=1e-6,
     peak_bytes=4096,
 )
-INFO = reports.ServerInfo(
+INFO = ServerInfo(
     version="0.0.0",
     torch_version="none",
-    limits=reports.Limits(
+    limits=Limits(
         upload_bytes=1 << 30,
         operand_bytes=1 << 30,
         header_bytes=1 << 20,
@@ -69,7 +80,7 @@ INFO = reports.ServerInfo(
         default_budget_bytes=1 << 20,
     ),
     devices=(
-        reports.DeviceInfo(
+        DeviceInfo(
             name="cpu", description="a fake", total_bytes=1 << 30, free_bytes=1 << 29
         ),
     ),
@@ -79,10 +90,8 @@ INFO = reports.ServerInfo(
 
 
 OPENING = (
-    reports.StageProgress(stage=enums.Stage.CHECKING, done=2, total=3, elapsed_s=0.5),
-    reports.StageProgress(
-        stage=enums.Stage.VERIFYING, detail="known_matrix", done=1, total=7
-    ),
+    StageProgress(stage=enums.Stage.CHECKING, done=2, total=3, elapsed_s=0.5),
+    StageProgress(stage=enums.Stage.VERIFYING, detail="known_matrix", done=1, total=7),
 )
 """What an opening says of itself."""
 
@@ -138,7 +147,7 @@ class FakeService:
 
     def GetServerInfo(self, parts):
         next(parts)
-        yield convert.server_info_to_proto(INFO)
+        yield convert_server.server_info_to_proto(INFO)
 
     def RegisterModel(self, parts):
         header = next(parts).header
@@ -146,45 +155,45 @@ class FakeService:
         if isinstance(upload, session_pb.UploadNeeded):
             yield session_pb.RegisterModelResponse(upload_needed=upload)
             return
-        info = reports.ModelInfo(
+        info = ModelInfo(
             id=hashlib.sha256(header.SerializeToString()).hexdigest()[:8],
             spec=specs.ModelSpec(
                 builder=header.builder,
-                config=convert.config_from_json(header.config_json),
+                config=convert_sessions.config_from_json(header.config_json),
             ),
             tensors=_tensors(upload),
             state_bytes=header.state.total_bytes,
         )
-        model = self.models[info.id] = convert.model_to_proto(info)
+        model = self.models[info.id] = convert_sessions.model_to_proto(info)
         yield session_pb.RegisterModelResponse(model=model)
 
     def RegisterDataset(self, parts):
         header = next(parts).header
         if header.name:
-            info = reports.DatasetInfo(
+            info = DatasetInfo(
                 id="d0",
-                spec=convert.dataset_spec_from_proto(header),
+                spec=convert_sessions.dataset_spec_from_proto(header),
                 tensors=(),
                 data_points=1,
                 total_bytes=1,
                 name=header.name,
             )
-            dataset = convert.dataset_to_proto(info)
+            dataset = convert_sessions.dataset_to_proto(info)
             yield session_pb.RegisterDatasetResponse(dataset=dataset)
             return
         upload = self._receive("RegisterDataset", header.tensors, parts)
         if isinstance(upload, session_pb.UploadNeeded):
             yield session_pb.RegisterDatasetResponse(upload_needed=upload)
             return
-        spec = convert.dataset_spec_from_proto(header)
-        info = reports.DatasetInfo(
+        spec = convert_sessions.dataset_spec_from_proto(header)
+        info = DatasetInfo(
             id="d" + header.tensors.digest[:8],
             spec=spec,
             tensors=_tensors(upload),
             data_points=len(upload[spec.target]),
             total_bytes=header.tensors.total_bytes,
         )
-        dataset = self.datasets[info.id] = convert.dataset_to_proto(info)
+        dataset = self.datasets[info.id] = convert_sessions.dataset_to_proto(info)
         yield session_pb.RegisterDatasetResponse(dataset=dataset)
 
     def CreateSession(self, parts):
@@ -192,7 +201,9 @@ class FakeService:
         if request.request_id not in self.by_request:
             self.by_request[request.request_id] = self._create(request)
         info = self.by_request[request.request_id]
-        yield session_pb.CreateSessionResponse(session=convert.session_to_proto(info))
+        yield session_pb.CreateSessionResponse(
+            session=convert_sessions.session_to_proto(info)
+        )
 
     def OpenSession(self, parts):
         request = next(parts).session
@@ -206,7 +217,7 @@ class FakeService:
     def _create(self, request):
         session_id = "" if request.validate_only else f"s{len(self.sessions)}"
         operators = [convert.operator_from_proto(o) for o in request.operators]
-        info = reports.SessionInfo(
+        info = SessionInfo(
             id=session_id,
             name=request.name,
             model_id=request.model_id,
@@ -222,7 +233,7 @@ class FakeService:
             device="cpu",
             budget_bytes=request.budget_bytes,
             operators=tuple((o, PLAN) for o in operators or [specs.OperatorSpec()]),
-            state=reports.SessionState.READY,
+            state=SessionState.READY,
             create_time_s=1.0,
             params=tuple(request.params),
             expire_time_s=(
@@ -235,12 +246,15 @@ class FakeService:
 
     def GetSession(self, parts):
         info = self._session(next(parts))
-        yield session_pb.GetSessionResponse(session=convert.session_to_proto(info))
+        yield session_pb.GetSessionResponse(
+            session=convert_sessions.session_to_proto(info)
+        )
 
     def ListSessions(self, parts):
         infos, after = self._page(self.sessions, next(parts).page_token)
         yield session_pb.ListSessionsResponse(
-            sessions=map(convert.session_to_proto, infos), next_page_token=after
+            sessions=map(convert_sessions.session_to_proto, infos),
+            next_page_token=after,
         )
 
     def _page(self, registered, start):
@@ -265,7 +279,9 @@ class FakeService:
                 info, expire_time_s=1.0 + request.lease.ToSeconds()
             )
             self.sessions[info.id] = info
-        yield session_pb.RenewSessionResponse(session=convert.session_to_proto(info))
+        yield session_pb.RenewSessionResponse(
+            session=convert_sessions.session_to_proto(info)
+        )
 
     def DeleteSession(self, parts):
         del self.sessions[self._session(next(parts)).id]
@@ -518,7 +534,7 @@ def operator_matrix(spec):
 
 def _tensors(arrays):
     return tuple(
-        reports.TensorInfo(name, t.dtype, t.shape)
+        TensorInfo(name, t.dtype, t.shape)
         for name, t in safetensors_header.header_of(arrays).items()
     )
 

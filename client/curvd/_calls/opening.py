@@ -12,8 +12,8 @@ from curvd.contract import (
     Part,
     SessionInfo,
     StageProgress,
-    convert,
     convert_activities,
+    convert_sessions,
 )
 from curvd.errors import Internal, InvalidSpec, Unimplemented
 from curvd.v1 import session_service_pb2 as session_pb
@@ -85,7 +85,7 @@ class CreateSession(Call[SessionInfo]):
 
     def result(self) -> SessionInfo:
         """Read the session."""
-        return convert.session_from_proto(self._session)
+        return convert_sessions.session_from_proto(self._session)
 
     def _request(self) -> Iterator[Part]:
         if self._observe is None:

@@ -20,11 +20,13 @@ from curvd.contract import (
     ModelInfo,
     OperatorSpec,
     Rpc,
+    ServerInfo,
     SessionInfo,
     convert,
     convert_enums,
+    convert_server,
+    convert_sessions,
     enums,
-    infos,
 )
 from curvd.errors import InvalidSpec
 from curvd.v1 import session_service_pb2 as session_pb
@@ -128,19 +130,23 @@ def get_session(session_id: str) -> Unary[SessionInfo]:
 def list_sessions(page_token: str) -> Unary[Page[SessionInfo]]:
     """List one page of sessions."""
     request = session_pb.ListSessionsRequest(page_token=page_token, page_size=1000)
-    return _page("ListSessions", request, "sessions", convert.session_from_proto)
+    return _page(
+        "ListSessions", request, "sessions", convert_sessions.session_from_proto
+    )
 
 
 def list_models(page_token: str) -> Unary[Page[ModelInfo]]:
     """List one page of models."""
     request = session_pb.ListModelsRequest(page_token=page_token, page_size=1000)
-    return _page("ListModels", request, "models", convert.model_from_proto)
+    return _page("ListModels", request, "models", convert_sessions.model_from_proto)
 
 
 def list_datasets(page_token: str) -> Unary[Page[DatasetInfo]]:
     """List one page of datasets."""
     request = session_pb.ListDatasetsRequest(page_token=page_token, page_size=1000)
-    return _page("ListDatasets", request, "datasets", convert.dataset_from_proto)
+    return _page(
+        "ListDatasets", request, "datasets", convert_sessions.dataset_from_proto
+    )
 
 
 def renew_session(session_id: str, lease_s: float | None) -> Unary[SessionInfo]:
@@ -172,10 +178,10 @@ def delete_dataset(dataset: DatasetInfo | str) -> Unary[None]:
     return Unary(RPCS["DeleteDataset"], request, lambda response: None)
 
 
-def server_info() -> Unary[infos.ServerInfo]:
+def server_info() -> Unary[ServerInfo]:
     """Describe the server."""
     request = session_pb.GetServerInfoRequest()
-    return Unary(RPCS["GetServerInfo"], request, convert.server_info_from_proto)
+    return Unary(RPCS["GetServerInfo"], request, convert_server.server_info_from_proto)
 
 
 def healthy() -> Unary[bool]:
@@ -194,7 +200,7 @@ def _page(
 
 
 def _session(response: Any) -> SessionInfo:
-    return convert.session_from_proto(response.session)
+    return convert_sessions.session_from_proto(response.session)
 
 
 def _set_lease(request: Any, lease_s: float | None) -> None:

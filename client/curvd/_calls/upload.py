@@ -22,8 +22,8 @@ from curvd.contract import (
     ModelInfo,
     Part,
     Rpc,
-    convert,
     convert_enums,
+    convert_sessions,
     enums,
 )
 from curvd.errors import InvalidSpec, InvalidTensors, Unavailable
@@ -178,7 +178,7 @@ def register_model(
         raise InvalidSpec(msg, builder=model)
     else:
         header = session_pb.RegisterModelHeader(
-            builder=model, config_json=convert.config_to_json(config or {})
+            builder=model, config_json=convert_sessions.config_to_json(config or {})
         )
     header.share_with.extend(names_of(share_with))
     return Upload(
@@ -186,7 +186,7 @@ def register_model(
         header,
         "state",
         blob_of(state),
-        lambda response: convert.model_from_proto(response.model),
+        lambda response: convert_sessions.model_from_proto(response.model),
         progress,
     )
 
@@ -260,7 +260,7 @@ def names_of(share_with: Sequence[str]) -> Sequence[str]:
 
 
 def _dataset(response: session_pb.RegisterDatasetResponse) -> DatasetInfo:
-    return convert.dataset_from_proto(response.dataset)
+    return convert_sessions.dataset_from_proto(response.dataset)
 
 
 def blob_of(

@@ -32,27 +32,19 @@ from curvd.contract.enums import (
 )
 from curvd.contract.graph_ops import COMPLEX, MAX_INLINE_BYTES
 from curvd.contract.infos import (
-    Activity,
     DatasetInfo,
-    DeviceInfo,
     FactorBlock,
-    Limits,
     ModelInfo,
     PlanReport,
     QueryInfo,
-    QueryProgress,
     ResultInfo,
-    ServerInfo,
-    ServerStatus,
     SessionInfo,
     SessionState,
-    StageProgress,
     StoredVector,
     TensorInfo,
-    WorkerInfo,
-    left_s,
 )
 from curvd.contract.layout import ParameterLayout, ParameterSpec
+from curvd.contract.progress import Activity, QueryProgress, StageProgress, left_s
 from curvd.contract.query_options import QUERIES, most_products
 from curvd.contract.query_options.data_points import (
     InfluenceOptions,
@@ -89,6 +81,13 @@ from curvd.contract.selection import (
     MOST_PATTERNS,
     check_patterns,
     select,
+)
+from curvd.contract.server_info import (
+    DeviceInfo,
+    Limits,
+    ServerInfo,
+    ServerStatus,
+    WorkerInfo,
 )
 from curvd.contract.settings import Setting, check_settings, setting, settings_of
 from curvd.contract.specs import (

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 
-from curvd.contract import convert_enums, infos
+from curvd.contract import convert_enums
+from curvd.contract.progress import Activity, StageProgress
 from curvd.errors import InvalidSpec
 from curvd.v1 import session_service_pb2 as session_pb
 
 
-def activity_to_proto(activity: infos.Activity) -> session_pb.Activity:
+def activity_to_proto(activity: Activity) -> session_pb.Activity:
     """Convert something that goes on."""
     return session_pb.Activity(
         work=convert_enums.work_to_proto(activity.work),
@@ -24,7 +25,7 @@ def activity_to_proto(activity: infos.Activity) -> session_pb.Activity:
 
 def activities_from_proto(
     messages: Iterable[session_pb.Activity],
-) -> tuple[infos.Activity, ...]:
+) -> tuple[Activity, ...]:
     """Convert what goes on; what a newer server has new words for is left out."""
     found = []
     for message in messages:
@@ -33,8 +34,8 @@ def activities_from_proto(
     return tuple(found)
 
 
-def _activity_from_proto(message: session_pb.Activity) -> infos.Activity:
-    return infos.Activity(
+def _activity_from_proto(message: session_pb.Activity) -> Activity:
+    return Activity(
         work=convert_enums.work_from_proto(message.work),
         session_id=message.session_id,
         session_name=message.session_name,
@@ -44,7 +45,7 @@ def _activity_from_proto(message: session_pb.Activity) -> infos.Activity:
     )
 
 
-def progress_to_proto(progress: infos.StageProgress) -> session_pb.StageProgress:
+def progress_to_proto(progress: StageProgress) -> session_pb.StageProgress:
     """Convert how far a stage is."""
     return session_pb.StageProgress(
         stage=convert_enums.stage_to_proto(progress.stage),
@@ -55,9 +56,9 @@ def progress_to_proto(progress: infos.StageProgress) -> session_pb.StageProgress
     )
 
 
-def progress_from_proto(message: session_pb.StageProgress) -> infos.StageProgress:
+def progress_from_proto(message: session_pb.StageProgress) -> StageProgress:
     """Convert how far a stage is."""
-    return infos.StageProgress(
+    return StageProgress(
         stage=convert_enums.stage_from_proto(message.stage),
         detail=message.detail,
         done=message.done,

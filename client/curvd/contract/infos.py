@@ -1,20 +1,11 @@
-"""What the server says about what it has and did: values, never changed."""
+"""What a server says about what it holds for callers, and about results: never changed."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from curvd.contract.enums import (
-    Dtype,
-    FactorBlockKind,
-    Mode,
-    Stage,
-    Stop,
-    Tier,
-    Work,
-)
+from curvd.contract.enums import Dtype, FactorBlockKind, Mode, Stop, Tier
 from curvd.contract.layout import ParameterLayout
 from curvd.contract.specs import DatasetSpec, LossSpec, ModelSpec, OperatorSpec
 
@@ -206,169 +197,6 @@ class SessionInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a server refuses to exceed."""
-
-    upload_bytes: int
-    operand_bytes: int
-    header_bytes: int
-    columns: int
-    pending_columns: int
-    sessions: int
-    default_budget_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceInfo:
-    """A device that computes."""
-
-    name: str
-    description: str
-    total_bytes: int
-    free_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageProgress:
-    """How far one stage of an opening is, or of other work that takes long.
-
-    Examples:
-        >>> progress = curvd.StageProgress(stage="tuning", done=2, total=8, elapsed_s=3.0)
-        >>> print(progress)
-        tuning, 2 of 8
-        >>> progress.left_s
-        9.0
-    """
-
-    stage: Stage
-    detail: str = ""
-    """What it is about right now, for people."""
-    done: int = 0
-    total: int | None = None
-    """How much there is at most; None: nobody knows."""
-    elapsed_s: float = 0.0
-    """Since this stage, with this detail, began."""
-
-    @property
-    def left_s(self) -> float | None:
-        """Seconds that remain at most, at the pace so far; None if nothing tells."""
-        return left_s(self.done, self.total, self.elapsed_s)
-
-    def __str__(self) -> str:
-        what = f"{self.stage} {self.detail}".rstrip()
-        if self.total is None:
-            return f"{what}, {self.done}" if self.done else what
-        unit = " bytes" if self.stage is Stage.REGISTERING else ""
-        return f"{what}, {self.done} of {self.total}{unit}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Activity:
-    """Something that goes on right now at a server, and takes long."""
-
-    work: Work
-    session_id: str
-    """Empty while a session is created."""
-    session_name: str
-    """The caller's label of the session."""
-    subject: str
-    """The kind of the operator, or the name of the query; may be empty."""
-    progress: StageProgress
-    elapsed_s: float
-    """Since it began."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerInfo:
-    """A process that has a share of the data, where a server computes with several."""
-
-    rank: int
-    """From 0; consecutive ranks have consecutive shards."""
-    device: str
-    host: str
-    """Name of the machine that it runs on; empty: it is being started."""
-    pid: int
-    """Its process there; 0: it is being started."""
-    shards: int
-    """How many of the shards it has, of data with mini-batches for all of them."""
-    ready: bool
-    """Whether it holds all that it should, and answers."""
-    restarts: int
-    """How often another one took its place."""
-    lost: str
-    """Why the latest one was lost; empty: none was."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerStatus:
-    """How a server fares: what it has done since it began, and what it holds now.
-
-    The numbers are those of all callers together.
-    """
-
-    uptime_s: float
-    """Seconds since it began."""
-    calls: int
-    """Calls that have ended."""
-    failed_calls: int
-    """Those of them that failed, or were cancelled."""
-    calls_under_way: int
-    products: int
-    """Products of callers that ran; a MatMat is one for each of its blocks of columns."""
-    columns: int
-    """Columns of these."""
-    query_columns: int
-    """Columns that queries have multiplied."""
-    queue_requests: int
-    """Requests that wait for the device."""
-    queue_columns: int
-    """Columns of products under way."""
-    queue_bytes: int
-    """Memory of products under way."""
-    ready_sessions: int
-    """Sessions on the device."""
-    cold_sessions: int
-    """Sessions that warm up at their next use."""
-    operators: Mapping[str, int]
-    """Operators that are built, by tier: ``first``, ``final``, ``native`` for native code."""
-    memory_bytes: Mapping[str, int]
-    """Memory of the host that is held, by what for."""
-    memory_limit_bytes: int
-    """The limit of that."""
-    connections: int
-    """Connections that are open; 0 where grpcio has the port."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerInfo:
-    """What a server is and offers."""
-
-    version: str
-    torch_version: str
-    limits: Limits
-    devices: tuple[DeviceInfo, ...]
-    builders: tuple[str, ...]
-    capabilities: tuple[str, ...]
-    datasets: tuple[str, ...] = ()
-    """Names of the datasets that lie on the server."""
-    activities: tuple[Activity, ...] = ()
-    """What takes long and goes on right now, the oldest first."""
-    workers: tuple[WorkerInfo, ...] = ()
-    """The processes that compute, by rank; none: the server itself does."""
-    generation: int = 0
-    """How often a worker became ready; it grows when one is lost and comes back."""
-    status: ServerStatus | None = None
-    """How it fares; None: it does not say, as older ones."""
-
-    def __repr__(self) -> str:
-        devices = ", ".join(d.name for d in self.devices)
-        return (
-            f"<ServerInfo curvd {self.version}, torch {self.torch_version}, {devices}, "
-            f"{len(self.builders)} builders, {len(self.datasets)} datasets>"
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredVector:
     """A vector that a session keeps: an operand that does not travel."""
 
@@ -403,66 +231,6 @@ class ResultInfo:
     """Device runs that the request took part in."""
     run_columns: int = 0
     """Columns in those runs, other callers' included."""
-
-
-def left_s(done: int, total: int | None, elapsed_s: float) -> float | None:
-    """Say how long the rest takes at most, at the pace so far.
-
-    Args:
-        done: How much is done.
-        total: How much there is at most; None: nobody knows.
-        elapsed_s: Seconds that it has taken.
-
-    Returns:
-        Seconds; None if nothing tells.
-    """
-    if not total or not done:
-        return None
-    return elapsed_s * max(0, total - done) / done
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueryProgress:
-    """Where a running query is.
-
-    Examples:
-        >>> print(
-        ...     curvd.QueryProgress(
-        ...         iteration=3, products=4, estimates=(1.4,), residuals=(0.01,), elapsed_s=0.2
-        ...     )
-        ... )
-        4 products, estimates 1.4, errors 1.0e-02
-    """
-
-    iteration: int
-    products: int
-    estimates: tuple[float, ...]
-    """What is known of the result: eigenvalues, or the one number asked for."""
-    residuals: tuple[float, ...]
-    """Residual norms or standard errors that belong to the estimates."""
-    elapsed_s: float
-    total: int | None = None
-    """Products at most; None if the query ends when it is good enough."""
-    share: float | None = None
-    """Share of the work that is done, as far as residuals tell; None if nothing tells."""
-
-    @property
-    def left_s(self) -> float | None:
-        """Seconds that remain at most, at the pace so far; None if nothing tells."""
-        if self.share is not None:
-            return self.elapsed_s * (1 / self.share - 1) if self.share > 0 else None
-        return left_s(self.products, self.total, self.elapsed_s)
-
-    def __str__(self) -> str:
-        of = "" if self.total is None else f" of {self.total}"
-        parts = [f"{self.products}{of} products"]
-        if self.share is not None:
-            parts.append(f"{self.share:.0%} done")
-        if self.estimates:
-            parts.append("estimates " + " ".join(f"{x:.6g}" for x in self.estimates))
-        if self.residuals:
-            parts.append("errors " + " ".join(f"{x:.1e}" for x in self.residuals))
-        return ", ".join(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from curvd.contract.enums import OperatorKind, member
-from curvd.contract.infos import QueryProgress
+from curvd.contract.progress import QueryProgress
 from curvd.contract.settings import check_settings, setting, settings_of
 
 

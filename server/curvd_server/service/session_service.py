@@ -22,6 +22,8 @@ from curvd.contract import (
     convert,
     convert_activities,
     convert_enums,
+    convert_server,
+    convert_sessions,
 )
 from curvd.errors import CurvdError, DatasetNotFound, InvalidSpec
 from curvd.v1 import session_service_pb2 as session_pb
@@ -96,7 +98,7 @@ class SessionService:
         if found is None:
             missing = uploads.needed(header.state, self._blobs)
             return session_pb.RegisterModelResponse(upload_needed=missing)
-        model = convert.model_to_proto(self._sessions.deletions.users()(found))
+        model = convert_sessions.model_to_proto(self._sessions.deletions.users()(found))
         return session_pb.RegisterModelResponse(model=model)
 
     def _registering(
@@ -122,7 +124,7 @@ class SessionService:
     ) -> session_pb.RegisterDatasetResponse:
         """Register named tensors as fixed mini-batches."""
         header, chunks = await opened(requests)
-        spec = convert.dataset_spec_from_proto(header)
+        spec = convert_sessions.dataset_spec_from_proto(header)
         if header.name or not header.tensors.total_bytes:
             return await self._present_dataset(header, spec)
         found = await self._registered(
@@ -139,7 +141,9 @@ class SessionService:
         if found is None:
             missing = uploads.needed(header.tensors, self._blobs)
             return session_pb.RegisterDatasetResponse(upload_needed=missing)
-        dataset = convert.dataset_to_proto(self._sessions.deletions.users()(found))
+        dataset = convert_sessions.dataset_to_proto(
+            self._sessions.deletions.users()(found)
+        )
         return session_pb.RegisterDatasetResponse(dataset=dataset)
 
     async def _present_dataset(
@@ -170,7 +174,9 @@ class SessionService:
         if found is None:
             msg = f"no tensors with SHA-256 {digest} are on this server; upload them"
             raise DatasetNotFound(msg, digest=digest)
-        dataset = convert.dataset_to_proto(self._sessions.deletions.users()(found))
+        dataset = convert_sessions.dataset_to_proto(
+            self._sessions.deletions.users()(found)
+        )
         return session_pb.RegisterDatasetResponse(dataset=dataset)
 
     async def create_session(
@@ -252,7 +258,9 @@ class SessionService:
         page = listings.Page[session_pb.Model](request.page_size)
         found = self._registry.models(listings.ordinal(request.page_token))
         used = self._sessions.deletions.users()
-        shown = ((n, convert.model_to_proto(used(model))) for n, model in found)
+        shown = (
+            (n, convert_sessions.model_to_proto(used(model))) for n, model in found
+        )
         await asyncio.to_thread(page.fill, shown)
         return session_pb.ListModelsResponse(
             models=page.messages, next_page_token=page.token
@@ -265,7 +273,9 @@ class SessionService:
         page = listings.Page[session_pb.Dataset](request.page_size)
         found = self._registry.datasets(listings.ordinal(request.page_token))
         used = self._sessions.deletions.users()
-        shown = ((n, convert.dataset_to_proto(used(data))) for n, data in found)
+        shown = (
+            (n, convert_sessions.dataset_to_proto(used(data))) for n, data in found
+        )
         await asyncio.to_thread(page.fill, shown)
         return session_pb.ListDatasetsResponse(
             datasets=page.messages, next_page_token=page.token
@@ -296,7 +306,7 @@ class SessionService:
     ) -> session_pb.GetServerInfoResponse:
         """Tell versions, limits, devices, builders, capabilities."""
         info = await asyncio.to_thread(self._describe)
-        return convert.server_info_to_proto(info)
+        return convert_server.server_info_to_proto(info)
 
     async def _registered(
         self,
@@ -322,7 +332,7 @@ class SessionService:
 
 def _shown(info: SessionInfo) -> session_pb.Session:
     """Describe a session; the graph of its loss stays here, as a page may have many."""
-    message = convert.session_to_proto(info)
+    message = convert_sessions.session_to_proto(info)
     message.loss.ClearField("graph")
     return message
 

@@ -18,7 +18,13 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
-from curvd.contract import DatasetInfo, ModelInfo, SerializedGraph, SessionInfo, convert
+from curvd.contract import (
+    DatasetInfo,
+    ModelInfo,
+    SerializedGraph,
+    SessionInfo,
+    convert_sessions,
+)
 from curvd.errors import CurvdError, DataLoss, DatasetNotFound, ModelNotFound
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.storage.database import Database, Row, Schema, Statement, Table
@@ -159,7 +165,7 @@ class Catalogue:
         row = {
             "id": model.info.id,
             "digest": model.digest,
-            "record": convert.model_to_proto(model.info).SerializeToString(),
+            "record": convert_sessions.model_to_proto(model.info).SerializeToString(),
             "ties": json.dumps(dict(model.ties)),
             "graph": bytes(model.info.spec.graph),
             "buffers": json.dumps(sorted(model.buffers)),
@@ -206,7 +212,9 @@ class Catalogue:
         row = {
             "id": dataset.info.id,
             "digest": dataset.digest,
-            "record": convert.dataset_to_proto(dataset.info).SerializeToString(),
+            "record": convert_sessions.dataset_to_proto(
+                dataset.info
+            ).SerializeToString(),
         }
         self._db.write(self._db.put("datasets", row))
 
@@ -524,7 +532,7 @@ def _no_dataset(dataset_id: str) -> DatasetNotFound:
 
 
 def _model(row: Row) -> StoredModel:
-    info = convert.model_from_proto(session_pb.Model.FromString(row["record"]))
+    info = convert_sessions.model_from_proto(session_pb.Model.FromString(row["record"]))
     spec = replace(info.spec, graph=SerializedGraph(row["graph"]))
     return StoredModel(
         info=replace(info, spec=spec),
@@ -535,16 +543,20 @@ def _model(row: Row) -> StoredModel:
 
 
 def _dataset(row: Row) -> StoredDataset:
-    info = convert.dataset_from_proto(session_pb.Dataset.FromString(row["record"]))
+    info = convert_sessions.dataset_from_proto(
+        session_pb.Dataset.FromString(row["record"])
+    )
     return StoredDataset(info=info, digest=row["digest"])
 
 
 def _record(info: SessionInfo) -> bytes:
-    return convert.session_to_proto(info).SerializeToString()
+    return convert_sessions.session_to_proto(info).SerializeToString()
 
 
 def _session(row: Row) -> StoredSession:
-    info = convert.session_from_proto(session_pb.Session.FromString(row["record"]))
+    info = convert_sessions.session_from_proto(
+        session_pb.Session.FromString(row["record"])
+    )
     _record(info)  # what cannot be told again would fail whoever lists the sessions
     lease_s = row["lease_s"]
     return StoredSession(

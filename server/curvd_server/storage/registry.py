@@ -25,7 +25,7 @@ from curvd.contract import (
     ModelSpec,
     SerializedGraph,
     TensorInfo,
-    convert,
+    convert_sessions,
 )
 from curvd.errors import (
     DataLoss,
@@ -264,7 +264,9 @@ def model_spec(
             f"config_json has {len(config_json)} bytes; the limit is {MAX_CONFIG_BYTES}"
         )
         raise LimitExceeded(msg, bytes=len(config_json), limit=MAX_CONFIG_BYTES)
-    return ModelSpec(builder=builder, config=convert.config_from_json(config_json))
+    return ModelSpec(
+        builder=builder, config=convert_sessions.config_from_json(config_json)
+    )
 
 
 def check_state(blob: Blob, expected: Architecture, *, complete: bool) -> None:
