@@ -22,7 +22,8 @@ from curvd.errors import (
     Unavailable,
 )
 from curvd.v1 import session_service_pb2 as session_pb
-from curvd_server.storage.catalogue import Catalogue, StoredModel
+from curvd_server.storage.catalogue import Catalogue
+from curvd_server.storage.records import StoredModel
 
 pytestmark = pytest.mark.usefixtures("answers")
 

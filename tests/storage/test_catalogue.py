@@ -14,13 +14,9 @@ from curvd.contract.layout import ParameterLayout
 from curvd.contract.specs import ModelSpec
 from curvd.errors import DataLoss, DiskFull, FailedPrecondition
 from curvd_server.storage import database
-from curvd_server.storage.catalogue import (
-    Catalogue,
-    StoredModel,
-    StoredSession,
-    StoredVersion,
-)
+from curvd_server.storage.catalogue import Catalogue
 from curvd_server.storage.ranges import LONGEST_LEASE_S
+from curvd_server.storage.records import StoredModel, StoredSession, StoredVersion
 
 FIRST, SECOND = "catalogue.sqlite", "catalogue.mirror.sqlite"
 

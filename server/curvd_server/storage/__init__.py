@@ -9,17 +9,17 @@ from __future__ import annotations
 from curvd_server.storage.assembly import Piece, assembled, pieces_of
 from curvd_server.storage.blob_store import BlobStore
 from curvd_server.storage.blobs import Blob, check_digest
-from curvd_server.storage.catalogue import (
-    Catalogue,
+from curvd_server.storage.catalogue import Catalogue
+from curvd_server.storage.checkpoints import Checkpoints, chosen
+from curvd_server.storage.data_directory import owned, private_folder, torchs_folder
+from curvd_server.storage.finite_values import check_representable
+from curvd_server.storage.mounts import Mounts
+from curvd_server.storage.records import (
     StoredDataset,
     StoredModel,
     StoredSession,
     StoredVersion,
 )
-from curvd_server.storage.checkpoints import Checkpoints, chosen
-from curvd_server.storage.data_directory import owned, private_folder, torchs_folder
-from curvd_server.storage.finite_values import check_representable
-from curvd_server.storage.mounts import Mounts
 from curvd_server.storage.registry import (
     Architecture,
     Registry,

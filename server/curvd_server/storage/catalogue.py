@@ -12,134 +12,34 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from google.protobuf.message import DecodeError
-
-from curvd.contract import (
-    DatasetInfo,
-    ModelInfo,
-    SerializedGraph,
-    SessionInfo,
-    convert_sessions,
-)
+from curvd.contract import DatasetInfo, ModelInfo, SessionInfo
 from curvd.errors import CurvdError, DataLoss, DatasetNotFound, ModelNotFound
-from curvd.v1 import session_service_pb2 as session_pb
-from curvd_server.storage.database import Database, Row, Schema, Statement, Table
-from curvd_server.storage.ranges import LONGEST_LEASE_S
+from curvd_server.storage.database import Database, Row, Statement
+from curvd_server.storage.records import (
+    UNREADABLE,
+    StoredDataset,
+    StoredModel,
+    StoredSession,
+    StoredVersion,
+    dataset_of,
+    dataset_row,
+    model_of,
+    model_row,
+    owner_of,
+    record_of,
+    session_of,
+    session_row,
+)
+from curvd_server.storage.schema import SCHEMA
 from curvd_server.system import calling, logger
 
 T = TypeVar("T")
-S = TypeVar("S", "StoredModel", "StoredDataset")
+S = TypeVar("S", StoredModel, StoredDataset)
 
 _KEPT_VERSIONS = 1000
-_CREATE = """
-CREATE TABLE models (
-    id TEXT PRIMARY KEY, digest TEXT NOT NULL, record BLOB NOT NULL,
-    ties TEXT NOT NULL, graph BLOB NOT NULL DEFAULT x'',
-    buffers TEXT NOT NULL DEFAULT '[]', seal TEXT NOT NULL DEFAULT '') STRICT;
-CREATE TABLE datasets (
-    id TEXT PRIMARY KEY, digest TEXT NOT NULL, record BLOB NOT NULL,
-    seal TEXT NOT NULL DEFAULT '') STRICT;
-CREATE TABLE sessions (
-    ordinal INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
-    record BLOB NOT NULL, lease_s REAL, request_id TEXT NOT NULL,
-    fingerprint TEXT NOT NULL, sources TEXT NOT NULL,
-    seal TEXT NOT NULL DEFAULT '', remaining_s REAL) STRICT;
-CREATE TABLE versions (
-    session_id TEXT NOT NULL REFERENCES sessions(id) ON DELETE CASCADE,
-    version INTEGER NOT NULL, parameters_digest TEXT NOT NULL,
-    request_id TEXT NOT NULL, fingerprint TEXT NOT NULL,
-    seal TEXT NOT NULL DEFAULT '', PRIMARY KEY (session_id, version)) STRICT;
-CREATE TABLE plans (
-    key TEXT PRIMARY KEY, plan TEXT NOT NULL, seal TEXT NOT NULL DEFAULT '') STRICT;
-"""
-_MIGRATIONS = {
-    1: "ALTER TABLE models ADD COLUMN graph BLOB NOT NULL DEFAULT x'';",
-    2: """
-    CREATE TABLE IF NOT EXISTS plans (key TEXT PRIMARY KEY, plan TEXT NOT NULL) STRICT;
-    ALTER TABLE models ADD COLUMN buffers TEXT NOT NULL DEFAULT '[]';
-    ALTER TABLE models ADD COLUMN seal TEXT NOT NULL DEFAULT '';
-    ALTER TABLE datasets ADD COLUMN seal TEXT NOT NULL DEFAULT '';
-    ALTER TABLE sessions ADD COLUMN seal TEXT NOT NULL DEFAULT '';
-    ALTER TABLE sessions ADD COLUMN remaining_s REAL;
-    ALTER TABLE versions ADD COLUMN seal TEXT NOT NULL DEFAULT '';
-    ALTER TABLE plans ADD COLUMN seal TEXT NOT NULL DEFAULT '';
-    """,
-}
-_SCHEMA = Schema(
-    version=3,
-    create=_CREATE,
-    migrations=_MIGRATIONS,
-    tables={
-        "models": Table(
-            ("id",), ("id", "digest", "record", "ties", "graph", "buffers")
-        ),
-        "datasets": Table(("id",), ("id", "digest", "record")),
-        "sessions": Table(
-            ("id",),
-            ("id", "record", "lease_s", "request_id", "fingerprint", "sources"),
-        ),
-        "versions": Table(
-            ("session_id", "version"),
-            ("session_id", "version", "parameters_digest", "request_id", "fingerprint"),
-        ),
-        "plans": Table(("key",), ("key", "plan")),
-    },
-)
-_UNREADABLE = (DecodeError, CurvdError, ValueError, TypeError, KeyError, OverflowError)
-"""What reading a record raises that holds no sense."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredModel:
-    """A registered model."""
-
-    info: ModelInfo
-    digest: str
-    """Of the blob with its state."""
-    ties: Mapping[str, str]
-    """Further name of a tied tensor -> the name that it goes by."""
-    buffers: frozenset[str] = frozenset()
-    """Tensors that are no parameters."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredDataset:
-    """A registered dataset."""
-
-    info: DatasetInfo
-    digest: str
-    """Of the blob with its tensors."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredSession:
-    """A session as it comes back after a restart."""
-
-    info: SessionInfo
-    lease_s: float | None
-    request_id: str
-    fingerprint: str
-    """Hash of the request that made it."""
-    sources: Mapping[str, str]
-    """Tensor name -> digest of the blob with its current values; the rest are the
-    model's."""
-    remaining_s: float | None = None
-    """Of the lease, as far as that was written down; None: all of it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredVersion:
-    """One version of a session's parameters."""
-
-    version: int
-    parameters_digest: str
-    request_id: str
-    fingerprint: str
-    """Hash of the request that made it."""
 
 
 class Catalogue:
@@ -155,22 +55,14 @@ class Catalogue:
     def __init__(self, path: Path) -> None:
         blobs = path.parent / "blobs"
         is_new = not blobs.exists() or not any(blobs.iterdir())
-        self._db = Database(path, _SCHEMA, is_new=is_new)
+        self._db = Database(path, SCHEMA, is_new=is_new)
         self._changing = threading.Lock()
         self.plans = Plans(self._db)
         """How operators were computed, so that they round the same after a restart."""
 
     def add_model(self, model: StoredModel) -> None:
         """Keep a model."""
-        row = {
-            "id": model.info.id,
-            "digest": model.digest,
-            "record": convert_sessions.model_to_proto(model.info).SerializeToString(),
-            "ties": json.dumps(dict(model.ties)),
-            "graph": bytes(model.info.spec.graph),
-            "buffers": json.dumps(sorted(model.buffers)),
-        }
-        self._db.write(self._db.put("models", row))
+        self._db.write(self._db.put("models", model_row(model)))
 
     def model(self, model_id: str) -> StoredModel:
         """Find a model.
@@ -180,7 +72,7 @@ class Catalogue:
             DataLoss: If its record was damaged.
         """
         for row, sound in self._db.rows("models", id=model_id):
-            return self._read("model", model_id, row, sound, _model)
+            return self._read("model", model_id, row, sound, model_of)
         raise _no_model(model_id)
 
     def visible_model(self, model_id: str) -> StoredModel:
@@ -209,14 +101,7 @@ class Catalogue:
 
     def add_dataset(self, dataset: StoredDataset) -> None:
         """Keep a dataset."""
-        row = {
-            "id": dataset.info.id,
-            "digest": dataset.digest,
-            "record": convert_sessions.dataset_to_proto(
-                dataset.info
-            ).SerializeToString(),
-        }
-        self._db.write(self._db.put("datasets", row))
+        self._db.write(self._db.put("datasets", dataset_row(dataset)))
 
     def dataset(self, dataset_id: str) -> StoredDataset:
         """Find a dataset.
@@ -226,7 +111,7 @@ class Catalogue:
             DataLoss: If its record was damaged.
         """
         for row, sound in self._db.rows("datasets", id=dataset_id):
-            return self._read("dataset", dataset_id, row, sound, _dataset)
+            return self._read("dataset", dataset_id, row, sound, dataset_of)
         raise _no_dataset(dataset_id)
 
     def visible_dataset(self, dataset_id: str) -> StoredDataset:
@@ -262,7 +147,7 @@ class Catalogue:
         Yields:
             Number and model. One that cannot be read is left out.
         """
-        for ordinal, model in self._visible("models", after, _model):
+        for ordinal, model in self._visible("models", after, model_of):
             yield ordinal, model.info
 
     def visible_datasets(self, after: int = 0) -> Iterator[tuple[int, DatasetInfo]]:
@@ -274,31 +159,23 @@ class Catalogue:
         Yields:
             Number and dataset.
         """
-        for ordinal, dataset in self._visible("datasets", after, _dataset):
+        for ordinal, dataset in self._visible("datasets", after, dataset_of):
             yield ordinal, dataset.info
 
     def _visible(
         self, table: str, after: int, read: Callable[[Row], S]
     ) -> Iterator[tuple[int, S]]:
         for ordinal, row, sound in self._db.after(table, after):
-            if sound and calling().sees(*_owner(table, row)):
+            if sound and calling().sees(*owner_of(table, row)):
                 try:
                     found = read(row)
-                except _UNREADABLE:  # a newer curvd wrote it, perhaps
+                except UNREADABLE:  # a newer curvd wrote it, perhaps
                     continue
                 yield ordinal, found
 
     def add_session(self, session: StoredSession) -> None:
         """Keep a new session and its first version."""
-        row = {
-            "id": session.info.id,
-            "record": _record(session.info),
-            "lease_s": session.lease_s,
-            "request_id": session.request_id,
-            "fingerprint": session.fingerprint,
-            "sources": json.dumps(dict(session.sources)),
-        }
-        self._db.write(self._db.put("sessions", row))
+        self._db.write(self._db.put("sessions", session_row(session)))
 
     def set_lease(self, session_id: str, lease_s: float | None) -> None:
         """Keep a new length of a session's lease, and all of it as what remains."""
@@ -344,7 +221,7 @@ class Catalogue:
             "fingerprint": version.fingerprint,
         }
         changed = self._changed(
-            info.id, record=_record(info), sources=json.dumps(dict(sources))
+            info.id, record=record_of(info), sources=json.dumps(dict(sources))
         )
         kept = (
             "DELETE FROM versions WHERE session_id = ? AND version <= ?",
@@ -370,7 +247,7 @@ class Catalogue:
         stored, lost = [], {}
         for row, sound in self._db.rows("sessions"):
             try:
-                session = self._read("session", str(row["id"]), row, sound, _session)
+                session = self._read("session", str(row["id"]), row, sound, session_of)
             except DataLoss as error:
                 lost[str(row["id"])] = error
             else:
@@ -440,7 +317,7 @@ class Catalogue:
         found: dict[str, set[str]] = {}
         for table in ("models", "datasets"):
             for row, _ in self._db.rows(table):
-                found.setdefault(str(row["digest"]), set()).add(_owner(table, row)[0])
+                found.setdefault(str(row["digest"]), set()).add(owner_of(table, row)[0])
         for session in self.sessions()[0]:
             for digest in session.sources.values():
                 found.setdefault(digest, set()).add(session.info.owner)
@@ -450,7 +327,7 @@ class Catalogue:
         self, table: str, digest: str
     ) -> Iterator[tuple[str, tuple[str, tuple[str, ...]]]]:
         for row, _ in self._db.rows(table, digest=digest):
-            yield str(row["id"]), _owner(table, row)
+            yield str(row["id"]), owner_of(table, row)
 
     def close(self) -> None:
         """Close the file."""
@@ -469,7 +346,7 @@ class Catalogue:
         if sound:
             try:
                 return read(row)
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 why = f"its record cannot be read: {type(error).__name__}: {error}"
         remedy = (
             "delete the session and create it again"
@@ -511,16 +388,6 @@ def _remaining(session_id: str, remaining_s: float | None) -> Statement:
     return sql, (remaining_s, session_id)
 
 
-def _owner(table: str, row: Row) -> tuple[str, tuple[str, ...]]:
-    """Read whose a model or dataset is, and whom it is shared with; damaged: nobody's."""
-    kind = session_pb.Model if table == "models" else session_pb.Dataset
-    try:
-        record = kind.FromString(row["record"])
-    except _UNREADABLE:
-        return "", ()
-    return record.owner, tuple(record.shared_with)
-
-
 def _no_model(model_id: str) -> ModelNotFound:
     msg = f"no model {model_id[:80]!r} on this server; register it first"
     return ModelNotFound(msg, model_id=model_id[:80])
@@ -529,42 +396,3 @@ def _no_model(model_id: str) -> ModelNotFound:
 def _no_dataset(dataset_id: str) -> DatasetNotFound:
     msg = f"no dataset {dataset_id[:80]!r} on this server; register it first"
     return DatasetNotFound(msg, dataset_id=dataset_id[:80])
-
-
-def _model(row: Row) -> StoredModel:
-    info = convert_sessions.model_from_proto(session_pb.Model.FromString(row["record"]))
-    spec = replace(info.spec, graph=SerializedGraph(row["graph"]))
-    return StoredModel(
-        info=replace(info, spec=spec),
-        digest=row["digest"],
-        ties=json.loads(row["ties"]),
-        buffers=frozenset(json.loads(row["buffers"])),
-    )
-
-
-def _dataset(row: Row) -> StoredDataset:
-    info = convert_sessions.dataset_from_proto(
-        session_pb.Dataset.FromString(row["record"])
-    )
-    return StoredDataset(info=info, digest=row["digest"])
-
-
-def _record(info: SessionInfo) -> bytes:
-    return convert_sessions.session_to_proto(info).SerializeToString()
-
-
-def _session(row: Row) -> StoredSession:
-    info = convert_sessions.session_from_proto(
-        session_pb.Session.FromString(row["record"])
-    )
-    _record(info)  # what cannot be told again would fail whoever lists the sessions
-    lease_s = row["lease_s"]
-    return StoredSession(
-        info=info,
-        # Older servers took any length.
-        lease_s=None if lease_s is None else min(lease_s, LONGEST_LEASE_S),
-        request_id=row["request_id"],
-        fingerprint=row["fingerprint"],
-        sources=json.loads(row["sources"]),
-        remaining_s=row["remaining_s"],
-    )

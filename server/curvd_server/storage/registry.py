@@ -40,8 +40,9 @@ from curvd.v1 import graph_pb2 as graph_pb
 from curvd_server.graph import canonical
 from curvd_server.storage.blob_store import BlobStore
 from curvd_server.storage.blobs import Blob
-from curvd_server.storage.catalogue import Catalogue, StoredDataset, StoredModel
+from curvd_server.storage.catalogue import Catalogue
 from curvd_server.storage.finite_values import check_finite_data, check_finite_state
+from curvd_server.storage.records import StoredDataset, StoredModel
 from curvd_server.system import calling
 
 I = TypeVar("I", ModelInfo, DatasetInfo)  # noqa: E741
