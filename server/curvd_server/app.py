@@ -13,15 +13,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING
 
 import psutil
 
 from curvd.contract import OperatorKind, ServerInfo, Tier
-from curvd.errors import InvalidSpec, install
 from curvd.tensors import trim_allocator, tune_allocator
 from curvd_server.config import ServerConfig
 from curvd_server.device import Batcher, Device, torch_device
@@ -62,9 +59,6 @@ from curvd_server.system import (
     usable_cores,
 )
 from curvd_server.transport import Callers, Tally, raise_descriptor_limit
-
-if TYPE_CHECKING:  # of an extra, which few have
-    from curvd_server.transport.tracing import Tracing
 
 CAPABILITIES = tuple(
     sorted([
@@ -272,29 +266,13 @@ async def running(
         metrics = await stack.enter_async_context(exposed(config.metrics, sources))
         tracing = None
         if config.traces:
-            tracing = await stack.enter_async_context(_traced(config))
+            tracing = await stack.enter_async_context(config.tracing(_version()))
         target = await stack.enter_async_context(
             serving(config, services, callers, quotas, tally, tracing)
         )
         sweeper = asyncio.create_task(_expire(sessions, curvature, blobs, catalogue))
         stack.callback(sweeper.cancel)
         yield Running(target, batcher, sessions, callers, quotas, metrics)
-
-
-def _traced(config: ServerConfig) -> AbstractAsyncContextManager[Tracing]:
-    """Send spans of calls where the configuration says.
-
-    Raises:
-        InvalidSpec: If OpenTelemetry is not installed.
-    """
-    try:
-        from curvd_server.transport import tracing
-    except ModuleNotFoundError as error:
-        msg = (
-            f"--traces needs OpenTelemetry ({error.name} is missing): {install('otel')}"
-        )
-        raise InvalidSpec(msg, traces=config.traces) from error
-    return tracing.exporting(config.traces, config.trace_share, _version())
 
 
 def _single(
@@ -332,6 +310,8 @@ def _fleet(
 ) -> Device:
     """Start workers; returns when all are there."""
     devices, limits = config.workers, config.limits
+    for name in devices:
+        torch_device.check_device(name)
     # A worker of Ray has the cores that Ray gives it: one.
     here = 1 if config.ray else max(1, usable_cores() // len(devices))
     threads = config.threads or here

@@ -24,6 +24,7 @@ from curvd.cli.options import (
 )
 from curvd.contract import Setting, settings_of
 from curvd.tensors import tune_allocator
+from curvd_server import preflight
 from curvd_server.config import LimitsConfig, ServerConfig, TlsConfig
 from curvd_server.system import ROLES
 from curvd_server.transport import ConnectionLimits, token_file
@@ -184,6 +185,7 @@ def serve(**given: Any) -> None:
     silence_grpcio()
     tune_allocator()
     config = configured(given)
+    preflight.check(config)
     # Before torch is imported: its threads wait for each other asleep, so that they take
     # no core from those that compute.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,7 @@ from curvd_server.transport import USUAL_LINES, Callers, ConnectionLimits, Token
 
 if TYPE_CHECKING:  # of an extra, which few have
     from curvd_server.transport.issuer import Issuer
+    from curvd_server.transport.tracing import Tracing
 
 DEFAULT_LISTEN = "127.0.0.1:50551"
 MESSAGE_BYTES = 4 << 20
@@ -30,6 +33,8 @@ _WAITING_CALLS = 512
 """Calls of clients that are not ours that wait for the event loop."""
 _MOST_PORT = 65535
 _UNIX = ("unix:", "unix-abstract:")
+LIBRARIES = ("timm", "torchvision", "transformers")
+"""Those whose models clients may build by name, where an operator allows them."""
 _COLLECTOR = re.compile(r"https?://[^/\s]+:\d+/?")
 
 
@@ -467,6 +472,28 @@ class ServerConfig:
             issuer=None if self.issuer is None else _issuer(Path(self.issuer)),
         )
 
+    def tracing(self, version: str) -> AbstractAsyncContextManager[Tracing]:
+        """Find what sends spans of calls to `traces`.
+
+        Args:
+            version: Of the server.
+
+        Returns:
+            A context that sends them while it is open; nothing is begun before.
+
+        Raises:
+            InvalidSpec: If OpenTelemetry is not installed.
+        """
+        try:
+            from curvd_server.transport import tracing
+        except ModuleNotFoundError as error:
+            msg = (
+                f"--traces needs OpenTelemetry ({error.name} is missing): "
+                f"{install('otel')}"
+            )
+            raise InvalidSpec(msg, traces=self.traces) from error
+        return tracing.exporting(self.traces, self.trace_share, version)
+
     def credentials(self) -> grpc.ServerCredentials | None:
         """Read the TLS files, the only place that does.
 
@@ -520,6 +547,35 @@ class ServerConfig:
             ("grpc.http2.max_frame_size", (1 << 24) - 1),
             ("grpc.http2.lookahead_bytes", 16 << 20),
         ]
+
+
+def check_libraries(patterns: Sequence[str]) -> tuple[str, ...]:
+    """Refuse globs that an operator cannot have meant.
+
+    Args:
+        patterns: Globs over ``library:name``, for example ``timm:vit_*``.
+
+    Returns:
+        The patterns.
+
+    Raises:
+        InvalidSpec: If a library is unknown or not installed.
+    """
+    for pattern in patterns:
+        library, colon, name = pattern.partition(":")
+        if library not in LIBRARIES or not (colon and name):
+            msg = (
+                f"library {pattern!r} must be one of {', '.join(LIBRARIES)}, a colon, and "
+                "a glob over its model names"
+            )
+            raise InvalidSpec(msg, library=pattern)
+        if importlib.util.find_spec(library) is None:
+            msg = (
+                f"library {pattern!r} is allowed, but {library} is not installed: "
+                f"{install(library)}"
+            )
+            raise InvalidSpec(msg, library=pattern, extra=library)
+    return tuple(patterns)
 
 
 def is_local(listen: str) -> bool:

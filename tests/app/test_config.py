@@ -1,6 +1,7 @@
 """Configuration is judged once, when it is made, and the message says the remedy."""
 
 import dataclasses
+import importlib.util
 import math
 import re
 from pathlib import Path
@@ -11,7 +12,13 @@ from support.served import server
 
 from curvd.errors import InvalidSpec
 from curvd.v1 import session_service_pb2 as session_pb
-from curvd_server.config import LimitsConfig, ServerConfig, TlsConfig, is_local
+from curvd_server.config import (
+    LimitsConfig,
+    ServerConfig,
+    TlsConfig,
+    check_libraries,
+    is_local,
+)
 from curvd_server.transport import ConnectionLimits
 
 TLS = TlsConfig(cert=Path("cert.pem"), key=Path("key.pem"))
@@ -118,6 +125,16 @@ def test_a_number_of_the_server_out_of_range_is_refused(name):
             InvalidSpec, match=rf"^{name} must be (at (least|most)|a whole number)"
         ):
             ServerConfig(**{name: value})
+
+
+def test_an_operator_learns_of_a_library_that_is_missing(monkeypatch):
+    with pytest.raises(InvalidSpec, match="must be one of timm, torchvision, trans"):
+        check_libraries(["os:*"])
+    with pytest.raises(InvalidSpec, match="a colon, and a glob"):
+        check_libraries(["timm"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InvalidSpec, match=r"pip install .* '\.\[timm\]'"):
+        check_libraries(["timm:*"])
 
 
 def test_devices_of_workers_are_listed_with_commas():

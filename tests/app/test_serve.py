@@ -31,6 +31,7 @@ def served(monkeypatch):
     monkeypatch.setattr(curvd_server.trials, "start", lambda: None)
     monkeypatch.setattr(cli, "tune_allocator", lambda: True)
     monkeypatch.setattr(cli, "silence_grpcio", lambda: None)
+    monkeypatch.setattr(cli.preflight, "check", lambda config: None)
     return seen
 
 

@@ -173,6 +173,49 @@ def test_negative_curvature_is_reported_of_the_columns_that_met_it():
     assert min(found.curvatures[1:]) > 0
 
 
+def singular(rank: int, values: str, dtype: torch.dtype) -> torch.Tensor:
+    """A matrix of a null space; its other eigenvalues are alike, decay, or have both signs."""
+    spectrum = {
+        "alike": torch.linspace(1, 2, rank, dtype=torch.float64),
+        "decaying": torch.logspace(0, -3, rank, dtype=torch.float64),
+        "signed": torch.linspace(-1, 1, rank + 1, dtype=torch.float64)[:rank],
+    }
+    U = torch.linalg.qr(normal(SIZE, rank))[0]
+    A = (U * spectrum[values]) @ U.T
+    return ((A + A.T) / 2).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("block", [1, None])
+@pytest.mark.parametrize(
+    ("solver", "values"),
+    [
+        (Solver.CG, "alike"),
+        (Solver.CG, "decaying"),
+        (Solver.MINRES, "alike"),
+        (Solver.MINRES, "decaying"),
+        (Solver.MINRES, "signed"),
+    ],
+)
+def test_a_singular_map_leads_no_solution_farther_away_than_zero(
+    solver, values, block, dtype
+):
+    A, B = singular(9, values, dtype), normal(3, SIZE, seed=5).to(dtype)
+    products = map_of(A)
+    found = drain(solve(products, B, solver=solver, block=block, tolerance=1e-5))
+    assert found.stopped is not Stop.CONVERGED
+    assert max(found.relative_residuals) <= 1 + 1e-6
+    true = residuals(A.double(), 0.0, B.double(), found.solution.double())
+    reported = torch.tensor(found.relative_residuals, dtype=torch.float64)
+    torch.testing.assert_close(reported, true, rtol=1e-2, atol=1e-6)
+    assert products.done < 1000
+    # Right-hand sides of its range have solutions, and these are found.
+    B = B @ A
+    found = drain(solve(map_of(A), B, solver=solver, block=block, tolerance=1e-4))
+    assert found.stopped is Stop.CONVERGED
+    assert float(residuals(A, 0.0, B, found.solution).max()) < 2e-4
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_an_indefinite_block_stops_with_finite_solutions_and_says_so(seed):
     A = semidefinite(seed=seed) - 1e-2 * torch.eye(SIZE, dtype=torch.float64)

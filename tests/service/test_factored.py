@@ -134,6 +134,42 @@ def test_systems_and_influence_of_it_are_closed_forms_with_true_residuals(sessio
     assert scores.products == len(J)
 
 
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+def test_a_singular_one_has_no_influence_without_damping(session, kind):
+    """Iterations would converge, to what rounding makes of the null space."""
+    K = getattr(session, kind)(fisher="empirical")
+    for refused in (
+        lambda: K.influence(None, damping=0.0),
+        lambda: K.solve(np.ones(SIZE)),
+        lambda: K.solve(np.ones(SIZE), dampings=[1.0, 0.0]),
+    ):
+        with pytest.raises(InvalidSpec, match="a damping of 0 it has no inverse in"):
+            refused()
+    small = K.solve(np.ones(SIZE), damping=1e-6)
+    dense = peer(kind, "empirical") + 1e-6 * np.eye(SIZE)
+    np.testing.assert_allclose(
+        small.x, np.linalg.solve(dense, np.ones(SIZE)), rtol=1e-8
+    )
+    least = K.solve(np.ones(SIZE), solver="minres", max_products=400)
+    assert least.relative_residuals[0] <= 1 + 1e-9  # it needs no inverse
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+def test_influence_by_factors_of_a_part_of_the_data_has_factors_of_that_part(
+    session, kind
+):
+    K = getattr(session, kind)(fisher="empirical")
+    drawn = torch.randperm(24, generator=torch.Generator().manual_seed(3))[:12]
+    arrays = {name: value[drawn.sort().values] for name, value in data().items()}
+    with session.on(arrays) as few:
+        dense = getattr(few, kind)(fisher="empirical") @ np.eye(SIZE)
+    J = session.loss_jacobian() @ np.eye(SIZE)
+    found = K.influence(None, part=12, part_seed=3, damping=0.1, tolerance=1e-10)
+    exact = J @ np.linalg.solve(dense + 0.1 * np.eye(SIZE), J.T)
+    np.testing.assert_allclose(found.scores, exact, rtol=1e-5, atol=1e-6)
+    assert found.data_points == 12
+
+
 def test_a_posterior_of_it_is_that_of_the_dense_matrix(session):
     K = session.kfac(fisher="type-2")
     found = K.marginal_likelihood([0.5, 2.0])

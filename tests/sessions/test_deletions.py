@@ -179,9 +179,18 @@ def test_the_command_line_lists_and_deletes(tmp_path):
         words = ["delete", target, "--model", model]
         refused = CliRunner().invoke(main, words)
         assert refused.exit_code == 1 and "delete the sessions first" in refused.output
+        unknown = [*words[:2], "--session", session, "--model", "f" * 64]
+        half = CliRunner().invoke(main, unknown)
+        assert half.exit_code == 1
+        assert f"; deleted before that: {session}" in half.output
         gone = CliRunner().invoke(
-            main, [*words, "--session", session, "--dataset", dataset]
+            main, [*words, "--model", model, "--dataset", dataset, "--json"]
         )
-        assert gone.exit_code == 0, gone.output
+        assert gone.exit_code == 0, gone.output  # a name that is said twice is one
+        assert json.loads(gone.output) == {
+            "sessions": [],
+            "models": [model],
+            "datasets": [dataset],
+        }
         assert client.sessions() == []
         assert CliRunner().invoke(main, ["delete", target]).exit_code == 2

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -162,14 +163,22 @@ def delete(
     if not (session_ids or model_ids or dataset_ids):
         msg = "name what to delete: --session, --model or --dataset, with an id"
         raise click.UsageError(msg)
+    gone: dict[str, list[str]] = {"sessions": [], "models": [], "datasets": []}
     with connect(target, config=_config(**options)) as client:
-        for session_id in session_ids:
-            client.session(session_id).delete()
-        for model_id in model_ids:
-            client.delete_model(model_id)
-        for dataset_id in dataset_ids:
-            client.delete_dataset(dataset_id)
-    gone = {"sessions": session_ids, "models": model_ids, "datasets": dataset_ids}
+        ways: dict[str, tuple[tuple[str, ...], Callable[[str], None]]] = {
+            "sessions": (session_ids, lambda name: client.session(name).delete()),
+            "models": (model_ids, client.delete_model),
+            "datasets": (dataset_ids, client.delete_dataset),
+        }
+        try:
+            for kind, (ids, end) in ways.items():
+                for name in dict.fromkeys(ids):  # named twice, it is one
+                    end(name)
+                    gone[kind].append(name)
+        except CurvdError as error:
+            done = ", ".join(itertools.chain.from_iterable(gone.values()))
+            msg = f"{error}; deleted before that: {done}" if done else f"{error}"
+            raise click.ClickException(msg) from error
     lines = [f"deleted {kind}: {', '.join(ids)}" for kind, ids in gone.items() if ids]
     click.echo(json.dumps(gone) if as_json else "\n".join(lines))
 

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import psutil
 import torch
@@ -66,6 +66,24 @@ def set_threads(count: int | None) -> None:
     use_threads(count or min(usable_cores(), torch.get_num_threads()))
 
 
+def check_device(device: str, use: Callable[[str], object] = torch.device) -> None:
+    """Refuse what is no device.
+
+    Args:
+        device: For example ``cuda:0``.
+        use: What is done with it; by default its name alone is read, as where another
+            process is to compute on it.
+
+    Raises:
+        InvalidSpec: If torch cannot do that.
+    """
+    try:
+        use(device)
+    except (RuntimeError, AssertionError) as error:
+        msg = f"torch cannot use device {device!r}: {str(error).splitlines()[0]}"
+        raise InvalidSpec(msg, device=device) from error
+
+
 class TorchDevice:
     """Builds models and loads objectives onto one device.
 
@@ -107,11 +125,7 @@ class TorchDevice:
             model_bytes=model_bytes,
             memory_bytes=lambda: self.describe().total_bytes,
         )
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            msg = f"torch cannot use device {device!r}: {str(error).splitlines()[0]}"
-            raise InvalidSpec(msg, device=device) from error
+        check_device(device, lambda name: torch.empty(0, device=name))
 
     @property
     def name(self) -> str:

@@ -117,6 +117,7 @@ class _Block:
         """Columns that have neither converged nor met negative curvature."""
         self._curvature = torch.full_like(self.length, torch.inf)
         self._indefinite = torch.zeros_like(self.length, dtype=torch.bool)
+        self._flat = self._indefinite.clone()
         self._rounding = _Rounding(self.length)
         self._Q = self.S = self._R[:0]
         """[r, P]; [r, P] search directions."""
@@ -129,11 +130,13 @@ class _Block:
         """Multiply the directions, move along them, and make new ones."""
         S = self.S
         T = self._system.apply(S)
+        lengths = self._space.norms(S), self._space.norms(T)
+        self._rounding.look(*lengths)
         turn, values = _conjugate(self._space.cross(S, S), self._space.cross(S, T))
         if self._blocked(turn, values):
             return
         pull = (turn / values) @ turn.T  # the inverse of S A S'
-        self._move(pull @ self._C, T)
+        self._move(pull @ self._C, T, lengths)
         W = self._space.add(self._Q, pull, T, alpha=-1)
         self._Q, Z, carry = factors(self._space, W, self._inverse(W))
         self._C = carry @ self._C
@@ -147,6 +150,7 @@ class _Block:
             self._X * self.sizes[:, None].to(self._X.dtype),
             self._curvature,
             self._indefinite,
+            self._flat,
             self.length * self.sizes,
             self._rounding.drift(self._X.dtype) * self.sizes,
             iterations,
@@ -163,7 +167,7 @@ class _Block:
         return W if self._system.inverse is None else self._system.inverse(W)
 
     def _blocked(self, turn: Tensor, values: Tensor) -> bool:
-        """Take note of curvature, and stop the columns that met negative one.
+        """Take note of curvature, and stop the columns that met none or negative one.
 
         Args:
             turn: [r, d] Conjugate orthonormal directions ``turn' S``.
@@ -178,19 +182,22 @@ class _Block:
         curvature = torch.where(met, values[:, None], torch.inf).amin(0)
         active = self.active
         self._curvature[active] = torch.minimum(self._curvature[active], curvature)
-        bad = ~(curvature > 0)
+        least = torch.finfo(self.S.dtype).eps * self._rounding.largest
+        bad = ~(curvature > least)
         if bad.any():
             self._indefinite[active[bad]] = True
+            self._flat[active[curvature.abs() <= least]] = True
             self.active = active[~bad]
             self._begin()
         return bool(bad.any())
 
-    def _move(self, weights: Tensor, T: Tensor) -> None:
+    def _move(self, weights: Tensor, T: Tensor, lengths: tuple[Tensor, Tensor]) -> None:
         """Move along the directions.
 
         Args:
             weights: [r, active] Of the directions.
             T: [r, P] Their products.
+            lengths: [r] Of directions and of products.
         """
         active, S = self.active, self.S
         norms = self._space.norms
@@ -198,7 +205,7 @@ class _Block:
         self._X[active] += moves
         self._R[active] -= self._space.combine(weights.T, T)
         self.length[active] = norms(self._R[active])
-        self._rounding.add(active, weights, norms(S), norms(T), norms(moves))
+        self._rounding.add(active, weights, *lengths, norms(moves))
 
     def _retire(self, carry: Tensor, S: Tensor, T: Tensor) -> None:
         """Reduce the block to the columns that have not converged.
@@ -273,8 +280,19 @@ class _Rounding:
     """
 
     def __init__(self, length: Tensor) -> None:
-        self._largest = 0.0
+        self.largest = 0.0
+        """By how much the map has lengthened a direction at most."""
         self._reach, self._square = torch.zeros_like(length), torch.zeros_like(length)
+
+    def look(self, S: Tensor, T: Tensor) -> None:
+        """Take note of products, before a step.
+
+        Args:
+            S: [r] Lengths of the directions.
+            T: [r] Lengths of their products.
+        """
+        if len(S):
+            self.largest = max(self.largest, float((T / S).max()))
 
     def add(
         self, columns: Tensor, weights: Tensor, S: Tensor, T: Tensor, moves: Tensor
@@ -288,10 +306,9 @@ class _Rounding:
             T: [r] Lengths of their products.
             moves: [n] Lengths of the moves.
         """
-        self._largest = max(self._largest, float((T / S).max()))
         self._reach[columns] += moves
-        summed = weights.abs().T @ (T + self._largest * S)
-        sums = self._largest * self._reach[columns]
+        summed = weights.abs().T @ (T + self.largest * S)
+        sums = self.largest * self._reach[columns]
         self._square[columns] += (sums + summed) ** 2
 
     def drift(self, dtype: torch.dtype) -> Tensor:

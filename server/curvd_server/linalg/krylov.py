@@ -43,6 +43,8 @@ class Steps:
     """[k] Smallest Rayleigh quotient of a search direction, float64."""
     indefinite: Tensor
     """[k] Whether the map was found not to be positive definite, bool."""
+    flat: Tensor
+    """[k] Whether no solution was found because it is singular but for rounding, bool."""
     length: Tensor
     """[k] Residual norms of the recurrence, float64."""
     drift: Tensor
@@ -56,7 +58,9 @@ def cg(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
 
     A column stops before a step along which the map is not positive: its solution is
     what Steihaug (SIAM J. Numer. Anal. 20, 1983) calls the truncated Newton step. At
-    the first step there is nothing to keep, and it stays zero.
+    the first step there is nothing to keep, and it stays zero. A curvature that rounding
+    cannot tell from zero is none: along it, where a singular map has no solution, every
+    step would lead farther away.
 
     Args:
         system: The damped map and its preconditioner.
@@ -70,6 +74,7 @@ def cg(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
         The solutions.
     """
     dots, norms = system.space.dots, system.space.norms
+    eps = torch.finfo(R.dtype).eps
     R = R.clone()
     D = torch.zeros_like(R)
     Z = R if system.inverse is None else system.inverse(R)
@@ -78,6 +83,7 @@ def cg(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
     length = norms(R)
     curvature = torch.full_like(length, torch.inf)
     indefinite = torch.zeros(len(R), dtype=torch.bool, device=R.device)
+    flat = indefinite.clone()
     # A residual is the sum of real products: only the rounding of the sums is missing,
     # about one of A times the solution in each step.
     largest, reach, square = (torch.zeros_like(length) for _ in range(3))
@@ -93,14 +99,15 @@ def cg(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
         along = dots(moves, products)
         quotient = along / dots(moves, moves)
         curvature[active] = torch.minimum(curvature[active], quotient)
-        bad = ~(along > 0)
-        indefinite[active[bad]] = True
-        good = ~bad
-        active, moves, products = active[good], moves[good], products[good]
-        ratio = rz[active] / along[good]
         lengths = norms(moves)
         stretch = norms(products) / lengths
         largest[active] = torch.maximum(largest[active], stretch)
+        least = eps * largest[active]
+        good = quotient > least
+        indefinite[active[~good]] = True
+        flat[active[quotient.abs() <= least]] = True
+        active, moves, products = active[good], moves[good], products[good]
+        ratio, lengths = rz[active] / along[good], lengths[good]
         reach[active] += ratio * lengths
         square[active] += (largest[active] * reach[active]) ** 2
         step = ratio[:, None].to(R.dtype)
@@ -116,8 +123,8 @@ def cg(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
             Z + (new / rz[active])[:, None].to(R.dtype) * direction[active]
         )
         rz[active] = new
-    drift = 4 * torch.finfo(R.dtype).eps * square.sqrt()
-    return Steps(D, curvature, indefinite, length, drift, iterations, stopped)
+    drift = 4 * eps * square.sqrt()
+    return Steps(D, curvature, indefinite, flat, length, drift, iterations, stopped)
 
 
 def minres(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
@@ -150,9 +157,10 @@ def minres(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
     zero = torch.zeros_like(beta)
     beta_old, dbar, epsilon = zero.clone(), zero.clone(), zero.clone()
     phibar, cs, sn = beta.clone(), zero - 1, zero.clone()
-    pivot = zero.clone()
+    pivot, largest, reach = zero.clone(), zero.clone(), zero.clone()
     curvature = torch.full_like(beta, torch.inf)
     indefinite = torch.zeros(k, dtype=torch.bool, device=R.device)
+    flat = indefinite.clone()
     active = torch.nonzero(length > limits).flatten()
     iterations, stopped = 0, None
     while len(active):
@@ -180,6 +188,7 @@ def minres(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
         epsilon[a], dbar[a] = sn[a] * beta[a], -cs[a] * beta[a]
         gamma = torch.hypot(gbar, beta[a]).clamp_min(torch.finfo(torch.float64).tiny)
         cs[a], sn[a] = gbar / gamma, beta[a] / gamma
+        largest[a] = torch.maximum(largest[a], gamma)
         phi = cs[a] * phibar[a]
         phibar[a] = sn[a] * phibar[a]
         w_next = (
@@ -189,6 +198,7 @@ def minres(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
         ) / gamma[:, None].to(dtype)
         w_old[a], w[a] = w[a], w_next
         D[a] += phi[:, None].to(dtype) * w_next
+        reach[a] += phi.abs() * norms(w_next)
         iterations += 1
         if residual is None:
             length[a] = phibar[a]
@@ -200,7 +210,10 @@ def minres(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
             ].to(dtype) * u
             length[a] = norms(residual[a])
         yield system.progress(length)
-        alive = (length[a] > limits[a]) & (beta[a] > 0)
+        # Where a singular map has no solution, steps grow without an end, and what the
+        # recurrence says of the residual is less than the rounding of the products.
+        flat[a] |= torch.finfo(dtype).eps * largest[a] * reach[a] > length[a]
+        alive = (length[a] > limits[a]) & (beta[a] > 0) & ~flat[a]
         active = a[alive]
     drift = torch.full_like(phibar, torch.inf)
-    return Steps(D, curvature, indefinite, length, drift, iterations, stopped)
+    return Steps(D, curvature, indefinite, flat, length, drift, iterations, stopped)

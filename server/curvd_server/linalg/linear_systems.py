@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvd.contract import Solver, Stop
+from curvd.errors import InvalidSpec
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.block_krylov import block_cg
 from curvd_server.linalg.krylov import Steps, System, cg, minres
@@ -80,7 +81,13 @@ def solve(
 
     Returns:
         The solutions; the best so far if products or time ran out.
+
+    Raises:
+        InvalidSpec: If all eigenvalues are known, one of the damped map is zero but for
+            rounding, and the solver is CG.
     """
+    if solver is Solver.CG:
+        check_regular(products, damping)
     start = products.inverse(B, damping) if start is None else start
     systems = _Systems(products, B, solver, damping, tolerance, start)
     inverse = _inverse(products.space, preconditioner, damping)
@@ -93,6 +100,36 @@ def solve(
             yield from systems.iterate(open_, inverse, alone=alone, again=rounds > 0)
             rounds += 1
     return systems.result()
+
+
+def check_regular(products: Products, damping: float) -> None:
+    """Refuse a map that has no inverse, if all its eigenvalues are known.
+
+    Iterations find that out late, or take what rounding has left of a zero for a small
+    eigenvalue, and answer for right-hand sides that have no solution.
+
+    Args:
+        products: The map.
+        damping: Added to every eigenvalue.
+
+    Raises:
+        InvalidSpec: If an eigenvalue is zero but for rounding; it names the damping from
+            which on there is an inverse.
+    """
+    values = products.eigenvalues()
+    if values is None or not len(values):
+        return
+    damped = values + damping
+    unseen = torch.finfo(products.dtype).eps * float(damped.abs().max())
+    if float(damped.abs().min()) > unseen:
+        return
+    least, largest = float(values.min()), float(values.max())
+    msg = (
+        f"the operator has an eigenvalue of {least:.3g} beside one of {largest:.3g}: with a "
+        f"damping of {damping:g} it has no inverse in {products.dtype}; take a damping "
+        f"above {max(unseen, 1e-300):.3g}, or solve with minres, which needs no inverse"
+    )
+    raise InvalidSpec(msg, least=least, largest=largest, damping=damping)
 
 
 class _Systems:
@@ -169,12 +206,16 @@ class _Systems:
         rounding = torch.finfo(self._B.dtype).eps * before
         least = self._limits[columns] - _SLACK * rounding
         reach = torch.maximum(least, _DIGITS * rounding)
-        steps = yield from inner(system, self._R[columns], reach)
+        R = self._R[columns]
+        X = None if self._cold and not again else self._X[columns]
+        steps = yield from inner(system, R, reach)
         self._record(columns, steps)
         if steps.iterations:
             self._X[columns] += steps.solution
             self._length[columns] = steps.length
             self._renew(columns, steps, every=again or not self._cold)
+            if steps.stopped is None or self._solver is Solver.MINRES:
+                self._take_back(columns, steps, X, R, before)
         length = self._length[columns]
         slow = (length > self._limits[columns]) & (length > 0.5 * before)
         self._stagnated[columns] |= slow & again
@@ -238,6 +279,34 @@ class _Systems:
         if len(again := columns[doubtful]):
             self._R[again] = self._B[again] - self._damped(self._X[again])
             self._length[again] = self._norms(self._R[again])
+
+    def _take_back(
+        self,
+        columns: Tensor,
+        steps: Steps,
+        X: Tensor | None,
+        R: Tensor,
+        before: Tensor,
+    ) -> None:
+        """Go back to where columns were that a whole round has led astray.
+
+        CG lowers the error and not the residual, which may grow on the way; at the end of a
+        round that has grown it, the system has no solution that rounding could show. The
+        truncated step of a map with negative curvature stays.
+
+        Args:
+            columns: Their indices.
+            steps: What the round found.
+            X: [k, P] Their solutions before the round; None: zero.
+            R: [k, P] Their residuals before it.
+            before: [k] Their lengths.
+        """
+        negative = self._blocked[columns] & ~steps.flat
+        astray = (self._length[columns] > before) & ~negative
+        back = columns[astray]
+        self._X[back] = 0 if X is None else X[astray]
+        self._R[back], self._length[back] = R[astray], before[astray]
+        self._stagnated[back] = True
 
     def _stop_of(self, column: int) -> Stop:
         if self._length[column] <= self._limits[column]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from curvd.contract import Stop
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.block_krylov import factors
-from curvd_server.linalg.linear_systems import SolveResult, solve
+from curvd_server.linalg.linear_systems import SolveResult, check_regular, solve
 from curvd_server.linalg.space import Space
 
 T = TypeVar("T")
@@ -54,7 +54,12 @@ def solve_dampings(
 
     Returns:
         The solutions for each damping, in their order; products of all together.
+
+    Raises:
+        InvalidSpec: See `check_regular`.
     """
+    for damping in dampings:
+        check_regular(products, damping)
     X = torch.zeros(len(dampings), *B.shape, dtype=B.dtype, device=B.device)
     steps = 0
     for part in torch.split(torch.arange(len(B), device=B.device), block or len(B)):

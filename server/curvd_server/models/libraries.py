@@ -43,35 +43,6 @@ _TORCHVISION = frozenset(
 )
 
 
-def check_allowed(patterns: Sequence[str]) -> tuple[str, ...]:
-    """Refuse what the server's operator cannot have meant.
-
-    Args:
-        patterns: Globs over ``library:name``, for example ``timm:vit_*``.
-
-    Returns:
-        The patterns.
-
-    Raises:
-        InvalidSpec: If a library is unknown or not installed.
-    """
-    for pattern in patterns:
-        library, colon, name = pattern.partition(":")
-        if library not in _MAKERS or not (colon and name):
-            msg = (
-                f"library {pattern!r} must be one of {', '.join(sorted(_MAKERS))}, a "
-                "colon, and a glob over its model names"
-            )
-            raise InvalidSpec(msg, library=pattern)
-        if importlib.util.find_spec(library) is None:
-            msg = (
-                f"library {pattern!r} is allowed, but {library} is not installed: "
-                f"{install(library)}"
-            )
-            raise InvalidSpec(msg, library=pattern, extra=library)
-    return tuple(patterns)
-
-
 def find(
     name: str, allowed: Sequence[str], *, limit_bytes: int
 ) -> Callable[[Config], nn.Module] | None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from curvd.contract import ModelSpec
 from curvd.errors import BuilderNotFound, CurvdError, InvalidSpec
+from curvd_server.config import check_libraries
 from curvd_server.engine import check_batch_axis
 from curvd_server.graph import decode
 from curvd_server.graph.execution import GraphModule, Interpreter, dry_run
@@ -46,7 +47,7 @@ class Models:
     ) -> None:
         watch()
         self._builders = builders.resolve(entries)
-        self._allowed = libraries.check_allowed(allowed)
+        self._allowed = check_libraries(allowed)
         self._model_bytes, self._memory_bytes = model_bytes, memory_bytes
         self._programs: dict[str, dict[Any, Any]] = {}
 

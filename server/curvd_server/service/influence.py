@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvd.contract import InfluenceOptions, Stop, Tier, convert_enums
 from curvd.v1 import query_service_pb2 as query_pb
+from curvd_server.device.factored import FactoredOperator, SharedFactors
 from curvd_server.device.torch_operator import TorchOperator
 from curvd_server.engine import building
 from curvd_server.engine.data_points import Points
@@ -101,14 +102,18 @@ async def _products(
     budget = math.ceil(share * budget)
     call.reserve_bytes(budget)
 
-    def build(cancelled: Poll) -> TorchOperator:
+    def build(cancelled: Poll) -> TorchOperator | FactoredOperator:
         few = part_of(points.problem, options.part, options.part_seed)
+        if plain.kind.is_factored:
+            return SharedFactors().build(
+                few, plain, budget_bytes=budget, cancelled=cancelled
+            )
         built = building.build(
             few, plain, budget_bytes=budget, tier=Tier.FIRST, cancelled=cancelled
         )
         return TorchOperator(built)
 
-    operator: TorchOperator = await call.drive(points.run(build))
+    operator: TorchOperator | FactoredOperator = await call.drive(points.run(build))
     call.stack.callback(operator.close)
     limit = options.max_products
     products = products_of(call.run, operator, spec, limit)

@@ -7,7 +7,7 @@ neither sessions nor torch.
 from __future__ import annotations
 
 from curvd_server.transport.access import USUAL_LINES, AccessLog
-from curvd_server.transport.addresses import cleared, target_of
+from curvd_server.transport.addresses import bound, cleared, target_of
 from curvd_server.transport.admission import raise_descriptor_limit
 from curvd_server.transport.callers import Callers
 from curvd_server.transport.calls import Calls
@@ -34,6 +34,7 @@ __all__ = [
     "Tally",
     "TokenFile",
     "TokenInterceptor",
+    "bound",
     "cleared",
     "raise_descriptor_limit",
     "target_of",

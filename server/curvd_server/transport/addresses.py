@@ -22,11 +22,12 @@ _NUMBERS = itertools.count(1)
 """Unix sockets do not tell their peers apart."""
 
 
-async def bound(listen: str) -> list[socket.socket]:
+async def bound(listen: str, setting: str = "") -> list[socket.socket]:
     """Take an address.
 
     Args:
         listen: ``host:port``, ``[ipv6]:port`` or ``unix:/path``.
+        setting: Whose address it is, for errors; empty: the server's own.
 
     Returns:
         One listening socket for each address that a name stands for and that is ours.
@@ -37,8 +38,9 @@ async def bound(listen: str) -> list[socket.socket]:
     try:
         return await _bound(listen)
     except OSError as error:
+        where = f"{setting} {listen}" if setting else listen
         msg = (
-            f"cannot listen on {listen}: the address is taken, or not of this "
+            f"cannot listen on {where}: the address is taken, or not of this "
             f"machine ({error.strerror or error})"
         )
         raise InvalidSpec(msg, listen=listen) from error

@@ -44,9 +44,11 @@ class Influence(Result):
     self_influence: Floats
     """[M] ``g_q^T (A + damping * I)^-1 g_q``."""
     residuals: Floats
-    """[M] Of the systems, from products, true to a percent; NaN of one not begun."""
+    """[M] Norms of what the systems miss, in the units of gradients, from products, true
+    to a percent; NaN of one not begun."""
     relative_residuals: Floats
-    """[M] The same relative to the norms of the queries' gradients."""
+    """[M] The same relative to the norms of the queries' gradients: these are what
+    `tolerance` bounds."""
     column_stops: tuple[Stop, ...]
     """[M] Why each query's solution ended."""
     normaliser: float

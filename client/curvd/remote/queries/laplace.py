@@ -75,6 +75,8 @@ class Predictive(Result):
         """Say how large the deviations are."""
         low, middle, high = np.nanquantile(np.sqrt(self.variance), [0, 0.5, 1])
         yield f"{len(self.mean)} inputs, deviations {low:.3e} to {high:.3e}, median {middle:.3e}"
+        worst = np.nanmax(self.relative_residuals)
+        yield f"relative residual at most {worst:.1e}"
 
     def plot(self, axes: Axes | None = None, *, targets: Any = None) -> Axes:
         """Draw how well calibrated probabilities are, or the deviations.
