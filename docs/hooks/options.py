@@ -1,4 +1,4 @@
-"""Methods whose arguments are a query's options, shown as callers see them.
+"""Methods whose arguments are the options of a query or an operator, shown as callers see them.
 
 `curvd.remote.asking` makes signature and documentation of the options when the module is
 imported; griffe reads the source. This extension asks the module.
@@ -21,7 +21,7 @@ _KINDS = {
 
 
 class QueryOptions(griffe.Extension):
-    """Gives the methods that ask queries the arguments that they take."""
+    """Gives the methods that ask queries or make operators the arguments that they take."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Rewrite the methods of a package.
@@ -47,7 +47,8 @@ def _asking(parent: griffe.Object) -> Iterator[griffe.Function]:
         if member.is_alias:
             continue
         if member.is_function and any(
-            str(decorator.value).startswith("asks") for decorator in member.decorators
+            str(decorator.value).startswith(("asks", "makes"))
+            for decorator in member.decorators
         ):
             yield member
         yield from _asking(member)

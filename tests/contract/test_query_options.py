@@ -161,6 +161,10 @@ def ask(H: curvd.RemoteOperator, A: curvd.AsyncOperator) -> None:
     H.trace(relative_errors=0.1)
     H.solve()
     H.logdet(steps="many")
+def make(session: curvd.Session, other: curvd.AsyncSession) -> None:
+    reveal_type(session.kfac)
+    reveal_type(other.ggn)
+    session.fisher(samples=3)
 """
 
 
@@ -171,10 +175,16 @@ def test_a_type_checker_sees_the_options(tmp_path):
     checked = subprocess.run(
         [sys.executable, "-m", "mypy", script], cwd=ROOT, capture_output=True, text=True
     ).stdout
-    eigsh, trace, *rest = checked.splitlines()
+    lines = checked.splitlines()
+    eigsh, trace, kfac, ggn = (line for line in lines if "Revealed" in line)
     assert "k: int =, *" in eigsh and "which: " in eigsh and "Eigenpairs" in eigsh
     assert "samples: int =" in trace and "Coroutine[Any, Any, curvd.remote.qu" in trace
-    unknown, missing, wrong = (line for line in rest if "error:" in line)
+    assert "fisher: " in kfac and kfac.endswith(
+        '-> curvd.remote.operator.RemoteOperator"'
+    )
+    assert "mc_samples: int =" in ggn and 'AsyncOperator"' in ggn
+    unknown, missing, wrong, other = (line for line in lines if ": error: " in line)
+    assert 'Unexpected keyword argument "samples"' in other
     assert 'Unexpected keyword argument "relative_errors"' in unknown
     assert "Too few arguments" in missing
     assert 'incompatible type "str"; expected "int"' in wrong

@@ -113,9 +113,10 @@ def test_a_singular_one_has_no_determinant_whatever_rounding_makes_of_zero(
     assert K.logdet(damping=1e-3).converged
 
 
-def test_targets_are_sampled_at_least_once(session):
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "fisher"])
+def test_targets_are_sampled_at_least_once(session, kind):
     with pytest.raises(curvd.InvalidSpec, match="mc_samples must be at least 1, got 0"):
-        session.kfac(mc_samples=0)
+        getattr(session, kind)(mc_samples=0)
 
 
 def test_systems_and_influence_of_it_are_closed_forms_with_true_residuals(session):

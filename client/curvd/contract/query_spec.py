@@ -61,17 +61,18 @@ class QuerySpec:
     """Of the command, if it does not say."""
 
 
-def own_first(options: type[QueryOptions]) -> list[str]:
+def own_first(options: type[Any], common: type[Any] | None = None) -> list[str]:
     """Order options for people.
 
     Args:
-        options: The options of a query.
+        options: The options of a query, or of something else.
+        common: What all of its kind take; None: what every query takes.
 
     Returns:
-        Their names: the query's own, then what every query takes.
+        Their names: its own, then what all take.
     """
-    common = settings_of(QueryOptions)
-    return sorted(settings_of(options), key=lambda name: name in common)
+    others = settings_of(common or QueryOptions)
+    return sorted(settings_of(options), key=lambda name: name in others)
 
 
 def choices_of(options: type[QueryOptions]) -> Mapping[str, type[enum.StrEnum]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
@@ -104,7 +105,7 @@ def asks(
             asked = options(*args, **given)
             return await self._ask(make(self, asked), asked.progress)
 
-        _describe(make, options, blocking, awaited)
+        describe(make, options, QueryOptions, blocking, awaited)
         return QueryMethod(blocking, awaited)
 
     return decorate
@@ -141,26 +142,37 @@ def asks_about(
             asked = options(*args, **given)
             return await self._ask(make(self, operand, asked), asked.progress)
 
-        _describe(make, options, blocking, awaited)
+        describe(make, options, QueryOptions, blocking, awaited)
         return QueryMethod(blocking, awaited)
 
     return decorate
 
 
-def _describe(
-    make: Callable[..., Any], options: Any, *methods: Callable[..., Any]
+def describe(
+    make: Callable[..., Any],
+    options: Any,
+    common: type[Any],
+    *methods: Callable[..., Any],
 ) -> None:
-    """Give methods the signature and the documentation of a query's options."""
+    """Give methods the signature and the documentation of options.
+
+    Args:
+        make: The function that takes the options, after the owner and operands.
+        options: Their class.
+        common: Its base, whose options stand last.
+        *methods: They take the options by keyword.
+    """
     made = inspect.signature(make)
     (owner, *operands, _), given = made.parameters.values(), inspect.signature(options)
-    own = [given.parameters[name] for name in own_first(options)]
+    own = [given.parameters[name] for name in own_first(options, common)]
     if operands:  # they go by position, and so must what stands before them
         owner, *operands = (
             p.replace(kind=p.POSITIONAL_ONLY) for p in (owner, *operands)
         )
+    answer = re.fullmatch(r"QueryCall\[(.*)\]", made.return_annotation)
     signature = made.replace(
         parameters=[owner, *operands, *own],
-        return_annotation=made.return_annotation[len("QueryCall[") : -1],
+        return_annotation=answer[1] if answer else made.return_annotation,
     )
     doc = documented(make.__doc__ or "", [p.name for p in own], options)
     for method in methods:

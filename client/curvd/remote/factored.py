@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from curvd.contract import (
-    FisherType,
     OperatorFunction,
     OperatorKind,
     OperatorSpec,
-    WeightSharing,
 )
 from curvd.errors import InvalidSpec
+from curvd.remote.operator_options import FactoredOptions, OperatorOptions, makes
 
 O = TypeVar("O")  # noqa: E741 - the operator type of the client
 
@@ -23,44 +21,17 @@ class FactoredOperators(ABC, Generic[O]):
     """What a session offers of them; makes no call."""
 
     @abstractmethod
-    def operator(self, spec: OperatorSpec, *, expected_version: int | None = None) -> O:
-        """Make any operator; see `SessionBase.operator`."""
+    def _made(self, kind: OperatorKind, options: OperatorOptions) -> O:
+        """Make an operator of some kind."""
 
-    @abstractmethod
-    def _chosen(self, params: Sequence[str] | str | None) -> tuple[str, ...] | None:
-        """Find the names of parameters that globs choose."""
-
-    def kfac(
-        self,
-        *,
-        fisher: FisherType | str = FisherType.MC,
-        sharing: WeightSharing | str = WeightSharing.EXPAND,
-        params: Sequence[str] | str | None = None,
-        damping: float = 0.0,
-        scale: float = 1.0,
-        mc_samples: int | None = None,
-        seed: int = 0,
-        expected_version: int | None = None,
-    ) -> O:
+    @makes(FactoredOptions)
+    def kfac(self, options: FactoredOptions) -> O:
         """Kronecker-factored approximation of the Fisher: a block for each linear layer.
 
         A block is the product of the second moments of a layer's inputs, its bias
         included, and of the gradients of its outputs (Martens & Grosse, ICML 2015). What
         is in no linear layer has the exact block of its tensor, or the diagonal if that is
         large; `blocks` of the operator says which.
-
-        Args:
-            fisher: Which gradients: ``mc``, of sampled targets; ``type-2``, the columns of
-                a root of the loss's Hessian, one backward pass per class; ``empirical``.
-            sharing: How positions that share a weight are seen: ``expand``, each counts by
-                itself; ``reduce``, they are averaged and summed up.
-            params: Globs over names that choose the parameters it acts on, in this
-                order, the others fixed; None: all.
-            damping: Added to the diagonal.
-            scale: Multiplies the approximation, not the damping.
-            mc_samples: Sampled targets per data point; None: 1 for ``mc``.
-            seed: Fixes the sampled targets.
-            expected_version: Refuse to compute at another parameter version.
 
         Returns:
             ``scale * K + damping * I``.
@@ -74,45 +45,14 @@ class FactoredOperators(ABC, Generic[O]):
             >>> np.allclose(K.inverse(damping=0.1) @ (K @ v + 0.1 * v), v)
             True
         """
-        return self._factored(
-            OperatorKind.KFAC,
-            fisher=fisher,
-            sharing=sharing,
-            params=params,
-            damping=damping,
-            scale=scale,
-            mc_samples=mc_samples,
-            seed=seed,
-            expected_version=expected_version,
-        )
+        return self._made(OperatorKind.KFAC, options)
 
-    def ekfac(
-        self,
-        *,
-        fisher: FisherType | str = FisherType.MC,
-        sharing: WeightSharing | str = WeightSharing.EXPAND,
-        params: Sequence[str] | str | None = None,
-        damping: float = 0.0,
-        scale: float = 1.0,
-        mc_samples: int | None = None,
-        seed: int = 0,
-        expected_version: int | None = None,
-    ) -> O:
+    @makes(FactoredOptions)
+    def ekfac(self, options: FactoredOptions) -> O:
         """KFAC's eigenvectors, with the second moments of gradients along them.
 
         In this basis the diagonal is that of the Fisher's own block (George et al.,
         NeurIPS 2018); it takes a second pass over the data.
-
-        Args:
-            fisher: Which gradients; see `kfac`.
-            sharing: How positions that share a weight are seen; see `kfac`.
-            params: Globs over names that choose the parameters it acts on, in this
-                order, the others fixed; None: all.
-            damping: Added to the diagonal.
-            scale: Multiplies the approximation, not the damping.
-            mc_samples: Sampled targets per data point; None: 1 for ``mc``.
-            seed: Fixes the sampled targets.
-            expected_version: Refuse to compute at another parameter version.
 
         Returns:
             ``scale * K + damping * I``.
@@ -123,48 +63,7 @@ class FactoredOperators(ABC, Generic[O]):
             >>> bool(np.isclose(np.trace(K @ np.eye(43)), np.trace(F)))  # exactly its trace
             True
         """
-        return self._factored(
-            OperatorKind.EKFAC,
-            fisher=fisher,
-            sharing=sharing,
-            params=params,
-            damping=damping,
-            scale=scale,
-            mc_samples=mc_samples,
-            seed=seed,
-            expected_version=expected_version,
-        )
-
-    def _factored(
-        self,
-        kind: OperatorKind,
-        *,
-        fisher: FisherType | str,
-        sharing: WeightSharing | str,
-        params: Sequence[str] | str | None,
-        damping: float,
-        scale: float,
-        mc_samples: int | None,
-        seed: int,
-        expected_version: int | None,
-    ) -> O:
-        if mc_samples is not None and mc_samples < 1:
-            msg = (
-                f"mc_samples must be at least 1, got {mc_samples}; leave it out for 1, or "
-                "take fisher='type-2', which is exact"
-            )
-            raise InvalidSpec(msg, mc_samples=mc_samples, operator=kind)
-        spec = OperatorSpec(
-            kind=kind,
-            fisher=fisher,  # type: ignore[arg-type]
-            sharing=sharing,  # type: ignore[arg-type]
-            parameters=self._chosen(params),
-            damping=damping,
-            scale=scale,
-            mc_samples=0 if mc_samples is None else mc_samples,
-            seed=seed,
-        )
-        return self.operator(spec, expected_version=expected_version)
+        return self._made(OperatorKind.EKFAC, options)
 
 
 class Functions(ABC, Generic[O]):

@@ -22,6 +22,13 @@ from curvd.contract import (
     select,
 )
 from curvd.remote.factored import FactoredOperators
+from curvd.remote.operator_options import (
+    FisherOptions,
+    GgnOptions,
+    LinearisedOptions,
+    OperatorOptions,
+    makes,
+)
 
 O = TypeVar("O")  # noqa: E741 - the operator type of the client
 J = TypeVar("J")  # its type of Jacobians
@@ -90,24 +97,9 @@ class SessionBase(FactoredOperators[O], ABC, Generic[O, J]):
             InvalidSpec: If its blocks do not cover the parameters.
         """
 
-    def hessian(
-        self,
-        *,
-        params: Sequence[str] | str | None = None,
-        block_sizes: Sequence[int] | None = None,
-        damping: float = 0.0,
-        scale: float = 1.0,
-        expected_version: int | None = None,
-    ) -> O:
+    @makes(LinearisedOptions)
+    def hessian(self, options: LinearisedOptions) -> O:
         """Second derivative of the objective.
-
-        Args:
-            params: Globs over names that choose the parameters it acts on, in this
-                order, the others fixed; None: all.
-            block_sizes: Parameters (tensors) per diagonal block; None: one block.
-            damping: Added to the diagonal.
-            scale: Multiplies the Hessian, not the damping.
-            expected_version: Refuse to compute at another parameter version.
 
         Returns:
             ``scale * H + damping * I``.
@@ -126,37 +118,11 @@ class SessionBase(FactoredOperators[O], ABC, Generic[O, J]):
             >>> bool(np.all(blocks[:25, 25:] == 0))
             True
         """
-        spec = OperatorSpec(
-            kind=OperatorKind.HESSIAN,
-            parameters=self._chosen(params),
-            block_sizes=_blocks(block_sizes),
-            damping=damping,
-            scale=scale,
-        )
-        return self.operator(spec, expected_version=expected_version)
+        return self._made(OperatorKind.HESSIAN, options)
 
-    def ggn(
-        self,
-        *,
-        params: Sequence[str] | str | None = None,
-        block_sizes: Sequence[int] | None = None,
-        damping: float = 0.0,
-        scale: float = 1.0,
-        mc_samples: int = 0,
-        seed: int = 0,
-        expected_version: int | None = None,
-    ) -> O:
+    @makes(GgnOptions)
+    def ggn(self, options: GgnOptions) -> O:
         """Generalised Gauss-Newton: the loss's Hessian between two Jacobians.
-
-        Args:
-            params: Globs over names that choose the parameters it acts on, in this
-                order, the others fixed; None: all.
-            block_sizes: Parameters (tensors) per diagonal block; None: one block.
-            damping: Added to the diagonal.
-            scale: Multiplies the GGN, not the damping.
-            mc_samples: Sampled targets per data point; 0: exact.
-            seed: Fixes the sampled targets.
-            expected_version: Refuse to compute at another parameter version.
 
         Returns:
             ``scale * G + damping * I``.
@@ -171,39 +137,11 @@ class SessionBase(FactoredOperators[O], ABC, Generic[O, J]):
             >>> np.allclose(last @ np.eye(18), G[25:, 25:])
             True
         """
-        spec = OperatorSpec(
-            kind=OperatorKind.GGN,
-            parameters=self._chosen(params),
-            block_sizes=_blocks(block_sizes),
-            damping=damping,
-            scale=scale,
-            mc_samples=mc_samples,
-            seed=seed,
-        )
-        return self.operator(spec, expected_version=expected_version)
+        return self._made(OperatorKind.GGN, options)
 
-    def fisher(
-        self,
-        *,
-        params: Sequence[str] | str | None = None,
-        block_sizes: Sequence[int] | None = None,
-        damping: float = 0.0,
-        scale: float = 1.0,
-        mc_samples: int = 1,
-        seed: int = 0,
-        expected_version: int | None = None,
-    ) -> O:
+    @makes(FisherOptions)
+    def fisher(self, options: FisherOptions) -> O:
         """Type-1 Fisher: targets sampled from the model's own distribution.
-
-        Args:
-            params: Globs over names that choose the parameters it acts on, in this
-                order, the others fixed; None: all.
-            block_sizes: Parameters (tensors) per diagonal block; None: one block.
-            damping: Added to the diagonal.
-            scale: Multiplies the Fisher, not the damping.
-            mc_samples: Sampled targets per data point, at least 1.
-            seed: Fixes the sampled targets.
-            expected_version: Refuse to compute at another parameter version.
 
         Returns:
             ``scale * F + damping * I``.
@@ -214,35 +152,11 @@ class SessionBase(FactoredOperators[O], ABC, Generic[O, J]):
             >>> bool(np.linalg.norm(F - G) < 0.1 * np.linalg.norm(G))  # equal in expectation
             True
         """
-        spec = OperatorSpec(
-            kind=OperatorKind.FISHER,
-            parameters=self._chosen(params),
-            block_sizes=_blocks(block_sizes),
-            damping=damping,
-            scale=scale,
-            mc_samples=mc_samples,
-            seed=seed,
-        )
-        return self.operator(spec, expected_version=expected_version)
+        return self._made(OperatorKind.FISHER, options)
 
-    def empirical_fisher(
-        self,
-        *,
-        params: Sequence[str] | str | None = None,
-        block_sizes: Sequence[int] | None = None,
-        damping: float = 0.0,
-        scale: float = 1.0,
-        expected_version: int | None = None,
-    ) -> O:
+    @makes(LinearisedOptions)
+    def empirical_fisher(self, options: LinearisedOptions) -> O:
         """Uncentred second moment of the per-example gradients.
-
-        Args:
-            params: Globs over names that choose the parameters it acts on, in this
-                order, the others fixed; None: all.
-            block_sizes: Parameters (tensors) per diagonal block; None: one block.
-            damping: Added to the diagonal.
-            scale: Multiplies the Fisher, not the damping.
-            expected_version: Refuse to compute at another parameter version.
 
         Returns:
             ``scale * F + damping * I``.
@@ -253,36 +167,14 @@ class SessionBase(FactoredOperators[O], ABC, Generic[O, J]):
             >>> float(gradient @ (E @ gradient)) >= float(gradient @ gradient) ** 2
             True
         """
-        spec = OperatorSpec(
-            kind=OperatorKind.EMPIRICAL_FISHER,
-            parameters=self._chosen(params),
-            block_sizes=_blocks(block_sizes),
-            damping=damping,
-            scale=scale,
-        )
-        return self.operator(spec, expected_version=expected_version)
+        return self._made(OperatorKind.EMPIRICAL_FISHER, options)
 
-    def jacobian_gram(
-        self,
-        *,
-        params: Sequence[str] | str | None = None,
-        block_sizes: Sequence[int] | None = None,
-        damping: float = 0.0,
-        scale: float = 1.0,
-        expected_version: int | None = None,
-    ) -> O:
+    @makes(LinearisedOptions)
+    def jacobian_gram(self, options: LinearisedOptions) -> O:
         """Gram matrix of the outputs' Jacobian, ``J^T J``, whatever the loss.
 
         It is summed over all data points, positions and outputs. The eigenvalues that are
         not zero are those of the neural tangent kernel ``J J^T``.
-
-        Args:
-            params: Globs over names that choose the parameters it acts on, in this
-                order, the others fixed; None: all.
-            block_sizes: Parameters (tensors) per diagonal block; None: one block.
-            damping: Added to the diagonal.
-            scale: Multiplies the Gram matrix, not the damping.
-            expected_version: Refuse to compute at another parameter version.
 
         Returns:
             ``scale * J^T J + damping * I``.
@@ -295,14 +187,7 @@ class SessionBase(FactoredOperators[O], ABC, Generic[O, J]):
             >>> np.allclose(last_bias, session.info.data_points * np.eye(3))
             True
         """
-        spec = OperatorSpec(
-            kind=OperatorKind.JACOBIAN_GRAM,
-            parameters=self._chosen(params),
-            block_sizes=_blocks(block_sizes),
-            damping=damping,
-            scale=scale,
-        )
-        return self.operator(spec, expected_version=expected_version)
+        return self._made(OperatorKind.JACOBIAN_GRAM, options)
 
     def loss_jacobian(
         self,
@@ -399,6 +284,10 @@ class SessionBase(FactoredOperators[O], ABC, Generic[O, J]):
             f"{i.loss.name} on {i.device}, version {i.version}, id {i.id!r}>"
         )
 
+    def _made(self, kind: OperatorKind, options: OperatorOptions) -> O:
+        spec = options.spec(kind, self._chosen(options.params))
+        return self.operator(spec, expected_version=options.expected_version)
+
     def _chosen(self, params: Sequence[str] | str | None) -> tuple[str, ...] | None:
         if params is None:
             return None
@@ -411,7 +300,3 @@ class SessionBase(FactoredOperators[O], ABC, Generic[O, J]):
             self._info, version=version, parameters_digest=digest, operators=()
         )
         return version
-
-
-def _blocks(sizes: Sequence[int] | None) -> tuple[int, ...] | None:
-    return None if sizes is None else tuple(sizes)
