@@ -189,16 +189,16 @@ def more_columns(client: curvd.Client, held: Held) -> Callable[[], object]:
 
 
 def more_connections(client: curvd.Client, held: Held) -> Callable[[], object]:
-    """He makes a thousand calls at once, each on a connection of its own."""
+    """A thousand clients of his multiply, each on a connection of its own that stays."""
     return Storm(*sys.argv[2:], held)
 
 
 STORM = 1000
-"""Connections of one caller."""
+"""Clients of one caller."""
 
 
 class Storm:
-    """As many calls at once, each of which takes a connection of its own.
+    """As many clients at once, each of which has one call under way all the time.
 
     Args:
         target: The server.
@@ -233,30 +233,34 @@ class Storm:
         asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _begin(self) -> None:
-        self._client = curvd.aio.connect(self._target, config=ONCE, token=self._token)
-        await self._client.__aenter__()
-        (first, *_) = await self._client.sessions()
-        session = await self._client.session(first.id)
-        v = np.ones(session.layout.size, np.float32)
-        H = session.hessian()
-        self._tasks = [asyncio.create_task(self._ask(H, v)) for _ in range(STORM)]
+        async with self._client() as client:
+            (first, *_) = await client.sessions()
+        self._tasks = [asyncio.create_task(self._ask(first.id)) for _ in range(STORM)]
 
     async def _end(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._client.__aexit__(None, None, None)
 
-    async def _ask(self, H: Any, v: np.ndarray) -> None:
-        while True:
-            try:
-                await (H @ v)
-                self._came["done"] += 1
-            except curvd.ResourceExhausted as error:
-                self._came["refused"] += 1
-                self._came["of " + error.metadata.get("quota", "nothing")] += 1
-            except curvd.CurvdError as error:
-                self._came[type(error).__name__] += 1
+    def _client(self) -> Any:
+        return curvd.aio.connect(self._target, config=ONCE, token=self._token)
+
+    async def _ask(self, session_id: str) -> None:
+        # A client of its own: those that share one keep four connections when they pause.
+        async with self._client() as client:
+            session = None
+            while True:
+                try:
+                    if session is None:
+                        session = await client.session(session_id)
+                        v = np.ones(session.layout.size, np.float32)
+                    await (session.hessian() @ v)
+                    self._came["done"] += 1
+                except curvd.ResourceExhausted as error:
+                    self._came["refused"] += 1
+                    self._came["of " + error.metadata.get("quota", "nothing")] += 1
+                except curvd.CurvdError as error:
+                    self._came[type(error).__name__] += 1
 
 
 Act = Callable[[curvd.Client, Held], Callable[[], object]]

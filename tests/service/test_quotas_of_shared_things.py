@@ -1,5 +1,6 @@
 """Quotas of what callers take from each other: device, trials, compiler, connections."""
 
+import asyncio
 import functools
 import json
 import threading
@@ -13,10 +14,12 @@ from support.fake_device import FakeDevice
 from support.quotas import TOKENS, refused, served, targeted, written
 
 import curvd
-from curvd.errors import InvalidSpec, LimitExceeded, Overloaded
+from curvd.errors import InvalidSpec, LimitExceeded, Overloaded, Unavailable
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.system import Identity, Quotas
-from curvd_server.transport import greeting
+from curvd_server.transport import greeting, interceptors
+from curvd_server.transport.limits import ConnectionLimits
+from curvd_server.transport.refusals import Refusals
 
 BUDGET = 1000
 STATE = raw.file_of({"a": np.ones(2), "b": np.ones(3)})
@@ -237,6 +240,40 @@ def test_connections(serving, monkeypatch):
             answers = [end() for end in ends]
         assert all(answer[0].model.owner == "ann" for answer in answers)
         listing("ann")
+
+
+def test_connections_beyond_the_quota_are_in_nobodys_way(serving, monkeypatch):
+    put_off = threading.Semaphore(0)
+
+    class Slow(Refusals):
+        async def pace(self, caller, remaining_s):
+            put_off.release()
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr(interceptors, "Refusals", Slow)
+    # grpcio's clients are answered by ourselves: each method has its own connection.
+    monkeypatch.setattr(greeting, "is_ours", lambda beginning, *, tls: True)
+    quotas, limits = "[callers.ann]\nconnections = 1\n", ConnectionLimits(connections=4)
+    with serving(quotas, connections=limits) as channels:
+        info = lambda name: raw.call(  # noqa: E731
+            channels[name], "GetServerInfo", session_pb.GetServerInfoRequest()
+        )
+
+        def fail():
+            with pytest.raises(Unavailable):
+                info("ann")
+
+        end = uploading(channels["ann"], 1.0)
+        threads = [threading.Thread(target=fail) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+            assert put_off.acquire(timeout=60)
+        # All that the server has room for are open, and each has a call under way.
+        for thread in threads:
+            assert info("ben").status.connections == 4
+            thread.join(60)
+            assert not thread.is_alive()
+        assert end()[0].model.owner == "ann"
 
 
 class Multiplier:

@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 
 from curvd.contract import BY_PATH
-from curvd.errors import CurvdError
+from curvd.errors import CurvdError, ResourceExhausted
 from curvd.http2 import Format, Stream, framed
 from curvd_server.system import logger
 from curvd_server.transport.connection import Requests, ServerConnection
@@ -321,7 +321,12 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
 
     def claim(self, owners: Owners) -> None:
         """Say whose the connection is: of who makes the call; see `Owners.claim`."""
-        owners.claim(self._connection)
+        try:
+            owners.claim(self._connection)
+        except ResourceExhausted:
+            # He may not have it: it takes nobody's place, and no time of others' calls.
+            self._connection.distrust()
+            raise
         self._connection.left = owners.leave
 
     def vouch(self) -> None:

@@ -104,6 +104,14 @@ class ServerConnection:
         """Trust the client: its call was let through."""
         self.vouched = True
 
+    def distrust(self) -> None:
+        """Treat the client as a stranger again, until another call of it is let through.
+
+        What it sends is read in the time that strangers have, it makes room for others,
+        and is closed if nothing comes of it.
+        """
+        self.vouched = False
+
     def concluded(self, *, success: bool) -> None:
         """Take note that a call is over."""
         self._idle_since = self._loop.time()
