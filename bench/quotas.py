@@ -8,8 +8,9 @@ periods take turns: Ann alone; Ann beside Ben; and, as a control, Ann beside a p
 knows nothing of curvd and computes as much as Ben's process did a moment before, for on two
 cores that alone costs her something, which no server can help. Ratios are taken within a
 round, between neighbours, and their medians are shown. What counts is the one beside Ben over
-that beside the control, if that is more than 1: two cores are simply shared out. Seconds of a processor stand beside: what the server
-and Ben each took in a second; and how many more descriptors the server had beside Ben.
+that beside the control, if that is more than 1: two cores are simply shared out. Seconds of
+a processor stand beside: what the server and Ben each took in a second; and how many more
+descriptors the server had beside Ben.
 
 Exits with 1 if a product of Ann's failed, if Ben was never refused for the quota, or there
 was no storm; with --check also if the ratio that counts is more than 1.5.

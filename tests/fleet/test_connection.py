@@ -20,7 +20,7 @@ from curvd.errors import Cancelled, Internal
 from curvd_server.engine.tuning import Choice, Plan
 from curvd_server.engine.verification import Evidence
 from curvd_server.fleet import messages
-from curvd_server.fleet.connection import Connection
+from curvd_server.fleet.connection import Connection, Took
 from curvd_server.fleet.shards import cut, deal
 from curvd_server.fleet.values import plain, typed
 from curvd_server.storage import Snapshot, region_of
@@ -107,10 +107,12 @@ def test_arrays_travel_with_a_message(pair):
         np.array(True),
         np.arange(5, dtype=np.uint16),
     ]
-    pair[0].send(7, messages.Product(operator=3, counts=(2,)), arrays)
-    number, message, got = pair[1].receive()
-    assert (number, message) == (7, messages.Product(operator=3, counts=(2,)))
-    for a, b in zip(got, arrays, strict=True):
+    took = Took(0.25, 2.0, 1.5)
+    pair[0].send(7, messages.Product(operator=3, counts=(2,)), arrays, took=took)
+    frame = pair[1].receive()
+    assert (frame.number, frame.took) == (7, took)
+    assert frame.message == messages.Product(operator=3, counts=(2,))
+    for a, b in zip(frame.arrays, arrays, strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
 

@@ -18,9 +18,9 @@ from opentelemetry.proto.collector.trace.v1 import (
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from support.fake_device import FakeDevice
 from support.served import Channels, server
+from support.spans import Spans, below
 
 import curvd
 from curvd.contract.rpcs import RPCS
@@ -32,18 +32,6 @@ from curvd_server.transport import Gate, tracing
 ANYWHERE = "http://127.0.0.1:4317"
 V = raw.file_of({"v": np.ones(5)})
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-
-
-class Spans(InMemorySpanExporter):
-    """What one side has made, and a provider that sends it here."""
-
-    def __init__(self):
-        super().__init__()
-        self.provider = TracerProvider(shutdown_on_exit=False)
-        self.provider.add_span_processor(SimpleSpanProcessor(self))
-
-    def named(self, name):
-        return [span for span in self.get_finished_spans() if span.name == name]
 
 
 @pytest.fixture
@@ -60,15 +48,6 @@ def asked(monkeypatch):
     spans = Spans()
     monkeypatch.setattr(trace, "get_tracer", spans.provider.get_tracer)
     return spans
-
-
-def below(spans, parent):
-    """The spans whose parent is another, by name."""
-    found = {}
-    for span in spans.get_finished_spans():
-        if span.parent is not None and span.parent.span_id == parent.context.span_id:
-            found.setdefault(span.name, []).append(span)
-    return found
 
 
 def with_headers(channel, headers):

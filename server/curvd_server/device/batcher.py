@@ -24,7 +24,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ from curvd_server.device.requests import Columns, Done, Multiplies, Ticket
 from curvd_server.device.room import Reservation, Room
 from curvd_server.system import (
     CALLING,
+    TRACED,
     HostMemory,
     Identity,
     LongWork,
@@ -46,6 +47,7 @@ from curvd_server.system import (
     Threads,
     calling,
     released,
+    together,
 )
 
 T = TypeVar("T")
@@ -386,7 +388,7 @@ class Batcher:
             in_turns = self._is_long(operator, sum(ticket.width for ticket in tickets))
         work = LongWork(
             lambda poll: _as_caller(
-                tickets[0].caller, lambda: self._compute(operator, tickets, poll)
+                tickets, lambda: self._compute(operator, tickets, poll)
             ),
             stopped=lambda: self._closed or all(t.abandoned for t in tickets),
             gives_way=self._gives_way,
@@ -586,13 +588,16 @@ class Batcher:
         self._lanes.clear()
 
 
-def _as_caller(caller: Identity, compute: Callable[[], T]) -> T:
-    """Compute for a caller, at whose expense what follows from it is."""
-    token = CALLING.set(caller)
+def _as_caller(tickets: Sequence[Ticket[Any]], compute: Callable[[], T]) -> T:
+    """Compute for the first caller, at whose expense what follows is; tell all traces."""
+    waited_for = (ticket for ticket in tickets if ticket.waits is None)
+    caller = CALLING.set(tickets[0].caller)
+    traced = TRACED.set(together(ticket.traced for ticket in waited_for))
     try:
         return compute()
     finally:
-        CALLING.reset(token)
+        TRACED.reset(traced)
+        CALLING.reset(caller)
 
 
 def _shutting_down() -> Unavailable:

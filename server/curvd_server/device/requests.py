@@ -66,9 +66,10 @@ class Ticket(Future[Done[T]]):
         """Whether it still waits for an idle device; None: it takes its turn."""
         self.room_bytes: int | None = None
         """Memory that there must be room for before it begins; None: it needs none."""
-        traced = TRACED.get()
-        if traced is not None:
-            self.add_done_callback(functools.partial(_trace, traced))
+        self.traced = TRACED.get()
+        """Hears what it takes; None: nobody wants to know."""
+        if self.traced is not None:
+            self.add_done_callback(functools.partial(_trace, self.traced))
 
     @property
     def width(self) -> int:

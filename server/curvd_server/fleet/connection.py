@@ -56,6 +56,17 @@ _IDLE_BYTES = 256 << 20
 """Memory of arrays that is kept for the next ones: fresh pages take as long as the bytes."""
 
 
+class Took(NamedTuple):
+    """What an answer took where it was made, in seconds of no clock in particular."""
+
+    waited_s: float
+    """Between the arrival of the command and its beginning."""
+    computed_s: float
+    """From there to its end."""
+    device_s: float
+    """Of that, while nobody else's turn was."""
+
+
 class Frame(NamedTuple):
     """What arrived."""
 
@@ -63,6 +74,10 @@ class Frame(NamedTuple):
     """Of the command that it is, or answers; 0: none."""
     message: Message
     arrays: list[Array]
+    took: Took | None = None
+    """None: it is no answer, or nothing was computed for it."""
+    came_s: float = 0.0
+    """When all of it was here, by `time.monotonic`."""
 
 
 @dataclass(slots=True)
@@ -122,6 +137,7 @@ class Connection:
         message: Message,
         arrays: Sequence[Array] = (),
         *,
+        took: Took | None = None,
         cancelled: Poll = lambda: False,
     ) -> None:
         """Send a message; blocks until the other end has taken most of it.
@@ -130,6 +146,7 @@ class Connection:
             number: Of the command that it is, or answers.
             message: The message.
             arrays: Those that its class names.
+            took: What an answer took.
             cancelled: Polled between pieces of large arrays; the other end then never
                 hears of the message.
 
@@ -155,6 +172,7 @@ class Connection:
                 for a, place in zip(arrays, places, strict=True)
             ],
             "transfer": transfer,
+            "took": took,
         }
         self._send(head, [] if is_large else bytes_of, memories)
         if is_large:
@@ -203,7 +221,7 @@ class Connection:
         while True:
             frame = self._received()
             if frame is not None:
-                return frame
+                return frame._replace(came_s=time.monotonic())
 
     def _received(self) -> Frame | None:
         """Receive a frame; None if no message is complete by it."""
@@ -221,6 +239,8 @@ class Connection:
             number, kind = int(head["number"]), KINDS[head["kind"]]
             fields, described = head["fields"], list(head["arrays"])
             transfer = int(head["transfer"])
+            taken = head.get("took")
+            took = None if taken is None else Took(*map(float, taken))
         except (ValueError, TypeError, LookupError) as error:
             msg = f"a message between front and worker cannot be read: {error}"
             raise Internal(msg) from error
@@ -228,7 +248,7 @@ class Connection:
         arrays, to_fill = list[Array](), list[Buffer]()
         for each in described:
             arrays.append(self._array(memories, to_fill, *each))
-        frame = Frame(number, message, arrays)
+        frame = Frame(number, message, arrays, took)
         if transfer:
             missing = sum(each.nbytes for each in to_fill)
             self._arriving[transfer] = _Arriving(frame, to_fill, missing)

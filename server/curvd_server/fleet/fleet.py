@@ -27,7 +27,7 @@ from curvd_server.fleet.launcher import Invitation, Launcher
 from curvd_server.fleet.listener import Listener
 from curvd_server.fleet.registry import Registry
 from curvd_server.fleet.seats import Lost, Numbers, Request, Seat, raised, silent_s
-from curvd_server.system import Poll, logger
+from curvd_server.system import TRACED, Poll, Traces, logger
 
 ATTEMPTS = 4
 """How often one command is sent to the same rank before its caller is told."""
@@ -127,20 +127,23 @@ class Fleet:
             Unavailable: If a worker was lost again and again.
             CurvdError: If a worker refuses; the first one, by rank.
         """
-        number = self._numbers.next()
+        number, traced = self._numbers.next(), TRACED.get()
         asked: dict[int, int] = {}
         tries: Counter[int] = Counter()
+        sent_s: dict[int, float] = {}
         with self._changed:
             self._wanted.add(number)
         try:
             while True:
-                self._send_to(requests, number, asked, tries, cancelled)
+                self._send_to(requests, number, asked, tries, sent_s, cancelled)
                 with self._changed:
                     self._check_there(only or {})
                     found = self._found(requests, number, asked)
                     if found is not None:
                         if register is not None:
                             register()
+                        if traced is not None:
+                            self._trace(traced, requests, found, sent_s)
                         return found
                     self._changed.wait(_POLL_S)
                 if cancelled():
@@ -154,6 +157,35 @@ class Fleet:
                 self._wanted.discard(number)
                 for seat in self.seats:
                     seat.answers.pop(number, None)
+
+    def _trace(
+        self,
+        traced: Traces,
+        requests: Mapping[int, Request],
+        found: Mapping[int, Frame],
+        sent_s: Mapping[int, float],
+    ) -> None:
+        """Tell whoever traces the call what each worker took for a command.
+
+        Workers are asked on clocks of their own, so the way there and back is taken to be
+        equally long, as NTP does (RFC 5905, section 8).
+        """
+        for rank, frame in found.items():
+            if frame.took is None:
+                continue
+            waited_s, computed_s, device_s = frame.took
+            way_s = max(0.0, frame.came_s - sent_s[rank] - waited_s - computed_s)
+            ended_s = frame.came_s - way_s / 2
+            traced.add(
+                "compute",
+                ended_s - computed_s,
+                ended_s,
+                rank=rank,
+                device=self.seats[rank].device,
+                command=type(requests[rank].message).__name__,
+                device_s=device_s,
+                waited_s=waited_s,
+            )
 
     def there(self, ranks: Collection[int], *, cancelled: Poll) -> dict[int, int]:
         """Wait until workers are there, and tell their incarnations by rank.
@@ -238,6 +270,7 @@ class Fleet:
         number: int,
         asked: dict[int, int],
         tries: Counter[int],
+        sent_s: dict[int, float],
         cancelled: Poll,
     ) -> None:
         """Send a command to those that are ready and were not asked since they came."""
@@ -260,6 +293,7 @@ class Fleet:
                 raise Unavailable(msg)
             assert connection is not None
             tries[seat.rank] += 1
+            sent_s[seat.rank] = time.monotonic()
             with suppress(OSError):  # its reader will notice, too
                 connection.send(
                     number, request.message, request.arrays, cancelled=cancelled

@@ -34,7 +34,7 @@ from curvd.tensors import tune_allocator
 from curvd_server.device import LONG_S
 from curvd_server.device.torch_device import TorchDevice, set_threads
 from curvd_server.fleet import messages
-from curvd_server.fleet.connection import Connection, Frame
+from curvd_server.fleet.connection import Connection, Frame, Took
 from curvd_server.fleet.holdings import Holdings, Said, refused, use_device
 from curvd_server.fleet.launcher import Invitation
 from curvd_server.fleet.listener import connected
@@ -115,6 +115,15 @@ class _Task:
 
     frame: Frame
     work: LongWork[Said]
+    began_s: float = 0.0
+    """When its first turn began."""
+    device_s: float = 0.0
+    """How long its turns were."""
+
+    def took(self, now_s: float) -> Took:
+        """Say what it took until now."""
+        waited_s = self.began_s - self.frame.came_s
+        return Took(waited_s, now_s - self.began_s, self.device_s)
 
 
 class Worker:
@@ -164,14 +173,21 @@ class Worker:
         least_s, most_s = _TURN_S
         start_s = time.monotonic()
         self._turn_end_s = start_s + min(max(least_s, self._latest_s), most_s)
+        task.began_s = task.began_s or start_s
+        is_over = True
         if short:
             task.work.complete()
-            self._latest_s = time.monotonic() - start_s
-        elif not task.work.resume():
-            with self._changed:
-                self._long.append(task)
+        else:
+            is_over = task.work.resume()
+        now_s = time.monotonic()
+        task.device_s += now_s - start_s
+        if short:
+            self._latest_s = now_s - start_s
+        if is_over:
+            self._answer(task, task.took(now_s))
             return
-        self._answer(task)
+        with self._changed:
+            self._long.append(task)
 
     def _sort(self, frame: Frame) -> None:
         """Put a command into its lane."""
@@ -203,7 +219,7 @@ class Worker:
             return False
         return bool(self._new or self._short or self._long)
 
-    def _answer(self, task: _Task) -> None:
+    def _answer(self, task: _Task, took: Took) -> None:
         """Send how a command ended."""
         number = task.frame.number
         try:
@@ -216,12 +232,12 @@ class Worker:
         with self._changed:
             self._pending.discard(number)
             self._cancelled.discard(number)
-        self._say(number, said)
+        self._say(number, said, took)
 
-    def _say(self, number: int, said: Said) -> None:
+    def _say(self, number: int, said: Said, took: Took | None = None) -> None:
         """Send an answer; on any thread."""
         try:
-            self._connection.send(number, *said)
+            self._connection.send(number, *said, took=took)
         except OSError:
             self._end()
 

@@ -49,7 +49,7 @@ from curvd_server.system.identity import (
 )
 from curvd_server.system.logs import logger
 from curvd_server.system.quotas import COLUMNS, Quota, Quotas
-from curvd_server.system.traced import TRACED, Traces
+from curvd_server.system.traced import TRACED, Traces, together
 
 __all__ = [
     "CALLING",
@@ -90,6 +90,7 @@ __all__ = [
     "look_at_all",
     "none_while_building",
     "released",
+    "together",
     "told",
     "usable_cores",
     "waited_s",

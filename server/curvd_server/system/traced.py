@@ -7,6 +7,7 @@ and this call is one of those: then it costs that look-up, and nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -25,6 +26,33 @@ class Traces(Protocol):
             ended_s: When it ended, likewise.
             **attributes: What else is known of it.
         """
+
+
+class _Together:
+    """Tells several who trace the same thing."""
+
+    def __init__(self, each: list[Traces]) -> None:
+        self._each = each
+
+    def add(
+        self, name: str, began_s: float, ended_s: float, **attributes: str | int | float
+    ) -> None:
+        """Tell all of them; see `Traces.add`."""
+        for traced in self._each:
+            traced.add(name, began_s, ended_s, **attributes)
+
+
+def together(each: Iterable[Traces | None]) -> Traces | None:
+    """Make one of those who trace calls that something is done for at once.
+
+    Args:
+        each: Who hears of each call; None: nobody does.
+
+    Returns:
+        Who tells all of them; None if there is nobody.
+    """
+    found = [traced for traced in each if traced is not None]
+    return _Together(found) if len(found) > 1 else next(iter(found), None)
 
 
 TRACED: ContextVar[Traces | None] = ContextVar("traced", default=None)
