@@ -1,5 +1,6 @@
 """A Gaussian posterior is that of dense algebra, asked of a real server by both clients."""
 
+import fnmatch
 import importlib
 import math
 
@@ -73,6 +74,158 @@ def test_numbers_are_those_of_laplace_torch(session):
     values = session.marginal_likelihood([0.1, 2.0, 10.0]).values
     theirs = [-47.00665620223701, -34.0009129961944, -44.05280458714161]
     np.testing.assert_allclose(values, theirs, rtol=1e-9)
+
+
+LAYERS = {"1.weight": 0.5, "*.bias": 3.0, "*": 20.0}
+
+
+def elements(session, layers=LAYERS):
+    """[P] Precisions: the first glob that matches counts."""
+    found = np.empty(SIZE)
+    for p in session.layout.parameters:
+        glob = next(g for g in layers if fnmatch.fnmatchcase(p.name, g))
+        found[p.offset : p.offset + p.size] = layers[glob]
+    return found
+
+
+def ways(session):
+    """One prior, said by names and element by element."""
+    session.put("precisions", elements(session))
+    return LAYERS, "precisions", session.vectors()[-1]
+
+
+def test_a_prior_may_differ_between_parameters(session):
+    H = POINTS * dense_ggn() + np.diag(elements(session))
+    J = output_jacobian(module(), X)
+    covariance = np.einsum("tcp,pq,tdq->tcd", J, np.linalg.inv(H), J)
+    theta = nn.utils.parameters_to_vector(module().parameters()).detach().numpy()
+    alike = session.marginal_likelihood(1.0)
+    value = alike.log_likelihood - np.linalg.slogdet(H)[1] / 2
+    d = elements(session)
+    value += (np.log(d).sum() - (d * theta**2).sum()) / 2
+    for priors in ways(session):
+        found = session.predictive(X, priors=priors, tolerance=1e-10, covariance=True)
+        np.testing.assert_allclose(found.covariance, covariance, rtol=1e-8, atol=1e-11)
+        assert found.converged and found.relative_residuals.max() <= 1e-10
+        evidence = session.marginal_likelihood([priors, {"*": 1.0}])
+        np.testing.assert_allclose(
+            evidence.values, [value, alike.values[0]], rtol=1e-10
+        )
+        assert evidence.exact and evidence.products == SIZE  # once for both
+        assert evidence.best in (priors, {"*": 1.0})
+    found = session.predictive(X, priors={"*": PRIOR}, tolerance=1e-10)
+    plain = session.predictive(X, prior=PRIOR, tolerance=1e-10)
+    np.testing.assert_allclose(found.variance, plain.variance, rtol=1e-8)
+
+
+THEIRS = {
+    "variance": [
+        [0.7345434600771574, 1.1516797778525238, 1.501870514542758],
+        [0.606151509425676, 0.6588574673662098, 0.8608600491065999],
+    ],
+    "evidence": -43.53369817150867,
+    "variance of steps": [
+        [0.5313800706401552, 0.5499411152471588, 0.6100908786624699],
+        [0.4558973670794192, 0.37222033025175916, 0.45257662073137883],
+    ],
+    "evidence of steps": -37.57978478340141,
+}
+
+
+def test_numbers_of_layers_are_those_of_laplace_torch(session):
+    """Of laplace-torch 0.3 for this net: full, all weights, GGNInterface and BackPACK, with
+    a `prior_precision` for each parameter, and for each element."""
+    found = session.predictive(X[:2], priors=LAYERS, tolerance=1e-10)
+    np.testing.assert_allclose(found.variance, THEIRS["variance"], rtol=1e-6)
+    value = session.marginal_likelihood(LAYERS).values[0]
+    assert value == pytest.approx(THEIRS["evidence"], rel=1e-6)
+    steps = np.linspace(0.1, 10.0, SIZE)
+    session.put("steps", steps)
+    found = session.predictive(X[:2], priors="steps", tolerance=1e-10)
+    np.testing.assert_allclose(found.variance, THEIRS["variance of steps"], rtol=1e-6)
+    value = session.marginal_likelihood("steps").values[0]
+    assert value == pytest.approx(THEIRS["evidence of steps"], rel=1e-6)
+
+
+def test_draws_of_layers_have_the_covariance_of_a_dense_inverse(session):
+    count = 4000
+    H = POINTS * dense_ggn() + np.diag(elements(session))
+    found = session.posterior_samples(count, priors=LAYERS, seed=3, tolerance=1e-8)
+    whitened = found.samples @ np.linalg.cholesky(H)
+    covariance = whitened.T @ whitened / count
+    gap = np.abs(covariance - np.eye(SIZE))
+    assert gap.max() <= 6 * math.sqrt(2 / count)
+    assert found.converged
+    same = session.posterior_samples(3, priors={"*": PRIOR}, seed=1, tolerance=1e-10)
+    plain = session.posterior_samples(3, prior=PRIOR, seed=1, tolerance=1e-10)
+    np.testing.assert_allclose(same.samples, plain.samples, rtol=1e-6, atol=1e-9)
+
+
+def test_a_sketch_saves_products_for_layers_too(session):
+    session.sketch("top", rank=25)
+    layers = {"1.*": 1e-2, "*": 3e-2}
+    plain = session.predictive(X[:1], priors=layers, tolerance=1e-8)
+    found = session.predictive(
+        X[:1], priors=layers, tolerance=1e-8, preconditioner="top"
+    )
+    np.testing.assert_allclose(found.variance, plain.variance, rtol=1e-5)
+    assert found.products < plain.products
+
+
+def test_larger_operators_have_the_determinants_of_layers_estimated(
+    session, monkeypatch
+):
+    priors = [LAYERS, {"*": 1.0}]
+    exact = session.marginal_likelihood(priors)
+    monkeypatch.setattr(shifted_determinants, "_DENSE", 0)
+    found = session.marginal_likelihood(priors, probes=40, steps=SIZE)
+    assert not found.exact
+    gap = np.abs(found.values - exact.values)
+    assert np.all(gap <= 5 * found.standard_errors) and np.all(gap > 0)
+
+
+def test_factors_and_chosen_parameters_have_priors_of_layers(session):
+    K = session.kfac(fisher="type-2")
+    H = POINTS * (K @ np.eye(SIZE)) + np.diag(elements(session))
+    J = output_jacobian(module(), X)
+    found = K.predictive(X, priors=LAYERS, tolerance=1e-10)
+    expected = np.einsum("tcp,pq,tcq->tc", J, np.linalg.inv(H), J)
+    np.testing.assert_allclose(found.variance, expected, rtol=1e-8)
+    evidence = K.marginal_likelihood([LAYERS])
+    log = np.linalg.slogdet(H)[1]
+    assert evidence.log_determinants[0] == pytest.approx(log, rel=1e-10)
+    part = slice(session.layout.parameters[2].offset, SIZE)
+    G = session.ggn(params="3.*")
+    inverse = np.linalg.inv(
+        POINTS * dense_ggn()[part, part] + np.diag(elements(session)[part])
+    )
+    found = G.predictive(X, priors={"*.bias": 3.0, "*": 20.0}, tolerance=1e-10)
+    expected = np.einsum("tcp,pq,tcq->tc", J[..., part], inverse, J[..., part])
+    np.testing.assert_allclose(found.variance, expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda s: s.predictive(X, priors={"1.*": 1.0}), "no precision for 3.weight"),
+        (lambda s: s.predictive(X, priors={"5.*": 1.0, "*": 1}), "'5.*' matches no"),
+        (
+            lambda s: s.predictive(X, priors={"*": 0.0}),
+            r"number in \[1e-100, 1e\+100\]",
+        ),
+        (lambda s: s.predictive(X, priors=np.ones(SIZE)), "is stored first"),
+        (lambda s: s.predictive(X, priors="nothing"), "nothing"),
+        (lambda s: s.predictive(X, priors="negative"), "elements from -1 to -1"),
+        (lambda s: s.predictive(X, priors="two"), "has 2 columns"),
+        (lambda s: s.marginal_likelihood(["two"]), "has 2 columns"),
+        (lambda s: s.posterior_samples(1, priors={"*": "a"}), "got 'a' for '1.weight'"),
+    ],
+)
+def test_priors_that_do_not_fit_are_refused(session, ask, message):
+    session.put("negative", -np.ones(SIZE))
+    session.put("two", np.ones((SIZE, 2)))
+    with pytest.raises(curvd.CurvdError, match=message):
+        ask(session)
 
 
 def test_chosen_parameters_have_a_posterior_of_their_own(session):

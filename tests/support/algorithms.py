@@ -29,6 +29,7 @@ KNOWN = LowRank(
     torch.linalg.eigh(A)[1][:, -5:].T.flip(0).contiguous(),
     torch.linalg.eigvalsh(A)[-5:].flip(0).numpy(),
 )
+WEIGHTS = 1 + normal(2, P, seed=7).square()
 LOOSE = Target(relative=0.2, samples=24)
 QUERIES = {
     "eigsh": ("eigsh", {"k": 6, "tolerance": 1e-8}),
@@ -83,6 +84,28 @@ QUERIES = {
     "determinants of a small map": (
         "shifted_determinants",
         {"dampings": (0.1, 1.0), "samples": 64, "steps": 9, "seed": 0, "block": 64},
+    ),
+    "determinants of weights": (
+        "weighted_determinants",
+        {
+            "weights": WEIGHTS,
+            "damping": 0.1,
+            "samples": 4,
+            "steps": 9,
+            "seed": 0,
+            "block": 2,
+        },
+    ),
+    "determinants of weights of a small map": (
+        "weighted_determinants",
+        {
+            "weights": WEIGHTS,
+            "damping": 0.1,
+            "samples": 64,
+            "steps": 9,
+            "seed": 0,
+            "block": 64,
+        },
     ),
     "trace of a small map": ("trace", {"target": Target(samples=2000)}),
     "diagonal of a small map": ("diagonal", {"target": Target(samples=2000)}),

@@ -629,8 +629,16 @@ class InfluenceSummary(_message.Message):
     data_points: int
     def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., residuals: _Optional[_Iterable[float]] = ..., relative_residuals: _Optional[_Iterable[float]] = ..., self_influence: _Optional[_Iterable[float]] = ..., column_stops: _Optional[_Iterable[_Union[Stop, str]]] = ..., normaliser: _Optional[float] = ..., data_points: _Optional[int] = ...) -> None: ...
 
+class ParameterPriors(_message.Message):
+    __slots__ = ("by_parameter", "stored")
+    BY_PARAMETER_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    by_parameter: _containers.RepeatedScalarFieldContainer[float]
+    stored: str
+    def __init__(self, by_parameter: _Optional[_Iterable[float]] = ..., stored: _Optional[str] = ...) -> None: ...
+
 class PredictiveHeader(_message.Message):
-    __slots__ = ("query", "prior", "noise", "covariance", "tolerance", "preconditioner", "block")
+    __slots__ = ("query", "prior", "noise", "covariance", "tolerance", "preconditioner", "block", "priors")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     PRIOR_FIELD_NUMBER: _ClassVar[int]
     NOISE_FIELD_NUMBER: _ClassVar[int]
@@ -638,6 +646,7 @@ class PredictiveHeader(_message.Message):
     TOLERANCE_FIELD_NUMBER: _ClassVar[int]
     PRECONDITIONER_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
+    PRIORS_FIELD_NUMBER: _ClassVar[int]
     query: Query
     prior: float
     noise: float
@@ -645,7 +654,8 @@ class PredictiveHeader(_message.Message):
     tolerance: float
     preconditioner: str
     block: int
-    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., prior: _Optional[float] = ..., noise: _Optional[float] = ..., covariance: bool = ..., tolerance: _Optional[float] = ..., preconditioner: _Optional[str] = ..., block: _Optional[int] = ...) -> None: ...
+    priors: ParameterPriors
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., prior: _Optional[float] = ..., noise: _Optional[float] = ..., covariance: bool = ..., tolerance: _Optional[float] = ..., preconditioner: _Optional[str] = ..., block: _Optional[int] = ..., priors: _Optional[_Union[ParameterPriors, _Mapping]] = ...) -> None: ...
 
 class PredictiveRequest(_message.Message):
     __slots__ = ("header", "chunk")
@@ -678,7 +688,7 @@ class PredictiveSummary(_message.Message):
     def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., relative_residuals: _Optional[_Iterable[float]] = ..., scale: _Optional[float] = ...) -> None: ...
 
 class PosteriorSamplesRequest(_message.Message):
-    __slots__ = ("query", "k", "prior", "noise", "seed", "tolerance", "preconditioner", "store_as")
+    __slots__ = ("query", "k", "prior", "noise", "seed", "tolerance", "preconditioner", "store_as", "priors")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     PRIOR_FIELD_NUMBER: _ClassVar[int]
@@ -687,6 +697,7 @@ class PosteriorSamplesRequest(_message.Message):
     TOLERANCE_FIELD_NUMBER: _ClassVar[int]
     PRECONDITIONER_FIELD_NUMBER: _ClassVar[int]
     STORE_AS_FIELD_NUMBER: _ClassVar[int]
+    PRIORS_FIELD_NUMBER: _ClassVar[int]
     query: Query
     k: int
     prior: float
@@ -695,7 +706,8 @@ class PosteriorSamplesRequest(_message.Message):
     tolerance: float
     preconditioner: str
     store_as: str
-    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., k: _Optional[int] = ..., prior: _Optional[float] = ..., noise: _Optional[float] = ..., seed: _Optional[int] = ..., tolerance: _Optional[float] = ..., preconditioner: _Optional[str] = ..., store_as: _Optional[str] = ...) -> None: ...
+    priors: ParameterPriors
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., k: _Optional[int] = ..., prior: _Optional[float] = ..., noise: _Optional[float] = ..., seed: _Optional[int] = ..., tolerance: _Optional[float] = ..., preconditioner: _Optional[str] = ..., store_as: _Optional[str] = ..., priors: _Optional[_Union[ParameterPriors, _Mapping]] = ...) -> None: ...
 
 class PosteriorSamplesResponse(_message.Message):
     __slots__ = ("header", "chunk", "summary", "progress")
@@ -720,20 +732,22 @@ class PosteriorSamplesSummary(_message.Message):
     def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., relative_residuals: _Optional[_Iterable[float]] = ..., scale: _Optional[float] = ...) -> None: ...
 
 class MarginalLikelihoodRequest(_message.Message):
-    __slots__ = ("query", "priors", "noise", "steps", "probes", "seed")
+    __slots__ = ("query", "priors", "noise", "steps", "probes", "seed", "parameter_priors")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     PRIORS_FIELD_NUMBER: _ClassVar[int]
     NOISE_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     PROBES_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_PRIORS_FIELD_NUMBER: _ClassVar[int]
     query: Query
     priors: _containers.RepeatedScalarFieldContainer[float]
     noise: float
     steps: int
     probes: int
     seed: int
-    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., priors: _Optional[_Iterable[float]] = ..., noise: _Optional[float] = ..., steps: _Optional[int] = ..., probes: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+    parameter_priors: _containers.RepeatedCompositeFieldContainer[ParameterPriors]
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., priors: _Optional[_Iterable[float]] = ..., noise: _Optional[float] = ..., steps: _Optional[int] = ..., probes: _Optional[int] = ..., seed: _Optional[int] = ..., parameter_priors: _Optional[_Iterable[_Union[ParameterPriors, _Mapping]]] = ...) -> None: ...
 
 class MarginalLikelihoodResponse(_message.Message):
     __slots__ = ("header", "summary", "progress")

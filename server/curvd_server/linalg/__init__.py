@@ -29,6 +29,7 @@ from curvd_server.linalg.shifted import joined, solve_dampings
 from curvd_server.linalg.shifted_determinants import (
     ShiftedDeterminants,
     shifted_determinants,
+    weighted_determinants,
 )
 from curvd_server.linalg.space import Group, Space
 from curvd_server.linalg.traces import trace
@@ -68,4 +69,5 @@ __all__ = [
     "solve_dampings",
     "spectral_density",
     "trace",
+    "weighted_determinants",
 ]

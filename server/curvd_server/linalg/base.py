@@ -123,6 +123,26 @@ class Products:
         _, *names = given
         return self._runner(self, algorithm, {name: given[name] for name in names})
 
+    def congruent(self, weights: Tensor) -> Products:
+        """Make ``D A D`` of a map A, with D the diagonal matrix of some weights.
+
+        Args:
+            weights: [own].
+
+        Returns:
+            The map; what it multiplies counts as products of this one.
+        """
+        return Products(
+            lambda V: self(V * weights) * weights,
+            size=self.size,
+            dtype=self.dtype,
+            device=self.device,
+            limit=None if self.limit is None else max(0, self.limit - self.done),
+            expired=self.expired,
+            space=self.space,
+            runner=self._runner,
+        )
+
     def __call__(self, V: Tensor) -> Tensor:
         """Multiply and count.
 

@@ -31,6 +31,27 @@ class LowRank:
         """Number of vectors, r."""
         return len(self.vectors)
 
+    def congruent(self, weights: Tensor, space: Space) -> LowRank:
+        """Make ``D U' diag(values) U D``, with D the diagonal matrix of some weights.
+
+        Args:
+            weights: [P].
+            space: Where the vectors live.
+
+        Returns:
+            The same approximation of ``D A D``, from the values that are positive.
+        """
+        values = torch.from_numpy(self.values).to(self.vectors.device)
+        used = values > 0
+        roots = values[used].sqrt()[:, None].to(self.vectors.dtype)
+        W = roots * self.vectors[used] * weights
+        gram = space.cross(W, W)
+        found, turn = torch.linalg.eigh((gram + gram.T) / 2)
+        unseen = torch.finfo(W.dtype).eps * len(W) * found.amax() if len(W) else 0.0
+        used = found > unseen
+        change = (turn[:, used] / found[used].sqrt()).T
+        return LowRank(space.combine(change, W), found[used].cpu().numpy())
+
     def at(self, damping: float, space: Space) -> Preconditioner:
         """Make the preconditioner of ``A + damping * I``.
 

@@ -18,7 +18,10 @@ from curvd_server.linalg.log_determinants import logdet
 from curvd_server.linalg.norm import frobenius_norm
 from curvd_server.linalg.nystrom import nystrom
 from curvd_server.linalg.shifted import solve_dampings
-from curvd_server.linalg.shifted_determinants import shifted_determinants
+from curvd_server.linalg.shifted_determinants import (
+    shifted_determinants,
+    weighted_determinants,
+)
 from curvd_server.linalg.traces import trace
 
 ALGORITHMS: Mapping[str, Callable[..., Query[Any]]] = {
@@ -34,6 +37,7 @@ ALGORITHMS: Mapping[str, Callable[..., Query[Any]]] = {
         solve_dampings,
         spectral_density,
         trace,
+        weighted_determinants,
     )
 }
 """What `Products.begin` may begin where vectors are in parts, in another process."""

@@ -100,6 +100,81 @@ def shifted_determinants(
     return _of_quadratures(found, dampings, size, products.done, stopped)
 
 
+def weighted_determinants(
+    products: Products,
+    weights: Tensor,
+    damping: float,
+    *,
+    samples: int,
+    steps: int,
+    seed: int,
+    block: int,
+) -> Query[ShiftedDeterminants]:
+    """Compute ``log det(D A D + damping * I)`` for several diagonal matrices D.
+
+    Small maps are multiplied with every unit vector, once for all; of others every D has a
+    Krylov space of its own.
+
+    Args:
+        products: The map A, positive semi-definite.
+        weights: [n, own] The diagonals.
+        damping: Added to every eigenvalue.
+        samples: Probes for each.
+        steps: Lanczos steps per probe.
+        seed: The seed of the probes.
+        block: Columns that go together.
+
+    Yields:
+        Progress.
+
+    Returns:
+        The logarithms.
+    """
+    size, space = products.size, products.space
+    if is_dense(size, samples, steps) and products.allowed(size) == size:
+        A = yield from matrix(products, block)
+        if A is not None:
+            A = space.joined(A).double()
+            whole = space.joined(weights).double()
+            values = [_log_of_dense(A, w, damping) for w in whole]
+            return ShiftedDeterminants(
+                values=tuple(values),
+                standard_errors=(0.0,) * len(values),
+                exact=True,
+                products=products.done,
+                stopped=Stop.NEGATIVE_CURVATURE
+                if any(map(math.isnan, values))
+                else Stop.CONVERGED,
+            )
+    found = []
+    for w in weights:
+        one = yield from shifted_determinants(
+            products.congruent(w),
+            [damping],
+            samples=samples,
+            steps=steps,
+            seed=seed,
+            block=block,
+        )
+        found.append(one)
+    severity = list(Stop)
+    return ShiftedDeterminants(
+        values=tuple(one.values[0] for one in found),
+        standard_errors=tuple(one.standard_errors[0] for one in found),
+        exact=all(one.exact for one in found),
+        products=products.done,
+        stopped=max((one.stopped for one in found), key=severity.index),
+    )
+
+
+def _log_of_dense(A: Tensor, weights: Tensor, damping: float) -> float:
+    """Compute ``log det(D A D + damping * I)``; NaN if that is not positive definite."""
+    M = weights[:, None] * (A + A.T) / 2 * weights
+    M.diagonal().add_(damping)
+    triangle, failed = torch.linalg.cholesky_ex(M)
+    return math.nan if failed else 2 * float(triangle.diagonal().log().sum())
+
+
 def _of_eigenvalues(
     eigenvalues: Tensor, dampings: Sequence[float], products: int
 ) -> ShiftedDeterminants:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from curvd.contract import (
     Distribution,
     MarginalLikelihoodOptions,
     OperatorKind,
-    OperatorSpec,
     PosteriorSamplesOptions,
     PredictiveOptions,
     Stop,
@@ -25,7 +23,6 @@ from curvd.v1 import query_service_pb2 as query_pb
 from curvd_server.engine.data_points import Points
 from curvd_server.engine.data_points.jacobian_products import together
 from curvd_server.engine.data_points.laplace import (
-    Likelihood,
     likelihood_of,
     log_likelihood,
     noise_of,
@@ -34,14 +31,23 @@ from curvd_server.engine.data_points.laplace import (
 from curvd_server.engine.data_points.output_rows import OutputRows
 from curvd_server.engine.objective import Problem, on_inputs
 from curvd_server.linalg import (
-    LowRank,
+    Query,
     ShiftedDeterminants,
-    SolveResult,
     probes,
     shifted_determinants,
-    solve,
+    weighted_determinants,
 )
 from curvd_server.service.given_points import named_as, received
+from curvd_server.service.posterior import (
+    Prior,
+    check_likelihood,
+    check_plain,
+    check_prior,
+    check_scaled,
+    posterior_of,
+    prior_of,
+    refuse_indefinite,
+)
 from curvd_server.service.query_call import QueryCall, to_numpy
 from curvd_server.service.streams import Chunks
 
@@ -49,81 +55,25 @@ _OF_SYSTEM = 15
 """Vectors that are held of a system: 11 of block CG, right-hand side, solution, copies."""
 
 
-@dataclass
-class _Posterior:
-    """A Gaussian of precision ``scale A + prior I``, and its systems."""
-
-    call: QueryCall
-    points: Points
-    problem: Problem
-    """As a function of the operator's parameters."""
-    likelihood: Likelihood
-    prior: float
-    tolerance: float
-    known: LowRank | None
-    stops: list[Stop] = field(default_factory=list)
-    stopped: Stop | None = None
-    """Why no more systems are begun."""
-
-    async def solve(self, B: Tensor) -> tuple[Tensor, Sequence[float]]:
-        """Solve a block: the solutions [k, P], and their relative residuals."""
-        scale = self.likelihood.scale
-        result: SolveResult = await self.call.drive(
-            self.call.products.begin(
-                solve,
-                B / scale,
-                damping=self.prior / scale,
-                tolerance=self.tolerance,
-                preconditioner=self.known,
-            )
-        )
-        self.stops += result.column_stops
-        if result.stopped in (Stop.PRODUCTS, Stop.TIME):
-            self.stopped = result.stopped
-        return result.solution, result.relative_residuals
-
-    def cost(self) -> query_pb.QuerySummary:
-        """Say what it took, and the worst of why systems ended."""
-        severity = list(Stop)
-        worst = max(self.stops, key=severity.index, default=Stop.CONVERGED)
-        if self.stopped is not None:
-            worst = max(worst, self.stopped, key=severity.index)
-        return self.call.summary(worst)
-
-
-def _posterior(
-    call: QueryCall, options: PredictiveOptions | PosteriorSamplesOptions
-) -> _Posterior:
-    assert call.spec is not None
-    _check_scaled(call.spec)
-    points = call.points_beside()
-    name: Any = options.preconditioner
-    return _Posterior(
-        call=call,
-        points=points,
-        problem=points.problem.restricted(call.spec),
-        likelihood=likelihood_of(points.problem, options.noise),
-        prior=options.prior,
-        tolerance=options.tolerance,
-        known=call.known(name) if name else None,
-    )
-
-
 async def predictive(
-    call: QueryCall, options: PredictiveOptions, chunks: Chunks
+    call: QueryCall,
+    header: query_pb.PredictiveHeader,
+    options: PredictiveOptions,
+    chunks: Chunks,
 ) -> None:
     """Compute variances of linearised outputs at inputs that are given.
 
     Args:
         call: The call, about an operator.
-        options: Which posterior.
+        header: Which posterior.
+        options: The options in it.
         chunks: The inputs.
 
     Raises:
         InvalidSpec: If the loss is no likelihood, or inputs do not fit the dataset.
         InvalidVector: If there are none, or one is not finite.
     """
-    posterior = _posterior(call, options)
+    posterior = posterior_of(call, options, header)
     problem = posterior.problem
     tensors = await received(call, chunks)
     if not tensors:
@@ -223,21 +173,26 @@ class _Table:
         return {"mean": self._mean.astype(dtype), name: self._variance.astype(dtype)}
 
 
-async def samples(call: QueryCall, options: PosteriorSamplesOptions) -> None:
+async def samples(
+    call: QueryCall,
+    request: query_pb.PosteriorSamplesRequest,
+    options: PosteriorSamplesOptions,
+) -> None:
     """Draw from the posterior, exactly but for the residuals.
 
     Args:
         call: The call, about a GGN.
-        options: Which posterior, and how many draws.
+        request: Which posterior.
+        options: The options in it, and how many draws.
 
     Raises:
         InvalidSpec: If the operator is another, the loss has no root by formula, or the
             objective has a weight decay.
         LimitExceeded: If there is no room for the draws.
     """
-    _check_plain(call.spec)
-    posterior = _posterior(call, options)
-    _check_prior(posterior.problem)
+    check_plain(call.spec)
+    posterior = posterior_of(call, options, request)
+    check_prior(posterior.problem)
     if options.store:
         call.lease.vectors.check_room(options.store, call.vectors_bytes(options.k))
     call.reserve(_OF_SYSTEM * options.k + 2 * together(call))
@@ -260,7 +215,9 @@ async def samples(call: QueryCall, options: PosteriorSamplesOptions) -> None:
         dtype=call.products.dtype,
         device=call.products.device,
     )
-    B = noise.mul_(math.sqrt(scale)).add_(own, alpha=math.sqrt(options.prior))
+    deviations = posterior.prior.deviations(own)
+    own = own * options.prior**0.5 if deviations is None else own / deviations
+    B = noise.mul_(math.sqrt(scale)).add_(own)
     X, residuals = await posterior.solve(B)
     cost = posterior.cost()
     if options.store:
@@ -274,119 +231,51 @@ async def samples(call: QueryCall, options: PosteriorSamplesOptions) -> None:
     )
 
 
-def _check_plain(spec: OperatorSpec | None) -> None:
-    """Refuse operators whose root is not known."""
-    assert spec is not None
-    plain = OperatorSpec(kind=OperatorKind.GGN, parameters=spec.parameters)
-    if spec != plain:
-        msg = (
-            f"draws are from the posterior of the exact ggn, without blocks, scale, damping "
-            f"and mc_samples, got {spec.kind} with scale {spec.scale} and damping "
-            f"{spec.damping}: say prior instead of damping"
-        )
-        raise InvalidSpec(msg, operator=spec.kind)
-
-
-def _check_scaled(spec: OperatorSpec) -> None:
-    """Refuse operators that are not divided as the loss is: its scale is not theirs."""
-    if spec.kind is OperatorKind.JACOBIAN_GRAM:
-        msg = (
-            "the curvature of a posterior is that of the loss, got jacobian_gram, which is "
-            "of no loss: ask the ggn, which is the same but for its scale where the loss "
-            "is mse"
-        )
-        raise InvalidSpec(msg, operator=spec.kind)
-
-
-def _check_likelihood(spec: OperatorSpec) -> None:
-    """Refuse operators whose determinant is not that of the likelihood and the prior."""
-    if spec.damping or spec.scale != 1.0:
-        msg = (
-            f"a marginal likelihood is of the loss and one prior, got an operator with "
-            f"scale {spec.scale} and damping {spec.damping}: leave them out, and say prior "
-            "instead of damping"
-        )
-        raise InvalidSpec(msg, scale=spec.scale, damping=spec.damping)
-
-
-def _check_prior(problem: Problem) -> None:
-    """Refuse a weight decay, which would be a second prior that draws and values lack."""
-    largest = max(problem.decay.coefficients, default=0.0)
-    if largest:
-        msg = (
-            f"the objective has a weight_decay of up to {largest}, a prior of its own, "
-            "beside the one of the call: make the session without weight_decay, and add "
-            f"scale * weight_decay to the prior (here {largest} times what a predictive "
-            "calls its scale)"
-        )
-        raise InvalidSpec(msg, weight_decay=largest)
-
-
-def _refuse_indefinite(
-    spec: OperatorSpec, found: ShiftedDeterminants, priors: Sequence[float]
-) -> None:
-    """Refuse priors at which there is no posterior, with what to use instead."""
-    pairs = zip(priors, found.values, strict=True)
-    wrong = [prior for prior, value in pairs if math.isnan(value)]
-    instead = ""
-    if spec.kind is OperatorKind.HESSIAN:
-        instead = "ask the ggn, which has no negative curvature, or "
-    msg = (
-        f"the precision scale * {spec.kind} + prior * I is not positive definite at a prior "
-        f"of {', '.join(f'{prior:g}' for prior in wrong[:3])}, so there is no Gaussian of "
-        f"it: {instead}take larger priors"
-    )
-    raise InvalidSpec(msg, operator=spec.kind, prior=wrong[0] if wrong else priors[0])
-
-
 async def marginal_likelihood(
-    call: QueryCall, options: MarginalLikelihoodOptions, priors: Sequence[float]
+    call: QueryCall,
+    request: query_pb.MarginalLikelihoodRequest,
+    options: MarginalLikelihoodOptions,
 ) -> None:
     """Compute Laplace's marginal likelihood for several priors.
 
     Args:
         call: The call, about an operator.
+        request: The priors, D.
         options: How determinants are computed.
-        priors: Precisions, D.
 
     Raises:
         InvalidSpec: If the loss is no likelihood, or the operator or the objective has a
             scale, a damping or a weight decay, or there is no posterior.
+        InvalidVector: If what is stored is no vector of precisions.
     """
     assert call.spec is not None
-    _check_scaled(call.spec)
+    check_scaled(call.spec)
     points = call.points_beside()
     problem = points.problem.restricted(call.spec)
-    _check_likelihood(call.spec)
+    check_likelihood(call.spec)
     if call.spec.kind in (OperatorKind.HESSIAN, OperatorKind.GGN):
-        _check_prior(problem)  # Fishers have no share of the weight decay
+        check_prior(problem)  # Fishers have no share of the weight decay
     likelihood = likelihood_of(points.problem, options.noise)
     scale, size = likelihood.scale, call.products.size
-    steps = min(options.steps, size)
-    block = call.krylov_block(steps, options.probes)
-    call.reserve(max(block * (steps + 3), 2 * size if size <= 4096 else 0))
-    found: ShiftedDeterminants = await call.drive(
-        call.products.begin(
-            shifted_determinants,
-            [prior / scale for prior in priors],
-            samples=options.probes,
-            steps=steps,
-            seed=options.seed,
-            block=block,
-        )
-    )
+    priors = _priors(call, problem, request)
+    found = await call.drive(_determinants(call, priors, scale, options))
     if found.stopped is Stop.NEGATIVE_CURVATURE:
-        _refuse_indefinite(call.spec, found, priors)
+        refuse_indefinite(call.spec, found, priors)
     own, _ = await call.drive(log_likelihood(points, likelihood, together(call)))
     squared = sum(float(p.double().square().sum()) for p in problem.parameters)
-    logs = [value + size * math.log(scale) for value in found.values]
-    pairs = list(zip(logs, priors, strict=True))
+    # What was found is of `A + prior / scale`, or of `D A D + I / scale`.
+    logs = [
+        value
+        + size * math.log(scale)
+        + (prior.log_determinant(size) if isinstance(prior.precision, Tensor) else 0)
+        for prior, value in zip(priors, found.values, strict=True)
+    ]
     await call.finish(
         query_pb.MarginalLikelihoodSummary(
             query=call.summary(found.stopped),
             values=[
-                own - (log - size * math.log(prior) + prior * squared) / 2
-                for log, prior in pairs
+                own - (log - prior.log_determinant(size) + prior.square_of(problem)) / 2
+                for prior, log in zip(priors, logs, strict=True)
             ],
             standard_errors=[error / 2 for error in found.standard_errors],
             log_determinants=logs,
@@ -396,3 +285,46 @@ async def marginal_likelihood(
             exact=found.exact,
         )
     )
+
+
+def _priors(
+    call: QueryCall, problem: Problem, request: query_pb.MarginalLikelihoodRequest
+) -> list[Prior]:
+    """Read the priors of a request: numbers, or those that differ."""
+    if not request.parameter_priors:
+        return [Prior(prior) for prior in request.priors or (1.0,)]
+    if request.priors:
+        msg = (
+            f"priors are numbers or parameter_priors, not both; got {len(request.priors)} "
+            f"and {len(request.parameter_priors)}: write numbers as parameter_priors, too"
+        )
+        raise InvalidSpec(msg, priors=len(request.priors))
+    return [prior_of(call, problem, 1.0, one) for one in request.parameter_priors]
+
+
+def _determinants(
+    call: QueryCall,
+    priors: Sequence[Prior],
+    scale: float,
+    options: MarginalLikelihoodOptions,
+) -> Query[ShiftedDeterminants]:
+    """Begin what computes the determinants of posteriors, but for those of their priors."""
+    products, size = call.products, call.products.size
+    steps = min(options.steps, size)
+    block = call.krylov_block(steps, options.probes)
+    call.reserve(max(block * (steps + 3), 2 * size if size <= 4096 else 0))
+    how = {
+        "samples": options.probes,
+        "steps": steps,
+        "seed": options.seed,
+        "block": block,
+    }
+    numbers = [p.precision for p in priors if not isinstance(p.precision, Tensor)]
+    if numbers:
+        dampings = [number / scale for number in numbers]
+        return products.begin(shifted_determinants, dampings, **how)
+    call.reserve(len(priors))
+    like = torch.empty(0, dtype=products.dtype, device=products.device)
+    deviations = [prior.deviations(like) for prior in priors]
+    weights = torch.stack([d for d in deviations if d is not None])
+    return products.begin(weighted_determinants, weights, 1 / scale, **how)

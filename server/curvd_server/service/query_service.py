@@ -241,7 +241,7 @@ class QueryService:
         header, chunks = await opened(requests)
         options = query_messages.read(PredictiveOptions, header)
         async with self._open("Predictive", header.query, options, send) as call:
-            await laplace.predictive(call, options, chunks)
+            await laplace.predictive(call, header, options, chunks)
 
     async def posterior_samples(
         self, request: query_pb.PosteriorSamplesRequest, send: Send
@@ -249,7 +249,7 @@ class QueryService:
         """Draw from a posterior."""
         options = query_messages.read(PosteriorSamplesOptions, request)
         async with self._open("PosteriorSamples", request.query, options, send) as call:
-            await laplace.samples(call, options)
+            await laplace.samples(call, request, options)
 
     async def marginal_likelihood(
         self, request: query_pb.MarginalLikelihoodRequest, send: Send
@@ -259,7 +259,7 @@ class QueryService:
         async with self._open(
             "MarginalLikelihood", request.query, options, send
         ) as call:
-            await laplace.marginal_likelihood(call, options, request.priors or [1.0])
+            await laplace.marginal_likelihood(call, request, options)
 
     async def _answer(
         self, rpc: str, definition: Definition[Any, Any, Any], request: Any, send: Send

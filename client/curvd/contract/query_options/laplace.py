@@ -16,6 +16,13 @@ _LEAST_SCALE = 1e-100
 """Of what is squared and divided by; the largest is its inverse."""
 
 
+_PRIORS = (
+    "Precisions that are not all the same, in place of `prior`: by globs over names, of "
+    'which the first that matches counts (``{"*.bias": 1.0, "*": 10.0}``), or what the '
+    "session stores, [P]. Residuals are then in units of the priors."
+)
+
+
 def _prior() -> Any:
     return setting(
         1.0,
@@ -45,6 +52,7 @@ class PredictiveOptions(QueryOptions):
     """Which posterior predictions have, and how exactly."""
 
     prior: float = _prior()
+    priors: Any = setting(None, _PRIORS, wire="")
     noise: float = _noise()
     covariance: bool = setting(
         False, "Whether to fetch the covariance of each input's outputs, [T, C, C]."
@@ -67,6 +75,7 @@ class PosteriorSamplesOptions(QueryOptions):
     k: int = setting(1, "How many.", least=1, most=10_000, unset=1)
     _: KW_ONLY
     prior: float = _prior()
+    priors: Any = setting(None, _PRIORS, wire="")
     noise: float = _noise()
     seed: int = seed_setting("Of the draws.")
     tolerance: float = _tolerance()

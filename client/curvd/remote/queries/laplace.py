@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,17 +16,21 @@ from curvd.contract import (
     PosteriorSamplesOptions,
     PredictiveOptions,
     StoredVector,
+    select,
 )
 from curvd.errors import InvalidSpec
 from curvd.remote.asking import asks, asks_about
 from curvd.remote.queries.base import Floats, Result, check_name, drawn_on
 from curvd.remote.queries.influence import array_of, length_of
+from curvd.v1 import query_service_pb2 as query_pb
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["LaplaceQueries", "MarginalLikelihood", "PosteriorSamples", "Predictive"]
 
+_LEAST = 1e-100
+"""Precision of a prior; the largest is its inverse."""
 _MOST_BYTES = 1 << 40
 """Of moments of outputs, whose number only the server knows."""
 
@@ -175,10 +180,11 @@ class PosteriorSamples(Result):
 class MarginalLikelihood(Result):
     """Laplace's approximation of log marginal likelihoods, prior by prior."""
 
-    priors: Floats
-    """[D] Precisions."""
+    priors: Floats | tuple[Any, ...]
+    """[D] Precisions; as they were given, where they differ between parameters."""
     values: Floats
-    """[D] ``log_likelihood - (log_determinants - P log prior + prior |θ|^2) / 2``."""
+    """[D] ``log_likelihood - (log_determinants - P log prior + prior |θ|^2) / 2``, or the
+    sums over parameters."""
     standard_errors: Floats
     """[D] Of the estimate of the determinants; 0 where all eigenvalues are known."""
     log_determinants: Floats
@@ -192,16 +198,18 @@ class MarginalLikelihood(Result):
     """Whether all eigenvalues are known."""
 
     @property
-    def best(self) -> float:
-        """The prior with the largest value."""
-        return float(self.priors[np.nanargmax(self.values)])
+    def best(self) -> Any:
+        """The prior with the largest value, a number unless it was given otherwise."""
+        found = self.priors[int(np.nanargmax(self.values))]
+        return found if isinstance(self.priors, tuple) else float(found)
 
     def lines(self) -> Iterator[str]:
         """Say the value of each prior."""
         for prior, value, error in zip(
             self.priors, self.values, self.standard_errors, strict=True
         ):
-            yield f"{value:.6e} ± {error:.1e} at a prior precision of {prior:g}"
+            said = prior if isinstance(self.priors, tuple) else f"{prior:g}"
+            yield f"{value:.6e} ± {error:.1e} at a prior precision of {said}"
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw the values over the priors.
@@ -213,20 +221,24 @@ class MarginalLikelihood(Result):
             The axes.
         """
         axes = drawn_on(axes)
-        order = np.argsort(self.priors)
+        count = len(self.priors)
+        along = np.arange(count) if isinstance(self.priors, tuple) else self.priors
+        order = np.argsort(along)
         axes.errorbar(
-            self.priors[order],
+            along[order],
             self.values[order],
             self.standard_errors[order],
             fmt="o-",
             label="log marginal likelihood",
         )
         axes.set(
-            xlabel="prior precision",
             ylabel="log marginal likelihood",
-            xscale="log",
-            title=f"{len(order)} priors, version {self.version}",
+            title=f"{count} priors, version {self.version}",
         )
+        if along is self.priors:
+            axes.set(xlabel="prior precision", xscale="log")
+        else:
+            axes.set(xlabel="prior, as they were given")
         axes.legend()
         return axes
 
@@ -266,6 +278,7 @@ class LaplaceQueries:
             parts = inputs if isinstance(inputs, tuple) else (inputs,)
             arrays = {str(i): array_of(v, i) for i, v in enumerate(parts)}
         length_of(arrays)
+        priors = self._priors_of(options.priors)
 
         def read(answer: Answer) -> Predictive:
             mean, covariance = answer.arrays["mean"], answer.arrays.get("covariance")
@@ -281,7 +294,12 @@ class LaplaceQueries:
             )
 
         return self._queries.call(
-            "Predictive", options, read, arrays=arrays, max_bytes=_MOST_BYTES
+            "Predictive",
+            options,
+            read,
+            arrays=arrays,
+            max_bytes=_MOST_BYTES,
+            priors=priors,
         )
 
     @asks(PosteriorSamplesOptions)
@@ -316,7 +334,10 @@ class LaplaceQueries:
             return answer.result(PosteriorSamples, samples=found, stored=stored)
 
         nbytes = options.k * queries.column_bytes
-        return queries.call("PosteriorSamples", options, read, max_bytes=nbytes)
+        priors = self._priors_of(options.priors)
+        return queries.call(
+            "PosteriorSamples", options, read, max_bytes=nbytes, priors=priors
+        )
 
     @asks_about(MarginalLikelihoodOptions)
     def marginal_likelihood(  # noqa: D417 - options say themselves what they are
@@ -328,7 +349,8 @@ class LaplaceQueries:
         large ones a Lanczos run from each probe.
 
         Args:
-            priors: Precisions, positive: a number, or several.
+            priors: Precisions, positive: a number, or several; or several that differ between
+                parameters, each as `priors` of `predictive` takes them.
 
         Returns:
             The values, and their parts.
@@ -337,15 +359,79 @@ class LaplaceQueries:
             >>> found = session.marginal_likelihood([0.1, 1.0, 10.0])
             >>> found.values.shape, found.exact, found.best in found.priors
             ((3,), True, True)
+            >>> layers = [{"1.*": 1.0, "*": p} for p in (0.1, 10.0)]
+            >>> session.marginal_likelihood(layers).best in layers
+            True
         """
+        if _differ(priors):
+            several = priors if isinstance(priors, list | tuple) else [priors]
+            return self._evidence(
+                options,
+                tuple(several),
+                parameter_priors=[self._priors_of(one) for one in several],
+            )
         wanted = np.atleast_1d(np.asarray(priors, dtype=np.float64))
         if wanted.ndim != 1 or not len(wanted) or not np.all(wanted > 0):
             msg = f"priors must be positive numbers, at least one, got {priors!r:.80}"
             raise InvalidSpec(msg, priors=str(priors)[:80])
 
-        def read(answer: Answer) -> MarginalLikelihood:
-            return answer.result(MarginalLikelihood, priors=wanted)
+        return self._evidence(options, wanted, priors=wanted.tolist())
 
-        return self._queries.call(
-            "MarginalLikelihood", options, read, priors=wanted.tolist()
-        )
+    def _evidence(
+        self, options: MarginalLikelihoodOptions, said: Any, **priors: Any
+    ) -> QueryCall[MarginalLikelihood]:
+        """Make the call; `said` is what the result says of its priors."""
+
+        def read(answer: Answer) -> MarginalLikelihood:
+            return answer.result(MarginalLikelihood, priors=said)
+
+        return self._queries.call("MarginalLikelihood", options, read, **priors)
+
+    def _priors_of(self, given: Any) -> query_pb.ParameterPriors | None:
+        """Write precisions that differ between parameters.
+
+        Args:
+            given: By globs over names, or what the session stores; None: they do not.
+
+        Returns:
+            What travels.
+
+        Raises:
+            InvalidSpec: If a parameter has none, a glob matches nothing, or a precision is
+                out of its range.
+        """
+        if given is None:
+            return None
+        if isinstance(given, str | StoredVector):
+            name = given if isinstance(given, str) else given.name
+            check_name(name)
+            return query_pb.ParameterPriors(stored=name)
+        names = self._queries.session.layout.names
+        if not isinstance(given, Mapping):
+            given = {"*": given}
+        found: dict[str, float] = {}
+        for glob, value in given.items():
+            matched = select(names, [str(glob)], aliases={}, what="priors")
+            found |= dict.fromkeys([n for n in matched if n not in found], value)
+        if missing := [name for name in names if name not in found]:
+            msg = (
+                f"priors have no precision for {', '.join(missing[:3])}: add a glob that "
+                'matches, such as "*" as the last'
+            )
+            raise InvalidSpec(msg, parameter=missing[0])
+        for name, value in found.items():
+            if not isinstance(value, Real) or not _LEAST <= value <= 1 / _LEAST:
+                msg = (
+                    f"the precision of a prior is a number in [{_LEAST:g}, {1 / _LEAST:g}], "
+                    f"got {value!r:.80} for {name!r}; a vector [P] is stored first "
+                    "(session.put), and named"
+                )
+                raise InvalidSpec(msg, parameter=name)
+        by_parameter = [float(found[name]) for name in names]
+        return query_pb.ParameterPriors(by_parameter=by_parameter)
+
+
+def _differ(priors: Any) -> bool:
+    """Tell whether priors are, or some of them are, different between parameters."""
+    several = priors if isinstance(priors, list | tuple) else [priors]
+    return any(isinstance(one, Mapping | str | StoredVector) for one in several)
