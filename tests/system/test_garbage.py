@@ -22,8 +22,9 @@ class Node:
 
 @pytest.fixture
 def full():
-    """Counts full collections."""
-    counted = []
+    """Counts full collections, at the interpreter's own thresholds."""
+    counted, thresholds = [], gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
 
     def note(phase, info):
         if phase == "start" and info["generation"] == 2:
@@ -32,6 +33,7 @@ def full():
     gc.callbacks.append(note)
     yield counted
     gc.callbacks.remove(note)
+    gc.set_threshold(*thresholds)
     gc.unfreeze()
 
 
