@@ -30,6 +30,7 @@ from curvd_server.fleet import (
     Launcher,
     LocalLauncher,
     RayLauncher,
+    ShardedDevice,
 )
 from curvd_server.service import (
     CurvatureService,
@@ -332,6 +333,7 @@ def _fleet(
             log_level=config.log_level,
             log_style=config.log_style,
             path=tuple(sys.path),
+            world=len(devices) if config.shard_parameters else 0,
         )
 
     launcher: Launcher = LocalLauncher()
@@ -355,6 +357,8 @@ def _fleet(
         quotas=quotas,
     )
     fleet.wait()
+    if config.shard_parameters:
+        return ShardedDevice(fleet, front, catalogue.plans)
     return FleetDevice(fleet, front, catalogue.plans, shards=config.shards)
 
 

@@ -232,6 +232,11 @@ class ServerConfig:
         most=1 << 16,
         shown="as workers",
     )
+    shard_parameters: bool = setting(
+        False,
+        "Have the workers of --devices share the parameters of every model, a slice each, for "
+        "models that are too large for one.",
+    )
     worker_patience_s: float = setting(
         10.0,
         "Seconds after which a worker that says nothing is ended, and started anew.",
@@ -396,6 +401,25 @@ class ServerConfig:
                 f"(ray={self.ray!r}): give one of them"
             )
             raise InvalidSpec(msg, devices=self.devices, ray=self.ray)
+        if self.shard_parameters and len(self.workers) < 2:
+            msg = (
+                "shard_parameters shares parameters between workers, of which devices="
+                f"{self.devices!r} names {len(self.workers)}: name two at least, such as "
+                "cpu:0,cpu:1"
+            )
+            raise InvalidSpec(msg, devices=self.devices)
+        if self.shard_parameters and self.ray:
+            msg = (
+                f"shard_parameters is for workers of this machine, and ray={self.ray!r} "
+                "places them elsewhere: use devices in its place"
+            )
+            raise InvalidSpec(msg, ray=self.ray)
+        if self.shard_parameters and self.shards not in (0, len(self.workers)):
+            msg = (
+                f"shards={self.shards} cuts data for {len(self.workers)} workers that share "
+                "parameters, of which each has one part: leave shards out"
+            )
+            raise InvalidSpec(msg, shards=self.shards)
         local = is_local(self.listen)
         ways = {
             "the token": self.token,

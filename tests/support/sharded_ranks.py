@@ -9,17 +9,25 @@ import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from curvd.contract.enums import Dtype
 from curvd.contract.specs import DatasetSpec, LossSpec, OperatorSpec
-from curvd.errors import InvalidSpec
 from curvd_server.engine import use_differentiable_attention
 from curvd_server.engine.objective.objective import Problem
 from curvd_server.engine.operator import Operator
-from curvd_server.engine.sharding import Shards, gather, scatter, sharded
+from curvd_server.engine.sharding import (
+    Broken,
+    Cutter,
+    Group,
+    Shards,
+    gather,
+    in_step,
+    scatter,
+    sharded,
+    whole_layout,
+)
 from curvd_server.engine.tuning import Choice, Plan
 from curvd_server.engine.verification import Evidence
 
@@ -51,13 +59,18 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
 
-def problem_of(rank: int, world: int, width: int = WIDTH, layers: int = 2) -> Problem:
-    """A rank's mini-batches, and the normaliser of all of them."""
+GROUP: list[Group] = []
+"""That of this process."""
+
+
+def problem_of(
+    points: range, width: int = WIDTH, layers: int = 2, cut: Cutter | None = None
+) -> Problem:
+    """Some data points, and the normaliser of all of them."""
     torch.manual_seed(0)
     module = Transformer(width, layers).double()
-    points = torch.randint(VOCABULARY, (POINTS, LENGTH + 1))
-    each = POINTS // world
-    mine = points[rank * each : (rank + 1) * each]
+    every = torch.randint(VOCABULARY, (POINTS, LENGTH + 1))
+    mine = every[points.start : points.stop]
     problem = Problem.load(
         module,
         {},
@@ -65,9 +78,22 @@ def problem_of(rank: int, world: int, width: int = WIDTH, layers: int = 2) -> Pr
         DatasetSpec(inputs=("x",), target="y", batch_size=BATCH),
         LossSpec(name="cross_entropy"),
         dtype=Dtype.FLOAT64,
-        first=rank * each,
+        first=points.start,
+        held=cut,
     )
     return problem.normalised(float(POINTS * LENGTH))
+
+
+def shared(points: range, width: int = WIDTH, layers: int = 2) -> Problem:
+    """The same on this process' shards, in two steps."""
+    cut = Cutter(GROUP[0])
+    problem = problem_of(points, width, layers, cut)
+    return sharded(in_step(problem, problem.batches, 2), cut)
+
+
+def even(rank: int) -> range:
+    """Half of the data points."""
+    return range(rank * POINTS // 2, (rank + 1) * POINTS // 2)
 
 
 def flat(tensors: Any) -> Tensor:
@@ -80,10 +106,10 @@ def column(size: int) -> Tensor:
     return torch.randn(size, generator=generator, dtype=torch.float64)
 
 
-def truth(kind: str) -> Tensor:
-    """``H v``, ``G v`` or the gradient by eager torch, on all data in one process."""
+def truth(kind: str, points: range = range(POINTS)) -> Tensor:
+    """``H v``, ``G v`` or the gradient by eager torch, on data in one process."""
     use_differentiable_attention()
-    problem = problem_of(0, 1)
+    problem = problem_of(points)
     sizes = [p.numel() for p in problem.parameters]
     v = [
         t.reshape(p.shape)
@@ -124,15 +150,25 @@ def operator_of(problem: Problem, kind: str) -> Operator:
 
 def products(rank: int, world: int) -> dict[str, Any]:
     """Products of the Hessian and of the GGN, twice each, and a gradient."""
-    whole = problem_of(rank, world)
-    shapes = [p.shape for p in whole.parameters]
-    problem = sharded(whole)
-    cuts = [Shards(shape, world) for shape in shapes]
-    v = column(whole.layout.size).split([s.numel() for s in shapes])
+    return products_on(shared(even(rank)), rank)
+
+
+def uneven(rank: int, world: int) -> dict[str, Any]:
+    """The same where one process has a mini-batch for the second step, and one none."""
+    points = range(2) if rank else range(2, 6)
+    return products_on(shared(points), rank)
+
+
+def products_on(problem: Problem, rank: int) -> dict[str, Any]:
+    """Products of a problem on shards, put together."""
+    layout = whole_layout(problem)
+    shapes = [torch.Size(p.shape) for p in layout.parameters]
+    cuts = [Shards(shape, GROUP[0]) for shape in shapes]
+    v = column(layout.size).split([s.numel() for s in shapes])
     mine = flat([c.cut(t.reshape(c.shape), rank) for c, t in zip(cuts, v, strict=True)])
     told: dict[str, Any] = {
         "elements": sum(p.numel() for p in problem.parameters),
-        "of": whole.layout.size,
+        "of": layout.size,
     }
     for kind in ("hessian", "ggn"):
         operator = operator_of(problem, kind)
@@ -162,9 +198,8 @@ def held(rank: int, world: int) -> dict[str, float]:
         gathered.append(StorageWeakRef(whole.untyped_storage()))
         return whole
 
-    whole = problem_of(rank, world, width=768, layers=2)
-    nbytes = sum(p.nbytes for p in whole.parameters)
-    problem = sharded(whole)
+    problem = shared(even(rank), width=768)
+    nbytes = 8 * whole_layout(problem).size
     Shards.gathered = watched
     try:
         operator = operator_of(problem, "hessian")
@@ -187,7 +222,7 @@ def held(rank: int, world: int) -> dict[str, float]:
 def derivatives(rank: int, world: int) -> list[bool]:
     """Gather and scatter against what they are, in both modes."""
     torch.manual_seed(3)
-    cut = Shards(torch.Size((3, 5)), world)
+    cut = Shards(torch.Size((3, 5)), GROUP[0])
     shards = torch.randn(world, cut.length, dtype=torch.float64)
     wholes = torch.randn(world, 3, 5, dtype=torch.float64)
 
@@ -216,21 +251,21 @@ def derivatives(rank: int, world: int) -> list[bool]:
     return right
 
 
-def uneven(rank: int, world: int) -> str:
-    """One process has a mini-batch more."""
-    problem = problem_of(rank, world)
-    if rank:
-        problem = problem.part(range(problem.batches - 1), penalised=True)
+def strayed(rank: int, world: int) -> str:
+    """What is said when one process gathers another tensor of the same size."""
+    group = GROUP[0]
+    cut = Shards(torch.Size((4,)), group, index=rank)
+    cut.gathered(torch.ones(2))
     try:
-        sharded(problem)
-    except InvalidSpec as error:
+        group.meet()
+    except Broken as error:
         return str(error)
     return ""
 
 
 def everything(rank: int, world: int) -> dict[str, Any]:
     """What each function says; processes are slow to start."""
-    functions = (derivatives, uneven, products, held)
+    functions = (derivatives, uneven, products, held, strayed)
     return {f.__name__: f(rank, world) for f in functions}
 
 
@@ -264,12 +299,10 @@ def main() -> None:
     """Be one rank."""
     store, world, rank = sys.argv[1:]
     use_differentiable_attention()
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(world)
-    )
+    GROUP.append(Group(int(rank), int(world)))
+    GROUP[0].join(store, torch.device("cpu"))
     with open(f"{os.environ['OUT']}/{rank}.json", "w") as file:
         json.dump(everything(int(rank), int(world)), file)
-    dist.barrier()
     os._exit(0)  # gloo's threads do not always let a process end by itself
 
 

@@ -323,9 +323,14 @@ def _server_lines(info: ServerInfo) -> list[str]:
 def _worker_line(worker: WorkerInfo) -> str:
     where = f"{worker.host}, process {worker.pid}" if worker.pid else "being started"
     lost = f", last because {worker.lost}" if worker.lost else ""
+    slices = (
+        f", slices of parameters {worker.parameter_bytes / 2**20:.1f} MiB, whole ones "
+        f"{worker.whole_bytes / 2**20:.1f} MiB at once"
+    )
     return (
         f"  worker {worker.rank} {worker.device}: {where}, {worker.shards} shards, "
-        f"{'ready' if worker.ready else 'not ready'}, {worker.restarts} restarts{lost}"
+        f"{'ready' if worker.ready else 'not ready'}, {worker.restarts} restarts"
+        f"{slices if worker.parameter_bytes else ''}{lost}"
     )
 
 

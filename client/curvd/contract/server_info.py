@@ -50,6 +50,10 @@ class WorkerInfo:
     """How often another one took its place."""
     lost: str
     """Why the latest one was lost; empty: none was."""
+    parameter_bytes: int = 0
+    """Of its slices of parameters, of all versions; 0: workers hold whole parameters."""
+    whole_bytes: int = 0
+    """Of whole parameters that it had gathered at once since it began, the most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

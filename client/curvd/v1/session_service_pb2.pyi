@@ -524,7 +524,7 @@ class Device(_message.Message):
     def __init__(self, name: _Optional[str] = ..., description: _Optional[str] = ..., total_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
 
 class Worker(_message.Message):
-    __slots__ = ("rank", "device", "host", "pid", "shards", "ready", "restarts", "lost")
+    __slots__ = ("rank", "device", "host", "pid", "shards", "ready", "restarts", "lost", "parameter_bytes", "whole_bytes")
     RANK_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -533,6 +533,8 @@ class Worker(_message.Message):
     READY_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     rank: int
     device: str
     host: str
@@ -541,7 +543,9 @@ class Worker(_message.Message):
     ready: bool
     restarts: int
     lost: str
-    def __init__(self, rank: _Optional[int] = ..., device: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., shards: _Optional[int] = ..., ready: bool = ..., restarts: _Optional[int] = ..., lost: _Optional[str] = ...) -> None: ...
+    parameter_bytes: int
+    whole_bytes: int
+    def __init__(self, rank: _Optional[int] = ..., device: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., shards: _Optional[int] = ..., ready: bool = ..., restarts: _Optional[int] = ..., lost: _Optional[str] = ..., parameter_bytes: _Optional[int] = ..., whole_bytes: _Optional[int] = ...) -> None: ...
 
 class ServerStatus(_message.Message):
     __slots__ = ("uptime_s", "calls", "failed_calls", "calls_under_way", "products", "columns", "query_columns", "queue_requests", "queue_columns", "queue_bytes", "ready_sessions", "cold_sessions", "operators", "memory_bytes", "memory_limit_bytes", "connections")

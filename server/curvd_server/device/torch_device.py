@@ -31,6 +31,7 @@ from curvd_server.device.torch_problem import Arrays, Tools, TorchProblem, as_te
 from curvd_server.device.translated import translated
 from curvd_server.engine import (
     Compiler,
+    Cut,
     Memory,
     Problem,
     use_differentiable_attention,
@@ -241,6 +242,7 @@ class TorchDevice:
         *,
         params: tuple[str, ...],
         first: int | None = None,
+        held: Cut | None = None,
     ) -> Problem:
         """Make the engine's objective, of a dataset or of a part of it.
 
@@ -254,6 +256,7 @@ class TorchDevice:
             dtype: The dtype of the computation.
             params: Globs that choose the parameters; none choose all.
             first: Index of the first data point of a part; None: this is all of it.
+            held: Takes the part of a parameter that is held here; see `Problem.load`.
 
         Returns:
             The objective.
@@ -266,7 +269,7 @@ class TorchDevice:
         # A module's own values take as much memory as the state, and leave no hole.
         exactly = exact_allocator() if large else contextlib.nullcontext()
         with exactly:
-            module = self._models.build(model, rows)
+            module = self._models.build(model, rows, given=state if held else None)
         with translated():
             try:
                 return Problem.load(
@@ -282,6 +285,7 @@ class TorchDevice:
                     resident_bytes=self._resident_bytes(),
                     programs=self._models.programs(model),
                     first=first,
+                    held=held,
                 )
             except _CANNOT_RUN as error:
                 if is_out_of_memory(error):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from curvd_server.engine.choose_again import choose_again, is_in_doubt
 from curvd_server.engine.objective import (
+    Cut,
     Problem,
     check_batch_axis,
     use_differentiable_attention,
@@ -20,6 +21,7 @@ from curvd_server.engine.verification import check_gradient
 
 __all__ = [
     "Compiler",
+    "Cut",
     "Memory",
     "Problem",
     "check_batch_axis",

@@ -169,6 +169,8 @@ class BatchProduct:
         self, index: int, linear: Linearisation, error: RuntimeError
     ) -> Linearisation:
         """Make room after running out of memory: halve the chunk, then keep less."""
+        if self._problem.model.company.shares:
+            raise error  # nothing is decided here alone
         if self._problem.device.type == "cuda":
             torch.cuda.empty_cache()
         if self.width > 1:

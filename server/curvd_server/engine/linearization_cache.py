@@ -83,8 +83,12 @@ class LinearizationCache:
             data = on_host(self._problem.data)
             batch = self._problem.data[0]
             first = cached_bytes(self._mode, self._problem, self._spec, batch)
-            rows = len(batch.targets)
-            self.measured_sizes = [-(-first * len(b.targets) // rows) for b in data]
+            rows = [len(b.targets) for b in data]
+            company = self._problem.model.company
+            if company.shares:  # what is kept has to be the same everywhere
+                (first,) = map(int, company.most([first]))
+                rows = [1] * len(rows)
+            self.measured_sizes = [-(-first * n // rows[0]) for n in rows]
         return self.measured_sizes
 
     def is_empty(self) -> bool:

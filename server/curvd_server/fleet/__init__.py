@@ -11,6 +11,7 @@ from curvd_server.fleet.device import FleetDevice
 from curvd_server.fleet.fleet import Fleet
 from curvd_server.fleet.launcher import Invitation, Launcher, LocalLauncher
 from curvd_server.fleet.ray_launcher import RayLauncher
+from curvd_server.fleet.sharded_device import ShardedDevice
 
 __all__ = [
     "Fleet",
@@ -19,4 +20,5 @@ __all__ = [
     "Launcher",
     "LocalLauncher",
     "RayLauncher",
+    "ShardedDevice",
 ]

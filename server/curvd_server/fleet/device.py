@@ -155,9 +155,20 @@ class FleetDevice:
             arrays=tuple(arrays[name] for name in data.names),
             deal=deal(parts, len(self.fleet.seats)),
         )
-        return self._loaded(entry)
+        return self.made(*self.brought(entry))
 
-    def _loaded(self, entry: ProblemEntry) -> FleetProblem:
+    def made(
+        self,
+        entry: ProblemEntry,
+        loaded: messages.Loaded,
+        counted: tuple[float, ...],
+    ) -> FleetProblem:
+        """Make the front's side of a problem; arguments are those of `FleetProblem`."""
+        return FleetProblem(self, entry, loaded, counted)
+
+    def brought(
+        self, entry: ProblemEntry
+    ) -> tuple[ProblemEntry, messages.Loaded, tuple[float, ...]]:
         """Load shards, and divide by the targets that count in all of them."""
         number, registry = entry.number, self.fleet.registry
         with forgotten_on_error(self.fleet, messages.Close(problems=(number,))):
@@ -181,7 +192,7 @@ class FleetDevice:
                 cancelled=given_up,
                 register=lambda: registry.add_problem(whole),
             )
-        return FleetProblem(self, whole, loaded[0], counted)
+        return whole, loaded[0], counted
 
 
 class FleetProblem:
@@ -298,7 +309,7 @@ class FleetProblem:
                 cancelled=given_up,
                 register=lambda: self.fleet.registry.add_problem(entry),
             )
-        return FleetProblem(self._device, entry, self._loaded, self._counted)
+        return self._device.made(entry, self._loaded, self._counted)
 
     def gradient(self, *, cancelled: Poll) -> tuple[float, Array]:
         """Compute the loss and its gradient [P]."""
@@ -405,7 +416,7 @@ class FleetProblem:
                 cancelled=given_up,
                 register=lambda: self.fleet.registry.add_operator(entry),
             )
-        moved = FleetOperator(self, spec, entry, operator.report, mixes=operator.mixes)
+        moved = self.made(spec, entry, operator.report, mixes=operator.mixes)
         moved.spent_s = operator.spent_s
         return moved
 
@@ -460,7 +471,18 @@ class FleetProblem:
         answers = [frames[rank].message for rank in sorted(frames)]
         built = [a for a in answers if isinstance(a, messages.Built)]
         mixes = all(each.mixes for each in built)
-        return FleetOperator(self, spec, entry, report_of(built), mixes=mixes)
+        return self.made(spec, entry, report_of(built), mixes=mixes)
+
+    def made(
+        self,
+        spec: OperatorSpec,
+        entry: OperatorEntry,
+        report: PlanReport,
+        *,
+        mixes: bool,
+    ) -> FleetOperator:
+        """Make the front's side of an operator; arguments are those of its class."""
+        return FleetOperator(self, spec, entry, report, mixes=mixes)
 
     def _budgets(self, budget_bytes: int) -> dict[str, int]:
         """Share memory among shards, by their mini-batches."""

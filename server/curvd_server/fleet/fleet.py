@@ -11,6 +11,7 @@ have it are the ones that are there, checked under one lock with what they lose.
 
 from __future__ import annotations
 
+import math
 import queue
 import secrets
 import threading
@@ -26,7 +27,15 @@ from curvd_server.fleet.connection import Connection, Frame
 from curvd_server.fleet.launcher import Invitation, Launcher
 from curvd_server.fleet.listener import Listener
 from curvd_server.fleet.registry import Registry
-from curvd_server.fleet.seats import Lost, Numbers, Request, Seat, raised, silent_s
+from curvd_server.fleet.seats import (
+    Lost,
+    Numbers,
+    Request,
+    Seat,
+    raised,
+    raised_or_left,
+    silent_s,
+)
 from curvd_server.system import TRACED, Poll, Traces, logger
 
 ATTEMPTS = 4
@@ -187,6 +196,104 @@ class Fleet:
                 waited_s=waited_s,
             )
 
+    def together(
+        self,
+        requests: Mapping[int, Request],
+        *,
+        only: Mapping[int, int],
+        cancelled: Poll,
+        register: Callable[[], None] | None = None,
+    ) -> dict[int, Frame]:
+        """Ask workers what they do in step: none goes on without the others.
+
+        When one fails or is lost the others leave what they are at; who does not, for as
+        long as a worker may say nothing, is ended.
+
+        Args:
+            requests: What each rank is asked.
+            only: Incarnations by rank that can answer, as `there` tells them.
+            cancelled: Polled while they work; then they stop, all at the same place.
+            register: Called under the lock when all have answered.
+
+        Returns:
+            The answers by rank.
+
+        Raises:
+            Lost: If one is gone, or all have left.
+            CurvdError: What one of them reports, which made the others leave.
+        """
+        number, ranks = self._numbers.next(), sorted(requests)
+        traced, sent_s = TRACED.get(), dict[int, float]()
+        until_s, given_up, ended = math.inf, list[BaseException](), set[int]()
+        with self._changed:
+            self._wanted.add(number)
+            self._check_there(only)
+            there = {rank: self._connection_of(rank, only[rank]) for rank in ranks}
+        try:
+            for rank, connection in there.items():
+                request = requests[rank]
+                if connection is not None:
+                    sent_s[rank] = time.monotonic()
+                    with suppress(OSError):  # its reader will notice, too
+                        connection.send(number, request.message, request.arrays)
+            while True:
+                with self._changed:
+                    came = {r: self.seats[r].answers.get(number) for r in ranks}
+                    gone = [r for r in ranks if not self._is_still(r, only[r])]
+                    late = [r for r in ranks if came[r] is None and r not in gone]
+                    found = {r: f for r, f in came.items() if f is not None}
+                    wrong = bool(gone) or any(map(raised_or_left, found.values()))
+                    if not late:
+                        if given_up and not isinstance(given_up[0], Cancelled):
+                            raise given_up[0]
+                        if wrong:
+                            raise self._cause(found, set(gone) - ended)
+                        if register is not None:
+                            register()
+                        if traced is not None:
+                            self._trace(traced, requests, found, sent_s)
+                        return found
+                    if wrong:
+                        now_s = time.monotonic()
+                        until_s = min(until_s, now_s + self._patience_s)
+                        if now_s >= until_s:
+                            ended.update(late)
+                            for rank in late:
+                                self.seats[rank].is_condemned = True
+                    self._changed.wait(_POLL_S)
+                if not given_up and _stops(cancelled, given_up):
+                    for connection in filter(None, there.values()):
+                        with suppress(OSError):
+                            connection.send(0, messages.Cancel(asked=number))
+        finally:
+            with self._changed:
+                self._wanted.discard(number)
+                for seat in self.seats:
+                    seat.answers.pop(number, None)
+
+    def _cause(self, found: Mapping[int, Frame], gone: Collection[int]) -> Exception:
+        """Say why workers have not ended what they did in step.
+
+        Args:
+            found: What those say that answered.
+            gone: Who was lost by itself; what others say then may come of that.
+        """
+        if gone:
+            said = (f"worker {r} was lost: {self.seats[r].said}" for r in sorted(gone))
+            return Lost("; ".join(said))
+        for rank in sorted(found):
+            error = raised(found[rank])
+            if error is not None:
+                _log_trace(rank, found[rank])
+                return error
+        answers = [frame.message for frame in found.values()]
+        left = [m.why for m in answers if isinstance(m, messages.Left)]
+        return Lost(left[0] if left else "workers did not come back to each other")
+
+    def _is_still(self, rank: int, incarnation: int) -> bool:
+        seat = self.seats[rank]
+        return seat.incarnation == incarnation and seat.is_ready
+
     def there(self, ranks: Collection[int], *, cancelled: Poll) -> dict[int, int]:
         """Wait until workers are there, and tell their incarnations by rank.
 
@@ -229,6 +336,8 @@ class Fleet:
                     ready=seat.is_ready,
                     restarts=seat.restarts,
                     lost=seat.said,
+                    parameter_bytes=seat.alive.parameter_bytes,
+                    whole_bytes=seat.alive.whole_bytes,
                 )
                 for seat in self.seats
             )
@@ -389,6 +498,8 @@ class Fleet:
 
     def _why_lost(self, seat: Seat) -> str:
         """Say why a worker counts as lost; nothing if it does not."""
+        if seat.connection is not None and seat.is_condemned:
+            return "it did not leave what the others had left"
         if seat.connection is not None:
             frozen = silent_s(seat) > self._patience_s
             return (
@@ -406,6 +517,7 @@ class Fleet:
         """Start a worker, from this thread: the system ends it with the thread."""
         with self._changed:
             seat.is_starting, seat.hello = True, None
+            seat.is_condemned, seat.alive = False, messages.Alive()
             seat.incarnation += 1
             incarnation = seat.incarnation
         invitation = self._invite(
@@ -515,6 +627,7 @@ class Fleet:
             while True:
                 frame = connection.receive()
                 if isinstance(frame.message, messages.Alive):
+                    seat.alive = frame.message
                     continue
                 with self._changed:
                     if frame.number in self._wanted:
@@ -555,6 +668,16 @@ class Fleet:
             for connection in there:
                 with suppress(OSError):
                     connection.send(0, message)
+
+
+def _stops(cancelled: Poll, given_up: list[BaseException]) -> bool:
+    """Tell whether the caller gave up; what the poll raises is for later."""
+    try:
+        if cancelled():
+            given_up.append(Cancelled())
+    except BaseException as error:
+        given_up.append(error)
+    return bool(given_up)
 
 
 def _log_trace(rank: int, frame: Frame) -> None:

@@ -59,6 +59,9 @@ class Holdings:
         idle_bytes: Memory of results that is kept for the next ones.
     """
 
+    in_step: frozenset[type[Any]] = frozenset()
+    """Commands that all workers work on at once, and stop at the same place."""
+
     def __init__(self, device: TorchDevice, idle_bytes: int) -> None:
         self.device, self._results = device, Pool(idle_bytes)
         self._problems: dict[int, Held] = {}
@@ -100,6 +103,10 @@ class Holdings:
             raise Internal(msg)
         with translated():
             return method(message, arrays, cancelled)
+
+    def alive(self) -> messages.Alive:
+        """Say that the worker is not frozen; on any thread."""
+        return messages.Alive()
 
     def expected_s(self, message: messages.Product, columns: int) -> float:
         """Guess how long a product takes: as long as it took before it was last moved.

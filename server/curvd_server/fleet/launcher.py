@@ -45,6 +45,8 @@ class Invitation:
     log_style: str
     path: tuple[str, ...]
     """Where the front finds modules; the worker's builders lie there, too."""
+    world: int = 0
+    """Workers that share the parameters of every model; 0: each holds all of them."""
 
     def written(self) -> bytes:
         """Write it as a line."""

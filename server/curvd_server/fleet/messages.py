@@ -56,6 +56,11 @@ class Hello:
 class Alive:
     """A worker is not frozen; nobody asked."""
 
+    parameter_bytes: int = 0
+    """Of the shards of parameters that it holds; 0: it holds whole ones."""
+    whole_bytes: int = 0
+    """Of whole parameters that it had gathered at once; the most until now."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
@@ -76,6 +81,8 @@ class Load:
     """Consecutive."""
     counted: float | None
     """Weight of all targets that count; None: not known yet, `Normalise` follows."""
+    steps: int = 0
+    """Mini-batches that all workers go through at once, each its own; 0: not at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +104,53 @@ class Normalise:
 
     problem: int
     counted: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Join:
+    """Meet the other workers, with whom parameters are shared; nothing cached is kept."""
+
+    place: str
+    """Path of a file that is not there yet, the same for all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Try:
+    """Run a model on a few data points, in step with the others."""
+
+    problem: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildInStep:
+    """Verify an operator and build it, in step with the others."""
+
+    operator: int
+    problem: int
+    spec: OperatorSpec
+    budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltInStep:
+    """An operator is there, at all workers alike."""
+
+    choice: Choice
+    report: PlanReport
+    sizes: tuple[int, ...]
+    """Bytes of the linearisation of each mini-batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MakeAnew:
+    """Make an operator that the others have; nothing is computed."""
+
+    operator: int
+    problem: int
+    spec: OperatorSpec
+    budget_bytes: int
+    choice: Choice
+    sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,6 +381,13 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """It left what was in step, because others had, or were somewhere else."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cancel:
     """Stop what came under a number, between two mini-batches; needs no answer."""
 
@@ -338,6 +399,10 @@ Command = (
     | Normalise
     | Move
     | Share
+    | Join
+    | Try
+    | BuildInStep
+    | MakeAnew
     | Recall
     | Decide
     | Build
@@ -355,12 +420,14 @@ Answer = (
     | Key
     | Decided
     | Built
+    | BuiltInStep
     | Arrived
     | Gradients
     | Paused
     | Done
     | Refused
     | Failed
+    | Left
 )
 Message = Command | Answer | Hello | Alive | Cancel | End
 

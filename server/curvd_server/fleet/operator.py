@@ -123,23 +123,22 @@ class FleetOperator:
         """
         self._check(columns)
         V = np.asarray(columns, self._problem.dtype)
-        request = Request(
-            messages.Product(
-                operator=self.entry.build.operator, counts=tuple(map(int, counts))
-            ),
-            (V,),
-        )
         start_s = time.monotonic()
-        frames = self._problem.fleet.all(
-            dict.fromkeys(self.entry.ranks, request), cancelled=cancelled
-        )
-        rows = added(frames)
+        rows = self.rows(V, tuple(map(int, counts)), cancelled)
         if self.spec.scale != 1.0:
             rows *= self.spec.scale
         if self.spec.damping:
             rows += self.spec.damping * V
         self.spent_s += time.monotonic() - start_s
         return rows
+
+    def rows(self, V: Array, counts: tuple[int, ...], cancelled: Poll) -> Array:
+        """Multiply columns by the operator without scale and damping; see `apply`."""
+        product = messages.Product(operator=self.entry.build.operator, counts=counts)
+        frames = self._problem.fleet.all(
+            dict.fromkeys(self.entry.ranks, Request(product, (V,))), cancelled=cancelled
+        )
+        return added(frames)
 
     def multiply(self, columns: Tensor, *, cancelled: Poll) -> Tensor:
         """Multiply columns of the host: [K, P] -> [K, P]."""

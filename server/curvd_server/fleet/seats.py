@@ -47,6 +47,10 @@ class Seat:
     retry_s: float = 0.0
     """When it may be started again, by `time.monotonic`."""
     hello: messages.Hello | None = None
+    alive: messages.Alive = field(default_factory=messages.Alive)
+    """What it said of itself the last time."""
+    is_condemned: bool = False
+    """Whether it is to be ended, because it does not come back to the others."""
     answers: dict[int, Frame] = field(default_factory=dict)
     """What came and was not fetched, by number."""
 
@@ -74,7 +78,9 @@ class ProblemEntry:
     def request(self, rank: int) -> Request:
         """Write what a worker is asked to load: its own shards' rows."""
         parts, size = self.deal[rank], self.load.data.batch_size
-        rows = slice(parts[0].start * size, parts[-1].stop * size)
+        # One that has none has another's mini-batch to compute meanwhile.
+        stop = max(parts[-1].stop, parts[0].start + 1)
+        rows = slice(parts[0].start * size, stop * size)
         own = [array[rows] for array in self.arrays]
         return Request(replace(self.load, parts=parts), [*self.state, *own])
 
@@ -88,7 +94,7 @@ class ProblemEntry:
 class OperatorEntry:
     """How an operator is built anew: by the plan that was decided."""
 
-    build: messages.Build
+    build: messages.Build | messages.MakeAnew
     ranks: frozenset[int]
 
 
@@ -110,6 +116,11 @@ def raised(frame: Frame) -> CurvdError | None:
         text = f"a worker failed: {message.message}; its log has more"
         return Internal(text)
     return None
+
+
+def raised_or_left(frame: Frame) -> bool:
+    """Tell whether an answer says that something did not come to its end."""
+    return isinstance(frame.message, messages.Left) or raised(frame) is not None
 
 
 class Numbers:

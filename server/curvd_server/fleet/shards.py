@@ -35,6 +35,25 @@ def cut(batches: int, shards: int) -> tuple[Part, ...]:
     )
 
 
+def one_each(batches: int, workers: int) -> dict[int, tuple[Part, ...]]:
+    """Give each worker consecutive mini-batches, as even as can be.
+
+    Args:
+        batches: Mini-batches of the dataset.
+        workers: How many workers there are.
+
+    Returns:
+        A shard for each, by rank; empty ones if there are fewer mini-batches.
+
+    Examples:
+        >>> [(p.start, p.stop) for (p,) in one_each(1, 2).values()]
+        [(0, 0), (0, 1)]
+    """
+    bounds = [rank * batches // workers for rank in range(workers + 1)]
+    pairs = enumerate(itertools.pairwise(bounds))
+    return {i: (Part(index=i, start=start, stop=stop),) for i, (start, stop) in pairs}
+
+
 def segments(size: int, shards: int, workers: int) -> dict[int, tuple[Part, ...]]:
     """Cut vectors as data is, and give their segments to workers.
 

@@ -33,12 +33,14 @@ from curvd.errors import CurvdError, Internal
 from curvd.tensors import tune_allocator
 from curvd_server.device import LONG_S
 from curvd_server.device.torch_device import TorchDevice, set_threads
+from curvd_server.engine.sharding import Broken
 from curvd_server.fleet import messages
 from curvd_server.fleet.connection import Connection, Frame, Took
 from curvd_server.fleet.holdings import Holdings, Said, refused, use_device
 from curvd_server.fleet.launcher import Invitation
 from curvd_server.fleet.listener import connected
 from curvd_server.fleet.programs import Programs
+from curvd_server.fleet.sharded_holdings import ShardedHoldings
 from curvd_server.system import LongWork, Poll, Threads, logs
 
 BEAT_S = 0.5
@@ -99,7 +101,12 @@ def work(invitation: Invitation) -> NoReturn:
     connection.send(0, hello)
     if device is None:
         _leave()
-    worker = Worker(connection, Holdings(device, invitation.idle_bytes), _leave)
+    holdings = Holdings(device, invitation.idle_bytes)
+    if invitation.world:
+        holdings = ShardedHoldings(
+            device, invitation.idle_bytes, invitation.rank, invitation.world
+        )
+    worker = Worker(connection, holdings, _leave)
     worker.run()
     _leave()
 
@@ -193,10 +200,16 @@ class Worker:
         """Put a command into its lane."""
         message, number = frame.message, frame.number
         columns = len(frame.arrays[0]) if isinstance(message, messages.Product) else 0
+        # Who stopped by itself what runs in step would leave the others alone.
+        in_step = type(message) in self._holdings.in_step
+
+        def is_stopped() -> bool:
+            return number in self._cancelled
 
         def work(cancelled: Poll) -> Said:
             start_s = time.monotonic()
-            said = self._holdings.answer(message, frame.arrays, cancelled)
+            poll = is_stopped if in_step else cancelled
+            said = self._holdings.answer(message, frame.arrays, poll)
             if isinstance(message, messages.Product):
                 seconds = time.monotonic() - start_s
                 self._holdings.took(message, columns, seconds)
@@ -204,7 +217,7 @@ class Worker:
 
         long_work = LongWork(
             work,
-            stopped=lambda: number in self._cancelled,
+            stopped=(lambda: False) if in_step else is_stopped,
             gives_way=self._gives_way,
             threads=self._threads,
         )
@@ -226,6 +239,8 @@ class Worker:
             said = task.work.result()
         except CurvdError as error:
             said = refused(error)
+        except Broken as error:
+            said = messages.Left(why=str(error)), ()
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             said = messages.Failed(message=text, trace=traceback.format_exc()), ()
@@ -277,7 +292,7 @@ class Worker:
         pause = threading.Event()
         try:
             while not pause.wait(BEAT_S):
-                self._connection.send(0, messages.Alive())
+                self._connection.send(0, self._holdings.alive())
         except OSError:
             self._end()
 

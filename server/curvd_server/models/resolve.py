@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from curvd_server.graph import decode
 from curvd_server.graph.execution import GraphModule, Interpreter, dry_run
 from curvd_server.models import builders, libraries
 from curvd_server.models.size_limit import watch
-from curvd_server.models.state import architecture_of
+from curvd_server.models.state import architecture_of, parameters_on_meta
 from curvd_server.storage import Architecture
 
 _ARCHITECTURES = 32
@@ -80,12 +80,16 @@ class Models:
                 module = self._built(spec)
         return architecture_of(module)
 
-    def build(self, spec: ModelSpec, rows: int) -> nn.Module:
+    def build(
+        self, spec: ModelSpec, rows: int, *, given: Collection[str] | None = None
+    ) -> nn.Module:
         """Make a module.
 
         Args:
             spec: Builder and configuration, or graph.
             rows: Data points of a mini-batch; a graph is tried without memory first.
+            given: Names of all values that there will be, so that parameters need no
+                memory of their own; None: they are to have values.
 
         Returns:
             The module.
@@ -96,7 +100,8 @@ class Models:
             InvalidGraph: If the graph is not sound.
         """
         if not spec.graph:
-            return self._built(spec)
+            lean = None if given is None else self._without_values(spec, given)
+            return lean or self._built(spec)
         interpreter = Interpreter(decode(spec.graph))
         outputs = dry_run(interpreter, batch=rows, limit_bytes=self._memory_bytes())
         check_batch_axis(outputs[0].shape, rows)
@@ -111,6 +116,22 @@ class Models:
         if len(self._programs) > _ARCHITECTURES:
             del self._programs[next(iter(self._programs))]
         return found
+
+    def _without_values(
+        self, spec: ModelSpec, given: Collection[str]
+    ) -> nn.Module | None:
+        """Build a module whose parameters have no memory; None: it needs their values."""
+        try:
+            with parameters_on_meta():
+                module = self._built(spec)
+        except CurvdError:
+            raise
+        except Exception:  # it looks at values while it builds
+            return None
+        names: dict[int, bool] = {}
+        for name, p in module.named_parameters(remove_duplicate=False):
+            names[id(p)] = names.get(id(p), False) or name in given
+        return module if all(names.values()) else None
 
     def _built(self, spec: ModelSpec) -> nn.Module:
         builder = self._builders.get(spec.builder) or libraries.find(

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from curvd.contract import TensorInfo
 from curvd_server.storage import Architecture
@@ -43,3 +49,29 @@ def architecture_of(module: nn.Module) -> Architecture:
             if not isinstance(tensor, nn.Parameter):
                 buffers.add(name)
     return Architecture(tensors, ties, frozenset(buffers))
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Give parameters that are made inside no memory; buffers have theirs.
+
+    Each takes memory until a module has it, so no two do at once. Process-wide.
+
+    Yields:
+        Nothing.
+    """
+    known = WeakIdKeyDictionary()  # one that several modules have is one
+
+    def emptied(module: nn.Module, name: str, parameter: Any) -> Any:
+        if parameter is None or parameter.is_meta:
+            return None
+        if parameter not in known:
+            meta = parameter.detach().to("meta")
+            known[parameter] = nn.Parameter(meta, parameter.requires_grad)
+        return known[parameter]
+
+    hook = register_module_parameter_registration_hook(emptied)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -19,6 +19,7 @@ from curvd_server.system.cooperative import (
     alone,
     given_up,
     is_shared,
+    undivided,
     yield_point,
 )
 from curvd_server.system.cores import is_quiet, usable_cores, waited_s
@@ -92,6 +93,7 @@ __all__ = [
     "released",
     "together",
     "told",
+    "undivided",
     "usable_cores",
     "waited_s",
     "yield_point",

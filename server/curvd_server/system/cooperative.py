@@ -94,6 +94,8 @@ class LongWork(Generic[T]):
         self._go: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._back: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._begun = False
+        self.is_undivided = False
+        """Whether it must not give way now."""
 
     def resume(self) -> bool:
         """Run the work until its next pause.
@@ -135,7 +137,7 @@ class LongWork(Generic[T]):
 
     def is_given_up(self) -> bool:
         """Pause if somebody waits; then say whether nobody wants the work any more."""
-        if self._gives_way():
+        if not self.is_undivided and self._gives_way():
             self.pause()
         return self._stopped()
 
@@ -183,6 +185,24 @@ def is_shared() -> bool:
     """Tell whether this thread does long work beside others who want short turns."""
     work: LongWork[object] | None = getattr(_here, "work", None)
     return work is not None and work.is_shared()
+
+
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """Let nobody go first inside, if this thread does long work.
+
+    Yields:
+        Nothing; polls go on telling whether somebody wants the work.
+    """
+    work: LongWork[object] | None = getattr(_here, "work", None)
+    before = work is not None and work.is_undivided
+    if work is not None:
+        work.is_undivided = True
+    try:
+        yield
+    finally:
+        if work is not None:
+            work.is_undivided = before
 
 
 @contextlib.contextmanager

@@ -37,6 +37,8 @@ class Batch:
     """Each ``[B, ...]``, in the order of `DatasetSpec.inputs`."""
     targets: Tensor
     """``[B, ...]``."""
+    silent: bool = False
+    """Whether it counts nothing: it is computed because others compute theirs meanwhile."""
 
 
 def cut(
@@ -97,6 +99,8 @@ def joined(batches: Sequence[Batch], count: int) -> tuple[Batch, ...]:
 
 
 def _join(batches: Sequence[Batch]) -> Batch:
+    # Those that count nothing lie where one of the others does.
+    batches = [b for b in batches if not b.silent] or batches[:1]
 
     def whole(parts: Sequence[Tensor]) -> Tensor:
         first, rows = parts[0], sum(len(p) for p in parts)
@@ -106,7 +110,8 @@ def _join(batches: Sequence[Batch]) -> Batch:
 
     inputs = zip(*(b.inputs for b in batches), strict=True)
     targets = whole([b.targets for b in batches])
-    return Batch(batches[0].start, tuple(map(whole, inputs)), targets)
+    first = batches[0]
+    return Batch(first.start, tuple(map(whole, inputs)), targets, first.silent)
 
 
 def rows_of(batch: Batch, rows: slice) -> Batch:

@@ -190,6 +190,10 @@ class _GentleMemo(dict[int, Any]):
         return super().get(key, default)
 
 
+Cut = Callable[[str, Array], Tensor]
+"""Takes, of a parameter by name, the part that is held here; flat, and not a view."""
+
+
 def take_apart(
     module: nn.Module,
     mode: Mode,
@@ -197,6 +201,7 @@ def take_apart(
     dtype: torch.dtype,
     device: torch.device,
     chosen: Sequence[str],
+    cut: Cut | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], nn.Module]:
     """Split a module into variables, constants and a skeleton without parameters.
 
@@ -207,6 +212,7 @@ def take_apart(
         dtype: The dtype of floating point tensors.
         device: Where they go.
         chosen: Names of the parameters to differentiate.
+        cut: Takes the part of a parameter that is held here; None: all of it.
 
     Returns:
         Differentiated parameters by name in the order `chosen`, the other parameters
@@ -214,9 +220,12 @@ def take_apart(
         parameters without memory.
     """
 
-    def place(name: str, own: Tensor) -> Tensor:
+    def place(name: str, own: Tensor, cut: Cut | None = None) -> Tensor:
         yield_point()
-        value = tensor_of(state[name]) if name in state else own.detach().clone()
+        if cut is not None:
+            value = cut(name, state[name] if name in state else own.detach())
+        else:
+            value = tensor_of(state[name]) if name in state else own.detach().clone()
         kind = dtype if own.is_floating_point() else own.dtype
         return value.to(device, kind).contiguous()
 
@@ -231,8 +240,8 @@ def take_apart(
         use_batch_statistics(skeleton)
     kept = {name for name, _ in skeleton.named_buffers()}
     own = dict(module.named_parameters())
-    variables = {name: place(name, own[name]) for name in chosen}
-    constants = {n: place(n, p) for n, p in own.items() if n not in free}
+    variables = {name: place(name, own[name], cut) for name in chosen}
+    constants = {n: place(n, p, cut) for n, p in own.items() if n not in free}
     for name, b in module.named_buffers():
         if name in kept:
             constants[name] = place(name, b)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from curvd.contract import DatasetSpec, InputStyle
 from curvd.errors import InvalidSpec
+from curvd_server.engine.objective.company import ALONE, Company
 from curvd_server.engine.objective.data import Batch
 from curvd_server.engine.objective.layer_patches import PlainRecurrence, WideFloats
 
@@ -47,13 +49,30 @@ class Model:
         """
         state = dict(self.constants)
         state.update(zip(self.names, parameters, strict=True))
+        return self.run(state, batch)
+
+    @property
+    def company(self) -> Company:
+        """Who computes it."""
+        return ALONE
+
+    def run(self, state: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Run the model with values for all of its tensors; see the call.
+
+        Args:
+            state: Parameters and constants by name.
+            batch: The data.
+
+        Returns:
+            Its outputs.
+        """
         args: tuple[Any, ...] = batch.inputs
         kwargs: dict[str, Tensor] = {}
         if self.data.input_style is InputStyle.KEYWORDS:
             args, kwargs = (), self._named(batch)
         elif self.data.input_style is InputStyle.MAPPING:
             args = (self._named(batch),)
-        first = parameters[0]
+        first = state[self.names[0]]
         with contextlib.ExitStack() as modes:
             if first.dtype is torch.float64:
                 modes.enter_context(WideFloats())
@@ -70,6 +89,34 @@ class Model:
             )
             raise InvalidSpec(msg, returned=type(result).__name__)
         return result
+
+    def restricted(self, names: Sequence[str], others: Mapping[str, Tensor]) -> Model:
+        """Make the same architecture with fewer parameters that are differentiated.
+
+        Args:
+            names: Which are.
+            others: Values of those that are no longer, which become constants.
+
+        Returns:
+            The model.
+        """
+        return dataclasses.replace(
+            self,
+            constants={**self.constants, **others},
+            names=tuple(names),
+            fixed=tuple(f for f in self.fixed if f[0] in names),
+        )
+
+    def exactly(self, constants: Mapping[str, Tensor]) -> Model:
+        """Make the same architecture with constants in float64 on the CPU.
+
+        Args:
+            constants: By name, in float64.
+
+        Returns:
+            The model.
+        """
+        return dataclasses.replace(self, constants=constants)
 
     def recording(
         self, parameters: Sequence[Tensor]

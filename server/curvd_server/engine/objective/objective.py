@@ -42,6 +42,7 @@ from curvd_server.engine.objective.data import (
     tensor_of,
 )
 from curvd_server.engine.objective.layer_patches import (
+    Cut,
     aliased,
     aliases,
     fixed_rows,
@@ -88,6 +89,7 @@ class Problem:
         resident_bytes: float = math.inf,
         programs: dict[Any, Any] | None = None,
         first: int | None = None,
+        held: Cut | None = None,
     ) -> Problem:
         """Assemble an objective.
 
@@ -113,6 +115,8 @@ class Problem:
             first: Index of the first data point, if the arrays are a part of a dataset;
                 the part's share of the objective is not `normalised` yet. None: they
                 are all of it.
+            held: Takes the part of a parameter that is held here; what is made then is
+                not tried, because its model cannot run with parts. None: all of it.
 
         Returns:
             The problem at these parameters.
@@ -133,7 +137,7 @@ class Problem:
             frozen=[name for name, free in trained.items() if not free],
         )
         variables, constants, skeleton = take_apart(
-            module, mode, state, kind, place, chosen
+            module, mode, state, kind, place, chosen, held
         )
         named = Loss.of(loss, kind, place)
         stays = sum(a.nbytes for a in arrays.values()) > resident_bytes
@@ -166,11 +170,16 @@ class Problem:
             mode=mode,
             decay=WeightDecay.of(loss.weight_decay, tuple(variables), aliases(module)),
         )
-        problem._check_targets()
+        if held is None:
+            problem.check_targets()
         return problem.normalised() if first is None else problem
 
-    def _check_targets(self) -> None:
-        """Refuse targets that do not fit the model's outputs."""
+    def check_targets(self) -> None:
+        """Try the model, and refuse targets that do not fit its outputs.
+
+        Raises:
+            InvalidSpec: If model, data and loss do not fit each other.
+        """
         outputs = tried(self)
         for batch in self.data:
             yield_point()
@@ -269,7 +278,7 @@ class Problem:
             InvalidSpec: If model, data and loss do not fit each other.
         """
         moved = dataclasses.replace(self, data=data, normaliser=1.0)
-        moved._check_targets()
+        moved.check_targets()
         return moved.normalised()
 
     def restricted(self, spec: OperatorSpec) -> Problem:
@@ -289,12 +298,7 @@ class Problem:
             return self
         values = dict(zip(self.layout.names, self.parameters, strict=True))
         chosen = tuple(values.pop(name) for name in layout.names)
-        model = dataclasses.replace(
-            self.model,
-            constants={**self.model.constants, **values},
-            names=layout.names,
-            fixed=tuple(f for f in self.model.fixed if f[0] in layout.names),
-        )
+        model = self.model.restricted(layout.names, values)
         decays = dict(zip(self.layout.names, self.decay.coefficients, strict=True))
         return dataclasses.replace(
             self,
@@ -338,7 +342,11 @@ class Problem:
 
     def batch_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Compute a mini-batch's share of the objective from the model's outputs."""
-        return self.loss.sum(outputs, batch.targets) / self.normaliser
+        return self.loss.sum(outputs, batch.targets) / self.normaliser_of(batch)
+
+    def normaliser_of(self, batch: Batch) -> float:
+        """Say what a mini-batch's share is divided by; infinite if it counts nothing."""
+        return math.inf if batch.silent else self.normaliser
 
     def objective(self, parameters: Sequence[Tensor], batch: Batch) -> Tensor:
         """Compute a mini-batch's share of the objective, a scalar."""
@@ -414,10 +422,10 @@ class Problem:
         inputs = tuple(map(exact, batch.inputs))
         return dataclasses.replace(
             self,
-            model=dataclasses.replace(self.model, constants=constants),
+            model=self.model.exactly(constants),
             loss=Loss.of(self.loss.spec, torch.float64, torch.device("cpu")),
             parameters=parameters,
-            data=(Batch(batch.start, inputs, exact(batch.targets)),),
+            data=(Batch(batch.start, inputs, exact(batch.targets), batch.silent),),
         )
 
     def excerpt(self, rows: int) -> Problem:
@@ -440,19 +448,30 @@ class Problem:
                 chosen.append((*one.inputs, one.targets))
             if len(chosen) == rows:
                 break
+        if not chosen and self.model.company.shares:
+            # The others have targets that count, and this process computes with them.
+            return self._silent_excerpt(rows)
         *inputs, targets = (exact(torch.cat(t)) for t in zip(*chosen, strict=True))
+        return self._small(Batch(0, tuple(inputs), targets)).normalised()
+
+    def _silent_excerpt(self, rows: int) -> Problem:
+        few = rows_of(self.data[0], slice(0, rows))
+        inputs = tuple(map(exact, few.inputs))
+        return self._small(Batch(0, inputs, exact(few.targets), silent=True))
+
+    def _small(self, batch: Batch) -> Problem:
+        """Make the objective of one mini-batch, with parameters of its own."""
         constants = {name: exact(t) for name, t in self.model.constants.items()}
-        small = Problem(
-            model=dataclasses.replace(self.model, constants=constants),
+        return Problem(
+            model=self.model.exactly(constants),
             loss=Loss.of(self.loss.spec, torch.float64, torch.device("cpu")),
             layout=self.layout,
             parameters=tuple(map(_own, self.parameters)),
-            data=(Batch(0, tuple(inputs), targets),),
+            data=(batch,),
             normaliser=1.0,
             mode=self.mode,
             decay=self.decay,
         )
-        return small.normalised()
 
 
 def _own(parameter: Tensor) -> Tensor:

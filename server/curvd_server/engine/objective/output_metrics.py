@@ -41,9 +41,9 @@ def loss_hessian(problem: Problem, z: Tensor, batch: Batch) -> OutputMetric:
         return _differentiated(problem, z, batch)
     if problem.loss.spec.name.has_classes:
         axis = class_axis(z, batch)
-        weight = class_weight(problem, z, batch, axis) / problem.normaliser
+        weight = class_weight(problem, z, batch, axis) / problem.normaliser_of(batch)
         return _Softmax(z.softmax(axis), weight, axis)
-    return Diagonal(elementwise(problem, z, batch) / problem.normaliser)
+    return Diagonal(elementwise(problem, z, batch) / problem.normaliser_of(batch))
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,10 @@ class Streamed(Sequence[Batch]):
         self._ahead = (following, self._sent(following)) if following != at else None
         return batch
 
+    def streaming(self, host: Sequence[Batch]) -> Streamed:
+        """Bring other mini-batches to the same device."""
+        return Streamed(host, self._device)
+
     def joined(self, count: int) -> Streamed:
         """Take `count` mini-batches at a time as one; nothing moves."""
         return Streamed(joined(self.host, count), self._device)
@@ -60,7 +64,7 @@ class Streamed(Sequence[Batch]):
         with torch.cuda.stream(self._stream):  # nothing if there is none
             inputs = (t.to(self._device, non_blocking=True) for t in batch.inputs)
             targets = batch.targets.to(self._device, non_blocking=True)
-            return Batch(batch.start, tuple(inputs), targets)
+            return Batch(batch.start, tuple(inputs), targets, batch.silent)
 
     def _arrived(self, batch: Batch) -> Batch:
         """Let the computation wait for a transfer, and the memory for the computation."""
@@ -70,6 +74,16 @@ class Streamed(Sequence[Batch]):
             for tensor in (*batch.inputs, batch.targets):
                 tensor.record_stream(current)
         return batch
+
+
+def streamed_as(like: Sequence[Batch], host: Sequence[Batch]) -> Sequence[Batch]:
+    """Have other mini-batches come to the device as some do.
+
+    Args:
+        like: Those that are there, or come when they are asked for.
+        host: The others, where those lie.
+    """
+    return like.streaming(host) if isinstance(like, Streamed) else tuple(host)
 
 
 def on_host(data: Sequence[Batch]) -> Sequence[Batch]:

@@ -41,11 +41,11 @@ def sampled_loss_hessian(
         The metric; it holds tensors of the size of the outputs only.
     """
     if not problem.loss.spec.name.has_classes:
-        curvature = elementwise(problem, z, batch) / problem.normaliser
+        curvature = elementwise(problem, z, batch) / problem.normaliser_of(batch)
         return Diagonal(curvature * _sampled_square(problem, z, spec, batch))
     axis = class_axis(z, batch)
     p = z.softmax(axis)
-    weight = class_weight(problem, z, batch, axis) / problem.normaliser
+    weight = class_weight(problem, z, batch, axis) / problem.normaliser_of(batch)
     drawn = drawn_classes(p, axis, spec, batch)
     if problem.loss.spec.name is LossName.NLL:
         # The score of log-probabilities is minus one at the class drawn.

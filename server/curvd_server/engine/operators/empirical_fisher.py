@@ -38,7 +38,7 @@ def _metric(
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
         (gradients,) = torch.autograd.grad(problem.loss.sum(leaf, batch.targets), leaf)
-    return _RankOne(gradients, 1.0 / problem.normaliser)
+    return _RankOne(gradients, 1.0 / problem.normaliser_of(batch))
 
 
 DEFINITION: Definition = JacobianForm(metric=_metric, adds_weight_decay=False)

@@ -5,8 +5,8 @@ kept gather it again. To gather and to scatter are each the other's derivative, 
 engine differentiates shards as it does parameters, twice as well.
 
 All processes of a group run the same commands in the same order, each on mini-batches of
-its own, as many as the others have. Imports the objective; knows no operator, and not how
-processes are started or found.
+its own, as many as the others have; `Group` compares what they have sent to each other.
+Imports the objective; knows no operator, and not how processes are started or found.
 """
 
 from __future__ import annotations
@@ -16,8 +16,34 @@ from curvd_server.engine.sharding.collectives import (
     Scatter,
     Shards,
     gather,
+    length_of,
     scatter,
 )
-from curvd_server.engine.sharding.sharded import sharded
+from curvd_server.engine.sharding.group import Broken, Group
+from curvd_server.engine.sharding.sharded import (
+    Cutter,
+    held_bytes,
+    in_step,
+    moved,
+    sharded,
+    used_names,
+    whole_layout,
+)
 
-__all__ = ["Gather", "Scatter", "Shards", "gather", "scatter", "sharded"]
+__all__ = [
+    "Broken",
+    "Cutter",
+    "Gather",
+    "Group",
+    "Scatter",
+    "Shards",
+    "gather",
+    "held_bytes",
+    "in_step",
+    "length_of",
+    "moved",
+    "scatter",
+    "sharded",
+    "used_names",
+    "whole_layout",
+]

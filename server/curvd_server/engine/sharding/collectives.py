@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from curvd_server.engine.objective import Array, tensor_of
+from curvd_server.engine.sharding.group import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,27 +27,30 @@ class Shards:
     """How one tensor is cut: flat, filled up with zeros, into slices of one length."""
 
     shape: torch.Size
-    world: int
-    """Processes of the group, the default one of `torch.distributed`."""
+    group: Group
+    """The processes that have one each."""
+    index: int = 0
+    """Which of the group's tensors it is."""
 
     @property
     def length(self) -> int:
         """Elements of a slice."""
-        return -(-self.shape.numel() // self.world)
+        return length_of(self.shape.numel(), self.group.world)
 
-    def cut(self, whole: Tensor, rank: int) -> Tensor:
+    def cut(self, whole: Array, rank: int | None = None) -> Tensor:
         """Copy one slice.
 
         Args:
-            whole: The tensor.
-            rank: Whose.
+            whole: The tensor, or an array, of which no more than the slice is read.
+            rank: Whose; None: this process'.
 
         Returns:
             ``[length]``.
         """
-        flat = whole.detach().reshape(-1)
-        own = flat[rank * self.length : (rank + 1) * self.length]
-        filled = whole.new_zeros(self.length)
+        at = self.group.rank if rank is None else rank
+        flat = whole.reshape(-1)[at * self.length : (at + 1) * self.length]
+        own = tensor_of(flat)
+        filled = own.new_zeros(self.length)
         filled[: len(own)] = own
         return filled
 
@@ -58,8 +63,7 @@ class Shards:
         Returns:
             The tensor, in memory of its own.
         """
-        flat = shard.new_empty(self.world * self.length)
-        dist.all_gather(list(torch.split(flat, self.length)), shard.contiguous())
+        flat = self.group.gather(shard, self.index)
         return flat[: self.shape.numel()].view(self.shape)
 
     def scattered(self, whole: Tensor) -> Tensor:
@@ -74,15 +78,33 @@ class Shards:
         Returns:
             ``[length]``.
         """
-        flat = whole.new_zeros(self.world * self.length)
+        flat = whole.new_zeros(self.group.world * self.length)
         flat[: whole.numel()] = whole.reshape(-1)
-        arrived = torch.empty_like(flat)
-        dist.all_to_all_single(arrived, flat)
-        first, *others = arrived.view(self.world, self.length)
+        first, *others = self.group.exchange(flat, self.index)
         total: Tensor = first.clone()
         for other in others:
             total += other
         return total
+
+    def elements(self, row: int) -> range:
+        """List which elements of this process' slice lie in a row of the tensor.
+
+        Args:
+            row: Along the first axis.
+        """
+        width, start = self.shape[1:].numel(), self.group.rank * self.length
+        first, last = row * width - start, (row + 1) * width - start
+        return range(max(first, 0), max(0, min(last, self.length)))
+
+
+def length_of(size: int, world: int) -> int:
+    """Say how many elements a slice has.
+
+    Args:
+        size: Elements of the tensor.
+        world: Processes that share it.
+    """
+    return -(-size // world)
 
 
 class Gather(torch.autograd.Function):

@@ -40,6 +40,7 @@ __all__ = [
     "Plan",
     "begin",
     "choose",
+    "choose_among",
     "choose_untimed",
     "disagreements_of",
     "recall",
@@ -243,11 +244,38 @@ def choose_untimed(
         CurvatureUnverified: If no mode reproduces finite differences.
         OutOfMemory: If one did not for want of memory.
     """
+    return choose_among(
+        (LEAN, *UNPREPARED), problem, reference.examine, cancelled=cancelled
+    )
+
+
+def choose_among(
+    modes: Sequence[str],
+    problem: Problem,
+    examine: Callable[[str], Evidence],
+    *,
+    cancelled: Callable[[], bool],
+) -> Choice:
+    """Take the first mode that is right, a column and a mini-batch at a time.
+
+    Args:
+        modes: Names of modes, those that are preferred first.
+        problem: The objective.
+        examine: Compares a mode with the truth.
+        cancelled: Polled between modes.
+
+    Returns:
+        The plan and its evidence.
+
+    Raises:
+        CurvatureUnverified: If no mode reproduces finite differences.
+        OutOfMemory: If one did not for want of memory.
+    """
     found: dict[str, Evidence] = {}
-    for mode in (LEAN, *UNPREPARED):
+    for mode in modes:
         check_cancelled(cancelled)
         try:
-            found[mode] = reference.examine(mode)
+            found[mode] = examine(mode)
         except OutOfMemory:
             if any(evidence.wrong for evidence in found.values()):
                 break

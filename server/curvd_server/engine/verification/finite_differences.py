@@ -177,7 +177,8 @@ class FiniteDifferences:
             for index, row in enumerate(_gradients(leaves))
             for chunk, entries in self._direction.along(index, row)
         )
-        return (ends[0] - ends[1]) / (2 * step), share
+        ahead, behind, share = self.problem.model.company.total([*ends, share])
+        return (ahead - behind) / (2 * step), share
 
     def _move(self, step: float) -> None:
         pairs = zip(self.problem.parameters, self._origin.parameters, strict=True)

@@ -99,8 +99,11 @@ class Reference:
         scales = tuple(map(scale_of, problem.parameters))
         names = problem.layout.names
         fixed = tuple((names.index(name), row) for name, row in problem.model.fixed)
+        self._company = problem.model.company
+        # Parts of one direction differ, or an exchange of parts would go unseen.
+        first = 3 * self._company.rank
         self._perturbation, *self._directions = (
-            Direction(k, scales, fixed) for k in range(3)
+            Direction(first + k, scales, fixed) for k in range(3)
         )
         self._found: dict[tuple[str, bool], Evidence] = {}
         self._quotients: dict[float, list[Tensor]] = {}
@@ -214,8 +217,15 @@ class Reference:
             first = filled(rows, like)
         left = w.dot(first)
         squares = sum(s**2 * p.numel() for s, p in zip(w.scales, like, strict=True))
-        elements = sum(p.numel() for p in like)
-        typical = math.hypot(*map(norm, first)) * math.sqrt(squares / elements)
+        elements: float = sum(p.numel() for p in like)
+        left, right, squares, elements = self._company.total([
+            left,
+            right,
+            squares,
+            elements,
+        ])
+        (size,) = self._company.norms([math.hypot(*map(norm, first))])
+        typical = size * math.sqrt(squares / elements)
         return first, abs(left - right) / max(abs(left), abs(right), typical, 1e-300)
 
     def _difference_gaps(
@@ -224,7 +234,7 @@ class Reference:
         """Best relative error per parameter over the step widths."""
         best = [math.inf] * len(rows)
         for step in STEPS:
-            gaps = _gaps(rows, self._quotient(differences, step))
+            gaps = self._gaps(rows, self._quotient(differences, step))
             best = [min(b, g) for b, g in zip(best, gaps, strict=True)]
             advance()
             if max(best) <= EXCELLENT:
@@ -260,8 +270,13 @@ class Reference:
         del full
         got = filled(_product(linear, tangents[cut], block, batched=False), like[cut])
         names = self._problem.layout.names[cut]
-        gaps = _gaps(got, want)
+        gaps = self._gaps(got, want)
         return [n for n, gap in zip(names, gaps, strict=True) if not gap <= TOLERANCE]
+
+    def _gaps(self, got: Sequence[Tensor], want: Sequence[Tensor]) -> list[float]:
+        """Relative error per parameter."""
+        found = self._company.norms([*map(distance, got, want), *map(norm, want)])
+        return relative(found[: len(got)], found[len(got) :])
 
 
 def tried(examine: Callable[[], Evidence]) -> Evidence:
@@ -373,11 +388,6 @@ def _one_of_each_shape(problem: Problem) -> list[Batch]:
         for index, batch in enumerate(on_host(problem.data))
     }
     return [problem.data[index] for index in shapes.values()]
-
-
-def _gaps(got: Sequence[Tensor], want: Sequence[Tensor]) -> list[float]:
-    """Relative error per parameter."""
-    return relative(list(map(distance, got, want)), list(map(norm, want)))
 
 
 def relative(
