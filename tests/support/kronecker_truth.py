@@ -28,7 +28,9 @@ def inputs_of(layer: nn.Module, x: Tensor) -> Tensor:
     if isinstance(layer, nn.Embedding):
         hot = F.one_hot(x.reshape(-1), layer.num_embeddings).to(layer.weight)
         return hot[None]
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.ConvTranspose2d):
+        rows = _transposed_rows(layer, x)
+    elif isinstance(layer, nn.Conv2d):
         groups = x.split(x.shape[1] // layer.groups, 1)
         cut = [
             F.unfold(g, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
@@ -41,9 +43,30 @@ def inputs_of(layer: nn.Module, x: Tensor) -> Tensor:
     return rows if bias is None else F.pad(rows, (0, 1), value=1.0)
 
 
+def _transposed_rows(layer: nn.ConvTranspose2d, x: Tensor) -> Tensor:
+    """What an output is the sum of, by transposing each element of the kernel alone."""
+    size = layer.weight[0, 0].numel()
+    each = torch.eye(size, dtype=x.dtype).reshape(1, size, *layer.kernel_size)
+    seen = [
+        F.conv_transpose2d(
+            x[:, c : c + 1],
+            each,
+            None,
+            layer.stride,
+            layer.padding,
+            layer.output_padding,
+            1,
+            layer.dilation,
+        ).flatten(2)
+        for c in range(x.shape[1])
+    ]
+    channels = torch.cat(seen, 1)[0]  # [C * kernel, positions]
+    return channels.reshape(layer.groups, -1, channels.shape[1]).mT
+
+
 def gradients_of(layer: nn.Module, g: Tensor) -> Tensor:
     """The rows of a layer's output, likewise: [G, S, d_out]."""
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
         return g.reshape(layer.groups, -1, g[0, 0].numel()).mT
     return g.reshape(1, -1, g.shape[-1])
 
@@ -115,7 +138,11 @@ def flat_indices(net: nn.Module, layer: nn.Module) -> Tensor:
     if isinstance(layer, nn.Embedding):
         return weight[None]
     groups = getattr(layer, "groups", 1)
-    index = weight.reshape(groups, len(weight) // groups, -1).mT
+    if isinstance(layer, nn.ConvTranspose2d):
+        index = weight.flatten(2).reshape(groups, -1, *weight[0].flatten(1).shape)
+        index = index.permute(0, 1, 3, 2).flatten(1, 2)
+    else:
+        index = weight.reshape(groups, len(weight) // groups, -1).mT
     if layer.bias is None:
         return index
     return torch.cat((index, places[id(layer.bias)].reshape(groups, 1, -1)), 1)

@@ -29,6 +29,8 @@ class FactorBlock:
     """Whether the inputs' factor is a diagonal, as an embedding's is."""
     diagonal_outputs: bool = False
     """Whether the outputs' factor is a diagonal, as one that would be too large is."""
+    whole_gradients: bool = False
+    """Whether factors are second moments of whole gradients, as of a tied weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -250,7 +250,7 @@ class BuiltOperator(_message.Message):
     def __init__(self, operator: _Optional[_Union[Operator, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., blocks: _Optional[_Iterable[_Union[FactorBlock, _Mapping]]] = ...) -> None: ...
 
 class FactorBlock(_message.Message):
-    __slots__ = ("parameters", "kind", "reason", "groups", "inputs", "outputs", "diagonal_inputs", "diagonal_outputs")
+    __slots__ = ("parameters", "kind", "reason", "groups", "inputs", "outputs", "diagonal_inputs", "diagonal_outputs", "whole_gradients")
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -259,6 +259,7 @@ class FactorBlock(_message.Message):
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     DIAGONAL_INPUTS_FIELD_NUMBER: _ClassVar[int]
     DIAGONAL_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
     parameters: _containers.RepeatedScalarFieldContainer[str]
     kind: FactorBlockKind
     reason: str
@@ -267,7 +268,8 @@ class FactorBlock(_message.Message):
     outputs: int
     diagonal_inputs: bool
     diagonal_outputs: bool
-    def __init__(self, parameters: _Optional[_Iterable[str]] = ..., kind: _Optional[_Union[FactorBlockKind, str]] = ..., reason: _Optional[str] = ..., groups: _Optional[int] = ..., inputs: _Optional[int] = ..., outputs: _Optional[int] = ..., diagonal_inputs: bool = ..., diagonal_outputs: bool = ...) -> None: ...
+    whole_gradients: bool
+    def __init__(self, parameters: _Optional[_Iterable[str]] = ..., kind: _Optional[_Union[FactorBlockKind, str]] = ..., reason: _Optional[str] = ..., groups: _Optional[int] = ..., inputs: _Optional[int] = ..., outputs: _Optional[int] = ..., diagonal_inputs: bool = ..., diagonal_outputs: bool = ..., whole_gradients: bool = ...) -> None: ...
 
 class TensorInfo(_message.Message):
     __slots__ = ("name", "dtype", "shape")

@@ -72,6 +72,51 @@ CONVOLUTIONS = {
 }
 
 
+TRANSPOSED = {
+    "plain": {},
+    "strided": {"stride": (2, 3), "padding": (1, 0), "output_padding": (1, 2)},
+    "dilated": {"dilation": 2, "padding": 3, "stride": 2},
+    "cut": {"padding": 3, "stride": 2},  # more than the kernel reaches over
+    "groups": {"groups": 2, "padding": 1, "stride": 2},
+    "without a bias": {"groups": 4, "bias": False},
+}
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.parametrize("options", TRANSPOSED.values(), ids=TRANSPOSED)
+def test_transposed_convolutions_of_every_kind(options, reduce, kind):
+    net = made(lambda: _spatial(options, nn.ConvTranspose2d))
+    x, y = numbers(4, 6, 5), targets()
+    sharing = "reduce" if reduce else "expand"
+    operator = operator_of(net, x, y, sharing=sharing, kind=kind)
+    block = block_of(operator, "0.weight")
+    assert (block.kind, block.reason) == (FactorBlockKind.KRONECKER, "")
+    assert block.groups == options.get("groups", 1)
+    at = truth.flat_indices(net, net[0])
+    if kind == "ekfac":  # its eigenvalues are those of the Fisher's block along vectors
+        here = at.flatten()
+        F_ = _fisher(net, net[0], x, y)
+        found = dense_of(operator)[here[:, None], here[None]]
+        assert float(found.trace()) == pytest.approx(float(F_.trace()), rel=1e-10)
+        return
+    A, G = truth.factors(net, net[0], x, y, reduce=reduce)
+    exact = truth.dense(operator.problem.layout.size, at, A, G)
+    where = at.flatten()
+    found = dense_of(operator)[where[:, None], where[None]]
+    assert close(found, exact[where[:, None], where[None]])
+
+
+def _fisher(net: nn.Module, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The exact block of a layer, in the order of `truth.flat_indices`."""
+    names = [
+        n for n, p in net.named_parameters() if any(p is q for q in layer.parameters())
+    ]
+    block = truth.ggn_block(net, names, x, y)
+    order = truth.flat_indices(net, layer).flatten()
+    return block[order[:, None], order[None]]
+
+
 @pytest.mark.parametrize("reduce", [False, True])
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_convolutions_of_every_kind(options, reduce):
@@ -87,8 +132,8 @@ def test_convolutions_of_every_kind(options, reduce):
     assert block_of(operator, "0.weight").groups == options.get("groups", 1)
 
 
-def _spatial(options) -> nn.Module:
-    layer = nn.Conv2d(4, 4, 3, **options)
+def _spatial(options, kind=nn.Conv2d) -> nn.Module:
+    layer = kind(4, 4, 3, **options)
     outputs = layer(torch.zeros(1, 4, 6, 5)).numel()
     return nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(outputs, 3))
 
@@ -305,6 +350,105 @@ def test_a_side_that_is_too_large_keeps_the_diagonal_of_its_factor(monkeypatch):
     assert close(dense_of(operator)[here, here], exact[here, here])
     block = block_of(operator, "b.weight")
     assert block.diagonal_inputs and not block.diagonal_outputs
+
+
+class Tied(nn.Module):
+    """An embedding that is the output layer, too, of a net for the next token."""
+
+    def __init__(self, *, padding: int | None = None, twice: bool = False) -> None:
+        super().__init__()
+        self.table = nn.Embedding(3, 4, padding_idx=padding)
+        self.body, self.twice = nn.Linear(4, 4), twice
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = torch.tanh(self.body(self.table(ids).mean(1)))
+        if self.twice:  # a third place, in the layout of the embedding
+            h = torch.tanh(F.pad(h[:, :3], (0, 0)) @ self.table.weight) + h
+        return h @ self.table.weight.T
+
+
+def whole_gradients(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """The table's gradient along each column of each data point, by plain autograd."""
+    found = []
+    for n in range(len(x)):
+        z = net(x[n : n + 1])[0]
+        for column in truth.roots(z.detach(), y[n]).T:
+            (D,) = torch.autograd.grad(z, net.table.weight, column, retain_graph=True)
+            found.append(D / len(x) ** 0.5)
+    return found
+
+
+TIES = {"plain": {}, "padded": {"padding": 1}, "in three places": {"twice": True}}
+
+
+@pytest.mark.parametrize("largest", [2048, 3])
+@pytest.mark.parametrize("options", TIES.values(), ids=TIES)
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_a_weight_of_two_layouts_has_factors_of_its_whole_gradients(
+    options, sharing, largest, monkeypatch
+):
+    from curvd_server.engine.kronecker import reading
+
+    monkeypatch.setattr(reading, "LARGEST_DENSE", 10)
+    monkeypatch.setattr(reading, "LARGEST_WHOLE", largest)
+    net, x, y = made(lambda: Tied(**options)), tokens(5, vocabulary=3), targets()
+    Ds = whole_gradients(net, x, y)
+    L, R = (sum(M) for M in zip(*((D @ D.T, D.T @ D) for D in Ds), strict=True))
+    F_ = sum(torch.outer(D.flatten(), D.flatten()) for D in Ds)
+    if largest == 3:  # the side of 4 keeps its diagonal
+        R = torch.diag(torch.diag(R))
+    operator = operator_of(net, x, y, sharing=sharing)
+    found = dense_of(operator)[:12, :12]
+    assert close(found, torch.kron(L, R) / L.trace())
+    assert float(found.trace()) == pytest.approx(float(F_.trace()), rel=1e-12)
+    block = block_of(operator, "table.weight")
+    assert block.whole_gradients and block.kind is FactorBlockKind.KRONECKER
+    assert (block.inputs, block.outputs) == (3, 4)
+    assert (block.diagonal_inputs, block.diagonal_outputs) == (False, largest == 3)
+    assert not block_of(operator, "body.weight").whole_gradients
+    corrected = operator_of(net, x, y, kind="ekfac", sharing=sharing)
+    left, right = torch.linalg.eigh(L)[1], torch.linalg.eigh(R)[1]
+    Q = torch.kron(left.contiguous(), right.contiguous())
+    exact = Q @ torch.diag(torch.diag(Q.T @ F_ @ Q)) @ Q.T
+    # A basis of equal eigenvalues is free: what is compared is F's diagonal in ours.
+    ours = dense_of(corrected)[:12, :12]
+    values, vectors = torch.linalg.eigh(ours)
+    if "padding" in options:  # null vectors of L are a basis of any kind
+        assert float(ours.trace()) == pytest.approx(float(F_.trace()), rel=1e-10)
+        assert float(values[0]) > -1e-12 and vectors.shape == (12, 12)
+    else:
+        assert close(ours, exact)
+
+
+def test_a_small_tied_weight_has_its_exact_block():
+    net, x, y = made(Tied), tokens(5, vocabulary=3), targets()
+    operator = operator_of(net, x, y)
+    exact = truth.ggn_block(net, ["table.weight"], x, y)
+    assert close(dense_of(operator)[:12, :12], exact)
+    block = block_of(operator, "table.weight")
+    assert block.kind is FactorBlockKind.DENSE and "one layout" in block.reason
+
+
+def test_a_tied_weight_with_a_bias_has_its_exact_diagonal(monkeypatch):
+    """A bias belongs to one of the layouts alone."""
+    from curvd_server.engine.kronecker import reading
+
+    class WithBias(Tied):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(3))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) + self.bias
+
+    monkeypatch.setattr(reading, "LARGEST_DENSE", 10)
+    net, x, y = made(WithBias), tokens(5, vocabulary=3), targets()
+    operator = operator_of(net, x, y)
+    exact = truth.ggn_block(net, ["table.weight"], x, y)
+    at = [i for i, n in enumerate(operator.problem.layout.names) if n == "table.weight"]
+    start = operator.problem.layout.parameters[at[0]].offset
+    found = dense_of(operator)[start : start + 12, start : start + 12]
+    assert close(found, torch.diag(torch.diag(exact)))
 
 
 class Recurrent(nn.Module):

@@ -15,11 +15,13 @@ from curvd.contract import (
     Stage,
     WeightSharing,
 )
+from curvd_server.engine.kronecker import tied
 from curvd_server.engine.kronecker.cotangents import cotangents
 from curvd_server.engine.kronecker.moments import Moments, Seen, corrected, seen
 from curvd_server.engine.kronecker.reading import Block, Reading
 from curvd_server.engine.kronecker.rows import Rows
 from curvd_server.engine.kronecker.taps import Taps, tap
+from curvd_server.engine.kronecker.tied import WholeMoments
 from curvd_server.engine.objective import (
     Batch,
     Problem,
@@ -135,9 +137,9 @@ class _Making:
         self._dtype, self._device = problem.result_dtype, problem.device
         blocks = [b for b in reading.blocks if b.sites]
         self._moments = {
-            id(b): Moments(
-                b, reduce=self._reduce, dtype=self._dtype, device=self._device
-            )
+            id(b): WholeMoments(b, dtype=self._dtype, device=self._device)
+            if b.turned
+            else Moments(b, reduce=self._reduce, dtype=self._dtype, device=self._device)
             for b in blocks
         }
         self._kronecker = blocks
@@ -209,8 +211,8 @@ class _Making:
         rows = Rows(self._problem, rest, vectorised=self._reading.vectorised)
         for column, found in self._columns(batch, taps):
             for one in blocks:
-                g = one.gradients([found[k] for k in one.block.sites])
-                self._moments[id(one.block)].add_gradients(g)
+                of_sites = [found[k] for k in one.block.sites]
+                self._moments[id(one.block)].add_gradients(one, of_sites)
             if rest:
                 self._add_rows(rows, batch, column)
 
@@ -230,11 +232,10 @@ class _Making:
     def _decomposed(self, block: Block) -> Spectrum:
         """Find eigenvectors and eigenvalues of both factors."""
         yield_point()
-        m = self._moments.pop(id(block))
-        m.inputs.div_(max(1, m.rows))
-        m.gradients.div_(self._problem.normaliser)
-        a, left = self._eigenpairs(m.inputs)
-        g, right = self._eigenpairs(m.gradients)
+        moments = self._moments.pop(id(block))
+        inputs, gradients = moments.factors(self._problem.normaliser)
+        a, left = self._eigenpairs(inputs)
+        g, right = self._eigenpairs(gradients)
         index = block.index.to(self._device)
         return Spectrum(index, left, right, a[:, :, None] * g[:, None, :])
 
@@ -250,8 +251,11 @@ class _Making:
         for _, gradients in self._columns(batch, taps):
             for one in blocks:
                 spectrum = found[id(one.block)]
-                g = one.gradients([gradients[k] for k in one.block.sites])
-                spectrum.values.add_(corrected(one, g, spectrum.left, spectrum.right))
+                of_sites = [gradients[k] for k in one.block.sites]
+                squares = tied.corrected if one.block.turned else corrected
+                spectrum.values.add_(
+                    squares(one, of_sites, spectrum.left, spectrum.right)
+                )
 
     def _spectrum_of_rows(self, block: Block, squares: Tensor | None) -> Spectrum:
         index = block.index.to(self._device)

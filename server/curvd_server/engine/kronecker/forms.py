@@ -79,31 +79,85 @@ class Convolution:
 
     def inputs(self, x: Tensor) -> Tensor:
         """See `Form`."""
-        return self._grouped(patches(x, self).flatten(2, 1 + len(self.kernel)))
+        widths = [pad for p in reversed(self.padding) for pad in (p, p)]
+        x = F.pad(x, widths) if any(widths) else x
+        seen = patches(x, self.kernel, self.stride, self.dilation)
+        return _grouped(seen.flatten(2, 1 + len(self.kernel)), self.groups)
 
     def gradients(self, g: Tensor) -> Tensor:
         """See `Form`."""
-        return self._grouped(g[:, :, None])
-
-    def _grouped(self, value: Tensor) -> Tensor:
-        """Make rows of [B, channels, features, *positions]."""
-        value = value.flatten(3)
-        count, channels, features, positions = value.shape
-        each = channels // self.groups * features
-        value = value.reshape(count, self.groups, each, positions)
-        return value.permute(1, 0, 3, 2).flatten(1, 2)
+        return _grouped(g[:, :, None], self.groups)
 
 
-def patches(x: Tensor, form: Convolution) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class TransposedConvolution:
+    """A transposed convolution: one of its input with zeros in between, by the flipped kernel.
+
+    A row is a position of the output, as of other convolutions, so that what the positions
+    share is weight and bias together.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    groups: int
+    one_hot: bool = False
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """See `Form`."""
+        x = self._spread(x)
+        ones = (1,) * len(self.kernel)
+        seen = patches(x, self.kernel, ones, self.dilation)
+        axes = tuple(range(2, 2 + len(self.kernel)))
+        return _grouped(seen.flip(axes).flatten(2, axes[-1]), self.groups)
+
+    def gradients(self, g: Tensor) -> Tensor:
+        """See `Form`."""
+        return _grouped(g[:, :, None], self.groups)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """Put zeros between elements and around them, so that every output has a patch."""
+        widths: list[int] = []
+        for axis, (size, stride, pad, step, more) in enumerate(
+            zip(
+                self.kernel,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.output_padding,
+                strict=True,
+            ),
+            2,
+        ):
+            shape = [*x.shape]
+            shape[axis] = (shape[axis] - 1) * stride + 1
+            wide = x.new_zeros(shape)
+            places = [slice(None)] * x.ndim
+            places[axis] = slice(None, None, stride)
+            wide[tuple(places)] = x
+            x, around = wide, step * (size - 1) - pad
+            widths = [around, around + more, *widths]
+        return F.pad(x, widths)  # negative ones cut off
+
+
+def _grouped(value: Tensor, groups: int) -> Tensor:
+    """Make rows of [B, channels, features, *positions]."""
+    value = value.flatten(3)
+    count, channels, features, positions = value.shape
+    value = value.reshape(count, groups, channels // groups * features, positions)
+    return value.permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def patches(
+    x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
     """Cut out what each position of a convolution sees: [B, C, *kernel, *positions]."""
-    widths = [pad for p in reversed(form.padding) for pad in (p, p)]
-    x = F.pad(x, widths) if any(widths) else x
-    axes = range(2, 2 + len(form.kernel))
-    for axis, size, stride, step in zip(
-        axes, form.kernel, form.stride, form.dilation, strict=True
-    ):
+    axes = range(2, 2 + len(kernel))
+    for axis, size, stride, step in zip(axes, kernel, strides, dilation, strict=True):
         x = x.unfold(axis, (size - 1) * step + 1, stride)[..., ::step]
-    count = len(form.kernel)
+    count = len(kernel)
     order = (0, 1, *range(2 + count, 2 + 2 * count), *range(2, 2 + count))
     return x.permute(order)
 

@@ -37,6 +37,25 @@ class Seen:
     dtype: torch.dtype
     """In which moments are summed."""
 
+    def of_sites(
+        self, found: Sequence[Tensor], points: slice
+    ) -> Iterator[tuple[Site, Tensor, Tensor]]:
+        """Give inputs and gradients of some data points, site by site.
+
+        Args:
+            found: Gradients of the sites' outputs.
+            points: The data points.
+
+        Yields:
+            A site, its inputs [G, b, S, d_in] or indices [1, b, S, 1], and its gradients
+            [G, b, S, d_out].
+        """
+        for site, x, g, trailing in zip(
+            self.sites, self.operands, found, self.trailing, strict=True
+        ):
+            rows = self._by_point(site.form.gradients(g), trailing)[:, points]
+            yield site, self._inputs_of(site, x, trailing, points), rows.to(self.dtype)
+
     @property
     def one_hot(self) -> bool:
         """Whether inputs are indices."""
@@ -176,14 +195,20 @@ class Moments:
                 self.inputs[0].index_add_(0, used, ones)
             self.rows += len(ids) if self._reduce else ids.numel()
 
-    def add_gradients(self, gradients: Tensor) -> None:
+    def add_gradients(self, seen: Seen, found: Sequence[Tensor]) -> None:
         """Add rows of gradients, of one column.
 
         Args:
-            gradients: [G, B, S, d_out].
+            seen: The block's share of a mini-batch.
+            found: Gradients of the outputs of its sites.
         """
+        gradients = seen.gradients(found)
         reduced = gradients.sum(2) if self._reduce else gradients.flatten(1, 2)
         self._add(self.gradients, reduced)
+
+    def factors(self, normaliser: float) -> tuple[Tensor, Tensor]:
+        """Divide the sums: the factors of the inputs and of the gradients."""
+        return self.inputs.div_(max(1, self.rows)), self.gradients.div_(normaliser)
 
     @staticmethod
     def _add(place: Tensor, rows: Tensor) -> None:
@@ -195,7 +220,7 @@ class Moments:
 
 
 def corrected(
-    seen: Seen, gradients: Tensor, left: Tensor | None, right: Tensor | None
+    seen: Seen, found: Sequence[Tensor], left: Tensor | None, right: Tensor | None
 ) -> Tensor:
     """Sum the squares of data points' gradients along eigenvectors: [G, d_in, d_out].
 
@@ -204,10 +229,11 @@ def corrected(
 
     Args:
         seen: The block's share of a mini-batch.
-        gradients: [G, B, S, d_out].
+        found: Gradients of the outputs of its sites.
         left: [G, d_in, d_in] Eigenvectors of the inputs' factor; None: unit vectors.
         right: [G, d_out, d_out] Likewise of the gradients'.
     """
+    gradients = seen.gradients(found)
     g = gradients if right is None else gradients @ right[:, None]
     shape = seen.block.index.shape
     total = torch.zeros(shape, dtype=g.dtype, device=g.device)

@@ -10,7 +10,7 @@ linear, has its moments of rows (`rows`), and its block says why.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,9 @@ from curvd_server.system import is_out_of_memory, yield_point
 
 LARGEST_SIDE = 8192
 """Sides of Kronecker products that are larger have the diagonal of their factor."""
+LARGEST_WHOLE = 2048
+"""Sides of a tied weight that are larger have the diagonal: both factors are made of every
+data point's whole gradient, so that a side of a vocabulary costs more than the model."""
 LARGEST_DENSE = 1024
 """Parameters that are larger, and in no Kronecker product, have a diagonal."""
 TOLERANCE = 1e-6
@@ -45,6 +48,8 @@ class Block:
     products [1, 1, n]."""
     sites: tuple[int, ...] = ()
     """Positions among the sites of the model that it is a sum over."""
+    turned: tuple[bool, ...] = ()
+    """Of a weight that is used in several layouts: whether each site has it transposed."""
 
     @property
     def nbytes_each(self) -> tuple[int, int]:
@@ -147,7 +152,12 @@ def read(problem: Problem, *, reduce: bool) -> Reading:
     rest = tuple(i for i in range(len(gaps)) if i in findings.reasons)
     vectorised, gap = _prove_rows(small, batch, rest, cotangent, truth)
     good = [gaps[i] for i in own if i not in findings.reasons]
-    blocks = [_kronecker(small, sites, group, reduce=reduce) for group in groups]
+    blocks = [
+        _whole(small, sites, group)
+        if group.turned
+        else _kronecker(small, sites, group.sites, reduce=reduce)
+        for group in groups
+    ]
     blocks += [_of_rows(small, i, findings.reasons[i]) for i in rest]
     zero = [i for i in range(len(gaps)) if i not in own and i not in findings.reasons]
     blocks += [_zero(small, i) for i in zero]
@@ -277,9 +287,52 @@ def _gaps(small: Problem, ours: Tensor, truth: Tensor) -> list[float]:
     return [float((a - b).norm() / (b.norm() + least)) for a, b in pairs]
 
 
-def _grouped(
-    small: Problem, sites: Sites, findings: _Findings
-) -> list[tuple[int, ...]]:
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Sites of one weight."""
+
+    sites: tuple[int, ...]
+    turned: tuple[bool, ...] = ()
+    """Where there are several layouts: which sites have the transpose of the first."""
+
+
+def _joined(sites: Sites, groups: Iterable[Sequence[int]]) -> list[_Group]:
+    """Join groups that have the same elements in several layouts, if these are transposes.
+
+    Small weights are left alone: they have their exact block.
+    """
+    found: list[_Group] = []
+    for group in groups:
+        site = sites.linear[group[0]]
+        for place, other in enumerate(found):
+            first = sites.linear[other.sites[0]]
+            turned = _is_turned(first, site)
+            if turned is not None:
+                before = other.turned or (False,) * len(other.sites)
+                found[place] = _Group(
+                    (*other.sites, *group), (*before, *(turned for _ in group))
+                )
+                break
+        else:
+            found.append(_Group(tuple(group)))
+    return found
+
+
+def _is_turned(first: Site, other: Site) -> bool | None:
+    """Tell whether one has the other's weight as it is, or transposed; None: neither."""
+    if first.bias is not None or other.bias is not None:
+        return None
+    mine, theirs = first.weight, other.weight
+    if len(mine) != 1 or len(theirs) != 1 or mine.numel() <= LARGEST_DENSE:
+        return None
+    for turned in (False, True):
+        same = theirs.mT if turned else theirs
+        if mine.shape == same.shape and bool((mine == same).all()):
+            return turned
+    return None
+
+
+def _grouped(small: Problem, sites: Sites, findings: _Findings) -> list[_Group]:
     """Join sites of one weight, and drop what shares a parameter with what is dropped."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for k, site in enumerate(sites.linear):
@@ -287,11 +340,12 @@ def _grouped(
         digest = hashlib.sha256(index.numpy().tobytes()).digest()
         key = (digest, tuple(index.shape), site.form.one_hot, site.bias is None)
         groups.setdefault(key, []).append(k)
+    kept = _joined(sites, groups.values())
     taken = torch.zeros(small.layout.size, dtype=torch.int64)
-    for first, *_ in groups.values():
-        taken[distinct(sites.linear[first].index)] += 1
-    for first, *_ in groups.values():
-        index = sites.linear[first].index
+    for group in kept:
+        taken[distinct(sites.linear[group.sites[0]].index)] += 1
+    for group in kept:
+        index = sites.linear[group.sites[0]].index
         used = distinct(index)
         shared, repeats = used[taken[used] > 1], len(used) < index.numel()
         if len(shared) or repeats:
@@ -299,21 +353,20 @@ def _grouped(
                 _parameters(small, shared if len(shared) else index),
                 "its elements are used in more than one layout",
             )
-    kept = list(groups.values())
     while True:
         dropped = [
             group
             for group in kept
             if any(
                 i in findings.reasons
-                for i in _parameters(small, sites.linear[group[0]].index)
+                for i in _parameters(small, sites.linear[group.sites[0]].index)
             )
         ]
         if not dropped:
-            return [tuple(group) for group in kept]
+            return kept
         kept = [group for group in kept if group not in dropped]
         for group in dropped:
-            beside = _parameters(small, sites.linear[group[0]].index)
+            beside = _parameters(small, sites.linear[group.sites[0]].index)
             findings.note(beside, "beside one that has no Kronecker product")
 
 
@@ -363,6 +416,21 @@ def _kronecker(
         diagonal_outputs=outputs > LARGEST_SIDE,
     )
     return Block(said, site.index, group)
+
+
+def _whole(small: Problem, sites: Sites, group: _Group) -> Block:
+    site = sites.linear[group.sites[0]]
+    _, inputs, outputs = site.index.shape
+    said = FactorBlock(
+        parameters=tuple(small.layout.names[i] for i in _parameters(small, site.index)),
+        kind=FactorBlockKind.KRONECKER,
+        inputs=inputs,
+        outputs=outputs,
+        diagonal_inputs=inputs > LARGEST_WHOLE,
+        diagonal_outputs=outputs > LARGEST_WHOLE,
+        whole_gradients=True,
+    )
+    return Block(said, site.index, group.sites, group.turned)
 
 
 def _of_rows(small: Problem, parameter: int, reason: str) -> Block:

@@ -17,6 +17,7 @@ from curvd_server.engine.kronecker.forms import (
     Form,
     Matrices,
     Matrix,
+    TransposedConvolution,
 )
 from curvd_server.engine.kronecker.movements import (
     Indices,
@@ -160,23 +161,30 @@ def _matrices(node: fx.Node, indices: Indices) -> Site | None:
 
 
 def _convolution(node: fx.Node, indices: Indices) -> Site | None:
-    x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
+    x, weight, bias, stride, padding, dilation, transposed, more, groups = node.args
     index: Any = as_indices(indices.get(_node(weight)))
-    if index is None or transposed or x in indices:
+    if index is None or x in indices:
         return None
-    count = index.ndim - 2
-    form = Convolution(
-        kernel=tuple(index.shape[2:]),
-        stride=_each(stride, count),
-        padding=_each(padding, count),
-        dilation=_each(dilation, count),
-        groups=int(groups),  # type: ignore[arg-type]
-    )
-    index = index.reshape(form.groups, -1, index[0].numel()).mT
+    count, groups = index.ndim - 2, int(groups)  # type: ignore[arg-type]
+    shape: dict[str, Any] = {
+        "kernel": tuple(index.shape[2:]),
+        "stride": _each(stride, count),
+        "padding": _each(padding, count),
+        "dilation": _each(dilation, count),
+        "groups": groups,
+    }
+    form: Form
+    if transposed:  # the weight has the inputs' channels first, in groups
+        form = TransposedConvolution(**shape, output_padding=_each(more, count))
+        index = index.flatten(2).unflatten(0, (groups, -1)).movedim(2, 3)
+        index = index.flatten(1, 2)
+    else:
+        form = Convolution(**shape)
+        index = index.reshape(groups, -1, index[0].numel()).mT
     assert isinstance(x, fx.Node)
     site = Site(node, x, form, index)
     own = as_indices(indices.get(_node(bias)))
-    return site if own is None else replace(site, bias=own.reshape(form.groups, -1))
+    return site if own is None else replace(site, bias=own.reshape(groups, -1))
 
 
 def _each(value: Any, count: int) -> tuple[int, ...]:
