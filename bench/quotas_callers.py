@@ -94,6 +94,7 @@ def _ask(act: Callable[[], object], threads: int) -> None:
         stopped, came = threading.Event(), Counter()
         if isinstance(act, Storm):
             act.begin()
+        say(ready=True)
         cpu_s = time.process_time()
 
         def ask(stopped=stopped, came=came) -> None:
@@ -146,16 +147,39 @@ def more_vectors(client: curvd.Client, held: Held) -> Callable[[], object]:
     return lambda: session.put("more", columns)
 
 
+class Datasets:
+    """Datasets of a size that differ in one number.
+
+    Args:
+        client: Who registers them.
+        count: Data points of each.
+    """
+
+    def __init__(self, client: curvd.Client, count: int) -> None:
+        self._client, self._points = client, points_of(SMALL, count)
+
+    def register(self, number: int, **options: Any) -> curvd.DatasetInfo:
+        """Register one of them."""
+        self._points["x"][0, 0] = number
+        return self._client.register_dataset(
+            self._points, inputs="x", target="y", batch_size=128, **options
+        )
+
+
 def more_disk(client: curvd.Client, held: Held) -> Callable[[], object]:
-    """He registers a dataset that is larger than what he may have."""
-    points = points_of([64, 4], 20_000)
-    return lambda: client.register_dataset(
-        points, inputs="x", target="y", batch_size=128
-    )
+    """He has registered as much as fits, and registers another dataset."""
+    data = Datasets(client, 20_000)
+    for number in range(100):
+        try:
+            held.callback(client.delete_dataset, data.register(number))
+        except curvd.LimitExceeded:
+            break
+    return lambda: data.register(-1)
 
 
 def more_uploads(client: curvd.Client, held: Held) -> Callable[[], object]:
     """He has begun as many uploads as he may, and begins another."""
+    data = Datasets(client, 60_000)  # more than one chunk: it can be left in between
 
     class Left(Exception):
         pass
@@ -164,21 +188,14 @@ def more_uploads(client: curvd.Client, held: Held) -> Callable[[], object]:
         if 0 < done < total:
             raise Left
 
-    def begin(value: float) -> None:
-        points = points_of(SMALL, 20_000)
-        points["x"] += np.float32(value)
-        client.register_dataset(
-            points, inputs="x", target="y", batch_size=128, progress=leave
-        )
-
-    for value in range(1, 100):
+    for number in range(100):
         try:
-            begin(value)
+            data.register(number, progress=leave)
         except Left:
             continue
         except curvd.LimitExceeded:
             break
-    return lambda: begin(0.5)
+    return lambda: data.register(-1, progress=leave)
 
 
 def more_columns(client: curvd.Client, held: Held) -> Callable[[], object]:
@@ -186,6 +203,13 @@ def more_columns(client: curvd.Client, held: Held) -> Callable[[], object]:
     session = client.session(client.sessions()[0].id)
     H, V = session.hessian(), np.ones((session.layout.size, 4), np.float32)
     return lambda: H @ V
+
+
+def more_calls(client: curvd.Client, held: Held) -> Callable[[], object]:
+    """He multiplies single columns, from twice as many threads as he may have calls."""
+    session = client.session(client.sessions()[0].id)
+    H, v = session.hessian(), np.ones(session.layout.size, np.float32)
+    return lambda: H @ v
 
 
 def more_connections(client: curvd.Client, held: Held) -> Callable[[], object]:
@@ -198,7 +222,7 @@ STORM = 1000
 
 
 class Storm:
-    """As many clients at once, each of which has one call under way all the time.
+    """As many clients, all connected, each of which then makes one call after the other.
 
     Args:
         target: The server.
@@ -235,7 +259,13 @@ class Storm:
     async def _begin(self) -> None:
         async with self._client() as client:
             (first, *_) = await client.sessions()
-        self._tasks = [asyncio.create_task(self._ask(first.id)) for _ in range(STORM)]
+        self._open, all_open = asyncio.Semaphore(0), asyncio.Event()
+        self._tasks = [
+            asyncio.create_task(self._ask(first.id, all_open)) for _ in range(STORM)
+        ]
+        for _ in self._tasks:
+            await self._open.acquire()
+        all_open.set()
 
     async def _end(self) -> None:
         for task in self._tasks:
@@ -245,9 +275,12 @@ class Storm:
     def _client(self) -> Any:
         return curvd.aio.connect(self._target, config=ONCE, token=self._token)
 
-    async def _ask(self, session_id: str) -> None:
+    async def _ask(self, session_id: str, all_open: asyncio.Event) -> None:
         # A client of its own: those that share one keep four connections when they pause.
         async with self._client() as client:
+            await client.healthy()  # which nobody is asked for, and counts for no quota
+            self._open.release()
+            await all_open.wait()
             session = None
             while True:
                 try:
@@ -270,7 +303,7 @@ QUOTAS: dict[str, tuple[Act, int]] = {
     "disk_bytes": (more_disk, 1),
     "uploads": (more_uploads, 1),
     "columns": (more_columns, 4),
-    "calls": (more_columns, 8),
+    "calls": (more_calls, 8),
     "connections": (more_connections, 1),
 }
 """What he does, and from how many threads, by the quota that stops him."""

@@ -220,12 +220,22 @@ def uploading(channel, value):
 def test_connections(serving, monkeypatch):
     # grpcio's clients are answered by ourselves: each method has its own connection.
     monkeypatch.setattr(greeting, "is_ours", lambda beginning, *, tls: True)
+    paced = []
+
+    class Noted(Refusals):
+        async def pace(self, caller, remaining_s):
+            paced.append(caller)
+            await super().pace(caller, remaining_s)
+
+    monkeypatch.setattr(interceptors, "Refusals", Noted)
     with serving("[callers.ann]\nconnections = 2\n") as channels:
         listing = lambda name: raw.call(  # noqa: E731
             channels[name], "ListSessions", session_pb.ListSessionsRequest()
         )
         for _ in range(5):  # one without a call makes room
             listing("ann")
+        # As those who are refused, who makes another one go has so many a second.
+        assert paced == ["ann"] * 3
         ends = [uploading(channels["ann"], float(n)) for n in range(2)]
         try:
             for _ in range(3):

@@ -319,15 +319,16 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         """End the call by closing its connection."""
         self._connection.close()
 
-    def claim(self, owners: Owners) -> None:
+    def claim(self, owners: Owners) -> bool:
         """Say whose the connection is: of who makes the call; see `Owners.claim`."""
         try:
-            owners.claim(self._connection)
+            is_full = owners.claim(self._connection)
         except ResourceExhausted:
             # He may not have it: it takes nobody's place, and no time of others' calls.
             self._connection.distrust()
             raise
         self._connection.left = owners.leave
+        return is_full
 
     def vouch(self) -> None:
         """Trust the client: interceptors let its call through."""

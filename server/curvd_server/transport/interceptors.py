@@ -120,7 +120,9 @@ class Gate:
                 msg = "this server is shutting down; retry, another may answer"
                 raise Unavailable(msg)
             self._identify(context)
-            self._claim(context)
+            if self._claim(context):
+                # To part with one and connect anew costs more than to be refused.
+                await self._refusals.pace(calling().name, context.time_remaining())
             with self._quotas.held(CALLS, 1):
                 return await answer()
         except asyncio.CancelledError:
@@ -172,11 +174,16 @@ class Gate:
         if identity.name:
             structlog.contextvars.bind_contextvars(caller=identity.name)
 
-    def _claim(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """Count the connection as the caller's; what grpcio relays is not seen."""
-        claim = getattr(context, "claim", None)
-        if claim is not None and calling().name:
-            claim(self._owners)
+    def _claim(self, context: grpc.aio.ServicerContext[Any, Any]) -> bool:
+        """Count the connection as the caller's; what grpcio relays is not seen.
+
+        Returns:
+            Whether another one of his had to go for it.
+        """
+        claim: Callable[[Owners], bool] | None = getattr(context, "claim", None)
+        if claim is None or not calling().name:
+            return False
+        return claim(self._owners)
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):

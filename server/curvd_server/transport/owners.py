@@ -35,7 +35,7 @@ class Owners:
         # The longest known first.
         self._held: dict[str, dict[Owned, None]] = {}
 
-    def claim(self, connection: Owned) -> None:
+    def claim(self, connection: Owned) -> bool:
         """Take note of whose a connection is: of who makes the call under way.
 
         The oldest of his without a call makes room.
@@ -43,15 +43,18 @@ class Owners:
         Args:
             connection: The connection that the call came by.
 
+        Returns:
+            Whether another one had to go for it.
+
         Raises:
             Overloaded: If he has as many as he may, and all have calls.
             LimitExceeded: If he may have none.
         """
         name = calling().name
         if connection.owner == name:
-            return
+            return False
         self.leave(connection)
-        held = self._held.get(name, {})
+        held, is_full = self._held.get(name, {}), False
         try:
             self._quotas.check(CONNECTIONS, len(held), 1)
         except ResourceExhausted:
@@ -60,8 +63,10 @@ class Owners:
                 raise
             self.leave(idle)
             idle.goaway()
+            is_full = True
         self._held.setdefault(name, {})[connection] = None
         connection.owner = name
+        return is_full
 
     def leave(self, connection: Owned) -> None:
         """Take note that a connection is gone; it may be nobody's."""
