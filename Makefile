@@ -6,10 +6,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # A folder with `build`, `compose` and `podman` commands to use in place of docker's.
 CONTAINERS ?=
 
+# Files in the order of their names: by the number of their tests, which is the usual one,
+# slow files of few tests come last, and one core waits for the other.
+IN_PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
 # Where tests are that compute on other devices than the CPU (tests/support/places.py).
 OFF_THE_CPU = tests/device tests/engine tests/linalg tests/watching
 # Where tests talk to a whole server (tests/conftest.py: live_target), which may have workers.
-OF_A_SERVER = -m 'not gpu and not standin' -n 2 --dist loadfile tests/cli/test_cli.py \
+OF_A_SERVER = -m 'not gpu and not standin' $(IN_PARALLEL) tests/cli/test_cli.py \
 	tests/end_to_end/test_errors_over_the_wire.py tests/end_to_end/test_operator_algebra.py \
 	tests/end_to_end/test_params.py tests/end_to_end/test_several_outputs.py \
 	tests/end_to_end/test_weight_decay.py tests/service/test_gradient_norms.py \
@@ -39,8 +42,8 @@ demo: $(VENV)/demo.stamp ## the main job on real data, in about a minute
 	$(BIN)/curvd demo
 
 test: $(VENV)/dev.stamp lint types proto-check docs ## everything that must pass
-	$(BIN)/pytest -m 'not gpu and not standin' -n 2 --dist loadfile
-	$(BIN)/pytest -m standin $(OFF_THE_CPU)
+	$(BIN)/pytest -m 'not gpu and not standin' $(IN_PARALLEL)
+	$(BIN)/pytest -m standin $(IN_PARALLEL) $(OFF_THE_CPU)
 	CURVD_TEST_DEVICES=cpu:0,cpu:1 $(BIN)/pytest $(OF_A_SERVER)
 
 workers-test: $(VENV)/dev.stamp ## what talks to a server, with three workers in place of a device
