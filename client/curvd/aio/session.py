@@ -32,21 +32,16 @@ from curvd.remote import (
     AsyncJacobian,
     AsyncStoredVectors,
     DataPointQueries,
+    GgnQueries,
     SessionBase,
     shown,
-)
-from curvd.remote.queries import (
-    Influence,
-    MarginalLikelihood,
-    PosteriorSamples,
-    Predictive,
-    Sketch,
 )
 from curvd.tensors import Layout
 
 
 class AsyncSession(
     DataPointQueries,
+    GgnQueries,
     AsyncAsks,
     AsyncStoredVectors,
     SessionBase[AsyncOperator, AsyncJacobian],
@@ -90,28 +85,6 @@ class AsyncSession(
         if store is not None:
             gradient = curvature_requests.at_version(gradient, call.info)
         return curvature_requests.loss_of(call.info), gradient
-
-    async def influence(self, queries: Any = None, **options: Any) -> Influence:
-        """Compute influence by the GGN; see `curvd.Session`."""
-        return await self.ggn().influence(queries, **options)
-
-    async def predictive(self, inputs: Any, **options: Any) -> Predictive:
-        """Compute variances of predictions by the GGN; see `curvd.Session`."""
-        return await self.ggn().predictive(inputs, **options)
-
-    async def posterior_samples(self, k: int = 1, **options: Any) -> PosteriorSamples:
-        """Draw from the posterior of the GGN; see `curvd.Session`."""
-        return await self.ggn().posterior_samples(k, **options)
-
-    async def marginal_likelihood(
-        self, priors: Any, **options: Any
-    ) -> MarginalLikelihood:
-        """Compute marginal likelihoods by the GGN; see `curvd.Session`."""
-        return await self.ggn().marginal_likelihood(priors, **options)
-
-    async def sketch(self, name: str = "sketch", **options: Any) -> Sketch:
-        """Sketch the GGN, to precondition systems; see `curvd.Session`."""
-        return await self.ggn().sketch(name, **options)
 
     async def on(
         self,

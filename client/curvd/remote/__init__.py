@@ -11,6 +11,7 @@ from curvd.remote.algebra import Algebra, Identity, Indices, dense_bytes
 from curvd.remote.asking import AsyncAsks
 from curvd.remote.client import Client, configured, connect
 from curvd.remote.factored import Functions
+from curvd.remote.ggn_queries import GgnQueries
 from curvd.remote.jacobian import AsyncJacobian, Jacobian
 from curvd.remote.operator import OperatorBase, RemoteOperator
 from curvd.remote.operator_sum import AsyncOperatorSum, OperatorSum
@@ -35,6 +36,7 @@ __all__ = [
     "ClientStages",
     "DataPointQueries",
     "Functions",
+    "GgnQueries",
     "Identity",
     "Indices",
     "Jacobian",

@@ -82,6 +82,22 @@ class QueryMethod(Generic[P, T]):
         return function if owner is None else function.__get__(owner, kind)
 
 
+def for_both(method: Callable[Concatenate[Any, P], T]) -> QueryMethod[P, T]:
+    """Make a method that passes a call on to an object of its own client.
+
+    Args:
+        method: Returns what that object answers, to be awaited where the client's are.
+    """
+
+    @functools.wraps(method)
+    async def awaited(self: AsyncAsks, /, *args: P.args, **given: P.kwargs) -> T:
+        answer: Any = method(self, *args, **given)
+        found: T = await answer
+        return found
+
+    return QueryMethod(method, awaited)
+
+
 def asks(
     options: Callable[P, O],
 ) -> Callable[[Callable[[Any, O], QueryCall[T]]], QueryMethod[P, T]]:

@@ -21,24 +21,22 @@ from curvd.contract import (
 from curvd.errors import SessionNotFound
 from curvd.parameters import Values, updates
 from curvd.remote.asking import Asks
+from curvd.remote.ggn_queries import GgnQueries
 from curvd.remote.jacobian import Jacobian
 from curvd.remote.operator import RemoteOperator
 from curvd.remote.progress import shown
-from curvd.remote.queries import (
-    DataPointQueries,
-    Influence,
-    MarginalLikelihood,
-    PosteriorSamples,
-    Predictive,
-    Sketch,
-)
+from curvd.remote.queries import DataPointQueries
 from curvd.remote.session_base import SessionBase
 from curvd.remote.stored_vectors import StoredVectors
 from curvd.tensors import Layout
 
 
 class Session(
-    DataPointQueries, Asks, StoredVectors, SessionBase[RemoteOperator, Jacobian]
+    DataPointQueries,
+    GgnQueries,
+    Asks,
+    StoredVectors,
+    SessionBase[RemoteOperator, Jacobian],
 ):
     """A model, a dataset and a loss on a device of the server.
 
@@ -116,103 +114,6 @@ class Session(
         if store is not None:
             gradient = curvature_requests.at_version(gradient, call.info)
         return curvature_requests.loss_of(call.info), gradient
-
-    def influence(self, queries: Any = None, **options: Any) -> Influence:
-        """Compute what each data point has to do with the losses of queries, by the GGN.
-
-        Args:
-            queries: Data points, by name as in the dataset or a tuple of inputs and
-                targets; or indices of the session's own; or None, all of these; or all of
-                a session with the same parameters (`on`); or gradients that the session
-                stores, [P] or [P, M], or their name.
-            **options: Those of [`influence`][curvd.RemoteOperator.influence] of an
-                operator.
-
-        Returns:
-            The scores, and how true the solutions are.
-
-        Examples:
-            >>> found = session.influence([0, 1], damping=0.1, top=3)
-            >>> found.converged, found.indices.shape
-            (True, (2, 2, 3))
-            >>> session.influence(damping=0.1, self_only=True).self_influence.shape
-            (60,)
-        """
-        return self.ggn().influence(queries, **options)
-
-    def predictive(self, inputs: Any, **options: Any) -> Predictive:
-        """Compute variances of predictions under the posterior of the GGN.
-
-        Args:
-            inputs: As in the dataset: an array [T, …], a tuple of these, or by name.
-            **options: Those of [`predictive`][curvd.RemoteOperator.predictive] of an
-                operator.
-
-        Returns:
-            The outputs, their variances, and how true the solutions are.
-
-        Examples:
-            >>> x = np.zeros((1, 4))
-            >>> narrow, wide = (session.predictive(x, prior=p) for p in (100.0, 0.1))
-            >>> bool(np.all(narrow.variance < wide.variance))
-            True
-        """
-        return self.ggn().predictive(inputs, **options)
-
-    def posterior_samples(self, k: int = 1, **options: Any) -> PosteriorSamples:
-        """Draw from the posterior of the GGN.
-
-        Args:
-            k: How many.
-            **options: Those of
-                [`posterior_samples`][curvd.RemoteOperator.posterior_samples] of an
-                operator.
-
-        Returns:
-            What is to be added to the parameters, draw by draw.
-
-        Examples:
-            >>> session.posterior_samples(2, prior=10.0).samples.shape
-            (2, 43)
-        """
-        return self.ggn().posterior_samples(k, **options)
-
-    def marginal_likelihood(self, priors: Any, **options: Any) -> MarginalLikelihood:
-        """Compute Laplace's log marginal likelihood for several priors, by the GGN.
-
-        Args:
-            priors: Precisions, positive: a number, or several.
-            **options: Those of
-                [`marginal_likelihood`][curvd.RemoteOperator.marginal_likelihood] of an
-                operator.
-
-        Returns:
-            The values, and their parts.
-
-        Examples:
-            >>> session.marginal_likelihood(np.logspace(-2, 2, 9)).best
-            1.0
-        """
-        return self.ggn().marginal_likelihood(priors, **options)
-
-    def sketch(self, name: str = "sketch", **options: Any) -> Sketch:
-        """Sketch the GGN, to precondition systems of it and of the Hessian.
-
-        Args:
-            name: Under which the session keeps it.
-            **options: Those of [`sketch`][curvd.RemoteOperator.sketch] of an operator.
-
-        Returns:
-            The values, and what the session stores.
-
-        Examples:
-            >>> session.sketch("top", rank=30).stored.name
-            'top'
-            >>> b = session.gradient()[1]
-            >>> session.hessian().solve(b, damping=1.0, preconditioner="top").converged
-            True
-        """
-        return self.ggn().sketch(name, **options)
 
     def on(
         self,
