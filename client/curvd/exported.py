@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from curvd.contract import Dtype, LossSpec, Mode, Normaliser, Output, member
-from curvd.errors import InvalidSpec, missing
+from curvd.errors import CurvdError, InvalidGraph, InvalidSpec, missing
 from curvd.v1 import graph_pb2 as graph_pb
 
 if TYPE_CHECKING:
@@ -72,13 +72,26 @@ def _renewed_in_children() -> None:
 
 
 def _one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
-    """Let threads export one after the other: torch's tracers patch what all share."""
+    """Let threads export one after the other, and have failures say what failed.
+
+    torch's tracers patch what all threads share.
+    """
 
     @functools.wraps(function)
     def alone(*args: P.args, **kwargs: P.kwargs) -> T:
         _renewed_in_children()
         with _turn:
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except (CurvdError, ImportError):
+                raise
+            except Exception as error:  # of the caller's code, or torch's
+                first = str(error).strip().partition("\n")[0][:300]
+                msg = (
+                    f"{function.__name__}() failed on this module, loss or data, which "
+                    f"may be more than torch can trace: {type(error).__name__}: {first}"
+                )
+                raise InvalidGraph(msg) from error
 
     return alone
 
@@ -108,10 +121,11 @@ def export(
             there is such a field, else the first tensor. Several, in a list, or all of
             them, ``...``, are laid side by side, [B, S]; see `Client.session_for`.
         mode: ``eval``: BatchNorm uses the running statistics; ``batch_statistics``: the
-            mini-batch's. None: the running ones, and a layer in training mode is
-            refused.
-        check: Whether to prove on four of the data points that the graph has the
-            module's outputs and gradients, as ``.backward()`` computes them. It costs
+            mini-batch's, but for layers that are frozen beside others that train. None:
+            the running ones, and a layer in training mode is refused.
+        check: Whether to prove on a few of the data points, those that differ most among
+            them, that the graph has the module's outputs and gradients, as
+            ``.backward()`` computes them. It costs
             at most one gradient over a few dozen data points, and memory for a copy of
             the module in float64.
 

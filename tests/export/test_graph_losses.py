@@ -230,8 +230,10 @@ def test_an_unknown_loss_is_exported_as_what_it_is():
         lambda z, y: log_cosh(z, y) * z.numel(), draw(N, 3), draw(N, 3, seed=2)
     )
     assert total.reduction is Reduction.SUM
+    exact = recognised(log_cosh, draw(N, 3), draw(N, 3))
+    assert exact.reduction is Reduction.MEAN
     with pytest.raises(curvd.InvalidSpec, match="both a mean and a sum"):
-        recognised(log_cosh, draw(N, 3), draw(N, 3))
+        recognised(lambda z, y: 0 * z.sum(), draw(N, 3), draw(N, 3))
     with pytest.raises(curvd.InvalidSpec, match=r"neither a mean nor a sum.*weight"):
         recognised(lambda z, y: (z - y).norm(), draw(N, 3), draw(N, 3, seed=2))
 

@@ -143,7 +143,7 @@ def calls_after(count):
         own(lambda g: g * 2),
         own(lambda g: g.clamp(-2, 2)),
         hooked(lambda g: g * 0.9),
-        calls_after(10),
+        calls_after(14),
     ],
 )
 def test_a_loss_with_a_gradient_of_its_own_is_refused(transform):

@@ -309,6 +309,10 @@ def _noted(
 
 def _remedy(module: nn.Module, layer: nn.Module, inputs: Any, error: Exception) -> str:
     """Say what a layer takes, as far as its kind tells."""
+    if "nference tensor" in str(error):
+        return (
+            "its forward enters torch.inference_mode(), which cuts gradients: remove it"
+        )
     own = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     whole = inputs.values() if isinstance(inputs, Mapping) else inputs
     leaves = [whole] if isinstance(whole, Tensor) else list(whole)

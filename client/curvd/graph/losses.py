@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +18,8 @@ from curvd.contract import (
     Reduction,
     SerializedGraph,
 )
-from curvd.errors import CurvdError, InvalidGraph, InvalidSpec
+from curvd.errors import InvalidGraph, InvalidSpec
+from curvd.graph.additive import is_additive, tried
 from curvd.graph.capture import graph_of
 from curvd.graph.evaluate import constant, evaluate
 from curvd.graph.examples import few, spread
@@ -32,8 +31,6 @@ from curvd.v1 import graph_pb2 as graph_pb
 
 Loss = Callable[[Tensor, Tensor], Any]
 
-_CLOSE = 1e-4
-"""Rounding of float32 is far below, a wrong normaliser far above."""
 _FUNCTIONS: Mapping[Any, type[nn.Module]] = {
     F.cross_entropy: nn.CrossEntropyLoss,
     F.mse_loss: nn.MSELoss,
@@ -48,6 +45,17 @@ _NAMES = {
     nn.NLLLoss: LossName.NLL,
     nn.SmoothL1Loss: LossName.SMOOTH_L1,
 }
+_OPERATORS: Mapping[LossName, Any] = {
+    LossName.CROSS_ENTROPY: torch.ops.aten.cross_entropy_loss,
+    LossName.MSE: torch.ops.aten.mse_loss,
+    LossName.BCE_WITH_LOGITS: torch.ops.aten.binary_cross_entropy_with_logits,
+    LossName.NLL: torch.ops.aten.nll_loss_nd,
+    LossName.SMOOTH_L1: torch.ops.aten.smooth_l1_loss,
+}
+"""What they compute, beneath torch's modules and functions: those may have hooks, or others
+in their place."""
+_REDUCTIONS = {Reduction.MEAN: 1, Reduction.SUM: 2}
+"""As the operators count them."""
 
 
 class _Summed(nn.Module):
@@ -129,8 +137,8 @@ def capture_loss(
     """
     wrapper = _Summed(loss, normaliser)
     z, y = spread(outputs, targets)
-    _tried(lambda z, y: check_held(loss, model, z, y, {}), z, y)
-    if not _is_additive(wrapper, z, y):
+    tried(lambda z, y: check_held(loss, model, z, y, {}), z, y)
+    if not is_additive(wrapper, z, y):
         declared = {
             "points": "the mean over the data points of a mini-batch",
             "sum": "the sum over the data points of a mini-batch",
@@ -195,12 +203,12 @@ def recognised(
         capture_loss, loss, outputs, targets, model=model, check=check
     )
     z, y = spread(outputs, targets)
-    _tried(lambda z, y: check_held(loss, model, z, y, {}), z, y)
-    if isinstance(_tried(loss, z, y), tuple | list):
+    tried(lambda z, y: check_held(loss, model, z, y, {}), z, y)
+    if isinstance(tried(loss, z, y), tuple | list):
         return captured("counted")
     choices: tuple[Normaliser, ...] = ("points", "sum")
     wrappers = {n: _Summed(loss, n) for n in choices}
-    fitting = [n for n, wrapper in wrappers.items() if _is_additive(wrapper, z, y)]
+    fitting = [n for n, wrapper in wrappers.items() if is_additive(wrapper, z, y)]
     if len(fitting) == 1:
         return captured(fitting[0])
     what = "both a mean and a sum" if fitting else "neither a mean nor a sum"
@@ -231,23 +239,27 @@ def evaluated(spec: LossSpec, outputs: Tensor, targets: Tensor) -> Tensor:
         total, *weight = evaluate(graph, (outputs, targets), wide)
         is_sum = bool(weight) or spec.reduction is Reduction.SUM
         return total if is_sum else total / outputs.shape[0]
-    kind = next(kind for kind, name in _NAMES.items() if name is spec.name)
-    options: dict[str, Any] = {"reduction": str(spec.reduction)}
-    if spec.class_weights is not None:
-        binary = kind is nn.BCEWithLogitsLoss
-        weights = torch.tensor(spec.class_weights, dtype=torch.float64).to(outputs)
-        options["pos_weight" if binary else "weight"] = weights
-    if spec.ignore_index is not None:
-        options["ignore_index"] = spec.ignore_index
-    if kind is nn.CrossEntropyLoss:
-        options["label_smoothing"] = spec.label_smoothing
-    if kind is nn.SmoothL1Loss:
-        options["beta"] = spec.beta
     if spec.shift:
         outputs, targets = outputs[:, :-1], targets[:, 1:]
     if spec.name.has_classes and outputs.shape[:-1] == targets.shape:
         outputs = outputs.movedim(-1, 1)  # where torch wants the classes
-    result: Tensor = kind(**options)(outputs, targets)
+    weights = None
+    if spec.class_weights is not None:
+        weights = torch.tensor(spec.class_weights, dtype=torch.float64).to(outputs)
+    options: dict[str, Any] = {"reduction": _REDUCTIONS[spec.reduction]}
+    if spec.name is LossName.BCE_WITH_LOGITS:
+        options["pos_weight"] = weights
+    elif spec.name.has_classes:
+        ignored = spec.ignore_index
+        options |= {
+            "weight": weights,
+            "ignore_index": -100 if ignored is None else ignored,
+        }
+    if spec.name is LossName.CROSS_ENTROPY:
+        options["label_smoothing"] = spec.label_smoothing
+    if spec.name is LossName.SMOOTH_L1:
+        options["beta"] = spec.beta
+    result: Tensor = _OPERATORS[spec.name](outputs, targets, **options)
     return result
 
 
@@ -293,52 +305,6 @@ def _is_ambiguous(spec: LossSpec, outputs: Tensor, targets: Tensor) -> bool:
         and outputs.dim() > 2
         and outputs.shape[:-1] == targets.shape
         and outputs.shape[1] == outputs.shape[-1]
-    )
-
-
-def _tried(loss: Any, outputs: Tensor, targets: Tensor) -> Any:
-    """Call a loss; what it warns of shows in what follows."""
-    leaf = outputs.detach().requires_grad_()  # some hang a hook on it
-    try:
-        with torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return loss(leaf, targets)
-    except CurvdError:
-        raise
-    except Exception as error:  # of the caller's own code
-        first = str(error).strip().partition("\n")[0][:300]
-        shapes = [list(t.shape) for t in (outputs, targets)]
-        msg = (
-            f"the loss fails on outputs and targets of shape {shapes[0]} and "
-            f"{shapes[1]}: {type(error).__name__}: {first}"
-        )
-        raise InvalidSpec(msg) from error
-
-
-def _is_additive(wrapper: _Summed, outputs: Tensor, targets: Tensor) -> bool:
-    """Compare a mini-batch with its parts."""
-
-    def totals(rows: slice) -> list[float]:
-        z, y = (wide(t[rows]) for t in (outputs, targets))
-        return [
-            float(v.detach()) for v in _tried(lambda *pair: wrapper(pair, {}), z, y)
-        ]
-
-    def wide(tensor: Tensor) -> Tensor:
-        return (
-            tensor.float() if tensor.dtype.itemsize < 4 and floating(tensor) else tensor
-        )
-
-    def floating(tensor: Tensor) -> bool:
-        return tensor.is_floating_point()
-
-    whole = totals(slice(None))
-    return all(
-        math.isclose(w, a + b, rel_tol=_CLOSE, abs_tol=1e-12)
-        for cut in {1, -(-len(outputs) // 2)}
-        for w, a, b in zip(
-            whole, totals(slice(cut)), totals(slice(cut, None)), strict=True
-        )
     )
 
 

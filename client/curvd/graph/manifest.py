@@ -92,6 +92,7 @@ def check_memory(module: nn.Module, constants: Mapping[str, Tensor]) -> None:
     """
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
     others = {**trained, **dict(module.named_buffers()), **constants}
+    others = {n: t for n, t in others.items() if isinstance(t, Tensor)}  # no generators
     at = collections.defaultdict(list)
     for name, parameter in trained.items():
         at[parameter.untyped_storage().data_ptr()].append(name)
@@ -140,10 +141,16 @@ class Inputs:
     """In the order in which torch.export numbers them."""
 
     def rows(self, start: int, count: int) -> Inputs:
-        """Take some data points."""
+        """Take data points that follow one another; nothing is copied."""
+        return self._cut(slice(start, start + count))
 
+    def taken(self, rows: Sequence[int]) -> Inputs:
+        """Take data points from anywhere."""
+        return self._cut(list(rows))
+
+    def _cut(self, rows: slice | list[int]) -> Inputs:
         def cut(leaf: Any) -> Any:
-            return leaf[start : start + count] if isinstance(leaf, Tensor) else leaf
+            return leaf[rows] if isinstance(leaf, Tensor) else leaf
 
         args, kwargs = pytree.tree_map(cut, (self.args, dict(self.kwargs)))
         return Inputs(args, kwargs, self.names, tuple(map(cut, self.leaves)))

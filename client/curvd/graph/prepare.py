@@ -15,16 +15,20 @@ from curvd.graph.capture import Chosen
 from curvd.graph.checkpoints import plain_checkpoints
 from curvd.graph.eager import failure
 from curvd.graph.evaluate import types_in
-from curvd.graph.examples import PROOF_ROWS, few, sampled
+from curvd.graph.examples import PROOF_ROWS, few, sampled, telling
 from curvd.graph.losses import evaluated
 from curvd.graph.manifest import Inputs, inputs_of
 from curvd.graph.packing import detached
-from curvd.graph.proof import Objective, prove
+from curvd.graph.proof import Batch, Objective, prove
 from curvd.graph.statistics import in_mode
 from curvd.v1 import graph_pb2 as graph_pb
 
 _ELEMENTS = 1 << 22
 """Of the inputs of a mini-batch that is compared; larger ones are cut."""
+_TELLING_ELEMENTS = 1 << 16
+"""Of the inputs of the data points that differ most, whose gradients are compared."""
+_TELLING = (8, 64)
+"""Fewest and most of them."""
 
 
 def example_outputs(module: nn.Module, inputs: Any, output: Output, mode: Mode) -> Any:
@@ -96,38 +100,55 @@ def prove_module(
         GradientMismatch: If outputs, loss or gradients differ.
         InvalidSpec: If it mixes data points, or trains what is no parameter.
     """
-    rows = inputs_of(module.forward, sampled(inputs))
-    objective = None
+    objective = targets = None
     if loss is not None:
         own, spec, targets = loss
-        given: Tensor = sampled(targets)
 
-        def wide(outputs: Tensor) -> Tensor:
-            return given.to(outputs.dtype) if given.is_floating_point() else given
-
-        def eager(outputs: Tensor) -> Tensor:
-            result = own(outputs, wide(outputs))
+        def eager(outputs: Tensor, targets: Tensor) -> Tensor:
+            result = own(outputs, targets)
             total: Tensor = result[0] if isinstance(result, tuple | list) else result
             return total
 
         types = types_in(graph_pb.Graph.FromString(spec.graph or b""))
-        objective = Objective(eager, lambda z: evaluated(spec, z, wide(z)), types)
+        objective = Objective(eager, lambda z, y: evaluated(spec, z, y), types)
+    rows = Batch(inputs_of(module.forward, sampled(inputs)), sampled(targets))
     wrapper, whole = Chosen(module, output), inputs_of(module.forward, inputs)
-    batches = list(_batches(whole, batch_size))
+    batches = _batches(whole, targets, batch_size)
     mixes = mode is Mode.BATCH_STATISTICS
     with in_mode(module, mode):
         prove(wrapper, rows, graph, tensors, objective, batches=batches, mixes=mixes)
 
 
-def _batches(inputs: Inputs, batch_size: int | None) -> Iterator[Inputs]:
-    """Cut the first mini-batch and the last, which may be smaller."""
+def _batches(
+    inputs: Inputs, targets: Tensor | None, batch_size: int | None
+) -> Iterator[Batch]:
+    """Choose what is compared beside the first rows, in order of importance.
+
+    Args:
+        inputs: All of them.
+        targets: Theirs; None: not known.
+        batch_size: That of the session; None: all of them are one mini-batch.
+
+    Yields:
+        The data points that differ most from the others, as one mini-batch; the first
+        mini-batch and the last, which may be smaller; then those that have the former in
+        them, and then the others.
+    """
     points = len(inputs.leaves[0])
     elements = sum(leaf[0].numel() for leaf in inputs.leaves)
     size = min(max(batch_size or points, 1), points)
     most = max(len(PROOF_ROWS), _ELEMENTS // max(elements, 1))
-    for start, rows in ((0, size), (points - points % size, points % size)):
-        if rows:
-            yield inputs.rows(start, min(rows, most))
+    fewest, many = _TELLING
+    few = min(max(_TELLING_ELEMENTS // max(elements, 1), fewest), many, size)
+    told = telling([*inputs.leaves, *([] if targets is None else [targets])], few)
+    chosen = None if targets is None else targets.detach()[told]
+    yield Batch(inputs.taken(told), chosen, always=True, telling=True)
+    ends = (0, points - (points % size or size))
+    with_told = (row - row % size for row in told)
+    for start in dict.fromkeys([*ends, *with_told, *range(0, points, size)]):
+        rows = min(size, most, points - start)
+        given = None if targets is None else targets.detach()[start : start + rows]
+        yield Batch(inputs.rows(start, rows), given, always=start in ends)
 
 
 def leaves_of(inputs: Any) -> list[Tensor]:

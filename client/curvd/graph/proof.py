@@ -5,13 +5,17 @@ loop's ``.backward()`` computes may be something else: a function's own backward
 a region without gradients. So both are run on a few rows and compared, parameter by
 parameter: with the caller's loss, at the parameters as they are; and with random
 gradients of the outputs of very different sizes, at parameters nearby, because clipping
-shows at large gradients only, and a layer of zeros hides the layers before it.
+shows at large gradients only, and a layer of zeros hides the layers before it. What acts
+on few data points only, such as a rare token or an outlier, shows there only: so those
+that differ most from the others are compared together, and mini-batches of the session as
+long as that takes hardly any time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -25,20 +29,22 @@ from curvd.graph.manifest import Inputs
 from curvd.graph.seen import functions_in
 from curvd.v1 import graph_pb2 as graph_pb
 
-Scalar = Callable[[Tensor], Tensor]
-"""Outputs -> one number."""
+Scalar = Callable[[Tensor, Tensor], Tensor]
+"""Outputs, targets -> one number."""
 
 _NEARBY = 0.03
 """How far the second point lies from the parameters, relative to their scale."""
 _FACTORS = (0.03, 30.0, -1.0)
 """By which parameters and inputs are multiplied where gradients are suspicious."""
+_SPARE_S = 0.1
+"""Seconds of this thread that gradients of whole mini-batches may take together."""
 _NAMED = 5
 """Parameters that a message names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A loss of the rows that are compared."""
+    """A loss of outputs and targets."""
 
     eager: Scalar
     """The caller's."""
@@ -48,14 +54,27 @@ class Objective:
     """Floating point types that it computes in, beside the outputs' own."""
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Data points that are compared together."""
+
+    inputs: Inputs
+    targets: Tensor | None
+    """None: the loss is not known."""
+    always: bool = False
+    """Whether outputs and loss are compared however long that takes."""
+    telling: bool = False
+    """Whether gradients are, too."""
+
+
 def prove(
     wrapper: nn.Module,
-    rows: Inputs,
+    rows: Batch,
     graph: graph_pb.Graph,
     tensors: Mapping[str, Tensor],
     objective: Objective | None,
     *,
-    batches: Sequence[Inputs] = (),
+    batches: Iterable[Batch] = (),
     mixes: bool = False,
 ) -> None:
     """Compare a module with its graph.
@@ -66,7 +85,8 @@ def prove(
         graph: What was exported.
         tensors: Its tensors by name.
         objective: The loss, if it is known.
-        batches: Mini-batches of the sizes that a session has.
+        batches: Others, of the sizes that a session has; first those that are always
+            compared.
         mixes: Whether a row of the output may depend on other data points.
 
     Raises:
@@ -76,7 +96,8 @@ def prove(
     """
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
     types = types_in(graph)
-    with runs(wrapper, rows, dtype or torch.float32, types) as (run, outputs):
+    points = rows.inputs
+    with runs(wrapper, points, dtype or torch.float32, types) as (run, outputs):
         proof = _Proof(run, graph, tensors)
         if not any(p.requires_grad for p in wrapper.parameters()):
             proof.check_outputs(outputs, proof.exported(), "")
@@ -84,19 +105,19 @@ def prove(
         if not outputs.requires_grad:
             raise proof.cut_off()
         digits = run.narrowest
-        proof.compare(outputs, objective)
+        proof.compare(outputs, objective, rows.targets)
         run.narrowest = digits  # the loss may have had fewer
         if not mixes:
             proof.check_rows()
         proof.check_strangers()
-        proof.compare_batches(batches)
+        proof.compare_batches(batches, objective)
         if run.movable:
             origin = [p.detach().clone() for p in run.module.parameters()]
             proof.compare_nearby(origin)
             if proof.suspicious:
                 proof.compare_far(origin)
         else:
-            proof.compare(outputs, None)
+            proof.compare(outputs, None, None)
 
 
 class _Proof:
@@ -147,28 +168,72 @@ class _Proof:
         with torch.enable_grad():
             return evaluate(self.graph, self.run.inputs.leaves, given)[0], trained
 
-    def compare(self, outputs: Tensor, objective: Objective | None) -> None:
+    def compare(
+        self, outputs: Tensor, objective: Objective | None, targets: Tensor | None
+    ) -> None:
         """Compare at the parameters as they are.
 
         Args:
             outputs: The outputs of the module.
             objective: The loss; None: random gradients of the outputs.
+            targets: Those of the same data points.
         """
         self.functions = functions_in(outputs, self.run.outputs)
         found = self.exported()
         self.check_outputs(outputs, found, "")
-        if objective is None:
-            self._compare_gradients(outputs, found, 1.0, "")
+        self._compare_objective(outputs, found, objective, targets, "")
+
+    def _compare_objective(
+        self,
+        outputs: Tensor,
+        found: tuple[Tensor, dict[str, Tensor]],
+        objective: Objective | None,
+        targets: Tensor | None,
+        where: str,
+    ) -> None:
+        if objective is None or targets is None:
+            self._compare_gradients(outputs, found, 1.0, where)
             return
-        loss = self.run.loss(objective.eager, outputs, objective.types)
-        with torch.enable_grad():
-            expected = objective.exported(found[0])
-        if not torch.isfinite(expected):
+        losses = self._losses(objective, outputs, found[0], targets, where)
+        if losses is None:
             return
-        self._check({"the loss": (loss, expected)}, "")
+        loss, expected = losses
         if expected.requires_grad and loss.requires_grad:
             mine = self.run.gradients(loss, torch.ones_like(loss))
-            self._check_gradients(mine, _pulled(expected, found[1], None), "")
+            self._check_gradients(mine, _pulled(expected, found[1], None), where)
+
+    def _losses(
+        self,
+        objective: Objective,
+        outputs: Tensor,
+        found: Tensor,
+        targets: Tensor,
+        where: str,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Compute both losses and compare them; None if they are not finite."""
+
+        def eager(z: Tensor) -> Tensor:
+            return objective.eager(z, _alike(targets, z))
+
+        loss = self.run.loss(eager, outputs, objective.types)
+        with torch.enable_grad():
+            expected = objective.exported(found, _alike(targets, found))
+        if not torch.isfinite(expected):
+            return None
+        self._check({"the loss": (loss, expected)}, where)
+        return loss, expected
+
+    def _compare_loss(
+        self, objective: Objective, outputs: Tensor, targets: Tensor, where: str
+    ) -> None:
+        """Compare a loss and its derivative by the outputs alone, which costs little."""
+        mine, theirs = (outputs.detach().clone().requires_grad_() for _ in range(2))
+        losses = self._losses(objective, mine, theirs, targets, where)
+        if losses is None or not (losses[0].requires_grad and losses[1].requires_grad):
+            return
+        (got,) = torch.autograd.grad(losses[0], mine)
+        (want,) = torch.autograd.grad(losses[1], theirs)
+        self._check({"the derivative of the loss": (got, want)}, where)
 
     def check_rows(self) -> None:
         """Refuse a row of the output that depends on other data points."""
@@ -206,19 +271,37 @@ class _Proof:
             )
             raise InvalidSpec(msg, tensors=len(lasting))
 
-    def compare_batches(self, batches: Sequence[Inputs]) -> None:
-        """Compare at sizes that a session has; code may take another way there."""
+    def compare_batches(
+        self, batches: Iterable[Batch], objective: Objective | None
+    ) -> None:
+        """Compare at other data points, and at sizes that a session has.
+
+        Code may take another way at either.
+        """
+        start_s, point_s, digits = time.thread_time(), 0.0, self.run.narrowest
         for batch in batches:
-            self.run.inputs = widened(batch, self.run.dtype)
+            points, begin_s = len(batch.inputs.leaves[0]), time.thread_time()
+            quick = begin_s - start_s + points * point_s <= _SPARE_S
+            if not (batch.always or quick):
+                break
+            self.run.inputs = widened(batch.inputs, self.run.dtype)
             try:
                 outputs = self.run.outputs()
             except Exception:
                 continue
             found = self.exported()
-            where = f" with {len(batch.leaves[0])} data points"
+            where = f" with {points} data points"
             self.check_outputs(outputs, found, where)
+            functions = functions_in(outputs, self.run.outputs)
+            self.functions = list(dict.fromkeys((*self.functions, *functions)))
+            if batch.telling or quick:
+                self._compare_objective(outputs, found, objective, batch.targets, where)
+                point_s = (time.thread_time() - begin_s) / points
+            elif objective is not None and batch.targets is not None:
+                self._compare_loss(objective, outputs, batch.targets, where)
             if self.suspicious:
                 self._compare_gradients(outputs, found, 1.0, where)
+            self.run.narrowest = digits  # the loss may have had fewer
         self.run.inputs = self.rows
 
     def compare_nearby(self, origin: Sequence[Tensor]) -> None:
@@ -376,6 +459,11 @@ class _Proof:
                 "(saved_tensors_hooks, or on a node of autograd's graph) is at work",
                 f"{hooks}or the loss",
             )
+
+
+def _alike(targets: Tensor, outputs: Tensor) -> Tensor:
+    """Give targets that are numbers the type of the outputs."""
+    return targets.to(outputs.dtype) if targets.is_floating_point() else targets
 
 
 def _pulled(

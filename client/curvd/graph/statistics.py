@@ -22,8 +22,9 @@ def in_mode(module: nn.Module, mode: Mode | None) -> Iterator[None]:
 
     Args:
         module: The module whose layers are looked at.
-        mode: Whether they use the running statistics or the mini-batch's. None: the
-            running ones, which all layers must be set to already.
+        mode: Whether they use the running statistics or the mini-batch's; where some
+            layers train and others are frozen in evaluation mode, these keep the running
+            ones. None: the running ones, which all layers must be set to already.
 
     Raises:
         InvalidSpec: If a layer depends on a mode that nobody chose.
@@ -50,11 +51,14 @@ def in_mode(module: nn.Module, mode: Mode | None) -> Iterator[None]:
                 "mode='batch_statistics' for those of the mini-batches",
             )
     before = {layer: layer.training for layer in layers.values()}
+    frozen = {m for m in before if isinstance(m, _BatchNorm) and not m.training}
+    if all(m in frozen for m in before if isinstance(m, _BatchNorm)):
+        frozen = set()  # the whole module is in evaluation mode: nobody froze a layer
     for layer in layers.values():
         if mode is Mode.EVAL and _has_running(layer):
             layer.training = False
         elif mode is Mode.BATCH_STATISTICS and isinstance(layer, _BatchNorm):
-            layer.training = True
+            layer.training = layer not in frozen
     try:
         yield
     finally:

@@ -139,7 +139,10 @@ class Interpreter:
                 if makes_tensors(node.operator):
                     options["device"] = device
                 if node.operator == "aten.batch_norm.default":
-                    function = functools.partial(batch_norm, batch_statistics)
+                    some_train = bool(self.was_training)
+                    function = functools.partial(
+                        batch_norm, batch_statistics, some_train
+                    )
                 if is_wide(node.operator, dtype):
                     function = functools.partial(widened, function, dtype)
                 arguments = tuple(_ready(a, kind) for a in node.arguments)

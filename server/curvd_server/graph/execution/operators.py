@@ -162,6 +162,7 @@ def padded_embedding(
 
 def batch_norm(
     batch_statistics: bool,
+    some_train: bool,
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -174,16 +175,18 @@ def batch_norm(
 ) -> Tensor:
     """Normalise with the mini-batch's statistics, or with the running ones.
 
-    The session decides which; running statistics are never written to.
+    The session decides which; running statistics are never written to. Of a graph some of
+    whose layers were exported in training mode, the others are frozen and keep theirs.
 
     Args:
         batch_statistics: What the session decided.
+        some_train: Whether a layer of the graph was exported in training mode.
         input: ``[B, C, ...]``.
         weight: ``[C]`` or None.
         bias: ``[C]`` or None.
         running_mean: ``[C]``; None if there is none, then `input` has its own.
         running_var: Likewise.
-        training: What the graph says; passed over.
+        training: What the graph says of this layer; passed over where no layer trains.
         momentum: The momentum of running statistics; not used.
         eps: Added to the variance.
         cudnn_enabled: Whether cuDNN may compute it.
@@ -194,7 +197,8 @@ def batch_norm(
     Raises:
         InvalidSpec: If a channel of a mini-batch has one value only.
     """
-    own = batch_statistics or running_mean is None
+    trains = training or not some_train
+    own = running_mean is None or (batch_statistics and trains)
     if own:
         running_mean = running_var = None
         if input.dim() > 1 and input.numel() == input.shape[1]:
