@@ -56,6 +56,7 @@ from curvd_server.system import (
     HostMemory,
     Quotas,
     default_bytes,
+    end_within,
     logs,
     usable_cores,
 )
@@ -81,6 +82,10 @@ CAPABILITIES = tuple(
 
 _SWEEP_S = 1.0
 _SWITCH_S = 1e-3
+_CLOSING_S = 10.0
+"""Time beside the grace for what is closed at the end, an operator under way among it."""
+_ENDING_S = 2.0
+"""Time for threads to end when everything is closed."""
 _CHOOSE_AGAIN = 30
 """Sweeps after which plans that were chosen on a busy machine may be chosen anew."""
 _SWEEP_BLOBS = 300
@@ -376,6 +381,9 @@ async def _serve(config: ServerConfig) -> None:
                 loop.add_signal_handler(signal.SIGHUP, server.reload)
             print(f"curvd serves at {server.target}", flush=True)  # noqa: T201
             await stop.wait()
+            under_way = server.sessions.activities.under_way
+            end_within(config.drain_s + _CLOSING_S, under_way)
+    end_within(_ENDING_S, under_way)
 
 
 async def _expire(

@@ -1,5 +1,6 @@
 """What was acknowledged outlives the process, and a data directory has one owner."""
 
+import concurrent.futures
 import contextlib
 import os
 import signal
@@ -17,11 +18,14 @@ from support.served import server
 from curvd.contract.infos import ModelInfo
 from curvd.contract.specs import ModelSpec
 from curvd.errors import (
+    CurvdError,
     FailedPrecondition,
     NotFound,
     Unavailable,
 )
+from curvd.v1 import query_service_pb2 as query_pb
 from curvd.v1 import session_service_pb2 as session_pb
+from curvd.v1 import types_pb2 as types_pb
 from curvd_server.storage.catalogue import Catalogue
 from curvd_server.storage.records import StoredModel
 
@@ -43,17 +47,32 @@ serve(ServerConfig(listen="127.0.0.1:0", data_dir=Path(sys.argv[1]), drain_s=5.0
 """
 
 
+ENDLESS = """
+from curvd_server import app
+from curvd_server.service import query_service
+
+def endless(*args, **keywords):
+    yield
+    print("endless", flush=True)
+    while True:
+        pass
+
+query_service.nystrom = endless
+query_service._PATIENCE_S = app._ENDING_S = 0.2
+"""
+
+
 @contextlib.contextmanager
-def child(data_dir):
+def child(data_dir, program=CHILD, stderr=subprocess.DEVNULL):
     """A server process, and a channel to it."""
     environment = dict(os.environ)
     root = Path(__file__).parents[2]
     paths = [str(root / "client"), str(root / "server")]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     with subprocess.Popen(
-        [sys.executable, "-c", CHILD, data_dir],
+        [sys.executable, "-c", program, data_dir],
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
         env=environment,
         text=True,
     ) as process:
@@ -102,6 +121,41 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path):
             raw.call(
                 channel, "GetServerInfo", session_pb.GetServerInfoRequest(), timeout=5
             )
+
+
+def test_an_algorithm_that_never_returns_does_not_keep_the_process(tmp_path):
+    pytest.importorskip("torch")
+    state = {"1.weight": np.ones((1, 3)), "1.bias": np.ones(1)}
+    data = {"x": np.ones((2, 3)), "y": np.ones((2, 1))}
+    log = tmp_path / "log"
+    program = ENDLESS + CHILD.replace("drain_s=5.0", "drain_s=0.2")
+    with (
+        log.open("w") as stderr,
+        child(tmp_path / "data", program, stderr) as (process, channel),
+    ):
+        model = raw.register_model(
+            channel, "mlp", '{"widths": [3, 1]}', raw.file_of(state)
+        ).model
+        dataset = raw.register_dataset(channel, raw.file_of(data)).dataset
+        session = raw.create(channel, model.id, dataset.id)
+        operator = types_pb.Operator(kind=types_pb.OPERATOR_KIND_GGN)
+        query = query_pb.Query(session_id=session.id, operator=operator)
+        request = query_pb.SketchRequest(query=query, rank=2)
+        with concurrent.futures.ThreadPoolExecutor(1) as callers:
+            answer = callers.submit(raw.call, channel, "Sketch", request, timeout=60)
+            # It fails at once, if it does not come so far.
+            answer.add_done_callback(lambda _: process.send_signal(signal.SIGTERM))
+            assert process.stdout.readline() == "endless\n"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 1
+            with pytest.raises(CurvdError):
+                answer.result()
+    written = log.read_text()
+    assert "query Sketch of session" in written and "abandoned" in written
+    # The stores were closed: the next server has all of it, and nothing to mend.
+    with child(tmp_path / "data") as (process, channel):
+        request = session_pb.GetSessionRequest(session_id=session.id)
+        assert raw.call(channel, "GetSession", request).session.id == session.id
 
 
 CATALOGUES = ("catalogue.sqlite", "catalogue.mirror.sqlite")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from curvd.contract.enums import Solver, Stop
+from curvd.errors import FailedPrecondition
 from curvd_server.linalg import (
     LowRank,
     Products,
@@ -366,6 +367,53 @@ def test_a_sketch_of_an_indefinite_map_is_refused_and_of_a_zero_map_is_empty():
     B = normal(3, SIZE)
     solved = drain(solve(map_of(0 * A), B, damping=2.0, preconditioner=zero.sketch))
     torch.testing.assert_close(solved.solution, B / 2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float32, 2.0**100),
+        (torch.float32, 2.0**62),
+        (torch.float32, 2.0**-60),
+        (torch.float32, 2.0**-90),
+        (torch.float64, 2.0**900),
+        (torch.float64, 2.0**-900),
+    ],
+)
+@pytest.mark.parametrize("damping", [0.0, 1e-2])
+def test_a_sketch_of_a_map_of_any_size_is_that_of_the_map_scaled(dtype, size, damping):
+    A = semidefinite(decay=4).to(dtype)
+    usual = drain(nystrom(map_of(A), 40, damping=damping))
+    found = drain(nystrom(map_of(size * A), 40, damping=size * damping))
+    assert found.stopped is Stop.CONVERGED and found.products == usual.products
+    values = torch.from_numpy(found.sketch.values / size)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        values, torch.from_numpy(usual.sketch.values), rtol=0, atol=100 * eps
+    )
+    V, W = found.sketch.vectors[:5], usual.sketch.vectors[:5]
+    signs = (V * W).sum(1, keepdim=True).sign()
+    torch.testing.assert_close(V * signs, W, rtol=0, atol=eps**0.5)
+
+
+def test_products_of_no_map_do_not_keep_a_sketch_for_ever():
+    """Random products: no shift below their own size makes such a core positive."""
+    generator = torch.Generator().manual_seed(0)
+
+    def multiply(V):
+        return torch.randn(V.shape, generator=generator, dtype=V.dtype)
+
+    products = Products(multiply, size=50, dtype=torch.float32)
+    assert drain(nystrom(products, 20)).stopped is Stop.NEGATIVE_CURVATURE
+
+
+def test_a_core_that_no_shift_makes_positive_is_refused(monkeypatch):
+    def never(A):
+        return A, torch.tensor(1)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", never)
+    with pytest.raises(FailedPrecondition, match="no Cholesky factor"):
+        drain(nystrom(map_of(semidefinite(30)), 5))
 
 
 def test_a_sketch_takes_as_many_probes_as_products_are_left():

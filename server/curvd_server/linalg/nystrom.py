@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from curvd.contract import Distribution, Stop
+from curvd.errors import FailedPrecondition
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.block_krylov import factors
 from curvd_server.linalg.low_rank import LowRank
@@ -25,6 +26,10 @@ _LEAST = 10
 """Values below so many dampings are not worth a product (their section 5.3)."""
 _PROBES = 1 << 33
 """Index of the first probe of a sketch."""
+_USUAL = 2.0**20
+"""Products whose elements are at most so large, or so small, are taken as they are."""
+_SHIFTS = 128
+"""Doublings of the shift that are tried: from one rounding on, far beyond the map itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +150,11 @@ class _Growing:
     def __init__(self, products: Products, seed: int) -> None:
         self._products, self._space, self._seed = products, products.space, seed
         self._omega, self._y = self._space.empty(0), self._space.empty(0)
+        self._unit: float | None = None
+        """A power of two by which products are divided, so that the squares of any can be
+        summed; None until one is not zero."""
+        self._least = math.inf
+        """Smallest eigenvalue of the core, divided likewise."""
         self.smallest = math.inf
 
     @property
@@ -155,7 +165,9 @@ class _Growing:
     @property
     def rounding(self) -> float:
         """How negative rounding may make an eigenvalue of a map that has none."""
-        return self._products.rounding * float(self._space.norms(self._y).max())
+        return self._true(
+            self._products.rounding * float(self._space.norms(self._y).max())
+        )
 
     def grow(self, columns: int) -> None:
         """Add probes, at a product each.
@@ -174,12 +186,19 @@ class _Growing:
                 found = self._space.cross(self._omega, W)
                 W = self._space.add(W, found, self._omega, alpha=-1)
             W, _, _ = factors(self._space, W, W)
-        self._omega = torch.cat((self._omega, W))
-        self._y = torch.cat((self._y, products(W)))
-        self.smallest = float(torch.linalg.eigvalsh(self._core())[0])
+        Y = products(W)
+        if self._unit is None:
+            self._unit = _unit_of(self._space.peak(Y), Y.dtype)
+        if self._unit not in {None, 1.0}:
+            Y = Y / self._unit
+        self._omega, self._y = torch.cat((self._omega, W)), torch.cat((self._y, Y))
+        self._least = float(torch.linalg.eigvalsh(self._core())[0])
+        self.smallest = self._true(self._least)
 
     def values(self) -> Tensor:
         """Compute the sketch's eigenvalues: [count], descending, float64."""
+        if self._unit is None:  # the zero map
+            return torch.zeros(self.count, dtype=torch.float64)
         _, triangle = self._shifted()
         gram = self._space.cross(
             self._y, self._y
@@ -187,12 +206,12 @@ class _Growing:
         inner = torch.linalg.solve_triangular(triangle, gram, upper=False)
         inner = torch.linalg.solve_triangular(triangle, inner.T, upper=False)
         values: Tensor = torch.linalg.eigvalsh((inner + inner.T) / 2)
-        return values.clamp_min(0).flip(0)
+        return values.clamp_min(0).flip(0) * self._unit
 
     def sketch(self) -> LowRank:
         """Make the sketch: eigenvectors and values."""
-        if not self.count:
-            return LowRank(self._omega, np.zeros(0))
+        if self._unit is None:  # no product, or the zero map
+            return LowRank(self._omega[:0], np.zeros(0))
         shift, triangle = self._shifted()
         Y = torch.add(self._y, self._omega, alpha=shift)
         self._space.witness(triangle)
@@ -204,7 +223,11 @@ class _Growing:
         # What the shift may have made is no eigenvalue.
         used = values > max(shift, self._products.rounding * float(sizes.max()) ** 2)
         found = self._space.combine(left[:, used].T, Q)
-        return LowRank(found, values[used].cpu().numpy())
+        return LowRank(found, (values[used] * self._unit).cpu().numpy())
+
+    def _true(self, value: float) -> float:
+        """Return to the scale of the map."""
+        return value if self._unit is None else value * self._unit
 
     def _core(self) -> Tensor:
         core = self._space.cross(self._omega, self._y)
@@ -215,11 +238,37 @@ class _Growing:
         core = self._core()
         eps = torch.finfo(self._products.dtype).eps
         shift = eps * float(self._space.norms(self._y).norm()) + max(
-            0.0, -2 * self.smallest
+            0.0, -2 * self._least
         )
-        while True:
+        for _ in range(_SHIFTS):
             shifted = core + shift * torch.eye(self.count, dtype=core.dtype).to(core)
             triangle, failed = torch.linalg.cholesky_ex(shifted)
             if not failed:
                 return shift, triangle
-            shift = max(2 * shift, torch.finfo(core.dtype).tiny)
+            shift *= 2
+        msg = (
+            f"the products of {self.count} probes have no Cholesky factor, however shifted "
+            f"(their smallest eigenvalue is {self.smallest:.3g}): they are no products of a "
+            "positive semi-definite map; check the parameters, or make the session with "
+            "dtype='F64'"
+        )
+        raise FailedPrecondition(msg, rank=self.count)
+
+
+def _unit_of(peak: float, dtype: torch.dtype) -> float | None:
+    """Choose by what to divide products.
+
+    Args:
+        peak: About their largest element.
+        dtype: Their type, of which the quotient and its divisor are numbers.
+
+    Returns:
+        A power of two, 1 for usual ones; None if they are zero.
+    """
+    if peak == 0:
+        return None
+    if 1 / _USUAL <= peak <= _USUAL:
+        return 1.0
+    limits = torch.finfo(dtype)
+    _, exponent = math.frexp(min(max(peak, 8 * limits.tiny), limits.max / 8))
+    return math.ldexp(1.0, exponent)

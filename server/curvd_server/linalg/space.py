@@ -150,6 +150,18 @@ class Space:
         found = self.dots(rows, rows).sqrt()
         return found if V.ndim > 1 else found[0]
 
+    def peak(self, V: Tensor) -> float:
+        """Measure vectors of any size, whose squares need not be numbers of their type.
+
+        Args:
+            V: [K, own].
+
+        Returns:
+            Their largest element, or up to as many times that as there are segments.
+        """
+        most = V.abs().amax() if V.numel() else V.new_zeros(())
+        return float(self._total(most.double()))
+
     def coefficients(self, basis: Tensor, vector: Tensor) -> Tensor:
         """Compute inner products with the rows of a basis.
 

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import threading
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -60,10 +61,12 @@ from curvd_server.service.query_run import QueryRun, subject_of
 from curvd_server.service.streams import Send, opened
 from curvd_server.service.warm_starts import WarmStarts
 from curvd_server.sessions import SessionStore
-from curvd_server.system import Ongoing, calling
+from curvd_server.system import Ongoing, calling, logger
 
 _QUERIES_AT_ONCE = 32
 """Threads that algorithms run in; they wait for the device most of the time."""
+_PATIENCE_S = 5.0
+"""Within so long a query that was given up is expected to ask for something, and to end."""
 _DEFINITIONS = {
     **definitions_in("curvd_server.linalg"),
     **definitions_in("curvd_server.engine.data_points"),
@@ -95,8 +98,13 @@ class QueryService:
                 setattr(self, method_name(rpc), answer)
 
     def close(self) -> None:
-        """End the threads, once their queries are done."""
-        self._threads.shutdown()
+        """End the threads, once their queries are done; those that are not are left."""
+        ending = threading.Thread(target=self._threads.shutdown, daemon=True)
+        ending.start()
+        ending.join(_PATIENCE_S)
+        if ending.is_alive():
+            under_way = self._sessions.activities.under_way()
+            logger().warning("queries do not end", work=list(under_way))
 
     async def eigsh(self, request: query_pb.EigshRequest, send: Send) -> None:
         """Compute extremal eigenpairs."""

@@ -23,6 +23,7 @@ from curvd_server.system.cooperative import (
     yield_point,
 )
 from curvd_server.system.cores import is_quiet, usable_cores, waited_s
+from curvd_server.system.ending import end_within
 from curvd_server.system.faults import FREE_SOME, is_out_of_memory, released, told
 from curvd_server.system.garbage import (
     collect_if_due,
@@ -82,6 +83,7 @@ __all__ = [
     "check_share",
     "collect_if_due",
     "default_bytes",
+    "end_within",
     "enter_stage",
     "given_up",
     "is_out_of_memory",

@@ -92,6 +92,15 @@ class Ongoing:
             ended = self._end()
         self._log(ended)
 
+    def __str__(self) -> str:
+        now = self.now
+        words = [str(self.work), self.subject]
+        if now.session_id:
+            words.append(f"of session {now.session_id}")
+        if self.caller:
+            words.append(f"for {self.caller}")
+        return " ".join(word for word in words if word)
+
     @contextlib.contextmanager
     def here(self) -> Iterator[None]:
         """Hear what this thread says inside, about the stages of its work.
@@ -235,6 +244,12 @@ class Activities:
             ongoing = list(self._ongoing)
         seen = [one for one in ongoing if caller.sees(one.caller, ())]
         return tuple(one.now for one in seen[:MOST])
+
+    def under_way(self) -> tuple[str, ...]:
+        """Name what goes on, whoever asked for it, the oldest first; for the log."""
+        with self._lock:
+            ongoing = list(self._ongoing)
+        return tuple(map(str, ongoing[:MOST]))
 
 
 def enter_stage(stage: Stage, detail: str = "", total: int | None = None) -> None:
