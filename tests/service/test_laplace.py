@@ -147,8 +147,52 @@ def test_numbers_of_layers_are_those_of_laplace_torch(session):
     assert value == pytest.approx(THEIRS["evidence of steps"], rel=1e-6)
 
 
+FOUND = {"scalar": -34.00048451966934, "layerwise": -33.63228027458399}
+
+
+@pytest.mark.parametrize("start", [1.0, {"*": 1.0}, LAYERS])
+def test_a_search_ends_where_the_evidence_is_the_largest(session, start):
+    found = session.marginal_likelihood([start], search=1000)
+    assert found.exact and found.products == SIZE
+    best = found.best
+    again = session.marginal_likelihood([best])
+    assert again.values[0] == pytest.approx(found.values[0], rel=1e-10)
+    assert found.values[0] > session.marginal_likelihood([start]).values[0]
+    names = session.layout.names if isinstance(best, dict) else [None]
+    assert not isinstance(best, dict) or set(best) == set(session.layout.names)
+    for name in names:  # central differences in the logarithm of each precision
+        moved = [
+            {**best, name: best[name] * factor} if name else best * factor
+            for factor in (np.exp(1e-3), np.exp(-1e-3), np.exp(0.3), np.exp(-0.3))
+        ]
+        values = session.marginal_likelihood(moved).values
+        assert abs(values[0] - values[1]) / 2e-3 < 1e-4
+        assert values[2:].max() < found.values[0]
+
+
+def test_a_search_is_at_least_as_good_as_that_of_laplace_torch(session):
+    """Of laplace-torch 0.3, 500 steps of Adam at 0.1 on the logarithms, from ones."""
+    for start, theirs in ((1.0, FOUND["scalar"]), ({"*": 1.0}, FOUND["layerwise"])):
+        value = session.marginal_likelihood([start], search=1000).values[0]
+        assert value >= theirs - 1e-6 * abs(theirs)
+        assert value == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "priors", "message"),
+    [
+        ({"max_products": 10}, [1.0], "and 10 are left: choose parameters with params"),
+        ({}, ["precisions"], "a prior is a stored vector"),
+    ],
+)
+def test_searches_that_cannot_be_are_refused(session, options, priors, message):
+    session.put("precisions", elements(session))
+    with pytest.raises(curvd.InvalidSpec, match=message):
+        session.marginal_likelihood(priors, search=5, **options)
+
+
 def test_draws_of_layers_have_the_covariance_of_a_dense_inverse(session):
-    count = 4000
+    count = 1000
     H = POINTS * dense_ggn() + np.diag(elements(session))
     found = session.posterior_samples(count, priors=LAYERS, seed=3, tolerance=1e-8)
     whitened = found.samples @ np.linalg.cholesky(H)

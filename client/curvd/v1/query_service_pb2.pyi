@@ -732,7 +732,7 @@ class PosteriorSamplesSummary(_message.Message):
     def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., relative_residuals: _Optional[_Iterable[float]] = ..., scale: _Optional[float] = ...) -> None: ...
 
 class MarginalLikelihoodRequest(_message.Message):
-    __slots__ = ("query", "priors", "noise", "steps", "probes", "seed", "parameter_priors")
+    __slots__ = ("query", "priors", "noise", "steps", "probes", "seed", "parameter_priors", "search")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     PRIORS_FIELD_NUMBER: _ClassVar[int]
     NOISE_FIELD_NUMBER: _ClassVar[int]
@@ -740,6 +740,7 @@ class MarginalLikelihoodRequest(_message.Message):
     PROBES_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     PARAMETER_PRIORS_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_FIELD_NUMBER: _ClassVar[int]
     query: Query
     priors: _containers.RepeatedScalarFieldContainer[float]
     noise: float
@@ -747,7 +748,8 @@ class MarginalLikelihoodRequest(_message.Message):
     probes: int
     seed: int
     parameter_priors: _containers.RepeatedCompositeFieldContainer[ParameterPriors]
-    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., priors: _Optional[_Iterable[float]] = ..., noise: _Optional[float] = ..., steps: _Optional[int] = ..., probes: _Optional[int] = ..., seed: _Optional[int] = ..., parameter_priors: _Optional[_Iterable[_Union[ParameterPriors, _Mapping]]] = ...) -> None: ...
+    search: int
+    def __init__(self, query: _Optional[_Union[Query, _Mapping]] = ..., priors: _Optional[_Iterable[float]] = ..., noise: _Optional[float] = ..., steps: _Optional[int] = ..., probes: _Optional[int] = ..., seed: _Optional[int] = ..., parameter_priors: _Optional[_Iterable[_Union[ParameterPriors, _Mapping]]] = ..., search: _Optional[int] = ...) -> None: ...
 
 class MarginalLikelihoodResponse(_message.Message):
     __slots__ = ("header", "summary", "progress")
@@ -760,7 +762,7 @@ class MarginalLikelihoodResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., summary: _Optional[_Union[MarginalLikelihoodSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
 
 class MarginalLikelihoodSummary(_message.Message):
-    __slots__ = ("query", "values", "standard_errors", "log_determinants", "log_likelihood", "squared_norm", "scale", "exact")
+    __slots__ = ("query", "values", "standard_errors", "log_determinants", "log_likelihood", "squared_norm", "scale", "exact", "found")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     VALUES_FIELD_NUMBER: _ClassVar[int]
     STANDARD_ERRORS_FIELD_NUMBER: _ClassVar[int]
@@ -769,6 +771,7 @@ class MarginalLikelihoodSummary(_message.Message):
     SQUARED_NORM_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     EXACT_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
     query: QuerySummary
     values: _containers.RepeatedScalarFieldContainer[float]
     standard_errors: _containers.RepeatedScalarFieldContainer[float]
@@ -777,4 +780,5 @@ class MarginalLikelihoodSummary(_message.Message):
     squared_norm: float
     scale: float
     exact: bool
-    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., values: _Optional[_Iterable[float]] = ..., standard_errors: _Optional[_Iterable[float]] = ..., log_determinants: _Optional[_Iterable[float]] = ..., log_likelihood: _Optional[float] = ..., squared_norm: _Optional[float] = ..., scale: _Optional[float] = ..., exact: bool = ...) -> None: ...
+    found: _containers.RepeatedCompositeFieldContainer[ParameterPriors]
+    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., values: _Optional[_Iterable[float]] = ..., standard_errors: _Optional[_Iterable[float]] = ..., log_determinants: _Optional[_Iterable[float]] = ..., log_likelihood: _Optional[float] = ..., squared_norm: _Optional[float] = ..., scale: _Optional[float] = ..., exact: bool = ..., found: _Optional[_Iterable[_Union[ParameterPriors, _Mapping]]] = ...) -> None: ...

@@ -22,6 +22,7 @@ from curvd_server.linalg.log_determinants import logdet
 from curvd_server.linalg.low_rank import LowRank
 from curvd_server.linalg.norm import frobenius_norm
 from curvd_server.linalg.nystrom import NystromResult, nystrom
+from curvd_server.linalg.precisions import likeliest_precisions
 from curvd_server.linalg.random_probes import probes
 from curvd_server.linalg.registry import ALGORITHMS, definitions_in
 from curvd_server.linalg.sampling import Estimate, Target
@@ -34,6 +35,7 @@ from curvd_server.linalg.shifted_determinants import (
 from curvd_server.linalg.space import Group, Space
 from curvd_server.linalg.traces import trace
 from curvd_server.linalg.vectors import cross
+from curvd_server.linalg.whole import matrix
 
 __all__ = [
     "ALGORITHMS",
@@ -60,7 +62,9 @@ __all__ = [
     "eigsh",
     "frobenius_norm",
     "joined",
+    "likeliest_precisions",
     "logdet",
+    "matrix",
     "nystrom",
     "probes",
     "search_basis",

@@ -18,7 +18,7 @@ from curvd.contract import (
     PredictiveOptions,
     Stop,
 )
-from curvd.errors import InvalidSpec, InvalidVector
+from curvd.errors import DeadlineExceeded, InvalidSpec, InvalidVector
 from curvd.v1 import query_service_pb2 as query_pb
 from curvd_server.engine.data_points import Points
 from curvd_server.engine.data_points.jacobian_products import together
@@ -31,8 +31,11 @@ from curvd_server.engine.data_points.laplace import (
 from curvd_server.engine.data_points.output_rows import OutputRows
 from curvd_server.engine.objective import Problem, on_inputs
 from curvd_server.linalg import (
+    Products,
     Query,
     ShiftedDeterminants,
+    likeliest_precisions,
+    matrix,
     probes,
     shifted_determinants,
     weighted_determinants,
@@ -45,12 +48,15 @@ from curvd_server.service.posterior import (
     check_prior,
     check_scaled,
     posterior_of,
+    prior_by_parameter,
     prior_of,
     refuse_indefinite,
 )
 from curvd_server.service.query_call import QueryCall, to_numpy
 from curvd_server.service.streams import Chunks
 
+_SEARCHED = 4096
+"""Largest P of which a search has all columns: P^3 operations a step, and four matrices."""
 _OF_SYSTEM = 15
 """Vectors that are held of a system: 11 of block CG, right-hand side, solution, copies."""
 
@@ -257,8 +263,16 @@ async def marginal_likelihood(
         check_prior(problem)  # Fishers have no share of the weight decay
     likelihood = likelihood_of(points.problem, options.noise)
     scale, size = likelihood.scale, call.products.size
-    priors = _priors(call, problem, request)
-    found = await call.drive(_determinants(call, priors, scale, options))
+    priors, products = _priors(call, problem, request), call.products
+    likeliest: list[query_pb.ParameterPriors] = []
+    if options.search:
+        products = await _dense(call, priors)
+        priors = [
+            await call.drive(_likeliest(products, problem, prior, scale, options))
+            for prior in priors
+        ]
+        likeliest = [_said(prior) for prior in priors]
+    found = await call.drive(_determinants(call, products, priors, scale, options))
     if found.stopped is Stop.NEGATIVE_CURVATURE:
         refuse_indefinite(call.spec, found, priors)
     own, _ = await call.drive(log_likelihood(points, likelihood, together(call)))
@@ -283,6 +297,7 @@ async def marginal_likelihood(
             squared_norm=squared,
             scale=scale,
             exact=found.exact,
+            found=likeliest,
         )
     )
 
@@ -302,19 +317,80 @@ def _priors(
     return [prior_of(call, problem, 1.0, one) for one in request.parameter_priors]
 
 
+async def _dense(call: QueryCall, priors: Sequence[Prior]) -> Products:
+    """Multiply with every unit vector, for searches and determinants from then on.
+
+    Raises:
+        InvalidSpec: If P is too large, products too few, or a prior is a stored vector.
+    """
+    map_, size = call.products, call.products.size
+    if size > _SEARCHED or map_.allowed(size) < size:
+        msg = (
+            f"search makes a product with each of the {size} unit vectors, at most "
+            f"{_SEARCHED}, and {map_.allowed(size)} are left: choose parameters with "
+            "params, raise max_products, or compare priors without search"
+        )
+        raise InvalidSpec(msg, size=size)
+    if any(isinstance(p.precision, Tensor) and not p.by_parameter for p in priors):
+        msg = (
+            "search finds a number, or one for each parameter, and a prior is a stored "
+            "vector [P]: give it by names, or leave search out"
+        )
+        raise InvalidSpec(msg, search=True)
+    call.reserve_bytes(4 * 8 * size * size)
+    A: Tensor | None = await call.drive(matrix(map_, call.block))
+    if A is None:
+        msg = (
+            f"time was up after {map_.done} of the {size} products of a search: raise "
+            "time_limit_s, or compare priors without search"
+        )
+        raise DeadlineExceeded(msg)
+    whole = (A.double() + A.double().mT) / 2
+    return Products(
+        lambda V: V @ whole.to(V), size=size, dtype=torch.float64, device=A.device
+    )
+
+
+def _likeliest(
+    products: Products,
+    problem: Problem,
+    prior: Prior,
+    scale: float,
+    options: MarginalLikelihoodOptions,
+) -> Query[Prior]:
+    """Search from a prior, in its structure."""
+    squares = [float(p.double().square().sum()) for p in problem.parameters]
+    sizes, start = [p.size for p in problem.layout.parameters], prior.by_parameter
+    if not start:
+        sizes, squares, start = [products.size], [sum(squares)], (prior.least,)
+    A = scale * products(
+        torch.eye(products.size, dtype=torch.float64, device=products.device)
+    )
+    best = yield from likeliest_precisions(
+        A, sizes, squares, start, steps=options.search
+    )
+    return prior_by_parameter(problem, best) if prior.by_parameter else Prior(best[0])
+
+
+def _said(prior: Prior) -> query_pb.ParameterPriors:
+    return query_pb.ParameterPriors(by_parameter=prior.by_parameter or (prior.least,))
+
+
 def _determinants(
     call: QueryCall,
+    products: Products,
     priors: Sequence[Prior],
     scale: float,
     options: MarginalLikelihoodOptions,
 ) -> Query[ShiftedDeterminants]:
     """Begin what computes the determinants of posteriors, but for those of their priors."""
-    products, size = call.products, call.products.size
+    size = products.size
     steps = min(options.steps, size)
     block = call.krylov_block(steps, options.probes)
     call.reserve(max(block * (steps + 3), 2 * size if size <= 4096 else 0))
     how = {
-        "samples": options.probes,
+        # A search has all columns, so determinants are exact.
+        "samples": max(options.probes, size if options.search else 0),
         "steps": steps,
         "seed": options.seed,
         "block": block,

@@ -35,6 +35,8 @@ class Prior:
 
     precision: float | Tensor
     """[P] of the operator's parameters, float64, if they differ."""
+    by_parameter: tuple[float, ...] = ()
+    """One for each parameter, where they differ between these alone."""
 
     @property
     def least(self) -> float:
@@ -99,10 +101,15 @@ def prior_of(
             f"{len(parameters)} parameters, got {len(given.by_parameter)}"
         )
         raise InvalidSpec(msg, parameters=len(parameters), got=len(given.by_parameter))
-    sizes = torch.tensor([p.size for p in parameters])
-    precisions = torch.tensor(list(given.by_parameter), dtype=torch.float64)
     call.reserve_bytes(8 * problem.layout.size)
-    return Prior(precisions.repeat_interleave(sizes))
+    return prior_by_parameter(problem, given.by_parameter)
+
+
+def prior_by_parameter(problem: Problem, precisions: Sequence[float]) -> Prior:
+    """Make a prior of a precision for each parameter."""
+    sizes = torch.tensor([p.size for p in problem.layout.parameters])
+    each = torch.tensor([*precisions], dtype=torch.float64)
+    return Prior(each.repeat_interleave(sizes), tuple(precisions))
 
 
 def _stored(call: QueryCall, name: str) -> Tensor:

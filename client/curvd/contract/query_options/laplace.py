@@ -96,6 +96,13 @@ class MarginalLikelihoodOptions(QueryOptions):
     """How marginal likelihoods are computed."""
 
     noise: float = _noise()
+    search: int = setting(
+        0,
+        "Steps at most by which each prior is made more likely first: one number, or one for "
+        "each parameter, as it was given. 0: none. Up to P of 4096, with P products.",
+        least=0,
+        most=10_000,
+    )
     steps: int = steps_setting(32)
     probes: int = setting(
         30,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -181,7 +181,8 @@ class MarginalLikelihood(Result):
     """Laplace's approximation of log marginal likelihoods, prior by prior."""
 
     priors: Floats | tuple[Any, ...]
-    """[D] Precisions; as they were given, where they differ between parameters."""
+    """[D] Precisions; as they were given, where they differ between parameters. With
+    `search` those that were found, by the names of parameters."""
     values: Floats
     """[D] ``log_likelihood - (log_determinants - P log prior + prior |θ|^2) / 2``, or the
     sums over parameters."""
@@ -383,9 +384,23 @@ class LaplaceQueries:
         """Make the call; `said` is what the result says of its priors."""
 
         def read(answer: Answer) -> MarginalLikelihood:
-            return answer.result(MarginalLikelihood, priors=said)
+            priors = said
+            if answer.summary.found:
+                layered = isinstance(said, tuple)
+                priors = self._found(answer.summary.found, layered=layered)
+            return answer.result(MarginalLikelihood, priors=priors)
 
         return self._queries.call("MarginalLikelihood", options, read, **priors)
+
+    def _found(
+        self, found: Iterable[query_pb.ParameterPriors], *, layered: bool
+    ) -> Any:
+        """Read priors that a search has found: numbers, or by the names of parameters."""
+        several = [tuple(one.by_parameter) for one in found]
+        names = self._queries.session.layout.names
+        if not layered:
+            return np.array([one[0] for one in several])
+        return tuple(dict(zip(names, one, strict=True)) for one in several)
 
     def _priors_of(self, given: Any) -> query_pb.ParameterPriors | None:
         """Write precisions that differ between parameters.
