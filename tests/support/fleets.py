@@ -5,6 +5,7 @@ lost when a test cuts their connection.
 """
 
 import contextlib
+import dataclasses
 import os
 import socket
 import sys
@@ -106,11 +107,17 @@ def invite(rank, incarnation, address, secret):
 
 
 @contextlib.contextmanager
-def fleet_of(workers, *, processes=False, patience_s=60.0):
-    """A fleet that is complete."""
-    launcher = LocalLauncher() if processes else ThreadLauncher()
+def fleet_of(workers, *, processes=False, patience_s=60.0, code=None, **invited):
+    """A fleet that is complete; processes may run other code, or be invited otherwise."""
+    launcher = ThreadLauncher()
+    if processes:
+        launcher = LocalLauncher() if code is None else LocalLauncher(code)
     devices = tuple(f"cpu:{rank}" for rank in range(workers))
-    fleet = Fleet(launcher, invite, devices, patience_s=patience_s)
+
+    def made(*args):
+        return dataclasses.replace(invite(*args), **invited)
+
+    fleet = Fleet(launcher, made, devices, patience_s=patience_s)
     try:
         fleet.wait()
         fleet.launcher = launcher

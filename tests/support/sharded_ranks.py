@@ -9,13 +9,16 @@ import sys
 from typing import Any
 
 import torch
+from support.zoo import ANIMALS, REFUSED, Animal
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from curvd.contract.enums import Dtype
 from curvd.contract.specs import DatasetSpec, LossSpec, OperatorSpec
+from curvd.errors import CurvatureUnverified
 from curvd_server.engine import use_differentiable_attention
 from curvd_server.engine.objective.objective import Problem
+from curvd_server.engine.on_shards import build_in_step
 from curvd_server.engine.operator import Operator
 from curvd_server.engine.sharding import (
     Broken,
@@ -150,38 +153,29 @@ def operator_of(problem: Problem, kind: str) -> Operator:
 
 def products(rank: int, world: int) -> dict[str, Any]:
     """Products of the Hessian and of the GGN, twice each, and a gradient."""
-    return products_on(shared(even(rank)), rank)
+    return products_on(shared(even(rank)))
 
 
 def uneven(rank: int, world: int) -> dict[str, Any]:
     """The same where one process has a mini-batch for the second step, and one none."""
     points = range(2) if rank else range(2, 6)
-    return products_on(shared(points), rank)
+    return products_on(shared(points))
 
 
-def products_on(problem: Problem, rank: int) -> dict[str, Any]:
+def products_on(problem: Problem) -> dict[str, Any]:
     """Products of a problem on shards, put together."""
-    layout = whole_layout(problem)
-    shapes = [torch.Size(p.shape) for p in layout.parameters]
-    cuts = [Shards(shape, GROUP[0]) for shape in shapes]
-    v = column(layout.size).split([s.numel() for s in shapes])
-    mine = flat([c.cut(t.reshape(c.shape), rank) for c, t in zip(cuts, v, strict=True)])
+    mine = own_columns(problem)
     told: dict[str, Any] = {
         "elements": sum(p.numel() for p in problem.parameters),
-        "of": layout.size,
+        "of": whole_layout(problem).size,
     }
     for kind in ("hessian", "ggn"):
         operator = operator_of(problem, kind)
         for attempt in ("first", "kept"):
             row = operator.apply(mine[None])[0]
-            parts = row.split([c.length for c in cuts])
-            found = [c.gathered(t) for c, t in zip(cuts, parts, strict=True)]
-            told[f"{kind} {attempt}"] = flat(found).tolist()
+            told[f"{kind} {attempt}"] = together_of(problem, row).tolist()
     _, gradient = problem.gradient()
-    parts = gradient.split([c.length for c in cuts])
-    told["gradient"] = flat([
-        c.gathered(t) for c, t in zip(cuts, parts, strict=True)
-    ]).tolist()
+    told["gradient"] = together_of(problem, gradient).tolist()
     return told
 
 
@@ -251,6 +245,60 @@ def derivatives(rank: int, world: int) -> list[bool]:
     return right
 
 
+def animal_problem(animal: Animal, points: slice, cut: Cutter | None) -> Problem:
+    """Some of an animal's data, in mini-batches of three."""
+    torch.manual_seed(0)
+    data = {name: t[points] for name, t in animal.arrays().items()}
+    problem = Problem.load(
+        animal.module(),
+        {},
+        data,
+        DatasetSpec(inputs=("x",), target="y", batch_size=3),
+        animal.loss,
+        animal.mode,
+        Dtype.FLOAT64,
+        first=points.start,
+        held=cut,
+    )
+    return problem.normalised(7.0)
+
+
+def zoo(rank: int, world: int) -> dict[str, Any]:
+    """How far each animal's products are from those on whole parameters; or why not."""
+    found: dict[str, Any] = {}
+    for animal in (*ANIMALS, REFUSED):
+        cut = Cutter(GROUP[0])
+        half = slice(3 * rank, 3 * rank + 3)
+        problem = sharded(in_step(animal_problem(animal, half, cut), 1, 1), cut)
+        try:
+            operator = build_in_step(problem, OperatorSpec(), budget_bytes=1 << 20)
+        except CurvatureUnverified as error:
+            found[animal.name] = error.metadata["parameters"]
+            continue
+        whole = animal_problem(animal, slice(0, 6), None)
+        want = operator_of(whole, "hessian").apply(column(whole.layout.size)[None])[0]
+        rows = operator.apply(own_columns(problem)[None])[0]
+        gap = (together_of(problem, rows) - want).norm() / want.norm()
+        found[animal.name] = float(gap)
+    return found
+
+
+def own_columns(problem: Problem) -> Tensor:
+    """This process' slice of `column`."""
+    layout, group = whole_layout(problem), GROUP[0]
+    v = column(layout.size).split([p.size for p in layout.parameters])
+    pairs = zip(layout.parameters, v, strict=True)
+    return flat([Shards(torch.Size(p.shape), group).cut(t) for p, t in pairs])
+
+
+def together_of(problem: Problem, rows: Tensor) -> Tensor:
+    """A vector of which each process has its slice."""
+    layout, group = whole_layout(problem), GROUP[0]
+    cuts = [Shards(torch.Size(p.shape), group) for p in layout.parameters]
+    pieces = rows.split([c.length for c in cuts])
+    return flat([c.gathered(t) for c, t in zip(cuts, pieces, strict=True)])
+
+
 def strayed(rank: int, world: int) -> str:
     """What is said when one process gathers another tensor of the same size."""
     group = GROUP[0]
@@ -265,7 +313,7 @@ def strayed(rank: int, world: int) -> str:
 
 def everything(rank: int, world: int) -> dict[str, Any]:
     """What each function says; processes are slow to start."""
-    functions = (derivatives, uneven, products, held, strayed)
+    functions = (derivatives, uneven, products, zoo, held, strayed)
     return {f.__name__: f(rank, world) for f in functions}
 
 

@@ -66,13 +66,14 @@ class Truth:
 
     Args:
         module: The model.
+        data: Its data; None: that of the tests.
     """
 
-    def __init__(self, module):
+    def __init__(self, module, data=None):
         self.module = module
         self.parameters = list(module.parameters())
         self.size = sum(p.numel() for p in self.parameters)
-        data = tokens()
+        data = data or tokens()
         self.x, self.y = torch.from_numpy(data["x"]), torch.from_numpy(data["y"])
 
     def outputs(self):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.sharded_ranks import together, truth
+from support.zoo import ANIMALS
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,14 @@ def test_products_and_gradients_on_shards_are_those_of_eager_torch(told):
             assert all(torch.equal(rows[0], row) for row in rows)
             for row in rows:
                 assert float((row - want).norm() / want.norm()) < 1e-12
+
+
+def test_the_zoo_is_right_on_shards_and_its_wrong_animal_refused_by_name(told):
+    for each in told:
+        refused = {n: v for n, v in each["zoo"].items() if isinstance(v, str)}
+        assert refused == {"raw_weight_norm": "direction"}
+        assert len(each["zoo"]) == len(ANIMALS) + 1
+        assert max(v for v in each["zoo"].values() if not isinstance(v, str)) < 1e-12
 
 
 def test_a_process_holds_its_shards_and_no_whole_parameter(told):
