@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from curvd.contract import OperatorSpec
@@ -24,10 +25,18 @@ class _Identity:
         return u
 
 
+@dataclass(frozen=True, slots=True)
+class _Nothing:
+    """That of a mini-batch that counts nothing; no normaliser makes it zero here."""
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return torch.zeros_like(u)
+
+
 def _metric(
     problem: Problem, spec: OperatorSpec, z: Tensor, batch: Batch
 ) -> OutputMetric:
-    return _Identity()
+    return _Nothing() if batch.silent else _Identity()
 
 
 DEFINITION: Definition = JacobianForm(metric=_metric, adds_weight_decay=False)
