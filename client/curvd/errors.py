@@ -19,6 +19,7 @@
     │   ├── CurvatureUnverified     no AD mode reproduces finite differences
     │   ├── NotDeterministic        two evaluations of the same objective disagree
     │   ├── NotFinite               a product of a query is NaN or infinite
+    │   ├── ScaleOutOfRange         squares of a query's products leave their type
     │   └── StillInUse              a session still needs what was to be deleted
     ├── RequestIdReused         the same request id came with other content
     ├── ResourceExhausted       a limit was reached; the message names it
@@ -198,6 +199,10 @@ class NotDeterministic(FailedPrecondition):
 
 class NotFinite(FailedPrecondition):
     """A product of a query is NaN or infinite, so nothing follows from it."""
+
+
+class ScaleOutOfRange(FailedPrecondition):
+    """Products of a query are so large or small that their squares leave their type."""
 
 
 class StillInUse(FailedPrecondition):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from curvd.contract import Distribution, Stop
 from curvd.errors import NotFinite
+from curvd_server.linalg.scales import Range
 from curvd_server.linalg.space import Space
 
 P = ParamSpec("P")
@@ -100,6 +101,9 @@ class Products:
         self.size, self.dtype, self.device = size, dtype, torch.device(device)
         self.limit = limit
         self.done = 0
+        self.scale_free = False
+        """Whether products of any size are given to the algorithm, which scales them."""
+        self._range = Range(dtype, size)
 
     def begin(
         self,
@@ -154,10 +158,38 @@ class Products:
 
         Raises:
             NotFinite: If an element is NaN or infinite.
+            ScaleOutOfRange: If products are so large or so small that their squares are
+                no numbers of their type, and the algorithm does not scale them.
+        """
+        return self.damped(V, 0.0)
+
+    def damped(self, V: Tensor, damping: float) -> Tensor:
+        """Multiply by ``A + damping * I``, and count.
+
+        Args:
+            V: [K, P].
+            damping: Any number.
+
+        Returns:
+            [K, P].
+
+        Raises:
+            NotFinite: If an element is NaN or infinite.
+            ScaleOutOfRange: As of a product, of what is damped.
         """
         result = self._multiply(V)
         self.done += len(V)
-        if self._checks and not torch.isfinite(result).all():
+        if damping:
+            result = torch.add(result, V, alpha=damping)
+        if self._checks:
+            self._look(V, result)
+        return result
+
+    def _look(self, V: Tensor, result: Tensor) -> None:
+        """Refuse products that algorithms cannot go on with."""
+        least, most = torch.aminmax(result) if result.numel() else (result.sum(),) * 2
+        peak = max(-float(least), float(most))
+        if not math.isfinite(peak):
             kind = "NaN" if torch.isnan(result).any() else "infinite"
             msg = (
                 f"product {self.done} of the query is {kind}: at these parameters the "
@@ -165,7 +197,8 @@ class Products:
                 "(did training diverge?), or make the session with dtype='F64'"
             )
             raise NotFinite(msg, product=self.done)
-        return result
+        if not self.scale_free:
+            self._range.check(V, result, peak, self.done)
 
     @property
     def rounding(self) -> float:

@@ -254,8 +254,7 @@ class _Systems:
         return self._length
 
     def _damped(self, V: Tensor) -> Tensor:
-        result = self._products(V)
-        return result + self._damping * V if self._damping else result
+        return self._products.damped(V, self._damping)
 
     def _record(self, columns: Tensor, steps: Steps) -> None:
         """Take note of what an inner iteration found."""

@@ -153,7 +153,7 @@ def _seen(
 
     def multiply(V: Tensor) -> Tensor:
         W = at.root(V)
-        return at.root(torch.add(products(W), W, alpha=damping))
+        return at.root(products.damped(W, damping))
 
     return multiply
 

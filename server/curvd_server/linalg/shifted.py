@@ -127,7 +127,7 @@ def _together(
         if products.refusal(len(S) + closing) is not None:
             break
         left, steps = left - len(S), steps + 1
-        AS = torch.add(products(S), S, alpha=base)
+        AS = products.damped(S, base)
         form = space.cross(S, AS)
         form = (form + form.T) / 2
         triangle, failed = torch.linalg.cholesky_ex(form)

@@ -10,6 +10,7 @@ from torch import Tensor
 from curvd.contract import Stop
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.sampling import LEAST_SAMPLES, Estimate, Target
+from curvd_server.linalg.scales import Range
 
 
 def is_small(products: Products, target: Target) -> bool:
@@ -118,6 +119,9 @@ def matrix(products: Products, block: int) -> Query[Tensor | None]:
 
     Returns:
         [P, own]; None if time ran out.
+
+    Raises:
+        ScaleOutOfRange: If it is too small to compute with.
     """
     rows = []
     for start in range(0, products.size, block):
@@ -126,7 +130,10 @@ def matrix(products: Products, block: int) -> Query[Tensor | None]:
             return None
         rows.append(products(products.space.units(part)))
         yield Progress(iteration=products.done, products=products.done)
-    return torch.cat(rows)
+    A = torch.cat(rows)
+    if not products.scale_free:
+        Range(products.dtype, products.size).check_peak(products.space.peak(A))
+    return A
 
 
 def rounding_of(products: Products, A: Tensor) -> Tensor:

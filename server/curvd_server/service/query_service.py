@@ -204,6 +204,7 @@ class QueryService:
             rank = min(options.rank, call.size)
             call.lease.vectors.check_room(options.name, call.vectors_bytes(rank))
             call.reserve(4 * rank)  # probes and products; factors and vectors
+            call.products.scale_free = True  # scale and damping are left out
             result: NystromResult = await call.drive(
                 call.products.begin(
                     nystrom,
