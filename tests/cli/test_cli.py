@@ -1,6 +1,7 @@
 """The command line, without a server's dependencies where it needs none."""
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -139,6 +140,25 @@ def test_a_query_in_json_is_its_result(live_target, tanh_session):
     assert (told["value"], told["half_width"]) == (found.value, found.half_width)
     assert told["info"]["products"] == 10
     assert f"{found.value:.6e}" in run("trace", *words).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("density.xyz", "end its name in one of .*png"),
+        ("density", "no picture is written as such a file"),
+        ("gone/density.png", "gone is no folder that can be written to"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_computed(
+    name, said, tmp_path
+):
+    pytest.importorskip("matplotlib")
+    result = run("density", "s", "127.0.0.1:1", "--plot", tmp_path / name)
+    assert result.exit_code == 2
+    assert re.search(said, " ".join(result.output.split()).replace("│ ", ""))
+    assert "no curvd server answers" not in result.output  # nobody was asked
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_picture_is_known_to_be_impossible_before_anything_is_computed(

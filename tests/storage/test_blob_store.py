@@ -496,3 +496,17 @@ def test_a_disk_that_takes_no_more_is_said_and_the_upload_goes_on_later(
     with blobs.upload(digest, offset=100, total_bytes=len(data)) as upload:
         upload.write(view[100:])
         assert upload.finish()
+
+
+def test_a_folder_that_was_removed_meanwhile_is_made_anew(tmp_path):
+    folder = tmp_path / "blobs"
+    blobs = BlobStore(folder)
+    folder.rmdir()
+    assert blobs.has(put(blobs, {"w": np.arange(3.0)}))
+    # Where it cannot be made, that is said.
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    folder.write_text("")
+    with pytest.raises(FailedPrecondition, match="cannot write its data directory"):
+        put(blobs, {"w": np.arange(4.0)})

@@ -93,6 +93,20 @@ def test_a_pipe_in_the_place_of_the_lock_is_not_waited_for(tmp_path):
             pass
 
 
+@pytest.mark.parametrize("name", ["blobs", "compiled", "mounts"])
+def test_a_file_or_a_dead_link_in_the_place_of_a_folder_is_named(name, tmp_path):
+    place = tmp_path / name
+    place.write_text("")
+    with pytest.raises(InvalidSpec, match=f"{name} is no folder.*move it away"):
+        with server(tmp_path):
+            pass
+    place.unlink()
+    place.symlink_to(tmp_path / "gone")
+    with pytest.raises(InvalidSpec, match=f"{name} is a link to nothing"):
+        with server(tmp_path):
+            pass
+
+
 def test_a_disk_that_is_almost_full_is_said_and_the_server_starts(
     tmp_path, monkeypatch
 ):

@@ -230,3 +230,14 @@ def test_the_digest_is_that_of_the_file():
 
     arrays = {"a": np.array([1, 2], np.float32), "b": np.array(3)}
     assert wire.digest(arrays) == (hashlib.sha256(GOLDEN).hexdigest(), len(GOLDEN))
+
+
+@pytest.mark.parametrize("metadata", [{"a": 1}, {"a": None}, [], "text", 3])
+def test_metadata_that_is_no_map_of_strings_is_refused_as_the_library_does(metadata):
+    data = framed({"__metadata__": metadata, "x": entry(0, 2)}, b"ab")
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.numpy.load(data)
+    with pytest.raises(InvalidTensors, match="a map of strings to strings"):
+        load(data)
+    data = framed({"__metadata__": {"a": "b"}, "x": entry(0, 2)}, b"ab")
+    assert load(data)["x"].tolist() == [97, 98]

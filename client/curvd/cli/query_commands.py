@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field
 from pathlib import Path
@@ -64,7 +65,7 @@ def _command(rpc: str, query: QuerySpec, read_config: ReadConfig) -> click.Comma
 
     def ask(picture: Path | None, as_json: bool, **given: Any) -> None:
         if picture is not None:
-            _check_drawable()  # before anything is computed
+            _check_drawable(picture)  # before anything is computed
         asked = {name: given.pop(name) for name, _ in flags}
         with _asked(read_config, **given) as asks:
             method = getattr(asks, query.method)
@@ -125,12 +126,25 @@ def _plain(text: str) -> str:
     return text.replace("`", "")
 
 
-def _check_drawable() -> None:
+def _check_drawable(picture: Path) -> None:
     try:
         check_drawable()
     except ModuleNotFoundError as error:
         msg = str(error).replace("plot()", "--plot", 1)
         raise click.ClickException(msg) from error
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if picture.suffix.removeprefix(".").lower() not in known:
+        msg = (
+            f"--plot {picture}: no picture is written as {picture.suffix or 'such a file'}; "
+            f"end its name in one of .{', .'.join(known)}"
+        )
+        raise click.BadParameter(msg)
+    folder = picture.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        msg = f"--plot {picture}: {folder} is no folder that can be written to; make it first"
+        raise click.BadParameter(msg)
 
 
 def _common_options(command: F) -> F:
@@ -211,7 +225,6 @@ def _asked(
 
 
 def _draw(found: Any, picture: Path) -> None:
-    picture.parent.mkdir(parents=True, exist_ok=True)
     axes = found.plot()
     figure = axes.get_figure(root=True)
     assert figure is not None

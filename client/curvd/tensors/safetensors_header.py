@@ -179,7 +179,7 @@ def _load_header(text: bytes) -> dict[str, TensorHeader]:
         entries = json.loads(text.decode(), object_pairs_hook=_unique)
         if not isinstance(entries, dict):
             raise TypeError
-        entries.pop(_METADATA, None)
+        _check_metadata(entries.pop(_METADATA, {}))
         tensors = {name: _entry(name, entry) for name, entry in entries.items()}
     except InvalidTensors:
         raise
@@ -203,6 +203,17 @@ def _load_header(text: bytes) -> dict[str, TensorHeader]:
     return header
 
 
+def _check_metadata(found: object) -> None:
+    """Refuse what the format does not allow beside tensors."""
+    if isinstance(found, dict) and all(isinstance(v, str) for v in found.values()):
+        return
+    msg = (
+        f"{_METADATA} of a safetensors header is a map of strings to strings, and not "
+        f"{json.dumps(found)[:80]}: write it as such, or leave it out"
+    )
+    raise InvalidTensors(msg)
+
+
 def load_metadata(text: bytes) -> Mapping[str, str]:
     """Find what a header says beside its tensors.
 
@@ -210,14 +221,12 @@ def load_metadata(text: bytes) -> Mapping[str, str]:
         text: The JSON, which `load_header` has checked.
 
     Returns:
-        Texts by name; what is none is left out.
+        Texts by name.
     """
     if _METADATA.encode() not in text:
         return {}
-    found = json.loads(text.decode()).get(_METADATA)
-    if not isinstance(found, dict):
-        return {}
-    return {key: value for key, value in found.items() if isinstance(value, str)}
+    found: dict[str, str] = json.loads(text.decode()).get(_METADATA, {})
+    return found
 
 
 def payload_bytes(header: Header) -> int:

@@ -97,8 +97,7 @@ class BlobStore:
         self._directory = directory
         self._mounts = mounts
         self._needed_by = needed_by
-        with told():
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._make_directory()
         self._lock = threading.Lock()
         # What the file of a blob looked like when its bytes had the digest.
         self._sound: dict[str, Stamp] = {}
@@ -225,7 +224,9 @@ class BlobStore:
             if partial is None:
                 self._check_quota(path, total_bytes)
                 busy = {p.path: p.announced for p in self._partials.values()}
-                make_room(path, total_bytes, busy, limit_bytes=self._partial_bytes)
+                self._make_directory()  # somebody may have removed it
+                with told():
+                    make_room(path, total_bytes, busy, limit_bytes=self._partial_bytes)
                 partial = self._partials[path.stem] = Partial(path)
             partial.announced = max(partial.announced, total_bytes)
             partial.users += 1
@@ -469,6 +470,10 @@ class BlobStore:
         name = calling().name
         whose = hashlib.sha256(name.encode()).hexdigest()[:32]
         return self._path(digest, f".{whose}.part" if name else ".part")
+
+    def _make_directory(self) -> None:
+        with told():
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def _is_known(self, digest: str, stamp: Stamp) -> bool:
         return self._sound.get(digest) == stamp

@@ -18,6 +18,8 @@ _PRIVATE = "run"
 _TORCHS_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 _LITTLE_BYTES = 256 << 20
 """Free space below which a server says so at its start."""
+_FOLDERS = ("blobs", "compiled", "mounts")
+"""What a server keeps folders for in its data directory."""
 
 
 @contextlib.contextmanager
@@ -31,7 +33,7 @@ def owned(data_dir: Path) -> Iterator[None]:
         Nothing.
 
     Raises:
-        InvalidSpec: If it is no folder, or the server may not write to it.
+        InvalidSpec: If it or a folder of it is none, or the server may not write to it.
         DiskFull: If the disk takes no more.
         FailedPrecondition: If another server uses it, or others may write to it.
     """
@@ -41,6 +43,8 @@ def owned(data_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise _refused(data_dir, error) from error
     with file:
+        for name in _FOLDERS:
+            _check_folder(data_dir / name)
         for folder in (data_dir, data_dir / "compiled"):
             _check_rights(folder)
         try:
@@ -118,6 +122,25 @@ def _refused(data_dir: Path, error: OSError) -> CurvdError:
         "server may write to, or make (--data-dir)"
     )
     return InvalidSpec(msg, data_dir=data_dir)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what has the name of a folder and is none, or cannot be used."""
+    if not os.path.lexists(folder):
+        return  # it is made when it is needed
+    if not folder.is_dir():
+        what = "a link to nothing" if folder.is_symlink() else "no folder"
+        msg = (
+            f"{folder} is {what}, and the server keeps its files in a folder of this "
+            "name: move it away, or name another data directory (--data-dir)"
+        )
+        raise InvalidSpec(msg, data_dir=folder)
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        msg = (
+            f"the server may not read and write {folder}: give its user the rights, or "
+            "name another data directory (--data-dir)"
+        )
+        raise InvalidSpec(msg, data_dir=folder)
 
 
 def _check_rights(folder: Path) -> None:
