@@ -120,7 +120,7 @@ def test_a_cancelled_product_makes_no_more_factors(target, watched, kind, which,
 
 
 def test_a_deadline_ends_the_making_of_factors(target, watched):
-    config = curvd.ClientConfig(deadline_s=5.0)
+    config = curvd.ClientConfig(deadline_s=3.0)
     v = np.arange(SIZE) / SIZE
     with curvd.connect(target) as patient, opened(patient) as session:
         Watched.armed = "_sum_up"
