@@ -28,9 +28,13 @@ class Waiting:
     """Holdings whose long command ends when a product was computed meanwhile."""
 
     device = TorchDevice({}, "cpu")
+    in_step = frozenset()
 
     def __init__(self):
         self.multiplied, self.begun = threading.Event(), threading.Event()
+
+    def alive(self):
+        return messages.Alive()
 
     def expected_s(self, message, columns):
         return 0.0
