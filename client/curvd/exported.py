@@ -88,8 +88,8 @@ def _one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
             except Exception as error:  # of the caller's code, or torch's
                 first = str(error).strip().partition("\n")[0][:300]
                 msg = (
-                    f"{function.__name__}() failed on this module, loss or data, which "
-                    f"may be more than torch can trace: {type(error).__name__}: {first}"
+                    "torch fails on this module, loss or data, which do not fit one "
+                    f"another or cannot be traced: {type(error).__name__}: {first}"
                 )
                 raise InvalidGraph(msg) from error
 

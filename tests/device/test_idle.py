@@ -7,7 +7,7 @@ import pytest
 
 from curvd_server.device import batcher as batching
 from curvd_server.device.batcher import Batcher
-from curvd_server.system import yield_point
+from curvd_server.system import alone, yield_point
 
 
 class Doubles:
@@ -155,3 +155,27 @@ def test_a_server_that_stops_ends_it(batcher):
     assert begun.wait(300)
     batcher.close()
     assert ticket.done()
+
+
+def test_a_section_that_it_is_in_is_left_while_others_wait_for_that(batcher):
+    """Else who waits for the section keeps the device from being idle, for ever."""
+    lock, begun, gate, log = threading.Lock(), threading.Event(), threading.Event(), []
+
+    def patient(cancelled):
+        with alone(lock):
+            begun.set()
+            assert gate.wait(300)
+            for _ in range(3):
+                yield_point()
+                log.append("patient")
+
+    def waited_for(cancelled):
+        with alone(lock):
+            log.append("waited for")
+
+    batcher.run_when_idle(patient, due=never)
+    assert begun.wait(300)
+    other = batcher.run_in_turns(waited_for, lane="other")
+    gate.set()
+    other.result(timeout=30)
+    assert log == ["patient"] * 3 + ["waited for"]

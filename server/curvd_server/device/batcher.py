@@ -437,7 +437,7 @@ class Batcher:
         is_shared = self._is_shared()
         self._having = [ticket.caller for ticket in run.tickets]
         waits = run.tickets[0].waits
-        self._patient = waits is not None and waits()
+        self._patient = waits is not None and waits() and not run.work.is_alone
         self._turn_s = start_s = self._clock()
         least_s, most_s = _TURN_S
         turn_s = min(max(least_s, self._latest_s), most_s)

@@ -62,7 +62,12 @@ class Lane:
 
     @property
     def waits_for_idleness(self) -> bool:
-        """Whether it goes on only when nobody else wants the device."""
+        """Whether it goes on only when nobody else wants the device.
+
+        Not in a section that others may wait for: they would want the device meanwhile.
+        """
+        if self.run is not None and self.run.work.is_alone:
+            return False
         head = self.tickets[0] if self.run is None else self.run.tickets[0]
         return head.waits is not None and not head.abandoned and head.waits()
 

@@ -96,6 +96,8 @@ class LongWork(Generic[T]):
         self._begun = False
         self.is_undivided = False
         """Whether it must not give way now."""
+        self.is_alone = False
+        """Whether it is in a section that keeps other long work out."""
 
     def resume(self) -> bool:
         """Run the work until its next pause.
@@ -210,7 +212,8 @@ def alone(lock: threading.Lock) -> Iterator[None]:
     """Keep other long work out of a section that has yield points inside.
 
     The device's thread is let in: what it does in between ends before the section goes
-    on, as if the section had called it.
+    on, as if the section had called it. Work that waits for an idle device does not wait
+    inside, because others may wait for the section.
 
     Args:
         lock: The lock of the section.
@@ -225,7 +228,9 @@ def alone(lock: threading.Lock) -> Iterator[None]:
     while not lock.acquire(blocking=False):
         work.pause()
         work.yield_point()
+    work.is_alone = True
     try:
         yield
     finally:
+        work.is_alone = False
         lock.release()
