@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from curvd.contract.enums import Distribution, Estimator
+from curvd_server.linalg import space
 from curvd_server.linalg.base import Products, drain
 from curvd_server.linalg.density import spectral_density
 from curvd_server.linalg.diagonals import diagonal
@@ -26,6 +27,28 @@ SPECTRA = {
     "low rank": torch.where(RANK <= 4, 5 - RANK, 1e-3),
     "indefinite": torch.where(RANK % 3 == 0, -0.5, 1.0) / RANK,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _probes_made_once():
+    """Probes depend on their seed alone: all spectra and estimators share them."""
+    made = {}
+
+    def kept(distribution, seed, indices, size, make=space.probes, **options):
+        key = (
+            distribution,
+            seed,
+            tuple(indices),
+            size,
+            *sorted(options.items(), key=str),
+        )
+        if key not in made:
+            made[key] = make(distribution, seed, indices, size, **options)
+        return made[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(space, "probes", kept)
+        yield
 
 
 def matrix(spectrum):
