@@ -19,7 +19,7 @@ pytest_plugins = [
 
 
 def pytest_collection_finish():
-    """Look for garbage more rarely, and not in what was imported: it took some percent of the time."""
+    """Look for garbage more rarely, and not in what was imported: it took a few percent."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(5_000, 20, 20)
