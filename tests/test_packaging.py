@@ -55,7 +55,7 @@ def test_floors_are_those_of_the_generated_code():
 
 
 def test_every_dependency_is_defended():
-    text = (ROOT / "ARCHITECTURE.md").read_text()
+    text = (ROOT / "docs/dependencies.md").read_text()
     extras = PROJECT["optional-dependencies"]
     used = PROJECT["dependencies"] + [
         d for extra, ds in extras.items() if extra not in ("dev", "proto") for d in ds
