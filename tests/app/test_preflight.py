@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from curvd.errors import CurvdError, FailedPrecondition, InvalidSpec
-from curvd_server import preflight, transport
+from curvd_server import transport
+from curvd_server.cli import preflight
 from curvd_server.config import ServerConfig, TlsConfig
 from curvd_server.storage import owned
 

@@ -1,4 +1,8 @@
-"""``curvd serve`` and ``curvd token``; an option for each setting, and the documents' table."""
+"""``curvd serve`` and ``curvd token``; an option for each setting, and the documents' table.
+
+`preflight` judges a configuration before torch is imported. Nothing imports this but the
+client's command line, which starts it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ from curvd.cli.options import (
 )
 from curvd.contract import Setting, settings_of
 from curvd.tensors import tune_allocator
-from curvd_server import preflight
+from curvd_server.cli import preflight
 from curvd_server.config import LimitsConfig, ServerConfig, TlsConfig
 from curvd_server.system import ROLES
 from curvd_server.transport import ConnectionLimits, token_file
