@@ -36,7 +36,7 @@ _NEARBY = 0.03
 """How far the second point lies from the parameters, relative to their scale."""
 _FACTORS = (0.03, 30.0, -1.0)
 """By which parameters and inputs are multiplied where gradients are suspicious."""
-_SPARE_S = 0.1
+_SPARE_S = 0.02
 """Seconds of this thread that gradients of whole mini-batches may take together."""
 _NAMED = 5
 """Parameters that a message names."""
