@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from curvd.errors import GradientMismatch, InvalidSpec
+from curvd.errors import InvalidSpec
 from curvd.graph.compared import differing, shown_size, size_of
 from curvd.graph.eager import Run, multiplied, runs, widened
 from curvd.graph.evaluate import evaluate, types_in
 from curvd.graph.manifest import Inputs
+from curvd.graph.mismatches import NAMED, cut_off, mismatch
 from curvd.graph.seen import functions_in
 from curvd.v1 import graph_pb2 as graph_pb
 
@@ -38,8 +39,6 @@ _FACTORS = (0.03, 30.0, -1.0)
 """By which parameters and inputs are multiplied where gradients are suspicious."""
 _SPARE_S = 0.02
 """Seconds of this thread that gradients of whole mini-batches may take together."""
-_NAMED = 5
-"""Parameters that a message names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +102,7 @@ def prove(
             proof.check_outputs(outputs, proof.exported(), "")
             return
         if not outputs.requires_grad:
-            raise proof.cut_off()
+            raise cut_off(run.seen)
         digits = run.narrowest
         proof.compare(outputs, objective, rows.targets)
         run.narrowest = digits  # the loss may have had fewer
@@ -262,7 +261,7 @@ class _Proof:
         # note: what forward itself makes requires a gradient too, but is another one.
         lasting = [t for t in self.run.strangers if id(t) in before]
         if lasting:
-            shapes = ", ".join(str(list(t.shape)) for t in lasting[:_NAMED])
+            shapes = ", ".join(str(list(t.shape)) for t in lasting[:NAMED])
             msg = (
                 f"the module's output depends on what requires a gradient and is not "
                 f"among its parameters (tensors of shape {shapes}), so a server would "
@@ -391,74 +390,7 @@ class _Proof:
         """Compare tensors of one kind: (module's, graph's) by name."""
         wrong = differing(pairs, self.run.narrowest, least)
         if wrong:
-            raise self._mismatch(wrong, where)
-
-    def cut_off(self) -> GradientMismatch:
-        """Say that nothing can be trained."""
-        if self.run.seen.cut:
-            why = (
-                "a reentrant checkpoint is called with no input that requires a "
-                "gradient: use checkpoint(..., use_reentrant=False)"
-            )
-        else:
-            why = (
-                "torch.no_grad(), inference_mode or detach() cuts them off: remove it, "
-                "or freeze what is not trained (requires_grad_(False))"
-            )
-        msg = f"no parameter of the module gets a gradient from its output: {why}"
-        return GradientMismatch(msg, parameters="all")
-
-    def _mismatch(self, wrong: Mapping[str, float], where: str) -> GradientMismatch:
-        names = sorted(wrong, key=lambda name: -wrong[name])
-        sizes = ", ".join(f"{n} {shown_size(wrong[n])}" for n in names[:_NAMED])
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        causes, remedies = zip(*self._reasons("the output" in wrong), strict=True)
-        msg = (
-            "what .backward() computes is not the derivative of what was exported: "
-            f"{sizes}{more}{where}. Seen in the module: {'; '.join(causes)}. A server "
-            "differentiates the forward pass and knows nothing else: "
-            f"{'; '.join(dict.fromkeys(remedies))}"
-        )
-        largest = max(wrong.values())
-        return GradientMismatch(msg, parameters=", ".join(names), largest=largest)
-
-    def _reasons(self, forward: bool) -> Iterator[tuple[str, str]]:
-        """Name what may be the cause, and what to do about each.
-
-        Args:
-            forward: Whether the outputs differ already.
-        """
-        for name in self.functions:
-            yield (
-                f"torch.autograd.Function {name} with a backward of its own",
-                "write it with torch's operators, so that their derivative is the "
-                "gradient you mean; a straight-through estimator's is that of no "
-                "function and has no Hessian: leave it out, or round the parameters "
-                "before you export them",
-            )
-        hooks = "remove the hooks before exporting, or write what they do into forward "
-        for hook in dict.fromkeys(self.run.seen.hooks):
-            yield hook, f"{hooks}or the loss"
-        if self.run.seen.cut:
-            yield (
-                "a reentrant checkpoint none of whose inputs requires a gradient",
-                "use checkpoint(..., use_reentrant=False)",
-            )
-        if self.suspicious or self.run.seen.cut:
-            return
-        if forward:
-            yield (
-                "neither a hook nor a backward of its own, so its forward depends on "
-                "something beside inputs, parameters and buffers",
-                "make that a buffer or an input",
-            )
-        else:
-            yield (
-                "neither a function with a backward of its own nor a hook on a tensor, "
-                "parameter or layer, but the outputs agree, so a hook of another kind "
-                "(saved_tensors_hooks, or on a node of autograd's graph) is at work",
-                f"{hooks}or the loss",
-            )
+            raise mismatch(wrong, where, self.run.seen, self.functions)
 
 
 def _alike(targets: Tensor, outputs: Tensor) -> Tensor:
