@@ -125,6 +125,23 @@ def test_an_id_with_another_operand_or_operator_is_refused(channel, session_id):
         )
 
 
+@pytest.mark.parametrize("cut", [1, 8, 12, 1000])
+def test_an_operand_is_recognised_in_whatever_pieces_it_comes(
+    channel, session_id, device, cut
+):
+    def ask(operand):
+        file = memoryview(raw.file_of({"v": operand}))
+        header, _ = raw.product("MatVec", session_id, file, request_id="r")
+        cuts = [file[at : at + cut] for at in range(0, len(file), cut)]
+        return raw.joined(raw.call(channel, "MatVec", [header, *cuts]))[1]
+
+    multiply(channel, session_id, {"v": V}, request_id="r")
+    np.testing.assert_array_equal(ask(V), RESULT)
+    assert applied(device) == 1
+    with pytest.raises(RequestIdReused, match="'r' came before with other content"):
+        ask(V + np.eye(5)[4])
+
+
 def test_results_of_an_older_version_are_not_taken_for_newer_ones(
     channel, session_id, device
 ):

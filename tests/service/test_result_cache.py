@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 
 from curvd.errors import RequestIdReused
-from curvd_server.service.result_cache import Content, ResultCache, fingerprint
+from curvd_server.service.result_cache import (
+    Content,
+    Fingerprint,
+    ResultCache,
+    fingerprint,
+)
 
 ASKED = Content("header", "operand")
 
@@ -89,3 +94,14 @@ def test_the_same_values_in_other_places_are_another_operand():
     """Unit vectors, for example: a loop over them with one id must not go unnoticed."""
     units = np.eye(3, 1 << 15, k=8, dtype=np.float32)
     assert len({fingerprint(row[None]) for row in units}) == 3
+
+
+@pytest.mark.parametrize("cuts", [(), (7,), (65_536, 65_537), (1, 200_003, 262_144)])
+def test_pieces_have_the_fingerprint_of_the_whole(cuts):
+    raw = np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8)
+    arriving, seen = np.zeros_like(raw), Fingerprint()
+    for stop in (*cuts, raw.nbytes):
+        arriving[:stop] = raw[:stop]  # what comes later is not looked at
+        seen.update(arriving, stop)
+    assert seen.nbytes == raw.nbytes
+    assert seen.digits(arriving) == fingerprint(raw.view(np.float32)[None])

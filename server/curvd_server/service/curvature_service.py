@@ -239,8 +239,15 @@ class CurvatureService:
             )
         if made is not None:
             return sources.Nothing(), sinks.StoredBefore(made, send, format_)
+        attempt = Attempt(self._results, _key(header), content, lease.info.version)
+        retries = bool(header.request_id) and not header.store_as
         source = sources.source_of(
-            header, chunks, lease, self._dependencies, matrix=_MATRIX[name]
+            header,
+            chunks,
+            lease,
+            self._dependencies,
+            matrix=_MATRIX[name],
+            arrived=attempt.arrived if retries else sources.ignored,
         )
         if header.store_as:
             return source, sinks.StoreSink(
@@ -252,9 +259,8 @@ class CurvatureService:
                 format_,
             )
         sink = sinks.StreamSink(send, format_)
-        if not header.request_id:
+        if not retries:
             return source, sink
-        attempt = Attempt(self._results, _key(header), content, lease.info.version)
         return RecognisingSource(source, attempt), KeepingSink(sink, attempt)
 
     async def _resume(self, name: str, header: ProductHeader, send: Send) -> None:

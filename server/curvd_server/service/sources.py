@@ -30,7 +30,14 @@ Announce = Callable[[tuple[int, ...]], int]
 """Is told an operand's shape, [P] or [K, P], once and before anything is allocated for
 it; returns how many columns a block has, or raises to refuse the operand."""
 
+Arrived = Callable[[Buffer, int], None]
+"""Is shown a block's memory, and how many bytes of it have come."""
+
 _LARGEST = 2**63
+
+
+def ignored(block: Buffer, stop: int) -> None:
+    """Look at nothing of what came."""
 
 
 class Source(Protocol):
@@ -130,6 +137,7 @@ def source_of(
     dependencies: ProductDependencies,
     *,
     matrix: bool | None,
+    arrived: Arrived = ignored,
 ) -> Source:
     """Choose where a product's operand comes from.
 
@@ -139,6 +147,7 @@ def source_of(
         lease: The lease of the session.
         dependencies: Limits, and memory for what arrives.
         matrix: Whether the operand is [K, P]; None: either.
+        arrived: Looks at what travels as it is, as it comes.
 
     Returns:
         The source.
@@ -155,7 +164,7 @@ def source_of(
         case "stored":
             return Stored(lease.vectors.get(operand.stored).array, expected)
         case _:
-            return Inline(chunks, expected, dependencies.pool.take)
+            return Inline(chunks, expected, dependencies.pool.take, arrived)
 
 
 class Inline:
@@ -165,14 +174,21 @@ class Inline:
         chunks: The bytes of the file.
         expected: What is accepted.
         allocate: Returns memory of so many bytes for a block.
+        arrived: Looks at blocks that travel in the type that is computed in, piece by
+            piece, when they were found to be finite.
     """
 
     reusable = True
 
     def __init__(
-        self, chunks: Chunks, expected: Expected, allocate: Callable[[int], Buffer]
+        self,
+        chunks: Chunks,
+        expected: Expected,
+        allocate: Callable[[int], Buffer],
+        arrived: Arrived = ignored,
     ) -> None:
         self._chunks, self._expected, self._allocate = chunks, expected, allocate
+        self._arrived = arrived
         self._dtype = expected.vector_dtype
         self._travels_as = ""
         self._checked = 0
@@ -217,6 +233,7 @@ class Inline:
         validation.check_finite(
             values, layout=self._expected.layout, first=self._checked + first
         )
+        self._arrived(piece, stop)
 
     async def _widened(self, piece: Buffer) -> Columns:
         if self._travels_as not in half_precision.NARROW:
