@@ -218,6 +218,35 @@ def test_a_sender_stops_at_the_window_and_goes_on_when_parts_were_used(pair):
     assert arrived > total
 
 
+def test_the_windows_of_a_stream_and_its_connection_are_widened_together(
+    pair, monkeypatch
+):
+    """Each update may wake the sender; what calls before have left makes them no more."""
+    widened = []
+    widen = pair.theirs._sender.widen
+    monkeypatch.setattr(
+        pair.theirs._sender, "widen", lambda *to: (widened.append(to), widen(*to))
+    )
+    chunk = np.zeros(2 << 20, np.uint8).data
+    for count in (1, 20):
+        stream = pair.ours.open(PATH)
+        pair.ours.send_data(stream, framed(CODEC, MESSAGE))
+        pair.settle()
+        server = pair.theirs.stream
+        server.read(CODEC, 4 << 20, nowhere)
+        widened.clear()
+        for _ in range(count):
+            pair.ours.send_data(stream, framed(CODEC, chunk))
+        while stream.outbox or server.inbox:
+            pair.settle(50)
+            while server.inbox:
+                pair.theirs.acknowledge(server, server.inbox.popleft()[1])
+        pair.ours.reset(stream, Code.CANCEL)
+        pair.settle()
+    assert [number for number, _ in widened] == [stream.number, 0] * (len(widened) // 2)
+    assert len(widened) >= 4
+
+
 def test_calls_follow_each_other_on_one_connection():
     streams = []
     pair = Pair(accept=streams.append)

@@ -126,11 +126,12 @@ class H2Connection(Incoming):
         self._glitches.parts += 1
         self._glitches.received += nbytes
         stream.unacknowledged += nbytes
-        if stream.unacknowledged >= self._share // 4 and not stream.ended:
+        much = max(stream.unacknowledged, self._used + nbytes) >= self._share // 4
+        if much and not stream.ended:
             self._sender.widen(stream.number, stream.unacknowledged)
             stream.credit += stream.unacknowledged
             stream.unacknowledged = 0
-        self._spend(nbytes)
+        self._spend(nbytes, now=much)
 
     def push(self) -> bool:
         """Send what the socket and the windows take.

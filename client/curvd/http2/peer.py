@@ -337,10 +337,10 @@ class Incoming:
 
     # Windows
 
-    def _spend(self, nbytes: int) -> None:
-        """Give back what came and is used, when it is much."""
+    def _spend(self, nbytes: int, *, now: bool = False) -> None:
+        """Give back what came and is used, when it is much, or a stream gives back too."""
         self._used += nbytes
-        if self._used >= self._share // 4:
+        if now or self._used >= self._share // 4:
             self._sender.widen(0, self._used)
             self._unused -= self._used
             self._used = 0

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 _SEGMENT = 1 << 17
 """Elements that are looked at together: their verdicts stay in the cache."""
+_SUMMED = 1 << 20
+"""Elements that are summed at once; a sum leaves nothing behind."""
 
 
 def first_not_finite(values: NDArray[Any], *, bits: bool = False) -> int | None:
@@ -63,7 +65,7 @@ def _first(
     good: Callable[[NDArray[Any]], NDArray[Any]],
     surely: Callable[[NDArray[Any]], bool] = lambda part: False,
 ) -> int | None:
-    """Find the first value that is not good, looking at pieces that fit the cache.
+    """Find the first value that is not good.
 
     Args:
         values: [n]
@@ -73,11 +75,20 @@ def _first(
     Returns:
         Its index; None if all are good.
     """
+    for start in range(0, len(values), _SUMMED):
+        part = values[start : start + _SUMMED]
+        found = None if surely(part) else _first_of(part, good)
+        if found is not None:
+            return start + found
+    return None
+
+
+def _first_of(
+    values: NDArray[Any], good: Callable[[NDArray[Any]], NDArray[Any]]
+) -> int | None:
+    """Find the first value that is not good, looking at pieces that fit the cache."""
     for start in range(0, len(values), _SEGMENT):
-        part = values[start : start + _SEGMENT]
-        if surely(part):
-            continue
-        verdicts = good(part)
+        verdicts = good(values[start : start + _SEGMENT])
         if not verdicts.all():
             return start + int(np.argmin(verdicts))
     return None

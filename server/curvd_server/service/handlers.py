@@ -19,7 +19,7 @@ from curvd.http2 import BufferProvider, ReceivesInPlace
 from curvd_server.service.streams import CALLER
 from curvd_server.storage import ranges
 from curvd_server.system import TRACED, Traces, calling
-from curvd_server.transport import Gate, Stalled, StallGuard
+from curvd_server.transport import Context, Gate, Stalled, StallGuard
 from curvd_server.trials import PEER
 
 
@@ -111,11 +111,18 @@ class _Responses:
         self, context: grpc.aio.ServicerContext[Any, Any], stalls: StallGuard
     ) -> None:
         self._context, self._stalls = context, stalls
+        self._direct = context if isinstance(context, Context) else None
         self._cut_off: asyncio.Future[None] | None = None
 
     async def send(self, part: Part) -> None:
         """Send one part; waits while the client reads slowly."""
-        write = asyncio.ensure_future(self._context.write(part))
+        if self._direct is None:
+            write = asyncio.ensure_future(self._context.write(part))
+        elif self._direct.write_soon(part):
+            await asyncio.sleep(0)  # whoever reads fast has others wait for one part
+            return
+        else:
+            write = asyncio.ensure_future(self._direct.written())
         try:
             await self._stalls.watch(
                 asyncio.shield(write), self._context.peer(), "read its answer"
@@ -140,14 +147,11 @@ class _Responses:
         await asyncio.wait([write], timeout=0 if stalled else self._stalls.stall_s)
         if not write.done():
             # Our own connections carry one call each, so it may be closed.
-            getattr(self._context, "disconnect", _nothing)()
+            if self._direct is not None:
+                self._direct.disconnect()
             await asyncio.wait([write])
         if not write.cancelled():
             write.exception()  # the call is over, whatever became of this part
-
-
-def _nothing() -> None:
-    pass
 
 
 class _TimedRequests(_Requests):

@@ -10,7 +10,7 @@ from curvd_server.transport.access import USUAL_LINES, AccessLog
 from curvd_server.transport.addresses import bound, cleared, target_of
 from curvd_server.transport.admission import raise_descriptor_limit
 from curvd_server.transport.callers import Callers
-from curvd_server.transport.calls import Calls
+from curvd_server.transport.calls import Calls, Context
 from curvd_server.transport.drops import Drops
 from curvd_server.transport.interceptors import Gate, TokenInterceptor
 from curvd_server.transport.limits import ConnectionLimits
@@ -26,6 +26,7 @@ __all__ = [
     "Callers",
     "Calls",
     "ConnectionLimits",
+    "Context",
     "Drops",
     "Front",
     "Gate",

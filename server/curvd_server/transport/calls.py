@@ -245,10 +245,26 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
 
     async def write(self, message: Any) -> None:
         """Send a response; waits while the client reads slowly."""
+        if not self.write_soon(message):
+            await self.written()
+
+    def write_soon(self, message: Any) -> bool:
+        """Send a response as far as the client takes it now.
+
+        Args:
+            message: The response; its memory is needed until it is written.
+
+        Returns:
+            Whether it is written; else `written` waits until it is.
+        """
         views = framed(self._format, self.serialise(message))
         headers = () if self._begun else _ANSWER
         self._begun = True
-        await self._connection.send(self._stream, headers, views)
+        return self._connection.send_soon(self._stream, headers, views)
+
+    async def written(self) -> None:
+        """Wait until the client has taken what `write_soon` left."""
+        await self._connection.sent(self._stream)
 
     async def conclude(self, message: Any) -> None:
         """Send the only response and the status in one go."""

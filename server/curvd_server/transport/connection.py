@@ -66,7 +66,7 @@ class ServerConnection:
         )
         self._task: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
-        self._waiting: list[asyncio.Future[None]] = []
+        self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._reads = self._writes = self._is_going_away = self._is_coming_back = False
         self._before = 0  # bytes received before the request
         self._queued = False  # once for each request
@@ -148,13 +148,17 @@ class ServerConnection:
         while self._ending:
             await asyncio.wait(set(self._ending))
 
-    async def changed(self) -> None:
-        """Wait until something came or went, or the connection is gone."""
-        if self.gone.is_set():
-            return
-        future = self._loop.create_future()
-        self._waiting.append(future)
-        await future
+    async def until(self, ready: Callable[[], bool]) -> None:
+        """Wait for what only the other side can bring about.
+
+        Args:
+            ready: Whether it is so. It is asked when something came or went, so that
+                nobody is woken for a part of a part; true when the connection is gone.
+        """
+        while not ready():
+            future = self._loop.create_future()
+            self._waiting.append((ready, future))
+            await future
 
     async def send(
         self,
@@ -174,13 +178,45 @@ class ServerConnection:
         Raises:
             asyncio.CancelledError: If the client is gone.
         """
+        if not self.send_soon(stream, headers, views, trailers):
+            await self.sent(stream)
+
+    def send_soon(
+        self,
+        stream: Stream,
+        headers: Headers,
+        views: Iterable[memoryview] = (),
+        trailers: Headers = (),
+    ) -> bool:
+        """Send without waiting; what the client does not take now goes out as it reads.
+
+        Args:
+            stream: Where.
+            headers: To send first, if any.
+            views: The bytes.
+            trailers: The status, if nothing follows.
+
+        Returns:
+            Whether all of it is out; else `sent` waits for the rest.
+        """
         if headers:
             self._h2.send_headers(stream, headers)
         self._h2.send_data(stream, views)
         if trailers:
             self._h2.send_headers(stream, trailers, end=True)
-        while not self._sent(stream):
-            await self.changed()
+        self._flush()
+        return not self.is_lost(stream) and self._is_sent(stream)
+
+    async def sent(self, stream: Stream) -> None:
+        """Wait until the bytes that were given to a stream are not needed any more.
+
+        Args:
+            stream: The stream.
+
+        Raises:
+            asyncio.CancelledError: If the client is gone.
+        """
+        await self.until(lambda: self._is_sent(stream))
         if self.is_lost(stream):
             raise asyncio.CancelledError
 
@@ -247,8 +283,7 @@ class ServerConnection:
             self._ending.add(task)
             task.add_done_callback(self._ending.discard)
 
-    def _sent(self, stream: Stream) -> bool:
-        self._flush()
+    def _is_sent(self, stream: Stream) -> bool:
         return self.is_lost(stream) or not (stream.outbox or self._writes)
 
     @property
@@ -356,9 +391,13 @@ class ServerConnection:
 
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, []
-        for future in waiting:
-            if not future.done():
+        for ready, future in waiting:
+            if future.done():  # whoever waited was cancelled
+                continue
+            if ready():
                 future.set_result(None)
+            else:
+                self._waiting.append((ready, future))
 
 
 class Requests(ReceivesInPlace, AsyncIterator[Any]):
@@ -391,17 +430,21 @@ class Requests(ReceivesInPlace, AsyncIterator[Any]):
             asyncio.CancelledError: If the client is gone.
         """
         stream = self._stream
-        while not stream.inbox:
+        await self._connection.until(self._has_news)
+        if not stream.inbox:
             if self._connection.is_lost(stream):
                 raise asyncio.CancelledError
             if stream.failure is not None:
                 raise _again(stream.failure)
-            if stream.ended:
-                raise StopAsyncIteration
-            await self._connection.changed()
+            raise StopAsyncIteration
         part, nbytes = stream.inbox.popleft()
         self._connection.acknowledge(stream, nbytes)
         return part
+
+    def _has_news(self) -> bool:
+        stream = self._stream
+        over = stream.ended or stream.failure is not None
+        return bool(stream.inbox) or over or self._connection.is_lost(stream)
 
 
 def _anywhere(nbytes: int) -> memoryview | None:
