@@ -202,7 +202,7 @@ class NotFinite(FailedPrecondition):
 
 
 class ScaleOutOfRange(FailedPrecondition):
-    """Products of a query are so large or small that their squares leave their type."""
+    """What a query computes is so large or small that its squares leave their type."""
 
 
 class StillInUse(FailedPrecondition):

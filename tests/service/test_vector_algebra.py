@@ -95,6 +95,53 @@ def test_float32_is_summed_in_float64(live_target):
         assert session.orthonormalise("again", store="Q").shape == (3, SIZE)
 
 
+@pytest.mark.parametrize(("dtype", "power"), [("F32", 60), ("F32", 120), ("F64", 500)])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_vectors_of_any_size_have_their_products_and_their_basis(
+    live_target, dtype, power, sign
+):
+    own = np.float32 if dtype == "F32" else np.float64
+    A = normal(SIZE, 3).astype(own)
+    size = 2.0 ** (sign * power)
+    with (
+        curvd.connect(live_target) as client,
+        open_session(client, dtype=dtype) as session,
+    ):
+        session.put("A", A)
+        session.put("sized", A * own(size))
+        true = A.astype(float).T @ A.astype(float)
+        tolerance = 1e-5 if dtype == "F32" else 1e-12
+        found = session.inner_products("A", "sized") / size
+        np.testing.assert_allclose(found, true, rtol=tolerance, atol=tolerance)
+        found = session.inner_products("sized") / size / size
+        np.testing.assert_allclose(found, true, rtol=tolerance, atol=tolerance)
+        plain = session.orthonormalise("A", store="Q")
+        basis = session.orthonormalise("sized", store="P")
+        assert basis.shape == plain.shape == (3, SIZE)
+        spans = session.get("P").T @ session.get("Q")
+        np.testing.assert_allclose(spans @ spans.T, np.eye(3), atol=1e-5)
+
+
+def test_products_and_sums_that_are_no_numbers_are_refused(live_target):
+    for dtype, size in (("F32", 2.0**-100), ("F64", 2.0**-900), ("F64", 2.0**900)):
+        own = np.float32 if dtype == "F32" else np.float64
+        with (
+            curvd.connect(live_target) as client,
+            open_session(client, dtype=dtype) as session,
+        ):
+            session.put("b", normal(SIZE).astype(own) * own(size))
+            if size < 1:
+                with pytest.raises(curvd.ScaleOutOfRange, match="no digits left"):
+                    session.combine({"b": size}, store="x")
+                session.combine({"b": 0.0}, store="x")
+                assert not session.get("x").any()
+            if dtype == "F64":
+                with pytest.raises(
+                    curvd.ScaleOutOfRange, match="largest inner product"
+                ):
+                    session.inner_products("b")
+
+
 @pytest.mark.parametrize(
     ("ask", "message"),
     [

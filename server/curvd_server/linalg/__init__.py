@@ -26,11 +26,18 @@ from curvd_server.linalg.precisions import likeliest_precisions
 from curvd_server.linalg.random_probes import probes
 from curvd_server.linalg.registry import ALGORITHMS, definitions_in
 from curvd_server.linalg.sampling import Estimate, Target
+from curvd_server.linalg.scales import multiply_by_powers, units_of
 from curvd_server.linalg.shifted import joined, solve_dampings
 from curvd_server.linalg.shifted_determinants import (
     ShiftedDeterminants,
     shifted_determinants,
     weighted_determinants,
+)
+from curvd_server.linalg.sized import (
+    as_type,
+    in_units,
+    lengths,
+    sized_products,
 )
 from curvd_server.linalg.space import Group, Space
 from curvd_server.linalg.traces import trace
@@ -55,23 +62,29 @@ __all__ = [
     "Space",
     "Target",
     "Tensors",
+    "as_type",
     "cross",
     "default_basis",
     "definitions_in",
     "diagonal",
     "eigsh",
     "frobenius_norm",
+    "in_units",
     "joined",
+    "lengths",
     "likeliest_precisions",
     "logdet",
     "matrix",
+    "multiply_by_powers",
     "nystrom",
     "probes",
     "search_basis",
     "shifted_determinants",
+    "sized_products",
     "solve",
     "solve_dampings",
     "spectral_density",
     "trace",
+    "units_of",
     "weighted_determinants",
 ]

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from curvd_server.linalg.base import Products
 from curvd_server.linalg.drift import Drift
+from curvd_server.linalg.scales import units_of
 
 Floats = NDArray[np.float64]
 
@@ -92,8 +93,10 @@ class Band:
         self._window, self._settled = window, 0
         """Rows from the top that are orthonormal to rounding."""
         self._drift = Drift(self.eps)
-        for vector in start if start is not None else ():
-            self._put(vector)
+        if start is not None:
+            units = units_of(self._space.peaks(start), start.dtype)
+            for vector, unit in zip(start, units.tolist(), strict=True):
+                self._put(vector / unit)
 
     @property
     def h(self) -> Floats:

@@ -103,7 +103,8 @@ class Products:
         self.done = 0
         self.scale_free = False
         """Whether products of any size are given to the algorithm, which scales them."""
-        self._range = Range(dtype, size)
+        self.range = Range(dtype, size)
+        """The sizes of products that algorithms can go on with."""
 
     def begin(
         self,
@@ -198,7 +199,7 @@ class Products:
             )
             raise NotFinite(msg, product=self.done)
         if not self.scale_free:
-            self._range.check(V, result, peak, self.done)
+            self.range.check(V, result, peak, self.done)
 
     @property
     def rounding(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 
 from curvd.contract import Solver, Stop
-from curvd.errors import InvalidSpec
+from curvd.errors import InvalidSpec, ScaleOutOfRange
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.block_krylov import block_cg
 from curvd_server.linalg.krylov import Steps, System, cg, minres
 from curvd_server.linalg.low_rank import LowRank
+from curvd_server.linalg.right_hand_sides import RightHandSides
+from curvd_server.linalg.scales import units_of
 from curvd_server.linalg.space import Space
 
 _SLACK = 16
@@ -85,16 +88,73 @@ def solve(
     Raises:
         InvalidSpec: If all eigenvalues are known, one of the damped map is zero but for
             rounding, and the solver is CG.
+        ScaleOutOfRange: If a solution is no number of its type, or a first guess so large
+            that its residual shows nothing of the right-hand side. These have any size.
+    """
+    sides = RightHandSides(products.space, B)
+    if start is not None:
+        start = sides.guesses(start, products.range.most)
+    return (
+        yield from solve_scaled(
+            products,
+            sides,
+            solver=solver,
+            damping=damping,
+            tolerance=tolerance,
+            start=start,
+            preconditioner=preconditioner,
+            block=block,
+        )
+    )
+
+
+def solve_scaled(
+    products: Products,
+    sides: RightHandSides,
+    *,
+    start: Tensor | None,
+    damping: float,
+    tolerance: float,
+    block: int | None,
+    solver: Solver = Solver.CG,
+    preconditioner: Tensor | LowRank | None = None,
+) -> Query[SolveResult]:
+    """Solve for right-hand sides whose first guesses are in their units.
+
+    Args:
+        products: The map A.
+        sides: K right-hand sides.
+        start: [K, P] In their units, becomes the solution; None: zero.
+        damping: See `solve`, as the others.
+        tolerance: Of residuals.
+        block: Columns together.
+        solver: CG or MINRES.
+        preconditioner: A diagonal, or eigenvalues.
+
+    Yields:
+        Relative residuals.
+
+    Returns:
+        As `solve`.
+
+    Raises:
+        InvalidSpec: See `check_regular`.
+        ScaleOutOfRange: If the guesses or the solutions of some are too large or too small.
     """
     if solver is Solver.CG:
         check_regular(products, damping)
-    start = products.inverse(B, damping) if start is None else start
-    systems = _Systems(products, B, solver, damping, tolerance, start)
+    if start is None:
+        start = products.inverse(sides.scaled(), damping)
+    if start is not None:
+        # Against a limit of zero, what rounding has left of zero would be open for ever.
+        start.masked_fill_(sides.are_zero[:, None], 0.0)
+    systems = _Systems(products, sides, solver, damping, tolerance, start)
     inverse = _inverse(products.space, preconditioner, damping)
     # Columns that do not see each other can as well be multiplied together.
     alone = solver is Solver.MINRES or block == 1
-    width = len(B) if alone or block is None else block
-    for part in torch.split(torch.arange(len(B), device=B.device), max(1, width)):
+    width = len(sides) if alone or block is None else block
+    all_ = torch.arange(len(sides), device=products.device)
+    for part in torch.split(all_, max(1, width)):
         rounds = 0
         while len(open_ := systems.open(part)):
             yield from systems.iterate(open_, inverse, alone=alone, again=rounds > 0)
@@ -137,28 +197,30 @@ class _Systems:
 
     Args:
         products: The map A.
-        B: [K, P] Right-hand sides.
+        sides: Right-hand sides; everything here is in their units.
         solver: CG or MINRES.
         damping: Added to every eigenvalue.
         tolerance: On the residual relative to ``|b|``.
-        start: [K, P] First guess; None: zero.
+        start: [K, P] First guess, whose memory becomes that of the solution; None: zero.
     """
 
     def __init__(
         self,
         products: Products,
-        B: Tensor,
+        sides: RightHandSides,
         solver: Solver,
         damping: float,
         tolerance: float,
         start: Tensor | None,
     ) -> None:
-        self._products, self._B, self._solver = products, B, solver
+        self._products, self._sides, self._solver = products, sides, solver
         norms = self._norms = products.space.norms
         self._damping, self._cold = damping, start is None
-        self._X = torch.zeros_like(B) if start is None else start.to(B).clone()
-        self._R = B.clone() if start is None else B - self._damped(self._X)
-        self._sizes, self._length = norms(B), norms(self._R)
+        B = sides.scaled()
+        self._sizes = norms(B)
+        self._X = torch.zeros_like(B) if start is None else start
+        self._R = B if start is None else B - self._damped(self._X)
+        self._length = norms(self._R)
         self._limits = tolerance * self._sizes
         self._curvature = torch.full_like(self._sizes, torch.inf)
         self._indefinite = torch.zeros_like(self._sizes, dtype=torch.bool)
@@ -203,7 +265,7 @@ class _Systems:
             inner = minres
         # Rounding hides what a recurrence says about more digits than it has.
         before = self._length[columns]
-        rounding = torch.finfo(self._B.dtype).eps * before
+        rounding = torch.finfo(self._R.dtype).eps * before
         least = self._limits[columns] - _SLACK * rounding
         reach = torch.maximum(least, _DIGITS * rounding)
         R = self._R[columns]
@@ -225,8 +287,8 @@ class _Systems:
         stops = [self._stop_of(column) for column in range(len(self._X))]
         severity = list(Stop)
         return SolveResult(
-            solution=self._X,
-            residuals=tuple(self._length.tolist()),
+            solution=self._sides.solutions(self._X),
+            residuals=tuple(self._sides.lengths(self._length).tolist()),
             relative_residuals=tuple(self.relative(self._length).tolist()),
             curvatures=tuple(self._curvature.tolist()),
             indefinite=tuple(self._indefinite.tolist()),
@@ -273,10 +335,10 @@ class _Systems:
         # In double precision the bound on the drift can be trusted, but it does not know
         # the rounding of earlier rounds; and what is not done must go on from the truth.
         doubtful |= steps.length > self._limits[columns]
-        if every or self._B.dtype is not torch.float64:
+        if every or self._R.dtype is not torch.float64:
             doubtful[:] = True
         if len(again := columns[doubtful]):
-            self._R[again] = self._B[again] - self._damped(self._X[again])
+            self._R[again] = self._sides.scaled(again) - self._damped(self._X[again])
             self._length[again] = self._norms(self._R[again])
 
     def _take_back(
@@ -338,5 +400,31 @@ def _inverse(
         return None
     if isinstance(preconditioner, LowRank):
         return preconditioner.at(damping, space).inverse
-    scale = 1 / preconditioner
+    scale = _reciprocal(space, preconditioner)
     return lambda V: V * scale
+
+
+def _reciprocal(space: Space, diagonal: Tensor) -> Tensor:
+    """Invert a diagonal, but for a factor: no preconditioner has a size.
+
+    Args:
+        space: Where it lives.
+        diagonal: [own] Positive.
+
+    Returns:
+        [own], as far below one as above it.
+
+    Raises:
+        ScaleOutOfRange: If its elements are so different that this leaves the range.
+    """
+    largest = units_of(space.peaks(diagonal[None]), diagonal.dtype)
+    inverse = 1 / (diagonal / largest.to(diagonal))
+    spread = float(space.peaks(inverse[None]))
+    most = torch.finfo(diagonal.dtype).max ** 0.25
+    if not spread <= most**2:
+        msg = (
+            f"elements of the preconditioner differ by a factor of {spread:.1e}; at most "
+            f"{most**2:.1e} is of use in {diagonal.dtype}: clamp the small ones"
+        )
+        raise ScaleOutOfRange(msg, spread=spread)
+    return inverse / math.sqrt(spread)

@@ -19,6 +19,7 @@ from curvd.errors import FailedPrecondition
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.block_krylov import factors
 from curvd_server.linalg.low_rank import LowRank
+from curvd_server.linalg.scales import units_of
 
 _FIRST = 16
 """Rank to begin with; it doubles as long as that pays."""
@@ -26,8 +27,6 @@ _LEAST = 10
 """Values below so many dampings are not worth a product (their section 5.3)."""
 _PROBES = 1 << 33
 """Index of the first probe of a sketch."""
-_USUAL = 2.0**20
-"""Products whose elements are at most so large, or so small, are taken as they are."""
 _SHIFTS = 128
 """Doublings of the shift that are tried: from one rounding on, far beyond the map itself."""
 
@@ -188,8 +187,11 @@ class _Growing:
             W, _, _ = factors(self._space, W, W)
         Y = products(W)
         if self._unit is None:
-            self._unit = _unit_of(self._space.peak(Y), Y.dtype)
-        if self._unit not in {None, 1.0}:
+            peak = self._space.peak(Y)
+            if peak:
+                wide = torch.tensor([peak], dtype=torch.float64)
+                self._unit = float(units_of(wide, Y.dtype))
+        if self._unit is not None:
             Y = Y / self._unit
         self._omega, self._y = torch.cat((self._omega, W)), torch.cat((self._y, Y))
         self._least = float(torch.linalg.eigvalsh(self._core())[0])
@@ -253,22 +255,3 @@ class _Growing:
             "dtype='F64'"
         )
         raise FailedPrecondition(msg, rank=self.count)
-
-
-def _unit_of(peak: float, dtype: torch.dtype) -> float | None:
-    """Choose by what to divide products.
-
-    Args:
-        peak: About their largest element.
-        dtype: Their type, of which the quotient and its divisor are numbers.
-
-    Returns:
-        A power of two, 1 for usual ones; None if they are zero.
-    """
-    if peak == 0:
-        return None
-    if 1 / _USUAL <= peak <= _USUAL:
-        return 1.0
-    limits = torch.finfo(dtype)
-    _, exponent = math.frexp(min(max(peak, 8 * limits.tiny), limits.max / 8))
-    return math.ldexp(1.0, exponent)

@@ -20,7 +20,12 @@ from torch import Tensor
 from curvd.contract import Stop
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.block_krylov import factors
-from curvd_server.linalg.linear_systems import SolveResult, check_regular, solve
+from curvd_server.linalg.linear_systems import (
+    SolveResult,
+    check_regular,
+    solve_scaled,
+)
+from curvd_server.linalg.right_hand_sides import RightHandSides
 from curvd_server.linalg.space import Space
 
 T = TypeVar("T")
@@ -57,18 +62,21 @@ def solve_dampings(
 
     Raises:
         InvalidSpec: See `check_regular`.
+        ScaleOutOfRange: If a solution is no number of its type.
     """
     for damping in dampings:
         check_regular(products, damping)
+    sides = RightHandSides(products.space, B)
     X = torch.zeros(len(dampings), *B.shape, dtype=B.dtype, device=B.device)
     steps = 0
     for part in torch.split(torch.arange(len(B), device=B.device), block or len(B)):
-        X[:, part], more = yield from _together(products, B[part], dampings, tolerance)
+        scaled = sides.scaled(part)
+        X[:, part], more = yield from _together(products, scaled, dampings, tolerance)
         steps += more
     found = []
     for x, damping in zip(X, dampings, strict=True):
-        result = yield from solve(
-            products, B, damping=damping, tolerance=tolerance, start=x, block=block
+        result = yield from solve_scaled(
+            products, sides, damping=damping, tolerance=tolerance, start=x, block=block
         )
         found.append(replace(result, iterations=result.iterations + steps))
     return found

@@ -20,6 +20,9 @@ from curvd.contract import Distribution
 from curvd_server.linalg import vectors
 from curvd_server.linalg.random_probes import probes
 
+_LARGEST = torch.finfo(torch.float64).max * 2.0**-24
+"""Larger elements are measured as if they were so large."""
+
 
 class Group(Protocol):
     """Those who hold the elements of vectors together."""
@@ -150,17 +153,27 @@ class Space:
         found = self.dots(rows, rows).sqrt()
         return found if V.ndim > 1 else found[0]
 
-    def peak(self, V: Tensor) -> float:
+    def peaks(self, V: Tensor) -> Tensor:
         """Measure vectors of any size, whose squares need not be numbers of their type.
 
         Args:
             V: [K, own].
 
         Returns:
-            Their largest element, or up to as many times that as there are segments.
+            [K] The largest element of each, or up to as many times that as there are
+            segments; float64.
         """
-        most = V.abs().amax() if V.numel() else V.new_zeros(())
-        return float(self._total(most.double()))
+        most = V.abs().amax(1) if V.numel() else V.new_zeros(len(V))
+        # A sum over segments must not overflow where none of them does.
+        return self._total(most.double().clamp_max(_LARGEST)).clamp_max(_LARGEST)
+
+    def peak(self, V: Tensor) -> float:
+        """Measure vectors together: the largest of their `peaks`, 0 of none.
+
+        Args:
+            V: [K, own].
+        """
+        return float(self.peaks(V).amax()) if len(V) else 0.0
 
     def coefficients(self, basis: Tensor, vector: Tensor) -> Tensor:
         """Compute inner products with the rows of a basis.

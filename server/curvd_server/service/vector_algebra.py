@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded, NotFinite
+from curvd.errors import (
+    InvalidSpec,
+    InvalidVector,
+    LimitExceeded,
+    NotFinite,
+    ScaleOutOfRange,
+)
 from curvd.v1 import curvature_service_pb2 as curvature_pb
-from curvd_server.linalg import cross
+from curvd_server.linalg import cross, in_units, multiply_by_powers, sized_products
 from curvd_server.sessions import Vector, Vectors
 
 _MOST_PRODUCTS = 250_000
@@ -40,6 +47,7 @@ async def combine(
         InvalidSpec: If there are no terms, or there is no name.
         InvalidVector: If shapes differ.
         NotFinite: If the sum overflows.
+        ScaleOutOfRange: If all terms are so small that nothing is left of them.
     """
     content = _content(request)
     made = _made(vectors, request, content)
@@ -61,6 +69,7 @@ async def combine(
     pairs = [
         (t.coefficient, p.array) for t, p in zip(request.terms, parts, strict=True)
     ]
+    _check_seen(pairs, request.store_as)
     total = await asyncio.to_thread(_sum, pairs)
     if not np.isfinite(total).all():
         msg = f"the linear combination {request.store_as!r} overflows its type"
@@ -87,6 +96,7 @@ async def inner_products(
         InvalidSpec: If nothing is named.
         InvalidVector: If vectors differ in length.
         LimitExceeded: If there are too many products.
+        ScaleOutOfRange: If a product is no number of float64.
     """
     left = _columns(vectors, request.left)
     right = _columns(vectors, request.right) if request.right else left
@@ -119,6 +129,7 @@ async def orthonormalise(
     Raises:
         InvalidSpec: If nothing is named.
         InvalidVector: If vectors differ in length, or all are zero.
+        ScaleOutOfRange: If a singular value is no number of float64.
     """
     content = _content(request)
     made = _made(vectors, request, content)
@@ -186,10 +197,31 @@ def _sum(pairs: Sequence[tuple[float, NDArray[Any]]]) -> NDArray[Any]:
     return found
 
 
+def _check_seen(pairs: Sequence[tuple[float, NDArray[Any]]], name: str) -> None:
+    """Refuse terms that all are smaller than their type has numbers, but not zero."""
+    least = math.frexp(float(np.finfo(pairs[0][1].dtype).tiny))[1]
+    found = [
+        math.frexp(coefficient)[1] + math.frexp(float(np.abs(array).max()))[1]
+        for coefficient, array in pairs
+        if coefficient and array.any()
+    ]
+    if found and max(found) < least:
+        msg = (
+            f"all terms of {name!r} are below 2**{max(found)}, where {pairs[0][1].dtype} has "
+            "no digits left: take larger coefficients, or make the session in 'F64'"
+        )
+        raise ScaleOutOfRange(msg, vector=name, exponent=max(found))
+
+
 def _products(left: Sequence[Tensor], right: Sequence[Tensor]) -> NDArray[np.float64]:
-    rows = [torch.cat([cross(b, a) for b in right], 1) for a in left]
-    found: NDArray[np.float64] = torch.cat(rows).numpy()
-    return found
+    sized = [in_units(b) for b in right]
+    what, remedy = "the largest inner product", "scale the vectors first, by combine()"
+    rows = []
+    for a in map(in_units, left):
+        found = [sized_products(a, b, what=what, remedy=remedy) for b in sized]
+        rows.append(torch.cat(found, 1))
+    products: NDArray[np.float64] = torch.cat(rows).numpy()
+    return products
 
 
 def _basis(parts: Sequence[Tensor], tolerance: float) -> tuple[Tensor, list[float]]:
@@ -199,12 +231,21 @@ def _basis(parts: Sequence[Tensor], tolerance: float) -> tuple[Tensor, list[floa
         [r, P], and the singular values [K], descending.
     """
     V = torch.cat(list(parts))
+    unit = in_units(V)[1].amax()
+    V = V / unit.to(V)
     # A Gram matrix knows no direction that is shorter, relative to the longest.
     hidden = 4 * torch.finfo(V.dtype).eps ** 0.5
     Q, values = _rotated(V, max(tolerance, hidden))
     if len(Q):
         Q, _ = _rotated(Q, 0.5)
-    return Q, values.tolist()
+    multiply_by_powers(
+        values[:1],
+        unit[None],
+        values[:1],
+        what="the largest singular value",
+        remedy="take vectors of another size",
+    )
+    return Q, [values[0].item(), *(values[1:] * unit).tolist()]
 
 
 def _rotated(V: Tensor, least: float) -> tuple[Tensor, Tensor]:
