@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
 
 Values = Mapping[str, Any]
-DerivedConstants = dict[str, Callable[[Values], Tensor]]
-"""How to compute new constants from earlier ones, by name, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Derivation:
+    """How a constant is computed from others."""
+
+    names: tuple[str, ...]
+    """The others, which must be there."""
+    compute: Callable[[Values], Tensor]
+
+
+DerivedConstants = dict[str, Derivation]
+"""New constants by name, each behind those that it is computed from."""
 
 
 def is_constant(node: object) -> bool:
@@ -28,7 +40,7 @@ def new_constant(
     at: fx.Node,
     derived: DerivedConstants,
     like: Tensor,
-    compute: Callable[[Values], Tensor],
+    derivation: Derivation,
 ) -> fx.Node:
     """Add a constant to a program.
 
@@ -37,13 +49,13 @@ def new_constant(
         at: The node before which it stands.
         derived: How constants are made; this one is added.
         like: Its shape and type.
-        compute: Makes it of the others.
+        derivation: Makes it of the others.
 
     Returns:
         Its node.
     """
     name = f"f{len(derived)}"
-    derived[name] = compute
+    derived[name] = derivation
     with graph.inserting_before(at):
         node = graph.get_attr(name)
     node.meta["val"] = like
@@ -56,3 +68,8 @@ def named(operand: Any) -> Callable[[Values], Any]:
         return lambda _: operand
     name = str(operand.target)
     return lambda values: values[name]
+
+
+def names_of(*operands: Any) -> tuple[str, ...]:
+    """List the names of the operands that are constants of the program."""
+    return tuple(str(o.target) for o in operands if isinstance(o, fx.Node))

@@ -18,7 +18,8 @@ from curvd_server.system import yield_point
 
 aten = torch.ops.aten
 
-_ADD, _MUL, _MM = aten.add.Tensor, aten.mul.Tensor, aten.mm.default
+_ADD, _SUB, _MUL = aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor
+_MM = aten.mm.default
 _CONV = aten.convolution_backward.default
 _SHAPES = {aten.t.default, aten.view.default, aten._unsafe_view.default}
 
@@ -37,7 +38,11 @@ def fuse(graph: fx.Graph) -> fx.Graph:
     """
     for node in list(graph.nodes):
         yield_point()
-        if node.target is _ADD and not node.kwargs and len(node.all_input_nodes) == 2:
+        if node.kwargs or len(node.all_input_nodes) != 2:
+            continue
+        if node.target is _SUB:
+            _accumulate_elements(graph, node)
+        elif node.target is _ADD:
             _ = (
                 _accumulate_product(graph, node)
                 or _join_weight_gradients(graph, node)
@@ -124,19 +129,30 @@ def _weight_gradient(node: fx.Node) -> fx.Node | None:
 
 
 def _accumulate_elements(graph: fx.Graph, node: fx.Node) -> bool:
-    """``x + a * b -> addcmul(x, a, b)``: one pass over memory instead of two."""
-    first, second = node.all_input_nodes
-    for x, product in ((first, second), (second, first)):
-        if product.target is not _MUL or len(product.users) != 1 or product.kwargs:
+    """``x + a * b -> addcmul(x, a, b)``: one pass over memory instead of two.
+
+    Likewise ``x - a * b``, and ``x + a * 0.5``.
+    """
+    first, second = node.args
+    subtracts = node.target is _SUB
+    for x, product in ((first, second), (second, first))[: 1 if subtracts else 2]:
+        if not isinstance(product, fx.Node) or product.target is not _MUL:
             continue
-        operands = [x, *product.args]
-        values = [
-            o.meta.get("val") if isinstance(o, fx.Node) else None for o in operands
-        ]
-        if any(not isinstance(v, Tensor) or v.dtype != _dtype(node) for v in values):
+        if len(product.users) != 1 or product.kwargs:
+            continue
+        a, b = product.args
+        if any(_type(o) != _type(node) for o in (x, a)):
+            continue
+        call: tuple[Any, tuple[Any, ...], dict[str, Any]]
+        if isinstance(b, int | float):
+            call = node.target, (x, a), {"alpha": b}
+        elif _type(b) == _type(node):
+            value = {"value": -1} if subtracts else {}
+            call = aten.addcmul.default, (x, a, b), value
+        else:
             continue
         with graph.inserting_before(node):
-            result = graph.call_function(aten.addcmul.default, tuple(operands))
+            result = graph.call_function(*call)
         result.meta = dict(node.meta)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
@@ -144,9 +160,9 @@ def _accumulate_elements(graph: fx.Graph, node: fx.Node) -> bool:
     return False
 
 
-def _dtype(node: fx.Node) -> torch.dtype:
-    value: Tensor = node.meta["val"]
-    return value.dtype
+def _type(node: Any) -> torch.dtype | None:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value.dtype if isinstance(value, Tensor) else None
 
 
 def _size(node: Any) -> int:

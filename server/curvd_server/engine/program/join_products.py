@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, fx
 
 from curvd_server.engine.program.constants import (
+    Derivation,
     DerivedConstants,
     is_constant,
     named,
+    names_of,
     new_constant,
     shape_of,
 )
@@ -185,7 +187,10 @@ def _joined_constant(
         at,
         derived,
         _along(parts, dim),
-        lambda values: torch.cat([one(values) for one in read], dim),
+        Derivation(
+            names_of(*parts),
+            lambda values: torch.cat([one(values) for one in read], dim),
+        ),
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -48,11 +49,18 @@ class SimplifiedGraph:
     kernels: dict[tuple[range, range], Kernel] = field(default_factory=dict)
 
     def constants(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Make the additional constants and drop those that are no longer named."""
-        for name, compute in self.derived.items():
-            values[name] = compute(values)
-        named = {node.target for node in self.graph.nodes if node.op == "get_attr"}
-        return {name: value for name, value in values.items() if name in named}
+        """Make the additional constants, and drop each that is no longer named."""
+        named = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        asked = Counter(n for one in self.derived.values() for n in one.names)
+        for name in values.keys() - asked.keys() - named:
+            del values[name]
+        for name, derivation in self.derived.items():
+            values[name] = derivation.compute(values)
+            asked.subtract(derivation.names)
+            for known in {name, *derivation.names} - named:
+                if not asked[known]:
+                    del values[known]
+        return values
 
     def kernel(self, inputs: range, outputs: range) -> Kernel:
         """Specialise to some inputs and outputs, or find it done.

@@ -58,7 +58,7 @@ def without_zeros(graph: fx.Graph, inputs: range, outputs: range) -> fx.Graph:
             joins = node.target is aten.cat.default
             affine = joins and len(operands) < len(node.all_input_nodes)
             renamed[node] = special.node_copy(node, copied) if affine else None
-        elif (only := _only_summand(node, renamed)) is not None:
+        elif (only := _only_summand(special, node, renamed)) is not None:
             renamed[node] = _expanded(special, only, node)
         else:
             renamed[node] = special.node_copy(node, copied)
@@ -67,17 +67,25 @@ def without_zeros(graph: fx.Graph, inputs: range, outputs: range) -> fx.Graph:
 
 
 def _only_summand(
-    node: fx.Node, renamed: Mapping[fx.Node, fx.Node | None]
+    special: fx.Graph, node: fx.Node, renamed: Mapping[fx.Node, fx.Node | None]
 ) -> fx.Node | None:
-    """Give ``a`` for ``a + 0``."""
+    """Give ``a`` for ``a + 0`` and ``a - 0``, ``-a`` for ``0 - a``."""
     if (
-        node.target is not aten.add.Tensor
+        node.target not in (aten.add.Tensor, aten.sub.Tensor)
         or node.kwargs
         or len(node.all_input_nodes) != 2
     ):
         return None
     alive = [o for o in node.all_input_nodes if renamed[o] is not None]
-    return renamed[alive[0]] if len(alive) == 1 else None
+    if len(alive) != 1:
+        return None
+    found = renamed[alive[0]]
+    assert found is not None
+    if node.target is aten.sub.Tensor and alive[0] is node.args[1]:
+        meta = found.meta
+        found = special.call_function(aten.neg.default, (found,))
+        found.meta = dict(meta)
+    return found
 
 
 def _expanded(special: fx.Graph, summand: fx.Node, node: fx.Node) -> fx.Node:

@@ -6,27 +6,31 @@ between products. All keep the result up to rounding.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Set
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from curvd_server.engine.program.combine import combine
 from curvd_server.engine.program.constants import (
+    Derivation,
     DerivedConstants,
     Values,
     is_constant,
     named,
+    names_of,
     new_constant,
     shape_of,
 )
 from curvd_server.engine.program.join_products import join_products
+from curvd_server.engine.program.pooling import add_windows
 from curvd_server.system import yield_point
 
 aten = torch.ops.aten
 
-_ADD, _MUL = aten.add.Tensor, aten.mul.Tensor
+_ADD, _SUB = aten.add.Tensor, aten.sub.Tensor
+_MUL, _NEG = aten.mul.Tensor, aten.neg.default
 _SCALES = {
     aten.gelu_backward.default,
     aten.silu_backward.default,
@@ -57,7 +61,7 @@ def simplify(graph: fx.Graph, zeros: Set[str]) -> tuple[fx.Graph, DerivedConstan
     drop_unused(graph)
     for node in list(graph.nodes):
         yield_point()
-        if node.target is _ADD:
+        if node.target in (_ADD, _SUB):
             _drop_zero(graph, node, zeros)
         elif node.target is aten.copy.default:
             _drop_copy(graph, node, source=1)
@@ -67,11 +71,11 @@ def simplify(graph: fx.Graph, zeros: Set[str]) -> tuple[fx.Graph, DerivedConstan
         yield_point()
         if node.target in _SCALES:
             _fold_factor(graph, node, derived)
-    for node in list(graph.nodes):
-        yield_point()
-        if node.target is _MUL:
-            _gather_factors(graph, node, derived)
+    share_equal(graph)
+    add_windows(graph, derived)
     join_products(graph, derived)
+    drop_unused(graph)
+    combine(graph, derived)
     drop_unused(graph)
     graph.lint()
     return graph, derived
@@ -99,12 +103,29 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     return new
 
 
+def share_equal(graph: fx.Graph) -> None:
+    """Compute what several nodes compute alike, once.
+
+    Args:
+        graph: A linear program, none of whose operations draws or writes.
+    """
+    first: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        yield_point()
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        key = repr((node.op, str(node.target), node.args, sorted(node.kwargs.items())))
+        if (earlier := first.setdefault(key, node)) is not node:
+            node.replace_all_uses_with(earlier)
+            graph.erase_node(node)
+
+
 def addends(graph: fx.Graph) -> frozenset[str]:
     """Name the constants that a program adds; a linear one adds only zeros."""
     return frozenset(
         str(operand.target)
         for node in graph.nodes
-        if node.target is _ADD
+        if node.target in (_ADD, _SUB)
         for operand in node.all_input_nodes
         if operand.op == "get_attr"
     )
@@ -121,17 +142,32 @@ def _replace(
     return new
 
 
+def _negative(graph: fx.Graph, at: fx.Node, tangent: fx.Node) -> fx.Node:
+    with graph.inserting_before(at):
+        new = graph.call_function(_NEG, (tangent,))
+    new.meta = dict(tangent.meta)
+    return new
+
+
 def _drop_zero(graph: fx.Graph, node: fx.Node, zeros: Set[str]) -> None:
-    """``t + 0 -> t``: tangents of what does not depend on the parameters."""
+    """``t + 0 -> t``, ``0 - t -> -t``: tangents of what no parameter moves are zero."""
+    subtracts = node.target is _SUB
     pairs: Any = (node.args, node.args[::-1])
     for tangent, other in pairs:
-        if is_constant(tangent) or not is_constant(other) or node.kwargs:
+        if not isinstance(tangent, fx.Node) or is_constant(tangent):
             continue
-        zero = other == 0 or (isinstance(other, fx.Node) and other.target in zeros)
-        if zero and shape_of(tangent) == shape_of(node):
+        if not is_constant(other) or node.kwargs:
+            continue
+        if other != 0 and not (isinstance(other, fx.Node) and other.target in zeros):
+            continue
+        if subtracts and tangent is node.args[1]:
+            tangent = _negative(graph, node, tangent)
+        if shape_of(tangent) == shape_of(node):
             node.replace_all_uses_with(tangent)
             graph.erase_node(node)
-            return
+        else:
+            _replace(graph, node, aten.expand.default, (tangent, list(shape_of(node))))
+        return
 
 
 def _drop_copy(graph: fx.Graph, node: fx.Node, source: int) -> None:
@@ -169,38 +205,6 @@ def _fold_factor(graph: fx.Graph, node: fx.Node, derived: DerivedConstants) -> N
         return result
 
     at = others.index(first)
-    constant = new_constant(graph, node, derived, first.meta["val"], factor)
+    derivation = Derivation(names_of(*others, *node.kwargs.values()), factor)
+    constant = new_constant(graph, node, derived, first.meta["val"], derivation)
     _replace(graph, node, _MUL, (tangent, constant))
-
-
-def _gather_factors(graph: fx.Graph, node: fx.Node, derived: DerivedConstants) -> None:
-    """``(t * a) * b -> t * (a * b)`` with the constants multiplied once."""
-    inner, outer = _split_factors(node)
-    if inner is None or inner.target is not _MUL or len(inner.users) != 1:
-        return
-    tangent, factor = _split_factors(inner)
-    if tangent is None:
-        return
-    if not isinstance(factor, fx.Node) and not isinstance(outer, fx.Node):
-        product = factor * outer
-    else:
-        shapes = shape_of(factor), shape_of(outer)
-        shape: Any = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
-        whole = shape_of(tangent)
-        if shape_of(node) != whole or math.prod(shape) > math.prod(whole):
-            return
-        like = torch.empty(shape, dtype=node.meta["val"].dtype, device="meta")
-        left, right = named(factor), named(outer)
-        product = new_constant(graph, node, derived, like, lambda v: left(v) * right(v))
-    _replace(graph, node, _MUL, (tangent, product))
-    graph.erase_node(inner)
-
-
-def _split_factors(node: fx.Node) -> tuple[fx.Node | None, Any]:
-    """Tell the tangent from the constant of a product."""
-    a, b = node.args[:2]
-    if is_constant(b) and isinstance(a, fx.Node) and not is_constant(a):
-        return a, b
-    if is_constant(a) and isinstance(b, fx.Node) and not is_constant(b):
-        return b, a
-    return None, None
