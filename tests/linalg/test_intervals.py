@@ -12,10 +12,12 @@ from curvd_server.linalg.base import Products, drain
 from curvd_server.linalg.density import spectral_density
 from curvd_server.linalg.diagonals import diagonal
 from curvd_server.linalg.intervals import mean_of, student_975, uncertainty
+from curvd_server.linalg.lanczos import quadratures
 from curvd_server.linalg.log_determinants import logdet
 from curvd_server.linalg.norm import frobenius_norm
 from curvd_server.linalg.random_probes import probes
 from curvd_server.linalg.sampling import Target
+from curvd_server.linalg.shifted_determinants import shifted_determinants
 from curvd_server.linalg.traces import trace
 
 SIZE, SEEDS = 48, 300
@@ -59,7 +61,7 @@ def matrix(spectrum):
 
 
 def products_of(A, **options):
-    return Products(lambda V: V @ A, size=SIZE, dtype=A.dtype, **options)
+    return Products(lambda V: V @ A, size=len(A), dtype=A.dtype, **options)
 
 
 def covered(found, exact):
@@ -132,6 +134,71 @@ def test_log_determinants(spectrum):
         for s in range(SEEDS)
     ]
     assert covered(found, float(torch.logdet(A))) >= LEAST
+
+
+WIDE = {
+    "three close beside many small ones": torch.cat([
+        10 - 1e-7 * torch.arange(3).double(),
+        torch.rand(300, generator=torch.Generator().manual_seed(0)).double(),
+    ]),
+    "eight decades": torch.logspace(-6, 2, 200, dtype=torch.float64),
+    "thirty decades": torch.logspace(-15, 14, 30, dtype=torch.float64),
+    "half is zero": torch.cat([
+        torch.zeros(100),
+        torch.logspace(-3, 1, 100, dtype=torch.float64),
+    ]).double(),
+    "indefinite": torch.linspace(-0.99e-3, 5, 150, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("damping", [1.0, 1e-3, 1e-6])
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("name", WIDE)
+def test_what_the_steps_leave_open_is_in_the_interval(name, rotated, damping):
+    """Also where probes agree: signs have no variance on a diagonal map."""
+    eigenvalues = WIDE[name]
+    size = len(eigenvalues)
+    if float(eigenvalues.min()) + damping <= 0:
+        damping = 1e-3
+    A, exact = torch.diag(eigenvalues), float((eigenvalues + damping).log().sum())
+    if rotated:
+        generator = torch.Generator().manual_seed(1)
+        Q = torch.linalg.qr(torch.randn(size, size, generator=generator).double())[0]
+        A = Q * eigenvalues @ Q.T
+        A = (A + A.T) / 2
+    found = [
+        drain(
+            logdet(products_of(A), damping=damping, target=Target(samples=10), seed=s)
+        )
+        for s in range(3 if rotated else 1)
+    ]
+    for one in found:
+        if math.isnan(one.value):  # rounding of the largest hides the smallest
+            assert one.smallest <= 1e-15 * size * float(eigenvalues.max())
+        else:
+            width = 2 * one.half_width if rotated else one.half_width
+            assert abs(one.value - exact) <= width
+    if float(eigenvalues.min()) < 0:
+        return
+    few = shifted_determinants(
+        products_of(A), [damping], samples=4, steps=min(16, size - 1), seed=0, block=4
+    )
+    shifted = drain(few)
+    error = 2 * student_975(3) * shifted.standard_errors[0] + 1e-9 * abs(exact)
+    assert shifted.exact or abs(shifted.values[0] - exact) <= error
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8, 20, 32])
+def test_quadratures_of_logarithms_bound_the_integral(steps):
+    eigenvalues = torch.logspace(-4, 1, 60, dtype=torch.float64)
+    w = torch.randn(1, 60, generator=torch.Generator().manual_seed(2)).double()
+    (found,) = drain(quadratures(products_of(torch.diag(eigenvalues)), w, steps))
+    weights = w[0] ** 2 / w[0].square().sum()
+    exact = float(weights @ (eigenvalues + 1e-5).log())
+    for least in (1e-5, 1e-4, 1e-12):
+        low, high = found.of_logarithms(1e-5, least)
+        assert low - 1e-12 <= exact <= high + 1e-12
+        assert low < high
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from curvd_server.linalg.base import Multiply, Products, Progress, Query
 
+_BELOW = 1 - 1e-9
+
 
 @dataclass(frozen=True, slots=True)
 class Quadrature:
@@ -20,6 +22,42 @@ class Quadrature:
     """[m] Ritz values, ascending."""
     weights: NDArray[np.float64]
     """[m], not negative, sum one."""
+    tridiagonal: NDArray[np.float64]
+    """[m, m] Their matrix."""
+    residual: float
+    """What the next step would begin with; rounding where the measure has no more points."""
+
+    def of_logarithms(self, shift: float, least: float) -> tuple[float, float]:
+        """Bound the integral of ``log(λ + shift)`` from both sides.
+
+        The even derivatives of a logarithm are negative and the odd ones positive, so that
+        Gauss' quadrature is too large, and Radau's, with a node below the spectrum, too small
+        (Golub & Meurant, Matrices, Moments and Quadrature, 2010, chapter 6).
+
+        Args:
+            shift: Added to every eigenvalue.
+            least: No eigenvalue, shift included, is smaller; positive.
+
+        Returns:
+            The lower and the upper bound; the same where the quadrature is exact.
+        """
+        above = float(self.weights @ np.log(self.nodes + shift))
+        if self.residual == 0:
+            return above, above
+        # Rounding may have put a Ritz value on the bound.
+        least = min(least, _BELOW * float(self.nodes[0] + shift))
+        node = least - shift
+        size = len(self.nodes)
+        end = np.zeros(size)
+        end[-1] = self.residual**2
+        delta = np.linalg.solve(self.tridiagonal - node * np.eye(size), end)
+        extended = np.zeros((size + 1, size + 1))
+        extended[:-1, :-1] = self.tridiagonal
+        extended[-1, -2] = extended[-2, -1] = self.residual
+        extended[-1, -1] = node + delta[-1]
+        nodes, vectors = np.linalg.eigh(extended)
+        below = float(vectors[0] ** 2 @ np.log(np.maximum(nodes + shift, least)))
+        return min(below, above), above
 
 
 def quadratures(
@@ -79,12 +117,11 @@ def quadratures(
             elif j + 1 < steps:
                 basis[probe, j + 1] = U[row] / beta[probe, j]
         yield Progress(iteration=iteration + j + 1, products=products.done)
-    return [
-        _gauss(alpha[i, : length[i]], beta[i, : length[i] - 1]) for i in range(len(W))
-    ]
+    return [_gauss(a[:m], b[:m]) for a, b, m in zip(alpha, beta, length, strict=True)]
 
 
 def _gauss(alpha: NDArray[np.float64], beta: NDArray[np.float64]) -> Quadrature:
-    tridiagonal = np.diag(alpha) + np.diag(beta, 1) + np.diag(beta, -1)
+    *inner, residual = beta
+    tridiagonal = np.diag(alpha) + np.diag(inner, 1) + np.diag(inner, -1)
     nodes, vectors = np.linalg.eigh(tridiagonal)
-    return Quadrature(nodes, vectors[0] ** 2)
+    return Quadrature(nodes, vectors[0] ** 2, tridiagonal, float(residual))

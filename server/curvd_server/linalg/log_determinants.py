@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +14,13 @@ from curvd.contract import Distribution, LogDetOptions, Stop
 from curvd_server.linalg.base import Multiply, Products, Progress, Query
 from curvd_server.linalg.definition import Definition, Room
 from curvd_server.linalg.intervals import Mean, mean_of, widened
-from curvd_server.linalg.lanczos import quadratures
+from curvd_server.linalg.lanczos import Quadrature, quadratures
 from curvd_server.linalg.low_rank import LowRank, Preconditioner
 from curvd_server.linalg.sampling import LEAST_SAMPLES, Estimate, Target
 from curvd_server.linalg.whole import summed
+
+_HIDDEN = 4
+"""Roundings of the largest eigenvalue by which products move the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +48,8 @@ def logdet(
     Chen & Saad, SIAM J. Matrix Anal. Appl. 38, 2017). Rademacher probes have length
     ``sqrt(P)`` exactly, which removes the variance of a constant shift. What is known of
     the largest eigenvalues is exact: ``log det P + log det(P^-1/2 (A + damping * I)
-    P^-1/2)`` with its preconditioner P (Wenger et al., ICML 2022).
+    P^-1/2)`` with its preconditioner P (Wenger et al., ICML 2022). What the steps leave open
+    is part of the error (`Logarithms`).
 
     Args:
         products: The map A.
@@ -69,11 +74,12 @@ def logdet(
     exact = 0.0 if at is None else at.log_determinant
     seen = _seen(products, damping, at)
     shift = damping if at is None else 0.0
-    values: list[float] = []
+    logs = Logarithms(shift, torch.finfo(products.dtype).eps)
+    mean = logs.mean(products.size)
     smallest, rounding = math.inf, 0.0
     stopped = Stop.CONVERGED
-    while len(values) < target.samples:
-        indices = range(len(values), min(target.samples, len(values) + block))
+    while len(logs) < target.samples:
+        indices = range(len(logs), min(target.samples, len(logs) + block))
         W = products.space.probes(Distribution.RADEMACHER, seed, indices)
         found = yield from quadratures(
             products, W, steps, iteration=products.done, multiply=seen
@@ -83,7 +89,8 @@ def logdet(
             break
         smallest = min(smallest, *(float(q.nodes[0]) + shift for q in found))
         if smallest <= 0:
-            stopped, values = Stop.NEGATIVE_CURVATURE, []
+            stopped, logs = Stop.NEGATIVE_CURVATURE, Logarithms(shift, 0.0)
+            mean = logs.mean(products.size)
             break
         # Relative to the largest logarithm, which others may cancel.
         rounding = max(
@@ -92,33 +99,89 @@ def logdet(
             * products.size
             * max(float(np.abs(np.log(q.nodes + shift)).max()) for q in found),
         )
-        values += [
-            exact + products.size * float(q.weights @ np.log(q.nodes + shift))
-            for q in found
-        ]
-        mean = widened(mean_of(values), rounding)
+        logs.add(found)
+        mean = widened(logs.mean(products.size, exact), rounding)
         yield Progress(
-            iteration=len(values),
+            iteration=len(logs),
             products=products.done,
             estimates=(mean.value,),
             residuals=(mean.standard_error,),
         )
-        if len(values) >= LEAST_SAMPLES and target.reached(mean):
+        if len(logs) >= LEAST_SAMPLES and target.reached(mean):
             break
-    mean = (
-        widened(mean_of(values), rounding)
-        if values
-        else Mean(math.nan, math.inf, math.inf)
-    )
     return LogDetResult(
         value=mean.value,
         standard_error=mean.standard_error,
         half_width=mean.half_width,
-        samples=len(values),
+        samples=len(logs),
         products=products.done,
         stopped=stopped,
         smallest=smallest,
     )
+
+
+class Logarithms:
+    """Integrals of ``log(λ + shift)`` over the measures of probes, between their bounds.
+
+    A run of m steps does not tell eigenvalues apart that are close together at the lower end of
+    a wide spectrum. How far its quadrature may be from the integral is known for each probe,
+    and belongs to the error of the mean.
+    """
+
+    def __init__(self, shift: float, eps: float) -> None:
+        """Begin without probes.
+
+        Args:
+            shift: Added to every eigenvalue. None of the sums is smaller, as long as no Ritz
+                value is negative; else none is smaller than rounding of the largest.
+            eps: Rounding of the map's products.
+        """
+        self._shift, self._eps = shift, eps
+        self._quadratures: list[Quadrature] = []
+        self._bounds: list[tuple[float, float]] = []
+        self._is_definite = shift > 0
+
+    def __len__(self) -> int:
+        """Count the probes."""
+        return len(self._bounds)
+
+    def add(self, found: Sequence[Quadrature]) -> None:
+        """Take more probes in.
+
+        Args:
+            found: Their quadratures; no node plus shift is negative or zero.
+        """
+        self._quadratures += found
+        if self._is_definite and min(float(q.nodes[0]) for q in found) < 0:
+            self._is_definite, self._bounds = False, []
+        for q in self._quadratures[len(self._bounds) :]:
+            largest = float(q.nodes[-1]) + self._shift
+            hidden = _HIDDEN * self._eps * largest
+            least = self._shift if self._is_definite else self._eps * largest
+            low, high = q.of_logarithms(self._shift, least)
+            # Where products were rounded, eigenvalues are so much smaller or larger.
+            shifted = q.nodes + self._shift
+            smaller = np.maximum(shifted - hidden, np.minimum(least, shifted))
+            low -= float(q.weights @ np.log(shifted / smaller))
+            high += float(q.weights @ np.log1p(hidden / shifted))
+            self._bounds.append((low, high))
+
+    def mean(self, size: int, known: float = 0.0) -> Mean:
+        """Average, with the errors of sampling and of the quadratures together.
+
+        Args:
+            size: P, by which the mean is multiplied.
+            known: Added to it.
+
+        Returns:
+            An estimate of a logarithm of a determinant.
+        """
+        if not self._bounds:
+            return Mean(math.nan, math.inf, math.inf)
+        mean = mean_of([known + size * (low + high) / 2 for low, high in self._bounds])
+        gap = size * math.fsum(high - low for low, high in self._bounds) / 2
+        gap /= len(self._bounds)
+        return Mean(mean.value, mean.standard_error + gap, mean.half_width + gap)
 
 
 def _of_eigenvalues(products: Products, eigenvalues: Tensor) -> LogDetResult:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from curvd.contract import Distribution, Stop
 from curvd_server.linalg.base import Products, Query
-from curvd_server.linalg.intervals import mean_of
 from curvd_server.linalg.lanczos import Quadrature, quadratures
+from curvd_server.linalg.log_determinants import Logarithms
 from curvd_server.linalg.whole import matrix
 
 _DENSE = 4096
@@ -97,7 +97,7 @@ def shifted_determinants(
             stopped = products.refusal(len(indices)) or Stop.TIME
             break
         found += some
-    return _of_quadratures(found, dampings, size, products.done, stopped)
+    return _of_quadratures(found, dampings, products, stopped)
 
 
 def weighted_determinants(
@@ -206,8 +206,7 @@ def _log(
 def _of_quadratures(
     found: Sequence[Quadrature],
     dampings: Sequence[float],
-    size: int,
-    products: int,
+    products: Products,
     stopped: Stop,
 ) -> ShiftedDeterminants:
     values, errors = [], []
@@ -218,15 +217,15 @@ def _of_quadratures(
             errors.append(math.inf)
             stopped = Stop.NEGATIVE_CURVATURE if found else stopped
             continue
-        mean = mean_of([
-            size * float(q.weights @ np.log(q.nodes + damping)) for q in found
-        ])
+        logs = Logarithms(damping, torch.finfo(products.dtype).eps)
+        logs.add(found)
+        mean = logs.mean(products.size)
         values.append(mean.value)
         errors.append(mean.standard_error)
     return ShiftedDeterminants(
         values=tuple(values),
         standard_errors=tuple(errors),
         exact=False,
-        products=products,
+        products=products.done,
         stopped=stopped,
     )

@@ -103,7 +103,7 @@ class MarginalLikelihoodOptions(QueryOptions):
         least=0,
         most=10_000,
     )
-    steps: int = steps_setting(32)
+    steps: int = steps_setting(32, ": what they leave open is in the error")
     probes: int = setting(
         30,
         "Random vectors, where P is more than probes times steps or 4096; up to there all "

@@ -161,7 +161,7 @@ class LogDetOptions(QueryOptions):
         "What `sketch` or ``eigsh(store=…)`` stored, at any version: its part is exact, "
         "and only the rest is estimated.",
     )
-    steps: int = steps_setting(32)
+    steps: int = steps_setting(32, ": what they leave open is in the error")
     relative_error: float = _relative_error()
     absolute_error: float = _absolute_error()
     probes: int = setting(
