@@ -18,6 +18,10 @@ OF_A_SERVER = -m 'not gpu and not standin' $(IN_PARALLEL) tests/cli/test_cli.py 
 	tests/end_to_end/test_weight_decay.py tests/service/test_gradient_norms.py \
 	tests/service/test_influence.py tests/service/test_systems.py
 
+# Tests start a hundred processes, which import the same code: it is compiled once, even
+# where the environment says otherwise.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test standin-test gpu-test gpu-check lint types proto proto-check docs hooks release-check image-test bench big-test storm-net storm-server storm-workers ray-test workers-test soak fuzz fuzz-http2 fuzz-modules cases clean
 
@@ -41,7 +45,8 @@ $(VENV)/dev.stamp: $(BIN)/python pyproject.toml constraints.txt
 demo: $(VENV)/demo.stamp ## the main job on real data, in about a minute
 	$(BIN)/curvd demo
 
-test: $(VENV)/dev.stamp lint types proto-check docs ## everything that must pass
+test: $(VENV)/dev.stamp ## everything that must pass
+	$(MAKE) --no-print-directory -j2 docs types lint proto-check # of one core each
 	$(BIN)/pytest -m 'not gpu and not standin' $(IN_PARALLEL)
 	$(BIN)/pytest -m standin $(IN_PARALLEL) $(OFF_THE_CPU)
 	CURVD_TEST_DEVICES=cpu:0,cpu:1 $(BIN)/pytest $(OF_A_SERVER)
