@@ -5,14 +5,12 @@ import contextlib
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
-from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 import raw
+from support.forked import Forked
 from support.served import server
 
 from curvd.contract.infos import ModelInfo
@@ -29,9 +27,8 @@ from curvd.v1 import types_pb2 as types_pb
 from curvd_server.storage.catalogue import Catalogue
 from curvd_server.storage.records import StoredModel
 
-pytestmark = pytest.mark.usefixtures("answers")
 
-
+@pytest.mark.usefixtures("answers")
 def test_a_data_directory_has_one_server(tmp_path):
     with server(tmp_path), pytest.raises(FailedPrecondition, match="choose another"):
         with server(tmp_path):
@@ -63,25 +60,12 @@ query_service._PATIENCE_S = app._ENDING_S = 0.2
 
 
 @contextlib.contextmanager
-def child(data_dir, program=CHILD, stderr=subprocess.DEVNULL):
+def child(data_dir, program=CHILD, stderr=os.devnull):
     """A server process, and a channel to it."""
-    environment = dict(os.environ)
-    root = Path(__file__).parents[2]
-    paths = [str(root / "client"), str(root / "server")]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    with subprocess.Popen(
-        [sys.executable, "-c", program, data_dir],
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        env=environment,
-        text=True,
-    ) as process:
-        try:
-            target = process.stdout.readline().split()[-1]
-            with grpc.insecure_channel(target) as channel:
-                yield process, channel
-        finally:
-            process.kill()
+    with Forked(program, data_dir, stderr=stderr) as process:
+        target = process.stdout.readline().split()[-1]
+        with grpc.insecure_channel(target) as channel:
+            yield process, channel
 
 
 def test_what_was_acknowledged_survives_kill_9(tmp_path):
@@ -129,10 +113,7 @@ def test_an_algorithm_that_never_returns_does_not_keep_the_process(tmp_path):
     data = {"x": np.ones((2, 3)), "y": np.ones((2, 1))}
     log = tmp_path / "log"
     program = ENDLESS + CHILD.replace("drain_s=5.0", "drain_s=0.2")
-    with (
-        log.open("w") as stderr,
-        child(tmp_path / "data", program, stderr) as (process, channel),
-    ):
+    with child(tmp_path / "data", program, log) as (process, channel):
         model = raw.register_model(
             channel, "mlp", '{"widths": [3, 1]}', raw.file_of(state)
         ).model
@@ -161,6 +142,7 @@ def test_an_algorithm_that_never_returns_does_not_keep_the_process(tmp_path):
 CATALOGUES = ("catalogue.sqlite", "catalogue.mirror.sqlite")
 
 
+@pytest.mark.usefixtures("answers")
 def test_a_catalogue_of_a_newer_curvd_is_left_alone(tmp_path):
     with server(tmp_path):
         pass

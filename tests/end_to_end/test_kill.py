@@ -1,16 +1,13 @@
 """The server dies, or the line goes dead, in the middle: the same call completes."""
 
 import contextlib
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
 import pytest
+from support.forked import Forked
 
 pytest.importorskip("torch")
 import curvd
@@ -104,6 +101,7 @@ class Line:
                     relay.passed[way] += len(data)
         if not self.dead:
             self.close()
+        source.close()
 
 
 class Server:
@@ -115,14 +113,11 @@ class Server:
         self.start()
 
     def start(self):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", "from curvd.cli.commands import main; main()", "serve",
-             "--listen", "127.0.0.1:0", "--data-dir", str(self._folder),
-             "--log-level", "error"],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        self.process = Forked(
+            "from curvd.cli.commands import main; main()",
+            *("serve", "--listen", "127.0.0.1:0", "--data-dir", self._folder),
+            *("--log-level", "error"),
+        )
         line = self.process.stdout.readline()
         self.port = int(line.rpartition(":")[2])
 
@@ -132,9 +127,7 @@ class Server:
         return sum(path.stat().st_size for path in files)
 
     def kill(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        self.process.stdout.close()
+        self.process.kill()
 
 
 @pytest.fixture

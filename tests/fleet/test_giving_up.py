@@ -13,12 +13,19 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
-from support.fleets import WIDTHS, B, arrays, eager_hessian, state
+from support.fleets import (
+    SIZE,
+    WIDTHS,
+    B,
+    ForkedLauncher,
+    arrays,
+    eager_hessian,
+    state,
+)
 
 import curvd
 from curvd_server import app
 from curvd_server.config import ServerConfig
-from curvd_server.fleet import LocalLauncher
 
 HELD = "from support.held_worker import main; main()"
 BOUND_S = 300.0
@@ -75,7 +82,7 @@ def held(tmp_path_factory):
     folder = tmp_path_factory.mktemp("held")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CURVD_TEST_HELD", str(folder))
-        patch.setattr(app, "LocalLauncher", lambda: LocalLauncher(HELD))
+        patch.setattr(app, "LocalLauncher", lambda: ForkedLauncher(HELD))
         config = ServerConfig(
             listen="127.0.0.1:0",
             data_dir=tmp_path_factory.mktemp("data"),
@@ -108,7 +115,7 @@ def update(session):
 
 
 def multiply(session):
-    return session.hessian() @ np.ones(57)
+    return session.hessian() @ np.ones(SIZE)
 
 
 def gradient(session):
@@ -168,7 +175,7 @@ def test_an_update_that_one_worker_refuses_changes_no_version_anywhere(held, ses
             check_whole(session)
             assert client.session(session.id).info.version == 1
     assert session.update_parameters(state(5)) == 2
-    v = np.ones(57)
+    v = np.ones(SIZE)
     np.testing.assert_allclose(
         session.hessian() @ v, eager_hessian(state(5)) @ v, atol=1e-12
     )

@@ -14,6 +14,7 @@ pytest.importorskip("torch")
 from support.fleets import device_of, eager_hessian, fleet_of, load, never, state
 
 from curvd.contract.specs import OperatorSpec
+from curvd_server.fleet import LocalLauncher
 from curvd_server.linalg import Products, eigsh
 from curvd_server.linalg.base import drain
 
@@ -22,7 +23,7 @@ from curvd_server.linalg.base import drain
 def fleet():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CURVD_TOKEN", "not for workers")
-        with fleet_of(2, processes=True, patience_s=5.0) as two:
+        with fleet_of(2, launcher=LocalLauncher(), patience_s=5.0) as two:
             yield two
 
 
@@ -83,7 +84,8 @@ def test_a_worker_knows_no_token_of_the_server(fleet):
 FRONT = """
 import sys
 from support.fleets import fleet_of
-with fleet_of(2, processes=True) as fleet:
+from curvd_server.fleet import LocalLauncher
+with fleet_of(2, launcher=LocalLauncher()) as fleet:
     print(*(seat.hello.pid for seat in fleet.seats), flush=True)
     sys.stdin.read()
 """

@@ -143,7 +143,7 @@ def test_more_workers_than_mini_batches_leave_some_idle():
 
 def test_columns_of_the_wrong_shape_are_refused(two):
     operator = built(load(device_of(two)))
-    with pytest.raises(InvalidVector, match=r"\[K, P=57\], got float64 \[2, 3\]"):
+    with pytest.raises(InvalidVector, match=r"\[K, P=21\], got float64 \[2, 3\]"):
         operator.apply(np.ones((2, 3)), cancelled=never)
 
 

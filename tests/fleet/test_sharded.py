@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch")
 from support import failing_worker
 from support.fleets import (
+    ForkedLauncher,
     arrays,
     eager,
     eager_hessian,
@@ -41,9 +42,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def device(folder):
-    with fleet_of(
-        2, processes=True, patience_s=5.0, code=CODE, world=2, builders=ZOO
-    ) as two:
+    launcher = ForkedLauncher(CODE)
+    with fleet_of(2, launcher=launcher, patience_s=5.0, world=2, builders=ZOO) as two:
         yield ShardedDevice(two, TorchDevice(ZOO, "cpu"), {})
 
 

@@ -14,6 +14,7 @@ import threading
 import numpy as np
 import torch
 import torch.nn.functional as F
+from support.forked import Forked
 
 from curvd.contract.enums import Dtype, LossName, Mode
 from curvd.contract.specs import DatasetSpec, LossSpec, ModelSpec
@@ -24,7 +25,9 @@ from curvd_server.fleet.holdings import Holdings
 from curvd_server.fleet.worker import Worker
 from curvd_server.models.builders import BUILDERS
 
-WIDTHS = {"activation": "tanh", "widths": [5, 6, 3]}
+WIDTHS = {"activation": "tanh", "widths": [5, 2, 3]}
+"""Of few parameters: workers that share them go column by column, step by step."""
+SIZE = 21
 N, B = 26, 3
 """Nine mini-batches, the last one of two data points."""
 CLASSES = LossSpec(
@@ -87,6 +90,21 @@ class ThreadLauncher:
             self.end(rank)
 
 
+class ForkedLauncher(LocalLauncher):
+    """Workers as processes that start at once."""
+
+    def start(self, invitation):
+        self.end(invitation.rank)
+        self._processes[invitation.rank] = Forked(
+            self._code, stdin=invitation.written()
+        )
+
+    def end(self, rank):
+        process = self._processes.pop(rank, None)
+        if process is not None:
+            process.kill()
+
+
 def invite(rank, incarnation, address, secret):
     return Invitation(
         address=address,
@@ -107,11 +125,9 @@ def invite(rank, incarnation, address, secret):
 
 
 @contextlib.contextmanager
-def fleet_of(workers, *, processes=False, patience_s=60.0, code=None, **invited):
-    """A fleet that is complete; processes may run other code, or be invited otherwise."""
-    launcher = ThreadLauncher()
-    if processes:
-        launcher = LocalLauncher() if code is None else LocalLauncher(code)
+def fleet_of(workers, *, launcher=None, patience_s=60.0, **invited):
+    """A fleet that is complete, of threads by default; they may be invited otherwise."""
+    launcher = launcher or ThreadLauncher()
     devices = tuple(f"cpu:{rank}" for rank in range(workers))
 
     def made(*args):

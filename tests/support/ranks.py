@@ -5,8 +5,9 @@ Each runs a function of this module, which a test names, and prints what it retu
 
 import json
 import os
-import subprocess
 import sys
+
+from support.forked import Forked
 
 SHAPES = {"0.weight": (7, 8), "0.bias": (7,), "2.weight": (3, 7), "2.bias": (3,)}
 
@@ -162,23 +163,22 @@ def together(name, target, session_id, directory, **environment):
         What each returned, by rank; None from one that died.
     """
     store = directory / f"store-{name}"
-    command = [sys.executable, __file__, name, str(store), target, session_id]
-    env = os.environ | environment | {"OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    words = (name, store, target, session_id)
     ranks = [
-        subprocess.Popen(
-            [*command, str(rank)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
+        Forked(
+            "from support.ranks import main; main()",
+            *(*words, rank),
+            stderr=directory / f"{name}-{rank}.err",
+            environment=os.environ | environment,
         )
         for rank in range(2)
     ]
-    outputs = [rank.communicate(timeout=300) for rank in ranks]
-    for rank, (_, errors) in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, errors[-3000:]
-    return [json.loads(out.splitlines()[-1]) if out else None for out, _ in outputs]
+    with ranks[0], ranks[1]:
+        said = [rank.stdout.read() for rank in ranks]
+        for number, rank in enumerate(ranks):
+            errors = directory / f"{name}-{number}.err"
+            assert rank.wait() == 0, errors.read_text()[-3000:]
+    return [json.loads(out.splitlines()[-1]) if out else None for out in said]
 
 
 def main():

@@ -3,14 +3,13 @@
 import datetime
 import logging
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import trustme
 from click.testing import CliRunner
 from support.fake_device import FakeDevice
+from support.forked import Forked
 
 import curvd
 from curvd.cli import main
@@ -345,29 +344,24 @@ def test_a_line_is_added_behind_one_without_its_end(tmp_path):
 def test_a_running_server_reads_its_tokens_again_at_a_signal(tmp_path):
     old, new = new_token(), new_token()
     tokens = written(tmp_path / "tokens", line_of("ann", old))
-    command = [
-        *(sys.executable, "-m", "curvd.cli", "serve", "--listen", "127.0.0.1:0"),
-        *("--tokens", str(tokens), "--data-dir", str(tmp_path / "data")),
-        *("--compile-after-s", "0", "--log-level", "info", "--log-style", "json"),
+    words = [
+        *("serve", "--listen", "127.0.0.1:0", "--tokens", tokens),
+        *("--data-dir", tmp_path / "data", "--compile-after-s", "0"),
+        *("--log-level", "info", "--log-style", "json"),
     ]
-    with (
-        open(tmp_path / "log", "w") as log,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True
-        ) as server,
-    ):
-        try:
-            target = server.stdout.readline().split()[-1]
-            with curvd.connect(target, token=old) as client:
-                client.server_info()
-                written(tokens, line_of("ann", new))
-                server.send_signal(signal.SIGHUP)
-                with pytest.raises(Unauthenticated):
-                    for _ in range(100_000):  # until the signal has come
-                        client.server_info()
-            with curvd.connect(target, token=new) as client:
-                client.server_info()
-        finally:
-            server.terminate()
+    program = "from curvd.cli.commands import main; main()"
+    with Forked(program, *words, stderr=tmp_path / "log") as server:
+        target = server.stdout.readline().split()[-1]
+        with curvd.connect(target, token=old) as client:
+            client.server_info()
+            written(tokens, line_of("ann", new))
+            server.send_signal(signal.SIGHUP)
+            with pytest.raises(Unauthenticated):
+                for _ in range(100_000):  # until the signal has come
+                    client.server_info()
+        with curvd.connect(target, token=new) as client:
+            client.server_info()
+        server.terminate()
+        assert server.wait() == 0
     for token in (old, new):
         assert token not in (tmp_path / "log").read_text()
