@@ -18,7 +18,7 @@
     │   ├── VersionMismatch         the session holds another parameter version
     │   ├── CurvatureUnverified     no AD mode reproduces finite differences
     │   ├── NotDeterministic        two evaluations of the same objective disagree
-    │   ├── NotFinite               a product of a query is NaN or infinite
+    │   ├── NotFinite               a product is NaN or infinite
     │   ├── ScaleOutOfRange         squares of a query's products leave their type
     │   └── StillInUse              a session still needs what was to be deleted
     ├── RequestIdReused         the same request id came with other content
@@ -198,7 +198,7 @@ class NotDeterministic(FailedPrecondition):
 
 
 class NotFinite(FailedPrecondition):
-    """A product of a query is NaN or infinite, so nothing follows from it."""
+    """A product is NaN or infinite: the operator is not defined there, or overflows."""
 
 
 class ScaleOutOfRange(FailedPrecondition):

@@ -20,6 +20,7 @@ from curvd.contract import OperatorSpec, PlanReport, Stage, Tier
 from curvd.errors import InvalidVector, OutOfMemory
 from curvd.tensors import Pool
 from curvd_server.engine.batch_product import BatchProduct, DoesNotFit
+from curvd_server.engine.finite import is_finite, not_finite
 from curvd_server.engine.linearization_cache import Counters, LinearizationCache
 from curvd_server.engine.native_code import NativeCode
 from curvd_server.engine.objective import Array, Problem, check_cancelled, never
@@ -304,6 +305,7 @@ class Operator:
             InvalidVector: If the shape is not ``[K, P]``.
             Cancelled: If the caller gave up.
             OutOfMemory: If one column does not fit even with nothing cached.
+            NotFinite: If a number is NaN or infinite.
         """
         V = self._checked(columns)
         out = self._empty(len(V))
@@ -389,9 +391,17 @@ class Operator:
             out *= self.spec.scale
         if self.spec.damping:
             out.add_(V, alpha=self.spec.damping)
+        if not self.problem.model.company.shares and not is_finite(out):
+            raise not_finite(out, self.problem, lambda index: self._share(index, V))
         self.counters.columns += len(V)
         self._native.spent_s += time.perf_counter() - start
         self._consider_compiling()
+
+    def _share(self, index: int, V: Tensor) -> Tensor:
+        """Multiply by one mini-batch's share of the operator, without scale and damping."""
+        share = torch.zeros_like(V)
+        self._batch_product(index, V, share, [len(V)], never)
+        return share
 
     def _consider_compiling(self) -> None:
         with computing_with(self.plan.threads):
