@@ -50,7 +50,7 @@ def test_the_data_points_are_named(columns):
 
 def test_what_overflows_its_type_is_refused():
     ggn = operator(torch.randn(8, 4), Dtype.FLOAT32, "ggn", lambda: nn.Linear(4, 3))
-    with pytest.raises(NotFinite, match="(NaN|infinite) at weight.*dtype='F64'"):
+    with pytest.raises(NotFinite, match=r"(NaN|infinite) at weight.*dtype='F64'"):
         ggn.apply(torch.full((1, ggn.problem.layout.size), 3e38))
 
 

@@ -89,13 +89,18 @@ class FiniteDifferences:
         origin: The session's problem.
         perturbation: Where the parameters go first, at once.
         direction: Along which they move, and quotients are taken.
+        shrink: By what the session's parameters are multiplied before.
     """
 
     def __init__(
-        self, origin: Problem, perturbation: Direction, direction: Direction
+        self,
+        origin: Problem,
+        perturbation: Direction,
+        direction: Direction,
+        shrink: float = 1.0,
     ) -> None:
         self.problem = origin.excerpt(ROWS)
-        self._origin = origin
+        self._origin, self._shrink = origin, shrink
         self._perturbation, self._direction = perturbation, direction
         self._move(0.0)
 
@@ -137,6 +142,14 @@ class FiniteDifferences:
             cotangent = cotangent_at(outputs.detach(), batch)
             rows = torch.autograd.grad(outputs, leaves, cotangent, allow_unused=True)
         return filled(rows, leaves)
+
+    def unit_gradient(self) -> list[Tensor]:
+        """Give the gradient if each output's derivative of the loss were one data point's."""
+
+        def ones(outputs: Tensor, batch: Batch) -> Tensor:
+            return torch.ones_like(outputs) / self.problem.normaliser
+
+        return self.pulled_back(ones)
 
     def beyond_the_sum(self) -> tuple[list[float], list[float]]:
         """Subtract the data points' own gradients from the gradient.
@@ -186,6 +199,8 @@ class FiniteDifferences:
             yield_point()
             # From the origin each time: adding and subtracting would round.
             parameter.copy_(origin)
+            if self._shrink != 1.0:
+                parameter.mul_(self._shrink)
             for direction, length in (
                 (self._perturbation, PERTURBATION),
                 (self._direction, step),
