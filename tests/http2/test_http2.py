@@ -18,8 +18,8 @@ from curvd.http2 import frames
 from curvd.http2.connection import H2Connection
 from curvd.http2.frames import Code, Kind, Setting
 from curvd.http2.glitches import Glitches
-from curvd.http2.messages import Reader, framed
-from curvd.http2.peer import SERVER_WINDOW
+from curvd.http2.messages import Reader, framed, joined
+from curvd.http2.peer import LONGEST_CHUNK, SERVER_WINDOW
 from curvd.http2.stream import ProtocolError
 from curvd.tensors import chunks as tensors
 
@@ -140,6 +140,65 @@ def test_messages_arrive_however_their_bytes_are_cut(data):
     assert reader.between
     assert [part for part, _ in arrived] == parts
     assert sum(nbytes for _, nbytes in arrived) == len(stream)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 1, 1 << 20, 2 << 20]), max_size=6),
+    st.lists(st.sampled_from([0.0, 0.001, 0.1]), min_size=1, max_size=6),
+    st.integers(0, 5 << 20),
+)
+def test_joined_chunks_are_the_same_bytes_and_no_longer_than_allowed(
+    sizes, steps, longest
+):
+    now = itertools.accumulate(itertools.cycle(steps))
+    chunks = [memoryview(bytes([i]) * size) for i, size in enumerate(sizes)]
+    inbox = deque()
+    reader = Reader(CODEC, 3 << 20, inbox, nowhere, longest_chunk=longest)
+    for part in joined([MESSAGE, *chunks], lambda: longest, lambda: next(now)):
+        if isinstance(part, tuple):
+            assert 1 < len(part) and sum(view.nbytes for view in part) <= longest
+        for view in framed(CODEC, part):
+            reader.feed(view)
+    message, *arrived = [part for part, _ in inbox]
+    assert message == MESSAGE
+    assert b"".join(arrived) == b"".join(chunks)
+
+
+def test_chunks_are_joined_while_they_leave_quickly():
+    chunk, now = memoryview(bytes(2 << 20)), [0.0]
+    ways = joined([MESSAGE, *[chunk] * 12], lambda: 6 << 20, lambda: now[0])
+    counts = []
+    for part in ways:
+        counts.append(len(part) if isinstance(part, tuple) else 1)
+        now[0] += 1.0 if len(counts) == 4 else 0.001
+    # The message, one chunk, three, then three that take their time, one, and so on.
+    assert counts == [1, 1, 3, 3, 1, 3, 1]
+
+
+def test_only_chunks_may_be_longer_than_messages(pair):
+    stream = pair.ours.open(PATH)
+    pair.settle()
+    assert pair.ours.longest_chunk == pair.theirs.longest_chunk == LONGEST_CHUNK
+    server = pair.theirs.stream
+    server.read(CODEC, 100, nowhere, longest_chunk=5000)
+    pair.ours.send_data(stream, framed(CODEC, memoryview(bytes(5000))))
+    pair.settle()
+    assert [part.nbytes for part, _ in server.inbox] == [5000]
+    message = CODEC.message(header={"session_id": "s" * 200})
+    pair.ours.send_data(stream, framed(CODEC, message))
+    pair.settle()
+    assert "at most 100 are accepted" in str(server.failure)
+
+
+def test_a_chunk_has_a_limit_too(pair):
+    stream = pair.ours.open(PATH)
+    pair.settle()
+    server = pair.theirs.stream
+    server.read(CODEC, 100, nowhere, longest_chunk=5000)
+    pair.ours.send_data(stream, framed(CODEC, memoryview(bytes(5004))))
+    pair.settle()
+    assert "a message of 5007 bytes; at most 5006 are accepted" in str(server.failure)
 
 
 def test_a_chunk_is_received_where_it_belongs(pair):

@@ -29,6 +29,7 @@ from curvd.http2 import (
     H2Connection,
     ProtocolError,
     Wait,
+    joined,
     make_call,
     tune,
 )
@@ -224,6 +225,16 @@ class _ConnectionPool:
         return RpcError(StatusCode.UNAVAILABLE, str(error) or type(error).__name__)
 
 
+def _request(
+    connection: H2Connection, rpc: Rpc, first: Any, parts: Iterator[Any]
+) -> Iterator[Any]:
+    """Join the chunks of a request as far as the server takes that."""
+    request = itertools.chain((first,), parts)
+    if not rpc.request.bulk:
+        return request
+    return joined(request, lambda: connection.longest_chunk)
+
+
 class DirectChannel:
     """Makes calls, and waits for them. Threads may share it.
 
@@ -263,7 +274,7 @@ class DirectChannel:
             return
         options = self._pool.options(rpc, timeout_s, metadata)
         connection = self._pool.take() or self._pool.connect(timeout_s)
-        request = itertools.chain((first,), parts)
+        request = _request(connection, rpc, first, parts)
         with self._pool.at_work(
             make_call(connection, rpc, request, buffer_for, options), connection
         ) as steps:
@@ -320,7 +331,7 @@ class AsyncDirectChannel:
         connection = self._pool.take()
         if connection is None:
             connection = await asyncio.to_thread(self._pool.connect, timeout_s)
-        request = itertools.chain((first,), parts)
+        request = _request(connection, rpc, first, parts)
         with self._pool.at_work(
             make_call(connection, rpc, request, buffer_for, options), connection
         ) as steps:

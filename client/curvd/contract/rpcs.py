@@ -35,6 +35,8 @@ class Framed:
 
 Part = Message | memoryview
 """What a stream carries: a message, or the bytes of one chunk."""
+Joined = tuple[memoryview, ...]
+"""Chunks that follow one another, and travel as one."""
 
 _BYTES_FIELD = 2
 BYTES_TAG = bytes([_BYTES_FIELD << 3 | 2])
@@ -52,18 +54,19 @@ class Codec:
     framed: bool = False
     """Whether it has tensors beside it."""
 
-    def dump(self, part: Part | Framed) -> bytes:
+    def dump(self, part: Part | Framed | Joined) -> bytes:
         """Serialise a part; a chunk is copied exactly once.
 
         Args:
-            part: A message, a chunk's bytes if the stream is bulk, or both if framed.
+            part: A message, a chunk's bytes if the stream is bulk, in one piece or in
+                several, or both if framed.
 
         Returns:
             The bytes of the protobuf message.
         """
         return b"".join(self.views(part))
 
-    def views(self, part: Part | Framed) -> tuple[memoryview, ...]:
+    def views(self, part: Part | Framed | Joined) -> tuple[memoryview, ...]:
         """Serialise a part without copying its tensors.
 
         Args:
@@ -74,6 +77,9 @@ class Codec:
         """
         if isinstance(part, memoryview):
             return memoryview(BYTES_TAG + _varint(part.nbytes)), part
+        if isinstance(part, tuple):
+            size = sum([view.nbytes for view in part])
+            return memoryview(BYTES_TAG + _varint(size)), *part
         if isinstance(part, Framed):
             rest = part.message.SerializeToString()
             size = sum([view.nbytes for view in part.tensors])

@@ -10,11 +10,19 @@ from __future__ import annotations
 from curvd.http2.call import CallOptions, Wait, make_call
 from curvd.http2.connection import H2Connection
 from curvd.http2.frames import RECOGNISED, Code, Kind, Setting
-from curvd.http2.messages import BufferProvider, Format, ReceivesInPlace, framed
+from curvd.http2.messages import (
+    BufferProvider,
+    Format,
+    ReceivesInPlace,
+    framed,
+    joined,
+)
+from curvd.http2.peer import LONGEST_CHUNK
 from curvd.http2.sockets import tune
 from curvd.http2.stream import Headers, ProtocolError, Stream
 
 __all__ = [
+    "LONGEST_CHUNK",
     "RECOGNISED",
     "BufferProvider",
     "CallOptions",
@@ -29,6 +37,7 @@ __all__ = [
     "Stream",
     "Wait",
     "framed",
+    "joined",
     "make_call",
     "tune",
 ]

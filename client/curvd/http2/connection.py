@@ -13,7 +13,7 @@ from socket import socket
 from curvd.http2 import frames
 from curvd.http2.frames import Code, Kind, Setting
 from curvd.http2.glitches import Glitches
-from curvd.http2.peer import Incoming
+from curvd.http2.peer import LONGEST_CHUNK, Incoming
 from curvd.http2.stream import Headers, ProtocolError, Stream
 
 
@@ -182,6 +182,7 @@ class H2Connection(Incoming):
             Setting.INITIAL_WINDOW_SIZE: self._share,
             Setting.MAX_FRAME_SIZE: frames.LONGEST,
             Setting.MAX_HEADER_LIST_SIZE: self._header_bytes,
+            Setting.LONGEST_CHUNK: LONGEST_CHUNK,
         }
         if self._client:
             self._sender.control(frames.PREFACE)

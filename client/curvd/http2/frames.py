@@ -58,6 +58,8 @@ class Setting(IntEnum):
     MAX_HEADER_LIST_SIZE = 6
     DIRECT = 0xC52D
     """Ours: the sender reads and writes whole chunks. Others ignore it (section 6.5.2)."""
+    LONGEST_CHUNK = 0xC52E
+    """Ours: bytes of a chunk that the sender takes in one message. Others ignore it, too."""
 
 
 class Code(IntEnum):

@@ -6,8 +6,9 @@ and sent from where it is.
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from typing import Any, Protocol
 
@@ -32,6 +33,9 @@ _PREFIX_BYTES = 5
 _CHUNK_HEAD_BYTES = 6
 """Field tag and length of a chunk."""
 _ALIGNMENT = 64
+_QUICK_BYTES = 1 << 20
+_QUICK_BYTES_PER_S = 100e6
+"""Who takes chunks as quickly as this, and of such a size, gets longer ones."""
 
 
 class _Step(Enum):
@@ -75,6 +79,44 @@ def framed(format_: Format, part: Any) -> list[memoryview]:
     return [memoryview(b"".join((prefix, first))), *rest]
 
 
+def joined(
+    parts: Iterable[Any],
+    longest: Callable[[], int],
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Any]:
+    """Let chunks that follow one another travel as one, as long as they leave quickly.
+
+    A file is cut anywhere, so it makes no difference to who joins its chunks. Those of a
+    slow line stay short: each has to come in time.
+
+    Args:
+        parts: Messages and chunks.
+        longest: Bytes of a chunk that the peer takes; it may become known on the way.
+        clock: Seconds, monotonic.
+
+    Yields:
+        The same; a tuple of chunks in place of several. How long whoever takes it needs
+        for the next one tells how quickly it left.
+    """
+    rest = iter(parts)
+    part, quick = next(rest, None), False
+    while part is not None:
+        chunks, following = [part], next(rest, None) if quick else None
+        nbytes = part.nbytes if isinstance(part, memoryview) else 0
+        while nbytes and isinstance(following, memoryview):
+            nbytes += following.nbytes
+            if nbytes > longest():
+                nbytes -= following.nbytes
+                break
+            chunks.append(following)
+            following = next(rest, None)
+        since_s = clock()
+        yield part if len(chunks) == 1 else tuple(chunks)
+        took_s, asked = clock() - since_s, quick
+        quick = nbytes >= _QUICK_BYTES and nbytes >= _QUICK_BYTES_PER_S * took_s
+        part = following if asked else next(rest, None)
+
+
 class Reader:
     """Cuts the data of a stream into parts.
 
@@ -86,6 +128,7 @@ class Reader:
         inbox: Receives each part, and the bytes it took on the wire.
         buffer_for: Finds the place of a chunk. It is asked only when all parts before were
             taken out of the inbox: they belong before it.
+        longest_chunk: Bytes of a chunk that are accepted, if more.
     """
 
     def __init__(
@@ -94,8 +137,13 @@ class Reader:
         longest: int,
         inbox: deque[tuple[Any, int]],
         buffer_for: BufferProvider,
+        *,
+        longest_chunk: int = 0,
     ) -> None:
         self._format, self._longest = format_, longest
+        # What a message is shows behind its prefix.
+        chunk = longest_chunk + _CHUNK_HEAD_BYTES if format_.bulk else 0
+        self._longest_of_any = max(longest, chunk)
         self._inbox, self._buffer_for = inbox, buffer_for
         self._head = memoryview(bytearray(_PREFIX_BYTES + _CHUNK_HEAD_BYTES))
         self._size = 0
@@ -147,12 +195,7 @@ class Reader:
         if self._head[0]:
             msg = "a compressed message, and no compression was agreed on"
             raise Internal(msg)
-        if self._size > self._longest:
-            msg = (
-                f"a message of {self._size} bytes; at most {self._longest} are accepted. "
-                "Send larger tensors in chunks"
-            )
-            raise ResourceExhausted(msg, nbytes=self._size, limit=self._longest)
+        self._check_size(self._longest_of_any)
         if self._format.bulk and self._size >= _CHUNK_HEAD_BYTES:
             self._step, self.target = _Step.CHUNK_HEAD, self._head[_PREFIX_BYTES:]
         else:
@@ -166,7 +209,16 @@ class Reader:
                 place = None if self._inbox else self._buffer_for(size)
                 self._receive(_Step.CHUNK, place or _fresh(size), beginning[start:])
                 return
+        self._check_size(self._longest)
         self._receive(_Step.MESSAGE, _fresh(self._size), beginning)
+
+    def _check_size(self, longest: int) -> None:
+        if self._size > longest:
+            msg = (
+                f"a message of {self._size} bytes; at most {longest} are accepted. "
+                "Send larger tensors in chunks"
+            )
+            raise ResourceExhausted(msg, nbytes=self._size, limit=longest)
 
     def _receive(self, step: _Step, place: memoryview, early: bytes) -> None:
         place[: len(early)] = early

@@ -25,6 +25,9 @@ SERVER_HEADER_BYTES = 64 << 10
 """Longest block of headers of a request, unless the server says otherwise."""
 CLIENT_HEADER_BYTES = 256 << 10
 """Longest block of headers of a response: an error may name very many tensors."""
+LONGEST_CHUNK = 10 << 20
+"""Bytes of a chunk that either end takes in one message. Each message costs as much as
+copying 200 kB, and a server's loop is held up while it looks at one, for a millisecond."""
 _TINY_BYTES = 64
 """Data that is a glitch if there is more of it to come."""
 
@@ -63,6 +66,8 @@ class Incoming:
         self._closed = Closed()
         self._introduced = self._said_goodbye = False
         self.stream: Stream | None = None
+        self.longest_chunk = 0
+        """Bytes of a chunk that the peer takes in one message; 0: it did not say."""
         self.is_going_away = False
         """No further call."""
 
@@ -240,6 +245,8 @@ class Incoming:
                 self._first_window = value
             elif name == Setting.MAX_FRAME_SIZE:
                 self._sender.longest = value
+            elif name == Setting.LONGEST_CHUNK:
+                self.longest_chunk = value
         self._sender.control(frames.frame(Kind.SETTINGS, frames.ACK, 0))
 
     def _widened(self, number: int, payload: bytes) -> None:

@@ -67,15 +67,24 @@ class Stream:
         self.on_reset: Callable[[], object] | None = None
         """Called once, at the moment of the reset: whoever works for this call stops."""
 
-    def read(self, format_: Format, longest: int, buffer_for: BufferProvider) -> None:
+    def read(
+        self,
+        format_: Format,
+        longest: int,
+        buffer_for: BufferProvider,
+        longest_chunk: int = 0,
+    ) -> None:
         """Say how to read what comes.
 
         Args:
             format_: How messages are written.
             longest: Bytes of a message that are accepted.
             buffer_for: Finds the place of a chunk.
+            longest_chunk: Bytes of a chunk that are, if more.
         """
-        self.reader = Reader(format_, longest, self.inbox, buffer_for)
+        self.reader = Reader(
+            format_, longest, self.inbox, buffer_for, longest_chunk=longest_chunk
+        )
 
     @property
     def over(self) -> bool:

@@ -13,10 +13,10 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from curvd.contract import RPCS, Codec, Framed, Part, Rpc
+from curvd.contract import RPCS, Codec, Framed, Joined, Part, Rpc
 from curvd.errors import Internal, Overloaded
 from curvd.http2 import BufferProvider, ReceivesInPlace
-from curvd_server.service.streams import CALLER
+from curvd_server.service.streams import CALLER, LONGEST_CHUNK
 from curvd_server.storage import ranges
 from curvd_server.system import TRACED, Traces, calling
 from curvd_server.transport import Context, Gate, Stalled, StallGuard
@@ -114,7 +114,7 @@ class _Responses:
         self._direct = context if isinstance(context, Context) else None
         self._cut_off: asyncio.Future[None] | None = None
 
-    async def send(self, part: Part) -> None:
+    async def send(self, part: Part | Joined) -> None:
         """Send one part; waits while the client reads slowly."""
         if self._direct is None:
             write = asyncio.ensure_future(self._context.write(part))
@@ -186,12 +186,13 @@ class _TimedResponses(_Responses):
         self._began_s = self._latest_s = 0.0
         self._bytes = 0
 
-    async def send(self, part: Part) -> None:
+    async def send(self, part: Part | Joined) -> None:
         """Send one part; waits while the client reads slowly."""
         self._began_s = self._began_s or time.monotonic()
         await super().send(part)
         self._latest_s = time.monotonic()
-        self._bytes += part.nbytes if isinstance(part, memoryview) else 0
+        chunks = part if isinstance(part, tuple) else (part,)
+        self._bytes += sum(c.nbytes for c in chunks if isinstance(c, memoryview))
 
     def tell(self, traced: Traces) -> None:
         """Say how long they were sent; they are computed at the same time."""
@@ -227,6 +228,7 @@ def _handler(
         peer, stalled = context.peer(), False
         # All of grpcio's clients on our Unix socket have one name, and so none.
         CALLER.set("" if peer == "unix:" else peer)
+        LONGEST_CHUNK.set(context.longest_chunk if isinstance(context, Context) else 0)
         PEER.set("" if peer == "unix:" else peer.rpartition(":")[0])
 
         async def answer() -> Any:

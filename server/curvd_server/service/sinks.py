@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import math
 import zlib
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from curvd.http2 import joined
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd_server.service.result_encoding import Format
-from curvd_server.service.streams import Send
+from curvd_server.service.streams import LONGEST_CHUNK, Send
 from curvd_server.sessions import Vector, Vectors
 
 Columns = NDArray[Any]
@@ -83,17 +85,22 @@ class StreamSink:
     async def take(self, rows: Columns, summary: curvature_pb.ResultSummary) -> None:
         """Send a block; of a result that goes on, what is missing of its only one."""
         if not self._format.is_resumed:
-            for chunk in self._format.payload(rows):
-                if self._format.checksum:
-                    self._crc = zlib.crc32(chunk, self._crc)
-                await self._send(chunk)
+            for part in joined(self._summed(rows), LONGEST_CHUNK.get):
+                await self._send(part)
             return
         offset = await asyncio.to_thread(self._format.offset_in, rows)
         await self._head(offset)
         if self._format.checksum:
             self._crc = await asyncio.to_thread(self._format.crc_of, rows)
-        for chunk in self._format.payload(rows, offset):
-            await self._send(chunk)
+        for part in joined(self._format.payload(rows, offset), LONGEST_CHUNK.get):
+            await self._send(part)
+
+    def _summed(self, rows: Columns) -> Iterator[memoryview]:
+        """Cut a block into chunks, and add each to the checksum."""
+        for chunk in self._format.payload(rows):
+            if self._format.checksum:
+                self._crc = zlib.crc32(chunk, self._crc)
+            yield chunk
 
     async def end(self, summary: curvature_pb.ResultSummary) -> None:
         """Send the summary."""

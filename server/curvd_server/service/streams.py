@@ -7,14 +7,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
-from curvd.contract import Framed, Part, Rpc
+from curvd.contract import Framed, Joined, Part, Rpc
 from curvd.errors import InvalidSpec
 from curvd.http2 import BufferProvider, ReceivesInPlace
 from curvd_server.storage import ranges
 
 CALLER: ContextVar[str] = ContextVar("caller", default="")
 """Name of the connection of the call under way, if it carries one after the other."""
-Send = Callable[[Part], Awaitable[None]]
+LONGEST_CHUNK: ContextVar[int] = ContextVar("longest_chunk", default=0)
+"""Bytes of a chunk that the client takes in one message; 0: as long as any client does."""
+Send = Callable[[Part | Joined], Awaitable[None]]
 """Sends one part of a response; waits while the client reads slowly."""
 
 
@@ -98,9 +100,11 @@ class OneMessage:
         self._message: Any = rpc.response.message()
         self._tensors: list[memoryview] = []
 
-    async def send(self, part: Part) -> None:
+    async def send(self, part: Part | Joined) -> None:
         """Take one part."""
-        if isinstance(part, memoryview):
+        if isinstance(part, tuple):
+            self._tensors.extend(part)
+        elif isinstance(part, memoryview):
             self._tensors.append(part)
         else:
             self._message.MergeFrom(part)

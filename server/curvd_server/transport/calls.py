@@ -15,7 +15,7 @@ import grpc.aio
 
 from curvd.contract import BY_PATH
 from curvd.errors import CurvdError, ResourceExhausted
-from curvd.http2 import Format, Stream, framed
+from curvd.http2 import LONGEST_CHUNK, Format, Stream, framed
 from curvd_server.system import logger
 from curvd_server.transport.connection import Requests, ServerConnection
 from curvd_server.transport.interceptors import abort
@@ -73,7 +73,7 @@ class Calls:
         rpc = BY_PATH.get(path)
         requests = Requests(connection, stream)
         format_ = _Bytes() if rpc is None else rpc.request
-        stream.read(format_, self._longest, requests.place)
+        stream.read(format_, self._longest, requests.place, LONGEST_CHUNK)
         context = Context(connection, stream, _Bytes() if rpc is None else rpc.response)
         run = self._run(connection, path, requests, context, raw=rpc is None)
         return asyncio.create_task(run)
@@ -330,6 +330,11 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         )
         for callback in self._callbacks:
             callback(self)
+
+    @property
+    def longest_chunk(self) -> int:
+        """Bytes of a chunk that the client takes in one message; 0: it did not say."""
+        return self._connection.longest_chunk
 
     def disconnect(self) -> None:
         """End the call by closing its connection."""

@@ -91,6 +91,11 @@ class ServerConnection:
         return self._h2.bytes_received
 
     @property
+    def longest_chunk(self) -> int:
+        """Bytes of a chunk that the client takes in one message; 0: it did not say."""
+        return self._h2.longest_chunk
+
+    @property
     def busy(self) -> bool:
         """Whether a call is under way."""
         return self._task is not None and not self._task.done()
