@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from curvd.contract import Dtype, LossSpec, Mode, Normaliser, Output, member
@@ -296,6 +297,9 @@ def prepare(
             "DataLoader or an iterable of mini-batches has one of its own"
         )
         raise InvalidSpec(msg)
+    if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+        msg = f"batch_size must be a whole number, at least 1, got {size!r}"
+        raise InvalidSpec(msg, batch_size=size)
     check_lengths(leaves_of(inputs), targets)
     model = _captured(module, inputs, output, mode, targets)
     if model.graph.dtype not in (d.value for d in Dtype):

@@ -89,6 +89,8 @@ def test_unknown_names_are_refused_before_anything_is_sent(tanh_session):
         tanh_session.operator(OperatorSpec(parameters=("head",)))
     with pytest.raises(InvalidSpec, match=r"near it are '1\.weight'"):
         tanh_session.ggn(params="1.weihgt")
+    with pytest.raises(InvalidSpec, match="params names nothing; None stands for all"):
+        tanh_session.hessian(params=[])
     for names in ((), ("1.bias", "1.bias")):
         with pytest.raises(InvalidSpec, match="each once and at least one"):
             OperatorSpec(parameters=names)

@@ -330,6 +330,36 @@ def backward(module, objective):
     ])
 
 
+class Counted(nn.Module):
+    """Has a frozen parameter that is a whole number."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3).double()
+        self.times = nn.Parameter(torch.tensor([2]), requires_grad=False)
+
+    def forward(self, x):
+        return self.layer(x) * self.times
+
+
+def test_a_frozen_whole_number_is_left_where_it_is(client):
+    module = Counted()
+    session = client.session_for(module, nn.CrossEntropyLoss(), (X, Y), batch_size=3)
+    _, gradient = session.gradient()
+    session.delete()
+    loss = nn.CrossEntropyLoss()(module(X), Y)
+    want = torch.autograd.grad(loss, list(module.layer.parameters()))
+    np.testing.assert_allclose(gradient, torch.cat([g.flatten() for g in want]))
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "4", True])
+def test_a_batch_size_is_a_whole_number(client, size):
+    with pytest.raises(curvd.InvalidSpec, match="batch_size must be a whole number"):
+        client.session_for(
+            nn.Linear(4, 3), nn.CrossEntropyLoss(), (X, Y), batch_size=size
+        )
+
+
 @pytest.mark.parametrize("make", ACCEPTED.values(), ids=ACCEPTED)
 def test_what_is_accepted_is_what_trains(client, make):
     module, loss = make(), nn.CrossEntropyLoss()

@@ -156,6 +156,20 @@ def test_a_wrong_element_type_comes_with_its_remedy(dtype, session, text):
         operand(np.ones(P, dtype), LAYOUT, session)
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (lambda torch: np.ma.masked_array(np.ones(P), mask=True), r"masked: .*filled"),
+        (lambda torch: torch.empty(P, device="meta"), "on the meta device"),
+        (lambda torch: torch.eye(P).to_sparse()[0], r"sparse: pass \.to_dense"),
+    ],
+)
+def test_what_has_not_all_its_numbers_is_refused(value, text):
+    torch = pytest.importorskip("torch")
+    with pytest.raises(InvalidVector, match=text):
+        operand(value(torch), LAYOUT, Dtype.FLOAT64)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_value_that_is_not_finite_is_found(bad):
     v = np.zeros(P)

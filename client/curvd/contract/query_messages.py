@@ -16,8 +16,11 @@ from curvd.contract.infos import StoredVector
 from curvd.contract.query_spec import QueryOptions, choices_of
 from curvd.contract.rpcs import RPCS
 from curvd.contract.settings import settings_of
+from curvd.errors import InvalidSpec
 
 O = TypeVar("O", bound=QueryOptions)  # noqa: E741 - options
+
+_TEXT = FieldDescriptor.TYPE_STRING
 
 Path = tuple[FieldDescriptor, ...]
 """The fields that lead to a value, from the request down."""
@@ -42,6 +45,9 @@ def write(options: QueryOptions, message: Message) -> None:
     Args:
         options: What to ask for; None is left out.
         message: The request, or the header of its stream.
+
+    Raises:
+        InvalidSpec: If an option has another type than its field.
     """
     for name, (*parts, last) in carried(type(options), message.DESCRIPTOR).items():
         value = getattr(options, name)
@@ -55,7 +61,15 @@ def write(options: QueryOptions, message: Message) -> None:
         place: Any = message
         for part in parts:
             place = getattr(place, part.name)
-        setattr(place, last.name, value)
+        try:
+            setattr(place, last.name, value)
+        except TypeError as error:
+            what = "a name, or what is stored under one" if last.type == _TEXT else ""
+            msg = (
+                f"{name} cannot be a {type(value).__name__}: it is "
+                f"{what or settings_of(type(options))[name][1].help}"
+            )
+            raise InvalidSpec(msg, option=name) from error
 
 
 def read(options: type[O], message: Message) -> O:

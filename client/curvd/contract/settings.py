@@ -167,6 +167,12 @@ def _range_missed(value: Any, known: Setting, field: Field[Any]) -> str:
             operator.index(value)
         except TypeError:
             return "a whole number"
+        if isinstance(value, bool):
+            return "a whole number"
+    elif not hasattr(value, "__float__"):
+        return "a number"
+    else:
+        value = float(value)  # of NumPy's narrow ones the ends would overflow
     if known.positive and not value > 0:
         return "more than 0"
     if not value >= ends[0]:

@@ -99,6 +99,9 @@ def check_lengths(inputs: Sequence[Tensor], targets: Any) -> None:
             "needed: pass (inputs, targets)"
         )
         raise InvalidSpec(msg, targets=type(targets).__name__)
+    if not inputs:
+        msg = "the inputs have no tensor; pass (inputs, targets), inputs [N, ...]"
+        raise InvalidSpec(msg, targets=targets.shape)
     shapes = [list(leaf.shape) for leaf in inputs]
     points = {shape[0] if shape else -1 for shape in shapes}
     given = f"inputs {', '.join(map(str, shapes))}, targets {list(targets.shape)}"

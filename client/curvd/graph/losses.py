@@ -211,7 +211,9 @@ def recognised(
     fitting = [n for n, wrapper in wrappers.items() if is_additive(wrapper, z, y)]
     if len(fitting) == 1:
         return captured(fitting[0])
-    what = "both a mean and a sum" if fitting else "neither a mean nor a sum"
+    what = "neither a mean nor a sum"
+    if fitting:
+        what = "both a mean and a sum (there is one data point, or it is zero on all)"
     msg = (
         f"on the example the loss is {what} over data points{_broadcast(z, y)}: let it "
         "return (sum, "

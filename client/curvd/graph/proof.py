@@ -310,6 +310,8 @@ class _Proof:
             for parameter, start in zip(
                 self.run.module.parameters(), origin, strict=True
             ):
+                if not start.is_floating_point():
+                    continue  # a frozen one that counts or chooses
                 noise = torch.randn(start.shape, generator=generator).to(start)
                 root = float(start.square().mean().sqrt()) if start.numel() else 0.0
                 parameter.copy_(start + _NEARBY * max(root, 1e-2) * noise)
@@ -330,7 +332,8 @@ class _Proof:
                 for parameter, start in zip(
                     self.run.module.parameters(), origin, strict=True
                 ):
-                    parameter.copy_(start * factor)
+                    if start.is_floating_point():
+                        parameter.copy_(start * factor)
             outputs, found = self.run.outputs(), self.exported()
             if torch.isfinite(found[0]).all():
                 self.check_outputs(outputs, found, where)

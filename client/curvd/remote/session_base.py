@@ -21,6 +21,7 @@ from curvd.contract import (
     check_patterns,
     select,
 )
+from curvd.errors import InvalidSpec
 from curvd.remote.factored import FactoredOperators
 from curvd.remote.operator_options import (
     FisherOptions,
@@ -292,6 +293,9 @@ class SessionBase(FactoredOperators[O], ABC, Generic[O, J]):
         if params is None:
             return None
         patterns = [params] if isinstance(params, str) else params
+        if not patterns:
+            msg = "params names nothing; None stands for all parameters"
+            raise InvalidSpec(msg, params=0)
         return select(self.layout.names, check_patterns(patterns), aliases={})
 
     def _advance(self, version: int, digest: str) -> int:

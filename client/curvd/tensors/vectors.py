@@ -241,7 +241,23 @@ def _check_names(value: Mapping[str, Any], layout: ParameterLayout) -> None:
         raise InvalidVector(msg, missing=missing, unknown=extra)
 
 
+def _check_dense(part: Any, label: str) -> None:
+    """Refuse what looks like an array, and does not have all its numbers in memory."""
+    remedy = ""
+    if isinstance(part, np.ma.MaskedArray):
+        remedy = "masked: pass .filled(value), the mask has no meaning here"
+    elif (torch := loaded("torch")) is not None and isinstance(part, torch.Tensor):
+        if part.device.type == "meta":
+            remedy = "on the meta device, which holds no numbers"
+        elif part.layout != torch.strided:
+            remedy = "sparse: pass .to_dense()"
+    if remedy:
+        msg = f"{label} is {remedy}"
+        raise InvalidVector(msg, type=type(part).__name__)
+
+
 def _checked_type(part: Any, label: str, dtype: Dtype) -> Array:
+    _check_dense(part, label)
     array = to_numpy(part) if _is_array(part) else None
     if array is None:
         msg = f"{label} is a {type(part).__name__}, not a NumPy array or torch tensor"

@@ -437,7 +437,11 @@ class SessionStore:
         held = len(self._sessions) + self._being_made.total()
         limit = self._dependencies.limits.sessions
         if held >= limit:
-            msg = f"{held} sessions are the limit of this server (sessions); delete one"
+            msg = (
+                f"{held} sessions are the limit of this server (sessions): delete some "
+                "(client.sessions(), `curvd sessions`, `curvd delete`), or open them in a "
+                "with-statement, or with lease_s="
+            )
             raise LimitExceeded(msg, sessions=held, limit=limit)
 
 
