@@ -17,8 +17,9 @@ from torch import nn  # noqa: E402
 import curvd  # noqa: E402
 from curvd.errors import CurvdError, GradientMismatch  # noqa: E402
 from curvd.exported import prepare  # noqa: E402
-from curvd.graph import capture, kept  # noqa: E402
+from curvd.graph import capture, forms, kept  # noqa: E402
 from curvd.graph.evaluate import evaluate  # noqa: E402
+from curvd.graph.manifest import inputs_of  # noqa: E402
 from curvd.graph.structure import structure  # noqa: E402
 
 X = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
@@ -417,3 +418,75 @@ def keys(*nets):
     found = [structure(net_of(net), rows()) for net in nets]
     assert None not in found
     return len(set(found))
+
+
+def layers():
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True)
+    return {
+        "encoder": (encoder.eval(), torch.randn(3, 5, 8)),
+        "lstm": (nn.LSTM(4, 3, batch_first=True), torch.randn(3, 5, 4)),
+        "conv": (
+            nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3), nn.MaxPool1d(2)).eval(),
+            torch.randn(3, 2, 9),
+        ),
+        "numbers": (Net(lambda net, h: h + torch.arange(4) * 2 + h.new_ones(4)), X[:3]),
+        "spectrum": (Net(lambda net, h: torch.fft.rfft(h).abs()[:, :1] + h), X[:3]),
+        "views": (Net(lambda net, h: h.t().reshape(-1, 4).unfold(1, 2, 2).sum(2) @ h.new_ones(2, 4)), X[:3]),  # noqa: E501
+        "in place": (Net(lambda net, h: h.mul(2).add_(1).relu_()), X[:3]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(layers()))
+def test_forms_that_are_remembered_are_those_that_torch_computes(name, monkeypatch):
+    module, inputs = layers()[name]
+    wrapper, rows = capture.Chosen(module, None), inputs_of(module.forward, inputs)
+    with monkeypatch.context() as none:
+        none.setattr("curvd.graph.structure.recalled", lambda key: None)
+        want = structure(wrapper, rows)
+    assert want is not None
+    forms._forms.clear()
+    missed = []
+
+    def remember(key, result, taken):
+        missed.append(str(key[0]))
+        forms.remember(key, result, taken)
+
+    monkeypatch.setattr("curvd.graph.structure.remember", remember)
+    assert structure(wrapper, rows) == want
+    assert forms._forms and missed
+    missed.clear()
+    assert structure(wrapper, rows) == want
+    # Their schemas say that they return tensors of their own, and they return views.
+    assert set(missed) <= {"aten._unsafe_view.default", "aten.unsafe_split.Tensor"}
+
+
+def test_no_form_is_remembered_of_what_shares_memory():
+    x = torch.empty(3, 4, device="meta")
+    aten = torch.ops.aten
+    for func, given in (
+        (aten.t.default, [x]),
+        (aten.add_.Tensor, [x, x]),
+        (aten.split.Tensor, [x, 2]),
+        (aten.add.out, [x, x, x]),
+    ):
+        assert forms.key_of(func, given) is None, func
+    key = forms.key_of(aten.add.Tensor, [x, 1])
+    assert key is not None
+    forms.remember(key, x, {x.untyped_storage()._cdata})
+    assert forms.recalled(key) is None
+    others = [
+        forms.key_of(aten.add.Tensor, [x, other])
+        for other in (True, 1.0, x, x[:, :1], x.t().contiguous().t(), x.double())
+    ]
+    assert len({key, *others}) == 7
+
+
+def test_forms_are_forgotten_when_they_are_many(monkeypatch):
+    monkeypatch.setattr(forms, "KEPT", 3)
+    forms._forms.clear()
+    x = torch.empty(3, device="meta")
+    for number in range(5):
+        key = forms.key_of(torch.ops.aten.add.Tensor, [x, number])
+        forms.remember(key, torch.empty(3, device="meta"), set())
+        assert forms.recalled(key).shape == (3,)
+    assert len(forms._forms) == 2

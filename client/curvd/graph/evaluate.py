@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator as python
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -123,8 +124,16 @@ def _apply(
     namespace, name, *overload = operator.split(".")
     if namespace == "sym":
         return _SIZES[name](*positional)
-    function = getattr(getattr(torch.ops.aten, name), overload[0])
-    kinds = {a.name: str(a.type) for a in function._schema.arguments}
-    if "device" in kinds and not any("Tensor" in kind for kind in kinds.values()):
+    function, makes_tensors = _found(name, overload[0])
+    if makes_tensors:
         named["device"] = device
     return function(*positional, **named)
+
+
+@functools.lru_cache(maxsize=1024)
+def _found(name: str, overload: str) -> tuple[Callable[..., Any], bool]:
+    """Look an operator up, and say whether it makes tensors of numbers alone."""
+    function = getattr(getattr(torch.ops.aten, name), overload)
+    kinds = {a.name: str(a.type) for a in function._schema.arguments}
+    makes = "device" in kinds and not any("Tensor" in kind for kind in kinds.values())
+    return function, makes

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvd.graph.checkpoints import plain_checkpoints
+from curvd.graph.forms import key_of, recalled, remember
 from curvd.graph.manifest import Inputs
 from curvd.graph.quiet import quiet
 from curvd.graph.unchecked import unchecked
@@ -243,7 +244,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args, options = _mapped(_without_place, given)
         if any(a.name == "device" and a.kwarg_only for a in func._schema.arguments):
             options["device"] = _META
-        result = func(*args, **options)
+        key = key_of(func, given)
+        result = None if key is None else recalled(key)
+        if result is None:
+            result = func(*args, **options)
+            if key is not None:
+                remember(key, result, self._memory.keys())
         for leaf in result if isinstance(result, list | tuple) else [result]:
             if isinstance(leaf, Tensor):
                 self.known(leaf)

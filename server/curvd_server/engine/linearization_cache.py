@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from curvd.contract import OperatorSpec
 from curvd_server.engine.objective import Problem, on_host
 from curvd_server.engine.operators import MODES, Linearisation, cached_bytes
+from curvd_server.graph.execution import GraphModule
 
 
 @dataclass(slots=True)
@@ -81,8 +83,7 @@ class LinearizationCache:
         """Bytes of each linearisation: the first is measured, the others by rows."""
         if self.measured_sizes is None:
             data = on_host(self._problem.data)
-            batch = self._problem.data[0]
-            first = cached_bytes(self._mode, self._problem, self._spec, batch)
+            first = self._first_bytes()
             rows = [len(b.targets) for b in data]
             company = self._problem.model.company
             if company.shares:  # what is kept has to be the same everywhere
@@ -90,6 +91,28 @@ class LinearizationCache:
                 rows = [1] * len(rows)
             self.measured_sizes = [-(-first * n // rows[0]) for n in rows]
         return self.measured_sizes
+
+    def _first_bytes(self) -> int:
+        """Measure the first mini-batch's, or find it measured for another session.
+
+        A graph has run without memory before, so its shapes depend on no values, and
+        what is kept of them depends on all that a trace depends on. A builder's module
+        may do as it likes.
+        """
+        problem, batch = self._problem, self._problem.data[0]
+        model = problem.model
+        if not isinstance(model.skeleton, GraphModule) or model.company.shares:
+            return cached_bytes(self._mode, problem, self._spec, batch)
+        tensors = (*batch.inputs, batch.targets)
+        shapes = tuple((tuple(t.shape), t.dtype) for t in tensors)
+        key: tuple[Any, ...] = ("cached bytes", self._mode, self._spec, shapes)
+        key += (model.names, *model.constants, model.data, problem.loss.spec)
+        key += (problem.mode, problem.dtype, problem.device)
+        if key not in model.programs:
+            found = cached_bytes(self._mode, problem, self._spec, batch)
+            model.programs[key] = found
+        known: int = model.programs[key]
+        return known
 
     def is_empty(self) -> bool:
         """Tell whether nothing is cached at the moment."""

@@ -217,14 +217,19 @@ class Operator:
         Raises:
             NotDeterministic: If two products disagree.
         """
-        self.warm(cancelled=cancelled)
+        self._linearise(cancelled)
         if self.is_lean:
-            return
-        self.check_repeatable()
-        self.examine_company(cancelled=cancelled)
+            column = torch.ones(1, 1, dtype=self.problem.result_dtype)
+            column = column.to(self.problem.device).expand(1, self.problem.layout.size)
+            self._timed(lambda: self._product.run(0, column))
+        else:
+            self._check_repeatable()
+        self._consider_compiling()
+        if not self.is_lean:
+            self.examine_company(cancelled=cancelled)
 
-    def warm(self, *, cancelled: Callable[[], bool] = never) -> None:
-        """Linearise the mini-batches that fit the budget, and time a product."""
+    def _linearise(self, cancelled: Callable[[], bool]) -> None:
+        """Linearise the mini-batches that fit the budget."""
         indices = self._cache.indices()
         enter_stage(Stage.WARMING, total=len(indices))
         for index in indices:
@@ -232,30 +237,26 @@ class Operator:
             self._cache.get(index)
             advance()
         check_cancelled(cancelled)
-        shape = 1, self.problem.layout.size
-        column = torch.ones(1, 1, dtype=self.problem.result_dtype)
-        column = column.to(self.problem.device).expand(shape)
+
+    def _timed(self, product: Callable[[], None]) -> None:
+        """Make one mini-batch's product, and note what one of all would take."""
         start = time.perf_counter()
-        if self.is_lean:
-            self._product.run(0, column)
-        else:
-            column = column.contiguous()
-            self._batch_product(0, column, torch.empty_like(column), [1], never)
+        product()
         if self.problem.device.type == "cuda":
             torch.cuda.synchronize(self.problem.device)
         self._seconds = (time.perf_counter() - start) * self._work.batches
-        self._consider_compiling()
 
-    def check_repeatable(self) -> None:
+    def _check_repeatable(self) -> None:
         """Refuse an operator whose product differs between two evaluations."""
         p = self.problem
         generator = torch.Generator().manual_seed(1)
         column = torch.randn(1, p.layout.size, generator=generator)
         column = column.to(p.device, p.result_dtype)
         first, second = torch.empty_like(column), torch.empty_like(column)
-        for out in (first, second):
-            yield_point()
-            self._batch_product(0, column, out, [1], never)
+        yield_point()
+        self._timed(lambda: self._batch_product(0, column, first, [1], never))
+        yield_point()
+        self._batch_product(0, column, second, [1], never)
         p.model.company.all_pass(
             lambda: check_repeatable("product", first[0], second[0])
         )

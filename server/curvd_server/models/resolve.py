@@ -13,11 +13,11 @@ from curvd.contract import ModelSpec
 from curvd.errors import BuilderNotFound, CurvdError, InvalidSpec
 from curvd_server.config import check_libraries
 from curvd_server.engine import check_batch_axis
-from curvd_server.graph import decode
-from curvd_server.graph.execution import GraphModule, Interpreter, dry_run
+from curvd_server.graph.execution import GraphModule
 from curvd_server.models import builders, libraries
 from curvd_server.models.size_limit import watch
 from curvd_server.models.state import architecture_of, parameters_on_meta
+from curvd_server.models.tried_graphs import TriedGraphs
 from curvd_server.storage import Architecture
 
 _ARCHITECTURES = 32
@@ -50,6 +50,7 @@ class Models:
         self._allowed = check_libraries(allowed)
         self._model_bytes, self._memory_bytes = model_bytes, memory_bytes
         self._programs: dict[str, dict[Any, Any]] = {}
+        self._graphs = TriedGraphs(_ARCHITECTURES)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -102,8 +103,9 @@ class Models:
         if not spec.graph:
             lean = None if given is None else self._without_values(spec, given)
             return lean or self._built(spec)
-        interpreter = Interpreter(decode(spec.graph))
-        outputs = dry_run(interpreter, batch=rows, limit_bytes=self._memory_bytes())
+        interpreter, outputs = self._graphs.tried(
+            spec.graph, rows, self._memory_bytes()
+        )
         check_batch_axis(outputs[0].shape, rows)
         return GraphModule(interpreter)
 

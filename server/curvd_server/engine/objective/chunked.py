@@ -34,16 +34,25 @@ def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def dot(a: Tensor, b: Tensor) -> float:
     """Multiply and sum in float64."""
+    if a.numel() <= PIECE:
+        yield_point()
+        return float((a.double() * b.double()).sum())
     return float(sum((x.double() * y.double()).sum() for x, y in chunks(a, b)))
 
 
 def norm(tensor: Tensor) -> float:
     """Compute the Euclidean norm in float64."""
+    if tensor.numel() <= PIECE:
+        yield_point()
+        return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
     return math.sqrt(sum(p.double().square().sum() for (p,) in chunks(tensor)))
 
 
 def distance(a: Tensor, b: Tensor) -> float:
     """Compute the Euclidean norm of the difference in float64."""
+    if a.numel() <= PIECE:
+        yield_point()
+        return float(torch.linalg.vector_norm(a.double() - b.double()))
     return math.sqrt(
         sum((x.double() - y.double()).square().sum() for x, y in chunks(a, b))
     )

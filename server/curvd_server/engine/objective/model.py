@@ -16,6 +16,7 @@ from curvd.errors import InvalidSpec
 from curvd_server.engine.objective.company import ALONE, Company
 from curvd_server.engine.objective.data import Batch
 from curvd_server.engine.objective.layer_patches import PlainRecurrence, WideFloats
+from curvd_server.graph.execution import GraphModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,8 @@ class Model:
                 modes.enter_context(WideFloats())
             if first.device.type != "cpu":
                 modes.enter_context(PlainRecurrence())
+            if isinstance(self.skeleton, GraphModule):
+                return self.skeleton.at(state, args, kwargs)
             result = torch.func.functional_call(self.skeleton, state, args, kwargs)
         if isinstance(result, Mapping):
             result = result.get("logits", result)

@@ -48,12 +48,14 @@ def tried(problem: Problem) -> Tensor:
             outputs = problem.outputs(leaves, few)
         check_batch_axis(outputs.shape, len(few.targets))
         if whole is not None and problem.mode is Mode.EVAL:
-            yield_point()
-            with torch.enable_grad():
-                again = problem.outputs(leaves, few)
-            # What is random differs anyhow; `verification.determinism` says so.
-            if not _gap(again, outputs):
-                _check_rows(whole[: len(outputs)], outputs)
+            gap = _gap(whole[: len(outputs)], outputs)
+            if gap:
+                yield_point()
+                with torch.enable_grad():
+                    again = problem.outputs(leaves, few)
+                # What is random differs anyhow; `verification.determinism` says so.
+                if not _gap(again, outputs):
+                    raise _mixing(gap)
         whole = outputs
     if not outputs.requires_grad:
         msg = (
@@ -64,20 +66,18 @@ def tried(problem: Problem) -> Tensor:
     return outputs.detach()
 
 
-def _check_rows(whole: Tensor, part: Tensor) -> None:
+def _mixing(gap: float) -> InvalidSpec:
     """Refuse rows that are others in a smaller mini-batch.
 
     Mini-batches are cut and joined as it suits, so that this changes nothing.
     """
-    gap = _gap(whole, part)
-    if gap:
-        msg = (
-            "a row of the model's output depends on the other data points of its "
-            f"mini-batch (relative difference {gap:.2g}), so "
-            "curvature depends on the batch size: make it a function of its own data "
-            "point, or say mode='batch_statistics' if mini-batches are what you mean"
-        )
-        raise InvalidSpec(msg)
+    msg = (
+        "a row of the model's output depends on the other data points of its "
+        f"mini-batch (relative difference {gap:.2g}), so "
+        "curvature depends on the batch size: make it a function of its own data "
+        "point, or say mode='batch_statistics' if mini-batches are what you mean"
+    )
+    return InvalidSpec(msg)
 
 
 def _gap(first: Tensor, second: Tensor) -> float:

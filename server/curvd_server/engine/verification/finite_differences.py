@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ ROWS = 4
 """Data points."""
 PERTURBATION = 0.03
 """How far the parameters lie from the session's, relative to their scale."""
+KEPT_ELEMENTS = 1 << 18
+"""Of all parameters together, up to which directions are kept once they are made: to make
+random numbers of so few takes longer than what is computed with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,23 @@ class Direction:
     """Of its entries, by parameter."""
     fixed: tuple[tuple[int, int], ...]
     """Rows that stay zero, by index of the parameter and of the row."""
+    _kept: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """Its entries by index of the parameter, where they are few."""
+
+    @property
+    def entries(self) -> list[Tensor]:
+        """One tensor per parameter, in float64; nothing unless they are kept."""
+        return [self._kept[index] for index in sorted(self._kept)]
+
+    def keep(self, like: Sequence[Tensor]) -> None:
+        """Make all entries and keep them, if they are few.
+
+        Args:
+            like: One tensor per parameter.
+        """
+        if sum(p.numel() for p in like) <= KEPT_ELEMENTS:
+            wide = [torch.empty(p.shape, dtype=torch.float64) for p in like]
+            self._kept.update(enumerate(self.tensors(wide)))
 
     def along(self, index: int, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Walk along a parameter, or something of its shape.
@@ -52,6 +72,11 @@ class Direction:
         Yields:
             Views of chunks of the tensor, and the direction's entries there.
         """
+        kept = self._kept.get(index)
+        if kept is not None:
+            for chunk, entries in chunks(tensor, kept):
+                yield chunk, entries
+            return
         # note: torch's generator reads 32 bits of a seed, the lowest.
         seed = (self.seed + 1_000_003 * index) % 2**32
         generator = torch.Generator().manual_seed(seed)
@@ -75,6 +100,8 @@ class Direction:
 
     def dot(self, rows: Sequence[Tensor]) -> float:
         """Multiply it with one tensor per parameter, and sum."""
+        if self._kept:
+            return sum(map(dot, rows, self.entries))
         return sum(
             dot(chunk, entries)
             for index, row in enumerate(rows)
@@ -102,7 +129,10 @@ class FiniteDifferences:
         self.problem = origin.excerpt(ROWS)
         self._origin, self._shrink = origin, shrink
         self._perturbation, self._direction = perturbation, direction
+        self._centre: list[Tensor] = []
         self._move(0.0)
+        if direction.entries:
+            self._centre = [p.clone() for p in self.problem.parameters]
 
     def quotient(self, spec: OperatorSpec, step: float) -> list[Tensor]:
         """Multiply the direction by an operator, without any second derivative.
@@ -185,15 +215,18 @@ class FiniteDifferences:
         leaves = self._leaves()
         self._move(0.0)
         self._add_gradient(leaves, batch, 1.0)
-        share = sum(
-            dot(chunk, entries)
-            for index, row in enumerate(_gradients(leaves))
-            for chunk, entries in self._direction.along(index, row)
-        )
+        share = self._direction.dot(_gradients(leaves))
         ahead, behind, share = self.problem.model.company.total([*ends, share])
         return (ahead - behind) / (2 * step), share
 
     def _move(self, step: float) -> None:
+        if self._centre:
+            yield_point()
+            torch._foreach_copy_(self.problem.parameters, self._centre)
+            if step:
+                kept = self._direction.entries
+                torch._foreach_add_(self.problem.parameters, kept, alpha=step)
+            return
         pairs = zip(self.problem.parameters, self._origin.parameters, strict=True)
         for index, (parameter, origin) in enumerate(pairs):
             yield_point()

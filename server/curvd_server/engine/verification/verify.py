@@ -111,6 +111,8 @@ class Reference:
         self._perturbation, *self._directions = (
             Direction(first + k, scales, fixed) for k in range(3)
         )
+        for direction in (self._perturbation, *self._directions):
+            direction.keep(problem.parameters)
         self._found: dict[tuple[str, bool], Evidence] = {}
         self._quotients: dict[tuple[float, float], list[Tensor]] = {}
         self._keeps = 8 * len(STEPS) * problem.layout.size <= KEPT_BYTES

@@ -6,7 +6,7 @@ An operator that the allow-list does not name has no function here. Imports torc
 
 from __future__ import annotations
 
-from curvd_server.graph.execution.dryrun import dry_run
+from curvd_server.graph.execution.dryrun import DryRun, dry_run
 from curvd_server.graph.execution.interpret import Interpreter
 from curvd_server.graph.execution.loss import CustomLoss
 from curvd_server.graph.execution.module import GraphModule
@@ -14,6 +14,7 @@ from curvd_server.graph.execution.operators import without_onednn
 
 __all__ = [
     "CustomLoss",
+    "DryRun",
     "GraphModule",
     "Interpreter",
     "dry_run",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +20,17 @@ LIMIT_S = 20.0
 """A graph of ten thousand nodes takes about a second."""
 
 
-def dry_run(
-    interpreter: Interpreter, *, batch: int, limit_bytes: int
-) -> tuple[Tensor, ...]:
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a run without memory found out."""
+
+    outputs: tuple[Tensor, ...]
+    """They have shapes and types only."""
+    peak_bytes: int
+    """Memory of the values that are needed at the same time, at its most."""
+
+
+def dry_run(interpreter: Interpreter, *, batch: int, limit_bytes: int) -> DryRun:
     """Run a graph on the device ``meta``.
 
     Args:
@@ -30,7 +39,7 @@ def dry_run(
         limit_bytes: Memory that values which are needed at the same time may have.
 
     Returns:
-        The outputs, which have shapes and types only.
+        The outputs, and what memory it needs; the same for every run that is not refused.
 
     Raises:
         InvalidGraph: If an operator refuses its arguments.
@@ -70,7 +79,7 @@ def dry_run(
         if not isinstance(output, Tensor):
             msg = f"the graph returns {type(output).__name__}, not a tensor"
             raise InvalidGraph(msg)
-    return outputs
+    return DryRun(outputs, live.peak_bytes)
 
 
 def _compute(step: Step, values: list[Any]) -> None:
@@ -102,6 +111,8 @@ class _Live:
     """
 
     def __init__(self, limit_bytes: int) -> None:
+        self.peak_bytes = 0
+        """The most that they had together."""
         self._limit = limit_bytes
         self._total = 0
         self._storages: dict[int, tuple[set[int], int]] = {}
@@ -123,6 +134,7 @@ class _Live:
             users.add(index)
             self._storages[storage._cdata] = users, size
             self._held.setdefault(index, []).append(storage._cdata)
+        self.peak_bytes = max(self.peak_bytes, self._total)
         if self._total > self._limit:
             msg = (
                 f"{what} need {self._total} bytes with all that is needed at the same "

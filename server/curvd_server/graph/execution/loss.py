@@ -68,9 +68,10 @@ class CustomLoss:
                 raise InvalidGraph(msg)
             weight = Interpreter(counting)
         for part in (total, weight):
-            for result in (
-                dry_run(part, batch=2, limit_bytes=_TRY_BYTES) if part else ()
-            ):
+            if part is None:
+                continue
+            run = dry_run(part, batch=2, limit_bytes=_TRY_BYTES)
+            for result in run.outputs:
                 if result.dim() or not result.is_floating_point():
                     msg = (
                         "a loss and its weight are floating point scalars; this is "

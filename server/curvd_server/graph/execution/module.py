@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,43 @@ class GraphModule(nn.Module):
             InvalidSpec: If the inputs are not those that were exported, or BatchNorm
                 is to evaluate in a graph that was exported in training mode.
         """
+        return self._run(
+            [getattr(home, leaf) for home, leaf in self._homes], args, kwargs
+        )
+
+    def at(
+        self,
+        state: Mapping[str, Tensor],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Tensor:
+        """Run the graph with values for its tensors.
+
+        It is `torch.func.functional_call`, without putting them into the module and out
+        again, which takes as long as a few operators for each of them.
+
+        Args:
+            state: Values by any of a tensor's names; the others are the module's own.
+            args: See `forward`.
+            kwargs: Likewise.
+
+        Returns:
+            Its first output.
+
+        Raises:
+            InvalidSpec: See `forward`.
+        """
+        tensors = []
+        for described, (home, leaf) in zip(
+            self._interpreter.graph.tensors, self._homes, strict=True
+        ):
+            name = next((name for name in described.names if name in state), None)
+            tensors.append(getattr(home, leaf) if name is None else state[name])
+        return self._run(tensors, args, kwargs)
+
+    def _run(
+        self, tensors: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Tensor:
         graph = self._interpreter.graph
         if self._interpreter.was_training and not self._batch_statistics:
             msg = (
@@ -71,7 +108,6 @@ class GraphModule(nn.Module):
             )
             raise InvalidSpec(msg)
         given = bind(graph.inputs, args, kwargs)
-        tensors = [getattr(home, leaf) for home, leaf in self._homes]
         return self._interpreter.evaluate(
             given, tensors, batch_statistics=self._batch_statistics
         )[0]

@@ -1,0 +1,56 @@
+"""A graph that runs with given values is a module whose tensors are exchanged for them."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+from torch.func import functional_call  # noqa: E402
+
+import curvd  # noqa: E402
+from curvd_server.graph.decoder import canonical, decode  # noqa: E402
+from curvd_server.graph.execution import GraphModule, Interpreter  # noqa: E402
+
+
+class Tied(nn.Module):
+    """One weight under two names, the second of which comes first in the tree of modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Module(), nn.Module()
+        self.a.bias = nn.Parameter(torch.randn(4))
+        self.b.weight = nn.Parameter(torch.randn(4, 4))
+        self.b.register_buffer("scale", torch.tensor(3.0))
+        self.a.weight = self.b.weight
+
+    def forward(self, x):
+        return self.b.scale * (x @ self.b.weight + self.a.bias).tanh() @ self.a.weight
+
+
+@pytest.mark.parametrize("alias", ["a.weight", "b.weight"])
+def test_values_come_under_any_of_a_tensors_names(alias):
+    module, x = Tied().eval(), torch.randn(5, 4)
+    exported = curvd.export(module, x, check=False)
+    graph = GraphModule(Interpreter(decode(canonical(exported.graph))))
+    state = {
+        alias: torch.randn(4, 4, requires_grad=True),
+        "a.bias": torch.randn(4, requires_grad=True),
+        "b.scale": torch.tensor(2.0),
+    }
+    got = graph.at(state, (x,), {})
+    assert torch.equal(got, functional_call(graph, state, (x,)))
+    torch.testing.assert_close(got, functional_call(module, state, (x,)))
+    leaves = [state[alias], state["a.bias"]]
+    for a, b in zip(
+        torch.autograd.grad(got.sum(), leaves),
+        torch.autograd.grad(functional_call(module, state, (x,)).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    assert all(p.is_meta for p in graph.parameters())
+
+
+def test_tensors_without_a_value_are_the_modules_own():
+    module, x = Tied().eval(), torch.randn(5, 4)
+    exported = curvd.export(module, x, check=False)
+    graph = GraphModule(Interpreter(decode(canonical(exported.graph))))
+    assert graph.at({}, (x.to("meta"),), {}).is_meta
