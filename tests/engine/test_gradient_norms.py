@@ -13,7 +13,7 @@ from curvd.contract.query_options.data_points import GradientNormsOptions
 from curvd_server.engine.data_points import Points
 from curvd_server.engine.data_points.gradient_norms import (
     DEFINITION,
-    SquaredGradients,
+    GradientLengths,
     gradient_norms,
 )
 from curvd_server.engine.objective import Problem
@@ -206,9 +206,9 @@ def test_what_cannot_be_vectorised_or_is_wrong_then_is_differentiated_alone(
     case, right
 ):
     _, problem = loaded(case)
-    squares = SquaredGradients(problem)
-    squares(problem.data[0])
-    assert squares.vectorised is right
+    lengths = GradientLengths(problem)
+    lengths(problem.data[0])
+    assert lengths.vectorised is right
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 100])
@@ -255,7 +255,7 @@ def test_memory_is_counted_of_the_gradients_and_of_the_answer(by_parameter, numb
         fitting=lambda each, most: 4, data_points=1000, parameters=10, size=100
     )
     options = GradientNormsOptions(by_parameter=by_parameter)
-    assert DEFINITION.vectors(options, room) == 2 * 4 + 3 * 1000 * numbers / 100
+    assert DEFINITION.vectors(options, room) == 2 * 4 + 4 * 1000 * numbers / 100
 
 
 def test_time_that_is_up_leaves_one_part():

@@ -15,9 +15,11 @@ from curvd_server.linalg import (
     eigsh,
     frobenius_norm,
     logdet,
+    shifted_determinants,
     solve,
     spectral_density,
     trace,
+    weighted_determinants,
 )
 from curvd_server.linalg.base import drain
 
@@ -123,6 +125,52 @@ def test_a_tiny_map_is_no_matter_beside_its_damping():
     found = drain(solve(tiny, ones(tiny), damping=2.0))
     assert found.stopped is Stop.CONVERGED
     torch.testing.assert_close(found.solution, ones(tiny) / 2)
+
+
+TINY = [(torch.float32, 1e-20), (torch.float32, 1e-36), (torch.float64, 1e-200)]
+
+
+@pytest.mark.parametrize(("dtype", "size"), TINY)
+@pytest.mark.parametrize("damping", [1e-3, 2.0, 1e6])
+def test_so_it_is_to_its_determinant(damping, dtype, size):
+    tiny = (size * dense()).to(dtype)
+    found = drain(
+        logdet(map_of(tiny), damping=damping, target=Target(samples=9), steps=10)
+    )
+    assert found.stopped is Stop.CONVERGED
+    assert found.value == pytest.approx(SIZE * math.log(damping), rel=1e-6)
+    assert found.smallest == pytest.approx(damping, rel=1e-6)
+    with pytest.raises(ScaleOutOfRange):
+        drain(logdet(map_of(tiny), damping=0.0, target=Target(samples=9), steps=10))
+
+
+@pytest.mark.parametrize(("dtype", "size"), TINY)
+@pytest.mark.parametrize("samples", [5, SIZE])
+def test_and_to_its_determinants_at_several_dampings(samples, dtype, size):
+    tiny = map_of((size * dense()).to(dtype))
+    options = {"samples": samples, "steps": 8, "seed": 0, "block": 4}
+    found = drain(shifted_determinants(tiny, [3.0, 0.5], **options))
+    true = [SIZE * math.log(d) for d in (3.0, 0.5)]
+    assert found.values == pytest.approx(true, rel=1e-6)
+    assert found.stopped is Stop.CONVERGED
+    assert found.exact is (samples == SIZE)
+
+
+@pytest.mark.parametrize("samples", [5, SIZE])
+def test_diagonals_may_bring_a_map_into_range(samples):
+    """``D A D + damping``, of A of 1e-20 and D of 1e10 and of 1."""
+    A = (1e-20 * dense()).float()
+    ones = torch.linspace(0.5, 1, SIZE)
+    weights = torch.stack((1e10 * ones, ones))
+    options = {"samples": samples, "steps": 9, "seed": 0, "block": 4}
+    found = drain(weighted_determinants(map_of(A), weights, 0.5, **options))
+    unit = torch.eye(SIZE, dtype=torch.float64)
+    for value, error, w in zip(
+        found.values, found.standard_errors, weights.double(), strict=True
+    ):
+        true = torch.logdet(w[:, None] * A.double() * w + 0.5 * unit)
+        assert abs(value - float(true)) <= 4 * error + 1e-3
+    assert found.exact is (samples == SIZE)
 
 
 @pytest.mark.parametrize("size", [10, SIZE])

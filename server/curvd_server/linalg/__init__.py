@@ -35,6 +35,7 @@ from curvd_server.linalg.shifted_determinants import (
 )
 from curvd_server.linalg.sized import (
     as_type,
+    check_exponents,
     in_units,
     lengths,
     sized_products,
@@ -63,6 +64,7 @@ __all__ = [
     "Target",
     "Tensors",
     "as_type",
+    "check_exponents",
     "cross",
     "default_basis",
     "definitions_in",

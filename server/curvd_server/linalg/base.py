@@ -135,10 +135,29 @@ class Products:
             weights: [own].
 
         Returns:
-            The map; what it multiplies counts as products of this one.
+            The map, which is what has to be in range; what it multiplies counts as
+            products of this one.
         """
-        return Products(
-            lambda V: self(V * weights) * weights,
+        return self._made(lambda V: self._counted(V * weights) * weights)
+
+    def shifted(self, damping: float) -> Products:
+        """Make ``A + damping * I`` of a map A that may be too small to compute with.
+
+        Args:
+            damping: Any number.
+
+        Returns:
+            The map, as `congruent` makes one; it knows no closed forms.
+        """
+        return self._made(lambda V: self._counted(V).add(V, alpha=damping))
+
+    def _counted(self, V: Tensor) -> Tensor:
+        self.done += len(V)
+        return self._multiply(V)
+
+    def _made(self, multiply: Multiply) -> Products:
+        made = Products(
+            multiply,
             size=self.size,
             dtype=self.dtype,
             device=self.device,
@@ -147,6 +166,8 @@ class Products:
             space=self.space,
             runner=self._runner,
         )
+        made._checks = self._checks
+        return made
 
     def __call__(self, V: Tensor) -> Tensor:
         """Multiply and count.
@@ -178,8 +199,7 @@ class Products:
             NotFinite: If an element is NaN or infinite.
             ScaleOutOfRange: As of a product, of what is damped.
         """
-        result = self._multiply(V)
-        self.done += len(V)
+        result = self._counted(V)
         if damping:
             result = torch.add(result, V, alpha=damping)
         if self._checks:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from curvd.contract import Distribution, LogDetOptions, Stop
+from curvd.errors import ScaleOutOfRange
 from curvd_server.linalg.base import Multiply, Products, Progress, Query
 from curvd_server.linalg.definition import Definition, Room
 from curvd_server.linalg.intervals import Mean, mean_of, widened
@@ -70,6 +71,30 @@ def logdet(
     eigenvalues = products.eigenvalues()
     if eigenvalues is not None:
         return _of_eigenvalues(products, eigenvalues + damping)
+
+    def estimate(map_: Products, damping: float) -> Query[LogDetResult]:
+        return _estimate(map_, damping, steps, target, seed, block, known)
+
+    try:
+        return (yield from estimate(products, damping))
+    except ScaleOutOfRange:
+        if not damping > 0:
+            raise
+    # What is too small to be multiplied alone is not, beside its damping.
+    found = yield from estimate(products.shifted(damping), 0.0)
+    return replace(found, products=products.done)
+
+
+def _estimate(
+    products: Products,
+    damping: float,
+    steps: int,
+    target: Target,
+    seed: int,
+    block: int,
+    known: LowRank | None,
+) -> Query[LogDetResult]:
+    """Estimate it from products; see `logdet`."""
     at = None if known is None else known.at(damping, products.space)
     exact = 0.0 if at is None else at.log_determinant
     seen = _seen(products, damping, at)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from curvd.contract import Distribution, Stop
+from curvd.errors import ScaleOutOfRange
 from curvd_server.linalg.base import Products, Query
 from curvd_server.linalg.lanczos import Quadrature, quadratures
 from curvd_server.linalg.log_determinants import Logarithms
@@ -77,10 +78,36 @@ def shifted_determinants(
     Returns:
         The logarithms.
     """
-    size = products.size
     known = products.eigenvalues()
     if known is not None:
         return _of_eigenvalues(known.sort().values, dampings, products.done)
+
+    def compute(
+        map_: Products, dampings: Sequence[float]
+    ) -> Query[ShiftedDeterminants]:
+        return _compute(map_, dampings, samples, steps, seed, block)
+
+    least = min(dampings, default=0.0)
+    try:
+        return (yield from compute(products, dampings))
+    except ScaleOutOfRange:
+        if not least > 0:
+            raise
+    # What is too small to be multiplied alone is not, beside the smallest damping.
+    found = yield from compute(products.shifted(least), [d - least for d in dampings])
+    return replace(found, products=products.done)
+
+
+def _compute(
+    products: Products,
+    dampings: Sequence[float],
+    samples: int,
+    steps: int,
+    seed: int,
+    block: int,
+) -> Query[ShiftedDeterminants]:
+    """Compute them from products; see `shifted_determinants`."""
+    size = products.size
     if is_dense(size, samples, steps) and products.allowed(size) == size:
         A = yield from matrix(products, block)
         if A is not None:
@@ -132,7 +159,10 @@ def weighted_determinants(
     """
     size, space = products.size, products.space
     if is_dense(size, samples, steps) and products.allowed(size) == size:
-        A = yield from matrix(products, block)
+        try:
+            A = yield from matrix(products, block)
+        except ScaleOutOfRange:
+            A = None  # with the diagonals around it, it may be in range
         if A is not None:
             A = space.joined(A).double()
             whole = space.joined(weights).double()

@@ -34,6 +34,7 @@ from curvd_server.linalg import (
     Products,
     Query,
     ShiftedDeterminants,
+    as_type,
     likeliest_precisions,
     matrix,
     probes,
@@ -174,8 +175,19 @@ class _Table:
         self._variance[here] = found.cpu().numpy().reshape(self._variance[here].shape)
 
     def tensors(self, dtype: np.dtype[Any]) -> dict[str, Any]:
-        """Name what is sent, in the type of the session's vectors."""
+        """Name what is sent, in the type of the session's vectors.
+
+        Raises:
+            ScaleOutOfRange: If the largest variance is no number of it.
+        """
         name = "covariance" if self._covariance else "variance"
+        known = torch.from_numpy(np.nan_to_num(self._variance, nan=0.0))
+        as_type(
+            known,
+            torch.from_numpy(np.empty(0, dtype)).dtype,
+            what="the largest variance",
+            remedy="scale the outputs or the prior, or make the session in 'F64'",
+        )
         return {"mean": self._mean.astype(dtype), name: self._variance.astype(dtype)}
 
 

@@ -17,7 +17,7 @@ from curvd.errors import LimitExceeded
 from curvd_server.engine.data_points.gradients import TOGETHER, Gradients
 from curvd_server.engine.data_points.points import Part, Points
 from curvd_server.engine.objective import Batch
-from curvd_server.linalg import Definition, Query, Room, cross
+from curvd_server.linalg import Definition, Query, Room, in_units, sized_products
 
 _LARGEST_BYTES = 1 << 30
 
@@ -44,6 +44,9 @@ def gradient_gram(points: Points, *, rows: int, held: int) -> Query[GradientGram
 
     Returns:
         The matrix.
+
+    Raises:
+        ScaleOutOfRange: If its largest element is no number of float64.
     """
     parts = list(points.parts(rows))
     gram = _Gram(Gradients(points.problem), sum(map(len, parts)))
@@ -72,14 +75,14 @@ class _Gram:
     def __init__(self, gradients: Gradients, count: int) -> None:
         self._gradients = gradients
         self._matrix = torch.zeros(count, count, dtype=torch.float64)
-        self._held: list[Tensor] = []
+        self._held: list[tuple[Tensor, Tensor]] = []
         self._start = self._stop = self._complete = 0
 
     def hold(self, batch: Batch) -> Tensor:
         """Keep the gradients of a part, and multiply with those that are kept."""
-        rows = self._gradients.flat(batch)
+        rows = in_units(self._gradients.flat(batch))
         self._held.append(rows)
-        return torch.cat([cross(held, rows).T.cpu() for held in self._held])
+        return self._with_held(rows)
 
     def take_held(self, value: Tensor, part: Part) -> None:
         """Fill in the inner products among those that are kept."""
@@ -89,8 +92,7 @@ class _Gram:
 
     def against(self, batch: Batch) -> Tensor:
         """Multiply the gradients of a part with those that are kept."""
-        rows = self._gradients.flat(batch)
-        return torch.cat([cross(held, rows).T.cpu() for held in self._held])
+        return self._with_held(in_units(self._gradients.flat(batch)))
 
     def take(self, value: Tensor, part: Part) -> None:
         """Fill in the inner products of a part with those that are kept."""
@@ -107,6 +109,18 @@ class _Gram:
     def known(self) -> Tensor:
         """Cut off data points that not all products are known of."""
         return self._matrix[: self._complete, : self._complete].contiguous()
+
+    def _with_held(self, rows: tuple[Tensor, Tensor]) -> Tensor:
+        found = [
+            sized_products(
+                held,
+                rows,
+                what="the largest inner product of gradients",
+                remedy="scale the loss by a power of two",
+            )
+            for held in self._held
+        ]
+        return torch.cat(found).cpu()
 
     def _put(self, rows: slice, columns: slice, value: Tensor) -> None:
         self._matrix[rows, columns] = value

@@ -13,7 +13,7 @@ from curvd.contract.query_options.data_points import GradientNormsOptions
 from curvd_server.engine.data_points.gradients import TOGETHER, Gradients
 from curvd_server.engine.data_points.points import Points
 from curvd_server.engine.objective import Batch, Problem
-from curvd_server.linalg import Definition, Query, Room
+from curvd_server.linalg import Definition, Query, Room, as_type, lengths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,23 +42,31 @@ def gradient_norms(
 
     Returns:
         The norms.
+
+    Raises:
+        ScaleOutOfRange: If the largest is no number of the type of results.
     """
-    squared = SquaredGradients(points.problem)
+    lengths_of = GradientLengths(points.problem)
 
     def kept(batch: Batch) -> Tensor:
-        squares = squared(batch)
-        return squares if by_parameter else squares.sum(1, keepdim=True)
+        found = lengths_of(batch)
+        return found if by_parameter else lengths(found)[:, None]
 
-    squares, stopped = yield from points.each(kept, rows)
+    found, stopped = yield from points.each(kept, rows)
+    dtype = points.problem.result_dtype
+    how = {
+        "what": "the largest norm of a gradient",
+        "remedy": "scale the loss by a power of two",
+    }
     return GradientNormsResult(
-        norms=squares.sum(1).sqrt(),
-        parameter_norms=squares.sqrt() if by_parameter else None,
+        norms=as_type(lengths(found), dtype, **how),
+        parameter_norms=as_type(found, dtype, **how) if by_parameter else None,
         stopped=stopped,
     )
 
 
-class SquaredGradients:
-    """Maps data points to ``|dloss_n/dp|^2`` of each parameter p: [b, T].
+class GradientLengths:
+    """Maps data points to ``|dloss_n/dp|`` of each parameter p: [b, T], float64.
 
     Args:
         problem: The objective.
@@ -73,20 +81,20 @@ class SquaredGradients:
         return self._gradients.vectorised
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Square the gradients of one part."""
+        """Measure the gradients of one part."""
         count, wide = len(batch.targets), self._problem.result_dtype
         rows = (g.reshape(count, -1).to(wide) for g in self._gradients(batch))
-        return torch.stack([row.square().sum(1) for row in rows], 1)
+        return torch.stack([lengths(row) for row in rows], 1)
 
 
 def _rows(room: Room) -> int:
-    return room.fitting(2, TOGETHER)  # a gradient, and what its square takes
+    return room.fitting(2, TOGETHER)  # a gradient, and what it takes in its unit
 
 
 def _vectors(options: GradientNormsOptions, room: Room) -> int:
     numbers = room.parameters if options.by_parameter else 1
-    # The squares, their roots, and a copy on the way out.
-    answer = 3 * room.data_points * numbers
+    # In float64, as they are sent, and a copy on the way out.
+    answer = 4 * room.data_points * numbers
     return 2 * _rows(room) + math.ceil(answer / room.size)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from curvd_server.engine.objective import Batch, Problem, rows_of
+from curvd_server.linalg import lengths
 from curvd_server.system import is_out_of_memory
 
 TOGETHER = 256
@@ -58,8 +59,9 @@ class Gradients:
         tolerance = torch.finfo(self._problem.dtype).eps ** 0.5
         for rows, whole in zip(each, self._gradient(batch), strict=True):
             # Not relative to the sum: gradients of many points cancel.
-            scale = rows.flatten(1).norm(dim=1).sum()
-            if not (rows.sum(0) - whole).norm() <= tolerance * scale:
+            scale = lengths(rows.flatten(1)).sum()
+            error = lengths((rows.sum(0) - whole).reshape(1, -1))
+            if not (error.isfinite() and error <= tolerance * scale):
                 return False
         return True
 

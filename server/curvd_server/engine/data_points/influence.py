@@ -14,9 +14,10 @@ from torch import Tensor
 from curvd.contract import JacobianOf, Stop
 from curvd_server.engine.data_points.gradients import TOGETHER, Gradients
 from curvd_server.engine.data_points.jacobian import Jacobian
+from curvd_server.engine.data_points.jacobian_products import restore
 from curvd_server.engine.data_points.points import Part, Points
 from curvd_server.engine.objective import Batch, Problem
-from curvd_server.linalg import Query
+from curvd_server.linalg import Query, in_units
 
 
 def gradients_of(
@@ -87,8 +88,12 @@ class Scores:
 
         Returns:
             [m, N], or of the first data points if it was stopped.
+
+        Raises:
+            ScaleOutOfRange: If those of a query are no numbers of their type.
         """
         found: list[Tensor] = []
+        X, units = in_units(X)
 
         def push(batch: Batch) -> Tensor:
             return self._jacobian.push(batch, X)
@@ -99,7 +104,9 @@ class Scores:
         parts = list(self._points.parts(self._rows))
         stopped = yield from self._points.walk(push, take, parts)
         assert stopped is Stop.CONVERGED  # such points have no limit
-        return torch.cat(found).T
+        scores = torch.cat(found).T.contiguous()
+        restore(scores, units)
+        return scores
 
 
 def _places(wanted: Tensor, start: int, count: int) -> Tensor:

@@ -18,7 +18,14 @@ from curvd_server.engine.data_points.gradients import TOGETHER
 from curvd_server.engine.data_points.jacobian import Jacobian
 from curvd_server.engine.data_points.points import Part, Points
 from curvd_server.engine.objective import Batch, Problem
-from curvd_server.linalg import Progress, Query, Room
+from curvd_server.linalg import (
+    Progress,
+    Query,
+    Room,
+    Space,
+    in_units,
+    multiply_by_powers,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +94,10 @@ def jacobian_product(
         Progress.
 
     Returns:
-        The product.
+        The product; of columns of any size.
+
+    Raises:
+        ScaleOutOfRange: If it is no number of its type.
     """
     jacobian = Jacobian(which.problem, which.of)
     parts = list(points.parts(rows))
@@ -95,9 +105,11 @@ def jacobian_product(
         width = which.problem.layout.size if transposed else len(points) * which.each
         empty = operand.new_zeros(0, width)
         return _result(empty, which, "none", Stop.CONVERGED)
+    operand, units = in_units(operand)
     if transposed:
         product = _Transposed(jacobian, which, operand)
         stopped = yield from points.walk(product.of_part, product.take, parts)
+        restore(product.total, units)
         return _result(product.total, which, jacobian.plans["pull"], stopped)
     found: list[Tensor] = []
 
@@ -108,9 +120,29 @@ def jacobian_product(
         found.append(value)
 
     stopped = yield from points.walk(push, take, parts)
-    pushed = torch.cat(found).movedim(1, 0)
-    return _result(
-        pushed.reshape(len(operand), -1), which, jacobian.plans["push"], stopped
+    pushed = torch.cat(found).movedim(1, 0).reshape(len(operand), -1)
+    restore(pushed, units)
+    return _result(pushed, which, jacobian.plans["push"], stopped)
+
+
+def restore(product: Tensor, units: Tensor) -> None:
+    """Multiply products of columns in their units back, in place.
+
+    Args:
+        product: [K, L].
+        units: [K], see `in_units`.
+
+    Raises:
+        ScaleOutOfRange: If they are no numbers of their type.
+    """
+    if (units == 1).all():
+        return
+    multiply_by_powers(
+        product,
+        units,
+        Space.of(product).peaks(product),
+        what="the product of column {row} with the Jacobian",
+        remedy="multiply ({factor} * v)",
     )
 
 

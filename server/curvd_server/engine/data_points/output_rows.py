@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvd_server.engine.objective import Batch, Problem, rows_of
+from curvd_server.linalg import lengths
 from curvd_server.system import is_out_of_memory
 
 
@@ -65,9 +66,10 @@ class OutputRows:
         if weights.ndim == 1:
             wide = weights.to(rows.dtype)[:, None]
         ours = torch.einsum("bc,bcp->p", wide, rows)
-        scale = (rows.norm(dim=2) * wide.abs()).sum()
+        scale = (lengths(rows.flatten(0, 1)) * wide.abs().flatten().double()).sum()
         tolerance = torch.finfo(self._problem.dtype).eps ** 0.5
-        return bool((ours - whole).norm() <= tolerance * scale)
+        error = lengths((ours - whole)[None])
+        return bool(error.isfinite() and error <= tolerance * scale)
 
     def _together(self, batch: Batch) -> Tensor:
         problem = self._problem

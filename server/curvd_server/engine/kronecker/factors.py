@@ -18,6 +18,7 @@ from curvd.contract import (
 from curvd_server.engine.kronecker import tied
 from curvd_server.engine.kronecker.cotangents import cotangents
 from curvd_server.engine.kronecker.moments import Moments, Seen, corrected, seen
+from curvd_server.engine.kronecker.peaks import Peaks
 from curvd_server.engine.kronecker.reading import Block, Reading
 from curvd_server.engine.kronecker.rows import Rows
 from curvd_server.engine.kronecker.taps import Taps, tap
@@ -149,6 +150,7 @@ class _Making:
             if b.said.kind in (FactorBlockKind.DENSE, FactorBlockKind.DIAGONAL)
         ]
         self._squares = [self._zeros(b) for b in self._of_rows]
+        self._peaks = Peaks(self._dtype)
 
     def _zeros(self, block: Block) -> Tensor:
         size = block.said.outputs
@@ -157,7 +159,11 @@ class _Making:
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
     def run(self, cancelled: Callable[[], bool]) -> tuple[Spectrum, ...]:
-        """Make the spectra of all blocks."""
+        """Make the spectra of all blocks.
+
+        Raises:
+            ScaleOutOfRange: If second moments are no numbers of their type.
+        """
         corrects = self._spec.kind is OperatorKind.EKFAC and bool(self._kronecker)
         total = self._problem.batches * (2 if corrects else 1)
         enter_stage(Stage.WARMING, total=total)
@@ -174,12 +180,15 @@ class _Making:
             for s in found.values():
                 s.values.div_(self._problem.normaliser)
         squares = dict(zip(map(id, self._of_rows), self._squares, strict=True))
-        return tuple(
+        blocks = self._reading.blocks
+        spectra = tuple(
             found[id(b)]
             if id(b) in found
             else self._spectrum_of_rows(b, squares.get(id(b)))
-            for b in self._reading.blocks
+            for b in blocks
         )
+        self._peaks.check(blocks, [s.values for s in spectra])
+        return spectra
 
     def _batches(self, cancelled: Callable[[], bool]) -> Iterator[Batch]:
         for batch in self._problem.data:
@@ -206,12 +215,14 @@ class _Making:
     def _sum_up(self, batch: Batch) -> None:
         taps, blocks = self._seen(batch)
         for one in blocks:
+            self._peaks.see_inputs(one.block, self._inputs_of(one))
             self._moments[id(one.block)].add_inputs(one)
         rest = self._reading.rest
         rows = Rows(self._problem, rest, vectorised=self._reading.vectorised)
         for column, found in self._columns(batch, taps):
             for one in blocks:
                 of_sites = [found[k] for k in one.block.sites]
+                self._peaks.see_gradients(one.block, of_sites)
                 self._moments[id(one.block)].add_gradients(one, of_sites)
             if rest:
                 self._add_rows(rows, batch, column)
@@ -223,11 +234,18 @@ class _Making:
             part = slice(start, min(start + rows.at_once, len(column)))
             found = rows(rows_of(batch, part), column[part])
             cut = found.split([b.said.outputs for b in self._of_rows], 1)  # type: ignore[no-untyped-call]
-            for place, R in zip(self._squares, cut, strict=True):
+            for b, place, R in zip(self._of_rows, self._squares, cut, strict=True):
+                self._peaks.see_gradients(b, [R])
                 if place.ndim == 1:
                     place += R.square().sum(0)
                 else:
                     place.addmm_(R.T, R)
+
+    @staticmethod
+    def _inputs_of(one: Seen) -> list[Tensor]:
+        """Give what a block's second moments of inputs are of, a bias's one included."""
+        biased = any(site.bias is not None for site in one.sites)
+        return [*one.operands, *([torch.ones(1)] if biased else [])]
 
     def _decomposed(self, block: Block) -> Spectrum:
         """Find eigenvectors and eigenvalues of both factors."""

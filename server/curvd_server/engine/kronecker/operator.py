@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvd.contract import OperatorFunction, OperatorSpec, PlanReport, WeightSharing
-from curvd.errors import InvalidSpec, InvalidVector, OutOfMemory
+from curvd.errors import InvalidSpec, InvalidVector, OutOfMemory, ScaleOutOfRange
 from curvd_server.engine.kronecker.cotangents import check_fisher
 from curvd_server.engine.kronecker.factors import Factors
 from curvd_server.engine.kronecker.reading import Reading, read
@@ -207,6 +207,15 @@ class KroneckerOperator:
             )
             raise InvalidSpec(msg, least=least, largest=largest, damping=shift)
         if which is OperatorFunction.INVERSE:
+            limits = torch.finfo(known.dtype)
+            if not 1 / limits.max < least + shift < 1 / limits.tiny:
+                msg = (
+                    f"{self.spec.kind} has eigenvalues of {least:.3g} to {largest:.3g}: with "
+                    f"a damping of {shift:g} their reciprocals are no numbers of "
+                    f"{known.dtype}; take another damping, or scale the loss by a power of "
+                    "two"
+                )
+                raise ScaleOutOfRange(msg, least=least, damping=shift)
             return lambda values: (values + shift).reciprocal()
         return lambda values: (values + shift).rsqrt()
 
