@@ -146,4 +146,4 @@ big-test: $(VENV)/dev.stamp ## a model of more than 2 GiB, verified and multipli
 	$(BIN)/python bench/big.py
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) site .cache demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .cache demo-spectrum.png .pytest_cache .mypy_cache .ruff_cache

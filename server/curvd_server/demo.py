@@ -51,9 +51,7 @@ class Trained:
     """On images that were held out."""
 
 
-def main(
-    picture: Path = Path("demo-output/spectrum.png"), *, as_json: bool = False
-) -> int:
+def main(picture: Path = Path("demo-spectrum.png"), *, as_json: bool = False) -> int:
     """Run the demo.
 
     Args:
@@ -281,9 +279,8 @@ def draw(values: Vector, picture: Path) -> None:
 
     Args:
         values: [k] Eigenvalues, largest first.
-        picture: PNG file.
+        picture: PNG file, in a folder that is there.
     """
-    picture.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.bar(range(1, len(values) + 1), values, color="#4477aa")

@@ -185,3 +185,10 @@ def test_an_update_says_where_the_parameters_are(target, file):
         result = run("update", "s0", target, *given)
         assert result.exit_code == 2
         assert f"--file or --checkpoint, got {got}" in result.output
+
+
+def test_a_picture_of_the_demo_needs_its_folder_before_anything_is_trained(tmp_path):
+    result = run("demo", "--picture", str(tmp_path / "gone" / "x.png"))
+    assert result.exit_code == 2
+    assert "gone is no folder that can be written to; make it first" in result.output
+    assert not (tmp_path / "gone").exists()

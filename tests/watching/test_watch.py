@@ -346,6 +346,10 @@ def test_readings_become_a_table_that_a_resumed_training_goes_on_with(
     net, follow, tmp_path
 ):
     path = tmp_path / "runs" / "curvature.csv"
+    with pytest.raises(curvd.InvalidSpec, match=r"runs is no folder; make it first"):
+        follow(every=1, metrics={"a": first_entry}, to=path)
+    assert not path.parent.exists()
+    path.parent.mkdir()
     metrics = {"a": first_entry, "b": lambda session: (2.5, 0.5)}
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for _ in range(2):

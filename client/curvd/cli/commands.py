@@ -19,7 +19,8 @@ from typing import Any
 import click
 
 from curvd.cli import bench, query_commands, top
-from curvd.cli.options import connection_options, json_option
+from curvd.cli.interrupts import importing
+from curvd.cli.options import check_folder, connection_options, json_option
 from curvd.config import VERSION, ClientConfig, RetryConfig, TlsConfig, Transport
 from curvd.contract import (
     Activity,
@@ -252,20 +253,22 @@ def update(
 @click.option(
     "--picture",
     type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("demo-output/spectrum.png"),
+    default=Path("demo-spectrum.png"),
     show_default=True,
     help="Where the picture of the spectrum goes.",
 )
 @json_option
 def demo(picture: Path, as_json: bool) -> None:
     """Train a small net on real digits, serve it, and check its curvature."""
+    check_folder("--picture", picture)
     run = _server("curvd_server.demo", extra="demo").main
     raise SystemExit(run(picture, as_json=as_json))
 
 
 def _server(module: str, extra: str = "server") -> ModuleType:
     try:
-        return importlib.import_module(module)
+        with importing():
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         msg = f"{error.name} is missing: {install(extra)}"
         raise click.ClickException(msg) from error

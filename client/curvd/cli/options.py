@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Callable
@@ -167,3 +168,19 @@ def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
             msg = f"{path}: {option.name} must be one value, got {value!r}"
             raise click.BadParameter(msg, ctx, param)
     ctx.default_map = {**(ctx.default_map or {}), **settings}
+
+
+def check_folder(flag: str, file: Path) -> None:
+    """Refuse a file whose folder is not there, before anything is computed for it.
+
+    Args:
+        flag: The option that names it.
+        file: The file that is to be written.
+
+    Raises:
+        click.BadParameter: If nothing can be written there.
+    """
+    folder = file.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        msg = f"{flag} {file}: {folder} is no folder that can be written to; make it first"
+        raise click.BadParameter(msg)

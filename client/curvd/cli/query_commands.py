@@ -10,7 +10,6 @@ import dataclasses
 import importlib.util
 import inspect
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 
 import click
 
-from curvd.cli.options import connection_options, json_option
+from curvd.cli.options import check_folder, connection_options, json_option
 from curvd.config import ClientConfig
 from curvd.contract import (
     QUERIES,
@@ -141,10 +140,7 @@ def _check_drawable(picture: Path) -> None:
             f"end its name in one of .{', .'.join(known)}"
         )
         raise click.BadParameter(msg)
-    folder = picture.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        msg = f"--plot {picture}: {folder} is no folder that can be written to; make it first"
-        raise click.BadParameter(msg)
+    check_folder("--plot", picture)
 
 
 def _common_options(command: F) -> F:

@@ -37,7 +37,7 @@ class CsvFile:
         metrics: Names of the metrics.
 
     Raises:
-        InvalidSpec: If there is a file with other columns.
+        InvalidSpec: If there is a file with other columns, or no folder for it.
     """
 
     def __init__(self, path: Path, metrics: Sequence[str]) -> None:
@@ -50,7 +50,9 @@ class CsvFile:
                 "another file, or move that one"
             )
             raise InvalidSpec(msg)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            msg = f"to={str(path)!r}: {path.parent} is no folder; make it first"
+            raise InvalidSpec(msg, folder=str(path.parent))
         self._file = path.open("a", newline="")
         self._table = csv.DictWriter(self._file, self._columns, lineterminator="\n")
         if not held:
@@ -124,8 +126,9 @@ def opened(to: Outlets, metrics: Sequence[str]) -> list[Outlet]:
     """Open what readings go to.
 
     Args:
-        to: A path that ends in ``.csv``; another path, where TensorBoard's files go; a
-            SummaryWriter; a function of a reading; a sequence of these; or None.
+        to: A path that ends in ``.csv``; another path, where TensorBoard's files go,
+            which makes the folder of a run; a SummaryWriter; a function of a reading; a
+            sequence of these; or None.
         metrics: Names of the metrics.
 
     Returns:

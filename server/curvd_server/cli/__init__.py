@@ -17,6 +17,7 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
+from curvd.cli.interrupts import importing
 from curvd.cli.options import (
     FILE,
     Place,
@@ -193,10 +194,11 @@ def serve(**given: Any) -> None:
     # Before torch is imported: its threads wait for each other asleep, so that they take
     # no core from those that compute.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from curvd_server.trials import start
+    with importing():
+        from curvd_server.trials import start
 
-    start()  # it imports torch while the server does
-    from curvd_server.app import serve as run
+        start()  # it imports torch while the server does
+        from curvd_server.app import serve as run
 
     run(config)
 

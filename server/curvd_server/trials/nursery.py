@@ -47,7 +47,6 @@ def main(number: int) -> None:
     # What torch imports when it first needs it, children find there.
     torch.empty(2, device="meta").relu().softmax(0).sum()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server
     gc.freeze()
     control = socket.socket(fileno=number)
     while True:

@@ -306,7 +306,11 @@ def _connection() -> socket.socket:
     if _nursery is None:
         ours, theirs = socket.socketpair()
         kept = {n: v for n, v in os.environ.items() if n in _KEPT_VARIABLES}
-        code = f"from {nursery.__name__} import main; main({theirs.fileno()})"
+        # Ctrl-C is for the server, from before the imports on.
+        code = (
+            "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+            f"from {nursery.__name__} import main; main({theirs.fileno()})"
+        )
         command = [sys.executable, "-c", code]
         process = subprocess.Popen(
             command,

@@ -60,8 +60,8 @@ class Gradients:
         for rows, whole in zip(each, self._gradient(batch), strict=True):
             # Not relative to the sum: gradients of many points cancel.
             scale = lengths(rows.flatten(1)).sum()
-            error = lengths((rows.sum(0) - whole).reshape(1, -1))
-            if not (error.isfinite() and error <= tolerance * scale):
+            apart = lengths((rows.sum(0) - whole).reshape(1, -1))
+            if not (apart.isfinite() and apart <= tolerance * scale):
                 return False
         return True
 

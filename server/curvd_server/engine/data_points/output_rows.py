@@ -68,8 +68,8 @@ class OutputRows:
         ours = torch.einsum("bc,bcp->p", wide, rows)
         scale = (lengths(rows.flatten(0, 1)) * wide.abs().flatten().double()).sum()
         tolerance = torch.finfo(self._problem.dtype).eps ** 0.5
-        error = lengths((ours - whole)[None])
-        return bool(error.isfinite() and error <= tolerance * scale)
+        apart = lengths((ours - whole)[None])
+        return bool(apart.isfinite() and apart <= tolerance * scale)
 
     def _together(self, batch: Batch) -> Tensor:
         problem = self._problem
