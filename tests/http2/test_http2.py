@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curvd.contract.rpcs import RPCS, Framed
-from curvd.errors import CurvdError
+from curvd.errors import CurvdError, InvalidVector
 from curvd.http2 import frames
 from curvd.http2.connection import H2Connection
 from curvd.http2.frames import Code, Kind, Setting
@@ -213,6 +213,31 @@ def test_a_chunk_is_received_where_it_belongs(pair):
     assert np.shares_memory(np.frombuffer(part, np.uint8), target)
     np.testing.assert_array_equal(target, source)
     assert pair.theirs.stream.ended
+
+
+def test_what_lands_is_refused_at_once_and_not_held(pair):
+    stream = pair.ours.open(PATH)
+    pair.settle()
+    target, landed = np.zeros(1 << 20, np.uint8), []
+
+    def look(nbytes):
+        landed.append(nbytes)
+        if nbytes > 1 << 19:
+            msg = "not this"
+            raise InvalidVector(msg)
+
+    server = pair.theirs.stream
+    server.read(CODEC, 4 << 20, lambda nbytes: target[:nbytes].data, landed=look)
+    pair.ours.send_data(stream, framed(CODEC, target.data))
+    pair.settle(400)
+    assert isinstance(server.failure, InvalidVector)
+    assert server.failure.__traceback__ is None  # its frames refer to the target
+    assert server.reader is None and not server.inbox
+    assert landed == sorted(landed) and landed[-1] < target.nbytes
+
+
+def test_a_chunk_fits_into_the_window_beside_what_is_not_given_back_yet():
+    assert LONGEST_CHUNK + SERVER_WINDOW // 4 + (1 << 20) < SERVER_WINDOW
 
 
 @pytest.mark.parametrize("size", [250, 251, 75_000])

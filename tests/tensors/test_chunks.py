@@ -104,6 +104,35 @@ def test_bytes_are_received_in_place():
     np.testing.assert_array_equal(target, [1, 2, 3])
 
 
+def test_what_lands_is_looked_at_once_and_in_order():
+    looked, rng = [], np.random.default_rng(0)
+    assembler = wire.Assembler(
+        lambda header: 5_000_000,
+        max_bytes=20_000_000,
+        arrived=lambda piece, start, stop: looked.append((
+            piece.ctypes.data,
+            start,
+            stop,
+        )),
+    )
+    header, *chunks = wire.chunks({"v": np.zeros(12_000_000, np.uint8)})
+    list(assembler.feed(header))
+    pieces = []
+    for chunk in chunks:
+        place = assembler.buffer_for(chunk.nbytes)
+        at = 0
+        while place is not None and at < chunk.nbytes:
+            at = min(chunk.nbytes, at + int(rng.integers(1, 700_000)))
+            assembler.landed(at)
+        pieces += assembler.feed(chunk if place is None else place)
+    assert {stop - start for _, start, stop in looked[:-1]} - {2 << 20}  # as it lands
+    for piece in pieces:
+        ranges = [r[1:] for r in looked if r[0] == piece.ctypes.data]
+        ends = [0, *(stop for _, stop in ranges)]
+        assert [start for start, _ in ranges] == ends[:-1]
+        assert ends[-1] == piece.nbytes
+
+
 def test_bfloat16_arrives_as_its_bits():
     data = framed({"x": entry(0, 4, "BF16", [2])}, b"\x80\x3f\0\x40")
     assert load(data)["x"].tolist() == [0x3F80, 0x4000]

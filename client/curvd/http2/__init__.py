@@ -13,9 +13,11 @@ from curvd.http2.frames import RECOGNISED, Code, Kind, Setting
 from curvd.http2.messages import (
     BufferProvider,
     Format,
+    Landed,
     ReceivesInPlace,
     framed,
     joined,
+    not_looked_at,
 )
 from curvd.http2.peer import LONGEST_CHUNK
 from curvd.http2.sockets import tune
@@ -31,6 +33,7 @@ __all__ = [
     "H2Connection",
     "Headers",
     "Kind",
+    "Landed",
     "ProtocolError",
     "ReceivesInPlace",
     "Setting",
@@ -39,5 +42,6 @@ __all__ = [
     "framed",
     "joined",
     "make_call",
+    "not_looked_at",
     "tune",
 ]

@@ -22,11 +22,21 @@ BufferProvider = Callable[[int], "memoryview | None"]
 """Finds the place for a chunk of so many bytes, or None if any place will do."""
 
 
+Landed = Callable[[int], None]
+"""Is told how many bytes of a chunk have come to its place; raises to refuse them."""
+
+
+def not_looked_at(nbytes: int) -> None:
+    """Look at nothing of what came."""
+
+
 class ReceivesInPlace:
     """Parts whose chunks are received where they belong."""
 
     buffer_for: BufferProvider
     """Finds the place of the next chunk, when all before were taken."""
+    landed: Landed
+    """Looks at what came to that place, while it is in the processor's cache."""
 
 
 _PREFIX_BYTES = 5
@@ -129,6 +139,7 @@ class Reader:
         buffer_for: Finds the place of a chunk. It is asked only when all parts before were
             taken out of the inbox: they belong before it.
         longest_chunk: Bytes of a chunk that are accepted, if more.
+        landed: Told what came to a place that was found for a chunk.
     """
 
     def __init__(
@@ -139,12 +150,14 @@ class Reader:
         buffer_for: BufferProvider,
         *,
         longest_chunk: int = 0,
+        landed: Landed = not_looked_at,
     ) -> None:
         self._format, self._longest = format_, longest
         # What a message is shows behind its prefix.
         chunk = longest_chunk + _CHUNK_HEAD_BYTES if format_.bulk else 0
         self._longest_of_any = max(longest, chunk)
         self._inbox, self._buffer_for = inbox, buffer_for
+        self._landed, self._is_landing = landed, False
         self._head = memoryview(bytearray(_PREFIX_BYTES + _CHUNK_HEAD_BYTES))
         self._size = 0
         self._place = memoryview(b"")
@@ -165,8 +178,11 @@ class Reader:
         Raises:
             ResourceExhausted: If the message is too long.
             Internal: If it is compressed, or malformed.
+            CurvdError: If what came to its place is refused there.
         """
         self.target = self.target[count:]
+        if self._is_landing:
+            self._landed(self._place.nbytes - self.target.nbytes)
         while not self.target.nbytes:
             if self._step is _Step.PREFIX:
                 self._prefix_done()
@@ -208,6 +224,7 @@ class Reader:
             if start + size == self._size:
                 place = None if self._inbox else self._buffer_for(size)
                 self._receive(_Step.CHUNK, place or _fresh(size), beginning[start:])
+                self._is_landing = place is not None
                 return
         self._check_size(self._longest)
         self._receive(_Step.MESSAGE, _fresh(self._size), beginning)
@@ -226,6 +243,7 @@ class Reader:
 
     def _message_done(self) -> None:
         place, self._place = self._place, memoryview(b"")
+        self._is_landing = False
         chunk = self._step is _Step.CHUNK
         self._begin()
         try:

@@ -27,7 +27,7 @@ CLIENT_HEADER_BYTES = 256 << 10
 """Longest block of headers of a response: an error may name very many tensors."""
 LONGEST_CHUNK = 10 << 20
 """Bytes of a chunk that either end takes in one message. Each message costs as much as
-copying 200 kB, and a server's loop is held up while it looks at one, for a millisecond."""
+copying 200 kB. With what was not given back yet it has to fit into the window."""
 _TINY_BYTES = 64
 """Data that is a glitch if there is more of it to come."""
 
@@ -67,7 +67,7 @@ class Incoming:
         self._introduced = self._said_goodbye = False
         self.stream: Stream | None = None
         self.longest_chunk = 0
-        """Bytes of a chunk that the peer takes in one message; 0: it did not say."""
+        """Bytes of a chunk that may be sent in one message; 0: the peer did not say."""
         self.is_going_away = False
         """No further call."""
 
@@ -246,7 +246,7 @@ class Incoming:
             elif name == Setting.MAX_FRAME_SIZE:
                 self._sender.longest = value
             elif name == Setting.LONGEST_CHUNK:
-                self.longest_chunk = value
+                self.longest_chunk = min(value, LONGEST_CHUNK)
         self._sender.control(frames.frame(Kind.SETTINGS, frames.ACK, 0))
 
     def _widened(self, number: int, payload: bytes) -> None:

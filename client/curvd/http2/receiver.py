@@ -313,4 +313,5 @@ def _take(stream: Stream, take: Callable[[Any], None], data: Any) -> None:
     try:
         take(data)
     except CurvdError as error:
-        stream.failure, stream.reader = error, None
+        # Its frames refer to the memory of what came, and the stream stays until the next.
+        stream.failure, stream.reader = error.with_traceback(None), None

@@ -8,7 +8,13 @@ from typing import Any
 
 from curvd.errors import CurvdError, Internal
 from curvd.http2.frames import Code
-from curvd.http2.messages import BufferProvider, Format, Reader
+from curvd.http2.messages import (
+    BufferProvider,
+    Format,
+    Landed,
+    Reader,
+    not_looked_at,
+)
 
 Headers = Sequence[tuple[str, str]]
 
@@ -73,6 +79,7 @@ class Stream:
         longest: int,
         buffer_for: BufferProvider,
         longest_chunk: int = 0,
+        landed: Landed = not_looked_at,
     ) -> None:
         """Say how to read what comes.
 
@@ -81,9 +88,15 @@ class Stream:
             longest: Bytes of a message that are accepted.
             buffer_for: Finds the place of a chunk.
             longest_chunk: Bytes of a chunk that are, if more.
+            landed: Told what came to such a place.
         """
         self.reader = Reader(
-            format_, longest, self.inbox, buffer_for, longest_chunk=longest_chunk
+            format_,
+            longest,
+            self.inbox,
+            buffer_for,
+            longest_chunk=longest_chunk,
+            landed=landed,
         )
 
     @property

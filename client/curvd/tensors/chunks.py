@@ -30,6 +30,8 @@ from curvd.tensors.safetensors_header import (
 CHUNK_BYTES = 2 << 20
 """Payload per message: 1-4 MiB is best, and 4 MiB breaks gRPC's default limit. Where both
 ends are ours, several travel as one."""
+_LANDED_BYTES = 1 << 20
+"""Bytes that are looked at together on their way: few calls, and they are in the cache."""
 
 
 def chunks(
@@ -153,6 +155,7 @@ class Assembler:
         self._total = self._received = self._piece_bytes = self._filled = 0
         self._piece: Buffer = np.empty(0, np.uint8)
         self._offered: memoryview | None = None
+        self._looked_at = 0
         self._feeding = False
 
     @property
@@ -179,6 +182,20 @@ class Assembler:
             return None
         self._offered = self._piece[self._filled : self._filled + nbytes].data
         return self._offered
+
+    def landed(self, nbytes: int) -> None:
+        """Look at what came to the place that was found last, as soon as it is much.
+
+        Args:
+            nbytes: How many of its bytes are there; the rest is looked at when it is fed.
+
+        Raises:
+            CurvdError: If they are refused.
+        """
+        stop = self._filled + nbytes
+        if self._offered is not None and stop - self._looked_at >= _LANDED_BYTES:
+            self._arrived(self._piece, self._looked_at, stop)
+            self._looked_at = stop
 
     def feed(self, chunk: memoryview) -> Iterator[Buffer]:
         """Take the next bytes of the file.
@@ -210,8 +227,10 @@ class Assembler:
                 self._piece[self._filled : self._filled + take] = np.frombuffer(
                     chunk[:take], np.uint8
                 )
-            self._arrived(self._piece, self._filled, self._filled + take)
-            self._filled += take
+            stop = self._filled + take
+            if stop > self._looked_at:
+                self._arrived(self._piece, self._looked_at, stop)
+            self._filled = self._looked_at = stop
             chunk = chunk[take:]
             if self._filled == self._piece.nbytes:
                 done = self._piece
@@ -266,7 +285,7 @@ class Assembler:
 
     def _next_piece(self, remaining: int) -> None:
         size = min(self._piece_bytes, remaining)
-        self._filled = 0
+        self._filled = self._looked_at = 0
         self._piece = self._allocate(size) if size else np.empty(0, np.uint8)
 
 

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from curvd.contract import RPCS, Codec, Framed, Joined, Part, Rpc
 from curvd.errors import Internal, Overloaded
-from curvd.http2 import BufferProvider, ReceivesInPlace
+from curvd.http2 import BufferProvider, Landed, ReceivesInPlace
 from curvd_server.service.streams import CALLER, LONGEST_CHUNK
 from curvd_server.storage import ranges
 from curvd_server.system import TRACED, Traces, calling
@@ -88,6 +88,16 @@ class _Requests(ReceivesInPlace, AsyncIterator[Part]):
     def buffer_for(self, buffer_for: BufferProvider) -> None:
         if isinstance(self._parts, ReceivesInPlace):
             self._parts.buffer_for = buffer_for
+
+    @property
+    def landed(self) -> Landed:
+        """Looks at what came to that place."""
+        raise NotImplementedError
+
+    @landed.setter
+    def landed(self, landed: Landed) -> None:
+        if isinstance(self._parts, ReceivesInPlace):
+            self._parts.landed = landed
 
     async def __anext__(self) -> Part:
         """Wait for the next part."""

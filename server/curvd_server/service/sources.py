@@ -213,7 +213,7 @@ class Inline:
             allocate=self._allocate,
             arrived=self._check,
         )
-        with self._chunks.received_into(assembler.buffer_for):
+        with self._chunks.received_into(assembler.buffer_for, assembler.landed):
             async for chunk in self._chunks:
                 for piece in assembler.feed(chunk):
                     columns = await self._widened(piece)

@@ -9,7 +9,7 @@ from typing import Any
 
 from curvd.contract import Framed, Joined, Part, Rpc
 from curvd.errors import InvalidSpec
-from curvd.http2 import BufferProvider, ReceivesInPlace
+from curvd.http2 import BufferProvider, Landed, ReceivesInPlace, not_looked_at
 from curvd_server.storage import ranges
 
 CALLER: ContextVar[str] = ContextVar("caller", default="")
@@ -66,11 +66,14 @@ class Chunks(AsyncIterator[memoryview]):
         return self._first is None
 
     @contextlib.contextmanager
-    def received_into(self, buffer_for: BufferProvider) -> Iterator[None]:
+    def received_into(
+        self, buffer_for: BufferProvider, landed: Landed = not_looked_at
+    ) -> Iterator[None]:
         """Receive chunks where they belong, if the transport can.
 
         Args:
             buffer_for: Finds the place of the next chunk, all before were taken.
+            landed: Told how much of it is there.
 
         Yields:
             Nothing. Afterwards the transport does not hold what it was asked for.
@@ -78,11 +81,11 @@ class Chunks(AsyncIterator[memoryview]):
         if not isinstance(self._parts, ReceivesInPlace):
             yield
             return
-        self._parts.buffer_for = buffer_for
+        self._parts.buffer_for, self._parts.landed = buffer_for, landed
         try:
             yield
         finally:
-            self._parts.buffer_for = _anywhere
+            self._parts.buffer_for, self._parts.landed = _anywhere, not_looked_at
 
 
 def _anywhere(nbytes: int) -> memoryview | None:

@@ -73,7 +73,9 @@ class Calls:
         rpc = BY_PATH.get(path)
         requests = Requests(connection, stream)
         format_ = _Bytes() if rpc is None else rpc.request
-        stream.read(format_, self._longest, requests.place, LONGEST_CHUNK)
+        stream.read(
+            format_, self._longest, requests.place, LONGEST_CHUNK, requests.look
+        )
         context = Context(connection, stream, _Bytes() if rpc is None else rpc.response)
         run = self._run(connection, path, requests, context, raw=rpc is None)
         return asyncio.create_task(run)

@@ -17,6 +17,7 @@ from curvd.http2 import (
     ProtocolError,
     ReceivesInPlace,
     Stream,
+    not_looked_at,
 )
 from curvd_server.system import logger
 from curvd_server.transport.allowance import Allowance
@@ -415,7 +416,7 @@ class Requests(ReceivesInPlace, AsyncIterator[Any]):
 
     def __init__(self, connection: ServerConnection, stream: Stream) -> None:
         self._connection, self._stream = connection, stream
-        self.buffer_for = _anywhere
+        self.buffer_for, self.landed = _anywhere, not_looked_at
 
     @property
     def is_here(self) -> bool:
@@ -425,6 +426,10 @@ class Requests(ReceivesInPlace, AsyncIterator[Any]):
     def place(self, nbytes: int) -> memoryview | None:
         """Find the place of the next chunk."""
         return self.buffer_for(nbytes)
+
+    def look(self, nbytes: int) -> None:
+        """Look at what came to that place."""
+        self.landed(nbytes)
 
     async def __anext__(self) -> Any:
         """Wait for the next part.
