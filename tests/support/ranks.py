@@ -197,7 +197,3 @@ def main():
     if name != "one_rank_dies":
         dist.barrier()
     os._exit(0)  # gloo's threads do not always let a process end by itself
-
-
-if __name__ == "__main__":
-    main()

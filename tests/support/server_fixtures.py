@@ -1,5 +1,6 @@
 """Fixtures of tests that need a server."""
 
+import functools
 from importlib.util import find_spec
 
 import pytest
@@ -40,6 +41,20 @@ def tanh_session(live_target):
             model, dataset, loss="cross_entropy", dtype="F64"
         ) as opened:
             yield opened
+
+
+@pytest.fixture
+def untimed(monkeypatch):
+    """Operators take one plan if it is right, where plans are not what a test is about.
+
+    Tracing and timing them takes most of the time of a small session; each of them is
+    verified by the tests of the engine.
+    """
+    from curvd_server.engine import building
+    from curvd_server.engine.tuning import Plan
+
+    plain = functools.partial(building.build, plan=Plan("double_backward"))
+    monkeypatch.setattr(building, "build", plain)
 
 
 @pytest.fixture(params=["grpcio", "direct", "grpcio alone"])

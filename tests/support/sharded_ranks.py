@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import subprocess
 import sys
 from typing import Any
 
 import torch
+from support.forked import Forked
 from support.zoo import ANIMALS, REFUSED, Animal
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -317,27 +318,32 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     return {f.__name__: f(rank, world) for f in functions}
 
 
+PROGRAM = """
+import warnings
+warnings.simplefilter("error", FutureWarning)
+from support.sharded_ranks import main
+main()
+"""
+
+
 def together(directory: Any, world: int = 2) -> list[Any]:
     """Run `everything` in some processes; what each returned, by rank."""
-    command = [__file__, str(directory / "store"), str(world)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "OUT": str(directory)}
-    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error::FutureWarning", *command, str(rank)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=300) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, (_, errors) in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, errors[-3000:]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OUT": str(directory)}
+    errors = [directory / f"{rank}.err" for rank in range(world)]
+    with contextlib.ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                Forked(
+                    PROGRAM,
+                    *(directory / "store", world, rank),
+                    stderr=errors[rank],
+                    environment=environment,
+                )
+            )
+            for rank in range(world)
+        ]
+        for rank in range(world):
+            assert ranks[rank].wait() == 0, errors[rank].read_text()[-3000:]
     return [
         json.loads((directory / f"{rank}.json").read_text()) for rank in range(world)
     ]
@@ -352,7 +358,3 @@ def main() -> None:
     with open(f"{os.environ['OUT']}/{rank}.json", "w") as file:
         json.dump(everything(int(rank), int(world)), file)
     os._exit(0)  # gloo's threads do not always let a process end by itself
-
-
-if __name__ == "__main__":
-    main()
