@@ -21,6 +21,7 @@ from curvd.contract import (
 from curvd.errors import InvalidGraph, InvalidSpec
 from curvd.graph.additive import is_additive, tried
 from curvd.graph.capture import graph_of
+from curvd.graph.companions import check_loss
 from curvd.graph.evaluate import constant, evaluate
 from curvd.graph.examples import few, spread
 from curvd.graph.fitting import check_targets
@@ -156,6 +157,8 @@ def capture_loss(
     check_held(loss, model, z, y, tensors)
     if check:
         prove_loss(wrapper, graph, tensors, z, y)
+        constants = [tensors[described.names[0]] for described in graph.tensors]
+        check_loss(graph, constants, z, y)
     _inline(graph, tensors)
     return LossSpec(
         name=LossName.CUSTOM,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from curvd.errors import InvalidSpec
+from curvd.graph.companions import check_module
 from curvd.graph.compared import differing, shown_size, size_of
 from curvd.graph.eager import Run, multiplied, runs, widened
 from curvd.graph.evaluate import evaluate, types_in
@@ -148,12 +149,19 @@ class _Proof:
         Returns:
             Its output, and what it can be differentiated by.
         """
+        given, trained = self._given()
+        with torch.enable_grad():
+            return evaluate(self.graph, self.run.inputs.leaves, given)[0], trained
+
+    def _given(self) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """List the graph's tensors at the module's parameters, and those that train."""
         module = self.run.module
         values: dict[str, Tensor] = {
             **dict(module.named_parameters(remove_duplicate=False)),
             **dict(module.named_buffers(remove_duplicate=False)),
         }
-        given, trained = [], {}
+        given: list[Tensor] = []
+        trained: dict[str, Tensor] = {}
         for described in self.graph.tensors:
             name = described.names[0]
             value = values.get(f"module.{name}", self.tensors[name]).detach().clone()
@@ -164,8 +172,7 @@ class _Proof:
             if described.role == graph_pb.GRAPH_TENSOR_ROLE_PARAMETER:
                 trained[name] = value.requires_grad_()
             given.append(value)
-        with torch.enable_grad():
-            return evaluate(self.graph, self.run.inputs.leaves, given)[0], trained
+        return given, trained
 
     def compare(
         self, outputs: Tensor, objective: Objective | None, targets: Tensor | None
@@ -250,6 +257,7 @@ class _Proof:
                 "mode='batch_statistics' if mini-batches are what you mean"
             )
             raise InvalidSpec(msg, difference=wrong["rows"])
+        check_module(self.graph, self.rows.leaves, self._given()[0])
 
     def check_strangers(self) -> None:
         """Refuse tensors that train, but are no parameters: no update moves them."""
