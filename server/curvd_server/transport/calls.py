@@ -17,9 +17,10 @@ from curvd.contract import BY_PATH
 from curvd.errors import CurvdError, ResourceExhausted
 from curvd.http2 import LONGEST_CHUNK, Format, Stream, framed
 from curvd_server.system import logger
-from curvd_server.transport.connection import Requests, ServerConnection
+from curvd_server.transport.connection import ServerConnection
 from curvd_server.transport.interceptors import abort
 from curvd_server.transport.owners import Owners
+from curvd_server.transport.requests import Requests
 from curvd_server.transport.stalls import StallGuard
 
 _GRPC = "application/grpc"

@@ -6,18 +6,14 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
-from curvd.errors import CurvdError
 from curvd.http2 import (
     Code,
     H2Connection,
     Headers,
     ProtocolError,
-    ReceivesInPlace,
     Stream,
-    not_looked_at,
 )
 from curvd_server.system import logger
 from curvd_server.transport.allowance import Allowance
@@ -404,64 +400,3 @@ class ServerConnection:
                 future.set_result(None)
             else:
                 self._waiting.append((ready, future))
-
-
-class Requests(ReceivesInPlace, AsyncIterator[Any]):
-    """The parts of one request.
-
-    Args:
-        connection: Where they come from.
-        stream: The call.
-    """
-
-    def __init__(self, connection: ServerConnection, stream: Stream) -> None:
-        self._connection, self._stream = connection, stream
-        self.buffer_for, self.landed = _anywhere, not_looked_at
-
-    @property
-    def is_here(self) -> bool:
-        """Whether the next part has come."""
-        return bool(self._stream.inbox)
-
-    def place(self, nbytes: int) -> memoryview | None:
-        """Find the place of the next chunk."""
-        return self.buffer_for(nbytes)
-
-    def look(self, nbytes: int) -> None:
-        """Look at what came to that place."""
-        self.landed(nbytes)
-
-    async def __anext__(self) -> Any:
-        """Wait for the next part.
-
-        Raises:
-            StopAsyncIteration: If there is none.
-            CurvdError: If it cannot be read.
-            asyncio.CancelledError: If the client is gone.
-        """
-        stream = self._stream
-        await self._connection.until(self._has_news)
-        if not stream.inbox:
-            if self._connection.is_lost(stream):
-                raise asyncio.CancelledError
-            if stream.failure is not None:
-                raise _again(stream.failure)
-            raise StopAsyncIteration
-        part, nbytes = stream.inbox.popleft()
-        self._connection.acknowledge(stream, nbytes)
-        return part
-
-    def _has_news(self) -> bool:
-        stream = self._stream
-        over = stream.ended or stream.failure is not None
-        return bool(stream.inbox) or over or self._connection.is_lost(stream)
-
-
-def _anywhere(nbytes: int) -> memoryview | None:
-    return None
-
-
-def _again(error: CurvdError) -> CurvdError:
-    again = type(error)(str(error))
-    again.metadata = error.metadata
-    return again
