@@ -133,7 +133,8 @@ def child(first: int, last: int) -> None:
 def parent(graphs: int, seed: int) -> int:
     """Run children over all seeds and add their counts up."""
     total: collections.Counter[str] = collections.Counter()
-    slowest, next_seed, end = 0.0, seed, seed + graphs
+    first = seed << 32  # runs of different seeds have no graph in common
+    slowest, next_seed, end = 0.0, first, first + graphs
     start = time.monotonic()
     while next_seed < end:
         last = min(next_seed + CHUNK, end)
@@ -152,7 +153,7 @@ def parent(graphs: int, seed: int) -> int:
             if culprit < next_seed:
                 return 1
             next_seed = culprit + 1
-        print(f"{next_seed - seed} of {graphs}: {dict(total)}", flush=True)
+        print(f"{next_seed - first} of {graphs}: {dict(total)}", flush=True)
     print(
         f"\n{graphs} graphs in {time.monotonic() - start:.0f} s, slowest {slowest:.2f} s"
     )

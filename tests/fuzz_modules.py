@@ -1,6 +1,7 @@
 """Random modules through a real server: equal to torch, or refused; no third outcome.
 
-    python tests/fuzz_modules.py [--modules 2000] [--seed 0] [--plan double_backward]
+    python tests/fuzz_modules.py [--modules 2000] [--seed 0] [--case N]
+                                 [--plan double_backward]
 
 Each module of `support.grammar` is given to `session_for` as a user would. What is
 accepted must have torch's own loss and gradient, by ``.backward()`` over the
@@ -22,7 +23,7 @@ import warnings
 
 import numpy as np
 import torch
-from support.grammar import Case, derive
+from support.grammar import Case, cases, derive
 from torch import nn
 
 import curvd
@@ -177,7 +178,12 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--modules", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="other seeds, other modules"
+    )
+    parser.add_argument(
+        "--case", type=int, help="one module, by the number in a report"
+    )
     parser.add_argument("--plan", help="a mode of AD; by default the server's choice")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -187,10 +193,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         config = ServerConfig(listen="127.0.0.1:0", data_dir=folder)
         with serve_in_thread(config) as target:
-            seeds = range(options.seed, options.seed + options.modules)
+            seeds = cases(options.seed, options.modules)
+            if options.case is not None:
+                seeds = range(options.case, options.case + 1)
             counts = run(target, seeds)
     for outcome, count in counts.most_common():
         print(f"{count:6}  {outcome}")
+    made = [tuple(derive(seed).said) for seed in seeds]
+    print(f"{len(set(made))} different structures in cases {seeds[0]} to {seeds[-1]}")
     print(f"{time.process_time() - start:.0f} s of CPU")
     return int(any(outcome.isupper() for outcome in counts))
 

@@ -259,6 +259,14 @@ def test_factors_and_chosen_parameters_have_priors_of_layers(session):
         ),
         (lambda s: s.predictive(X, priors=np.ones(SIZE)), "is stored first"),
         (lambda s: s.predictive(X, priors="nothing"), "nothing"),
+        (
+            lambda s: s.predictive(X, prior=1.0, priors={"*": 2.0}),
+            "prior=1 and priors= exclude each other",
+        ),
+        (
+            lambda s: s.posterior_samples(1, prior=0.5, priors="steps"),
+            "prior=0.5 and priors= exclude each other",
+        ),
         (lambda s: s.predictive(X, priors="negative"), "elements from -1 to -1"),
         (lambda s: s.predictive(X, priors="two"), "has 2 columns"),
         (lambda s: s.marginal_likelihood(["two"]), "has 2 columns"),

@@ -404,8 +404,13 @@ class Grammar:
         return losses[name], kind, numbers
 
 
+def cases(seed, count):
+    """Number the cases of a run; runs of different seeds have none in common."""
+    return range(seed << 32, (seed << 32) + count)
+
+
 def derive(seed):
-    """Make the case of a seed; the same each time."""
+    """Make a case by its number; the same each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Grammar(seed).case(seed)

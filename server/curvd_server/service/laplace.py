@@ -234,7 +234,7 @@ async def samples(
         device=call.products.device,
     )
     deviations = posterior.prior.deviations(own)
-    own = own * options.prior**0.5 if deviations is None else own / deviations
+    own = own * posterior.prior.least**0.5 if deviations is None else own / deviations
     B = noise.mul_(math.sqrt(scale)).add_(own)
     X, residuals = await posterior.solve(B)
     cost = posterior.cost()

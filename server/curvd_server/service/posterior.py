@@ -17,6 +17,7 @@ from curvd.contract import (
     PredictiveOptions,
     Stop,
 )
+from curvd.contract.query_options.laplace import PRIOR, check_one_prior
 from curvd.errors import InvalidSpec, InvalidVector
 from curvd.v1 import query_service_pb2 as query_pb
 from curvd_server.engine.data_points import Points
@@ -198,7 +199,8 @@ def posterior_of(
         The posterior.
 
     Raises:
-        InvalidSpec: If the loss is no likelihood, or the operator none of its curvature.
+        InvalidSpec: If the loss is no likelihood, the operator none of its curvature, or the
+            prior is given twice.
         InvalidVector: If what is stored is no vector of precisions.
     """
     assert call.spec is not None
@@ -207,12 +209,14 @@ def posterior_of(
     problem = points.problem.restricted(call.spec)
     name: Any = options.preconditioner
     given = request.priors if request.HasField("priors") else None
+    check_one_prior(options.prior, given)
+    number = PRIOR if options.prior is None else options.prior
     return Posterior(
         call=call,
         points=points,
         problem=problem,
         likelihood=likelihood_of(points.problem, options.noise),
-        prior=prior_of(call, problem, options.prior, given),
+        prior=prior_of(call, problem, number, given),
         tolerance=options.tolerance,
         known=call.known(name) if name else None,
     )

@@ -11,6 +11,7 @@ from curvd.contract.infos import StoredVector
 from curvd.contract.query_options.shared import seed_setting, steps_setting
 from curvd.contract.query_spec import QueryOptions, QuerySpec
 from curvd.contract.settings import setting
+from curvd.errors import InvalidSpec
 
 _LEAST_SCALE = 1e-100
 """Of what is squared and divided by; the largest is its inverse."""
@@ -23,13 +24,36 @@ _PRIORS = (
 )
 
 
+PRIOR = 1.0
+"""Precision of a prior that nobody has given."""
+
+
 def _prior() -> Any:
     return setting(
-        1.0,
-        "Precision of the parameters before any data.",
+        None,
+        "Precision of the parameters before any data, the same for all of them; None: 1, if "
+        "there are no `priors`.",
         least=_LEAST_SCALE,
         most=1 / _LEAST_SCALE,
     )
+
+
+def check_one_prior(prior: float | None, priors: Any) -> None:
+    """Refuse a prior that is given twice, of which one would not count.
+
+    Args:
+        prior: Precision of all parameters; None: not given.
+        priors: What stands for precisions that differ; None: not given.
+
+    Raises:
+        InvalidSpec: If both are given.
+    """
+    if prior is not None and priors is not None:
+        msg = (
+            f"prior={prior:g} and priors= exclude each other: give prior for all parameters, "
+            f'or write it into priors, as {{"*": {prior:g}}} for those that have no other'
+        )
+        raise InvalidSpec(msg, prior=prior)
 
 
 def _noise() -> Any:
@@ -51,7 +75,7 @@ def _tolerance() -> Any:
 class PredictiveOptions(QueryOptions):
     """Which posterior predictions have, and how exactly."""
 
-    prior: float = _prior()
+    prior: float | None = _prior()
     priors: Any = setting(None, _PRIORS, wire="")
     noise: float = _noise()
     covariance: bool = setting(
@@ -74,7 +98,7 @@ class PosteriorSamplesOptions(QueryOptions):
 
     k: int = setting(1, "How many.", least=1, most=10_000, unset=1)
     _: KW_ONLY
-    prior: float = _prior()
+    prior: float | None = _prior()
     priors: Any = setting(None, _PRIORS, wire="")
     noise: float = _noise()
     seed: int = seed_setting("Of the draws.")

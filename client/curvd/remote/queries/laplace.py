@@ -18,6 +18,7 @@ from curvd.contract import (
     StoredVector,
     select,
 )
+from curvd.contract.query_options.laplace import check_one_prior
 from curvd.errors import InvalidSpec
 from curvd.remote.asking import asks, asks_about
 from curvd.remote.queries.base import Floats, Result, check_name, drawn_on
@@ -279,6 +280,7 @@ class LaplaceQueries:
             parts = inputs if isinstance(inputs, tuple) else (inputs,)
             arrays = {str(i): array_of(v, i) for i, v in enumerate(parts)}
         length_of(arrays)
+        check_one_prior(options.prior, options.priors)
         priors = self._priors_of(options.priors)
 
         def read(answer: Answer) -> Predictive:
@@ -324,6 +326,7 @@ class LaplaceQueries:
             (2, 43)
         """
         check_name(options.store)
+        check_one_prior(options.prior, options.priors)
         queries = self._queries
 
         def read(answer: Answer) -> PosteriorSamples:
