@@ -4,6 +4,8 @@ Nothing here shows on the first data points or the last. It is refused, or it is
 torch computes.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,8 @@ from torch.nn.modules import module as hooks_of_all  # noqa: E402
 
 import curvd  # noqa: E402
 from curvd.exported import prepare  # noqa: E402
-from curvd.graph.examples import spread, telling  # noqa: E402
+from curvd.graph import proof  # noqa: E402
+from curvd.graph.examples import scattered, spread, telling  # noqa: E402
 
 N, SIZE = 40, 4
 X, Y = draw(N, 4), draw(N, 3)
@@ -279,6 +282,80 @@ def test_telling_data_points_are_the_extremes_and_the_rarest():
     many = torch.rand(300, 20)
     many[77, 13] = 1.5
     assert 77 in telling([many], 64)
+
+
+def test_the_first_of_what_is_scattered_are_all_over_it():
+    for count in (1, 2, 3, 7, 64, 1000, 4181):  # a Fibonacci number among them
+        order = list(scattered(count))
+        assert sorted(order) == list(range(count))
+        for few in (5, 20, 50):
+            seen = sorted(order[:few])
+            gaps = [b - a for a, b in itertools.pairwise([0, *seen, count])]
+            assert max(gaps) <= 1 + 3 * count / min(few, count)
+
+
+def halved(x, rows):
+    """The identity, whose gradient is halved in some rows."""
+
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h):
+            return h * 1
+
+        @staticmethod
+        def backward(ctx, g):
+            return torch.where(rows[:, None], 0.5 * g, g)
+
+    return Halved.apply(x)
+
+
+class OfTheMiddle(nn.Module):
+    """Has another gradient where a number of the data is in a band, at no end of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        band = (x[:, 1] - 0.41).abs() < 0.01
+        return self.last(halved(self.first(x).tanh(), band))
+
+
+@pytest.mark.parametrize("size", [100, 1000])
+def test_ordinary_data_points_in_the_middle_of_many_are_compared(size, monkeypatch):
+    """At the cost of those from the beginning, which are as many as before."""
+    monkeypatch.setattr(proof, "_SPARE_S", 0.0)
+    count = 4000
+    x, y = draw(count, 4), draw(count, 3)
+    for t in (x, y):
+        t /= 2 * t.abs().max()
+        t[0], t[1], t[2] = 0.0, 1.0, -1.0  # all extremes are here
+    x[:, 1] = torch.where((x[:, 1] - 0.41).abs() < 0.02, -0.41, x[:, 1])
+    exported(seeded(OfTheMiddle), nn.MSELoss(), (x, y), size)
+    x[1300:2700, 1] = 0.41
+    with pytest.raises(curvd.GradientMismatch):
+        exported(seeded(OfTheMiddle), nn.MSELoss(), (x, y), size)
+
+
+class Encoding(nn.Module):
+    """What transformers with an encoder and a decoder take."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5, 4)
+
+    def forward(self, input_ids=None, decoder_input_ids=None, labels=None):
+        if decoder_input_ids is None and labels is None:
+            raise ValueError("You must specify exactly one of two things")
+        read = labels if decoder_input_ids is None else decoder_input_ids
+        return self.table(input_ids) + self.table(read)
+
+
+def test_a_decoder_that_is_given_nothing_is_told_what_it_takes():
+    ids = labels(5, N, 3)
+    for inputs in (ids, (ids,), {"input_ids": ids}):
+        with pytest.raises(curvd.InvalidSpec, match=r'"decoder_input_ids": \.\.\.'):
+            exported(seeded(Encoding), None, (inputs, ids))
 
 
 def test_outputs_that_a_loss_is_tried_on_are_no_repetitions():

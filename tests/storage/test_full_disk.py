@@ -2,6 +2,7 @@
 
 import functools
 import signal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from curvd.errors import (
 )
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import session_service_pb2 as session_pb
+from curvd_server.storage.partial_upload import Partial
 
 V = raw.file_of({"v": np.arange(5.0)})
 
@@ -226,3 +228,17 @@ def test_what_was_acknowledged_on_a_full_disk_survives_kill_9(small_disk):
                 "DeleteModel",
                 session_pb.DeleteModelRequest(model_id="never there"),
             )
+
+
+def test_a_file_that_takes_no_byte_is_not_written_to_for_ever(tmp_path):
+    """As some file systems of users' own answer where others raise."""
+    partial = Partial(tmp_path / "upload.part")
+    partial.append(memoryview(b"first"))
+    whole, partial.file = partial.file, mock.Mock(wraps=partial.file)
+    partial.file.write = lambda data: 0
+    with pytest.raises(FailedPrecondition, match="cannot write its data directory"):
+        partial.append(memoryview(b"second"))
+    partial.file = whole
+    partial.append(memoryview(b" and last"))
+    assert (tmp_path / "upload.part").read_bytes() == b"first and last"
+    partial.close()

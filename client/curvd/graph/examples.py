@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -108,7 +109,7 @@ def telling(leaves: Sequence[Tensor], most: int) -> list[int]:
     Returns:
         So many rows in ascending order, without repetition: those with the largest and
         the smallest numbers, of single columns too, those with the rarest integers, and
-        then others from the beginning.
+        then others from all over the data.
     """
     points = len(leaves[0])
     if points <= most:
@@ -116,11 +117,27 @@ def telling(leaves: Sequence[Tensor], most: int) -> list[int]:
     turns = itertools.zip_longest(*map(_outliers, leaves))
     found = (row for turn in turns for row in turn if row is not None)
     rows: dict[int, None] = {}
-    for row in itertools.chain(found, range(points)):
+    for row in itertools.chain(found, scattered(points)):
         rows[row] = None
         if len(rows) == most:
             break
     return sorted(rows)
+
+
+def scattered(count: int) -> Iterator[int]:
+    """Number things so that the first few, however many, are from all over them.
+
+    Args:
+        count: How many there are.
+
+    Yields:
+        Each number below it once: multiples of what divides the circle by the golden ratio,
+        so that gaps are nearly equal, and no period of the data is met in step.
+    """
+    step = max(1, round(count * (5**0.5 - 1) / 2))
+    while math.gcd(step, count) != 1:
+        step += 1
+    yield from (turn * step % count for turn in range(count))
 
 
 def _outliers(leaf: Tensor) -> Iterator[int]:

@@ -205,6 +205,10 @@ def _class_axis(outputs: Tensor, targets: Tensor) -> int | None:
     )
 
 
+_DECODER = "decoder_input_ids"
+"""What T5 and its like call what their decoder reads."""
+
+
 @contextlib.contextmanager
 def explained(
     module: nn.Module, inputs: Any, mode: Mode | None, targets: Any = None
@@ -333,7 +337,21 @@ def _remedy(module: nn.Module, layer: nn.Module, inputs: Any, error: Exception) 
             f"it takes integers from 0 to {layer.num_embeddings - 1}: pass indices, "
             "as int64"
         )
+    if _DECODER in _left_out(module, inputs):
+        return (
+            f"an encoder with a decoder takes {_DECODER!r}, too, which it makes of labels "
+            "alone, and labels are no inputs here: give inputs as "
+            f'{{"input_ids": ..., "{_DECODER}": ...}}, the labels moved by one position'
+        )
     return "give what module(inputs) takes for a mini-batch"
+
+
+def _left_out(module: nn.Module, inputs: Any) -> set[str]:
+    """Name the arguments of a module's forward that inputs do not give."""
+    names = list(inspect.signature(module.forward).parameters)
+    if isinstance(inputs, Mapping):
+        return {*names} - {str(name) for name in inputs}
+    return {*names[len(inputs) if isinstance(inputs, tuple | list) else 1 :]}
 
 
 def _own(layer: nn.Module) -> str:

@@ -15,7 +15,7 @@ from curvd.graph.capture import Chosen
 from curvd.graph.checkpoints import plain_checkpoints
 from curvd.graph.eager import failure
 from curvd.graph.evaluate import types_in
-from curvd.graph.examples import PROOF_ROWS, few, sampled, telling
+from curvd.graph.examples import PROOF_ROWS, few, sampled, scattered, telling
 from curvd.graph.losses import evaluated
 from curvd.graph.manifest import Inputs, inputs_of
 from curvd.graph.packing import detached
@@ -132,7 +132,7 @@ def _batches(
     Yields:
         The data points that differ most from the others, as one mini-batch; the first
         mini-batch and the last, which may be smaller; then those that have the former in
-        them, and then the others.
+        them, and then the others, from all over the data.
     """
     points = len(inputs.leaves[0])
     elements = sum(leaf[0].numel() for leaf in inputs.leaves)
@@ -145,7 +145,8 @@ def _batches(
     yield Batch(inputs.taken(told), chosen, always=True, telling=True)
     ends = (0, points - (points % size or size))
     with_told = (row - row % size for row in told)
-    for start in dict.fromkeys([*ends, *with_told, *range(0, points, size)]):
+    others = (size * batch for batch in scattered(-(-points // size)))
+    for start in dict.fromkeys([*ends, *with_told, *others]):
         rows = min(size, most, points - start)
         given = None if targets is None else targets.detach()[start : start + rows]
         yield Batch(inputs.rows(start, rows), given, always=start in ends)

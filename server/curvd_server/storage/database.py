@@ -132,7 +132,7 @@ class Database:
             written.
         """
         known = self._schema.tables[table]
-        while True:
+        while True:  # ordinals rise: it ends unless rows come faster than they are read
             with self._lock, _typed():
                 found = self._first.execute(
                     f"SELECT rowid AS row_number, * FROM {table} WHERE rowid > ?"

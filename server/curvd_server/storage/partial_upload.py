@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -47,13 +48,17 @@ class Partial:
 
         Raises:
             DiskFull: If the disk does not take it; then nothing is added.
+            FailedPrecondition: If it cannot be written for another reason, likewise.
         """
         self.catch_up()
         with told():
             try:
                 written = 0
                 while written < data.nbytes:
-                    written += self.file.write(data[written:])
+                    count = self.file.write(data[written:])
+                    if not count:  # what takes no byte would take none for ever
+                        raise OSError(errno.EIO, os.strerror(errno.EIO))
+                    written += count
             except OSError:
                 self.file.truncate(self.size)
                 raise

@@ -353,7 +353,7 @@ def _grouped(small: Problem, sites: Sites, findings: _Findings) -> list[_Group]:
                 _parameters(small, shared if len(shared) else index),
                 "its elements are used in more than one layout",
             )
-    while True:
+    while True:  # a turn drops a group, or is the last
         dropped = [
             group
             for group in kept
