@@ -108,6 +108,29 @@ def test_data_points_that_are_apart_are_exported(kind, between):
     assert curvd.export(seeded(lambda: kind(between)), x).parameters
 
 
+@pytest.mark.parametrize("power", [-250, -30, 0, 30, 250])
+def test_numbers_that_outputs_are_multiplied_by_keep_their_digits(power):
+    """0.3 is another in float32, and 2^250 is none."""
+    size = 0.3 * 2.0**power
+    x, y = draw(6, 4), draw(6, 3) * size
+    module = seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), Times(size)))
+    model = prepare(
+        module, nn.MSELoss(), (x, y), None, None, batch_size=2, check=True
+    ).model
+    assert model.inputs
+
+
+class Times(nn.Module):
+    """Multiplies by a number."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x):
+        return x * self.number
+
+
 def test_numbers_that_become_indices_are_left_in_range():
     class Table(nn.Module):
         def __init__(self):

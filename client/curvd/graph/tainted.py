@@ -49,11 +49,18 @@ class Absorbing(TorchDispatchMode):  # type: ignore[no-untyped-call]
             or not result.isnan().any()
         ):
             return result
-        *before, a, b = (torch.as_tensor(t, device=result.device) for t in args)
+        *before, a, b = (_tensor(t, result.device) for t in args)
         lost = [t.isnan() for t in (a, b)]
         known = [t.masked_fill(n, 0) for t, n in zip((a, b), lost, strict=True)]
         result = func(*before, *known, **(kwargs or {}))
         return result.masked_fill(_reached(product, (a, b), lost), math.nan)
+
+
+def _tensor(operand: Any, device: torch.device) -> Tensor:
+    """Make a tensor of what may be a number, with all of its digits."""
+    if isinstance(operand, float):
+        return torch.tensor(operand, dtype=torch.float64, device=device)
+    return torch.as_tensor(operand, device=device)
 
 
 def _reached(
