@@ -1,5 +1,7 @@
 """A graph that runs with given values is a module whose tensors are exchanged for them."""
 
+import copy
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -54,3 +56,26 @@ def test_tensors_without_a_value_are_the_modules_own():
     exported = curvd.export(module, x, check=False)
     graph = GraphModule(Interpreter(decode(canonical(exported.graph))))
     assert graph.at({}, (x.to("meta"),), {}).is_meta
+
+
+def test_a_copy_has_the_names_and_ties_of_a_deep_copy_and_its_own_free_parameters():
+    exported = curvd.export(Tied().eval(), torch.randn(5, 4), check=False)
+    graph = GraphModule(Interpreter(decode(canonical(exported.graph))))
+    graph.use_batch_statistics()
+    copied, deep = graph.copied({"a.bias"}), copy.deepcopy(graph)
+    for listed in (nn.Module.named_parameters, nn.Module.named_buffers):
+        for duplicates in (True, False):
+            names = [
+                [name for name, _ in listed(m, remove_duplicate=duplicates)]
+                for m in (copied, deep, graph)
+            ]
+            assert names[0] == names[1] == names[2]
+    assert repr(copied) == repr(deep)
+    assert copied.a.weight is copied.b.weight is not graph.b.weight
+    assert [p.requires_grad for p in copied.parameters()] == [
+        name == "a.bias" for name, _ in graph.named_parameters()
+    ]
+    assert all(p.requires_grad for p in graph.parameters())
+    state = {name: torch.randn(t.shape) for name, t in graph.state_dict().items()}
+    x = torch.randn(5, 4)
+    assert torch.equal(copied.at(state, (x,), {}), deep.at(state, (x,), {}))

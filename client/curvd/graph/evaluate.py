@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator as python
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,72 @@ _SIZES: Mapping[str, Callable[..., Any]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """A value by its number."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Type:
+    """A type by its name in the contract."""
+
+    name: str
+
+
+class Evaluator:
+    """Runs a graph as often as is wanted, and reads the message once.
+
+    Args:
+        graph: The graph, from `curvd.graph.tape.write`.
+    """
+
+    def __init__(self, graph: graph_pb.Graph) -> None:
+        self._own = (graph.dtype, COMPLEX[graph.dtype])
+        self._outputs = list(graph.outputs)
+        self._nodes: list[tuple[str, list[Any], dict[str, Any]]] = []
+        for node in graph.nodes:
+            positional: list[Any] = []
+            named: dict[str, Any] = {}
+            for argument in node.arguments:
+                if argument.name:
+                    named[argument.name] = _read(argument)
+                else:
+                    positional.append(_read(argument))
+            self._nodes.append((node.operator, positional, named))
+
+    def __call__(
+        self, inputs: Sequence[Tensor], tensors: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Run it; see `evaluate`."""
+        floating = (t.dtype for t in (*tensors, *inputs) if t.is_floating_point())
+        session = next(floating, torch.float32)
+        device = inputs[0].device
+        values: list[Any] = [*inputs, *tensors]
+
+        def filled(item: Any) -> Any:
+            if type(item) is _Value:
+                return values[item.index]
+            if type(item) is list:
+                return [filled(part) for part in item]
+            return self._type(item.name, session) if type(item) is _Type else item
+
+        for operator, positional, named in self._nodes:
+            options = {name: filled(item) for name, item in named.items()}
+            arguments = [filled(item) for item in positional]
+            values.append(_apply(operator, arguments, options, device))
+        return [values[index] for index in self._outputs]
+
+    def _type(self, name: str, session: torch.dtype) -> torch.dtype:
+        """Say what a type that the graph names is in a session."""
+        dtype = _DTYPES[name]
+        stands = name in self._own or session is torch.float64
+        if dtype.is_complex:
+            return _DTYPES[COMPLEX[DTYPE_NAMES[session]]] if stands else dtype
+        return session if dtype.is_floating_point and stands else dtype
+
+
 def evaluate(
     graph: graph_pb.Graph, inputs: Sequence[Tensor], tensors: Sequence[Tensor]
 ) -> list[Tensor]:
@@ -50,45 +117,26 @@ def evaluate(
     Returns:
         Its outputs.
     """
-    floating = (t.dtype for t in (*tensors, *inputs) if t.is_floating_point())
-    session = next(floating, torch.float32)
-    device = inputs[0].device
-    values: list[Any] = [*inputs, *tensors]
+    return Evaluator(graph)(inputs, tensors)
 
-    def read(literal: graph_pb.GraphLiteral) -> Any:
-        kind = literal.WhichOneof("kind")
-        if kind is None:
-            return None
-        item = getattr(literal, kind)
-        if kind == "value":
-            return values[item]
-        if kind == "memory_format":
-            return _FORMATS[item]
-        if kind != "dtype":
-            return item
-        dtype = _DTYPES[item]
-        own = (graph.dtype, COMPLEX[graph.dtype])
-        stands = item in own or session is torch.float64
-        if dtype.is_complex:
-            return _DTYPES[COMPLEX[DTYPE_NAMES[session]]] if stands else dtype
-        return session if dtype.is_floating_point and stands else dtype
 
-    for node in graph.nodes:
-        positional: list[Any] = []
-        named: dict[str, Any] = {}
-        for argument in node.arguments:
-            kind = argument.WhichOneof("kind")
-            value: Any = None
-            if kind == "literals":
-                value = [read(item) for item in argument.literals.items]
-            elif kind is not None:
-                value = read(argument.literal)
-            if argument.name:
-                named[argument.name] = value
-            else:
-                positional.append(value)
-        values.append(_apply(node.operator, positional, named, device))
-    return [values[index] for index in graph.outputs]
+def _read(argument: graph_pb.GraphArgument) -> Any:
+    """Read an argument; values and types are filled in when the graph runs."""
+    kind = argument.WhichOneof("kind")
+    if kind == "literals":
+        return [_literal(item) for item in argument.literals.items]
+    return None if kind is None else _literal(argument.literal)
+
+
+def _literal(literal: graph_pb.GraphLiteral) -> Any:
+    kind = literal.WhichOneof("kind")
+    if kind is None:
+        return None
+    item = getattr(literal, kind)
+    if kind == "memory_format":
+        return _FORMATS[item]
+    kinds: Mapping[str, Callable[..., Any]] = {"value": _Value, "dtype": _Type}
+    return kinds[kind](item) if kind in kinds else item
 
 
 def types_in(graph: graph_pb.Graph) -> frozenset[torch.dtype]:

@@ -25,7 +25,7 @@ from curvd.errors import InvalidSpec
 from curvd.graph.companions import check_module
 from curvd.graph.compared import differing, shown_size, size_of
 from curvd.graph.eager import Run, multiplied, runs, widened
-from curvd.graph.evaluate import evaluate, types_in
+from curvd.graph.evaluate import Evaluator, types_in
 from curvd.graph.manifest import Inputs
 from curvd.graph.mismatches import NAMED, cut_off, mismatch
 from curvd.graph.seen import functions_in
@@ -133,6 +133,8 @@ class _Proof:
         self, run: Run, graph: graph_pb.Graph, tensors: Mapping[str, Tensor]
     ) -> None:
         self.run, self.graph, self.tensors = run, graph, tensors
+        self._evaluate = Evaluator(graph)
+        self._homes = [_home(run.module, t.names[0]) for t in graph.tensors]
         self.functions: list[str] = []
         self.rows = run.inputs
         self.usual = 0.0
@@ -151,20 +153,17 @@ class _Proof:
         """
         given, trained = self._given()
         with torch.enable_grad():
-            return evaluate(self.graph, self.run.inputs.leaves, given)[0], trained
+            return self._evaluate(self.run.inputs.leaves, given)[0], trained
 
     def _given(self) -> tuple[list[Tensor], dict[str, Tensor]]:
         """List the graph's tensors at the module's parameters, and those that train."""
-        module = self.run.module
-        values: dict[str, Tensor] = {
-            **dict(module.named_parameters(remove_duplicate=False)),
-            **dict(module.named_buffers(remove_duplicate=False)),
-        }
         given: list[Tensor] = []
         trained: dict[str, Tensor] = {}
-        for described in self.graph.tensors:
+        for described, (home, leaf) in zip(
+            self.graph.tensors, self._homes, strict=True
+        ):
             name = described.names[0]
-            value = values.get(f"module.{name}", self.tensors[name]).detach().clone()
+            value = getattr(home, leaf, self.tensors[name]).detach().clone()
             if value.is_complex():
                 value = torch.view_as_real(value.resolve_conj())
             if value.is_floating_point():
@@ -402,6 +401,15 @@ class _Proof:
         wrong = differing(pairs, self.run.narrowest, least)
         if wrong:
             raise mismatch(wrong, where, self.run.seen, self.functions)
+
+
+def _home(wrapper: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+    """Find the layer that has a tensor, and its attribute; None: a constant of the code."""
+    path, _, leaf = f"module.{name}".rpartition(".")
+    try:
+        return wrapper.get_submodule(path), leaf
+    except AttributeError:
+        return None, leaf
 
 
 def _alike(targets: Tensor, outputs: Tensor) -> Tensor:

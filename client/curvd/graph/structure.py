@@ -241,12 +241,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise Unsure
         given = _mapped(self._here, [args, kwargs or {}])
         self.line(str(func), self.shown(given), torch.is_grad_enabled())
-        args, options = _mapped(_without_place, given)
-        if any(a.name == "device" and a.kwarg_only for a in func._schema.arguments):
-            options["device"] = _META
         key = key_of(func, given)
         result = None if key is None else recalled(key)
         if result is None:
+            args, options = _mapped(_without_place, given)
+            if any(a.name == "device" and a.kwarg_only for a in func._schema.arguments):
+                options["device"] = _META
             result = func(*args, **options)
             if key is not None:
                 remember(key, result, self._memory.keys())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -230,11 +230,7 @@ def take_apart(
         return value.to(device, kind).contiguous()
 
     free = set(chosen)
-    memo: dict[int, Any] = _GentleMemo({
-        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=name in free)
-        for name, p in module.named_parameters()
-    })
-    skeleton = copy.deepcopy(module, memo).eval().to(dtype)
+    skeleton = _copied(module, free).eval().to(dtype)
     rewrite(skeleton)
     if mode is Mode.BATCH_STATISTICS:
         use_batch_statistics(skeleton)
@@ -246,6 +242,17 @@ def take_apart(
         if name in kept:
             constants[name] = place(name, b)
     return variables, constants, skeleton
+
+
+def _copied(module: nn.Module, free: Set[str]) -> nn.Module:
+    """Copy a module without the memory of its parameters, of which some are free."""
+    if type(module) is GraphModule:
+        return module.copied(free)
+    memo: dict[int, Any] = _GentleMemo({
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=name in free)
+        for name, p in module.named_parameters()
+    })
+    return copy.deepcopy(module, memo)
 
 
 def aliases(module: nn.Module) -> dict[str, str]:

@@ -7,6 +7,7 @@ needed, and difference quotients are accumulated where backward passes leave gra
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -58,9 +59,13 @@ class Direction:
         Args:
             like: One tensor per parameter.
         """
-        if sum(p.numel() for p in like) <= KEPT_ELEMENTS:
-            wide = [torch.empty(p.shape, dtype=torch.float64) for p in like]
-            self._kept.update(enumerate(self.tensors(wide)))
+        if sum(p.numel() for p in like) > KEPT_ELEMENTS:
+            return
+        normals = _normals(self.seed, tuple(p.shape for p in like))
+        entries = torch._foreach_mul(normals, self.scales)
+        for index, row in self.fixed:
+            entries[index][row] = 0.0
+        self._kept.update(enumerate(entries))
 
     def along(self, index: int, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Walk along a parameter, or something of its shape.
@@ -77,10 +82,7 @@ class Direction:
             for chunk, entries in chunks(tensor, kept):
                 yield chunk, entries
             return
-        # note: torch's generator reads 32 bits of a seed, the lowest.
-        seed = (self.seed + 1_000_003 * index) % 2**32
-        generator = torch.Generator().manual_seed(seed)
-        start = 0
+        generator, start = _generator(self.seed, index), 0
         for (chunk,) in chunks(tensor):
             entries = torch.randn(chunk.shape, generator=generator).double()
             entries *= self.scales[index]
@@ -107,6 +109,25 @@ class Direction:
             for index, row in enumerate(rows)
             for chunk, entries in self.along(index, row)
         )
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    """Make the source of a direction's entries in one parameter."""
+    # note: torch's generator reads 32 bits of a seed, the lowest.
+    return torch.Generator().manual_seed((seed + 1_000_003 * index) % 2**32)
+
+
+@functools.lru_cache(maxsize=6)
+def _normals(seed: int, shapes: tuple[torch.Size, ...]) -> tuple[Tensor, ...]:
+    """Make a direction's entries for parameters of scale one, which are `KEPT_ELEMENTS` at most.
+
+    The second session of an architecture has the same, and so has one objective when its
+    gradient and its operators are verified; who has them must not write to them.
+    """
+    return tuple(
+        torch.randn(shape, generator=_generator(seed, index)).double()
+        for index, shape in enumerate(shapes)
+    )
 
 
 class FiniteDifferences:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,21 @@ class GraphModule(nn.Module):
     def cut_off(self) -> tuple[str, ...]:
         """Lines at which values that depend on parameters become constants."""
         return self._interpreter.graph.cut_off
+
+    def copied(self, trained: Collection[str]) -> GraphModule:
+        """Make another module of the same graph; `copy.deepcopy` takes ten times as long.
+
+        Args:
+            trained: Names of the parameters that are differentiated; the others are not.
+
+        Returns:
+            The module, without memory too.
+        """
+        twin = GraphModule(self._interpreter)
+        twin._batch_statistics = self._batch_statistics
+        for name, parameter in twin.named_parameters():
+            parameter.requires_grad_(name in trained)
+        return twin
 
     def use_batch_statistics(self) -> None:
         """Make every BatchNorm use its mini-batch's statistics."""
