@@ -21,6 +21,8 @@ from curvd.v1 import graph_pb2 as graph_pb
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from curvd.graph.origins import Origin, Traced
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -59,6 +61,8 @@ class Prepared:
     """What the module computes in."""
     batch_size: int
     """``B``."""
+    origin: Origin
+    """The module as it was, for updates that are given the module itself."""
 
 
 @functools.cache
@@ -280,6 +284,7 @@ def prepare(
         explained,
     )
     from curvd.graph.losses import recognised
+    from curvd.graph.origins import Origin
     from curvd.graph.own_loss import own_loss
     from curvd.graph.packing import OfSeveral, is_several, packed
     from curvd.graph.prepare import example_outputs, leaves_of, prove_module
@@ -301,6 +306,7 @@ def prepare(
         msg = f"batch_size must be a whole number, at least 1, got {size!r}"
         raise InvalidSpec(msg, batch_size=size)
     check_lengths(leaves_of(inputs), targets)
+    origin = Origin(module, _like(inputs, output, mode))
     model = _captured(module, inputs, output, mode, targets)
     if model.graph.dtype not in (d.value for d in Dtype):
         msg = f"no session computes in {model.graph.dtype}: export module.float()"
@@ -321,7 +327,25 @@ def prepare(
     target = next(n for n in ("target", "targets", "y_target") if n not in model.inputs)
     leaves = dict(zip(model.inputs, leaves_of(inputs), strict=True))
     dtype = Dtype(model.graph.dtype)
-    return Prepared(model, {**leaves, target: targets}, target, spec, dtype, size)
+    origin.exported(model.graph, model.state)
+    data = {**leaves, target: targets}
+    return Prepared(model, data, target, spec, dtype, size, origin)
+
+
+def _like(
+    inputs: Any, output: Output, mode: Mode | str | None
+) -> Callable[[nn.Module], Traced]:
+    """Make what exports a module again, with the same examples."""
+    from curvd.graph.examples import few
+
+    examples = few(inputs)
+
+    @_one_at_a_time
+    def traced(module: nn.Module) -> Traced:
+        model = _captured(module, examples, output, mode)
+        return model.graph, model.state
+
+    return traced
 
 
 def named(

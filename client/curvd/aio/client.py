@@ -213,6 +213,7 @@ class AsyncClient:
                 progress=observe or False,
                 **{"operators": None, **options},
             )
+        session._origin = ready.origin
         if checkpoint is not None:
             try:
                 await session.update_parameters(checkpoint=checkpoint)

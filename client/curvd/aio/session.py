@@ -115,7 +115,9 @@ class AsyncSession(
             name=name,
             plan=plan,
         )
-        return AsyncSession(self._connection, await self._connection.run(call), spec)
+        other = AsyncSession(self._connection, await self._connection.run(call), spec)
+        other._origin = self._origin
+        return other
 
     async def update_parameters(
         self,
@@ -138,6 +140,7 @@ class AsyncSession(
                 request_id=uuid.uuid4().hex,
                 progress=callback,
                 copy=copy,
+                origin=self._origin,
             )
             made = await updates.run_async(
                 steps, asyncio.to_thread, self._connection.run

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Awaitable, Callable, Generator, Mapping
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from curvd._calls.base import Call, Unary
 from curvd._calls.upload import Blob, Progress, Upload, blob_of
@@ -21,6 +21,9 @@ from curvd.parameters.steps import between_steps
 from curvd.parameters.wrappers import state_of
 from curvd.tensors import Box, to_numpy
 from curvd.v1 import session_service_pb2 as session_pb
+
+if TYPE_CHECKING:
+    from curvd.graph.origins import Origin
 
 T = TypeVar("T")
 
@@ -44,6 +47,7 @@ def update_parameters(
     request_id: str,
     progress: Progress | None,
     copy: bool,
+    origin: Origin | None = None,
 ) -> Steps[Version]:
     """Replace parameter values; the result is the new version and its digest."""
     header = session_pb.UpdateParametersHeader(
@@ -64,7 +68,9 @@ def update_parameters(
     if checkpoint is not None:
         header.checkpoint.name, header.checkpoint.prefix = checkpoint, prefix
         return _commit(header)
-    return _steps(header, session, values, progress, copy, threading.get_ident())
+    return _steps(
+        header, session, values, progress, copy, threading.get_ident(), origin
+    )
 
 
 def _steps(
@@ -74,8 +80,9 @@ def _steps(
     progress: Progress | None,
     copy: bool,
     asking: int,
+    origin: Origin | None,
 ) -> Steps[Version]:
-    values = state_of(values)
+    values = state_of(values, origin)
     if not isinstance(values, Mapping):
         return (yield from _sent(header, blob_of(values), progress))
     names = plain_names(values, set(session.layout.names))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from curvd.errors import InvalidSpec
 from curvd.tensors import loaded
+
+if TYPE_CHECKING:
+    from curvd.graph.origins import Origin
 
 _COUNT, _INNER = "n_averaged", "module."
 """What a state dict of `torch.optim.swa_utils.AveragedModel` has: its count, and the rest."""
@@ -64,23 +67,38 @@ def exportable(module: Any) -> Any:
     return inner
 
 
-def state_of(value: Any) -> Any:
+def state_of(value: Any, origin: Origin | None = None) -> Any:
     """Give what has parameters by name the shape of a state dict.
 
     Args:
         value: A module, wrapped or not, or anything else.
+        origin: What the session's module was when it was exported, if that is known.
 
     Returns:
         A module's state dict; that of an `AveragedModel` without its count; anything
         else as it is.
+
+    Raises:
+        InvalidSpec: If a module has changed in what is a constant of the session.
     """
     if isinstance(value, Mapping):
         return _without_count(value)
     torch = loaded("torch")
     if torch is None or not isinstance(value, torch.nn.Module):
         return value
-    state: Mapping[str, Any] = unwrapped(value).state_dict()
+    inner = unwrapped(value)
+    if origin is not None and not _is_sharded(inner):
+        return origin.state(inner)
+    state: Mapping[str, Any] = inner.state_dict()
     return state
+
+
+def _is_sharded(module: Any) -> bool:
+    """Tell whether parameters are DTensors: layers are others then, on purpose."""
+    distributed = loaded("torch.distributed.tensor")
+    return distributed is not None and any(
+        isinstance(parameter, distributed.DTensor) for parameter in module.parameters()
+    )
 
 
 def _without_count(state: Mapping[str, Any]) -> Mapping[str, Any]:

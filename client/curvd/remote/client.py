@@ -387,6 +387,7 @@ class Client:
                 progress=observe or False,
                 **{"operators": None, **options},
             )
+        session._origin = ready.origin
         if checkpoint is not None:
             try:
                 session.update_parameters(checkpoint=checkpoint)

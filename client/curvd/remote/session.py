@@ -170,7 +170,9 @@ class Session(
             name=name,
             plan=plan,
         )
-        return Session(self._connection, self._connection.run(call), spec)
+        other = Session(self._connection, self._connection.run(call), spec)
+        other._origin = self._origin
+        return other
 
     def update_parameters(
         self,
@@ -224,6 +226,7 @@ class Session(
                 request_id=uuid.uuid4().hex,
                 progress=callback,
                 copy=copy,
+                origin=self._origin,
             )
             return self._advance(*updates.run(steps, self._connection.run))
 

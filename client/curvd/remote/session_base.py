@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from curvd._transport import Process, current_process
 from curvd.contract import (
@@ -31,6 +31,9 @@ from curvd.remote.operator_options import (
     makes,
 )
 
+if TYPE_CHECKING:
+    from curvd.graph.origins import Origin
+
 O = TypeVar("O")  # noqa: E741 - the operator type of the client
 J = TypeVar("J")  # its type of Jacobians
 
@@ -48,6 +51,7 @@ class SessionBase(FactoredOperators[O], ABC, Generic[O, J]):
 
     def __init__(self, info: SessionInfo, dataset: DatasetSpec | None = None) -> None:
         self._info, self._dataset = info, dataset
+        self._origin: Origin | None = None  # the module, if it was exported here
         self._entered_in: Process | None = None
         self.last: ResultInfo | None = None
         """Where the latest gradient came from and what it cost."""

@@ -1,0 +1,262 @@
+"""What a module was when it was exported, beside its parameters.
+
+A training moves more than a state dict holds: buffers that are not persistent, and
+attributes (a temperature, a tensor, a flag). A graph has the former as tensors, which travel
+with an update, and the latter as constants, which nothing moves. So attributes are noted at
+the export and compared when the module itself is given for an update. One that has changed
+is looked at closely: the module is exported once more, and if that makes the same graph, a
+counter of steps, say, nothing depends on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvd.errors import CurvdError, InvalidSpec
+from curvd.graph.manifest import CONSTANTS
+from curvd.v1 import graph_pb2 as graph_pb
+
+Traced = tuple[graph_pb.Graph, Mapping[str, Tensor]]
+_TORCHS = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
+"""Attributes that torch looks after itself."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+_ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None)})
+_DEPTH = 4
+"""Of containers in containers that are looked into."""
+_ELEMENTS = 1 << 20
+"""Of a tensor that is copied; one that has more is known by its place and its version."""
+_SHOWN = 5
+"""Attributes that a message names."""
+_MISSING = object()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Other:
+    """What has no value to compare: the same only if it is the same object."""
+
+    kind: type
+    identity: int
+
+    def __repr__(self) -> str:
+        return f"<{self.kind.__name__}>"
+
+
+class Origin:
+    """A module as it was exported, for updates of a session that are given a module.
+
+    Args:
+        module: The module.
+        traced: Exports a module like it, with the same examples.
+    """
+
+    def __init__(
+        self, module: nn.Module, traced: Callable[[nn.Module], Traced]
+    ) -> None:
+        self._seen = _attributes(module)
+        self._training = {n: m.training for n, m in module.named_modules()}
+        self._traced = traced
+        self._graph, self._constants = graph_pb.Graph(), dict[str, Tensor]()
+
+    def exported(self, graph: graph_pb.Graph, tensors: Mapping[str, Tensor]) -> Origin:
+        """Note what was exported.
+
+        Args:
+            graph: The graph.
+            tensors: Its tensors by name.
+
+        Returns:
+            This.
+        """
+        self._graph, self._constants = graph, _constants(tensors)
+        return self
+
+    def state(self, module: nn.Module) -> dict[str, Any]:
+        """Give the values that an update takes, those of passing buffers included.
+
+        Args:
+            module: The module, without wrappers.
+
+        Returns:
+            Its state dict, and the buffers of the graph that it leaves out.
+
+        Raises:
+            InvalidSpec: If an attribute has changed that the graph holds as a constant.
+        """
+        self._check(module)
+        state: dict[str, Any] = dict(module.state_dict())
+        names = {name for tensor in self._graph.tensors for name in tensor.names}
+        for name, buffer in module.named_buffers(remove_duplicate=False):
+            if name in names:
+                state.setdefault(name, buffer.detach())
+        return state
+
+    def _check(self, module: nn.Module) -> None:
+        now = _attributes(module)
+        changed = {
+            name: (self._seen.get(name, _MISSING), now.get(name, _MISSING))
+            for name in {**self._seen, **now}
+            if not _same(self._seen.get(name, _MISSING), now.get(name, _MISSING))
+        }
+        if not changed:
+            return
+        if not self._does_the_same(module):
+            raise _refusal(changed)
+        self._seen = now
+
+    def _does_the_same(self, module: nn.Module) -> bool:
+        try:
+            graph, tensors = self._traced(_twin(module, self._training))
+        except (
+            CurvdError
+        ):  # what it holds, a bound method, say, calls the module itself
+            try:
+                with _in_modes(module, self._training):
+                    graph, tensors = self._traced(module)
+            except CurvdError:
+                return False
+        constants = _constants(tensors)
+        return (
+            _without_roles(graph) == _without_roles(self._graph)
+            and list(constants) == list(self._constants)
+            and all(_same(constants[n], t) for n, t in self._constants.items())
+        )
+
+
+def _refusal(changed: Mapping[str, tuple[Any, Any]]) -> InvalidSpec:
+    shown = ", ".join(
+        f"{name} was {_said(old)} and is {_said(new)}"
+        for name, (old, new) in list(changed.items())[:_SHOWN]
+    )
+    more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    msg = (
+        f"the module has changed in what no update moves: {shown}{more}. The session's graph "
+        "has them as constants: make a new session (session_for), or make a number that "
+        "moves in training a buffer (register_buffer), which travels with an update"
+    )
+    return InvalidSpec(msg, attributes=", ".join(changed))
+
+
+def _said(value: Any) -> str:
+    if value is _MISSING:
+        return "not there"
+    if isinstance(value, Tensor) and value.numel() > 1:
+        return f"a tensor of shape {list(value.shape)}"
+    return repr(value.tolist() if isinstance(value, Tensor) else value)[:60]
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """List what a module and its layers hold beside tensors of the state dict."""
+    found: dict[str, Any] = {}
+    for place, layer in module.named_modules():
+        prefix = f"{place}." if place else ""
+        found[f"{prefix}__class__"] = _Other(type(layer), id(type(layer)))
+        held = vars(layer)
+        for name, value in held.items():
+            if name not in _TORCHS:
+                found[prefix + name] = value if type(value) in _ATOMS else _noted(value)
+        for name in _HOOKS:
+            if held[name]:
+                found[prefix + name] = [_noted(h) for h in held[name].values()]
+    return found
+
+
+def _noted(value: Any, depth: int = _DEPTH) -> Any:
+    """Note a value so that a change of it in place shows."""
+    if type(value) in _ATOMS:
+        return value
+    if isinstance(value, Tensor):
+        if value.numel() <= _ELEMENTS:
+            return value.detach().clone()
+        return (value.data_ptr(), value._version, tuple(value.shape))
+    if depth:
+        if isinstance(value, list | tuple):
+            return [_noted(item, depth - 1) for item in value]
+        if isinstance(value, Mapping):
+            return {k: _noted(v, depth - 1) for k, v in value.items()}
+        if isinstance(value, Collection) and isinstance(value, set | frozenset):
+            return frozenset(v for v in value if type(v) in _ATOMS)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {k: _noted(v, depth - 1) for k, v in _fields(value)}
+    if type(value).__module__ == "numpy":
+        return value.copy() if hasattr(value, "copy") else value
+    return _Other(type(value), id(value))
+
+
+def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(value):
+        yield field.name, getattr(value, field.name, None)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Compare what was noted."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        alike = a.shape == b.shape and a.dtype == b.dtype
+        return alike and bool(torch.equal(a.cpu(), b.cpu()))
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(v, b[k]) for k, v in a.items())
+    if type(a).__module__ == "numpy":
+        return bool(a.shape == b.shape and a.dtype == b.dtype and (a == b).all())
+    return bool(a == b) or (a != a and b != b)
+
+
+def _constants(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy those that belong to the code."""
+    prefix = f"{CONSTANTS}."
+    return {n: t.detach().clone() for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _without_roles(graph: graph_pb.Graph) -> graph_pb.Graph:
+    """Leave out what trains: that may be frozen since."""
+    copied = graph_pb.Graph.FromString(graph.SerializeToString())
+    for tensor in copied.tensors:
+        tensor.ClearField("role")
+    return copied
+
+
+def _twin(module: nn.Module, training: Mapping[str, bool]) -> nn.Module:
+    """Make a module of the same tensors and attributes, in the mode that was exported.
+
+    The module itself may be training beside this.
+    """
+    twins: dict[int, nn.Module] = {}
+
+    def copied(layer: nn.Module) -> nn.Module:
+        if id(layer) not in twins:
+            twin: nn.Module = layer.__class__.__new__(layer.__class__)
+            vars(twin).update(vars(layer))
+            twins[id(layer)] = twin
+            for name in ("_parameters", "_buffers"):
+                vars(twin)[name] = dict(vars(layer)[name])
+            children = {n: m and copied(m) for n, m in layer._modules.items()}
+            vars(twin)["_modules"] = children
+        return twins[id(layer)]
+
+    whole = copied(module)
+    for name, layer in whole.named_modules():
+        layer.training = training.get(name, layer.training)
+    return whole
+
+
+@contextlib.contextmanager
+def _in_modes(module: nn.Module, training: Mapping[str, bool]) -> Iterator[None]:
+    """Set each layer as it was when it was exported, and then back."""
+    before = [(layer, layer.training) for layer in module.modules()]
+    try:
+        for name, layer in module.named_modules():
+            layer.training = training.get(name, layer.training)
+        yield
+    finally:
+        for layer, was in before:
+            layer.training = was

@@ -1,0 +1,160 @@
+"""What moves in training beside the state dict: it travels, or the update is refused."""
+
+import asyncio
+import dataclasses
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from support.differences import draw, labels, seeded  # noqa: E402
+from torch import nn  # noqa: E402
+
+import curvd  # noqa: E402
+
+N = 7
+X, Y, LOSS = draw(N, 4), labels(3, N), nn.CrossEntropyLoss()
+
+
+@pytest.fixture(scope="module")
+def client(live_target):
+    with curvd.connect(live_target) as client:
+        yield client
+
+
+@dataclasses.dataclass
+class Schedule:
+    """Where some keep what moves."""
+
+    temperature: float = 1.0
+
+
+class Net(nn.Module):
+    """A layer whose result is multiplied by a number that is kept in one way or another."""
+
+    def __init__(self, factor=lambda m: 1.0):
+        super().__init__()
+        self.a, self.drop, self.factor = nn.Linear(4, 3), nn.Dropout(0.5), factor
+        self.register_buffer("k", torch.tensor(1.0), persistent=False)
+        self.plain, self.number, self.on = torch.tensor(1.0), 1.0, False
+        self.held, self.schedule, self.calls = {"k": [1.0]}, Schedule(), 0
+
+    def forward(self, x):
+        return self.drop(torch.tanh(self.a(x))) * self.factor(self)
+
+
+def net(factor=lambda m: 1.0):
+    return seeded(lambda: Net(factor)).eval()
+
+
+def gradient(module):
+    loss = LOSS(module(X), Y)
+    return nn.utils.parameters_to_vector(
+        torch.autograd.grad(loss, list(module.parameters()))
+    )
+
+
+def test_a_buffer_that_is_not_persistent_travels(client):
+    module = net(lambda m: m.k)
+    with client.session_for(module, LOSS, (X, Y), batch_size=3) as session:
+        module.k.fill_(3.0)
+        session.update_parameters(module)
+        np.testing.assert_allclose(session.gradient()[1], gradient(module), rtol=1e-9)
+
+
+def in_place(module):
+    module.plain.fill_(3.0)
+
+
+MOVED = {
+    "number": (
+        lambda m: m.number,
+        lambda m: setattr(m, "number", 3.0),
+        "was 1.0 and is",
+    ),
+    "tensor": (lambda m: m.plain, in_place, r"plain was 1\.0 and is 3\.0"),
+    "flag": (
+        lambda m: 2.0 if m.on else 1.0,
+        lambda m: setattr(m, "on", True),
+        "on was False and is True",
+    ),
+    "nested": (
+        lambda m: m.held["k"][0],
+        lambda m: m.held["k"].__setitem__(0, 3.0),
+        "held",
+    ),
+    "dataclass": (
+        lambda m: m.schedule.temperature,
+        lambda m: setattr(m.schedule, "temperature", 3.0),
+        "schedule",
+    ),
+    "layer": (
+        lambda m: 1.0,
+        lambda m: setattr(m, "drop", nn.Tanh()),
+        r"drop\.__class__ was <Dropout> and is <Tanh>",
+    ),
+    "forward": (
+        lambda m: 1.0,
+        lambda m: setattr(m, "forward", lambda x: m.a(x).tanh() * 2),
+        "forward was not there",
+    ),
+    "hook": (
+        lambda m: 1.0,
+        lambda m: m.a.register_forward_hook(lambda m, x, z: 2 * z),
+        r"a\._forward_hooks",
+    ),
+}
+
+
+@pytest.mark.parametrize(("factor", "move", "match"), MOVED.values(), ids=MOVED)
+def test_what_is_a_constant_of_the_graph_and_moves_is_refused(
+    client, factor, move, match
+):
+    module = net(factor)
+    with client.session_for(module, LOSS, (X, Y), batch_size=3) as session:
+        session.update_parameters(module)
+        move(module)
+        for one in (session, session.on((X, Y))):
+            with pytest.raises(
+                curvd.InvalidSpec, match=rf"{match}.*new session.*register_buffer"
+            ):
+                one.update_parameters(module)
+        assert session.refresh().version == 2
+
+
+def test_the_asyncio_client_refuses_it_too(live_target):
+    module = net(lambda m: m.number)
+
+    async def main():
+        async with curvd.aio.connect(live_target) as client:
+            session = await client.session_for(module, LOSS, (X, Y), batch_size=3)
+            module.number = 3.0
+            with pytest.raises(curvd.InvalidSpec, match=r"number was 1\.0 and is 3\.0"):
+                await session.update_parameters(module)
+            await session.delete()
+
+    asyncio.run(main())
+
+
+def test_what_decides_nothing_may_move(client):
+    module = net(lambda m: m.number)
+    with client.session_for(module, LOSS, (X, Y), batch_size=3) as session:
+        module.train()  # the session is of the mode that was exported
+        module.calls += 1
+        module.a.weight.requires_grad_(False)
+        assert session.update_parameters(module) == 2
+        assert module.training
+        assert module.drop.training
+
+
+def test_what_calls_the_module_itself_may_be_among_it(client):
+    module = net(lambda m: m.number)
+    module.by_another_name = module.a.forward
+    module.factor = lambda _: module.by_another_name(X[:1]).mean()
+    with client.session_for(module, LOSS, (X, Y), batch_size=3) as session:
+        module.train().calls += 1
+        assert session.update_parameters(module) == 2
+        module.factor = lambda _: 2 * module.by_another_name(X[:1]).mean()
+        with pytest.raises(curvd.InvalidSpec, match="factor was <function>"):
+            session.update_parameters(module)
+        assert module.training
