@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -47,6 +48,61 @@ class _Other:
         return f"<{self.kind.__name__}>"
 
 
+class _Layer:
+    """One layer as it was, by identity where that is enough: the quick look.
+
+    It keeps nothing alive that is not the caller's plain value.
+    """
+
+    __slots__ = ("_children", "_layer", "_mutable", "_plain", "_size")
+
+    def __init__(self, layer: nn.Module) -> None:
+        held = vars(layer)
+        own = {n: v for n, v in held.items() if n not in _TORCHS}
+        self._layer, self._size = weakref.ref(layer), len(held)
+        self._children = tuple(map(id, held["_modules"].values()))
+        self._plain = [(n, v) for n, v in own.items() if _is_plain(v)]
+        self._mutable = [(n, _noted(v)) for n, v in own.items() if not _is_plain(v)]
+        self._mutable += [(n, _hooks(held[n])) for n in _HOOKS if held[n]]
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Tell whether this is of a module."""
+        return self._layer() is module
+
+    def is_as_before(self) -> bool:
+        """Tell whether nothing has changed; where that takes longer to say, it has."""
+        layer = self._layer()
+        if layer is None:
+            return False
+        held = vars(layer)
+        for name, value in self._plain:
+            if held.get(name, _MISSING) is not value:
+                return False
+        for name, noted in self._mutable:
+            if name in _HOOKS:
+                now = _hooks(held[name])
+            else:
+                now = _noted(held.get(name, _MISSING))
+            if not _same(noted, now):
+                return False
+        hooks = sum(bool(held[name]) for name in _HOOKS)
+        return (
+            len(held) == self._size
+            and hooks == sum(name in _HOOKS for name, _ in self._mutable)
+            and self._children == tuple(map(id, held["_modules"].values()))
+        )
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell what cannot change without becoming another object."""
+    kind = type(value)
+    return kind in _ATOMS or (kind is tuple and all(type(v) in _ATOMS for v in value))
+
+
+def _hooks(registered: Mapping[Any, Any]) -> list[Any]:
+    return [_noted(hook) for hook in registered.values()]
+
+
 class Origin:
     """A module as it was exported, for updates of a session that are given a module.
 
@@ -59,6 +115,7 @@ class Origin:
         self, module: nn.Module, traced: Callable[[nn.Module], Traced]
     ) -> None:
         self._seen = _attributes(module)
+        self._layers: list[_Layer] = []
         self._training = {n: m.training for n, m in module.named_modules()}
         self._traced = traced
         self._graph, self._constants = graph_pb.Graph(), dict[str, Tensor]()
@@ -97,17 +154,19 @@ class Origin:
         return state
 
     def _check(self, module: nn.Module) -> None:
+        known = bool(self._layers) and self._layers[0].is_of(module)
+        if known and all(map(_Layer.is_as_before, self._layers)):
+            return
         now = _attributes(module)
         changed = {
             name: (self._seen.get(name, _MISSING), now.get(name, _MISSING))
             for name in {**self._seen, **now}
             if not _same(self._seen.get(name, _MISSING), now.get(name, _MISSING))
         }
-        if not changed:
-            return
-        if not self._does_the_same(module):
+        if changed and not self._does_the_same(module):
             raise _refusal(changed)
         self._seen = now
+        self._layers = [_Layer(layer) for layer in module.modules()]
 
     def _does_the_same(self, module: nn.Module) -> bool:
         try:
@@ -162,7 +221,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
                 found[prefix + name] = value if type(value) in _ATOMS else _noted(value)
         for name in _HOOKS:
             if held[name]:
-                found[prefix + name] = [_noted(h) for h in held[name].values()]
+                found[prefix + name] = _hooks(held[name])
     return found
 
 
