@@ -404,6 +404,30 @@ def test_a_module_that_cannot_be_copied_is_proven_itself(dtype, factor):
     assert module.a.weight.grad.eq(1).all() and module.a.bias.grad is None
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+def test_a_session_in_float64_leaves_casts_out_and_is_off_by_their_rounding(
+    client, kind
+):
+    cast = Net(lambda h: h.to(kind).double())
+    loss, data = nn.CrossEntropyLoss(), (X, Y)
+    with client.session_for(cast, loss, data, batch_size=3, dtype="F64") as session:
+        found = session.gradient()[1]
+    plain, own = (
+        nn.utils.parameters_to_vector(
+            torch.autograd.grad(loss(net(X), Y), list(net.parameters()))
+        )
+        for net in (Net(), cast)
+    )
+    np.testing.assert_allclose(found, plain, rtol=1e-9, atol=1e-12)
+    off = np.linalg.norm(found - own.numpy()) / np.linalg.norm(own)
+    assert off <= torch.finfo(kind).eps
+
+
+def test_a_cast_to_float16_loses_gradients_and_is_refused():
+    with pytest.raises(curvd.GradientMismatch, match="of size"):
+        curvd.export(Net(lambda h: h.half().double()), X)
+
+
 def test_what_rounds_to_a_narrower_type_is_compared_with_its_digits():
     module = Net(lambda h: h.float().sin().double())
     assert curvd.export(module, X).inputs == ("x",)
