@@ -20,7 +20,7 @@ from torch import Tensor
 
 from curvd.errors import InvalidSpec
 from curvd.graph.compared import shown_size
-from curvd.graph.evaluate import evaluate
+from curvd.graph.evaluate import Evaluator, evaluate
 from curvd.graph.tainted import Absorbing, Unbounded, embedded
 from curvd.v1 import graph_pb2 as graph_pb
 
@@ -110,12 +110,13 @@ def check_module(
     # An index beyond the end is an exception on a CPU, and the end of a process's CUDA.
     fragile = leaves[0].device.type != "cpu" and _makes_integers(graph)
     looks_up = not all(leaf.is_floating_point() for leaf in leaves)
+    run = Evaluator(graph)
     for scale in _SCALES:
         tensors = [
             t * scale if d.role == graph_pb.GRAPH_TENSOR_ROLE_PARAMETER else t
             for d, t in zip(graph.tensors, given, strict=True)
         ]
-        whole = _rows(graph, tensors, leaves)
+        whole = _rows(run, tensors, leaves)
         if whole is None:
             continue
         ones = torch.ones(len(whole), dtype=torch.float64, device=whole.device)
@@ -125,14 +126,14 @@ def check_module(
                 continue
             factors = company.made(ones, row) if looks_up else None
             others = [company.made(leaf, row) for leaf in leaves]
-            found = _rows(graph, tensors, others, factors)
+            found = _rows(run, tensors, others, factors)
             error = 0.0 if found is None else _off(found[row], whole[row], whole)
             if error:
                 raise _joined_rows(company, error)
 
 
 def _rows(
-    graph: graph_pb.Graph,
+    run: Evaluator,
     tensors: Sequence[Tensor],
     leaves: Sequence[Tensor],
     factors: Tensor | None = None,
@@ -140,7 +141,7 @@ def _rows(
     """Run a module; None where an operator is not defined. NaN times zero is zero."""
     try:
         with torch.no_grad(), Absorbing(), embedded(leaves, factors):
-            return evaluate(graph, leaves, tensors)[0]
+            return run(leaves, tensors)[0]
     except Exception:
         return None
 
