@@ -30,6 +30,8 @@ _ELEMENTS = 1 << 20
 """Of the outputs that a loss is tried on."""
 _POINTS = 32
 """Data points that a loss is tried on: among so many, one may be five deviations off."""
+_CLOSE = 1e-3
+"""How far outputs close to their targets are from them, beside those of the example."""
 _INTEGERS = frozenset({"I8", "I16", "I32", "I64", "U8"})
 _REMEDY = "so curvature would depend on the batch size, at the latest after an update: "
 
@@ -182,29 +184,31 @@ def check_loss(
             (found,) = torch.autograd.grad(total, leaf)
         return found, counting.count
 
-    try:
-        whole, before = slopes(z, y)
-    except Exception:  # it insists on a type of its own
-        return
-    companies = list(_OF_LOSS)
+    companies, origins = list(_OF_LOSS), [z]
     if z.shape == y.shape and y.is_floating_point():
         companies.append(_Company("outputs that are their targets"))
-    for turn, company in enumerate(companies):
-        row = turn % len(z)
-        others, labels = company.made(z, row), company.made(y, row)
-        if y.is_floating_point() and company.factor != 1.0:
-            labels = _OTHERS.made(y, row)
-        if "targets" in company.said:
-            others = labels.clone()
-            others[row] = z[row]
+        origins.append(y + _CLOSE * (z - y))  # where a training leads to
+    for own in origins:
         try:
-            found, count = slopes(others, labels)
+            whole, before = slopes(own, y)
         except Exception:  # it is not defined there
             continue
-        # What overflows says nothing: guards against it act on whole mini-batches.
-        error = 0.0 if count > before else _off(found[row], whole[row], whole)
-        if error:
-            raise _joined_losses(company, error)
+        for turn, company in enumerate(companies):
+            row = turn % len(z)
+            others, labels = company.made(own, row), company.made(y, row)
+            if y.is_floating_point() and company.factor != 1.0:
+                labels = _OTHERS.made(y, row)
+            if "targets" in company.said:
+                others = labels.clone()
+                others[row] = own[row]
+            try:
+                found, count = slopes(others, labels)
+            except Exception:  # it is not defined there
+                continue
+            # What overflows says nothing: guards against it act on whole mini-batches.
+            error = 0.0 if count > before else _off(found[row], whole[row], whole)
+            if error:
+                raise _joined_losses(company, error)
 
 
 def _off(found: Tensor, want: Tensor, whole: Tensor) -> float:
