@@ -128,10 +128,25 @@ def check_module(
                 continue
             factors = company.made(ones, row) if looks_up else None
             others = [company.made(leaf, row) for leaf in leaves]
-            found = _rows(run, tensors, others, factors)
-            error = 0.0 if found is None else _off(found[row], whole[row], whole)
+            error = _change(run, tensors, others, factors, row, whole)
+            if error:  # perhaps because of what a mask would have taken out
+                with Absorbing():
+                    error = _change(run, tensors, others, factors, row, whole)
             if error:
                 raise _joined_rows(company, error)
+
+
+def _change(
+    run: Evaluator,
+    tensors: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    factors: Tensor | None,
+    row: int,
+    whole: Tensor,
+) -> float:
+    """Say how far a row is off in some company, 0 where nothing is known of it."""
+    found = _rows(run, tensors, leaves, factors)
+    return 0.0 if found is None else _off(found[row], whole[row], whole)
 
 
 def _rows(
@@ -140,9 +155,9 @@ def _rows(
     leaves: Sequence[Tensor],
     factors: Tensor | None = None,
 ) -> Tensor | None:
-    """Run a module; None where an operator is not defined. NaN times zero is zero."""
+    """Run a module; None where an operator is not defined."""
     try:
-        with torch.no_grad(), Absorbing(), embedded(leaves, factors):
+        with torch.no_grad(), embedded(leaves, factors):
             return run(leaves, tensors)[0]
     except Exception:
         return None
