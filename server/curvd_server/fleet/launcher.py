@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from curvd_server.system import uninterrupted
+
 WITHHELD = ("CURVD_TOKEN",)
 """Variables that no worker needs."""
 
@@ -101,17 +103,18 @@ class LocalLauncher:
         """Start a process; see `Launcher.start`."""
         self.end(invitation.rank)
         kept = {n: v for n, v in os.environ.items() if n not in WITHHELD}
-        process = subprocess.Popen(
-            self.command(invitation),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            env={
-                **kept,
-                "OMP_NUM_THREADS": str(invitation.threads),
-                "OMP_WAIT_POLICY": "passive",
-                "PYTHONPATH": os.pathsep.join(filter(None, invitation.path)),
-            },
-        )
+        with uninterrupted():
+            process = subprocess.Popen(
+                self.command(invitation),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                env={
+                    **kept,
+                    "OMP_NUM_THREADS": str(invitation.threads),
+                    "OMP_WAIT_POLICY": "passive",
+                    "PYTHONPATH": os.pathsep.join(filter(None, invitation.path)),
+                },
+            )
         self._processes[invitation.rank] = process
         assert process.stdin is not None
         process.stdin.write(invitation.written())

@@ -23,7 +23,7 @@ from curvd_server.system.cooperative import (
     yield_point,
 )
 from curvd_server.system.cores import is_quiet, usable_cores, waited_s
-from curvd_server.system.ending import end_within
+from curvd_server.system.ending import end_within, uninterrupted
 from curvd_server.system.faults import FREE_SOME, is_out_of_memory, released, told
 from curvd_server.system.garbage import (
     collect_if_due,
@@ -96,6 +96,7 @@ __all__ = [
     "together",
     "told",
     "undivided",
+    "uninterrupted",
     "usable_cores",
     "waited_s",
     "yield_point",

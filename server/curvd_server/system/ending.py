@@ -6,11 +6,13 @@ never returns would keep the process, its memory and its port for ever.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from curvd_server.system.logs import logger
 
@@ -48,3 +50,17 @@ def end_within(
         end(ABANDONED)
 
     threading.Thread(target=watch, name="end", daemon=True).start()
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C, before they can say that they do.
+
+    A terminal sends SIGINT to all processes of a command. One that still imports Python's own
+    modules would end with a traceback; it inherits what is blocked here.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -28,7 +28,7 @@ from typing import Any
 from curvd.contract import SerializedGraph, TensorInfo
 from curvd.errors import BY_REASON, Internal, LimitExceeded, Overloaded
 from curvd_server.storage import Architecture
-from curvd_server.system import Quotas
+from curvd_server.system import Quotas, uninterrupted
 from curvd_server.system.quotas import TRIAL_SECONDS
 from curvd_server.trials import nursery
 from curvd_server.trials.nursery import LENGTH
@@ -312,13 +312,14 @@ def _connection() -> socket.socket:
             f"from {nursery.__name__} import main; main({theirs.fileno()})"
         )
         command = [sys.executable, "-c", code]
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            env={**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
+        with uninterrupted():
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            )
         theirs.close()
         _nursery = process, ours
         atexit.unregister(_forget)
