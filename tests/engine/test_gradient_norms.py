@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support.misled import Tripled
 from torch import nn
 from torch.nn import functional as F
 
@@ -44,33 +45,11 @@ class Branches(nn.Module):
         return self.layer(x) if float(x.detach().square().sum()) > 0 else x
 
 
-class Wrong(torch.autograd.Function):
-    """Doubles; its rule for vectorised calls triples."""
-
-    generate_vmap_rule = False
-
-    @staticmethod
-    def forward(x):
-        return 2 * x
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 2 * gradient
-
-    @staticmethod
-    def vmap(info, in_dims, x):
-        return 3 * x, in_dims[0]
-
-
 class Misled(Branches):
     """Uses what is wrong when it is vectorised, and says nothing."""
 
     def forward(self, x):
-        return Wrong.apply(self.layer(x))
+        return Tripled.apply(self.layer(x))
 
 
 def batch_norm():

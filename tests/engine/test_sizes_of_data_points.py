@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from support.misled import Tripled
 from support.places import everywhere, here
 from torch import nn
 
@@ -47,28 +48,6 @@ class Sized(nn.Module):
 
     def forward(self, x):
         return self.net(x) * self.size
-
-
-class Tripled(torch.autograd.Function):
-    """Doubles; its rule for vectorised calls triples."""
-
-    generate_vmap_rule = False
-
-    @staticmethod
-    def forward(x):
-        return 2 * x
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 2 * gradient
-
-    @staticmethod
-    def vmap(info, in_dims, x):
-        return 3 * x, in_dims[0]
 
 
 class Misled(Sized):

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvd.errors import InvalidGraph
+from curvd.graph.looking import Looking, floating
 from curvd.graph.manifest import Inputs
 from curvd.graph.seen import Seen, leaves, watched
 
@@ -230,7 +230,7 @@ def _mapped(rows: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
     return Inputs(args, kwargs, rows.names, tuple(map(applied, rows.leaves)))
 
 
-class Digits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Digits(Looking):  # type: ignore[no-untyped-call]
     """Finds the floating point type with the fewest digits of a computation.
 
     Args:
@@ -240,21 +240,19 @@ class Digits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, narrowest: torch.dtype, types: Set[torch.dtype]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.narrowest, self._types = narrowest, types
 
-    def __torch_dispatch__(
+    def look(
         self,
-        func: Any,
-        types: Sequence[Any],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        result: Any,
     ) -> Any:
-        """Call an operator, and look at what it returns."""
-        result = func(*args, **(kwargs or {}))
-        for leaf in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                if leaf.dtype in self._types:
-                    if torch.finfo(leaf.dtype).eps > torch.finfo(self.narrowest).eps:
-                        self.narrowest = leaf.dtype
+        """Note its type, if it has fewer digits."""
+        for leaf in floating(result):
+            if leaf.dtype in self._types:
+                if torch.finfo(leaf.dtype).eps > torch.finfo(self.narrowest).eps:
+                    self.narrowest = leaf.dtype
         return result

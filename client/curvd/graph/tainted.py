@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from curvd.graph.looking import Looking, floating
 
 _ATEN = torch.ops.aten
 _PRODUCTS: Mapping[Any, Callable[[Tensor, Tensor], Tensor]] = {
@@ -25,24 +26,21 @@ _PRODUCTS: Mapping[Any, Callable[[Tensor, Tensor], Tensor]] = {
 """Operators whose last two operands are multiplied, and how."""
 
 
-class Absorbing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Absorbing(Looking):  # type: ignore[no-untyped-call]
     """Lets zero times NaN be zero: a mask that multiplies by zero keeps apart what it masks.
 
     So NaN reaches what depends on the number that was replaced, and nothing else.
     """
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(
+    def look(
         self,
         func: Callable[..., Any],
-        types: Sequence[Any],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        result: Any,
     ) -> Any:
-        """Call an operator."""
-        result, product = func(*args, **(kwargs or {})), _PRODUCTS.get(func)
+        """Compute a product with NaN in it again."""
+        product = _PRODUCTS.get(func)
         if (
             product is None
             or not result.is_floating_point()
@@ -52,7 +50,7 @@ class Absorbing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         *before, a, b = (_tensor(t, result.device) for t in args)
         lost = [t.isnan() for t in (a, b)]
         known = [t.masked_fill(n, 0) for t, n in zip((a, b), lost, strict=True)]
-        result = func(*before, *known, **(kwargs or {}))
+        result = func(*before, *known, **kwargs)
         return result.masked_fill(_reached(product, (a, b), lost), math.nan)
 
 
@@ -90,22 +88,21 @@ def embedded(leaves: Sequence[Tensor], factors: Tensor | None) -> Iterator[None]
         yield
 
 
-class _Embedded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Embedded(Looking):  # type: ignore[no-untyped-call]
     """See `embedded`."""
 
     def __init__(self, leaves: Sequence[Tensor], factors: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._leaves, self._factors = leaves, factors
 
-    def __torch_dispatch__(
+    def look(
         self,
         func: Callable[..., Any],
-        types: Sequence[Any],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        result: Any,
     ) -> Any:
-        """Call an operator, and multiply what it looked up."""
-        result = func(*args, **(kwargs or {}))
+        """Multiply what was looked up."""
         if func is _ATEN.embedding.default:
             if any(torch.equal(args[1], leaf) for leaf in self._leaves):
                 factors = self._factors.to(result.dtype)
@@ -113,23 +110,21 @@ class _Embedded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-class Unbounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Unbounded(Looking):  # type: ignore[no-untyped-call]
     """Counts numbers that are not finite among all that operators return."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(
+    def look(
         self,
         func: Callable[..., Any],
-        types: Sequence[Any],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        result: Any,
     ) -> Any:
-        """Call an operator, and look at what it returns."""
-        result = func(*args, **(kwargs or {}))
-        for leaf in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                self.count += int((~torch.isfinite(leaf)).sum())
+        """Count."""
+        for leaf in floating(result):
+            self.count += int((~torch.isfinite(leaf)).sum())
         return result

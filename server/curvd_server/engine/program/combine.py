@@ -27,6 +27,7 @@ from curvd_server.engine.program.constants import (
     new_constant,
     shape_of,
 )
+from curvd_server.engine.program.nodes import call_before
 from curvd_server.system import yield_point
 
 aten = torch.ops.aten
@@ -211,12 +212,8 @@ class _Chains:
         return node
 
     def _call(self, at: fx.Node, target: Any, left: fx.Node, right: Any) -> fx.Node:
-        with self.graph.inserting_before(at):
-            new = self.graph.call_function(target, (left, right))
         shape = torch.broadcast_shapes(shape_of(left), shape_of(right))  # type: ignore[no-untyped-call]
-        value: Tensor = at.meta["val"]
-        new.meta = dict(at.meta, val=value.new_empty(shape))
-        return new
+        return call_before(self.graph, at, target, (left, right), tuple(shape))
 
 
 def _is_elementwise(node: fx.Node) -> bool:

@@ -28,6 +28,7 @@ from curvd_server.engine.program.constants import (
     new_constant,
     shape_of,
 )
+from curvd_server.engine.program.nodes import call_before
 from curvd_server.system import yield_point
 
 aten = torch.ops.aten
@@ -133,12 +134,12 @@ def _join_sum(graph: fx.Graph, root: fx.Node, derived: DerivedConstants) -> None
             graph, root, [leaf.args[1 - which] for leaf in leaves], which
         )
         operands = (constant, tangent) if which == 0 else (tangent, constant)
-        joined.append(_call(graph, root, _MM, operands, shape_of(root)))
+        joined.append(call_before(graph, root, _MM, operands, shape_of(root)))
     if not joined:
         return
     total, *more = [*others, *joined]
     for addend in more:
-        total = _call(graph, root, _ADD, (total, addend), shape_of(root))
+        total = call_before(graph, root, _ADD, (total, addend), shape_of(root))
     root.replace_all_uses_with(total)
     graph.erase_node(root)
 
@@ -202,12 +203,14 @@ def _side_by_side(
     if all(part.target is _T for part in parts):
         bases = [part.args[0] for part in parts]
         whole = _along(bases, 1 - dim)
-        joined = _call(
+        joined = call_before(
             graph, at, aten.cat.default, (bases, 1 - dim), tuple(whole.shape)
         )
-        return _call(graph, at, _T, (joined,), tuple(reversed(whole.shape)))
+        return call_before(graph, at, _T, (joined,), tuple(reversed(whole.shape)))
     whole = _along(parts, dim)
-    return _call(graph, at, aten.cat.default, (list(parts), dim), tuple(whole.shape))
+    return call_before(
+        graph, at, aten.cat.default, (list(parts), dim), tuple(whole.shape)
+    )
 
 
 def _along(parts: Sequence[Any], dim: int) -> Tensor:
@@ -216,17 +219,3 @@ def _along(parts: Sequence[Any], dim: int) -> Tensor:
     shape = list(value.shape)
     shape[dim] = sum(shape_of(part)[dim] for part in parts)
     return value.new_empty(shape)
-
-
-def _call(
-    graph: fx.Graph,
-    at: fx.Node,
-    target: Any,
-    args: tuple[Any, ...],
-    shape: tuple[int, ...],
-) -> fx.Node:
-    with graph.inserting_before(at):
-        new = graph.call_function(target, args)
-    value: Tensor = at.meta["val"]
-    new.meta = {"val": value.new_empty(shape)}
-    return new

@@ -17,6 +17,7 @@ from curvd_server.engine.program.constants import (
     new_constant,
     shape_of,
 )
+from curvd_server.engine.program.nodes import call_before
 from curvd_server.system import yield_point
 
 aten = torch.ops.aten
@@ -77,7 +78,9 @@ def _pool(graph: fx.Graph, node: fx.Node, window: tuple[int, int, int]) -> None:
         graph, node, total, (*across[:-1], columns, width), -1, shape_of(node)
     )
     scale = (total, 1 / divisor)
-    _replace(graph, node, _call(graph, node, aten.mul.Tensor, scale, shape_of(node)))
+    _replace(
+        graph, node, call_before(graph, node, aten.mul.Tensor, scale, shape_of(node))
+    )
 
 
 def _summed(
@@ -89,13 +92,13 @@ def _summed(
     shape: tuple[int, ...],
 ) -> fx.Node:
     """Add the slices along an axis that a view makes."""
-    parts = _call(graph, at, aten.view.default, (x, list(split)), split)
+    parts = call_before(graph, at, aten.view.default, (x, list(split)), split)
     total, *more = (
-        _call(graph, at, aten.select.int, (parts, axis, i), shape)
+        call_before(graph, at, aten.select.int, (parts, axis, i), shape)
         for i in range(split[axis])
     )
     for part in more:
-        total = _call(graph, at, aten.add.Tensor, (total, part), shape)
+        total = call_before(graph, at, aten.add.Tensor, (total, part), shape)
     return total
 
 
@@ -115,26 +118,20 @@ def _spread(
         graph, node, derived, value.new_empty(width),
         Derivation((), lambda _: torch.full((width,), 1 / divisor, **kind)),
     )  # fmt: skip
-    one = _call(graph, node, aten.unsqueeze.default, (g, -1), (*shape_of(g), 1))
-    wide = _call(graph, node, aten.mul.Tensor, (one, shares), (*shape_of(g), width))
+    one = call_before(graph, node, aten.unsqueeze.default, (g, -1), (*shape_of(g), 1))
+    wide = call_before(
+        graph, node, aten.mul.Tensor, (one, shares), (*shape_of(g), width)
+    )
     across = (*lead, rows, columns * width)
-    row = _call(graph, node, aten.view.default, (wide, list(across)), across)
+    row = call_before(graph, node, aten.view.default, (wide, list(across)), across)
     whole = (*lead, rows, height, columns * width)
-    tall = _call(graph, node, aten.stack.default, ([row] * height, -2), whole)
+    tall = call_before(graph, node, aten.stack.default, ([row] * height, -2), whole)
     shape = shape_of(node)
     _replace(
-        graph, node, _call(graph, node, aten.view.default, (tall, list(shape)), shape)
+        graph,
+        node,
+        call_before(graph, node, aten.view.default, (tall, list(shape)), shape),
     )
-
-
-def _call(
-    graph: fx.Graph, at: fx.Node, target: Any, args: Any, shape: tuple[int, ...]
-) -> fx.Node:
-    with graph.inserting_before(at):
-        new = graph.call_function(target, args)
-    value: Tensor = at.meta["val"]
-    new.meta = dict(at.meta, val=value.new_empty(shape))
-    return new
 
 
 def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:

@@ -24,6 +24,7 @@ from curvd_server.engine.program.constants import (
     shape_of,
 )
 from curvd_server.engine.program.join_products import join_products
+from curvd_server.engine.program.nodes import call_before
 from curvd_server.engine.program.pooling import add_windows
 from curvd_server.system import yield_point
 
@@ -142,13 +143,6 @@ def _replace(
     return new
 
 
-def _negative(graph: fx.Graph, at: fx.Node, tangent: fx.Node) -> fx.Node:
-    with graph.inserting_before(at):
-        new = graph.call_function(_NEG, (tangent,))
-    new.meta = dict(tangent.meta)
-    return new
-
-
 def _drop_zero(graph: fx.Graph, node: fx.Node, zeros: Set[str]) -> None:
     """``t + 0 -> t``, ``0 - t -> -t``: tangents of what no parameter moves are zero."""
     subtracts = node.target is _SUB
@@ -161,7 +155,7 @@ def _drop_zero(graph: fx.Graph, node: fx.Node, zeros: Set[str]) -> None:
         if other != 0 and not (isinstance(other, fx.Node) and other.target in zeros):
             continue
         if subtracts and tangent is node.args[1]:
-            tangent = _negative(graph, node, tangent)
+            tangent = call_before(graph, node, _NEG, (tangent,), shape_of(tangent))
         if shape_of(tangent) == shape_of(node):
             node.replace_all_uses_with(tangent)
             graph.erase_node(node)
