@@ -1,25 +1,23 @@
-"""What can be configured about a server: each setting once, units in the names.
-
-`curvd_server.cli` makes options of them, and the table of docs/server.md.
-"""
+"""All that can be set about a server: what fits together, and what follows from it."""
 
 from __future__ import annotations
 
-import importlib.util
-import ipaddress
 import re
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
 
-from curvd.contract import Limits, check_settings, setting
+from curvd.contract import check_settings, setting
 from curvd.errors import InvalidSpec, install
-from curvd.tensors import MAX_HEADER_BYTES
+from curvd_server.config.addresses import address_of, is_local
+from curvd_server.config.files import content
+from curvd_server.config.limits import LimitsConfig
+from curvd_server.config.tls import TlsConfig
 from curvd_server.transport import USUAL_LINES, Callers, ConnectionLimits, TokenFile
 
 if TYPE_CHECKING:  # of an extra, which few have
@@ -31,164 +29,7 @@ MESSAGE_BYTES = 4 << 20
 """Longest message that is accepted. Chunks stay 64 KiB below it."""
 _WAITING_CALLS = 512
 """Calls of clients that are not ours that wait for the event loop."""
-_MOST_PORT = 65535
-_UNIX = ("unix:", "unix-abstract:")
-LIBRARIES = ("timm", "torchvision", "transformers")
-"""Those whose models clients may build by name, where an operator allows them."""
 _COLLECTOR = re.compile(r"https?://[^/\s]+:\d+/?")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TlsConfig:
-    """Encryption, and whom to let in."""
-
-    cert: Path = setting(MISSING, "PEM file with the server's certificate chain.")
-    key: Path = setting(MISSING, "PEM file with the key of --tls-cert.")
-    client_ca: Path | None = setting(
-        None,
-        "Let in only clients with a certificate that these authorities sign (mutual "
-        "TLS).",
-    )
-
-    def context(self) -> ssl.SSLContext:
-        """Read the files, for connections that grpcio does not see.
-
-        Returns:
-            What `ssl` wants.
-
-        Raises:
-            InvalidSpec: If a file cannot be read, or they do not fit each other.
-        """
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.set_alpn_protocols(["h2"])
-        try:
-            context.load_cert_chain(self.cert, self.key)
-            if self.client_ca is not None:
-                context.load_verify_locations(self.client_ca)
-                context.verify_mode = ssl.CERT_REQUIRED
-        except ssl.SSLError as error:
-            msg = (
-                f"the TLS files do not fit each other, or are no PEM: cert={self.cert}, "
-                f"key={self.key}, client_ca={self.client_ca} ({error})"
-            )
-            raise InvalidSpec(msg, cert=self.cert, key=self.key) from error
-        return context
-
-    def credentials(self) -> grpc.ServerCredentials:
-        """Read the files.
-
-        Returns:
-            What gRPC wants.
-
-        Raises:
-            InvalidSpec: If a file cannot be read.
-        """
-        pair = (_read(self.key, "key"), _read(self.cert, "cert"))
-        if self.client_ca is None:
-            return grpc.ssl_server_credentials([pair])
-        roots = _read(self.client_ca, "client_ca")
-        return grpc.ssl_server_credentials([pair], roots, require_client_auth=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LimitsConfig:
-    """What the server refuses to exceed."""
-
-    upload_bytes: int = setting(
-        64 << 30, "Largest safetensors file of a model, dataset or update.", least=1
-    )
-    operand_bytes: int = setting(
-        64 << 30,
-        "Largest operand of one MatMat; it is streamed, never held as a whole.",
-        least=1,
-    )
-    columns: int = setting(1 << 20, "Columns of one MatMat.", least=1)
-    pending_columns: int = setting(
-        4096,
-        "Columns that may wait for a device, those of all callers together, before "
-        "callers are turned away.",
-        least=1,
-    )
-    pending_bytes: int = setting(
-        8 << 30,
-        "Memory of operands and results that are under way; one request always fits.",
-        least=1,
-    )
-    block_bytes: int = setting(
-        64 << 20,
-        "Memory of one column block of a MatMat, unless one column is larger.",
-        least=1,
-    )
-    idle_bytes: int = setting(
-        1 << 30,
-        "Memory of operands, and as much of results, that is kept for the next ones "
-        "while nobody needs it.",
-        least=0,
-    )
-    kept_bytes: int = setting(
-        1 << 30,
-        "Memory of results that are kept for callers whose stream broke.",
-        least=0,
-    )
-    kept_s: int = setting(
-        60, "Seconds that results are kept for callers whose stream broke.", least=1
-    )
-    stored_bytes: int = setting(
-        4 << 30, "Memory of the vectors that one session stores.", least=0
-    )
-    memory_bytes: int = setting(
-        0,
-        "Memory of the host for datasets, stored vectors, kept results and calls "
-        "under way together; 0: four fifths of what the machine has or the container "
-        "may use.",
-        least=0,
-        shown="four fifths",
-    )
-    partial_bytes: int = setting(
-        128 << 30, "Disk of all uploads that are not complete.", least=1
-    )
-    partial_s: int = setting(
-        24 * 3600, "Seconds that an upload is kept which nobody goes on with.", least=1
-    )
-    run_columns: int = setting(
-        32, "Columns that are computed together at most.", least=1
-    )
-    sessions: int = setting(100, "Sessions at once.", least=1)
-    lease_s: int = setting(
-        7 * 24 * 3600,
-        "Seconds that a session lives without a call, unless its maker says otherwise; 0: "
-        "for ever.",
-        least=0,
-    )
-    operators: int = setting(
-        16,
-        "Operators that one session keeps built; the longest unused one makes room.",
-        least=1,
-    )
-    default_budget_bytes: int = setting(
-        4 << 30,
-        "Memory for the cached linearisations of one session, unless it asks for another.",
-        least=0,
-    )
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-
-    def published(self) -> Limits:
-        """Describe the limits to clients.
-
-        Returns:
-            Those that a client can run into.
-        """
-        return Limits(
-            upload_bytes=self.upload_bytes,
-            operand_bytes=self.operand_bytes,
-            header_bytes=MAX_HEADER_BYTES,
-            columns=self.columns,
-            pending_columns=self.pending_columns,
-            sessions=self.sessions,
-            default_budget_bytes=self.default_budget_bytes,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,7 +166,7 @@ class ServerConfig:
         "in the background and if there is a C++ compiler; 0: never.",
         least=0,
     )
-    limits: LimitsConfig = LimitsConfig()
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     transport: str = setting(
         "direct",
         "Who speaks HTTP/2 with our own clients: direct, the server itself, or grpcio, "
@@ -474,7 +315,7 @@ class ServerConfig:
         """
         if self.token_file is None:
             return self.token
-        token = _read(self.token_file, "token_file").decode(errors="replace").strip()
+        token = content(self.token_file, "token_file").decode(errors="replace").strip()
         _check_token(token, f"token_file {self.token_file}")
         return token
 
@@ -573,82 +414,6 @@ class ServerConfig:
         ]
 
 
-def check_libraries(patterns: Sequence[str]) -> tuple[str, ...]:
-    """Refuse globs that an operator cannot have meant.
-
-    Args:
-        patterns: Globs over ``library:name``, for example ``timm:vit_*``.
-
-    Returns:
-        The patterns.
-
-    Raises:
-        InvalidSpec: If a library is unknown or not installed.
-    """
-    for pattern in patterns:
-        library, colon, name = pattern.partition(":")
-        if library not in LIBRARIES or not (colon and name):
-            msg = (
-                f"library {pattern!r} must be one of {', '.join(LIBRARIES)}, a colon, and "
-                "a glob over its model names"
-            )
-            raise InvalidSpec(msg, library=pattern)
-        if importlib.util.find_spec(library) is None:
-            msg = (
-                f"library {pattern!r} is allowed, but {library} is not installed: "
-                f"{install(library)}"
-            )
-            raise InvalidSpec(msg, library=pattern, extra=library)
-    return tuple(patterns)
-
-
-def is_local(listen: str) -> bool:
-    """Tell whether an address can be reached from this machine only.
-
-    Args:
-        listen: ``host:port``, ``[ipv6]:port`` or ``unix:/path``.
-
-    Returns:
-        True for Unix sockets and loopback addresses.
-
-    Raises:
-        InvalidSpec: If it is no address.
-    """
-    if listen.startswith(_UNIX):
-        return True
-    host, _ = address_of(listen, "listen", or_else=" or unix:/path")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def address_of(text: str, name: str, *, or_else: str = "") -> tuple[str, int]:
-    """Read an address of TCP.
-
-    Args:
-        text: ``host:port`` or ``[ipv6]:port``.
-        name: The setting, for errors.
-        or_else: What else it may be, likewise.
-
-    Returns:
-        The host without brackets, and the port.
-
-    Raises:
-        InvalidSpec: If it is no address.
-    """
-    host, _, port = text.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    if not host or not port.isdecimal() or (":" in host and not bracketed):
-        ways = f"host:port{',' if or_else else ' or'} [ipv6]:port{or_else}"
-        msg = f"{name} must be {ways}, got {text!r}"
-        raise InvalidSpec(msg, address=text)
-    if int(port) > _MOST_PORT:  # the system would take the rest of a division
-        msg = f"the port of {name} must be at most {_MOST_PORT}, got {text!r}"
-        raise InvalidSpec(msg, address=text)
-    return host.strip("[]"), int(port)
-
-
 def _issuer(path: Path) -> Issuer:
     """Read whose tokens let callers in.
 
@@ -667,11 +432,3 @@ def _check_token(token: str, where: str) -> None:
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         msg = f"{where} must hold printable ASCII without spaces"
         raise InvalidSpec(msg)
-
-
-def _read(path: Path, name: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        msg = f"cannot read {name} {str(path)!r}: {error.strerror}"
-        raise InvalidSpec(msg, file=path) from error
