@@ -40,7 +40,8 @@ def none_while_building() -> Iterator[Aside]:
     aside = Aside()
     with _lock:
         if not _under_way:
-            _usual = gc.get_threshold()
+            if gc.get_threshold()[2] < _NEVER:  # else a client of this process exports
+                _usual = gc.get_threshold()
             gc.set_threshold(*_usual[:2], _NEVER)
         _under_way.append(aside)
     try:
