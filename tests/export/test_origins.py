@@ -159,3 +159,32 @@ def test_what_calls_the_module_itself_may_be_among_it(client):
         with pytest.raises(curvd.InvalidSpec, match="factor was <function>"):
             session.update_parameters(module)
         assert module.training
+
+
+def test_a_watch_takes_passing_buffers_along(client):
+    module = net(lambda m: m.k)
+    with client.session_for(module, LOSS, (X, Y), batch_size=3) as session:
+        watch = curvd.watch(session, module, every=1, metrics="loss", optimizer=())
+        with watch:
+            module.k.fill_(3.0)
+            watch.step()
+            assert watch.wait(60)
+            (reading,) = watch.readings
+        assert reading.values["loss"] == pytest.approx(
+            LOSS(module(X), Y).item(), rel=1e-9
+        )
+
+
+def test_a_watch_reads_nothing_once_a_constant_has_moved_and_says_so(client):
+    module = net(lambda m: m.number)
+    with client.session_for(module, LOSS, (X, Y), batch_size=3) as session:
+        watch = curvd.watch(session, module, every=1, metrics="loss", optimizer=())
+        with watch:
+            module.number = 3.0
+            watch.step()
+            assert watch.wait(60)
+        assert watch.readings == ()
+        assert watch.skipped == 1
+        assert "was 1.0 and is 3.0" in str(watch.last_error)
+        with pytest.raises(curvd.InvalidSpec, match=r"was 1\.0 and is 3\.0"):
+            curvd.watch(session, module, every=1, metrics="loss", optimizer=())

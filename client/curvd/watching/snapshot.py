@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from curvd.contract import ParameterLayout
 from curvd.errors import InvalidSpec
+from curvd.parameters import state_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from curvd.graph.origins import Origin
 
 State = Callable[[], Mapping[str, Any]]
 Watched = Any
@@ -88,26 +91,30 @@ def _distinct(state: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
         yield name, tensor
 
 
-def state_of(watched: Watched, layout: ParameterLayout) -> State:
+def followed(watched: Watched, layout: ParameterLayout, origin: Origin | None) -> State:
     """Find the tensors that a session has.
 
     Args:
         watched: A module, or a wrapper of one; tensors by name; or a function that
             returns such.
         layout: Parameters of the session.
+        origin: What the session's module was when it was exported, if that is known.
 
     Returns:
-        The function that returns them.
+        The function that returns them. A module's raises `InvalidSpec` once the module
+        has changed in what is a constant of the session.
 
     Raises:
-        InvalidSpec: If they are not those of the session, or sharded.
+        InvalidSpec: If they are not those of the session, or sharded, or the module has
+            changed in that way already.
         ModuleNotFoundError: If torch is not installed.
     """
     from torch import nn
 
     state: State
     if isinstance(watched, nn.Module):
-        state = _fitting(watched, layout).state_dict
+        module = _fitting(watched, layout)
+        state = lambda: state_of(module, origin)  # noqa: E731
     elif isinstance(watched, Mapping):
         state = lambda: watched  # noqa: E731
     elif callable(watched):
@@ -169,7 +176,7 @@ def identities(watched: Watched) -> frozenset[int]:
     """Tell by which objects an optimiser of these parameters is known.
 
     Args:
-        watched: As for `state_of`.
+        watched: As for `followed`.
 
     Returns:
         Their ids; none of a function's, whose tensors may be others each time.

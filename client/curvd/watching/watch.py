@@ -21,7 +21,7 @@ from curvd.watching.handover import Due, Handover
 from curvd.watching.metrics import Metrics, Moment, Value, chosen
 from curvd.watching.outlets import Outlets, opened
 from curvd.watching.reading import Reading
-from curvd.watching.snapshot import Snapshot, Watched, identities, state_of
+from curvd.watching.snapshot import Snapshot, Watched, followed, identities
 from curvd.watching.troubles import Troubles
 
 _KEPT = 10_000
@@ -118,7 +118,8 @@ class Watch:
     ) -> None:
         _check(session, every)
         self._every, self._metrics = every, chosen(metrics)
-        self._handover = Handover(Snapshot(state_of(module, session.layout)))
+        state = followed(module, session.layout, session._origin)
+        self._handover = Handover(Snapshot(state))
         self._outlets = opened(to, tuple(self._metrics))
         self._session, self._retry = _apart(session), session._connection._config.retry
         self._troubles = Troubles(f"the watch of session {session.id}")
