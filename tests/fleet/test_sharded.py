@@ -23,7 +23,7 @@ from support.zoo import REFUSED
 
 from curvd.contract.enums import Dtype, Mode
 from curvd.contract.specs import DatasetSpec, ModelSpec, OperatorSpec
-from curvd.errors import Cancelled, CurvatureUnverified, OutOfMemory
+from curvd.errors import Cancelled, CurvatureUnverified, NotFinite, OutOfMemory
 from curvd_server.device.torch_device import TorchDevice
 from curvd_server.fleet import ShardedDevice
 from curvd_server.fleet.slices import Slices
@@ -104,6 +104,13 @@ def test_a_cancelled_product_stops_everywhere_and_leaves_all_together(device, he
     with pytest.raises(Cancelled):
         hessian.apply(np.ones((3000, hessian.size)), cancelled=cancelled)
     assert device.in_step._joined == group
+    np.testing.assert_allclose(dense(hessian), eager_hessian(), atol=1e-13)
+
+
+def test_a_product_that_overflows_is_refused_and_leaves_all_together(hessian):
+    huge = np.full((1, hessian.size), np.finfo(np.float64).max)
+    with pytest.raises(NotFinite, match=r"(NaN|infinite) at \S+ \(index \d+ of"):
+        hessian.apply(np.sign(dense(hessian)[:1]) * huge, cancelled=never)
     np.testing.assert_allclose(dense(hessian), eager_hessian(), atol=1e-13)
 
 

@@ -20,7 +20,7 @@ from curvd.contract import OperatorSpec, PlanReport, Stage, Tier
 from curvd.errors import InvalidVector, OutOfMemory
 from curvd.tensors import Pool
 from curvd_server.engine.batch_product import BatchProduct, DoesNotFit
-from curvd_server.engine.finite import is_finite, not_finite
+from curvd_server.engine.finite import because_of, is_finite, not_finite
 from curvd_server.engine.linearization_cache import Counters, LinearizationCache
 from curvd_server.engine.native_code import NativeCode
 from curvd_server.engine.objective import Array, Problem, check_cancelled, never
@@ -393,7 +393,8 @@ class Operator:
         if self.spec.damping:
             out.add_(V, alpha=self.spec.damping)
         if not self.problem.model.company.shares and not is_finite(out):
-            raise not_finite(out, self.problem, lambda index: self._share(index, V))
+            because = because_of(self.problem, lambda index: self._share(index, V))
+            raise not_finite(out, self.problem.layout, because)
         self.counters.columns += len(V)
         self._native.spent_s += time.perf_counter() - start
         self._consider_compiling()

@@ -14,6 +14,7 @@ from torch import Tensor
 from curvd.contract import OperatorSpec, PlanReport
 from curvd.errors import InvalidVector
 from curvd_server.device.protocols import Array
+from curvd_server.engine.finite import is_finite, not_finite
 from curvd_server.fleet import messages
 from curvd_server.fleet.connection import Frame
 from curvd_server.fleet.seats import OperatorEntry, Request
@@ -120,6 +121,8 @@ class FleetOperator:
 
         Raises:
             InvalidVector: If the shape is not [K, P].
+            NotFinite: If a number is NaN or infinite. Workers say of which data points
+                unless they hold slices of the parameters, or only the sum is infinite.
         """
         self._check(columns)
         V = np.asarray(columns, self._problem.dtype)
@@ -129,6 +132,8 @@ class FleetOperator:
             rows *= self.spec.scale
         if self.spec.damping:
             rows += self.spec.damping * V
+        if not is_finite(product := torch.from_numpy(rows)):
+            raise not_finite(product, self._layout)
         self.spent_s += time.monotonic() - start_s
         return rows
 
