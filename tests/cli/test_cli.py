@@ -1,6 +1,7 @@
 """The command line, without a server's dependencies where it needs none."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -74,6 +75,18 @@ def test_info_shows_server_sessions_and_plans(target):
 def test_the_token_of_a_file_is_sent(target, service, file):
     assert run("info", target, "--token-file", file("secret\n")).exit_code == 0
     assert service.calls[0][2]["authorization"] == "Bearer secret"
+
+
+def test_a_file_that_may_not_be_read_is_named_with_the_user_who_may_not(
+    file, monkeypatch
+):
+    path = str(file("secret\n"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read all
+    result = run("info", "127.0.0.1:1", "--token-file", path)
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2
+    assert f"user {os.geteuid()}, as whom this runs, may not read {path!r}" in said
+    assert "chown" in said and "secret" not in said
 
 
 def test_a_token_for_another_machine_needs_tls():

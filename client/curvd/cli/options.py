@@ -18,7 +18,25 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_PORT}"
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class _File(click.Path):
+    """A file that is there; one of another user's is refused with who may not read it."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Read a path."""
+        if os.path.isfile(value) and not os.access(value, os.R_OK):
+            msg = (
+                f"user {os.geteuid()}, as whom this runs, may not read {str(value)!r}: "
+                "give it to that user (chown), or let others read it (chmod)"
+            )
+            self.fail(msg, param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FILE = _File(exists=True, dir_okay=False, path_type=Path)
 
 
 class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
