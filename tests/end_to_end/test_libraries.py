@@ -138,6 +138,7 @@ def images(size):
     return {"x": x, "y": torch.randint(0, 3, (N,), generator=g)}
 
 
+@pytest.mark.usefixtures("untimed")  # tracing is the matter of tests/engine
 @pytest.mark.parametrize(
     ("source", "name", "config", "size"),
     [

@@ -100,6 +100,7 @@ def residual():
     )
 
 
+@pytest.mark.usefixtures("untimed")
 def test_a_residual_net(client):
     # note: many ReLUs; a larger step would cross kinks.
     check(client, seeded(residual).eval(), draw(N, 3, 8, 8), labels(3, N), step=1e-8)
@@ -115,6 +116,7 @@ class Recurrent(nn.Module):
         return self.head(self.cell(x)[0][:, -1])
 
 
+@pytest.mark.usefixtures("untimed")
 def test_a_recurrent_net(client):
     check(client, seeded(Recurrent), draw(N, 3, 3), labels(3, N))
 

@@ -24,6 +24,9 @@ from torch import nn  # noqa: E402
 
 import curvd  # noqa: E402
 
+# Modes of such models are traced and compared in tests/models.
+pytestmark = pytest.mark.usefixtures("untimed")
+
 
 @pytest.fixture(scope="module")
 def client(live_target):

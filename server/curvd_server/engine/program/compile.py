@@ -43,8 +43,9 @@ WORTH = 0.97
 """Native code must need less than this share of the program's time."""
 AGREEMENT = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1}
 """How far its rows may be from the program's; both round differently."""
-_OPTIONS = {"memory_planning": True}
-"""Of the compiler: temporaries share one block, so more of them are in the caches."""
+_OPTIONS = {"memory_planning": True, "aot_inductor.precompile_headers": False}
+"""Of the compiler: temporaries share one block, so more of them are in the caches; and
+headers are not compiled beforehand, which pays from the second program of a child on."""
 _NICENESS = 19
 """Of the child: every other process comes first."""
 _CPU_S = 1800
