@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from curvd.errors import Cancelled, OutOfMemory, Overloaded, Unavailable
-from curvd_server.device import batcher as batching
-from curvd_server.device.batcher import _SHORT_S, Batcher
+from curvd_server.device import joining
+from curvd_server.device.batcher import Batcher
+from curvd_server.device.paces import _SHORT_S
 
 
 class Gated:
@@ -96,7 +97,7 @@ def test_large_operands_that_share_nothing_run_one_after_the_other(
     operator, first = occupied(batcher)
     operator.shares = False
     nbytes = columns(0).nbytes
-    monkeypatch.setattr(batching, "_LITTLE_BYTES", 2 * nbytes)
+    monkeypatch.setattr(joining, "_LITTLE_BYTES", 2 * nbytes)
     waiting = [batcher.multiply(operator, columns(v)) for v in (1, 2, 3)]
     operator.let(3)
     for value, ticket in enumerate([first, *waiting]):
@@ -284,7 +285,7 @@ def known_to_be_quick(batcher):
     operator = Quick()
     result(batcher.multiply(operator, columns(1)))
     idle(batcher)
-    batcher._paces[operator] = 0.0  # the machine may have been busy
+    batcher._paces.slowest_s[operator] = 0.0  # the machine may have been busy
     return operator
 
 
@@ -321,12 +322,12 @@ def test_one_slow_product_counts_for_a_while(batcher):
     assert batcher.multiply_now(operator, columns(1)) is None
     for _ in range(50):
         result(batcher.multiply(operator, columns(1)))
-    assert batcher._paces[operator] < 0.05
+    assert batcher._paces.slowest_s[operator] < 0.05
 
 
 def test_many_columns_of_a_short_product_are_not_short(batcher):
     operator = known_to_be_quick(batcher)
-    batcher._paces[operator] = _SHORT_S / 2
+    batcher._paces.slowest_s[operator] = _SHORT_S / 2
     assert batcher.multiply_now(operator, columns(1, 2, 3)) is None
     assert batcher.multiply_now(operator, columns(1, 2)) is not None
 
@@ -370,9 +371,9 @@ def test_a_closed_device_has_no_short_products():
 
 def test_paces_of_operators_that_are_gone_are_forgotten(batcher):
     operator = known_to_be_quick(batcher)
-    assert len(batcher._paces) == 1
+    assert len(batcher._paces.slowest_s) == 1
     del operator
-    assert not batcher._paces
+    assert not batcher._paces.slowest_s
 
 
 @pytest.fixture

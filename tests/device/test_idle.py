@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from curvd_server.device import batcher as batching
+from curvd_server.device import turns
 from curvd_server.device.batcher import Batcher
 from curvd_server.system import alone, yield_point
 
@@ -30,7 +30,7 @@ def clock():
 
 @pytest.fixture
 def batcher(clock, monkeypatch):
-    monkeypatch.setattr(batching, "IDLE_S", 0.01)
+    monkeypatch.setattr(turns, "IDLE_S", 0.01)
     made = Batcher(
         run_columns=4,
         run_bytes=1 << 20,

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from support.callers import calls_as
 
-from curvd_server.device import batcher as batching
+from curvd_server.device import paces
+from curvd_server.device import turns as turning
+from curvd_server.device.batcher import Batcher
 from curvd_server.device.lanes import Lanes
 from curvd_server.device.requests import Ticket
 from curvd_server.device.shares import Shares
@@ -170,7 +172,7 @@ class Doubles:
 
 def test_the_device_waits_a_moment_for_who_comes_back_at_once():
     now, had = [0.0], []
-    batcher = batching.Batcher(
+    batcher = Batcher(
         run_columns=4,
         run_bytes=1 << 20,
         pending_columns=8,
@@ -214,14 +216,14 @@ def test_the_device_waits_a_moment_for_who_comes_back_at_once():
 def test_a_caller_with_a_name_waits_for_one_step_of_another(
     monkeypatch, callers, order
 ):
-    monkeypatch.setattr(batching, "LONG_S", 1e9)
-    monkeypatch.setattr(batching, "SHARED_LONG_S", -1.0)
-    monkeypatch.setattr(batching, "_SHARED_TURN_S", 0.0)
+    monkeypatch.setattr(paces, "LONG_S", 1e9)
+    monkeypatch.setattr(paces, "SHARED_LONG_S", -1.0)
+    monkeypatch.setattr(turning, "_SHARED_TURN_S", 0.0)
     had = []
     long, short = Stepping("ben", 3, had), Stepping("ann", 1, had)
     # Every look at the clock is a microsecond: the machine decides nothing.
     ticks = itertools.count()
-    batcher = batching.Batcher(
+    batcher = Batcher(
         run_columns=4,
         run_bytes=1 << 20,
         pending_columns=8,
@@ -253,8 +255,8 @@ def test_a_caller_with_a_name_waits_for_one_step_of_another(
 
 
 def test_a_busy_machine_makes_no_short_product_a_long_one(monkeypatch):
-    monkeypatch.setattr(batching, "SHARED_LONG_S", 0.5)
-    batcher = batching.Batcher(
+    monkeypatch.setattr(paces, "SHARED_LONG_S", 0.5)
+    batcher = Batcher(
         run_columns=4, run_bytes=1 << 20, pending_columns=8, pending_bytes=1000
     )
     try:
@@ -265,8 +267,9 @@ def test_a_busy_machine_makes_no_short_product_a_long_one(monkeypatch):
             ticket.result(timeout=300)
         batcher.run(lambda poll: None).result(timeout=300)  # they are counted now
         with batcher._lock:
-            batcher._paces[operator] = 1e9  # of the slowest lately
-            assert not batcher._is_long(operator, 1)
-            assert batcher._is_long(operator, 4)  # of so many nothing is known
+            batcher._paces.slowest_s[operator] = 1e9  # of the slowest lately
+            is_long = batcher._paces.is_long
+            assert not is_long(operator, 1, is_shared=True)
+            assert is_long(operator, 4, is_shared=True)  # of so many nothing is known
     finally:
         batcher.close()

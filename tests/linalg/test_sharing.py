@@ -11,7 +11,7 @@ from support.small_net import connected
 import curvd
 from curvd_server.app import running
 from curvd_server.config import LimitsConfig, ServerConfig
-from curvd_server.device import batcher
+from curvd_server.device import turns
 from curvd_server.engine import building
 from curvd_server.engine.tuning import autotune
 from curvd_server.service import query_run
@@ -239,7 +239,7 @@ async def test_vectors_that_the_session_has_no_room_for_are_refused_at_once(tmp_
 
 
 async def test_a_long_query_goes_on_in_the_last_tier_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(batcher, "IDLE_S", 0.0)
+    monkeypatch.setattr(turns, "IDLE_S", 0.0)
     begun, go_on = threading.Event(), threading.Event()
     compute = query_run.QueryRun.compute
 

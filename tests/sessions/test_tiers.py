@@ -8,7 +8,7 @@ from support.fake_device import middle, put
 
 from curvd.contract.enums import OperatorKind, Tier
 from curvd.contract.specs import OperatorSpec
-from curvd_server.device import batcher as batching
+from curvd_server.device import turns
 from curvd_server.sessions.operator_cache import REPAID_S
 from curvd_server.sessions.session import Update
 
@@ -126,7 +126,7 @@ async def test_nothing_is_built_that_nobody_asked_for(server):
 async def test_what_was_used_enough_does_not_wait_for_an_idle_device(
     server, monkeypatch
 ):
-    monkeypatch.setattr(batching, "IDLE_S", 1e6)
+    monkeypatch.setattr(turns, "IDLE_S", 1e6)
     info = await server.sessions.create(server.new())
     operator = await lease_of(server, info.id)
     await product(server, operator)

@@ -6,7 +6,8 @@ device there is, and is imported where it is made.
 
 from __future__ import annotations
 
-from curvd_server.device.batcher import LONG_S, Batcher, BatcherStatistics
+from curvd_server.device.batcher import Batcher, BatcherStatistics
+from curvd_server.device.paces import LONG_S
 from curvd_server.device.protocols import Array, Counted, Device, Operator, Problem
 from curvd_server.device.requests import Done, Ticket
 from curvd_server.device.room import Reservation

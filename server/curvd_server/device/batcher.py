@@ -1,13 +1,13 @@
 """Who computes next: one thread per device, and a queue that joins products.
 
 Natural batching: what queued for the same operator while the device was busy runs as
-one product, if that is cheaper. There is no timer, so a lone caller never waits.
+one product, if that is cheaper (`joining`). There is no timer, so a lone caller never waits.
 Operators take turns, so that a caller with many requests delays another by one run at
 most.
 
 Work that takes long, such as the opening of a session or a product over many
-mini-batches, is done in turns (`cooperative`): whoever comes waits for one step of it, not
-for all, however much of it goes on.
+mini-batches (`paces`), is done in turns (`cooperative`, `turns`): whoever comes waits for one
+step of it, not for all, however much of it goes on.
 
 What nobody waits for, such as a better plan for an operator that answers already, runs
 when the device is idle (`run_when_idle`), and gives way at its next step to whoever comes.
@@ -23,57 +23,29 @@ import math
 import queue
 import threading
 import time
-import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-
 from curvd.errors import Cancelled, OutOfMemory, Unavailable
-from curvd.tensors import Pool
+from curvd_server.device.joining import Joining
 from curvd_server.device.lanes import Lane, Lanes, Run
+from curvd_server.device.paces import Paces
 from curvd_server.device.presence import Presence
 from curvd_server.device.requests import Columns, Done, Multiplies, Ticket
 from curvd_server.device.room import Reservation, Room
+from curvd_server.device.turns import Turns
 from curvd_server.system import (
-    CALLING,
-    TRACED,
     HostMemory,
-    Identity,
     LongWork,
     Poll,
     Quotas,
     Threads,
     calling,
     released,
-    together,
 )
 
 T = TypeVar("T")
-
-_LITTLE_BYTES = 1 << 20
-"""Operands up to here are joined even if their columns share nothing: each run has a cost
-of its own. Larger ones run alone, for joining copies them, and the first result would
-wait for the last."""
-_FIRST_GUESS_S = 0.1
-_SHORT_S = 0.3e-3
-"""Products up to here may hold up an event loop."""
-_FORGET = 0.8
-"""How much of an operator's slowest product lately still counts after one more."""
-LONG_S = 0.05
-"""Products that take longer, or are not known yet, give way to others."""
-_TURN_S = (5e-3, 0.25)
-"""Long work keeps the device for one step, or for several short ones: as long as the
-latest turn of a product took, within these bounds. So who multiplies all the time and
-who opens a session get half of the device each."""
-SHARED_LONG_S = 2e-3
-"""The same while several callers with names want the device: each may have a short product,
-and waits for one step of another's."""
-_SHARED_TURN_S = 0.5e-3
-"""The length of a turn then, unless one step takes longer."""
-IDLE_S = 0.1
-"""A device that nobody has asked for so long is idle: solvers come back at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,33 +100,27 @@ class Batcher:
         clock: Callable[[], float] = time.monotonic,
         name: str = "device",
     ) -> None:
-        self._run_columns, self._run_bytes = run_columns, run_bytes
-        self._clock = clock
+        self._joining = Joining(run_columns, run_bytes)
+        self._paces = Paces()
         quotas = quotas or Quotas()
         self._room = Room(
-            pending_columns, pending_bytes, memory or HostMemory(), self._wait_s, quotas
+            pending_columns,
+            pending_bytes,
+            memory or HostMemory(),
+            self._paces.wait_s,
+            quotas,
         )
         self._lanes = Lanes(long_bytes, lambda caller: quotas.of(caller).weight)
         self._threads = Threads()
-        self._latest_s = self._turn_s = self._turn_end_s = 0.0
-        self._having: list[Identity] = []  # whose turn it is
         self._presence = Presence(clock)
-        self._busy_s = -math.inf  # when somebody was last waited for
-        self._patient = False  # whether what runs waits for an idle device
         self._borrowed = False  # whether a caller's own thread computes
-        self._pool = Pool(run_bytes)
         self._lock = threading.Lock()
+        self._turns = Turns(self._lanes, self._presence, self._lock, clock)
         # Not a condition: its waiter would wake up only to wait for the lock.
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._asleep = self._closed = False
         self._runs = self._requests = self._columns = self._cancelled = 0
         self._products = self._query_columns = 0
-        self._seconds_per_column = _FIRST_GUESS_S
-        # Of the slowest product lately. Operators come and go.
-        self._paces = weakref.WeakKeyDictionary[Multiplies, float]()
-        # Seconds of the quickest run of so many columns, up to a factor of two: what it
-        # takes when nothing is in its way. A busy machine makes no product a long one.
-        self._quickest = weakref.WeakKeyDictionary[Multiplies, dict[int, float]]()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -203,9 +169,8 @@ class Batcher:
         """
         caller = calling()
         with self._lock:
-            pace_s = self._paces.get(operator, math.inf)
             idle = self._asleep and not self._closed
-            if not idle or pace_s * len(columns) > _SHORT_S:
+            if not idle or not self._paces.is_short(operator, len(columns)):
                 return None
             if self._lanes.is_wanted() and caller.name not in self._presence.expected():
                 return None  # the device waits for somebody else
@@ -224,7 +189,8 @@ class Batcher:
                     expected = self._presence.expected()
                     self._lanes.charge_aside(caller, seconds, expected)
                     self._presence.ended(caller.name)
-                self._borrowed, self._busy_s = False, self._clock()
+                self._borrowed = False
+                self._turns.note_busy()
                 self._asleep = not self._lanes.is_wanted() and not self._closed
                 if not self._asleep:
                     self._bell.put(None)
@@ -338,10 +304,6 @@ class Batcher:
             self._bell.put(None)
         return ticket
 
-    def _is_shared(self) -> bool:
-        with self._lock:
-            return self._presence.is_shared()
-
     def _work(self) -> None:
         # A call per run: nothing of a run outlives it while the device is idle.
         while self._step():
@@ -352,7 +314,7 @@ class Batcher:
             if self._closed:
                 self._refuse_all()
                 return False
-            idle = self._clock() - self._busy_s >= IDLE_S
+            idle = self._turns.is_idle()
             expected = self._presence.expected()
             key, lane = (
                 (None, None)
@@ -363,7 +325,7 @@ class Batcher:
             if lane is not None and lane.run is None:
                 lane.run = self._begun(lane)
             run = None if lane is None else lane.run
-            patience_s = min([IDLE_S, *expected.values()]) if self._lanes else None
+            patience_s = self._turns.patience_s(expected)
         if lane is None:
             with contextlib.suppress(queue.Empty):
                 self._bell.get(timeout=patience_s)
@@ -373,105 +335,49 @@ class Batcher:
             self._end(run, lane)
         with self._lock:
             if run is not None:
-                self._lanes.charge(self._having, run.spent_s - had_s)
+                self._lanes.charge(self._turns.holders, run.spent_s - had_s)
             self._lanes.rotate(key, lane, after_long=run is not None and run.in_turns)
         return True
 
     def _begun(self, lane: Lane) -> Run | None:
         """Take what runs together off a lane; None if nobody wants it any more."""
-        tickets, operator = self._take(lane), lane.operator
+        tickets, operator = self._joining.take(lane, self._drop), lane.operator
         if not tickets:
             return None
         self._lanes.begin(tickets)
         in_turns = tickets[0].in_turns
         if operator is not None:
-            in_turns = self._is_long(operator, sum(ticket.width for ticket in tickets))
+            columns = sum(ticket.width for ticket in tickets)
+            is_shared = self._presence.is_shared()
+            in_turns = self._paces.is_long(operator, columns, is_shared=is_shared)
         work = LongWork(
-            lambda poll: _as_caller(
-                tickets, lambda: self._compute(operator, tickets, poll)
-            ),
+            lambda poll: self._joining.compute(operator, tickets, poll),
             stopped=lambda: self._closed or all(t.abandoned for t in tickets),
             gives_way=self._gives_way,
             threads=self._threads,
-            is_shared=self._is_shared,
+            is_shared=self._turns.is_shared,
         )
         return Run(operator, tickets, work, in_turns, time.monotonic())
 
-    def _is_long(self, operator: Multiplies, columns: int) -> bool:
-        """Tell whether a product takes so long that it gives way; the lock is held."""
-        seconds = self._paces.get(operator, math.inf) * columns
-        if not self._presence.is_shared():
-            return seconds > LONG_S
-        known = self._quickest.get(operator, {})
-        return known.get(columns.bit_length(), seconds) > SHARED_LONG_S
-
-    def _take(self, lane: Lane) -> list[Ticket[Any]]:
-        """Take what runs together from the front of a lane; skip the cancelled."""
-        taken: list[Ticket[Any]] = []
-        columns = nbytes = 0
-        share = lane.operator is not None and lane.operator.shares
-        most_bytes = self._run_bytes if share else min(self._run_bytes, _LITTLE_BYTES)
-        while lane.tickets:
-            ticket = lane.tickets[0]
-            head = ticket.columns
-            if taken and (
-                head is None
-                or ticket.alone
-                or columns + len(head) > self._run_columns
-                or nbytes + head.nbytes > most_bytes
-            ):
-                break
-            lane.tickets.popleft()
-            if not (ticket.running() or ticket.set_running_or_notify_cancel()):
-                self._cancelled += 1
-                self._presence.ended(ticket.caller.name)
-                continue
-            taken.append(ticket)
-            if head is None or ticket.alone:
-                break
-            columns, nbytes = columns + len(head), nbytes + head.nbytes
-        return taken
+    def _drop(self, ticket: Ticket[Any]) -> None:
+        """Take note that a request was cancelled before its run; the lock is held."""
+        self._cancelled += 1
+        self._presence.ended(ticket.caller.name)
 
     def _advance(self, run: Run) -> bool:
         """Let a run take its turn; return whether it has ended."""
-        is_shared = self._is_shared()
-        self._having = [ticket.caller for ticket in run.tickets]
-        waits = run.tickets[0].waits
-        self._patient = waits is not None and waits() and not run.work.is_alone
-        self._turn_s = start_s = self._clock()
-        least_s, most_s = _TURN_S
-        turn_s = min(max(least_s, self._latest_s), most_s)
-        self._turn_end_s = start_s + (_SHARED_TURN_S if is_shared else turn_s)
+        self._turns.begin(run)
         if run.in_turns:
             ended = run.work.resume()
         else:
             run.work.complete()
             ended = True
-        end_s = self._clock()
-        seconds = end_s - start_s
-        run.spent_s += seconds
-        if run.tickets[0].waits is None:
-            self._busy_s = end_s
-        if run.tickets[0].room_bytes is None:
-            self._latest_s = seconds
+        self._turns.end(run)
         return ended
 
     def _gives_way(self) -> bool:
-        """Tell long work whether its turn is over: if others wait, and it took a while."""
-        if self._closed:
-            return True
-        if self._patient:
-            if len(self._lanes) < 2:
-                return False
-            with self._lock:
-                return self._lanes.is_wanted()
-        now_s = self._clock()
-        if now_s < self._turn_end_s or len(self._lanes) > 1:
-            return now_s >= self._turn_end_s
-        with self._lock:
-            expected = self._presence.expected()
-            had_s = now_s - self._turn_s
-            return self._lanes.is_owed(expected, self._having, had_s)
+        """Tell long work whether to pause: its turn is over, or the device closes."""
+        return self._closed or self._turns.is_over()
 
     def _end(self, run: Run, lane: Lane) -> None:
         """Tell the callers how their run ended."""
@@ -521,30 +427,6 @@ class Batcher:
             for ticket in run.tickets:
                 self._presence.ended(ticket.caller.name)
 
-    def _joined(self, parts: list[Columns]) -> Columns:
-        """Put columns into one array; its memory is that of an earlier run."""
-        shape = (sum(map(len, parts)), *parts[0].shape[1:])
-        dtype = np.result_type(*parts)
-        memory = self._pool.take(math.prod(shape) * dtype.itemsize)
-        return np.concatenate(parts, out=memory.view(dtype).reshape(shape))
-
-    def _compute(
-        self, operator: Multiplies | None, tickets: list[Ticket[Any]], poll: Poll
-    ) -> list[Any]:
-        if operator is None:
-            (ticket,) = tickets
-            assert ticket.job is not None
-            return [ticket.job(poll)]
-        parts = [t.columns for t in tickets if t.columns is not None]
-        if len(parts) == 1:
-            return [operator.apply(parts[0], cancelled=poll)]
-        counts = [len(part) for part in parts]
-        rows = operator.apply(self._joined(parts), counts=counts, cancelled=poll)
-        ends = np.cumsum(counts)
-        return [
-            rows[end - len(part) : end] for part, end in zip(parts, ends, strict=True)
-        ]
-
     def _count(
         self,
         operator: Multiplies | None,
@@ -562,19 +444,7 @@ class Batcher:
             self._cancelled += given_up
             if operator is None or not columns:
                 return
-            pace_s = seconds / columns
-            # A moving average: what a column costs changes with who asks.
-            self._seconds_per_column += 0.2 * (pace_s - self._seconds_per_column)
-            slowest_s = self._paces.get(operator, 0.0)
-            self._paces[operator] = max(pace_s, _FORGET * slowest_s)
-            if complete:
-                known = self._quickest.setdefault(operator, {})
-                width = columns.bit_length()
-                known[width] = min(seconds, known.get(width, math.inf))
-
-    def _wait_s(self, columns: int) -> float:
-        """Guess how long columns under way will take."""
-        return self._seconds_per_column * columns
+            self._paces.count(operator, columns, seconds, complete=complete)
 
     def _refuse_all(self) -> None:
         for lane in self._lanes:
@@ -586,18 +456,6 @@ class Batcher:
                 if ticket.running() or ticket.set_running_or_notify_cancel():
                     ticket.set_exception(_shutting_down())
         self._lanes.clear()
-
-
-def _as_caller(tickets: Sequence[Ticket[Any]], compute: Callable[[], T]) -> T:
-    """Compute for the first caller, at whose expense what follows is; tell all traces."""
-    waited_for = (ticket for ticket in tickets if ticket.waits is None)
-    caller = CALLING.set(tickets[0].caller)
-    traced = TRACED.set(together(ticket.traced for ticket in waited_for))
-    try:
-        return compute()
-    finally:
-        TRACED.reset(traced)
-        CALLING.reset(caller)
 
 
 def _shutting_down() -> Unavailable:
