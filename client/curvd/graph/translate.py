@@ -13,6 +13,7 @@ from torch import fx
 from curvd.errors import InvalidGraph
 from curvd.graph.aliases import Alias, View, item_of, view_of
 from curvd.graph.decompose import decomposed, is_known
+from curvd.graph.promotion import promoted
 from curvd.graph.rewrites import is_nothing, refuse, rewritten
 from curvd.graph.schemas import (
     DROPPED,
@@ -316,6 +317,7 @@ class Translator:
         better = rewritten(self._tape, operator, plain)
         if better is not None:
             return better
+        plain = promoted(self._tape, node, target, operator, plain)
         if name in RENAMED:
             operator = f"aten.{RENAMED[name]}.{target._overloadname}"
         positional, options = trimmed(target, plain)
