@@ -177,20 +177,27 @@ def _check_classes(spec: LossSpec, outputs: Tensor, targets: Tensor) -> None:
             f"[B, C, ...]; {said}: pass {remedy}"
         )
         raise InvalidSpec(msg, targets=targets.shape, outputs=outputs.shape)
-    _check_range(spec, outputs.shape[axis], targets)
+    _check_range(spec, outputs.shape[axis], len(outputs), targets)
 
 
-def _check_range(spec: LossSpec, classes: int, targets: Tensor) -> None:
+def _check_range(spec: LossSpec, classes: int, points: int, targets: Tensor) -> None:
     """Refuse an index of a class that the outputs do not have."""
     ignored = _IGNORED if spec.ignore_index is None else spec.ignore_index
     counted = targets[targets != ignored]
     outside = counted[(counted < 0) | (counted >= classes)]
     if len(outside):
+        joined = ""
+        if classes == points:
+            joined = (
+                f"; if the outputs compare the {points} data points of the mini-batch with "
+                "each other, they are no function of single data points, and there is no "
+                "session of such a module"
+            )
         msg = (
             f"the outputs have {classes} classes, so class indices are 0 to "
             f"{classes - 1} (and {ignored} for targets that do not count); the targets "
             f"have {int(outside[0])}: subtract the smallest if they begin at 1, or give "
-            "the module an output for each class"
+            f"the module an output for each class{joined}"
         )
         raise InvalidSpec(msg, target=int(outside[0]), classes=classes)
 

@@ -214,6 +214,13 @@ def recognised(
     fitting = [n for n, wrapper in wrappers.items() if is_additive(wrapper, z, y)]
     if len(fitting) == 1:
         return captured(fitting[0])
+    if (lost := z.isnan().flatten(1).any(1)).any():
+        msg = (
+            f"the module's outputs are NaN at data point {int(lost.nonzero()[0])} of the "
+            "example, so no loss is a number there: look for 0/0, a row that is masked "
+            "whole, or a logarithm of what is negative, or leave such data points out"
+        )
+        raise InvalidSpec(msg)
     what = "neither a mean nor a sum"
     if fitting:
         what = "both a mean and a sum (there is one data point, or it is zero on all)"
@@ -221,7 +228,8 @@ def recognised(
         f"on the example the loss is {what} over data points{_broadcast(z, y)}: let it "
         "return (sum, "
         "weight), the sum of all losses and what they are to be divided by, or use "
-        "curvd.export_loss"
+        "curvd.export_loss; a loss that compares data points with each other (contrastive, "
+        "ranking, Cox) is no such sum, and has no session"
     )
     raise InvalidSpec(msg)
 

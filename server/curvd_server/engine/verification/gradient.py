@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from curvd.contract import OperatorSpec
@@ -35,6 +36,14 @@ def check_gradient(problem: Problem, cancelled: Callable[[], bool]) -> None:
     gap = abs(difference - slope)
     if gap <= _STRAY * max(abs(difference), abs(slope)) or gap < 1e-9:
         return
+    if math.isnan(slope):
+        msg = (
+            "the gradient is NaN where the loss is a number: a derivative is not defined at "
+            "a value that is not used (torch.where computes both branches, and 0 times "
+            "infinity is NaN), as of sqrt or log at 0 and below, or of a norm at zero. Keep "
+            "the argument away from there before: torch.sqrt(torch.where(h > 0, h, 1.0))"
+        )
+        raise CurvatureUnverified(msg, difference=difference)
     cut_off: Sequence[str] = getattr(problem.model.skeleton, "cut_off", ())
     msg = (
         f"the gradient is not that of the loss: along a random direction it says {slope:.3g}, "
