@@ -287,6 +287,7 @@ def use_differentiable_attention() -> None:
     torch.backends.cuda.enable_math_sdp(True)
     # A line on stderr for each product by an operator without a batching rule, of which a
     # caller can change nothing; the server's log has lines of its own.
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    functorch: Any = torch._C._functorch
+    functorch._set_vmap_fallback_warning_enabled(False)
     # nn.TransformerEncoderLayer's fused path has no derivative at all.
     torch.backends.mha.set_fastpath_enabled(False)
