@@ -5,19 +5,18 @@ Importing this costs nothing: torch is imported when something is exported.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from curvd.contract import Dtype, LossSpec, Mode, Normaliser, Output, member
 from curvd.errors import CurvdError, InvalidGraph, InvalidSpec, missing
+from curvd.graph.garbage import full_collections
 from curvd.v1 import graph_pb2 as graph_pb
 
 if TYPE_CHECKING:
@@ -76,47 +75,6 @@ def _renewed_in_children() -> None:
         _turn = threading.RLock()
 
     os.register_at_fork(after_in_child=renew)
-
-
-class FullCollections:
-    """Puts off Python's collections of all garbage, in which a trace has no part.
-
-    Torch's imports leave so many objects that one is due about now; looking at all of
-    them would take as long as half a small export. Nor does it follow at once, before
-    the session's first answer: freezing all and back begins the counts anew. It is not
-    put off for ever where one export follows the other, for traces leave garbage, too.
-    """
-
-    MOST = 100
-    """Younger collections, of some thousand new objects each, between two full ones."""
-    NEVER = 2**31 - 1
-
-    def __init__(self) -> None:
-        self._made = self._younger = 0
-        self._usual = gc.get_threshold()
-
-    @contextlib.contextmanager
-    def later(self) -> Iterator[None]:
-        """Have none inside, and none soon after; the caller holds `_turn`."""
-        if gc.get_threshold()[2] < self.NEVER:  # else a server of this process builds
-            self._usual = gc.get_threshold()
-        gc.set_threshold(*self._usual[:2], self.NEVER)
-        try:
-            yield
-        finally:
-            made = gc.get_stats()[2]["collections"]
-            if made != self._made:
-                self._made, self._younger = made, 0
-            self._younger += gc.get_count()[2]
-            frozen_by_others = gc.get_freeze_count() > 0
-            if self._younger <= self.MOST and gc.isenabled() and not frozen_by_others:
-                gc.collect(1)
-                gc.freeze()
-                gc.unfreeze()
-            gc.set_threshold(*self._usual)
-
-
-full_collections = FullCollections()
 
 
 def _one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:

@@ -238,6 +238,16 @@ def test_an_unknown_loss_is_exported_as_what_it_is():
         recognised(lambda z, y: (z - y).norm(), draw(N, 3), draw(N, 3, seed=2))
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 3, 2)])
+def test_outputs_that_are_nan_are_named(shape):
+    from curvd.graph.losses import recognised
+
+    z, y = torch.zeros(shape), torch.zeros(shape)
+    z[2] = float("nan")
+    with pytest.raises(curvd.InvalidSpec, match="outputs are NaN at data point"):
+        recognised(lambda z, y: (z - y).abs().mean(), z, y)
+
+
 @pytest.mark.parametrize("mode", ["eval", "batch_statistics"])
 def test_one_call_makes_a_session(client, mode):
     with torch.random.fork_rng(devices=[]):

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 import curvd
-from curvd.exported import full_collections
+from curvd.graph.garbage import full_collections
 from curvd_server.system.garbage import none_while_building
 
 torch = pytest.importorskip("torch")

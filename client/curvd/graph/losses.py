@@ -214,7 +214,7 @@ def recognised(
     fitting = [n for n, wrapper in wrappers.items() if is_additive(wrapper, z, y)]
     if len(fitting) == 1:
         return captured(fitting[0])
-    if (lost := z.isnan().flatten(1).any(1)).any():
+    if (lost := z.isnan().reshape(len(z), -1).any(1)).any():
         msg = (
             f"the module's outputs are NaN at data point {int(lost.nonzero()[0])} of the "
             "example, so no loss is a number there: look for 0/0, a row that is masked "

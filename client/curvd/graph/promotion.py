@@ -49,20 +49,16 @@ def promoted(
     if any(m is not None and (m.is_floating_point() or m.is_complex()) for m in given):
         return plain
     if "dtype" in names(target):
-        return {
-            **plain,
-            "dtype": made.dtype if plain["dtype"] is None else plain["dtype"],
-        }
-    known = dict(zip(names(target), node.args, strict=False)) | node.kwargs
-
-    def converted(name: str, value: Any) -> Any:
-        if name in _CHOICES or not isinstance(value, Value):
-            return value
-        if meta_of(known.get(name)) is None:
-            return value
-        return tape.emit("aten.to.dtype", value, made.dtype)
-
-    changed = {name: converted(name, value) for name, value in plain.items()}
+        return {**plain, "dtype": plain["dtype"] or made.dtype}
+    traced = dict(zip(names(target), node.args, strict=False)) | node.kwargs
+    changed = {
+        name: tape.emit("aten.to.dtype", value, made.dtype)
+        if isinstance(value, Value)
+        and name not in _CHOICES
+        and meta_of(traced.get(name)) is not None
+        else value
+        for name, value in plain.items()
+    }
     if all(changed[name] is value for name, value in plain.items()):
         msg = (
             f"operator {operator}{tape.where} makes numbers of the default type, which is "
