@@ -10,6 +10,7 @@ import pytest
 import raw
 from app.test_survival import child
 from click.testing import CliRunner
+from support import forked
 from support.served import server
 
 from curvd.cli import commands
@@ -127,6 +128,7 @@ def test_a_killed_server_leaves_nothing_behind(tmp_path, monkeypatch):
     pytest.importorskip("torch")
     temporary, data_dir = tmp_path / "tmp", tmp_path / "data"
     temporary.mkdir()
+    forked.begin()
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr(tempfile, "tempdir", None)
     with child(data_dir) as (process, channel):

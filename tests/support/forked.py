@@ -9,12 +9,21 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from multiprocessing import forkserver
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _IMPORTED = (
     "curvd.cli.commands curvd_server.app curvd_server.fleet.worker torch._dynamo"
 )
 _CONTEXT.set_forkserver_preload(_IMPORTED.split())
+
+
+def begin():
+    """Start the process that programs are forked of, before a test sets its TMPDIR.
+
+    It would lay its sockets and caches there, for all tests that follow.
+    """
+    forkserver.ensure_running()
 
 
 class Forked:
