@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curvd.errors import InvalidVector, missing
+from curvd.errors import InvalidSpec, InvalidVector, missing
 from curvd.tensors import Array
 
 try:
@@ -30,16 +30,24 @@ def linear_operator(
         dtype: What SciPy computes in.
 
     Returns:
-        An operator that casts to what the session takes, and back.
+        An operator that casts operands to what the session takes, and products to
+        ``np.result_type(dtype, x.dtype)``, as SciPy's own operators do.
+
+    Raises:
+        InvalidSpec: If SciPy is to compute in integers.
     """
+    dtype = np.dtype(dtype)
+    if dtype.kind not in "fc":
+        msg = f"SciPy computes in a floating type, got {dtype}: take np.float64"
+        raise InvalidSpec(msg, dtype=dtype)
 
     def multiply(x: Array, operator: Any = operator) -> Array:
-        # SciPy hands over [P], [P, 1] or [P, K]; the seed answers in the operand's type.
+        # SciPy hands over [P], [P, 1] or [P, K].
         if not np.can_cast(x.dtype, operator.dtype, "same_kind"):
             msg = f"a product of {x.dtype} is not defined; this operator is {operator.dtype}"
             raise InvalidVector(msg, given=x.dtype, expected=operator.dtype)
         product: Array = operator @ x.astype(operator.dtype, copy=False)
-        return product.astype(x.dtype, copy=False)
+        return product.astype(np.result_type(dtype, x.dtype), copy=False)
 
     def multiply_transposed(x: Array) -> Array:
         return multiply(x, operator.T)
@@ -50,5 +58,5 @@ def linear_operator(
         rmatvec=multiply_transposed,
         matmat=multiply,
         rmatmat=multiply_transposed,
-        dtype=np.dtype(dtype),
+        dtype=dtype,
     )

@@ -324,7 +324,7 @@ class RemoteOperator(
 
         Args:
             dtype: What SciPy computes in. Operands are cast to what the session takes,
-                and products back to the operand's own type.
+                and products to ``np.result_type(dtype, operand.dtype)``.
 
         Returns:
             A symmetric [P, P] linear operator.
