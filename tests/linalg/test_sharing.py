@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import threading
 
 import numpy as np
@@ -15,6 +16,7 @@ from curvd_server.device import turns
 from curvd_server.engine import building
 from curvd_server.engine.tuning import autotune
 from curvd_server.service import query_run
+from curvd_server.sessions.operator_cache import OperatorCache
 
 
 class Pausing:
@@ -45,6 +47,19 @@ async def held_operator(server, session):
         pausing = Pausing(lease.operator)
         lease.operator.multiply = pausing.multiply
         return pausing, lease.operator
+
+
+@pytest.fixture
+def unhurried(monkeypatch):
+    """An order of products that does not depend on how long a busy machine takes for them.
+
+    One that took more than a moment would give way inside, and have a lane of its own,
+    which may come before that of who multiplies. And no better plan takes over meanwhile:
+    what a test has in its hand is the operator that answers.
+    """
+    monkeypatch.setattr(query_run, "LONG_S", math.inf)
+    monkeypatch.setattr(turns, "_TURN_S", (math.inf, math.inf))
+    monkeypatch.setattr(OperatorCache, "_prepare", lambda *args, **options: None)
 
 
 def watched_batches(monkeypatch):
@@ -115,7 +130,9 @@ async def test_cancelling_any_query_stops_within_one_mini_batch(
         assert (watched.done, watched.begun) == (done, 2)
 
 
-async def test_cancelling_stops_the_product_that_runs_and_no_other_begins(tmp_path):
+async def test_cancelling_stops_the_product_that_runs_and_no_other_begins(
+    tmp_path, unhurried
+):
     config = ServerConfig(listen="127.0.0.1:0", data_dir=tmp_path)
     async with running(config) as server, contextlib.AsyncExitStack() as stack:
         session = await connected(server, stack)
@@ -131,7 +148,9 @@ async def test_cancelling_stops_the_product_that_runs_and_no_other_begins(tmp_pa
         assert pausing.log == ["query", "query", "cancelled"]
 
 
-async def test_deleting_the_session_ends_its_query_with_a_typed_error(tmp_path):
+async def test_deleting_the_session_ends_its_query_with_a_typed_error(
+    tmp_path, unhurried
+):
     config = ServerConfig(listen="127.0.0.1:0", data_dir=tmp_path)
     async with running(config) as server, contextlib.AsyncExitStack() as stack:
         session = await connected(server, stack)
@@ -145,7 +164,9 @@ async def test_deleting_the_session_ends_its_query_with_a_typed_error(tmp_path):
         assert pausing.log == ["query", "cancelled"]
 
 
-async def test_a_matvec_waits_for_one_product_of_two_queries_at_most(tmp_path):
+async def test_a_matvec_waits_for_one_product_of_two_queries_at_most(
+    tmp_path, unhurried
+):
     config = ServerConfig(listen="127.0.0.1:0", data_dir=tmp_path)
     async with running(config) as server, contextlib.AsyncExitStack() as stack:
         session = await connected(server, stack)
@@ -181,7 +202,7 @@ async def test_a_matvec_waits_for_one_product_of_two_queries_at_most(tmp_path):
         await asyncio.gather(*queries, return_exceptions=True)
 
 
-async def test_two_queries_take_turns(tmp_path):
+async def test_two_queries_take_turns(tmp_path, unhurried):
     config = ServerConfig(listen="127.0.0.1:0", data_dir=tmp_path)
     async with running(config) as server, contextlib.AsyncExitStack() as stack:
         session = await connected(server, stack)
