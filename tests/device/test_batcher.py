@@ -272,12 +272,11 @@ class Quick:
     shares = True
 
     def __init__(self):
-        self.threads, self.pause_s, self.inside = [], 0.0, lambda: None
+        self.threads, self.inside = [], lambda: None
 
     def apply(self, columns, *, counts=(), cancelled):
         self.threads.append(threading.current_thread())
         self.inside()
-        time.sleep(self.pause_s)
         return columns * 2
 
 
@@ -304,25 +303,14 @@ def test_a_short_product_of_a_lone_caller_wakes_nobody(batcher):
     assert operator.threads[0] is not threading.current_thread()
     statistics = batcher.statistics()
     assert (statistics.runs, statistics.requests, statistics.columns) == (2, 2, 3)
+    assert batcher._paces.slowest_s[operator] > 0  # what it took counts
+    assert [*batcher._paces._quickest[operator]] == [1]  # but not here as the quickest
 
 
 def test_what_is_not_known_to_be_short_belongs_in_the_queue(batcher):
     operator = Quick()
     idle(batcher)
     assert batcher.multiply_now(operator, columns(1)) is None
-
-
-def test_one_slow_product_counts_for_a_while(batcher):
-    operator = known_to_be_quick(batcher)
-    operator.pause_s = 0.05
-    batcher.multiply_now(operator, columns(1))
-    operator.pause_s = 0.0
-    result(batcher.multiply(operator, columns(1)))
-    idle(batcher)
-    assert batcher.multiply_now(operator, columns(1)) is None
-    for _ in range(50):
-        result(batcher.multiply(operator, columns(1)))
-    assert batcher._paces.slowest_s[operator] < 0.05
 
 
 def test_many_columns_of_a_short_product_are_not_short(batcher):

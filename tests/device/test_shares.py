@@ -252,24 +252,3 @@ def test_a_caller_with_a_name_waits_for_one_step_of_another(
         assert had == order
     finally:
         batcher.close()
-
-
-def test_a_busy_machine_makes_no_short_product_a_long_one(monkeypatch):
-    monkeypatch.setattr(paces, "SHARED_LONG_S", 0.5)
-    batcher = Batcher(
-        run_columns=4, run_bytes=1 << 20, pending_columns=8, pending_bytes=1000
-    )
-    try:
-        operator = Doubles("ann", [])
-        for caller in (ANN, BEN):
-            with calls_as(caller):
-                ticket = batcher.multiply(operator, np.ones((1, 2)))
-            ticket.result(timeout=300)
-        batcher.run(lambda poll: None).result(timeout=300)  # they are counted now
-        with batcher._lock:
-            batcher._paces.slowest_s[operator] = 1e9  # of the slowest lately
-            is_long = batcher._paces.is_long
-            assert not is_long(operator, 1, is_shared=True)
-            assert is_long(operator, 4, is_shared=True)  # of so many nothing is known
-    finally:
-        batcher.close()
