@@ -24,7 +24,7 @@ from curvd_server.linalg import Runner
 from curvd_server.system import Poll
 
 if TYPE_CHECKING:
-    from curvd_server.fleet.device import FleetProblem
+    from curvd_server.fleet.problem import FleetProblem
 
 SPREAD_SIZE = 1 << 20
 """Elements from which vectors are spread over the workers. A basis of smaller ones fits

@@ -27,10 +27,11 @@ from curvd_server.device.protocols import Array
 from curvd_server.device.torch_device import TorchDevice
 from curvd_server.engine import Memory
 from curvd_server.fleet import messages
-from curvd_server.fleet.device import FleetDevice, FleetProblem, forgotten_on_error
+from curvd_server.fleet.device import FleetDevice
 from curvd_server.fleet.fleet import Fleet
 from curvd_server.fleet.in_step import InStep
 from curvd_server.fleet.operator import FleetOperator
+from curvd_server.fleet.problem import FleetProblem, forgotten_on_error
 from curvd_server.fleet.seats import OperatorEntry, ProblemEntry, Request
 from curvd_server.fleet.shards import one_each
 from curvd_server.fleet.slices import Slices
