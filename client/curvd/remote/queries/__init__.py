@@ -19,6 +19,7 @@ from curvd.remote.queries.influence import InfluenceQueries
 from curvd.remote.queries.jacobians import *  # noqa: F403
 from curvd.remote.queries.laplace import *  # noqa: F403
 from curvd.remote.queries.laplace import LaplaceQueries
+from curvd.remote.queries.posterior import *  # noqa: F403
 from curvd.remote.queries.systems import *  # noqa: F403
 from curvd.remote.queries.systems import SketchQueries, SystemQueries
 
