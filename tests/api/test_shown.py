@@ -175,3 +175,25 @@ def test_progress_says_how_far_it_is_and_what_is_left():
     )
     assert progress._left(at.left_s) == "at most 2:30 left"
     assert progress._left(dataclasses.replace(at, total=None).left_s) == ""
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda H, **limit: H.spectral_density(**limit),
+        lambda H, **limit: H.logdet(damping=5.0, **limit),
+        lambda H, **limit: H.trace(**limit),
+        lambda H, **limit: H.diagonal(**limit),
+    ],
+    ids=["density", "logdet", "trace", "diagonal"],
+)
+@pytest.mark.parametrize(
+    "limit", [{"max_products": 1}, {"time_limit_s": 1e-9}], ids=str
+)
+def test_what_ran_out_before_any_number_says_so(tanh_session, ask, limit):
+    found = ask(tanh_session.hessian(), **limit)
+    assert not found.converged
+    assert "nothing was computed: raise max_products" in str(found)
+    assert "nothing was computed" in repr(found) and "definite" not in str(found)
+    json.dumps(found.to_dict(), allow_nan=False)
+    found.plot()

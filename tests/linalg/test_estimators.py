@@ -226,6 +226,17 @@ def test_queries_never_exceed_their_products_and_return_the_best_so_far(query, l
     assert found.stopped is Stop.PRODUCTS
 
 
+@pytest.mark.parametrize("estimator", [Estimator.HUTCHINSON, Estimator.EXCHANGEABLE])
+@pytest.mark.parametrize("size", [6, 60])
+def test_a_diagonal_of_no_products_is_nan(estimator, size):
+    products = products_of(matrix(size=size), expired=lambda: True)
+    found = drain(
+        diagonal(products, estimator=estimator, target=Target(samples=20), seed=1)
+    )
+    assert found.products == 0 and found.values.isnan().all()
+    assert found.relative_error == math.inf and found.quantile == math.inf
+
+
 def test_queries_whose_time_is_up_return_the_best_so_far():
     A = matrix()
     clock = iter([False, False, True])

@@ -297,6 +297,32 @@ def test_a_query_that_runs_out_says_which_scores_are_missing(session):
     assert late.info.stopped is curvd.Stop.TIME and (late.indices[-1] == -1).all()
 
 
+@pytest.mark.parametrize(
+    "limit", [{"max_products": 1}, {"time_limit_s": 1e-9}], ids=str
+)
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"top": 3}, {"self_only": True}, {"block": 1}, {"groups": True}],
+    ids=str,
+)
+def test_queries_that_were_not_begun_have_no_scores_and_no_ranks(session, limit, how):
+    if how.get("groups"):
+        how = {"groups": np.arange(session.info.data_points) % 3}
+    found = session.influence([0, 1], **how, **limit)
+    assert not found.converged and found.products == 0
+    for name in ("scores", "top_scores", "self_influence", "residuals"):
+        values = getattr(found, name)
+        assert values is None or np.isnan(values).all(), name
+    assert np.isnan(found.relative_residuals).all()
+    if found.indices is not None:
+        assert (found.indices == -1).all()
+    if "self_only" not in how:
+        for end in found.ends(query=1, k=3):
+            np.testing.assert_array_equal(end, [-1, -1, -1])
+    assert "nothing was computed: raise max_products" in str(found)
+    found.plot(k=3)
+
+
 def test_float32_residuals_are_true(live_target):
     with (
         curvd.connect(live_target) as client,

@@ -444,6 +444,40 @@ def test_inputs_that_were_not_begun_have_no_variance(session):
     np.testing.assert_array_equal(np.isfinite(found.variance).all(1), begun)
 
 
+@pytest.mark.parametrize(
+    "limit", [{"max_products": 1}, {"max_products": 2}, {"time_limit_s": 1e-9}], ids=str
+)
+@pytest.mark.parametrize("covariance", [False, True])
+def test_what_was_not_begun_is_nan_and_says_so(session, limit, covariance):
+    found = session.predictive(X, covariance=covariance, **limit)
+    assert not found.converged and found.products == 0
+    moments = [found.mean, found.variance, found.relative_residuals]
+    for moment in [*moments, found.covariance] if covariance else moments:
+        assert np.isnan(moment).all()
+    draws = session.posterior_samples(2, **limit)
+    assert np.isnan(draws.samples).all() and np.isnan(draws.relative_residuals).all()
+    for result in (found, draws):
+        assert "nothing was computed: raise max_products" in str(result)
+    found.plot()
+    evidence = session.marginal_likelihood([1.0, 2.0], **limit)
+    assert np.isnan(evidence.values).all()
+    with pytest.raises(curvd.InvalidSpec, match="no best prior: nothing was computed"):
+        _ = evidence.best
+    with pytest.raises(
+        curvd.InvalidSpec, match=r"2 of 2 draws .* 'half' is not stored"
+    ):
+        session.posterior_samples(2, store="half", **limit)
+    assert "half" not in {v.name for v in session.vectors()}
+
+
+def test_a_variance_cut_short_is_no_larger_than_the_dense_one(session):
+    J = output_jacobian(module(), X[:1])[0]
+    right = np.diag(J @ np.linalg.inv(precision(1.0)) @ J.T)
+    found = session.predictive(X[:1], max_products=9)
+    assert 0.01 < found.relative_residuals[0] < 1
+    assert (found.variance[0] > 0).all() and (found.variance[0] <= right).all()
+
+
 def test_the_command_line_says_the_evidence_of_nine_priors(session, live_target):
     args = ["evidence", session.id, live_target]
     done = CliRunner().invoke(main, args, catch_exceptions=False)

@@ -24,7 +24,7 @@ class DiagonalResult:
     """A diagonal, element by element with its uncertainty."""
 
     values: Tensor
-    """[P]."""
+    """[P]; NaN if not even one product was allowed."""
     standard_errors: Tensor
     """[P]."""
     samples: int
@@ -43,7 +43,7 @@ class DiagonalResult:
         """Norm of the standard errors relative to the diagonal's."""
         norms = Space.of(self.values).norms
         length = float(norms(self.values))
-        return float(norms(self.standard_errors)) / length if length else math.inf
+        return float(norms(self.standard_errors)) / length if length > 0 else math.inf
 
 
 _SHARED = math.sqrt(2)
@@ -237,8 +237,9 @@ class _Moments:
         )
 
     def result(self, stopped: Stop) -> DiagonalResult:
+        nothing = not self.count and self._exact_error is None
         return DiagonalResult(
-            values=self._mean,
+            values=self._mean.fill_(math.nan) if nothing else self._mean,
             standard_errors=self.errors(),
             samples=self.count,
             products=self._products.done,

@@ -49,6 +49,12 @@ class SolveResult:
     stopped: Stop
     """The worst of `column_stops`."""
 
+    @property
+    def unknown(self) -> Tensor:
+        """[K] Whether a solution is still zero, and its right-hand side is not."""
+        missing = torch.tensor(self.relative_residuals, device=self.solution.device)
+        return (missing > 0) & ~self.solution.any(-1)
+
 
 def solve(
     products: Products,

@@ -78,9 +78,12 @@ async def answer(
             continue
         call.begin_part(start / count, rows.stop / count, tolerance=options.tolerance)
         gradients = await call.drive(queries.gradients(rows))
-        solutions = await solver.solve(gradients)
-        if not options.self_only:
-            await sink.take(await call.drive(scores.along(solutions)))
+        solutions, unknown = await solver.solve(gradients)
+        if unknown.all():
+            await sink.skip(len(rows))
+        elif not options.self_only:
+            found = await call.drive(scores.along(solutions))
+            await sink.take(found, unknown.to(found.device))
     await sink.end()
     await call.finish(solver.summary(problem.normaliser, used))
 
@@ -137,8 +140,8 @@ class _Solver:
     own: list[float] = field(default_factory=list)
     stops: list[Stop] = field(default_factory=list)
 
-    async def solve(self, gradients: Tensor) -> Tensor:
-        """Solve a block: [m, P]."""
+    async def solve(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Solve a block: [m, P], and of which queries nothing is known, [m]."""
         found: SolveResult = await self.call.drive(
             self.products.begin(
                 solve,
@@ -149,14 +152,19 @@ class _Solver:
                 block=self.block,
             )
         )
-        self.residuals += found.residuals
-        self.relative += found.relative_residuals
-        self.stops += found.column_stops
+        unknown = found.unknown
         own = (found.solution.double() * gradients.double()).sum(1)
-        self.own += own.tolist()
+        for values, new in (
+            (self.residuals, found.residuals),
+            (self.relative, found.relative_residuals),
+            (self.own, own.tolist()),
+        ):
+            known = zip(new, unknown.tolist(), strict=True)
+            values += [math.nan if none else value for value, none in known]
+        self.stops += found.column_stops
         if found.stopped in (Stop.PRODUCTS, Stop.TIME):
             self.stopped = found.stopped
-        return found.solution
+        return found.solution, unknown
 
     def skip(self, count: int) -> None:
         """Note queries that are not begun."""

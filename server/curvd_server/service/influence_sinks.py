@@ -22,8 +22,8 @@ class Sink(Protocol):
     async def begin(self) -> None:
         """Say what comes."""
 
-    async def take(self, scores: Tensor) -> None:
-        """Take those of the next queries: [m, N]."""
+    async def take(self, scores: Tensor, unknown: Tensor) -> None:
+        """Take those of the next queries, [m, N], and which of these have none, [m]."""
 
     async def skip(self, count: int) -> None:
         """Take note of queries that have none."""
@@ -93,7 +93,7 @@ class _Nothing:
     async def begin(self) -> None:
         """Do nothing."""
 
-    async def take(self, scores: Tensor) -> None:
+    async def take(self, scores: Tensor, unknown: Tensor) -> None:
         """Do nothing."""
 
     async def skip(self, count: int) -> None:
@@ -122,12 +122,13 @@ class _Rows:
         header = {"scores": safetensors_header.TensorHeader("F32", self._shape, 0)}
         await self._call.send(memoryview(safetensors_header.dump_header(header)))
 
-    async def take(self, scores: Tensor) -> None:
+    async def take(self, scores: Tensor, unknown: Tensor) -> None:
         """Send the next rows."""
         scores = scores.double().cpu()
         if self._groups is not None:
             sums = scores.new_zeros(len(scores), self._shape[1])
             scores = sums.index_add_(1, self._groups, scores)
+        scores[unknown.cpu()] = torch.nan
         await self._send(scores.float().numpy())
 
     async def skip(self, count: int) -> None:
@@ -158,12 +159,14 @@ class _Extremes:
     async def begin(self) -> None:
         """Do nothing: all is sent at the end."""
 
-    async def take(self, scores: Tensor) -> None:
+    async def take(self, scores: Tensor, unknown: Tensor) -> None:
         """Keep the ends of the next rows."""
         ends = [scores.topk(self._k, largest=largest) for largest in (True, False)]
-        self._indices.append(torch.stack([e.indices for e in ends], 1).cpu().numpy())
-        values = torch.stack([e.values for e in ends], 1)
-        self._scores.append(values.float().cpu().numpy())
+        indices = torch.stack([e.indices for e in ends], 1)
+        values = torch.stack([e.values for e in ends], 1).float()
+        indices[unknown], values[unknown] = -1, torch.nan
+        self._indices.append(indices.cpu().numpy())
+        self._scores.append(values.cpu().numpy())
 
     async def skip(self, count: int) -> None:
         """Keep rows without data points."""

@@ -162,11 +162,13 @@ class _Table:
             z: [b, *outputs].
             J: [b, C, P].
             X: [b, C, P] Solutions.
-            residuals: [b C] Relative residuals.
+            residuals: [b C] Relative residuals; NaN of systems that were not begun.
         """
         here = slice(start, start + len(z))
+        worst = np.reshape(residuals, (len(z), -1)).max(1)
         self._mean[here] = z.double().cpu().numpy()
-        self.residuals[here] = np.reshape(residuals, (len(z), -1)).max(1)
+        self._mean[here][np.isnan(worst)] = np.nan
+        self.residuals[here] = worst
         if self._covariance:
             found = torch.einsum("bcp,bdp->bcd", J.double(), X.double())
             found = (found + found.mT) / 2
@@ -205,7 +207,7 @@ async def samples(
 
     Raises:
         InvalidSpec: If the operator is another, the loss has no root by formula, or the
-            objective has a weight decay.
+            objective has a weight decay, or draws are to be stored that were not begun.
         LimitExceeded: If there is no room for the draws.
     """
     check_plain(call.spec)
@@ -239,6 +241,7 @@ async def samples(
     X, residuals = await posterior.solve(B)
     cost = posterior.cost()
     if options.store:
+        _check_drawn(residuals, options)
         call.put(options.store, to_numpy(X))
     else:
         await call.send_tensors({"samples": to_numpy(X)})
@@ -247,6 +250,18 @@ async def samples(
             query=cost, relative_residuals=residuals, scale=scale
         )
     )
+
+
+def _check_drawn(residuals: Sequence[float], options: PosteriorSamplesOptions) -> None:
+    """Refuse to store draws of which nothing was computed."""
+    missing = sum(map(math.isnan, residuals))
+    if missing:
+        msg = (
+            f"nothing was computed of {missing} of {options.k} draws when products or time "
+            f"ran out, so {options.store!r} is not stored: raise max_products or "
+            "time_limit_s"
+        )
+        raise InvalidSpec(msg, store=options.store, missing=missing)
 
 
 async def marginal_likelihood(

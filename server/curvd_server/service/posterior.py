@@ -148,8 +148,9 @@ class Posterior:
     async def solve(self, B: Tensor) -> tuple[Tensor, Sequence[float]]:
         """Solve a block: the solutions [k, P], and their relative residuals.
 
-        Where precisions differ, in the variables in which the prior is the identity: there
-        all eigenvalues are 1 and more, so that an error is no longer than its residual.
+        Both are NaN of a system of which nothing was computed. Where precisions differ, in
+        the variables in which the prior is the identity: there all eigenvalues are 1 and
+        more, so that an error is no longer than its residual.
         """
         scale, prior = self.likelihood.scale, self.prior.precision
         products, known = self.call.products, self.known
@@ -172,7 +173,10 @@ class Posterior:
         if result.stopped in (Stop.PRODUCTS, Stop.TIME):
             self.stopped = result.stopped
         X = result.solution if deviations is None else result.solution * deviations
-        return X, result.relative_residuals
+        unknown = result.unknown
+        X[unknown] = math.nan
+        missing = zip(result.relative_residuals, unknown.tolist(), strict=True)
+        return X, [math.nan if none else residual for residual, none in missing]
 
     def cost(self) -> query_pb.QuerySummary:
         """Say what it took, and the worst of why systems ended."""

@@ -100,6 +100,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
+NOTHING = "nothing was computed: raise max_products or time_limit_s"
+"""What results say that have no numbers, as products or time ran out before any."""
+
+
 def ranks_only(axes: Axes) -> None:
     """Number the horizontal axis by whole numbers.
 

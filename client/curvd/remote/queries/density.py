@@ -11,7 +11,7 @@ import numpy as np
 from curvd._calls import Answer, Queries, QueryCall
 from curvd.contract import SpectralDensityOptions
 from curvd.remote.asking import asks
-from curvd.remote.queries.base import Floats, Result, drawn_on
+from curvd.remote.queries.base import NOTHING, Floats, Result, drawn_on
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,6 +41,9 @@ class Density(Result):
 
     def lines(self) -> Iterator[str]:
         """Say where the eigenvalues lie."""
+        if not self.nodes.size:
+            yield NOTHING
+            return
         low, high = np.nanmin(self.nodes), np.nanmax(self.nodes)
         yield f"Ritz values from {low:.6e} to {high:.6e}"
 

@@ -7,16 +7,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from curvd._calls import Answer, Queries, QueryCall
 from curvd.contract import (
     DiagonalOptions,
     FrobeniusNormOptions,
     LogDetOptions,
     QueryProgress,
+    Stop,
     TraceOptions,
 )
 from curvd.remote.asking import asks
-from curvd.remote.queries.base import Floats, Result, drawn_on, ranks_only
+from curvd.remote.queries.base import (
+    NOTHING,
+    Floats,
+    Result,
+    drawn_on,
+    ranks_only,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,10 +65,15 @@ class Estimate(Result):
     def lines(self) -> Iterator[str]:
         """Say the value with its interval."""
         low, high = self.interval
+        if math.isnan(self.value) and not self.samples:
+            yield NOTHING
+            return
         yield f"{self.value:.6e}   95 % interval [{low:.6e}, {high:.6e}]"
 
     def brief(self) -> str:
         """Say the value with half of its interval."""
+        if math.isnan(self.value):
+            return next(iter(self.lines()))
         return f"{self.value:.6g} ± {self.half_width:.2g} (95 %)"
 
     def plot(self, axes: Axes | None = None) -> Axes:
@@ -110,13 +124,13 @@ class LogDeterminant(Estimate):
 
     def lines(self) -> Iterator[str]:
         """Say the value with its interval, and why there is none."""
-        if math.isnan(self.value):
+        if self.info.stopped is Stop.NEGATIVE_CURVATURE:
             yield f"not positive definite: a Ritz value is {self.smallest:.6e}"
         yield from Estimate.lines(self)
 
     def brief(self) -> str:
         """Say the value, or why there is none."""
-        if math.isnan(self.value):
+        if self.info.stopped is Stop.NEGATIVE_CURVATURE:
             return f"nan, as a Ritz value is {self.smallest:.6g}"
         return Estimate.brief(self)
 
@@ -126,7 +140,7 @@ class DiagonalEstimate(Result):
     """A diagonal, element by element with its uncertainty."""
 
     values: Floats
-    """[P]."""
+    """[P]; NaN if products or time ran out before anything was computed."""
     standard_errors: Floats
     """[P]."""
     samples: int
@@ -140,6 +154,9 @@ class DiagonalEstimate(Result):
 
     def lines(self) -> Iterator[str]:
         """Say where the elements lie."""
+        if np.isnan(self.values).all():
+            yield NOTHING
+            return
         low, high = self.values.min(), self.values.max()
         error = self.half_widths.max()
         yield f"elements from {low:.6e} to {high:.6e}, each within {error:.1e}"
@@ -155,12 +172,13 @@ class DiagonalEstimate(Result):
         """
         axes = drawn_on(axes)
         bins = min(100, max(10, len(self.values) // 20))
-        axes.hist(self.values, bins=bins, label="elements")
+        known = self.values[np.isfinite(self.values)]
+        axes.hist(known, bins=bins, label="elements")
         error = float(self.half_widths.max())
         axes.set(
             xlabel=f"diagonal element, each ± {error:.1g} or less",
             ylabel="count",
-            yscale="log",
+            yscale="log" if len(known) else "linear",
             title=f"diagonal, {len(self.values)} elements, version {self.version}",
         )
         axes.legend()

@@ -13,7 +13,7 @@ from curvd._calls import Answer, Queries, QueryCall
 from curvd.contract import InfluenceOptions, SessionInfo, Stop, StoredVector
 from curvd.errors import InvalidSpec, InvalidVector
 from curvd.remote.asking import asks_about
-from curvd.remote.queries.base import Floats, Result, drawn_on
+from curvd.remote.queries.base import NOTHING, Floats, Result, drawn_on
 from curvd.tensors import to_numpy
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Influence(Result):
     top_scores: Floats | None
     """[M, 2, k] Their scores."""
     self_influence: Floats
-    """[M] ``g_q^T (A + damping * I)^-1 g_q``."""
+    """[M] ``g_q^T (A + damping * I)^-1 g_q``; NaN of one not begun."""
     residuals: Floats
     """[M] Norms of what the systems miss, in the units of gradients, from products, true
     to a percent; NaN of one not begun."""
@@ -64,7 +64,8 @@ class Influence(Result):
             k: How many of either, at most.
 
         Returns:
-            Indices of the most helpful, and of the most harmful, the extreme ones first.
+            Indices of the most helpful, and of the most harmful, the extreme ones first; -1
+            of a query that was not begun.
 
         Raises:
             InvalidSpec: If there is no such query, or no scores were fetched.
@@ -78,18 +79,26 @@ class Influence(Result):
         if self.scores is None:
             msg = "no scores were fetched: ask without self_only"
             raise InvalidSpec(msg, self_only=True)
+        if np.isnan(self.scores[query]).all():
+            none = np.full(min(k, self.scores.shape[1]), -1)
+            return none, none.copy()
         order = np.argsort(-self.scores[query], kind="stable")
         return order[:k], order[::-1][:k]
 
     def lines(self) -> Iterator[str]:
         """Say which data points have the most to do with the first queries."""
+        begun = np.flatnonzero(~np.isnan(self.relative_residuals))
+        if not len(begun):
+            yield NOTHING
+            return
         count, worst = len(self.residuals), np.nanmax(self.relative_residuals)
         yield f"{count} queries, relative residual at most {worst:.1e}"
         if self.scores is None and self.indices is None:
-            for query in np.argsort(-self.self_influence, kind="stable")[:_SHOWN]:
+            order = np.argsort(-self.self_influence, kind="stable")  # NaN at its end
+            for query in order[: min(_SHOWN, len(begun))]:
                 yield f"query {query}: {self.self_influence[query]:.3e} on itself"
             return
-        for query in range(min(_SHOWN, count)):
+        for query in begun[:_SHOWN]:
             good, bad = (", ".join(map(str, end)) for end in self.ends(query, _SHOWN))
             yield f"query {query}: most helpful {good}; most harmful {bad}"
 
@@ -128,7 +137,7 @@ class Influence(Result):
         if self.top_scores is not None:
             return found, self.top_scores[query, side, :k]
         assert self.scores is not None
-        return found, self.scores[query][found]
+        return found, np.where(found < 0, np.nan, self.scores[query][found])
 
 
 class InfluenceQueries:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from curvd.contract import LossName, StoredVector
 from curvd.errors import InvalidSpec
-from curvd.remote.queries.base import Floats, Result, drawn_on
+from curvd.remote.queries.base import NOTHING, Floats, Result, drawn_on
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,11 +30,12 @@ class Predictive(Result):
     mean: Floats
     """[T, *outputs] The outputs themselves; NaN of inputs that were not begun."""
     variance: Floats
-    """[T, *outputs] Of each output, without the noise of targets."""
+    """[T, *outputs] Of each output, without the noise of targets; too small where its
+    system was cut short (`relative_residuals`), NaN where it was not begun."""
     covariance: Floats | None
     """[T, C, C] Of the outputs of an input, if asked for."""
     relative_residuals: Floats
-    """[T] The largest of each input's systems."""
+    """[T] The largest of each input's systems; NaN of inputs that were not begun."""
     scale: float
     """What the operator was multiplied by: the precision is this plus the prior."""
 
@@ -63,8 +65,16 @@ class Predictive(Result):
         found: Floats = z / z.sum(-1, keepdims=True)
         return found
 
+    @property
+    def _begun(self) -> NDArray[np.bool_]:
+        """[T] Whether anything was computed of an input."""
+        return ~np.isnan(self.relative_residuals)
+
     def lines(self) -> Iterator[str]:
         """Say how large the deviations are."""
+        if not self._begun.any():
+            yield NOTHING
+            return
         low, middle, high = np.nanquantile(np.sqrt(self.variance), [0, 0.5, 1])
         yield f"{len(self.mean)} inputs, deviations {low:.3e} to {high:.3e}, median {middle:.3e}"
         worst = np.nanmax(self.relative_residuals)
@@ -83,15 +93,15 @@ class Predictive(Result):
         """
         axes = drawn_on(axes)
         if targets is None:
-            deviations = np.sort(np.sqrt(self.variance).reshape(-1))
+            deviations = np.sort(np.sqrt(self.variance[self._begun]).reshape(-1))
             axes.plot(deviations, label="standard deviation")
             axes.set(xlabel="output, by rank", ylabel="standard deviation")
         else:
-            y = np.asarray(targets)
+            begun, y = self._begun, np.asarray(targets)
             z = np.exp(self.mean - self.mean.max(-1, keepdims=True))
             plain = z / z.sum(-1, keepdims=True)
             for name, p in (("plain", plain), ("posterior", self.probabilities())):
-                axes.plot(*calibration(p, y), "o-", label=name)
+                axes.plot(*calibration(p[begun], y[begun]), "o-", label=name)
             axes.plot([0, 1], [0, 1], "--", color="0.6", label="calibrated")
             axes.set(xlabel="confidence", ylabel="share of right predictions")
         axes.set(
@@ -126,17 +136,21 @@ class PosteriorSamples(Result):
     """Draws from the posterior, less the parameters."""
 
     samples: Floats | None
-    """[k, P] To be added to the parameters; None if they stay in the session."""
+    """[k, P] To be added to the parameters, NaN of one that was not begun; None if they
+    stay in the session."""
     stored: StoredVector | None
     """The draws, if they stay in the session."""
     relative_residuals: Floats
-    """[k] Of their systems."""
+    """[k] Of their systems; NaN of one that was not begun."""
     scale: float
     """What the GGN was multiplied by: the precision is this plus the prior."""
 
     def lines(self) -> Iterator[str]:
         """Say how many, and how exact."""
-        worst = self.relative_residuals.max()
+        if np.isnan(self.relative_residuals).all():
+            yield NOTHING
+            return
+        worst = np.nanmax(self.relative_residuals)
         yield f"{len(self.relative_residuals)} draws, relative residual at most {worst:.1e}"
 
     def plot(self, axes: Axes | None = None) -> Axes:
@@ -187,7 +201,14 @@ class MarginalLikelihood(Result):
 
     @property
     def best(self) -> Any:
-        """The prior with the largest value, a number unless it was given otherwise."""
+        """The prior with the largest value, a number unless it was given otherwise.
+
+        Raises:
+            InvalidSpec: If products or time ran out before any value was computed.
+        """
+        if np.isnan(self.values).all():
+            msg = f"there is no best prior: {NOTHING}"
+            raise InvalidSpec(msg)
         found = self.priors[int(np.nanargmax(self.values))]
         return found if isinstance(self.priors, tuple) else float(found)
 
