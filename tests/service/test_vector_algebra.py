@@ -77,6 +77,51 @@ def test_a_basis_spans_what_the_vectors_do_and_no_more(session):
     assert one.shape == (1, SIZE)
 
 
+@pytest.mark.parametrize("dtype", ["F32", "F64"])
+@pytest.mark.parametrize("power", [1, 20, 50, 100, 120])
+def test_short_vectors_beside_long_ones_stay_in_the_basis(live_target, dtype, power):
+    own = np.float32 if dtype == "F32" else np.float64
+    A = normal(SIZE, 3, seed=8).astype(own)
+    sizes = 2.0 ** np.array([0, -power / 2, -power]).round()
+    with (
+        curvd.connect(live_target) as client,
+        open_session(client, dtype=dtype) as session,
+    ):
+        session.put("A", A * sizes.astype(own))
+        Q = session.get(session.orthonormalise("A", store="Q")).astype(float)
+        eps = float(np.finfo(own).eps)
+        assert Q.shape == (SIZE, 3)  # numpy.linalg.matrix_rank of A
+        np.testing.assert_allclose(Q.T @ Q, np.eye(3), atol=100 * eps)
+        np.testing.assert_allclose(Q @ (Q.T @ A), A, atol=100 * eps)
+        # Tolerances are about lengths, as stored.
+        few = session.orthonormalise("A", store="few", tolerance=0.9 * sizes[1])
+        long = np.linalg.svd(A * sizes, compute_uv=False) > 0.9 * sizes[1] * (
+            np.linalg.norm(A * sizes, 2)
+        )
+        assert few.shape == (long.sum(), SIZE)
+
+
+@pytest.mark.parametrize("apart", [1e-3, 1e-8, 1e-11, 1e-13])
+def test_vectors_that_are_nearly_parallel_span_what_numpy_says(session, apart):
+    a, b = normal(SIZE, 2, seed=9).T
+    V = np.column_stack([a, a + apart * b])
+    session.put("V", V)
+    Q = session.get(session.orthonormalise("V", store="Q"))
+    assert Q.shape[1] == np.linalg.matrix_rank(V) == 2
+    plane = np.linalg.qr(np.column_stack([a, b]))[0]
+    np.testing.assert_allclose(Q @ (Q.T @ plane), plane, atol=1e-13 / apart)
+    session.put("V", np.column_stack([a, a + 1e-17 * b]))
+    assert session.orthonormalise("V", store="Q").shape == (1, SIZE)
+
+
+def test_principal_directions_come_first(session):
+    A = normal(SIZE, 4, seed=10) * [1.0, 5.0, 0.2, 30.0]
+    session.put("A", A)
+    Q = session.get(session.orthonormalise("A", store="Q"))
+    left = np.linalg.svd(A, full_matrices=False)[0]
+    np.testing.assert_allclose(np.abs(Q.T @ left), np.eye(4), atol=1e-12)
+
+
 def test_float32_is_summed_in_float64(live_target):
     with (
         curvd.connect(live_target) as client,

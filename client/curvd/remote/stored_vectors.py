@@ -138,10 +138,12 @@ class StoredVectors:
             vectors: A stored vector or several, or their names.
             store: Name of the basis.
             tolerance: Directions shorter than this, relative to the longest, are left
-                out; 0: those that rounding hides.
+                out. 0: what rounding hides of vectors of one length, so that a short
+                vector beside a long one stays.
 
         Returns:
-            What stands for the basis, principal directions first.
+            What stands for the basis [r, P], principal directions first: r is less than
+            the number of vectors by those that were left out, as they depend on others.
 
         Examples:
             >>> _ = session.put("a", np.ones((43, 2)))  # the same column twice

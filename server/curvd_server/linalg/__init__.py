@@ -8,6 +8,7 @@ network, no session and no model.
 from __future__ import annotations
 
 from curvd_server.linalg.base import Products, Progress, Query, Runner
+from curvd_server.linalg.block_krylov import factors
 from curvd_server.linalg.definition import Definition, Room, Tensors
 from curvd_server.linalg.density import spectral_density
 from curvd_server.linalg.diagonals import diagonal
@@ -42,7 +43,6 @@ from curvd_server.linalg.sized import (
 )
 from curvd_server.linalg.space import Group, Space
 from curvd_server.linalg.traces import trace
-from curvd_server.linalg.vectors import cross
 from curvd_server.linalg.whole import matrix
 
 __all__ = [
@@ -65,11 +65,11 @@ __all__ = [
     "Tensors",
     "as_type",
     "check_exponents",
-    "cross",
     "default_basis",
     "definitions_in",
     "diagonal",
     "eigsh",
+    "factors",
     "frobenius_norm",
     "in_units",
     "joined",

@@ -24,7 +24,13 @@ from curvd.errors import (
     ScaleOutOfRange,
 )
 from curvd.v1 import curvature_service_pb2 as curvature_pb
-from curvd_server.linalg import cross, in_units, multiply_by_powers, sized_products
+from curvd_server.linalg import (
+    Space,
+    factors,
+    in_units,
+    multiply_by_powers,
+    sized_products,
+)
 from curvd_server.sessions import Vector, Vectors
 
 _MOST_PRODUCTS = 250_000
@@ -225,19 +231,35 @@ def _products(left: Sequence[Tensor], right: Sequence[Tensor]) -> NDArray[np.flo
 
 
 def _basis(parts: Sequence[Tensor], tolerance: float) -> tuple[Tensor, list[float]]:
-    """Orthonormalise by Gram matrices, twice: the second removes the first one's rounding.
+    """Orthonormalise rows, each of which is seen at its own length.
+
+    Args:
+        parts: Of [K, P] in all.
+        tolerance: Directions shorter than this, relative to the longest, are left out, and
+            those that are roundings of rows of length one.
 
     Returns:
-        [r, P], and the singular values [K], descending.
+        [r, P], principal directions first, and the singular values [K], descending.
     """
-    V = torch.cat(list(parts))
-    unit = in_units(V)[1].amax()
-    V = V / unit.to(V)
-    # A Gram matrix knows no direction that is shorter, relative to the longest.
-    hidden = 4 * torch.finfo(V.dtype).eps ** 0.5
-    Q, values = _rotated(V, max(tolerance, hidden))
-    if len(Q):
-        Q, _ = _rotated(Q, 0.5)
+    V, powers = in_units(torch.cat(list(parts)))
+    space = Space.of(V)
+    norms = space.norms(V)
+    V /= torch.where(norms > 0, norms, 1.0)[:, None].to(V)
+    Q, _, T = factors(space, V, V)
+    if not len(Q):
+        return Q, []
+    # Singular values of the rows as they are stored, but for the longest one's power of two.
+    exponents = torch.frexp(powers).exponent
+    top = exponents.amax()
+    turn, values, _ = torch.linalg.svd(
+        T * torch.ldexp(norms, exponents - top), full_matrices=False
+    )
+    used = (values > tolerance * values[0]) | (tolerance == 0)
+    Q = space.combine(turn[:, used].T, Q)
+    # Newton's step to the nearest orthonormal rows: they stay where they are.
+    gram = space.cross(Q, Q)
+    Q = space.combine(1.5 * torch.eye(len(gram)).to(gram) - gram / 2, Q)
+    unit = torch.ldexp(torch.ones_like(values[0]), top - 1)
     multiply_by_powers(
         values[:1],
         unit[None],
@@ -245,14 +267,5 @@ def _basis(parts: Sequence[Tensor], tolerance: float) -> tuple[Tensor, list[floa
         what="the largest singular value",
         remedy="take vectors of another size",
     )
-    return Q, [values[0].item(), *(values[1:] * unit).tolist()]
-
-
-def _rotated(V: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """Turn rows to principal directions, and drop those that are too short."""
-    gram = cross(V, V)
-    squares, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-    values = squares.clamp_min(0).sqrt().flip(0)
-    used = values > least * values[0]
-    turn = (vectors.flip(1)[:, used] / values[used]).T
-    return turn.to(V.dtype) @ V, values
+    hidden = [0.0] * (len(V) - len(values))
+    return Q, [values[0].item(), *(values[1:] * unit).tolist(), *hidden]
