@@ -584,3 +584,67 @@ def test_fishers_have_an_evidence_beside_a_weight_decay(live_target):
             np.testing.assert_allclose(found.values, want.values, rtol=1e-10)
             with pytest.raises(curvd.InvalidSpec, match="a prior of its own"):
                 session.ggn().marginal_likelihood([PRIOR])
+
+
+class OneNumber(nn.Module):
+    """A regression as most are written: outputs [B], and a scale without axes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.hidden, self.last = nn.Linear(3, 4).double(), nn.Linear(4, 1).double()
+        self.scale = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.scale * self.last(torch.tanh(self.hidden(x))).squeeze(-1)
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.BCEWithLogitsLoss()], ids=repr)
+def test_one_number_per_data_point_and_parameters_without_axes(live_target, loss):
+    net = OneNumber()
+    x = torch.from_numpy(np.random.default_rng(5).standard_normal((12, 3)))
+    y = (x.sum(1) > 0).double()
+    J = output_jacobian_of(net, x)
+    z = net(x).detach()
+    p = torch.sigmoid(z)
+    slopes, curvature = (p - y, p * (1 - p))
+    if isinstance(loss, nn.MSELoss):
+        slopes, curvature = 2 * (z - y), torch.full_like(z, 1 / NOISE**2)
+    noise = {"noise": NOISE} if isinstance(loss, nn.MSELoss) else {}
+    H = (J.T * curvature.numpy()) @ J + PRIOR * np.eye(J.shape[1])
+    gradients = slopes.numpy()[:, None] * J
+    with curvd.connect(live_target) as client:
+        session = client.session_for(net, loss, (x, y), batch_size=5, dtype="F64")
+        for covariance in (False, True):
+            found = session.predictive(
+                x[:4], prior=PRIOR, covariance=covariance, tolerance=1e-10, **noise
+            )
+            right = np.einsum("ip,pq,iq->i", J[:4], np.linalg.inv(H), J[:4])
+            np.testing.assert_allclose(found.variance, right, rtol=1e-7)
+            assert found.variance.shape == found.mean.shape == (4,)
+        found = session.gradient_norms(by_parameter=True)
+        np.testing.assert_allclose(
+            found.norms, np.linalg.norm(gradients, axis=1), rtol=1e-9
+        )
+        column = session.layout.names.index("scale")
+        offset = session.layout.parameters[column].offset
+        np.testing.assert_allclose(
+            found.parameter_norms[:, column], abs(gradients[:, offset]), rtol=1e-9
+        )
+        gram = session.gradient_gram().gram
+        np.testing.assert_allclose(gram, gradients @ gradients.T, rtol=1e-8, atol=1e-12)
+        squares = session.gradient_squares().squares
+        np.testing.assert_allclose(squares, (gradients**2).sum(0), rtol=1e-9)
+        G = session.ggn().to_dense() + 0.1 * np.eye(J.shape[1])
+        scores = session.influence([0, 1], damping=0.1, tolerance=1e-10).scores
+        right = gradients[:2] @ np.linalg.solve(G, gradients.T)
+        np.testing.assert_allclose(scores, right, rtol=1e-5, atol=1e-6)
+
+
+def output_jacobian_of(net, x):
+    """[N, P] by plain autograd, a data point after the other."""
+    rows = []
+    for one in x:
+        found = torch.autograd.grad(net(one[None])[0], list(net.parameters()))
+        rows.append(torch.cat([g.reshape(-1) for g in found]))
+    return torch.stack(rows).numpy()

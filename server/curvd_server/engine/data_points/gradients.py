@@ -59,7 +59,8 @@ class Gradients:
         tolerance = torch.finfo(self._problem.dtype).eps ** 0.5
         for rows, whole in zip(each, self._gradient(batch), strict=True):
             # Not relative to the sum: gradients of many points cancel.
-            scale = lengths(rows.flatten(1)).sum()
+            # A parameter without axes has rows [b], which have none to flatten.
+            scale = lengths(rows.reshape(len(rows), -1)).sum()
             apart = lengths((rows.sum(0) - whole).reshape(1, -1))
             if not (apart.isfinite() and apart <= tolerance * scale):
                 return False

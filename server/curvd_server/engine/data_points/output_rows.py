@@ -62,9 +62,8 @@ class OutputRows:
         with torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in self._problem.parameters]
             whole = self._flat(self._backward(leaves, batch, weights))
-        wide = weights.to(rows.dtype).flatten(1)
-        if weights.ndim == 1:
-            wide = weights.to(rows.dtype)[:, None]
+        # Outputs [b] have no axis to flatten.
+        wide = weights.to(rows.dtype).reshape(len(weights), -1)
         ours = torch.einsum("bc,bcp->p", wide, rows)
         scale = (lengths(rows.flatten(0, 1)) * wide.abs().flatten().double()).sum()
         tolerance = torch.finfo(self._problem.dtype).eps ** 0.5
