@@ -328,10 +328,10 @@ def test_what_is_no_product_of_matrices_has_its_exact_block(make):
 
 
 def test_a_large_tensor_without_a_product_has_its_exact_diagonal(monkeypatch):
-    from curvd_server.engine.kronecker import reading
+    from curvd_server.engine.kronecker import weights
 
     net, x, y = made(Looked), numbers(5, 4), targets()
-    monkeypatch.setattr(reading, "LARGEST_DENSE", 10)
+    monkeypatch.setattr(weights, "LARGEST_DENSE", 10)
     operator = operator_of(net, x, y)
     block = block_of(operator, "table")
     assert block.kind is FactorBlockKind.DIAGONAL
@@ -394,9 +394,9 @@ TIES = {"plain": {}, "padded": {"padding": 1}, "in three places": {"twice": True
 def test_a_weight_of_two_layouts_has_factors_of_its_whole_gradients(
     options, sharing, largest, monkeypatch
 ):
-    from curvd_server.engine.kronecker import reading
+    from curvd_server.engine.kronecker import reading, weights
 
-    monkeypatch.setattr(reading, "LARGEST_DENSE", 10)
+    monkeypatch.setattr(weights, "LARGEST_DENSE", 10)
     monkeypatch.setattr(reading, "LARGEST_WHOLE", largest)
     net, x, y = made(lambda: Tied(**options)), tokens(5, vocabulary=3), targets()
     Ds = whole_gradients(net, x, y)
@@ -438,7 +438,7 @@ def test_a_small_tied_weight_has_its_exact_block():
 
 def test_a_tied_weight_with_a_bias_has_its_exact_diagonal(monkeypatch):
     """A bias belongs to one of the layouts alone."""
-    from curvd_server.engine.kronecker import reading
+    from curvd_server.engine.kronecker import weights
 
     class WithBias(Tied):
         def __init__(self) -> None:
@@ -448,7 +448,7 @@ def test_a_tied_weight_with_a_bias_has_its_exact_diagonal(monkeypatch):
         def forward(self, ids: Tensor) -> Tensor:
             return super().forward(ids) + self.bias
 
-    monkeypatch.setattr(reading, "LARGEST_DENSE", 10)
+    monkeypatch.setattr(weights, "LARGEST_DENSE", 10)
     net, x, y = made(WithBias), tokens(5, vocabulary=3), targets()
     operator = operator_of(net, x, y)
     exact = truth.ggn_block(net, ["table.weight"], x, y)

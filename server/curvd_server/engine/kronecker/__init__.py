@@ -4,10 +4,10 @@
     rows = operator.apply(columns)            # [K, P] -> [K, P]
     operator.eigenvalues()                    # [P], of the operator or its inverse
 
-`sites` finds in the traced model what consumes each weight, `reading` makes blocks of
-that and proves them by autograd, `taps` and `rows` give inputs and gradients of a
-mini-batch, `factors` sums them up over the data. Imports objective and program; knows
-nothing of plans and linearisations, for it has none.
+`sites` finds in the traced model what consumes each weight, `weights` joins those that are
+one, `reading` makes blocks of that and proves them by autograd, `taps` and `rows` give inputs
+and gradients of a mini-batch, `factors` sums them up over the data. Imports objective and
+program; knows nothing of plans and linearisations, for it has none.
 """
 
 from __future__ import annotations

@@ -9,19 +9,24 @@ linear, has its moments of rows (`rows`), and its block says why.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from curvd.contract import FactorBlock, FactorBlockKind, Mode
 from curvd.errors import CurvatureUnverified, InvalidSpec
-from curvd_server.engine.kronecker.movements import distinct
+from curvd_server.engine.kronecker import weights
 from curvd_server.engine.kronecker.rows import Rows, pulled
 from curvd_server.engine.kronecker.sites import Site, Sites
 from curvd_server.engine.kronecker.taps import sites_of, tap
+from curvd_server.engine.kronecker.weights import (
+    Findings,
+    Group,
+    grouped,
+    parameters_of,
+)
 from curvd_server.engine.objective import Batch, Problem, tangents_of
 from curvd_server.system import is_out_of_memory, yield_point
 
@@ -30,8 +35,6 @@ LARGEST_SIDE = 8192
 LARGEST_WHOLE = 2048
 """Sides of a tied weight that are larger have the diagonal: both factors are made of every
 data point's whole gradient, so that a side of a vocabulary costs more than the model."""
-LARGEST_DENSE = 1024
-"""Parameters that are larger, and in no Kronecker product, have a diagonal."""
 TOLERANCE = 1e-6
 """Largest relative error of a data point's gradient, in float64; wrong ones are off by
 1e-2 and more."""
@@ -101,18 +104,6 @@ class Reading:
         return sites
 
 
-@dataclass(slots=True)
-class _Findings:
-    """Why parameters are in no Kronecker product, by their index."""
-
-    reasons: dict[int, str] = field(default_factory=dict)
-
-    def note(self, parameters: Sequence[int], reason: str) -> None:
-        """Give the first reason."""
-        for index in parameters:
-            self.reasons.setdefault(index, reason)
-
-
 def read(problem: Problem, *, reduce: bool) -> Reading:
     """Find the blocks, and prove them.
 
@@ -138,17 +129,17 @@ def read(problem: Problem, *, reduce: bool) -> Reading:
     small = _moved(problem.excerpt(_POINTS))
     batch = small.data[0]
     sites = sites_of(small, batch)
-    findings = _Findings()
+    findings = Findings()
     for name, index in sites.other:
-        findings.note(_parameters(small, index), f"consumed by {name}")
+        findings.note(parameters_of(small, index), f"consumed by {name}")
     cotangent, truth = _truth(small, batch)
     trailing, ours = _from_sites(small, batch, sites, cotangent, findings)
     gaps = _gaps(small, ours, truth)
-    own = {i for site in sites.linear for i in _parameters(small, site.index)}
+    own = {i for site in sites.linear for i in parameters_of(small, site.index)}
     for i in own:
         if not gaps[i] <= TOLERANCE:
             findings.note([i], "its gradient is not that of its products")
-    groups = _grouped(small, sites, findings)
+    groups = grouped(small, sites, findings)
     rest = tuple(i for i in range(len(gaps)) if i in findings.reasons)
     vectorised, gap = _prove_rows(small, batch, rest, cotangent, truth)
     good = [gaps[i] for i in own if i not in findings.reasons]
@@ -181,13 +172,6 @@ def _moved(small: Problem) -> Problem:
     return small
 
 
-def _parameters(problem: Problem, index: Tensor) -> list[int]:
-    """Tell to which parameters elements belong."""
-    offsets = torch.tensor([p.offset for p in problem.layout.parameters])
-    found = torch.searchsorted(offsets, index.flatten(), right=True) - 1
-    return [int(i) for i in distinct(found)]
-
-
 def _truth(small: Problem, batch: Batch) -> tuple[Tensor, Tensor]:
     """Differentiate every data point's outputs along a random gradient: [n, P]."""
     generator = torch.Generator().manual_seed(6)
@@ -214,7 +198,7 @@ def _from_sites(
     batch: Batch,
     sites: Sites,
     cotangent: Tensor,
-    findings: _Findings,
+    findings: Findings,
 ) -> tuple[frozenset[int], Tensor]:
     """Put the gradients of data points together from those of sites: [n, P]."""
     points = len(cotangent)
@@ -228,7 +212,7 @@ def _from_sites(
         order = _order(gs, points)
         if order is None or a.shape[-1 if site.form.one_hot else 1] != gs[0].shape[1]:
             what = "its rows belong to several data points"
-            findings.note(_parameters(small, site.index), what)
+            findings.note(parameters_of(small, site.index), what)
             continue
         if order:
             trailing.add(k)
@@ -287,89 +271,6 @@ def _gaps(small: Problem, ours: Tensor, truth: Tensor) -> list[float]:
     return [float((a - b).norm() / (b.norm() + least)) for a, b in pairs]
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Sites of one weight."""
-
-    sites: tuple[int, ...]
-    turned: tuple[bool, ...] = ()
-    """Where there are several layouts: which sites have the transpose of the first."""
-
-
-def _joined(sites: Sites, groups: Iterable[Sequence[int]]) -> list[_Group]:
-    """Join groups that have the same elements in several layouts, if these are transposes.
-
-    Small weights are left alone: they have their exact block.
-    """
-    found: list[_Group] = []
-    for group in groups:
-        site = sites.linear[group[0]]
-        for place, other in enumerate(found):
-            first = sites.linear[other.sites[0]]
-            turned = _is_turned(first, site)
-            if turned is not None:
-                before = other.turned or (False,) * len(other.sites)
-                found[place] = _Group(
-                    (*other.sites, *group), (*before, *(turned for _ in group))
-                )
-                break
-        else:
-            found.append(_Group(tuple(group)))
-    return found
-
-
-def _is_turned(first: Site, other: Site) -> bool | None:
-    """Tell whether one has the other's weight as it is, or transposed; None: neither."""
-    if first.bias is not None or other.bias is not None:
-        return None
-    mine, theirs = first.weight, other.weight
-    if len(mine) != 1 or len(theirs) != 1 or mine.numel() <= LARGEST_DENSE:
-        return None
-    for turned in (False, True):
-        same = theirs.mT if turned else theirs
-        if mine.shape == same.shape and bool((mine == same).all()):
-            return turned
-    return None
-
-
-def _grouped(small: Problem, sites: Sites, findings: _Findings) -> list[_Group]:
-    """Join sites of one weight, and drop what shares a parameter with what is dropped."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for k, site in enumerate(sites.linear):
-        index = site.index.contiguous()
-        digest = hashlib.sha256(index.numpy().tobytes()).digest()
-        key = (digest, tuple(index.shape), site.form.one_hot, site.bias is None)
-        groups.setdefault(key, []).append(k)
-    kept = _joined(sites, groups.values())
-    taken = torch.zeros(small.layout.size, dtype=torch.int64)
-    for group in kept:
-        taken[distinct(sites.linear[group.sites[0]].index)] += 1
-    for group in kept:
-        index = sites.linear[group.sites[0]].index
-        used = distinct(index)
-        shared, repeats = used[taken[used] > 1], len(used) < index.numel()
-        if len(shared) or repeats:
-            findings.note(
-                _parameters(small, shared if len(shared) else index),
-                "its elements are used in more than one layout",
-            )
-    while True:  # a turn drops a group, or is the last
-        dropped = [
-            group
-            for group in kept
-            if any(
-                i in findings.reasons
-                for i in _parameters(small, sites.linear[group.sites[0]].index)
-            )
-        ]
-        if not dropped:
-            return kept
-        kept = [group for group in kept if group not in dropped]
-        for group in dropped:
-            beside = _parameters(small, sites.linear[group.sites[0]].index)
-            findings.note(beside, "beside one that has no Kronecker product")
-
-
 def _prove_rows(
     small: Problem,
     batch: Batch,
@@ -407,7 +308,9 @@ def _kronecker(
     site = sites.linear[group[0]]
     groups, inputs, outputs = site.index.shape
     said = FactorBlock(
-        parameters=tuple(small.layout.names[i] for i in _parameters(small, site.index)),
+        parameters=tuple(
+            small.layout.names[i] for i in parameters_of(small, site.index)
+        ),
         kind=FactorBlockKind.KRONECKER,
         groups=groups,
         inputs=inputs,
@@ -418,11 +321,13 @@ def _kronecker(
     return Block(said, site.index, group)
 
 
-def _whole(small: Problem, sites: Sites, group: _Group) -> Block:
+def _whole(small: Problem, sites: Sites, group: Group) -> Block:
     site = sites.linear[group.sites[0]]
     _, inputs, outputs = site.index.shape
     said = FactorBlock(
-        parameters=tuple(small.layout.names[i] for i in _parameters(small, site.index)),
+        parameters=tuple(
+            small.layout.names[i] for i in parameters_of(small, site.index)
+        ),
         kind=FactorBlockKind.KRONECKER,
         inputs=inputs,
         outputs=outputs,
@@ -435,7 +340,7 @@ def _whole(small: Problem, sites: Sites, group: _Group) -> Block:
 
 def _of_rows(small: Problem, parameter: int, reason: str) -> Block:
     size = small.layout.parameters[parameter].size
-    dense = size <= LARGEST_DENSE
+    dense = size <= weights.LARGEST_DENSE
     kind = FactorBlockKind.DENSE if dense else FactorBlockKind.DIAGONAL
     return _own_block(small, parameter, kind, reason)
 
