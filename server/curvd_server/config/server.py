@@ -27,8 +27,6 @@ if TYPE_CHECKING:  # of an extra, which few have
 DEFAULT_LISTEN = "127.0.0.1:50551"
 MESSAGE_BYTES = 4 << 20
 """Longest message that is accepted. Chunks stay 64 KiB below it."""
-_WAITING_CALLS = 512
-"""Calls of clients that are not ours that wait for the event loop."""
 _COLLECTOR = re.compile(r"https?://[^/\s]+:\d+/?")
 
 
@@ -380,38 +378,6 @@ class ServerConfig:
             return None
         self.tls.credentials()  # names the file that cannot be read
         return self.tls.context()
-
-    def server_options(self) -> list[tuple[str, int]]:
-        """Spell the options of the gRPC server, the only place that does.
-
-        Returns:
-            Name and value of each.
-        """
-        return [
-            ("grpc.max_receive_message_length", MESSAGE_BYTES),
-            # The pair of ClientConfig.keepalive_s: clients may ping every 30 s.
-            ("grpc.keepalive_time_ms", 30_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
-            ("grpc.http2.ping_timeout_ms", 10_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-            ("grpc.max_concurrent_streams", self.connections.streams),
-            ("grpc.max_metadata_size", self.connections.header_bytes),
-            ("grpc.absolute_max_metadata_size", self.connections.header_bytes),
-            (
-                "grpc.max_connection_idle_ms",
-                round(1e3 * self.connections.idle_connection_s),
-            ),
-            (
-                "grpc.server_handshake_timeout_ms",
-                round(1e3 * self.connections.greeting_s),
-            ),
-            # A call that waits here holds 0.7 MB of headers, if it is meant to.
-            ("grpc.server.max_pending_requests", _WAITING_CALLS),
-            ("grpc.server.max_pending_requests_hard_limit", _WAITING_CALLS),
-            ("grpc.http2.max_frame_size", (1 << 24) - 1),
-            ("grpc.http2.lookahead_bytes", 16 << 20),
-        ]
 
 
 def _issuer(path: Path) -> Issuer:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:  # of an extra, which few have
 
 _GOODBYE_S = 0.5
 """Seconds for statuses that are on their way to the client."""
+_WAITING_CALLS = 512
+"""Calls of clients that are not ours that wait for the event loop."""
 _SERVICES = sorted({rpc.service for rpc in RPCS.values()})
 
 
@@ -74,7 +76,7 @@ async def serving(
     gate = Gate(callers, drops, quotas, tally, access, tracing)
     stalls = StallGuard(config.connections.stall_s, drops)
     interceptors = interceptors_of(callers, drops)
-    server = grpc.aio.server(interceptors=interceptors, options=config.server_options())
+    server = grpc.aio.server(interceptors=interceptors, options=_grpc_options(config))
     calls = Calls(interceptors, MESSAGE_BYTES, stalls)
     reporter = health.aio.HealthServicer()
     for end in (calls, server):
@@ -95,6 +97,42 @@ async def serving(
             await reporter.enter_graceful_shutdown()
             await gate.drain(config.drain_s)
     log.info("stopped", dropped=dict(drops.counts))
+
+
+def _grpc_options(config: ServerConfig) -> list[tuple[str, int]]:
+    """Spell the options of the gRPC server, the only place that does.
+
+    Args:
+        config: Its limits of connections.
+
+    Returns:
+        Name and value of each.
+    """
+    return [
+        ("grpc.max_receive_message_length", MESSAGE_BYTES),
+        # The pair of ClientConfig.keepalive_s: clients may ping every 30 s.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.max_concurrent_streams", config.connections.streams),
+        ("grpc.max_metadata_size", config.connections.header_bytes),
+        ("grpc.absolute_max_metadata_size", config.connections.header_bytes),
+        (
+            "grpc.max_connection_idle_ms",
+            round(1e3 * config.connections.idle_connection_s),
+        ),
+        (
+            "grpc.server_handshake_timeout_ms",
+            round(1e3 * config.connections.greeting_s),
+        ),
+        # A call that waits here holds 0.7 MB of headers, if it is meant to.
+        ("grpc.server.max_pending_requests", _WAITING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", _WAITING_CALLS),
+        ("grpc.http2.max_frame_size", (1 << 24) - 1),
+        ("grpc.http2.lookahead_bytes", 16 << 20),
+    ]
 
 
 def interceptors_of(callers: Callers, drops: Drops) -> list[grpc.aio.ServerInterceptor]:
