@@ -295,7 +295,7 @@ def test_a_proof_that_is_sent_back_is_none(pair):
 def test_strangers_at_the_door_hold_nobody_up():
     with fleet_of(1) as fleet:
         with socket.socket(socket.AF_UNIX) as stranger:
-            stranger.connect(fleet._listener.address)
+            stranger.connect(fleet._keeper._listener.address)
             stranger.sendall(b"x" * 64)
             assert len(stranger.recv(64, socket.MSG_WAITALL)) == 64
             assert not stranger.recv(1)

@@ -76,9 +76,9 @@ def test_a_worker_knows_no_token_of_the_server(fleet):
     for rank in (0, 1):
         environment = Path(f"/proc/{pid_of(fleet, rank)}/environ").read_bytes()
         assert b"CURVD_TOKEN" not in environment
-        assert fleet._secret.hex().encode() not in environment
+        assert fleet._keeper._secret.hex().encode() not in environment
         command = Path(f"/proc/{pid_of(fleet, rank)}/cmdline").read_bytes()
-        assert fleet._secret.hex().encode() not in command
+        assert fleet._keeper._secret.hex().encode() not in command
 
 
 FRONT = """

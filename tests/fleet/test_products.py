@@ -32,7 +32,7 @@ from curvd.errors import (
 from curvd_server.device.torch_device import TorchDevice
 from curvd_server.engine.batch_product import BatchProduct
 from curvd_server.fleet import fleet as fleets
-from curvd_server.fleet import holdings
+from curvd_server.fleet import holdings, keeper
 
 BUDGET = 1 << 30
 
@@ -244,10 +244,10 @@ def test_a_worker_for_which_there_is_no_place_is_waited_for_so_long_and_no_longe
     """A cluster may say nothing, for ever."""
     operator = built(load(device_of(two)))
     want = dense(operator)
-    monkeypatch.setattr(fleets, "_BACKOFF_S", 1.0)
+    monkeypatch.setattr(keeper, "_BACKOFF_S", 1.0)
     monkeypatch.setattr(two.launcher, "start", lambda invitation: None)
     monkeypatch.setattr(two.launcher, "ended", lambda rank: None)
-    monkeypatch.setattr(two, "_start_s", 0.5)
+    monkeypatch.setattr(two._roster, "start_s", 0.5)
     two.launcher.end(1)
     with pytest.raises(Unavailable, match=r"worker 1 .* above --worker-start-s 0\.5"):
         dense(operator)
@@ -311,7 +311,7 @@ def test_what_is_closed_is_forgotten_by_all(two):
 def test_what_is_closed_waits_for_no_worker_that_is_gone(two, monkeypatch):
     """It would be waited for on the device's thread, by everybody."""
     operator = built(load(device_of(two)))
-    monkeypatch.setattr(fleets, "_BACKOFF_S", 0.5)
+    monkeypatch.setattr(keeper, "_BACKOFF_S", 0.5)
     monkeypatch.setattr(two.launcher, "start", lambda invitation: None)
     two.launcher.end(1)
     while two.seats[1].is_ready:

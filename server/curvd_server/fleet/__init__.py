@@ -1,7 +1,7 @@
 """Workers behind the device protocol: each holds shards of the data, and products are summed.
 
-The front asks over connections of its own, in typed messages (`messages`), and starts who
-is lost anew (`fleet`). What workers run is the engine, as it is. Imports devices, the
+The front asks over connections of its own, in typed messages (`fleet`, `messages`), and starts
+who is lost anew (`keeper`). What workers run is the engine, as it is. Imports devices, the
 engine and storage by their doors; knows no session and no gRPC.
 """
 

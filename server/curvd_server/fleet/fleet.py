@@ -1,9 +1,9 @@
-"""The front's workers: asked together, watched, and started anew when they are lost.
+"""The front's workers: asked together, whatever becomes of each of them meanwhile.
 
 A worker is lost when its connection ends or nothing is heard of it for long. Whoever waits
-for its answer goes on waiting: the keeper, a thread of the fleet, ends what is left of it,
-starts another one in its place, and has it make all problems and operators that are
-registered. Then the same command is sent to it again; the others' answers stand.
+for its answer goes on waiting: the keeper (`keeper`) ends what is left of it, starts another
+one in its place, and has it make all problems and operators that are registered. Then the
+same command is sent to it again; the others' answers stand.
 
 Nothing is ever half done: a problem or an operator is registered when the workers that
 have it are the ones that are there, checked under one lock with what they lose.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import queue
-import secrets
 import threading
 import time
 from collections import Counter
@@ -21,31 +20,17 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 
 from curvd.contract import WorkerInfo
-from curvd.errors import Cancelled, Internal, Unavailable
+from curvd.errors import Cancelled, Unavailable
 from curvd_server.fleet import messages
-from curvd_server.fleet.connection import Connection, Frame
+from curvd_server.fleet.connection import Frame
+from curvd_server.fleet.keeper import Keeper
 from curvd_server.fleet.launcher import Invitation, Launcher
-from curvd_server.fleet.listener import Listener
-from curvd_server.fleet.registry import Registry
-from curvd_server.fleet.seats import (
-    Lost,
-    Numbers,
-    Request,
-    Seat,
-    raised,
-    raised_or_left,
-    silent_s,
-)
+from curvd_server.fleet.roster import POLL_S, WATCH_S, Roster
+from curvd_server.fleet.seats import Lost, Request, raised, raised_or_left
 from curvd_server.system import TRACED, Poll, Traces, logger
 
 ATTEMPTS = 4
 """How often one command is sent to the same rank before its caller is told."""
-FAILURES = 3
-"""How often in a row a worker may be lost before it is ready; then callers are told."""
-_BACKOFF_S = 5.0
-"""Between two starts of a worker that was lost before it was ready."""
-_POLL_S = 0.02
-_WATCH_S = 0.25
 
 
 class Fleet:
@@ -72,24 +57,14 @@ class Fleet:
         start_s: float = 300.0,
         host: str = "",
     ) -> None:
-        self._launcher, self._invite = launcher, invite
-        self._patience_s, self._start_s = patience_s, start_s
-        self._secret = secrets.token_bytes(32)
-        self._changed = threading.Condition()
-        self.seats = [Seat(rank, device) for rank, device in enumerate(devices)]
-        self.registry = Registry()
-        self.generation = 0
-        """How often the fleet was complete, or became so again."""
-        self._numbers = Numbers()
-        self._wanted: set[int] = set()
+        self._roster = Roster(devices, patience_s=patience_s, start_s=start_s)
+        self._changed, self.seats = self._roster.changed, self._roster.seats
+        self.registry = self._roster.registry
         # None ends who passes them on.
         self._forgotten: queue.SimpleQueue[messages.Close | messages.End | None] = (
             queue.SimpleQueue()
         )
-        self._closed = False
-        self._listener = Listener(self._secret, self._arrived, host)
-        self._keeper = threading.Thread(target=self._keep, name="fleet", daemon=True)
-        self._keeper.start()
+        self._keeper = Keeper(self._roster, launcher, invite, self.forget, host)
         self._messenger = threading.Thread(
             target=self._pass_on, name="fleet-forgets", daemon=True
         )
@@ -97,7 +72,7 @@ class Fleet:
 
     def next_number(self) -> int:
         """Name a problem or an operator."""
-        return self._numbers.next()
+        return self._roster.numbers.next()
 
     def wait(self) -> None:
         """Wait until all workers are there.
@@ -107,8 +82,8 @@ class Fleet:
         """
         with self._changed:
             while not all(seat.is_ready for seat in self.seats):
-                self._check_startable()
-                self._changed.wait(_WATCH_S)
+                self._roster.check_startable()
+                self._changed.wait(WATCH_S)
 
     def all(
         self,
@@ -136,17 +111,17 @@ class Fleet:
             Unavailable: If a worker was lost again and again.
             CurvdError: If a worker refuses; the first one, by rank.
         """
-        number, traced = self._numbers.next(), TRACED.get()
+        number, traced = self._roster.numbers.next(), TRACED.get()
         asked: dict[int, int] = {}
         tries: Counter[int] = Counter()
         sent_s: dict[int, float] = {}
         with self._changed:
-            self._wanted.add(number)
+            self._roster.wanted.add(number)
         try:
             while True:
                 self._send_to(requests, number, asked, tries, sent_s, cancelled)
                 with self._changed:
-                    self._check_there(only or {})
+                    self._roster.check_there(only or {})
                     found = self._found(requests, number, asked)
                     if found is not None:
                         if register is not None:
@@ -154,7 +129,7 @@ class Fleet:
                         if traced is not None:
                             self._trace(traced, requests, found, sent_s)
                         return found
-                    self._changed.wait(_POLL_S)
+                    self._changed.wait(POLL_S)
                 if cancelled():
                     msg = "the caller gave up; all workers stopped between two mini-batches"
                     raise Cancelled(msg)
@@ -163,7 +138,7 @@ class Fleet:
             raise
         finally:
             with self._changed:
-                self._wanted.discard(number)
+                self._roster.wanted.discard(number)
                 for seat in self.seats:
                     seat.answers.pop(number, None)
 
@@ -222,13 +197,15 @@ class Fleet:
             Lost: If one is gone, or all have left.
             CurvdError: What one of them reports, which made the others leave.
         """
-        number, ranks = self._numbers.next(), sorted(requests)
+        number, ranks = self._roster.numbers.next(), sorted(requests)
         traced, sent_s = TRACED.get(), dict[int, float]()
         until_s, given_up, ended = math.inf, list[BaseException](), set[int]()
         with self._changed:
-            self._wanted.add(number)
-            self._check_there(only)
-            there = {rank: self._connection_of(rank, only[rank]) for rank in ranks}
+            self._roster.wanted.add(number)
+            self._roster.check_there(only)
+            there = {
+                rank: self._roster.connection_of(rank, only[rank]) for rank in ranks
+            }
         try:
             for rank, connection in there.items():
                 request = requests[rank]
@@ -239,7 +216,7 @@ class Fleet:
             while True:
                 with self._changed:
                     came = {r: self.seats[r].answers.get(number) for r in ranks}
-                    gone = [r for r in ranks if not self._is_still(r, only[r])]
+                    gone = [r for r in ranks if not self._roster.is_still(r, only[r])]
                     late = [r for r in ranks if came[r] is None and r not in gone]
                     found = {r: f for r, f in came.items() if f is not None}
                     wrong = bool(gone) or any(map(raised_or_left, found.values()))
@@ -255,19 +232,19 @@ class Fleet:
                         return found
                     if wrong:
                         now_s = time.monotonic()
-                        until_s = min(until_s, now_s + self._patience_s)
+                        until_s = min(until_s, now_s + self._roster.patience_s)
                         if now_s >= until_s:
                             ended.update(late)
                             for rank in late:
                                 self.seats[rank].is_condemned = True
-                    self._changed.wait(_POLL_S)
+                    self._changed.wait(POLL_S)
                 if not given_up and _stops(cancelled, given_up):
                     for connection in filter(None, there.values()):
                         with suppress(OSError):
                             connection.send(0, messages.Cancel(asked=number))
         finally:
             with self._changed:
-                self._wanted.discard(number)
+                self._roster.wanted.discard(number)
                 for seat in self.seats:
                     seat.answers.pop(number, None)
 
@@ -290,10 +267,6 @@ class Fleet:
         left = [m.why for m in answers if isinstance(m, messages.Left)]
         return Lost(left[0] if left else "workers did not come back to each other")
 
-    def _is_still(self, rank: int, incarnation: int) -> bool:
-        seat = self.seats[rank]
-        return seat.incarnation == incarnation and seat.is_ready
-
     def there(self, ranks: Collection[int], *, cancelled: Poll) -> dict[int, int]:
         """Wait until workers are there, and tell their incarnations by rank.
 
@@ -307,11 +280,11 @@ class Fleet:
         """
         while True:
             with self._changed:
-                self._check_startable()
+                self._roster.check_startable()
                 seats = [self.seats[rank] for rank in ranks]
                 if all(seat.is_ready for seat in seats):
                     return {seat.rank: seat.incarnation for seat in seats}
-                self._changed.wait(_POLL_S)
+                self._changed.wait(POLL_S)
             if cancelled():
                 msg = "the caller gave up while a worker was started"
                 raise Cancelled(msg)
@@ -341,7 +314,7 @@ class Fleet:
                 )
                 for seat in self.seats
             )
-            return found, self.generation
+            return found, self._roster.generation
 
     def forget(self, message: messages.Close | messages.End) -> None:
         """Have workers forget what nobody needs any more; on any thread, at once."""
@@ -365,11 +338,9 @@ class Fleet:
     def close(self) -> None:
         """End all workers."""
         with self._changed:
-            self._closed = True
+            self._roster.is_closed = True
             self._changed.notify_all()
-        self._keeper.join()
-        self._listener.close()
-        self._launcher.close()
+        self._keeper.close()
         self._forgotten.put(None)
         self._messenger.join()
 
@@ -384,7 +355,7 @@ class Fleet:
     ) -> None:
         """Send a command to those that are ready and were not asked since they came."""
         with self._changed:
-            self._check_startable()
+            self._roster.check_startable()
             due = [
                 (seat, seat.incarnation, seat.connection, requests[seat.rank])
                 for seat in self.seats
@@ -426,18 +397,10 @@ class Fleet:
             found[rank] = frame
         return found if len(found) == len(requests) else None
 
-    def _check_there(self, only: Mapping[int, int]) -> None:
-        """Find out whether workers are still those that they were."""
-        for rank, incarnation in only.items():
-            seat = self.seats[rank]
-            if seat.incarnation != incarnation or not seat.is_ready:
-                msg = f"worker {rank} was lost: {seat.said}"
-                raise Lost(msg)
-
     def _stop(self, number: int, asked: Mapping[int, int]) -> None:
         """Have all workers stop, and wait until they have, or are lost."""
         for rank, incarnation in asked.items():
-            connection = self._connection_of(rank, incarnation)
+            connection = self._roster.connection_of(rank, incarnation)
             if connection is not None and number not in self.seats[rank].answers:
                 with suppress(OSError):
                     connection.send(0, messages.Cancel(asked=number))
@@ -449,214 +412,6 @@ class Fleet:
                 for rank, incarnation in asked.items()
             ):
                 self._changed.wait()
-
-    def _connection_of(self, rank: int, incarnation: int) -> Connection | None:
-        with self._changed:
-            seat = self.seats[rank]
-            return seat.connection if seat.incarnation == incarnation else None
-
-    def _check_startable(self) -> None:
-        for seat in self.seats:
-            if seat.failures >= FAILURES:
-                msg = (
-                    f"worker {seat.rank} on {seat.device} cannot be started: {seat.said}; "
-                    "it is tried again every few seconds; look at the server's log"
-                )
-                raise Unavailable(msg)
-            gone_s = time.monotonic() - seat.gone_s
-            if seat.connection is None and gone_s > self._start_s:
-                msg = (
-                    f"worker {seat.rank} on {seat.device} has been gone for {gone_s:.0f} s, "
-                    f"above --worker-start-s {self._start_s:g}: "
-                    f"{seat.said or 'it has not come yet'}; try again, and look at the "
-                    "server's log and, where workers are elsewhere, at the cluster"
-                )
-                raise Unavailable(msg)
-        if self._closed:
-            msg = "the server is shutting down"
-            raise Unavailable(msg)
-
-    def _keep(self) -> None:
-        """Start who is missing, and end who is frozen; never sends, which could block."""
-        try:
-            while not self._closed:
-                with self._changed:
-                    missing = [s for s in self.seats if self._is_due(s)]
-                    lost = [(s, s.incarnation, self._why_lost(s)) for s in self.seats]
-                for seat, incarnation, why in lost:
-                    if why:
-                        self._lose(seat, incarnation, why)
-                        self._launcher.end(seat.rank)
-                for seat in missing:
-                    self._start(seat)
-                with self._changed:
-                    if not self._closed:
-                        self._changed.wait(_WATCH_S)
-        except Exception:
-            logger().exception("defect", task="fleet")
-            raise
-
-    def _why_lost(self, seat: Seat) -> str:
-        """Say why a worker counts as lost; nothing if it does not."""
-        if seat.connection is not None and seat.is_condemned:
-            return "it did not leave what the others had left"
-        if seat.connection is not None:
-            frozen = silent_s(seat) > self._patience_s
-            return (
-                f"nothing was heard of it for {self._patience_s:g} s" if frozen else ""
-            )
-        if not seat.is_starting:
-            return ""
-        return self._launcher.ended(seat.rank) or ""
-
-    def _is_due(self, seat: Seat) -> bool:
-        absent = seat.connection is None and not seat.is_starting
-        return absent and time.monotonic() >= seat.retry_s
-
-    def _start(self, seat: Seat) -> None:
-        """Start a worker, from this thread: the system ends it with the thread."""
-        with self._changed:
-            seat.is_starting, seat.hello = True, None
-            seat.is_condemned, seat.alive = False, messages.Alive()
-            seat.incarnation += 1
-            incarnation = seat.incarnation
-        invitation = self._invite(
-            seat.rank, incarnation, self._listener.address, self._secret.hex()
-        )
-        try:
-            self._launcher.start(invitation)
-        except OSError as error:
-            self._lose(seat, incarnation, f"it could not be started ({error})")
-            return
-        threading.Thread(
-            target=self._bring_up, args=(seat, incarnation), daemon=True
-        ).start()
-
-    def _bring_up(self, seat: Seat, incarnation: int) -> None:
-        """Wait until a worker is there, and have it make what is registered."""
-        until_s = time.monotonic() + self._start_s
-        with self._changed:
-            while seat.hello is None and seat.incarnation == incarnation:
-                left_s = until_s - time.monotonic()
-                if self._closed or not seat.is_starting:
-                    return
-                if left_s <= 0:
-                    break
-                self._changed.wait(min(left_s, _WATCH_S))
-            connection = seat.connection
-        if connection is None:
-            self._lose(
-                seat, incarnation, f"it was not there within {self._start_s:g} s"
-            )
-            return
-        try:
-            self._replay(seat, incarnation, connection)
-        except Lost as error:
-            self._lose(seat, incarnation, str(error))
-
-    def _replay(self, seat: Seat, incarnation: int, connection: Connection) -> None:
-        """Have a worker make all that is registered, until nothing is new."""
-        made: set[int] = set()
-        while True:
-            with self._changed:
-                steps = self.registry.missing(seat.rank, made)
-                if not steps:
-                    gone = made - self.registry.numbers()
-                    seat.is_ready, seat.is_starting = True, False
-                    seat.failures, self.generation = 0, self.generation + 1
-                    self._changed.notify_all()
-                    break
-            for key, request in steps:
-                self._ask_alone(seat, incarnation, connection, request)
-                made.add(key)
-        logger().info(
-            "worker ready",
-            rank=seat.rank,
-            device=seat.device,
-            pid=None if seat.hello is None else seat.hello.pid,
-            restarts=seat.restarts,
-            generation=self.generation,
-        )
-        if gone:
-            numbers = tuple(sorted(gone))
-            self.forget(messages.Close(problems=numbers, operators=numbers))
-
-    def _ask_alone(
-        self, seat: Seat, incarnation: int, connection: Connection, request: Request
-    ) -> None:
-        number = self._numbers.next()
-        with self._changed:
-            self._wanted.add(number)
-        try:
-            connection.send(number, request.message, request.arrays)
-            with self._changed:
-                while number not in seat.answers:
-                    if seat.incarnation != incarnation or seat.connection is None:
-                        raise Lost(seat.said)
-                    self._changed.wait()
-                error = raised(seat.answers[number])
-            if error is not None:
-                msg = f"it could not make what the others hold: {error}"
-                raise Lost(msg)
-        except OSError as error:
-            raise Lost(str(error)) from error
-        finally:
-            with self._changed:
-                self._wanted.discard(number)
-                seat.answers.pop(number, None)
-
-    def _arrived(self, connection: Connection, hello: messages.Hello) -> bool:
-        """Give a worker its seat, and read what it says; on a thread of its own."""
-        with self._changed:
-            expected = 0 <= hello.rank < len(self.seats)
-            seat = self.seats[hello.rank] if expected else None
-            if seat is None or (seat.incarnation, seat.is_starting) != (
-                hello.incarnation,
-                True,
-            ):
-                return False
-            seat.connection, seat.hello = connection, hello
-            if hello.refused:  # another start would end as this one
-                seat.failures = FAILURES
-            self._changed.notify_all()
-        if hello.refused:
-            self._lose(seat, hello.incarnation, hello.refused)
-            return True
-        said = "its connection ended"
-        try:
-            while True:
-                frame = connection.receive()
-                if isinstance(frame.message, messages.Alive):
-                    seat.alive = frame.message
-                    continue
-                with self._changed:
-                    if frame.number in self._wanted:
-                        seat.answers[frame.number] = frame
-                        self._changed.notify_all()
-        except (EOFError, OSError, Internal) as error:
-            said = f"{said} ({error})"
-        self._lose(seat, hello.incarnation, said)
-        return True
-
-    def _lose(self, seat: Seat, incarnation: int, said: str) -> None:
-        """Take note that a worker is gone."""
-        with self._changed:
-            if seat.incarnation != incarnation or self._closed:
-                return
-            if seat.connection is None and not seat.is_starting:
-                return  # known already
-            if not seat.is_ready:
-                seat.failures += 1
-                seat.retry_s = time.monotonic() + _BACKOFF_S
-            connection, seat.connection, seat.hello = seat.connection, None, None
-            seat.is_ready, seat.is_starting, seat.said = False, False, said
-            if connection is not None:
-                seat.gone_s = time.monotonic()
-            seat.answers.clear()
-            self._changed.notify_all()
-        if connection is not None:
-            connection.close()
-        logger().warning("worker lost", rank=seat.rank, device=seat.device, why=said)
 
     def _pass_on(self) -> None:
         """Tell all workers what is forgotten; on a thread of its own, for it may block."""
