@@ -342,3 +342,36 @@ def gauss_newton(module, loss, x, y):
     J = torch.cat([part.flatten(2) for part in parts], -1).flatten(0, 1)
     M = torch.func.hessian(lambda z: loss(z, y))(outputs(names))
     return (J.T @ M.reshape(len(J), len(J)) @ J).numpy()
+
+
+class LogSquares(nn.Module):
+    """Logarithms of probabilities [B, 3, 3], classes in the second axis."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.layer = nn.Linear(4, 9).double()
+
+    def forward(self, x):
+        return torch.log_softmax(self.layer(x).reshape(-1, 3, 3), 1)
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.NLLLoss()], ids=repr)
+def test_as_many_positions_as_classes_are_read_as_torch_reads_them(
+    live_target, loss, check
+):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(9, 4, generator=generator).double()
+    y = torch.randint(0, 3, (9, 3), generator=generator)
+    net = LogSquares()
+    right = loss(net(x), y)
+    gradients = torch.autograd.grad(right, list(net.parameters()))
+    with curvd.connect(live_target) as client:
+        session = client.session_for(net, loss, (x, y), batch_size=4, check=check)
+        value, gradient = session.gradient()
+        assert value == pytest.approx(float(right.detach()), rel=1e-12)
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        np.testing.assert_allclose(gradient, flat, rtol=1e-9, atol=1e-14)
+        with pytest.raises(curvd.InvalidSpec, match="second axis or in the last"):
+            client.session_for(net, "nll", (x, y), batch_size=4, check=False).gradient()

@@ -312,12 +312,13 @@ def _named(loss: Any) -> LossSpec | None:
 
 
 def _is_ambiguous(spec: LossSpec, outputs: Tensor, targets: Tensor) -> bool:
-    """Tell whether a server would take another axis for the classes than torch."""
+    """Tell whether the classes could be in the last axis as well as in torch's second."""
+    rest = targets.shape[1:]  # an example may have fewer data points than the targets
     return (
         spec.name.has_classes
+        and not targets.is_floating_point()
         and outputs.dim() > 2
-        and outputs.shape[:-1] == targets.shape
-        and outputs.shape[1] == outputs.shape[-1]
+        and outputs.shape[1:-1] == outputs.shape[2:] == rest
     )
 
 

@@ -18,6 +18,7 @@ from curvd.contract.enums import Dtype, LossName
 from curvd.contract.specs import DatasetSpec, LossSpec, OperatorSpec
 from curvd.errors import InvalidSpec
 from curvd_server.engine.building import build
+from curvd_server.engine.objective.losses import Loss
 from curvd_server.engine.objective.objective import Problem
 from curvd_server.engine.operators.linearize import MODES
 from curvd_server.engine.tuning.plan import Plan
@@ -50,6 +51,21 @@ def load(loss: LossSpec, batch_size: int = 2, *, classes_last=True, y=None) -> P
         module = Tokens(classes_last)
     data = DatasetSpec(inputs=("x",), target="y", batch_size=batch_size)
     return Problem.load(module, {}, {"x": x, "y": y}, data, loss, dtype=Dtype.FLOAT64)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "nll"])
+@pytest.mark.parametrize("rest", [(4,), (4, 4)], ids=str)
+def test_shapes_that_do_not_say_where_the_classes_are_are_refused(name, rest):
+    outputs = torch.zeros(2, 4, *rest)
+    targets = torch.zeros(2, *rest, dtype=torch.int64)
+    loss = Loss.of(LossSpec(name=name), torch.float64, torch.device("cpu"))
+    with pytest.raises(InvalidSpec, match=r"second axis or in the last.*session_for"):
+        loss.check(outputs, targets)
+    loss.check(outputs[:, :3], targets)  # torch's axis alone fits
+    loss.check(outputs[..., :3], targets) if len(rest) == 1 else None
+    if name == "cross_entropy":
+        shifted = LossSpec(name=name, shift=True)
+        Loss.of(shifted, torch.float64, torch.device("cpu")).check(outputs, targets)
 
 
 CROSS_ENTROPIES = [

@@ -172,6 +172,7 @@ class Loss:
                 )
                 raise InvalidSpec(msg, outputs=got[0], targets=got[1])
             return
+        self._check_axis(*got)
         rows = min(len(outputs), len(targets))
         classes = classes_second(outputs[:rows], targets[:rows]).shape[1]
         if self.weights is not None and len(self.weights) != classes:
@@ -185,6 +186,22 @@ class Loss:
                 f"{classes} classes; set ignore_index if one marks padding"
             )
             raise InvalidSpec(msg, lowest=low, highest=high, classes=classes)
+
+    def _check_axis(self, outputs: tuple[int, ...], targets: tuple[int, ...]) -> None:
+        """Refuse shapes of a data point that do not say which axis has the classes.
+
+        With shift there is no doubt: that is said of language models alone.
+        """
+        if len(outputs) < 2 or not outputs[:-1] == outputs[1:] == targets:
+            return
+        if self.spec.shift:
+            return
+        msg = (
+            f"outputs {outputs} with class indices {targets} per data point have their "
+            "classes in the second axis or in the last, which would be different losses: "
+            "give the loss as a function, by session_for or curvd.export_loss"
+        )
+        raise InvalidSpec(msg, outputs=outputs, targets=targets)
 
 
 def classes_last(outputs: Tensor, targets: Tensor) -> bool:
