@@ -32,7 +32,8 @@ from curvd.errors import (
 from curvd_server.device.torch_device import TorchDevice
 from curvd_server.engine.batch_product import BatchProduct
 from curvd_server.fleet import fleet as fleets
-from curvd_server.fleet import holdings, keeper
+from curvd_server.fleet import holdings, keeper, messages
+from curvd_server.fleet.seats import Lost, Request
 
 BUDGET = 1 << 30
 
@@ -306,6 +307,17 @@ def test_what_is_closed_is_forgotten_by_all(two):
     for held in two.launcher.holdings.values():
         assert not held._operators
     assert len(two.registry.numbers()) == 1
+
+
+@pytest.mark.parametrize("way", ["all", "together"])
+def test_a_command_for_a_worker_that_is_gone_leaves_nothing_behind(two, way):
+    number = built(load(device_of(two))).entry.build.problem
+    check = Request(messages.Check(problem=number, part=0))
+    ask = getattr(two, way)
+    with pytest.raises(Lost, match="worker 1 was lost"):
+        ask({0: check, 1: check}, only={0: 1, 1: 7}, cancelled=lambda: False)
+    assert not two._roster.wanted
+    assert not any(seat.answers for seat in two.seats)
 
 
 def test_what_is_closed_waits_for_no_worker_that_is_gone(two, monkeypatch):

@@ -111,36 +111,30 @@ class Fleet:
             Unavailable: If a worker was lost again and again.
             CurvdError: If a worker refuses; the first one, by rank.
         """
-        number, traced = self._roster.numbers.next(), TRACED.get()
+        traced = TRACED.get()
         asked: dict[int, int] = {}
         tries: Counter[int] = Counter()
         sent_s: dict[int, float] = {}
-        with self._changed:
-            self._roster.wanted.add(number)
-        try:
-            while True:
-                self._send_to(requests, number, asked, tries, sent_s, cancelled)
-                with self._changed:
-                    self._roster.check_there(only or {})
-                    found = self._found(requests, number, asked)
-                    if found is not None:
-                        if register is not None:
-                            register()
-                        if traced is not None:
-                            self._trace(traced, requests, found, sent_s)
-                        return found
-                    self._changed.wait(POLL_S)
-                if cancelled():
-                    msg = "the caller gave up; all workers stopped between two mini-batches"
-                    raise Cancelled(msg)
-        except BaseException:
-            self._stop(number, asked)
-            raise
-        finally:
-            with self._changed:
-                self._roster.wanted.discard(number)
-                for seat in self.seats:
-                    seat.answers.pop(number, None)
+        with self._roster.numbered() as number:
+            try:
+                while True:
+                    self._send_to(requests, number, asked, tries, sent_s, cancelled)
+                    with self._changed:
+                        self._roster.check_there(only or {})
+                        found = self._found(requests, number, asked)
+                        if found is not None:
+                            if register is not None:
+                                register()
+                            if traced is not None:
+                                self._trace(traced, requests, found, sent_s)
+                            return found
+                        self._changed.wait(POLL_S)
+                    if cancelled():
+                        msg = "the caller gave up; all workers stopped between two mini-batches"
+                        raise Cancelled(msg)
+            except BaseException:
+                self._stop(number, asked)
+                raise
 
     def _trace(
         self,
@@ -197,16 +191,15 @@ class Fleet:
             Lost: If one is gone, or all have left.
             CurvdError: What one of them reports, which made the others leave.
         """
-        number, ranks = self._roster.numbers.next(), sorted(requests)
+        ranks = sorted(requests)
         traced, sent_s = TRACED.get(), dict[int, float]()
         until_s, given_up, ended = math.inf, list[BaseException](), set[int]()
-        with self._changed:
-            self._roster.wanted.add(number)
-            self._roster.check_there(only)
-            there = {
-                rank: self._roster.connection_of(rank, only[rank]) for rank in ranks
-            }
-        try:
+        with self._roster.numbered() as number:
+            with self._changed:
+                self._roster.check_there(only)
+                there = {
+                    rank: self._roster.connection_of(rank, only[rank]) for rank in ranks
+                }
             for rank, connection in there.items():
                 request = requests[rank]
                 if connection is not None:
@@ -242,11 +235,6 @@ class Fleet:
                     for connection in filter(None, there.values()):
                         with suppress(OSError):
                             connection.send(0, messages.Cancel(asked=number))
-        finally:
-            with self._changed:
-                self._roster.wanted.discard(number)
-                for seat in self.seats:
-                    seat.answers.pop(number, None)
 
     def _cause(self, found: Mapping[int, Frame], gone: Collection[int]) -> Exception:
         """Say why workers have not ended what they did in step.

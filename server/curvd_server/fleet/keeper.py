@@ -171,26 +171,20 @@ class Keeper:
     def _ask_alone(
         self, seat: Seat, incarnation: int, connection: Connection, request: Request
     ) -> None:
-        number = self._roster.numbers.next()
-        with self._changed:
-            self._roster.wanted.add(number)
         try:
-            connection.send(number, request.message, request.arrays)
-            with self._changed:
-                while number not in seat.answers:
-                    if seat.incarnation != incarnation or seat.connection is None:
-                        raise Lost(seat.said)
-                    self._changed.wait()
-                error = raised(seat.answers[number])
+            with self._roster.numbered() as number:
+                connection.send(number, request.message, request.arrays)
+                with self._changed:
+                    while number not in seat.answers:
+                        if seat.incarnation != incarnation or seat.connection is None:
+                            raise Lost(seat.said)
+                        self._changed.wait()
+                    error = raised(seat.answers[number])
             if error is not None:
                 msg = f"it could not make what the others hold: {error}"
                 raise Lost(msg)
         except OSError as error:
             raise Lost(str(error)) from error
-        finally:
-            with self._changed:
-                self._roster.wanted.discard(number)
-                seat.answers.pop(number, None)
 
     def _arrived(self, connection: Connection, hello: messages.Hello) -> bool:
         """Give a worker its seat, and read what it says; on a thread of its own."""

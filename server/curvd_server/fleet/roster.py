@@ -6,9 +6,10 @@ what both must see alike: who is there, who cannot be started, and what numbers 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from curvd.errors import Unavailable
 from curvd_server.fleet.connection import Connection
@@ -46,6 +47,24 @@ class Roster:
         self.wanted: set[int] = set()
         """Numbers of commands whose answers somebody waits for."""
         self.is_closed = False
+
+    @contextlib.contextmanager
+    def numbered(self) -> Iterator[int]:
+        """Number a command, and keep what is answered to it.
+
+        Yields:
+            The number; answers lie at the seats until the context is left.
+        """
+        number = self.numbers.next()
+        with self.changed:
+            self.wanted.add(number)
+        try:
+            yield number
+        finally:
+            with self.changed:
+                self.wanted.discard(number)
+                for seat in self.seats:
+                    seat.answers.pop(number, None)
 
     def is_still(self, rank: int, incarnation: int) -> bool:
         """Tell whether a worker is still the one that it was; the lock is held."""
