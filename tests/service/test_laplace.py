@@ -648,3 +648,46 @@ def output_jacobian_of(net, x):
         found = torch.autograd.grad(net(one[None])[0], list(net.parameters()))
         rows.append(torch.cat([g.reshape(-1) for g in found]))
     return torch.stack(rows).numpy()
+
+
+class Segments(nn.Module):
+    """Logits [B, 3, 4, 2], classes in torch's axis, or in the last."""
+
+    def __init__(self, last):
+        super().__init__()
+        torch.manual_seed(6)
+        self.layer, self.last = nn.Linear(4, 24).double(), last
+
+    def forward(self, x):
+        z = self.layer(x).reshape(-1, 3, 4, 2)
+        return z.movedim(1, -1) if self.last else z
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_probabilities_are_over_the_classes_wherever_they_are(live_target, last):
+    net = Segments(last)
+    generator = np.random.default_rng(7)
+    x = torch.from_numpy(generator.standard_normal((8, 4)))
+    y = torch.from_numpy(generator.integers(0, 3, (8, 4, 2)))
+    axis = -1 if last else 1
+
+    with curvd.connect(live_target) as client:
+        session = client.session_for(
+            net,
+            "cross_entropy" if last else nn.CrossEntropyLoss(),
+            (x, y),
+            batch_size=3,
+        )
+        sure = session.predictive(x[:3], prior=1e9)
+        right = net(x[:3]).detach().softmax(axis)
+        np.testing.assert_allclose(sure.probabilities(), right, atol=1e-6)
+        found = session.predictive(x[:3], prior=0.1)
+        z = found.mean / np.sqrt(1 + np.pi / 8 * found.variance)
+        np.testing.assert_allclose(
+            found.probabilities(), torch.from_numpy(z).softmax(axis), rtol=1e-12
+        )
+        found.plot(targets=y[:3].numpy())
+        with pytest.raises(
+            curvd.InvalidSpec, match=r"\[3, 4, 2\], one for each.*\[2, 4"
+        ):
+            found.plot(targets=y[:2])

@@ -678,14 +678,16 @@ class PredictiveResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[_curvature_service_pb2.ResultHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., summary: _Optional[_Union[PredictiveSummary, _Mapping]] = ..., progress: _Optional[_Union[QueryProgress, _Mapping]] = ...) -> None: ...
 
 class PredictiveSummary(_message.Message):
-    __slots__ = ("query", "relative_residuals", "scale")
+    __slots__ = ("query", "relative_residuals", "scale", "class_axis")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     RELATIVE_RESIDUALS_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
+    CLASS_AXIS_FIELD_NUMBER: _ClassVar[int]
     query: QuerySummary
     relative_residuals: _containers.RepeatedScalarFieldContainer[float]
     scale: float
-    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., relative_residuals: _Optional[_Iterable[float]] = ..., scale: _Optional[float] = ...) -> None: ...
+    class_axis: int
+    def __init__(self, query: _Optional[_Union[QuerySummary, _Mapping]] = ..., relative_residuals: _Optional[_Iterable[float]] = ..., scale: _Optional[float] = ..., class_axis: _Optional[int] = ...) -> None: ...
 
 class PosteriorSamplesRequest(_message.Message):
     __slots__ = ("query", "k", "prior", "noise", "seed", "tolerance", "preconditioner", "store_as", "priors")

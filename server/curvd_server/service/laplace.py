@@ -29,7 +29,7 @@ from curvd_server.engine.data_points.laplace import (
     output_rows,
 )
 from curvd_server.engine.data_points.output_rows import OutputRows
-from curvd_server.engine.objective import Problem, on_inputs
+from curvd_server.engine.objective import Problem, class_axis, on_inputs
 from curvd_server.linalg import (
     Products,
     Query,
@@ -43,6 +43,7 @@ from curvd_server.linalg import (
 )
 from curvd_server.service.given_points import named_as, received
 from curvd_server.service.posterior import (
+    Posterior,
     Prior,
     check_likelihood,
     check_plain,
@@ -112,8 +113,27 @@ async def predictive(
             query=posterior.cost(),
             relative_residuals=table.residuals.tolist(),
             scale=posterior.likelihood.scale,
+            class_axis=await _class_axis(call, posterior),
         )
     )
+
+
+async def _class_axis(call: QueryCall, posterior: Posterior) -> int:
+    """Find the axis of the outputs that has the classes, from the session's targets.
+
+    Counted from the last; 0 if outputs are no logits.
+    """
+    problem = posterior.problem
+    if not problem.loss.spec.name.has_classes:
+        return 0
+
+    def look(cancelled: Any) -> int:
+        batch = problem.data[0]
+        with torch.no_grad():
+            return class_axis(problem.outputs(problem.parameters, batch), batch)
+
+    axis: int = await call.drive(posterior.points.run(look))
+    return axis
 
 
 async def _outputs_shape(

@@ -39,6 +39,8 @@ class Predictive(Result):
     scale: float
     """What the operator was multiplied by: the precision is this plus the prior."""
 
+    class_axis: int
+    """The axis of `mean` that has the classes, counted from the last; 0: none has."""
     loss: LossName
     """Of the session, which says what outputs mean."""
 
@@ -46,7 +48,7 @@ class Predictive(Result):
         """Average softmax over the posterior, by MacKay's probit approximation.
 
         ``softmax(mean / sqrt(1 + π/8 variance))`` (MacKay, Neural Computation 4, 1992),
-        over the last axis.
+        over the axis of the classes.
 
         Returns:
             [T, *outputs]
@@ -61,9 +63,7 @@ class Predictive(Result):
             )
             raise InvalidSpec(msg, loss=self.loss)
         z = self.mean / np.sqrt(1 + np.pi / 8 * self.variance)
-        z = np.exp(z - z.max(-1, keepdims=True))
-        found: Floats = z / z.sum(-1, keepdims=True)
-        return found
+        return _softmax(z, self.class_axis)
 
     @property
     def _begun(self) -> NDArray[np.bool_]:
@@ -85,11 +85,14 @@ class Predictive(Result):
 
         Args:
             axes: Where to; None makes a figure.
-            targets: [T] Classes: then shares of right predictions are drawn over their
+            targets: [T, ...] Classes: then shares of right predictions are drawn over their
                 confidence, with and without the posterior; None: deviations, sorted.
 
         Returns:
             The axes.
+
+        Raises:
+            InvalidSpec: If outputs are no logits of classes, or targets of another shape.
         """
         axes = drawn_on(axes)
         if targets is None:
@@ -97,10 +100,18 @@ class Predictive(Result):
             axes.plot(deviations, label="standard deviation")
             axes.set(xlabel="output, by rank", ylabel="standard deviation")
         else:
+            posterior = self.probabilities()
+            plain = _softmax(self.mean, self.class_axis)
             begun, y = self._begun, np.asarray(targets)
-            z = np.exp(self.mean - self.mean.max(-1, keepdims=True))
-            plain = z / z.sum(-1, keepdims=True)
-            for name, p in (("plain", plain), ("posterior", self.probabilities())):
+            wanted = np.moveaxis(plain, self.class_axis, -1).shape[:-1]
+            if y.shape != wanted:
+                msg = (
+                    f"targets are class indices {list(wanted)}, one for each prediction, "
+                    f"got {list(y.shape)}"
+                )
+                raise InvalidSpec(msg, targets=y.shape)
+            for name, p in (("plain", plain), ("posterior", posterior)):
+                p = np.moveaxis(p, self.class_axis, -1)
                 axes.plot(*calibration(p[begun], y[begun]), "o-", label=name)
             axes.plot([0, 1], [0, 1], "--", color="0.6", label="calibrated")
             axes.set(xlabel="confidence", ylabel="share of right predictions")
@@ -111,12 +122,18 @@ class Predictive(Result):
         return axes
 
 
+def _softmax(z: Floats, axis: int) -> Floats:
+    z = np.exp(z - z.max(axis, keepdims=True))
+    found: Floats = z / z.sum(axis, keepdims=True)
+    return found
+
+
 def calibration(p: Floats, y: Any, bins: int = 10) -> tuple[Floats, Floats]:
     """Compare confidence with the share of right predictions.
 
     Args:
-        p: [T, C] Probabilities.
-        y: [T] Classes.
+        p: [T, ..., C] Probabilities.
+        y: [T, ...] Classes.
         bins: Of equal width, between 0 and 1.
 
     Returns:

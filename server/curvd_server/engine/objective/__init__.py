@@ -15,7 +15,11 @@ from curvd_server.engine.objective.layer_patches import (
 )
 from curvd_server.engine.objective.objective import Problem
 from curvd_server.engine.objective.other_data import on_inputs, part_of, with_data
-from curvd_server.engine.objective.output_metrics import OutputMetric, loss_hessian
+from curvd_server.engine.objective.output_metrics import (
+    OutputMetric,
+    class_axis,
+    loss_hessian,
+)
 from curvd_server.engine.objective.parameter_slices import add_rows, tangents_of
 from curvd_server.engine.objective.prefetch import on_host, streamed_as
 from curvd_server.engine.objective.sampled_metrics import (
@@ -37,6 +41,7 @@ __all__ = [
     "check_cancelled",
     "check_samples",
     "chunks",
+    "class_axis",
     "distance",
     "dot",
     "loss_hessian",
