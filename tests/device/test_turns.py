@@ -14,7 +14,7 @@ from curvd_server.system import Identity, LongWork, Threads
 ANN, BEN = Identity("ann"), Identity("ben")
 LEAST_S, MOST_S = _TURN_S
 SOON_S = 1e-6
-"""Just before, and just after."""
+"""How far before and after its end a turn is looked at."""
 
 
 class Device:
