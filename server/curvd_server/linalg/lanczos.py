@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,10 +105,10 @@ def quadratures(
         index = torch.as_tensor(alive, device=W.device)
         U = multiply(basis[index, j])
         alpha[alive, j] = space.dots(basis[index, j], U).cpu().numpy()
-        for row, probe in enumerate(alive):
-            used = basis[probe, : j + 1]
-            space.orthogonalise(used[-2:], U[row], passes=1)
-            space.orthogonalise(used, U[row])
+        for rows, probes in _runs(alive):
+            used = basis[probes, : j + 1]
+            space.orthogonalise_each(used[:, -2:], U[rows], passes=1)
+            space.orthogonalise_each(used, U[rows])
         beta[alive, j] = space.norms(U).cpu().numpy()
         scale = max(scale, float(np.abs(alpha).max()), float(beta.max()))
         small = 100 * torch.finfo(W.dtype).eps * scale
@@ -118,6 +119,22 @@ def quadratures(
                 basis[probe, j + 1] = U[row] / beta[probe, j]
         yield Progress(iteration=iteration + j + 1, products=products.done)
     return [_gauss(a[:m], b[:m]) for a, b, m in zip(alpha, beta, length, strict=True)]
+
+
+def _runs(indices: NDArray[np.intp]) -> Iterator[tuple[slice, slice]]:
+    """Divide indices into runs without a gap, so that what they choose is a view.
+
+    Args:
+        indices: Ascending.
+
+    Yields:
+        Where a run is among the indices, and which they are.
+    """
+    start = 0
+    for run in np.split(indices, np.flatnonzero(np.diff(indices) > 1) + 1):
+        stop = start + len(run)
+        yield slice(start, stop), slice(int(run[0]), int(run[-1]) + 1)
+        start = stop
 
 
 def _gauss(alpha: NDArray[np.float64], beta: NDArray[np.float64]) -> Quadrature:

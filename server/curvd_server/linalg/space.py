@@ -248,6 +248,29 @@ class Space:
                 break
         return total, before
 
+    def orthogonalise_each(self, bases: Tensor, V: Tensor, *, passes: int = 3) -> None:
+        """Do to each vector, in place, what `orthogonalise` does, with a basis of its own.
+
+        All take as many passes as the one that needs most: one more does no harm, and one
+        call for all of them is what short vectors take least time by.
+
+        Args:
+            bases: [K, m, own], each with orthonormal rows.
+            V: [K, own].
+            passes: How many at most.
+        """
+        if len(V) == 1:
+            self.orthogonalise(bases[0], V[0], passes=passes)
+            return
+        before = self.norms(V)
+        for _ in range(passes):
+            weights = self._total(vectors.coefficients_each(bases, V))
+            self.witness(weights)
+            after = self._total(vectors.subtract_each(bases, weights, V)).sqrt()
+            if not (after < 0.7 * before).any():
+                break
+            before = after
+
     def rotate(self, basis: Tensor, turn: Tensor, first: int = 0) -> None:
         """Replace some rows of a basis by combinations of its rows, in place.
 

@@ -91,6 +91,43 @@ def subtract(basis: Tensor, weights: Tensor, vector: Tensor) -> Tensor:
     return total
 
 
+def coefficients_each(bases: Tensor, vectors: Tensor) -> Tensor:
+    """Compute inner products of each vector with the rows of its own basis.
+
+    Args:
+        bases: [K, m, P].
+        vectors: [K, P].
+
+    Returns:
+        [K, m], float64.
+    """
+    total = bases.new_zeros(bases.shape[:2], dtype=torch.float64)
+    for part in _parts(vectors):
+        # The vector first: the other way round takes four times as long.
+        total += (vectors[:, None, part] @ bases[:, :, part].mT)[:, 0]
+    return total
+
+
+def subtract_each(bases: Tensor, weights: Tensor, vectors: Tensor) -> Tensor:
+    """Subtract from each vector a combination of the rows of its own basis, in place.
+
+    Args:
+        bases: [K, m, P].
+        weights: [K, m].
+        vectors: [K, P].
+
+    Returns:
+        The squares of the norms of what is left, [K], float64.
+    """
+    weights = weights.to(bases.dtype)[:, None]
+    total = bases.new_zeros(len(bases), dtype=torch.float64)
+    for part in _parts(vectors):
+        piece = vectors[:, part]
+        piece -= (weights @ bases[:, :, part])[:, 0]
+        total += piece.square().sum(1)
+    return total
+
+
 def rotate(basis: Tensor, turn: Tensor, first: int = 0) -> None:
     """Replace some rows of a basis by combinations of its rows, in place.
 
