@@ -37,6 +37,7 @@ from curvd.graph.statistics import in_mode, needed_mode
 from curvd.graph.tape import Tape, write
 from curvd.graph.translate import Translator
 from curvd.graph.unchecked import unchecked
+from curvd.graph.unfilled import called, unfilled
 from curvd.v1 import graph_pb2 as graph_pb
 
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -104,6 +105,7 @@ def graph_of(
     Raises:
         InvalidGraph: If it is not to be had as a graph.
     """
+    called(wrapper, rows)
     key = KEPT.key(wrapper, rows)
     found = None if key is None else KEPT.find(key, module)
     if found is not None:
@@ -378,12 +380,13 @@ def _exported(wrapper: nn.Module, rows: Inputs) -> ExportedProgram:
         return {0: batch} if isinstance(leaf, Tensor) else None
 
     shapes = pytree.tree_map(dynamic, (rows.args, dict(rows.kwargs)))
-    return torch.export.export(
-        wrapper,
-        (rows.args, dict(rows.kwargs)),
-        dynamic_shapes=shapes,
-        strict=False,
-    )
+    with unfilled(wrapper):
+        return torch.export.export(
+            wrapper,
+            (rows.args, dict(rows.kwargs)),
+            dynamic_shapes=shapes,
+            strict=False,
+        )
 
 
 def _refusal(error: Exception, what: str) -> InvalidGraph:

@@ -1,0 +1,207 @@
+"""A caller's module is after an export what it was before: no cache of its code holds a trace."""
+
+import functools
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+import curvd
+from curvd.errors import CurvdError
+from curvd.graph import unfilled
+from curvd.graph.evaluate import evaluate
+from curvd.graph.kept import KEPT
+
+TABLES = {}
+SEEN = []
+
+
+@functools.lru_cache(None)
+def table(width):
+    return torch.arange(width, dtype=torch.float64) / width
+
+
+@functools.lru_cache(None)
+def row_table(rows):
+    return torch.ones(rows, 1, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    for forget in (TABLES.clear, SEEN.clear, table.cache_clear, row_table.cache_clear):
+        forget()
+    KEPT.clear()
+
+
+class Net(nn.Module):
+    """Two layers, and something that is added to the input."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.held, self.by_rows, self.calls = None, {}, 0
+        self.box = types.SimpleNamespace(table=None, tables=[{}])
+        self.double()
+
+    def extra(self, x):
+        raise NotImplementedError
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x + self.extra(x))))
+
+
+class ByLru(Net):
+    def extra(self, x):
+        return table(x.shape[1])
+
+
+class ByGlobal(Net):
+    def extra(self, x):
+        if x.shape[1] not in TABLES:
+            TABLES[x.shape[1]] = torch.arange(x.shape[1], dtype=x.dtype)
+        return TABLES[x.shape[1]]
+
+
+class ByAttribute(Net):
+    def extra(self, x):
+        if self.held is None:
+            self.held = torch.arange(x.shape[1], dtype=x.dtype)
+        return self.held
+
+
+class ByObject(Net):
+    def extra(self, x):
+        if self.box.table is None:
+            self.box.table = torch.arange(x.shape[1], dtype=x.dtype)
+        return self.box.table
+
+
+class ByBuffer(Net):
+    def extra(self, x):
+        if not hasattr(self, "late"):
+            late = torch.arange(x.shape[1], dtype=x.dtype) / 3
+            self.register_buffer("late", late, persistent=False)
+        return self.late
+
+
+class ByRows(Net):
+    """Keeps something for each batch size."""
+
+    def extra(self, x):
+        if x.shape[0] not in self.by_rows:
+            self.by_rows[x.shape[0]] = torch.ones(x.shape[0], 1, dtype=x.dtype)
+        return self.by_rows[x.shape[0]]
+
+
+class ByRowsInside(Net):
+    def extra(self, x):
+        kept = self.box.tables[0]
+        if x.shape[0] not in kept:
+            kept[x.shape[0]] = torch.ones(x.shape[0], 1, dtype=x.dtype)
+        return kept[x.shape[0]]
+
+
+class ByRowsGlobal(Net):
+    def extra(self, x):
+        if x.shape[0] not in TABLES:
+            TABLES[x.shape[0]] = torch.ones(x.shape[0], 1, dtype=x.dtype)
+        return TABLES[x.shape[0]]
+
+
+class ByRowsLru(Net):
+    def extra(self, x):
+        return row_table(x.shape[0])
+
+
+class Latest(Net):
+    """Keeps what it saw, and counts."""
+
+    def extra(self, x):
+        self.calls, self.held = self.calls + 1, x
+        SEEN.append(x.shape[0])
+        return 0.5
+
+
+FILLED = (ByLru, ByGlobal, ByAttribute, ByObject, ByBuffer, Latest)
+BY_ROWS = (ByRows, ByRowsInside, ByRowsGlobal, ByRowsLru)
+
+
+def all_tensors():
+    """What the caches outside of modules hold."""
+    yield from TABLES.values()
+    yield table(4)
+    for rows in range(1, 600):
+        yield row_table(rows)
+    yield row_table(10_007)
+
+
+@pytest.mark.parametrize("kind", FILLED)
+def test_what_a_first_call_keeps_has_values(kind):
+    net, same, x = kind(), kind(), torch.randn(6, 4, dtype=torch.float64)
+    model = curvd.export(net, (x,))
+    expected = same(x)
+    tensors = [model.state[t.names[0]] for t in model.graph.tensors]
+    found = evaluate(model.graph, (x,), tensors)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", BY_ROWS)
+def test_what_is_kept_for_a_batch_size_is_no_trace(kind):
+    net, same = kind(), kind()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    try:
+        curvd.export(net, (x,))
+    except CurvdError:
+        pass  # refused; the module must work all the same
+    sizes = (1, 2, 3, 5, 6, 7, 11, 509, 10_007)
+    for size in sizes:
+        rows = torch.randn(size, 4, dtype=torch.float64)
+        assert type(net(rows)) is torch.Tensor
+        torch.testing.assert_close(net(rows), same(rows), rtol=0, atol=0)
+    assert not any(isinstance(t, FakeTensor) or t.is_meta for t in all_tensors())
+
+
+def test_what_had_a_value_has_it_afterwards():
+    net = Latest()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    net(x)
+    torch.manual_seed(3)
+    following = torch.rand(2)
+    torch.manual_seed(3)
+    curvd.export(net, (x,))
+    assert net.held is x
+    assert torch.equal(torch.rand(2), following)
+
+
+def test_a_call_moves_no_running_statistics():
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).train()
+    before = {n: b.clone() for n, b in net.named_buffers()}
+    rows = torch.randn(6, 4)
+    curvd.export(net, (rows,), mode="batch_statistics")
+    assert all(torch.equal(b, before[n]) for n, b in net.named_buffers())
+
+
+def test_containers_of_a_module_stay_the_same_objects():
+    net = ByRowsInside()
+    shared = net.by_rows, net.box, net.box.tables
+    try:
+        curvd.export(net, (torch.randn(6, 4, dtype=torch.float64),))
+    except CurvdError:
+        pass
+    assert all(
+        a is b
+        for a, b in zip(shared, (net.by_rows, net.box, net.box.tables), strict=True)
+    )
+
+
+def test_another_thread_s_changes_are_left_alone():
+    net = ByAttribute()
+    with unfilled.unfilled(net):
+        net.calls = 7
+        net.by_rows["steps"] = [1, 2]
+        net.held = torch.empty(3, device="meta")
+    assert (net.calls, net.by_rows, net.held) == (7, {"steps": [1, 2]}, None)
