@@ -143,7 +143,7 @@ def calls_after(count):
         own(lambda g: g * 2),
         own(lambda g: g.clamp(-2, 2)),
         hooked(lambda g: g * 0.9),
-        calls_after(14),
+        calls_after(15),
     ],
 )
 def test_a_loss_with_a_gradient_of_its_own_is_refused(transform):
@@ -367,7 +367,8 @@ def test_a_sparse_gradient_is_a_gradient(client):
         with client.session_for(module, loss, (x, Y), batch_size=3) as session:
             v = np.linspace(-1, 1, session.layout.size)
             found.append(session.hessian() @ v)
-    np.testing.assert_array_equal(*found)
+    # note: not bit by bit; which plan answers depends on how busy the machine is.
+    np.testing.assert_allclose(*found, rtol=1e-12, atol=1e-15)
 
 
 def test_an_index_out_of_range_is_a_refusal(client):
