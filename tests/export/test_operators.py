@@ -30,7 +30,8 @@ CASES = {case.name: case for cases in FAMILIES.values() for case in cases}
 SESSIONS = (
     "solve eigh slogdet cholesky_inverse fourier_layer rotary_buffer rfft_abs "
     "mask_assignment scatter_reduce_mean len_of_batch lstm_cell spectral_norm "
-    "bag_padding_mean grid_sample fold mvn field_heat field_func_hessian"
+    "bag_padding_mean grid_sample conv_same complex_constant fold mvn field_heat "
+    "field_func_hessian"
 ).split()
 """Those that go through a whole session: one or two of each family; all of them with
 ``make cases``."""

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -79,3 +80,29 @@ def test_a_copy_has_the_names_and_ties_of_a_deep_copy_and_its_own_free_parameter
     state = {name: torch.randn(t.shape) for name, t in graph.state_dict().items()}
     x = torch.randn(5, 4)
     assert torch.equal(copied.at(state, (x,), {}), deep.at(state, (x,), {}))
+
+
+class Turned(nn.Module):
+    """Complex numbers, from a constant and from the data."""
+
+    def forward(self, x):
+        turn = torch.tensor([1, 1j, -2, 3j, 0.5], dtype=torch.complex128)
+        return (torch.view_as_complex(x) * turn).abs()
+
+
+@pytest.mark.parametrize("offset", [0, 8, 16, 24])
+def test_complex_numbers_of_a_file_lie_anywhere(offset):
+    x = torch.randn(7, 5, 2, dtype=torch.float64)
+    exported = curvd.export(Turned(), x, check=False)
+    graph = GraphModule(Interpreter(decode(canonical(exported.graph))))
+
+    def moved(tensor):
+        raw = np.zeros(tensor.nbytes + 128, np.uint8)
+        start = -raw.ctypes.data % 64 + offset
+        place = raw[start : start + tensor.nbytes].view(np.float64)
+        place[:] = tensor.flatten().numpy()
+        return torch.from_numpy(place.reshape(tensor.shape))
+
+    state = {name: moved(t.double()) for name, t in exported.state.items()}
+    got = functional_call(graph, state, (moved(x),))
+    torch.testing.assert_close(got, Turned()(x), rtol=1e-14, atol=0)

@@ -93,6 +93,11 @@ def _spd(a: Tensor) -> Tensor:
     return a @ a.mT + torch.eye(a.shape[-1], dtype=a.dtype)
 
 
+def _like(x: Tensor) -> torch.dtype:
+    """Choose the complex type that has the digits of a real one."""
+    return torch.complex128 if x.dtype is torch.float64 else torch.complex64
+
+
 def _regular(a: Tensor) -> Tensor:
     return a + 2 * torch.eye(a.shape[-1], dtype=a.dtype)
 
@@ -257,6 +262,16 @@ class ComplexBuffer(nn.Module):
 
 
 COMPLEX = (
+    between(
+        "complex_constant",
+        lambda x: (
+            (
+                torch.complex(x, x.sin())
+                * torch.tensor([1, 1j, -2, 3j, 0.5], dtype=_like(x))
+            ).real
+        ),
+        (5,),
+    ),
     between("rotary_polar", _rotary, (3, 4)),
     between("rotary_buffer", lambda x, layer: layer(x), (3, 4), ComplexBuffer),
     between("rfft", lambda x: torch.view_as_real(torch.fft.rfft(x)), (6,)),
@@ -916,6 +931,12 @@ LAYERS = (
     Case("pixel_unshuffle", spatial(nn.PixelUnshuffle(2), width=64), "images"),
     Case("channel_shuffle", spatial(nn.ChannelShuffle(2), width=64), "images"),
     Case("local_response_norm", spatial(nn.LocalResponseNorm(2), width=64), "images"),
+    Case("conv_same", spatial(nn.Conv2d(4, 2, 3, padding="same"), width=32), "images"),
+    Case(
+        "conv_same_even",
+        spatial(nn.Conv2d(4, 2, (2, 4), dilation=(1, 2), padding="same"), width=32),
+        "images",
+    ),
     Case("transposed", spatial(nn.ConvTranspose2d(4, 2, 2, 2), width=128), "images"),
     Case(
         "circular",

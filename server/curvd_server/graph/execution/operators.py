@@ -97,6 +97,8 @@ def resolve(node: Node) -> Callable[..., Any]:
         return instance_norm
     if node.operator == "aten.lstm.input":
         return lstm
+    if node.operator == "aten.view_as_complex.default":
+        return complex_of
     function: Callable[..., Any] = overload
     return function
 
@@ -261,6 +263,21 @@ def instance_norm(
         *(use_input_stats, 0.0, eps, cudnn_enabled),
     )
     return result
+
+
+def complex_of(parts: Tensor) -> Tensor:
+    """Make complex numbers of real and imaginary parts, in memory of their own.
+
+    Those of a file lie where its other tensors leave room, and torch's kernels end the process
+    where a complex number is not at a multiple of its size.
+
+    Args:
+        parts: ``[..., 2]``.
+
+    Returns:
+        ``[...]``.
+    """
+    return torch.complex(parts.select(-1, 0), parts.select(-1, 1))
 
 
 def lstm(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
