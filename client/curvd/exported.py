@@ -157,16 +157,23 @@ def export(
     """
     _need_torch()
     from curvd.graph.data import tensors_of
-    from curvd.graph.fitting import check_module, explained
+    from curvd.graph.fitting import check_module, check_surroundings, explained
     from curvd.graph.prepare import prove_module
+    from curvd.graph.twins import apart
 
+    check_surroundings()
     check_module(module)
     inputs = tensors_of(inputs, module)
-    model = _captured(module, inputs, output, mode)
-    if check:
-        with explained(module, inputs, model.mode):
-            prove_module(module, inputs, output, model.mode, model.graph, model.state)
-    return model
+
+    def made(module: nn.Module) -> ExportedModel:
+        model = _captured(module, inputs, output, mode)
+        if check:
+            graph, state = model.graph, model.state
+            with explained(module, inputs, model.mode):
+                prove_module(module, inputs, output, model.mode, graph, state)
+        return model
+
+    return apart(module, made)
 
 
 def _captured(
@@ -241,8 +248,10 @@ def export_loss(
         msg = f"unknown normaliser {normaliser!r}; known: points, sum, counted"
         raise InvalidSpec(msg, normaliser=normaliser)
     _need_torch()
+    from curvd.graph.fitting import check_surroundings
     from curvd.graph.losses import capture_loss
 
+    check_surroundings()
     return capture_loss(loss, outputs, targets, normaliser, check=check)
 
 
@@ -282,6 +291,7 @@ def prepare(
         check_lengths,
         check_loss,
         check_module,
+        check_surroundings,
         explained,
     )
     from curvd.graph.losses import recognised
@@ -289,7 +299,9 @@ def prepare(
     from curvd.graph.own_loss import own_loss
     from curvd.graph.packing import OfSeveral, is_several, packed
     from curvd.graph.prepare import example_outputs, leaves_of, prove_module
+    from curvd.graph.twins import apart
 
+    check_surroundings()
     check_module(module)
     is_own = not isinstance(loss, str | Mapping | LossSpec | None)
     if is_own:
@@ -308,23 +320,29 @@ def prepare(
         raise InvalidSpec(msg, batch_size=size)
     check_lengths(leaves_of(inputs), targets)
     origin = Origin(module, _like(inputs, output, mode))
-    model = _captured(module, inputs, output, mode, targets)
-    if model.graph.dtype not in (d.value for d in Dtype):
-        msg = f"no session computes in {model.graph.dtype}: export module.float()"
-        raise InvalidSpec(msg, dtype=model.graph.dtype)
-    spec, known = loss, None
-    if loss is None:
-        spec, targets = own_loss(module, inputs, targets, output, model.mode)
-    elif is_own:
-        with explained(module, inputs, model.mode, targets):
-            outputs = example_outputs(module, inputs, output, model.mode)
-        if is_several(output):
-            loss, outputs = OfSeveral(loss, outputs), packed(outputs)
-        spec = recognised(loss, outputs, targets, model=module, check=check)
-        known = loss, spec, targets
-    if check:
-        graph, state = model.graph, model.state
-        prove_module(module, inputs, output, model.mode, graph, state, known, size)
+
+    def made(module: nn.Module) -> tuple[ExportedModel, LossSpec, Any]:
+        model = _captured(module, inputs, output, mode, targets)
+        if model.graph.dtype not in (d.value for d in Dtype):
+            msg = f"no session computes in {model.graph.dtype}: export module.float()"
+            raise InvalidSpec(msg, dtype=model.graph.dtype)
+        spec, known, aims = loss, None, targets
+        if loss is None:
+            spec, aims = own_loss(module, inputs, targets, output, model.mode)
+        elif is_own:
+            with explained(module, inputs, model.mode, targets):
+                outputs = example_outputs(module, inputs, output, model.mode)
+            applied = loss
+            if is_several(output):
+                applied, outputs = OfSeveral(loss, outputs), packed(outputs)
+            spec = recognised(applied, outputs, targets, model=module, check=check)
+            known = applied, spec, targets
+        if check:
+            graph, state = model.graph, model.state
+            prove_module(module, inputs, output, model.mode, graph, state, known, size)
+        return model, spec, aims
+
+    model, spec, targets = apart(module, made)
     target = next(n for n in ("target", "targets", "y_target") if n not in model.inputs)
     leaves = dict(zip(model.inputs, leaves_of(inputs), strict=True))
     dtype = Dtype(model.graph.dtype)

@@ -1,6 +1,8 @@
 """A caller's module is after an export what it was before: no cache of its code holds a trace."""
 
+import contextlib
 import functools
+import threading
 import types
 
 import pytest
@@ -205,3 +207,44 @@ def test_another_thread_s_changes_are_left_alone():
         net.by_rows["steps"] = [1, 2]
         net.held = torch.empty(3, device="meta")
     assert (net.calls, net.by_rows, net.held) == (7, {"steps": [1, 2]}, None)
+
+
+def test_a_training_goes_on_beside_an_export():
+    """Another thread calls the module all the time, in the mode that it is in."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).train()
+    x = torch.randn(9, 4)
+    seen, ended = [], threading.Event()
+
+    def trains():
+        with contextlib.suppress(BaseException):
+            while not ended.is_set():
+                alive = net[1].training and net(x).device.type == "cpu"
+                seen.append(alive)
+        seen.append(ended.is_set())
+
+    training = threading.Thread(target=trains)
+    training.start()
+    try:
+        for _ in range(3):
+            KEPT.clear()
+            curvd.export(net, x, mode="eval", check=False)
+    finally:
+        ended.set()
+        training.join()
+    assert all(seen)
+
+
+def doubled(self, x):
+    return 2 * self.last(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_module_holds_may_call_the_module_itself(training):
+    net, x = Net().train(training), torch.randn(6, 4, dtype=torch.float64)
+    net.forward = types.MethodType(doubled, net)
+    model = curvd.export(net, (x,))
+    tensors = [model.state[t.names[0]] for t in model.graph.tensors]
+    assert len(tensors) == 4
+    found = evaluate(model.graph, (x,), tensors)[0]
+    torch.testing.assert_close(found, net(x), rtol=1e-12, atol=0)
+    assert net.training is training

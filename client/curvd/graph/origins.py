@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from curvd.errors import CurvdError, InvalidSpec
 from curvd.graph.manifest import CONSTANTS
+from curvd.graph.twins import twin_of
 from curvd.v1 import graph_pb2 as graph_pb
 
 Traced = tuple[graph_pb.Graph, Mapping[str, Tensor]]
@@ -170,7 +171,7 @@ class Origin:
 
     def _does_the_same(self, module: nn.Module) -> bool:
         try:
-            graph, tensors = self._traced(_twin(module, self._training))
+            graph, tensors = self._traced(twin_of(module, self._training))
         except (
             CurvdError
         ):  # what it holds, a bound method, say, calls the module itself
@@ -282,30 +283,6 @@ def _without_roles(graph: graph_pb.Graph) -> graph_pb.Graph:
     for tensor in copied.tensors:
         tensor.ClearField("role")
     return copied
-
-
-def _twin(module: nn.Module, training: Mapping[str, bool]) -> nn.Module:
-    """Make a module of the same tensors and attributes, in the mode that was exported.
-
-    The module itself may be training beside this.
-    """
-    twins: dict[int, nn.Module] = {}
-
-    def copied(layer: nn.Module) -> nn.Module:
-        if id(layer) not in twins:
-            twin: nn.Module = layer.__class__.__new__(layer.__class__)
-            vars(twin).update(vars(layer))
-            twins[id(layer)] = twin
-            for name in ("_parameters", "_buffers"):
-                vars(twin)[name] = dict(vars(layer)[name])
-            children = {n: m and copied(m) for n, m in layer._modules.items()}
-            vars(twin)["_modules"] = children
-        return twins[id(layer)]
-
-    whole = copied(module)
-    for name, layer in whole.named_modules():
-        layer.training = training.get(name, layer.training)
-    return whole
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def structure(
     """
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
         return None
-    digests: list[bytes] | None = []
+    digests: list[bytes] = []
     made: list[weakref.ref[Tensor]] = []
     try:
         known = repr(list(_tensors(wrapper, rows))).encode()
@@ -86,8 +86,8 @@ def structure(
                     calls = _run(wrapper, rows, size, calls, digest.update, made)
                 digests.append(digest.digest())
     except Exception:  # of the module's own code, on tensors that it was not made for
-        digests = None
-    return None if take_back(made) or digests is None else tuple(digests)
+        digests = []
+    return None if take_back(made) or not digests else tuple(digests)
 
 
 def _tensors(wrapper: nn.Module, rows: Inputs) -> Iterator[Any]:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 from curvd.graph.checkpoints import plain_checkpoints
 from curvd.graph.manifest import Inputs
@@ -58,6 +59,8 @@ def called(wrapper: nn.Module, rows: Inputs) -> None:
         wrapper: Calls the module.
         rows: What with. If it fails on them, others say so.
     """
+    if any(map(is_lazy, (*wrapper.parameters(), *wrapper.buffers()))):
+        return  # its first call is its owner's
     held = [(vars(layer), dict(vars(layer))) for layer in wrapper.modules()]
     state = {name: buffer.clone() for name, buffer in wrapper.named_buffers()}
     devices = {t.device.index for t in rows.leaves if t.device.type == "cuda"}
@@ -132,7 +135,7 @@ def has_no_values(item: Any) -> bool:
 
 def _containers(wrapper: nn.Module) -> Iterator[tuple[Any, Any]]:
     """List what can hold tensors, from the module inwards, and copies."""
-    known = {id(vars(layer)): vars(layer) for layer in wrapper.modules()}
+    known: dict[int, Any] = {id(vars(m)): vars(m) for m in wrapper.modules()}
     ahead: deque[Any] = deque(known.values())
     left = _PARTS
     while ahead:

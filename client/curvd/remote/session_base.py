@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from curvd._transport import Process, current_process
 from curvd.contract import (
@@ -55,6 +55,10 @@ class SessionBase(FactoredOperators[O], ABC, Generic[O, J]):
         self._entered_in: Process | None = None
         self.last: ResultInfo | None = None
         """Where the latest gradient came from and what it cost."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the module: another process has one of its own."""
+        return {**vars(self), "_origin": None}
 
     def _enter(self) -> None:
         self._entered_in = current_process()
