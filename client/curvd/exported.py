@@ -353,16 +353,20 @@ def prepare(
 
 def _like(
     inputs: Any, output: Output, mode: Mode | str | None
-) -> Callable[[nn.Module], Traced]:
+) -> Callable[[nn.Module, bool], Traced]:
     """Make what exports a module again, with the same examples."""
     from curvd.graph.examples import few
+    from curvd.graph.prepare import prove_module
 
     examples = few(inputs)
 
     @_one_at_a_time
-    def traced(module: nn.Module) -> Traced:
+    def traced(module: nn.Module, prove: bool) -> Traced:
         model = _captured(module, examples, output, mode)
-        return model.graph, model.state
+        graph, state = model.graph, model.state
+        if prove:
+            prove_module(module, examples, output, model.mode, graph, state)
+        return graph, state
 
     return traced
 

@@ -103,6 +103,23 @@ MOVED = {
         lambda m: m.a.register_forward_hook(lambda m, x, z: 2 * z),
         r"a\._forward_hooks",
     ),
+    "hook on a gradient": (
+        lambda m: 1.0,
+        lambda m: m.a.weight.register_hook(lambda g: 2 * g),
+        r"a\.weight\._backward_hooks",
+    ),
+    "hook on an accumulated gradient": (
+        lambda m: 1.0,
+        lambda m: m.a.weight.register_post_accumulate_grad_hook(
+            lambda p: p.grad.mul_(2)
+        ),
+        r"a\.weight\._post_accumulate_grad_hooks",
+    ),
+    "hook before a backward pass": (
+        lambda m: 1.0,
+        lambda m: m.a.register_full_backward_pre_hook(lambda m, g: (2 * g[0],)),
+        r"a\._backward_pre_hooks",
+    ),
 }
 
 
@@ -121,6 +138,15 @@ def test_what_is_a_constant_of_the_graph_and_moves_is_refused(
             ):
                 one.update_parameters(module)
         assert session.refresh().version == 3
+
+
+def test_hooks_that_only_look_on_are_let_through(client):
+    module, seen = net(lambda m: 1.0), []
+    with client.session_for(module, LOSS, (X, Y), batch_size=3) as session:
+        module.a.weight.register_hook(seen.append)
+        module.a.weight.register_post_accumulate_grad_hook(seen.append)
+        session.update_parameters(module)
+        assert session.refresh().version == 2
 
 
 def test_the_asyncio_client_refuses_it_too(live_target):

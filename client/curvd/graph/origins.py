@@ -27,7 +27,14 @@ from curvd.v1 import graph_pb2 as graph_pb
 Traced = tuple[graph_pb.Graph, Mapping[str, Tensor]]
 _TORCHS = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
 """Attributes that torch looks after itself."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_GRADIENT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+"""Of parameters: no graph shows what they do, so that gradients are compared."""
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None)})
 _DEPTH = 4
 """Of containers in containers that are looked into."""
@@ -55,7 +62,7 @@ class _Layer:
     It keeps nothing alive that is not the caller's plain value.
     """
 
-    __slots__ = ("_children", "_layer", "_mutable", "_plain", "_size")
+    __slots__ = ("_children", "_layer", "_mutable", "_plain", "_size", "_tensors")
 
     def __init__(self, layer: nn.Module) -> None:
         held = vars(layer)
@@ -65,6 +72,7 @@ class _Layer:
         self._plain = [(n, v) for n, v in own.items() if _is_plain(v)]
         self._mutable = [(n, _noted(v)) for n, v in own.items() if not _is_plain(v)]
         self._mutable += [(n, _hooks(held[n])) for n in _HOOKS if held[n]]
+        self._tensors = _gradient_hooks(layer)
 
     def is_of(self, module: nn.Module) -> bool:
         """Tell whether this is of a module."""
@@ -89,6 +97,7 @@ class _Layer:
         hooks = sum(bool(held[name]) for name in _HOOKS)
         return (
             len(held) == self._size
+            and _same(self._tensors, _gradient_hooks(layer))
             and hooks == sum(name in _HOOKS for name, _ in self._mutable)
             and self._children == tuple(map(id, held["_modules"].values()))
         )
@@ -104,16 +113,27 @@ def _hooks(registered: Mapping[Any, Any]) -> list[Any]:
     return [_noted(hook) for hook in registered.values()]
 
 
+def _gradient_hooks(layer: nn.Module) -> dict[str, list[Any]]:
+    """List the hooks on the gradients of a layer's own parameters."""
+    return {
+        f"{name}.{kind}": _hooks(registered)
+        for name, parameter in layer._parameters.items()
+        for kind in _GRADIENT_HOOKS
+        if parameter is not None and (registered := getattr(parameter, kind, None))
+    }
+
+
 class Origin:
     """A module as it was exported, for updates of a session that are given a module.
 
     Args:
         module: The module.
-        traced: Exports a module like it, with the same examples.
+        traced: Exports a module like it, with the same examples; if it is told so, it proves
+            that gradients are those of the graph.
     """
 
     def __init__(
-        self, module: nn.Module, traced: Callable[[nn.Module], Traced]
+        self, module: nn.Module, traced: Callable[[nn.Module, bool], Traced]
     ) -> None:
         self._seen = _attributes(module)
         self._layers: list[_Layer] = []
@@ -164,20 +184,21 @@ class Origin:
             for name in {**self._seen, **now}
             if not _same(self._seen.get(name, _MISSING), now.get(name, _MISSING))
         }
-        if changed and not self._does_the_same(module):
+        hooked = any(name.endswith(_HOOKS + _GRADIENT_HOOKS) for name in changed)
+        if changed and not self._does_the_same(module, prove=hooked):
             raise _refusal(changed)
         self._seen = now
         self._layers = [_Layer(layer) for layer in module.modules()]
 
-    def _does_the_same(self, module: nn.Module) -> bool:
+    def _does_the_same(self, module: nn.Module, *, prove: bool) -> bool:
         try:
-            graph, tensors = self._traced(twin_of(module, self._training))
+            graph, tensors = self._traced(twin_of(module, self._training), prove)
         except (
             CurvdError
         ):  # what it holds, a bound method, say, calls the module itself
             try:
                 with _in_modes(module, self._training):
-                    graph, tensors = self._traced(module)
+                    graph, tensors = self._traced(module, prove)
             except CurvdError:
                 return False
         constants = _constants(tensors)
@@ -223,6 +244,8 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
         for name in _HOOKS:
             if held[name]:
                 found[prefix + name] = _hooks(held[name])
+        for name, registered in _gradient_hooks(layer).items():
+            found[prefix + name] = registered
     return found
 
 
