@@ -517,6 +517,25 @@ def test_chosen_parameters_have_factors_of_their_own():
     assert close(found[4:, 4:], exact)
 
 
+class Padded(nn.Module):
+    """A layer beside a parameter that holds nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.none, self.layer = nn.Parameter(torch.empty(0)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.layer(x) + self.none.sum()
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+def test_a_parameter_without_elements_is_in_no_block(kind):
+    net, x = made(Padded), numbers(4)
+    whole = operator_of(net, x, targets(), kind=kind)
+    alone = operator_of(net.layer, x, targets(), kind=kind)
+    assert close(dense_of(whole), dense_of(alone))
+
+
 def test_batch_statistics_are_refused():
     net = made(lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
     problem = problem_of(net, numbers(4), targets(), mode="batch_statistics")

@@ -152,6 +152,7 @@ def read(problem: Problem, *, reduce: bool) -> Reading:
     blocks += [_of_rows(small, i, findings.reasons[i]) for i in rest]
     zero = [i for i in range(len(gaps)) if i not in own and i not in findings.reasons]
     blocks += [_zero(small, i) for i in zero]
+    blocks = [block for block in blocks if block.index.numel()]  # some hold nothing
     blocks.sort(key=lambda block: int(block.index.min()))
     return Reading(
         blocks=tuple(blocks),
