@@ -295,8 +295,13 @@ def translated(
                 value = tape.emit("aten.view_as_complex.default", value)
             values[node] = Alias.of(value, own=False)
         else:
-            msg = f"the module uses {target}, a {spec.kind}, which is no tensor"
-            raise InvalidGraph(msg)
+            held = type(program.constants.get(target)).__name__
+            msg = (
+                f"forward uses an object of type {held}, which no server has (a generator "
+                "of random numbers, say): compute what it gives before, and make that a "
+                "buffer or an input"
+            )
+            raise InvalidGraph(msg, used=held)
     with quiet():
         results = Translator(tape, program.graph_module, values).run(program.graph)
     kept = [

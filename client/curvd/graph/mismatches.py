@@ -90,8 +90,9 @@ def _reasons(
     if forward:
         yield (
             "neither a hook nor a backward of its own, so its forward depends on "
-            "something beside inputs, parameters and buffers",
-            "make that a buffer or an input",
+            "something beside inputs, parameters and buffers, or does other things for "
+            "other batch sizes",
+            "make that a buffer or an input, or do the same for every size",
         )
     else:
         yield (

@@ -55,7 +55,7 @@ def refuse(tape: Tape, operator: str, arguments: Arguments) -> None:
     if name in _RANDOM or (
         name in _DROPOUT and arguments.get("train", True) and arguments.get("p")
     ):
-        why = f"draws random numbers: {_EVAL}"
+        why = f"draws random numbers: {_EVAL}; or pass them in, as an input or a buffer"
     elif (name in _RECURRENT and chance) or arguments.get("dropout_p"):
         why = f"draws random numbers with dropout: {_EVAL}"
     elif arguments.get("scale_grad_by_freq") is True:
