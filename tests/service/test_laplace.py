@@ -1,5 +1,6 @@
 """A Gaussian posterior is that of dense algebra, asked of a real server by both clients."""
 
+import dataclasses
 import fnmatch
 import importlib
 import math
@@ -687,6 +688,9 @@ def test_probabilities_are_over_the_classes_wherever_they_are(live_target, last)
             found.probabilities(), torch.from_numpy(z).softmax(axis), rtol=1e-12
         )
         found.plot(targets=y[:3].numpy())
+        older = dataclasses.replace(found, class_axis=0)
+        with pytest.raises(curvd.InvalidSpec, match=r"which axis .* has the classes"):
+            older.probabilities()
         with pytest.raises(
             curvd.InvalidSpec, match=r"\[3, 4, 2\], one for each.*\[2, 4"
         ):

@@ -54,7 +54,8 @@ class Predictive(Result):
             [T, *outputs]
 
         Raises:
-            InvalidSpec: If outputs are no logits of classes.
+            InvalidSpec: If outputs are no logits of classes, or an older server does not
+                say where the classes are.
         """
         if not self.loss.has_classes:
             msg = (
@@ -62,6 +63,12 @@ class Predictive(Result):
                 "their softmax means nothing: read mean and variance"
             )
             raise InvalidSpec(msg, loss=self.loss)
+        if not self.class_axis:
+            msg = (
+                "the server does not say which axis of the outputs has the classes: read "
+                "mean and variance, or update the server"
+            )
+            raise InvalidSpec(msg)
         z = self.mean / np.sqrt(1 + np.pi / 8 * self.variance)
         return _softmax(z, self.class_axis)
 
