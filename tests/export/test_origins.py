@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -214,3 +215,15 @@ def test_a_watch_reads_nothing_once_a_constant_has_moved_and_says_so(client):
         assert "was 1.0 and is 3.0" in str(watch.last_error)
         with pytest.raises(curvd.InvalidSpec, match=r"was 1\.0 and is 3\.0"):
             curvd.watch(session, module, every=1, metrics="loss", optimizer=())
+
+
+def test_a_session_is_pickled_without_its_module(live_target):
+    module = net(lambda m: 1.0)
+    with curvd.connect(live_target) as client:
+        with client.session_for(module, LOSS, (X, Y), batch_size=3) as session:
+            session.update_parameters(module)
+            there, other = pickle.loads(pickle.dumps((client, session)))
+            with there:
+                found, expected = other.gradient()[1], session.gradient()[1]
+            np.testing.assert_array_equal(found, expected)
+            assert other.id == session.id

@@ -38,9 +38,9 @@ class _Attention(nn.Module):
 class _Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(5, 3)
+        self.tokens = nn.Embedding(6, 3)
         self.mix = nn.Linear(3, 3)
-        self.head = nn.Linear(3, 5, bias=False)
+        self.head = nn.Linear(3, 6, bias=False)
         self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:

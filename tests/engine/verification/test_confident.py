@@ -6,6 +6,8 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from curvd.contract import DatasetSpec, Dtype, LossSpec, OperatorSpec  # noqa: E402
+from curvd.errors import CurvatureUnverified  # noqa: E402
+from curvd_server.engine.building import build  # noqa: E402
 from curvd_server.engine.objective import Problem  # noqa: E402
 from curvd_server.engine.operators import linearize  # noqa: E402
 from curvd_server.engine.verification.verify import Reference  # noqa: E402
@@ -55,3 +57,24 @@ def test_a_wrong_mode_is_refused_all_the_same(size, monkeypatch):
         "program", batched=False
     )
     assert set(evidence.wrong) == {"weight", "bias"}
+
+
+class Alike(nn.Module):
+    """Three logits that are equal whatever its parameters: the loss is a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.layer(x).tanh().expand(-1, 3)
+
+
+def test_what_is_zero_to_rounding_is_refused_for_that_reason():
+    torch.manual_seed(0)
+    data = DatasetSpec(inputs=("x",), target="y", batch_size=6)
+    arrays = {"x": torch.randn(12, 2), "y": torch.arange(12) % 3}
+    loss = LossSpec(name="cross_entropy")
+    flat = Problem.load(Alike(), {}, arrays, data, loss, dtype=Dtype.FLOAT64)
+    with pytest.raises(CurvatureUnverified, match="the loss is constant in these"):
+        build(flat, OperatorSpec(), budget_bytes=1 << 20)

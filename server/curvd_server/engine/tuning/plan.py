@@ -337,6 +337,13 @@ def _unverified(
     ]
     wrong = sorted({name for e in found.values() for name in e.wrong})
     why = explanation(cut_off)
+    if found and all(evidence.is_rounding for evidence in found.values()):
+        why = (
+            "Its products are below 1e-7 of those of outputs whose loss has a slope of "
+            "one, where differences are rounding, so nothing can be proved: the outputs are "
+            "saturated, or the loss is constant in these parameters. Take other "
+            "parameters, or params= without these"
+        )
     msg = (
         "no AD mode reproduces central differences of the gradient "
         f"({'; '.join(details)}). {why}"

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -76,6 +76,8 @@ class Evidence:
     """What torch said if the mode could not run at all."""
     out_of_memory: bool = False
     """Whether that was for want of memory."""
+    is_rounding: bool = False
+    """Whether the rows that disagree are too small to be told from rounding."""
     projections: int = 0
     """By how many projections rows were compared; 0: entry by entry."""
 
@@ -180,19 +182,13 @@ class Reference:
         detail = f"{mode}, vectorised" if batched else mode
         for shrink in SHRUNK:
             enter_stage(Stage.VERIFYING, detail, total=1 + len(STEPS))
-            evidence, is_rounding = self._examined_at(shrink, mode, batched=batched)
-            if not is_rounding:
+            evidence = self._examined_at(shrink, mode, batched=batched)
+            if not evidence.is_rounding:
                 break
         return evidence
 
-    def _examined_at(
-        self, shrink: float, mode: str, *, batched: bool
-    ) -> tuple[Evidence, bool]:
-        """Examine a mode at parameters that are so many times the session's.
-
-        Returns:
-            The evidence, and whether what disagrees is too small to be told from rounding.
-        """
+    def _examined_at(self, shrink: float, mode: str, *, batched: bool) -> Evidence:
+        """Examine a mode at parameters that are so many times the session's."""
         differences = self._differences(shrink)
         small = differences.problem
         linear = _linearised(mode, small, self._spec, small.data[0])
@@ -211,11 +207,12 @@ class Reference:
             wrong = [names[gaps.index(max(gaps))]]
         evidence = Evidence(symmetry, max(gaps), tuple(dict.fromkeys(wrong + crossed)))
         if evidence.ok or crossed:
-            return evidence, False
+            return evidence
         at = [i for i, name in enumerate(names) if name in wrong]
         units = self._company.norms([*map(norm, differences.unit_gradient())])
         sizes = self._company.norms([*map(norm, first)])
-        return evidence, all(sizes[i] <= ROUNDING * units[i] for i in at)
+        is_rounding = all(sizes[i] <= ROUNDING * units[i] for i in at)
+        return replace(evidence, is_rounding=is_rounding)
 
     def _products(
         self, small: Problem, linear: Linearisation, *, batched: bool
