@@ -64,10 +64,10 @@ class Alike(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer = nn.Linear(2, 1)
+        self.first, self.last = nn.Linear(2, 5), nn.Linear(5, 1)
 
     def forward(self, x):
-        return self.layer(x).tanh().expand(-1, 3)
+        return self.last(self.first(x).tanh()).expand(-1, 3)
 
 
 def test_what_is_zero_to_rounding_is_refused_for_that_reason():
