@@ -99,6 +99,20 @@ def test_operands_and_transposed_products_stay_in_the_session(session, rows):
     assert x.shape == (SIZE, 2)
 
 
+def test_a_sum_over_data_points_that_is_cut_short_is_nan_and_not_stored(session):
+    ones = np.ones(POINTS)
+    cut = session.jacobian_product(ones, transposed=True, max_products=5)
+    assert cut.info.stopped is curvd.Stop.PRODUCTS
+    assert cut.result.shape == (SIZE,) and np.isnan(cut.result).all()
+    assert "a sum over all data points, which was cut short" in str(cut)
+    cut.plot()
+    with pytest.raises(
+        curvd.InvalidSpec, match=r"all 24 data points .*'half' is not stored: raise"
+    ):
+        session.jacobian_product(ones, transposed=True, max_products=5, store="half")
+    assert "half" not in {v.name for v in session.vectors()}
+
+
 def test_gram_and_squares_are_those_of_the_rows(session, rows):
     J = rows[0]
     found = session.gradient_gram()

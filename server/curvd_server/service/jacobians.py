@@ -15,6 +15,7 @@ from curvd.contract import (
     JacobianProductOptions,
     OperatorSpec,
     ParameterLayout,
+    Stop,
 )
 from curvd.errors import InvalidSpec, InvalidVector, LimitExceeded
 from curvd.tensors import safetensors_header
@@ -50,7 +51,7 @@ async def answer(
 
     Raises:
         InvalidSpec: If a name is unknown, or what is not of the session's vectors is to
-            be stored.
+            be stored, or a sum that products or time ran out for.
         InvalidVector: If the operand is of another shape or type.
         LimitExceeded: If it has too many columns or bytes.
     """
@@ -88,6 +89,13 @@ async def answer(
     if given.ndim == 1:
         product = product[0]
     if options.store:
+        if result.stopped is not Stop.CONVERGED:
+            msg = (
+                f"products or time ran out before all {call.data_points} data points were "
+                f"added up, so {options.store!r} is not stored: raise max_products or "
+                "time_limit_s"
+            )
+            raise InvalidSpec(msg, store=options.store, data_points=call.data_points)
         call.put(options.store, product)
     await call.answer(result, {} if options.store else {"result": product})
 

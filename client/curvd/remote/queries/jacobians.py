@@ -14,6 +14,7 @@ from curvd.contract import (
     JacobianProductOptions,
     ParameterLayout,
     SessionInfo,
+    Stop,
     StoredVector,
     check_patterns,
     select,
@@ -36,8 +37,9 @@ class JacobianProduct(Result):
     """A product with the Jacobian of losses or outputs, or with its transpose."""
 
     result: Any
-    """[N C] or [N C, K]; transposed [P] or [P, K]. Of the first data points' rows alone if
-    the query was stopped; None if it stays in the session."""
+    """[N C] or [N C, K], of the first data points' rows alone if the query was stopped;
+    transposed [P] or [P, K], a sum over all data points, NaN if it was stopped; None if it
+    stays in the session."""
     stored: StoredVector | None
     """The product, if it stays in the session."""
     row_shape: tuple[int, ...]
@@ -52,11 +54,24 @@ class JacobianProduct(Result):
         columns = self.result.shape[1:]
         return self.result.reshape(-1, *self.row_shape, *columns)
 
+    @property
+    def _is_cut(self) -> bool:
+        """Whether it is a sum that products or time ran out for."""
+        if self.result is None or self.info.stopped is Stop.CONVERGED:
+            return False
+        first = self.result.reshape(-1)[:1]
+        return bool((first != first).any())
+
     def lines(self) -> Iterator[str]:
         """Say what shape it has, and how it was made."""
         held = self.stored if self.result is None else self.result
         assert held is not None
         yield f"{list(held.shape)} by {self.plan}"
+        if self._is_cut:
+            yield (
+                "NaN, a sum over all data points, which was cut short: raise max_products "
+                "or time_limit_s"
+            )
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw a histogram of the values of the first column.
@@ -69,7 +84,7 @@ class JacobianProduct(Result):
         """
         axes = drawn_on(axes)
         values = np.asarray(self.result).reshape(len(self.result), -1)[:, 0]
-        axes.hist(values, bins=50, label="values")
+        axes.hist(values[np.isfinite(values)], bins=50, label="values")
         axes.set(
             xlabel="value",
             ylabel="count",

@@ -33,7 +33,8 @@ class JacobianProductResult:
     """A product with a Jacobian, or with its transpose."""
 
     result: Tensor
-    """[K, n C] or, transposed, [K, P]; of the first n data points if it was stopped."""
+    """[K, n C], of the first n data points if it was stopped; or, transposed, [K, P], a sum
+    over all data points, NaN if it was stopped."""
     row_shape: tuple[int, ...]
     """Of the outputs of a data point; empty for losses."""
     plan: str
@@ -109,7 +110,10 @@ def jacobian_product(
     if transposed:
         product = _Transposed(jacobian, which, operand)
         stopped = yield from points.walk(product.of_part, product.take, parts)
-        restore(product.total, units)
+        if stopped is Stop.CONVERGED:
+            restore(product.total, units)
+        else:
+            product.total.fill_(math.nan)  # a part of the sum looks like the sum
         return _result(product.total, which, jacobian.plans["pull"], stopped)
     found: list[Tensor] = []
 
