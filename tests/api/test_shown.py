@@ -197,3 +197,12 @@ def test_what_ran_out_before_any_number_says_so(tanh_session, ask, limit):
     assert "nothing was computed" in repr(found) and "definite" not in str(found)
     json.dumps(found.to_dict(), allow_nan=False)
     found.plot()
+
+
+def test_a_log_determinant_that_may_be_minus_infinite_says_so(tanh_session):
+    """The classes' biases and weights of a softmax have directions without curvature."""
+    found = tanh_session.ggn().logdet(probes=6, steps=12)
+    assert found.info.stopped is curvd.Stop.STAGNATED and not found.converged
+    assert "possibly singular, which would be -inf" in str(found)
+    assert "or -inf: possibly singular; stagnated" in repr(found)
+    assert len(repr(found)) < 200

@@ -145,6 +145,28 @@ def test_log_determinants_of_indefinite_maps_are_refused_with_the_ritz_value_tha
     assert found.smallest < 0
 
 
+@pytest.mark.parametrize("null", [0, 1, 6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_log_determinants_say_where_steps_leave_room_for_a_null_space(null, dtype):
+    values = torch.logspace(-3, 1, SIZE - null, dtype=torch.float64)
+    basis = torch.linalg.qr(matrix(decay=0.1, floor=1.0))[0]
+    A = (basis * torch.cat([torch.zeros(null), values]) @ basis.T).to(dtype)
+    A = (A + A.T) / 2
+    target, many = Target(samples=10), SIZE - 8
+    plain = drain(logdet(products_of(A), steps=many, target=target, block=10))
+    if null:
+        assert plain.stopped in {Stop.STAGNATED, Stop.NEGATIVE_CURVATURE}
+    else:
+        assert plain.stopped is Stop.CONVERGED
+        assert abs(plain.value - float(values.log().sum())) <= 2 * plain.half_width
+    few = drain(logdet(products_of(A), steps=12, target=target, block=10))
+    assert few.stopped is Stop.STAGNATED, "few steps cannot tell"
+    damped = drain(
+        logdet(products_of(A), steps=12, damping=0.1, target=target, block=10)
+    )
+    assert damped.stopped is Stop.CONVERGED
+
+
 def test_log_determinants_of_shifted_identities_have_no_variance():
     A = torch.zeros(SIZE, SIZE, dtype=torch.float64)
     found = drain(logdet(products_of(A), damping=3.0, target=Target(samples=12)))

@@ -47,7 +47,22 @@ class Quadrature:
             return above, above
         # Rounding may have put a Ritz value on the bound.
         least = min(least, _BELOW * float(self.nodes[0] + shift))
-        node = least - shift
+        nodes, weights = self.with_node(least - shift)
+        below = float(weights @ np.log(np.maximum(nodes + shift, least)))
+        return min(below, above), above
+
+    def with_node(self, node: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Compute Radau's quadrature, one node of which is given.
+
+        No measure with the same moments has more weight up to that node than this one (the
+        inequalities of Chebyshev, Markov and Stieltjes).
+
+        Args:
+            node: Below all Ritz values.
+
+        Returns:
+            [m + 1] nodes, ascending, and their weights.
+        """
         size = len(self.nodes)
         end = np.zeros(size)
         end[-1] = self.residual**2
@@ -57,8 +72,7 @@ class Quadrature:
         extended[-1, -2] = extended[-2, -1] = self.residual
         extended[-1, -1] = node + delta[-1]
         nodes, vectors = np.linalg.eigh(extended)
-        below = float(vectors[0] ** 2 @ np.log(np.maximum(nodes + shift, least)))
-        return min(below, above), above
+        return nodes, vectors[0] ** 2
 
 
 def quadratures(

@@ -22,6 +22,8 @@ from curvd_server.linalg.whole import summed
 
 _HIDDEN = 4
 """Roundings of the largest eigenvalue by which products move the others."""
+_NULL = 0.5
+"""Eigenvalues that may be zero, on average over the probes, for a map that may be singular."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +68,8 @@ def logdet(
 
     Returns:
         The estimate. A Ritz value that is not positive ends the query: it proves that
-        the damped map is not positive definite.
+        the damped map is not positive definite. It is `Stop.STAGNATED` where zero is no
+        eigenvalue that the steps exclude: the interval is that of a map without.
     """
     eigenvalues = products.eigenvalues()
     if eigenvalues is not None:
@@ -134,6 +137,12 @@ def _estimate(
         )
         if len(logs) >= LEAST_SAMPLES and target.reached(mean):
             break
+    if (
+        stopped is Stop.CONVERGED
+        and damping <= 0
+        and logs.may_be_singular(products.size)
+    ):
+        stopped = Stop.STAGNATED
     return LogDetResult(
         value=mean.value,
         standard_error=mean.standard_error,
@@ -164,6 +173,7 @@ class Logarithms:
         self._shift, self._eps = shift, eps
         self._quadratures: list[Quadrature] = []
         self._bounds: list[tuple[float, float]] = []
+        self._null: list[float] = []
         self._is_definite = shift > 0
 
     def __len__(self) -> int:
@@ -178,7 +188,7 @@ class Logarithms:
         """
         self._quadratures += found
         if self._is_definite and min(float(q.nodes[0]) for q in found) < 0:
-            self._is_definite, self._bounds = False, []
+            self._is_definite, self._bounds, self._null = False, [], []
         for q in self._quadratures[len(self._bounds) :]:
             largest = float(q.nodes[-1]) + self._shift
             hidden = _HIDDEN * self._eps * largest
@@ -190,6 +200,28 @@ class Logarithms:
             low -= float(q.weights @ np.log(shifted / smaller))
             high += float(q.weights @ np.log1p(hidden / shifted))
             self._bounds.append((low, high))
+            self._null.append(self._weight_below(q, least, hidden))
+
+    def _weight_below(self, q: Quadrature, least: float, hidden: float) -> float:
+        """Bound the weight of what rounding may hide."""
+        below = min(least, float(q.nodes[0]) + self._shift) / 2
+        nodes, weights = q.with_node(below - self._shift)
+        return float(weights[nodes + self._shift <= hidden].sum())
+
+    def may_be_singular(self, size: int) -> bool:
+        """Tell whether zero may be an eigenvalue, as far as the steps went.
+
+        The weight of a null space of dimension d is d / P, on average over the probes.
+
+        Args:
+            size: P.
+
+        Returns:
+            Whether the moments are also those of a map with a null space.
+        """
+        if self._is_definite or not self._null:
+            return False
+        return size * math.fsum(self._null) / len(self._null) >= _NULL
 
     def mean(self, size: int, known: float = 0.0) -> Mean:
         """Average, with the errors of sampling and of the quadratures together.

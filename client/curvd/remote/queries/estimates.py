@@ -117,7 +117,11 @@ class Estimate(Result):
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class LogDeterminant(Estimate):
-    """A logarithm of a determinant; NaN where the operator is not positive definite."""
+    """A logarithm of a determinant; NaN where the operator is not positive definite.
+
+    Where it stagnated, the steps do not tell the operator from a singular one, of which it
+    is -inf; the interval is that of an operator whose eigenvalues are above rounding.
+    """
 
     smallest: float
     """Smallest Ritz value met, damping included."""
@@ -127,11 +131,18 @@ class LogDeterminant(Estimate):
         if self.info.stopped is Stop.NEGATIVE_CURVATURE:
             yield f"not positive definite: a Ritz value is {self.smallest:.6e}"
         yield from Estimate.lines(self)
+        if self.info.stopped is Stop.STAGNATED:
+            yield (
+                "possibly singular, which would be -inf: the steps do not keep eigenvalues "
+                "from zero; pass damping=, or more steps="
+            )
 
     def brief(self) -> str:
         """Say the value, or why there is none."""
         if self.info.stopped is Stop.NEGATIVE_CURVATURE:
             return f"nan, as a Ritz value is {self.smallest:.6g}"
+        if self.info.stopped is Stop.STAGNATED:
+            return f"{Estimate.brief(self)}, or -inf: possibly singular"
         return Estimate.brief(self)
 
 
