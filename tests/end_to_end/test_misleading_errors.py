@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse
 
 torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 import curvd  # noqa: E402
 
@@ -18,6 +20,8 @@ NET = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3))
 X, Y = torch.randn(20, 8), torch.randint(0, 3, (20,))
 NUMBERS = torch.randn(20, 3)
 CE = nn.CrossEntropyLoss()
+CONVOLUTION = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(2, 3))
+TOKENS = nn.Sequential(nn.Embedding(7, 3), nn.Flatten(), nn.Linear(15, 3))
 
 
 class Scalar(nn.Module):
@@ -195,6 +199,137 @@ MISTAKES = {
         r"fails on float64 \[B, 8\]",
         "parameters are float32",
         r"inputs\.to\(torch\.float32\)",
+    ),
+    "integers of the right width": (
+        bring(NET, CE, (X.long().numpy(), Y)),
+        r"fails on int64 \[B, 8\]",
+        "parameters are float32",
+        r"inputs\.to\(torch\.float32\)",
+    ),
+    "integers of the wrong width": (
+        bring(NET, CE, (X[:, :5].long(), Y)),
+        r"fails on int64 \[B, 5\]",
+        r"it takes \[\.\.\., 8\]",
+        "give inputs of that width",
+    ),
+    "bytes for a convolution": (
+        bring(CONVOLUTION, CE, (torch.ones(len(X), 1, 2, 2).byte(), Y)),
+        r"layer '0', Conv2d.* fails on uint8 \[B, 1, 2, 2\]",
+        "parameters are float32",
+        r"inputs\.to\(torch\.float32\)",
+    ),
+    "tokens of 16 bits": (
+        bring(TOKENS, CE, (torch.ones(len(X), 5).short(), Y)),
+        r"layer '0', Embedding\(7, 3\), fails on int16 \[B, 5\]",
+        "integers as int64",
+        r"inputs\.long\(\)",
+    ),
+    "tokens of floating point": (
+        bring(TOKENS, CE, (torch.ones(len(X), 5), Y)),
+        r"fails on float32 \[B, 5\]",
+        "integers as int64",
+        r"inputs\.long\(\)",
+    ),
+    "a sparse tensor": (
+        bring(NET, CE, (X.to_sparse(), Y)),
+        "the input: a Tensor that is",
+        "sparse",
+        r"\.to_dense\(\)",
+    ),
+    "SciPy's sparse matrix": (
+        bring(NET, CE, (scipy.sparse.csr_array(X.numpy()), Y)),
+        "the input: a csr_array that is",
+        "sparse",
+        r"\.toarray\(\)",
+    ),
+    "rows of different lengths, nested": (
+        bring(
+            NET,
+            CE,
+            (torch.nested.as_nested_tensor([X[:2], X[2:]], layout=torch.jagged), Y),
+        ),
+        "the input: a NestedTensor that is",
+        "nested",
+        r"pad it, torch\.nested\.to_padded_tensor",
+    ),
+    "masked inputs": (
+        bring(NET, CE, (np.ma.masked_greater(X.numpy(), 1), Y)),
+        "the input: a MaskedArray that is",
+        "masked",
+        r"\.filled\(value\)",
+    ),
+    "masked targets": (
+        bring(NET, CE, (X, np.ma.masked_greater(Y.numpy(), 1))),
+        "the targets: a MaskedArray that is",
+        "masked",
+        r"\.filled\(value\)",
+    ),
+    "a masked query": (
+        lambda client, session: session.influence((
+            np.ma.masked_greater(X.numpy(), 1),
+            Y,
+        )),
+        "0 of the data points is",
+        "masked",
+        r"\.filled\(value\)",
+    ),
+    "a sparse update": (
+        given(lambda: {"0.weight": NET[0].weight.detach().to_sparse()}),
+        "tensor '0.weight' is",
+        "sparse",
+        r"\.to_dense\(\)",
+    ),
+    "a masked update": (
+        given(
+            lambda: {"2.bias": np.ma.masked_array(np.ones(3, np.float32), [1, 0, 0])}
+        ),
+        "tensor '2.bias' is",
+        "masked",
+        r"\.filled\(value\)",
+    ),
+    "an update without values": (
+        given(dict),
+        "no values",
+        "at least one parameter",
+        "a filter left none",
+    ),
+    "single data points from a loader": (
+        bring(NET, CE, DataLoader(TensorDataset(X, Y), batch_size=None)),
+        r"inputs \[8\], targets \[\]",
+        "one leading axis B",
+        "give the DataLoader a batch_size",
+    ),
+    "single data points whose targets are vectors": (
+        bring(
+            NET, nn.MSELoss(), DataLoader(TensorDataset(X, NUMBERS), batch_size=None)
+        ),
+        r"inputs \[8\], targets \[3\]",
+        "one leading axis B",
+        "give the DataLoader a batch_size",
+    ),
+    "single data points in a list": (
+        bring(NET, CE, [(X[0], 0), (X[1], 1), (X[2], 0)]),
+        r"inputs \[8\], targets 0",
+        "one leading axis B",
+        "or stack them",
+    ),
+    "a loader of nothing": (
+        bring(NET, CE, DataLoader(TensorDataset(X[:0], Y[:0]))),
+        "this DataLoader is empty",
+        "no data points",
+        "a filter or a slice",
+    ),
+    "a loader that drops all": (
+        bring(NET, CE, DataLoader(TensorDataset(X, Y), batch_size=999, drop_last=True)),
+        "this DataLoader is empty",
+        "a mini-batch of 999",
+        "drop_last=False",
+    ),
+    "mini-batches with different inputs": (
+        bring(NET, CE, [({"input": X}, Y), ({"x": X}, Y)]),
+        "the first has 'input', number 1 'x'",
+        "different inputs",
+        "give all the same",
     ),
     "a loss with branches": (
         bring(NET, branching, (X, NUMBERS)),

@@ -166,6 +166,22 @@ def test_several_inputs_stay_apart():
     assert {*by_name.data} == {"a", "b", "target"}
 
 
+def test_mini_batches_of_mappings_are_matched_by_name():
+    halves = [
+        ({"a": X[:6], "b": 2 * X[:6]}, Y[:6]),
+        ({"b": 2 * X[6:], "a": X[6:]}, Y[6:]),
+    ]
+    data = opened(halves, Two())
+    assert list(data.inputs) == ["a", "b"]
+    assert torch.equal(data.inputs["a"], X) and torch.equal(data.inputs["b"], 2 * X)
+    labelled = [
+        {"a": X[:6], "b": 2 * X[:6], "labels": Y[:6]},
+        {"labels": Y[6:], "b": 2 * X[6:], "a": X[6:]},
+    ]
+    again = opened(labelled, Two())
+    assert torch.equal(again.inputs["b"], 2 * X) and torch.equal(again.targets, Y)
+
+
 def test_mini_batches_of_different_lengths_are_refused():
     padded = [(torch.ones(2, 7), Y[:2]), (torch.ones(2, 9), Y[2:4])]
     with pytest.raises(curvd.InvalidSpec, match=r"\[B, 7\] and \[B, 9\].*max_length"):

@@ -28,7 +28,7 @@ from curvd.contract import (
 )
 from curvd.errors import InvalidSpec, InvalidTensors, Unavailable
 from curvd.exported import ExportedModel, named
-from curvd.tensors import Box, dump_boxes, safetensors_header, to_numpy
+from curvd.tensors import Box, dump_boxes, not_dense, safetensors_header, to_numpy
 from curvd.tensors import chunks as wire
 from curvd.v1 import session_service_pb2 as session_pb
 
@@ -293,6 +293,9 @@ def blob_of(
                 "load them first, for example with module.to_empty(device='cpu')"
             )
             raise InvalidTensors(msg, tensor=name)
+        if remedy := not_dense(value):
+            msg = f"tensor {name!r} is {remedy}"
+            raise InvalidTensors(msg, tensor=name, type=type(value).__name__)
         array = see(value)
         if array is None:
             msg = (

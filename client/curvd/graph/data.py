@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from curvd.errors import InvalidSpec
+from curvd.tensors import not_dense
 
 LABELS = "labels"
 """Where a mapping has its targets, as transformers have them."""
@@ -142,21 +143,53 @@ def _joined(batches: Iterable[Any], dtype: torch.dtype | None) -> Data:
     """Lay mini-batches one after the other."""
     found = list(_read(batches, dtype))
     if not found:
-        msg = (
-            f"the data has no mini-batches: this {_named(batches)} is empty, or was read "
-            "before; pass one that begins anew, such as a list or a DataLoader"
-        )
-        raise InvalidSpec(msg)
+        raise _empty(batches)
     first = pytree.tree_structure(found[0].inputs)
-    for batch in found:
-        if pytree.tree_structure(batch.inputs) != first:
-            msg = "the mini-batches of the data have different inputs"
-            raise InvalidSpec(msg)
-    inputs = pytree.tree_map(
-        lambda *leaves: _concatenated("inputs", leaves), *(b.inputs for b in found)
-    )
+    given = [_in_order(batch.inputs, found[0].inputs) for batch in found]
+    for number, inputs in enumerate(given):
+        if pytree.tree_structure(inputs) != first:
+            msg = (
+                "the mini-batches of the data have different inputs: the first has "
+                f"{_shown(given[0])}, number {number} {_shown(inputs)}; give all the same"
+            )
+            raise InvalidSpec(msg, batch=number)
+    inputs = pytree.tree_map(lambda *leaves: _concatenated("inputs", leaves), *given)
     targets = _concatenated("targets", [batch.targets for batch in found])
     return Data(inputs, targets, len(found[0].targets))
+
+
+def _empty(batches: Any) -> InvalidSpec:
+    """Say why there is no mini-batch."""
+    if isinstance(batches, DataLoader):
+        why = "it has no data points: has a filter or a slice left none?"
+        if batches.drop_last:
+            why = (
+                f"it drops what does not fill a mini-batch of {batches.batch_size}: pass "
+                "one with drop_last=False"
+            )
+        msg = f"the data has no mini-batches: this DataLoader is empty, as {why}"
+        return InvalidSpec(msg)
+    msg = (
+        f"the data has no mini-batches: this {type(batches).__name__} is empty, or was "
+        "read before; pass one that begins anew, such as a list or a DataLoader"
+    )
+    return InvalidSpec(msg)
+
+
+def _in_order(value: Any, like: Any) -> Any:
+    """Give mappings with the keys of another its order: they are matched by name."""
+    if not isinstance(value, dict) or not isinstance(like, dict):
+        return value
+    if value.keys() != like.keys():
+        return value
+    return {name: _in_order(value[name], like[name]) for name in like}
+
+
+def _shown(inputs: Any) -> str:
+    """Name the inputs of a mini-batch, or count them."""
+    if isinstance(inputs, dict):
+        return ", ".join(map(repr, [*inputs][:8])) or "none"
+    return f"{len(inputs)}" if isinstance(inputs, tuple) else "one"
 
 
 def _read(batches: Iterable[Any], dtype: torch.dtype | None) -> Iterator[Data]:
@@ -169,7 +202,28 @@ def _read(batches: Iterable[Any], dtype: torch.dtype | None) -> Iterator[Data]:
                 f"be {_FORMS}"
             )
             raise InvalidSpec(msg)
-        yield _whole(batch, dtype)
+        found = _whole(batch, dtype)
+        _check_batch(found)
+        yield found
+
+
+def _check_batch(batch: Data) -> None:
+    """Refuse single data points in place of mini-batches."""
+    leaves = [batch.targets, *pytree.tree_leaves(batch.inputs)]
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    single = isinstance(batch.targets, numbers.Number)
+    lengths = {x.shape[0] if x.dim() else None for x in tensors}
+    if single or (isinstance(batch.targets, Tensor) and len(lengths) > 1):
+        inputs = ", ".join(
+            str(list(x.shape)) for x in tensors if x is not batch.targets
+        )
+        targets = batch.targets if single else list(batch.targets.shape)
+        msg = (
+            "a mini-batch has one leading axis B in its inputs and its targets; the data "
+            f"has one with inputs {inputs[:80]}, targets {targets}: are they single data "
+            "points? give the DataLoader a batch_size, or stack them"
+        )
+        raise InvalidSpec(msg)
 
 
 def _concatenated(what: str, leaves: Any) -> Any:
@@ -205,6 +259,12 @@ def _targets(value: Any, dtype: torch.dtype | None) -> Any:
 
 def _leaf(what: str, value: Any, dtype: torch.dtype | None) -> Any:
     """Make a tensor of an array; what is none stays what it is, an option."""
+    remedy = not_dense(value)
+    if remedy is None and hasattr(value, "toarray") and hasattr(value, "nnz"):
+        remedy = "sparse: pass .toarray()"  # SciPy's, which has no __array__
+    if remedy is not None:
+        msg = f"{what}: a {type(value).__name__} that is {remedy}"
+        raise InvalidSpec(msg, type=type(value).__name__)
     if isinstance(value, Tensor):
         return value
     if _is_numbers(value):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from curvd.contract import LossName, LossSpec, Mode
@@ -300,10 +301,49 @@ def misfit(
     name, layer, given = entered[-1] if entered else ("", module, "")
     where = f"its layer {name!r}, {_own(layer)}," if name else f"{_own(layer)}"
     why = f"the module does not take these inputs: {where} fails on {given or 'them'}"
-    remedy = _remedy(module, layer, inputs, error)
-    if isinstance(targets, Tensor) and _failing(module, targets, mode, []) is None:
+    cast = _cast_that_fits(module, inputs, mode)
+    remedy = cast or _remedy(module, layer, inputs, error)
+    swapped = isinstance(targets, Tensor) and not cast
+    if swapped and _failing(module, targets, mode, []) is None:
         remedy = "it takes the targets: data is (inputs, targets), are they swapped?"
     return InvalidSpec(f"{why}; {remedy} (torch: {first})", layer=name)
+
+
+def _cast_that_fits(module: nn.Module, inputs: Any, mode: Mode | None) -> str | None:
+    """Find the type of the inputs with which a module runs, if that is what it misses."""
+    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    short = str(own).removeprefix("torch.")
+    real = f"the module's parameters are {short}: pass inputs.to(torch.{short})"
+    whole = "it takes integers as int64: pass inputs.long()"
+    for remedy, reals, integers in (
+        (real, own, None),
+        (real, own, own),
+        (whole, None, torch.int64),
+        (whole, torch.int64, torch.int64),
+    ):
+        cast = _cast(inputs, reals, integers)
+        if cast is not None and _failing(module, cast, mode, []) is None:
+            return remedy
+    return None
+
+
+def _cast(
+    inputs: Any, reals: torch.dtype | None, integers: torch.dtype | None
+) -> Any | None:
+    """Give tensors of inputs other types; None where that changes nothing, or values."""
+    leaves, structure = pytree.tree_flatten(few(inputs))
+    cast = []
+    for leaf in leaves:
+        tensor = isinstance(leaf, Tensor) and not leaf.is_complex()
+        dtype = None
+        if tensor:
+            dtype = reals if leaf.is_floating_point() else integers
+        cast.append(leaf if dtype is None else leaf.to(dtype))
+        if tensor and dtype is torch.int64 and (cast[-1] != leaf).any():
+            return None  # numbers that are no indices
+    if all(new is old for new, old in zip(cast, leaves, strict=True)):
+        return None
+    return pytree.tree_unflatten(cast, structure)
 
 
 def _failing(
@@ -360,13 +400,6 @@ def _remedy(module: nn.Module, layer: nn.Module, inputs: Any, error: Exception) 
         return (
             "its forward enters torch.inference_mode(), which cuts gradients: remove it"
         )
-    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
-    whole = inputs.values() if isinstance(inputs, Mapping) else inputs
-    leaves = [whole] if isinstance(whole, Tensor) else list(whole)
-    other = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-    if any(x.dtype != own for x in other) and "dtype" in str(error):
-        short = str(own).removeprefix("torch.")
-        return f"the module's parameters are {short}: pass inputs.to(torch.{short})"
     for attribute, axis in (("in_features", "..., "), ("in_channels", "B, ")):
         size = getattr(layer, attribute, None)
         if size is not None:

@@ -85,6 +85,12 @@ def _steps(
     values = state_of(values, origin)
     if not isinstance(values, Mapping):
         return (yield from _sent(header, blob_of(values), progress))
+    if not values:
+        msg = (
+            "the update has no values: give at least one parameter or buffer by name; has "
+            "a filter left none?"
+        )
+        raise InvalidSpec(msg)
     names = plain_names(values, set(session.layout.names))
     plain = {names[name]: value for name, value in values.items()}
     shards = sharded(plain)

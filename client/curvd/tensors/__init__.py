@@ -13,6 +13,7 @@ from curvd.tensors.allocator import (
 )
 from curvd.tensors.boxes import Box, dump_boxes, load_boxes
 from curvd.tensors.buffer_pool import Buffer, Pool
+from curvd.tensors.dense import not_dense
 from curvd.tensors.finite import first_beyond, first_nan, first_not_finite
 from curvd.tensors.half_precision import ITEM_BYTES, NARROW, narrow, widen
 from curvd.tensors.loaded import loaded
@@ -48,6 +49,7 @@ __all__ = [
     "load_boxes",
     "loaded",
     "narrow",
+    "not_dense",
     "operand",
     "probes",
     "to_numpy",

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from curvd.contract import Dtype, ParameterLayout
 from curvd.errors import InvalidSpec, InvalidVector
+from curvd.tensors.dense import not_dense
 from curvd.tensors.finite import first_not_finite
 from curvd.tensors.loaded import loaded
 
@@ -243,15 +244,7 @@ def _check_names(value: Mapping[str, Any], layout: ParameterLayout) -> None:
 
 def _check_dense(part: Any, label: str) -> None:
     """Refuse what looks like an array, and does not have all its numbers in memory."""
-    remedy = ""
-    if isinstance(part, np.ma.MaskedArray):
-        remedy = "masked: pass .filled(value), the mask has no meaning here"
-    elif (torch := loaded("torch")) is not None and isinstance(part, torch.Tensor):
-        if part.device.type == "meta":
-            remedy = "on the meta device, which holds no numbers"
-        elif part.layout != torch.strided:
-            remedy = "sparse: pass .to_dense()"
-    if remedy:
+    if remedy := not_dense(part):
         msg = f"{label} is {remedy}"
         raise InvalidVector(msg, type=type(part).__name__)
 

@@ -14,7 +14,7 @@ from curvd.contract import InfluenceOptions, SessionInfo, Stop, StoredVector
 from curvd.errors import InvalidSpec, InvalidVector
 from curvd.remote.asking import asks_about
 from curvd.remote.queries.base import NOTHING, Floats, Result, drawn_on
-from curvd.tensors import to_numpy
+from curvd.tensors import not_dense, to_numpy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -237,6 +237,9 @@ def array_of(value: Any, name: Any) -> NDArray[Any]:
     Raises:
         InvalidVector: If it is neither.
     """
+    if remedy := not_dense(value):
+        msg = f"{name!r} of the data points is {remedy}"
+        raise InvalidVector(msg, type=type(value).__name__)
     found = to_numpy(value)
     if found is None:
         msg = f"{name!r} of the data points is a {type(value).__name__}, not an array"
