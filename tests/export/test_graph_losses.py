@@ -11,6 +11,7 @@ from torch import nn  # noqa: E402
 
 import curvd  # noqa: E402
 from curvd.contract.enums import LossName, Reduction  # noqa: E402
+from curvd.graph.losses import evaluated, recognised  # noqa: E402
 
 N, BATCH = 7, 3
 """Leaves a ragged last mini-batch."""
@@ -375,3 +376,19 @@ def test_as_many_positions_as_classes_are_read_as_torch_reads_them(
         np.testing.assert_allclose(gradient, flat, rtol=1e-9, atol=1e-14)
         with pytest.raises(curvd.InvalidSpec, match="second axis or in the last"):
             client.session_for(net, "nll", (x, y), batch_size=4, check=False).gradient()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_huber_loss_of_delta_one_is_the_smooth_l1_loss_by_name(reduction):
+    outputs, targets = torch.randn(6, 2), 3 * torch.randn(6, 2)
+    alike = (
+        nn.SmoothL1Loss(reduction=reduction),
+        nn.HuberLoss(reduction=reduction),
+        functools.partial(F.huber_loss, reduction=reduction),
+    )
+    spec, *others = (recognised(loss, outputs, targets) for loss in alike)
+    assert spec.name is LossName.SMOOTH_L1 and others == [spec, spec]
+    known = float(evaluated(spec, outputs, targets))
+    assert known == pytest.approx(float(alike[1](outputs, targets)))
+    other = recognised(nn.HuberLoss(delta=2.0), outputs, targets)
+    assert other.name is LossName.CUSTOM, "a multiple of it, which has no name"

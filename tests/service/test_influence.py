@@ -371,6 +371,11 @@ X, Y = others(2)
         ((X, Y + 5), {}, "class"),
         ({"x": X}, {}, r"have the tensors \['x', 'y'\]"),
         ((X * np.nan, Y), {}, "data points must be finite"),
+        (X, {}, r"got float64 \[2, 5\] alone: pass \(inputs, targets\)"),
+        ((X[0], Y[:1]), {}, "one common length"),
+        ((X.tolist(), Y), {}, r"a list, not an array: pass a NumPy array"),
+        (({"x": X}, Y), {}, r"a mapping \('x'\) and targets: pass one mapping"),
+        ((X, Y, Y), {}, r"have the tensors \['x', 'y'\]"),
         ([0], {"groups": [0, 1]}, r"groups are I64 \[24\]"),
         ([0], {"groups": np.full(24, 30)}, "from 0 to 23 at most"),
         ([0], {"groups": np.zeros(24, int), "top": 1}, "groups exclude top"),
@@ -380,3 +385,46 @@ X, Y = others(2)
 def test_what_does_not_fit_is_refused(session, queries, options, message):
     with pytest.raises(curvd.CurvdError, match=message):
         session.influence(queries, **options)
+
+
+class Sum(torch.nn.Module):
+    """Takes two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(5, 3, dtype=torch.float64)
+
+    def forward(self, a, b):
+        return self.net(a + b)
+
+
+def test_several_inputs_are_given_flat_or_as_the_session_was(live_target):
+    x = torch.from_numpy(others(12)[0])
+    y = torch.from_numpy(others(12)[1])
+    loss = torch.nn.CrossEntropyLoss()
+    with (
+        curvd.connect(live_target) as client,
+        client.session_for(Sum(), loss, ((x, 2 * x), y), batch_size=4) as own,
+    ):
+        rows = own.influence([0, 1], **EXACT).scores
+        for queries in (
+            ((x[:2], 2 * x[:2]), y[:2]),
+            (x[:2], 2 * x[:2], y[:2]),
+        ):
+            np.testing.assert_allclose(own.influence(queries, **EXACT).scores, rows)
+
+
+def test_queries_whose_targets_do_not_count_have_no_influence(live_target):
+    x, y = map(torch.from_numpy, others(12))
+    y[:2] = -100
+    net = torch.nn.Linear(5, 3, dtype=torch.float64)
+    loss = torch.nn.CrossEntropyLoss()
+    with (
+        curvd.connect(live_target) as client,
+        client.session_for(net, loss, (x, y), batch_size=4) as own,
+    ):
+        for queries in ([0, 1], (x[:2], y[:2])):
+            found = own.influence(queries, **EXACT)
+            assert (found.scores == 0).all() and (found.self_influence == 0).all()
+        mixed = own.influence((x[1:4], y[1:4]), **EXACT).scores
+        np.testing.assert_allclose(mixed, own.influence([1, 2, 3], **EXACT).scores)

@@ -70,6 +70,15 @@ def test_chosen_parameters_are_a_jacobian_of_their_own(session, rows):
     )
 
 
+def test_a_jacobian_says_its_shape_where_the_client_knows_it(session):
+    J = session.loss_jacobian()
+    assert J.shape == (POINTS, SIZE) and J.T.shape == (SIZE, POINTS)
+    part = session.loss_jacobian(params="3.*")
+    assert part.shape == (POINTS, 21) and len(part @ normal(21)) == POINTS
+    with pytest.raises(curvd.InvalidSpec, match="read row_shape"):
+        _ = session.output_jacobian().shape
+
+
 def test_tensors_come_back_as_tensors(session, rows):
     found = session.loss_jacobian() @ torch.from_numpy(normal(SIZE, 2))
     assert isinstance(found, torch.Tensor)

@@ -506,6 +506,7 @@ async def test_the_asynchronous_client_asks_the_same(session, live_target):
     ("ask", "message"),
     [
         (lambda s: s.predictive(X[:, :4]), r"a data point of the dataset is .* \[5\]"),
+        (lambda s: s.predictive(X[0]), r"n of them have a leading axis: .* x\[None\]"),
         (lambda s: s.predictive({"z": X}), r"have the tensors \['x'\], got \['z'\]"),
         (lambda s: s.predictive(X * np.inf), "must be finite"),
         (lambda s: s.predictive("x"), "not an array"),

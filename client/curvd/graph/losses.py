@@ -38,6 +38,7 @@ _FUNCTIONS: Mapping[Any, type[nn.Module]] = {
     F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
     F.nll_loss: nn.NLLLoss,
     F.smooth_l1_loss: nn.SmoothL1Loss,
+    F.huber_loss: nn.HuberLoss,
 }
 _NAMES = {
     nn.CrossEntropyLoss: LossName.CROSS_ENTROPY,
@@ -290,6 +291,8 @@ def _named(loss: Any) -> LossSpec | None:
             return None
     elif options:
         return None
+    if type(loss) is nn.HuberLoss and loss.delta == 1:
+        loss = nn.SmoothL1Loss(reduction=loss.reduction)  # the same function
     kind = type(loss)
     if kind not in _NAMES or loss.reduction not in ("mean", "sum"):
         return None

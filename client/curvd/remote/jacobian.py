@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from curvd.contract import JacobianOf
+from curvd.errors import InvalidSpec
 from curvd.remote.queries import DataPointQueries
+from curvd.remote.queries.jacobians import jacobian_layout
 
 J = TypeVar("J", bound="JacobianBase")
 
@@ -30,6 +32,23 @@ class JacobianBase:
     def T(self: J) -> J:
         """The transpose, from the rows to the parameters."""
         return replace(self, transposed=not self.transposed)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, P] of losses, or the transpose of it.
+
+        Raises:
+            InvalidSpec: If it is of outputs, whose number only the server knows.
+        """
+        if self.of is not JacobianOf.LOSSES:
+            msg = (
+                "how many outputs a data point has is known to the server alone: read "
+                "row_shape of session.jacobian_product(v, of='outputs')"
+            )
+            raise InvalidSpec(msg)
+        layout, _ = jacobian_layout(self.session._info.layout, self.params)
+        shape = self.session._info.data_points, layout.size
+        return shape[::-1] if self.transposed else shape
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -156,9 +156,10 @@ class InfluenceQueries:
 
         Args:
             queries: Data points, by name as in the dataset or a tuple of inputs and
-                targets; or indices of the session's own; or None, all of these; or all of
-                a session with the same parameters (`Session.on`); or gradients that the
-                session stores, [P] or [P, M], or their name.
+                targets, ``(x, y)``, ``(a, b, y)`` or ``((a, b), y)``; or indices of the
+                session's own; or None, all of these; or all of a session with the same
+                parameters (`Session.on`); or gradients that the session stores, [P] or
+                [P, M], or their name.
 
         Returns:
             The scores, and how true the solutions are.
@@ -218,10 +219,35 @@ def _asked(
         arrays = {str(name): array_of(value, name) for name, value in queries.items()}
         return {}, arrays, length_of(arrays)
     if isinstance(queries, tuple):
+        queries = _flat(queries)
         arrays = {str(i): array_of(value, i) for i, value in enumerate(queries)}
         return {}, arrays, length_of(arrays)
+    given = to_numpy(queries)
+    if given is not None and (given.ndim > 1 or given.dtype.kind in "fc"):
+        msg = (
+            f"queries that are data points have targets, too, got {given.dtype} "
+            f"{list(given.shape)} alone: pass (inputs, targets), or indices of the "
+            "session's own"
+        )
+        raise InvalidVector(msg, shape=given.shape)
     rows = _whole_numbers(queries, "queries")
     return {"rows": rows.tolist()}, {}, len(rows)
+
+
+def _flat(queries: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Lay several inputs before their targets, as the dataset has them."""
+    first, *rest = queries
+    if len(rest) == 1 and isinstance(first, tuple):
+        return (*first, *rest)
+    if len(rest) == 1 and isinstance(first, Mapping):
+        names = ", ".join(map(repr, [*first][:8]))
+        msg = (
+            f"data points by name have the targets by name, too; got a pair of a mapping "
+            f"({names}) and targets: pass one mapping, with the name that the dataset has "
+            "for its targets, or (a, b, targets)"
+        )
+        raise InvalidVector(msg, given=names)
+    return queries
 
 
 def array_of(value: Any, name: Any) -> NDArray[Any]:
@@ -242,7 +268,10 @@ def array_of(value: Any, name: Any) -> NDArray[Any]:
         raise InvalidVector(msg, type=type(value).__name__)
     found = to_numpy(value)
     if found is None:
-        msg = f"{name!r} of the data points is a {type(value).__name__}, not an array"
+        msg = (
+            f"{name!r} of the data points is a {type(value).__name__}, not an array: pass "
+            "a NumPy array or torch tensor [n, ...]"
+        )
         raise InvalidVector(msg, type=type(value).__name__)
     return np.ascontiguousarray(found)
 

@@ -133,7 +133,7 @@ class JacobianQueries:
             ((180,), (60, 3))
         """
         check_name(options.store)
-        layout, names = _jacobian_layout(self._info.layout, options.params)
+        layout, names = jacobian_layout(self._info.layout, options.params)
         queries, fields = self._queries, dict[str, Any]()
         sent = None
         if isinstance(v, str | StoredVector):
@@ -174,10 +174,18 @@ class JacobianQueries:
         )
 
 
-def _jacobian_layout(
+def jacobian_layout(
     layout: ParameterLayout, params: Any
 ) -> tuple[ParameterLayout, tuple[str, ...]]:
-    """Find the parameters that a Jacobian is in, and their names if they are not all."""
+    """Find the parameters that a Jacobian is in, and their names if they are not all.
+
+    Args:
+        layout: Of all.
+        params: Globs, in order; None: all.
+
+    Returns:
+        Their layout, and the names; none of all.
+    """
     if params is None:
         return layout, ()
     patterns = [params] if isinstance(params, str) else params

@@ -24,7 +24,8 @@ def with_data(problem: Problem, arrays: Mapping[str, Array]) -> Problem:
         arrays: Inputs and targets by their names in the dataset, each [M, ...].
 
     Returns:
-        A problem with a normaliser of its own.
+        A problem with a normaliser of its own; where no target counts it is 1, and each
+        data point's own loss 0.
 
     Raises:
         InvalidSpec: If an array is missing, or its data points are of another kind than
@@ -35,7 +36,9 @@ def with_data(problem: Problem, arrays: Mapping[str, Array]) -> Problem:
     _check_inputs(problem, arrays)
     prepare = functools.partial(problem.loss.prepared, problem.dtype)
     data = cut(arrays, spec, problem.dtype, problem.device, prepare=prepare)
-    return problem.on(data)
+    moved = dataclasses.replace(problem, data=data, normaliser=1.0)
+    moved.check_targets()
+    return moved.normalised() if moved.counted() > 0 else moved
 
 
 def on_inputs(problem: Problem, arrays: Mapping[str, Array]) -> Problem:
@@ -114,4 +117,6 @@ def _check_inputs(problem: Problem, arrays: Mapping[str, Array]) -> None:
             f"{name!r} is {given.dtype} {list(given.shape)}; a data point of the dataset "
             f"is {known.dtype} {list(known.shape[1:])}"
         )
+        if given.shape == known.shape[1:] and kinds[0] == kinds[1]:
+            msg += f", and n of them have a leading axis: give one as {name}[None]"
         raise InvalidSpec(msg, tensor=name)
