@@ -4,6 +4,7 @@ import contextlib
 import functools
 import threading
 import types
+from collections import UserDict, deque
 
 import pytest
 import torch
@@ -248,3 +249,130 @@ def test_what_a_module_holds_may_call_the_module_itself(training):
     found = evaluate(model.graph, (x,), tensors)[0]
     torch.testing.assert_close(found, net(x), rtol=1e-12, atol=0)
     assert net.training is training
+
+
+class Slotted:
+    __slots__ = ("kept",)
+
+    def __init__(self):
+        self.kept = []
+
+
+class Keeps(nn.Module):
+    """Keeps what it saw wherever code can."""
+
+    by_class, by_objects = [], UserDict()
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3).double()
+        self.nested, self.slotted = {"a": {"b": []}}, Slotted()
+        self.several, self.queue = set(), deque()
+        self.layer.register_forward_hook(watching)
+        self.told = closed_over()
+
+    def forward(self, x, _kept=[]):  # noqa: B006
+        h = self.layer(x)
+        for kept in (_kept, SEEN, self.by_class, self.slotted.kept, self.queue):
+            kept.append(h)
+        self.nested["a"]["b"].append((h, 1))
+        self.several.add(h)
+        self.by_objects[len(self.by_objects)] = h
+        watching.latest = [*getattr(watching, "latest", []), h]
+        self.told(h)
+        return h * 1.0
+
+    def kept(self):
+        yield from (*self.forward.__defaults__[0], *SEEN, *self.by_class)
+        yield from (*self.slotted.kept, *self.queue, *self.several)
+        yield from (h for h, _ in self.nested["a"]["b"])
+        yield from (*self.by_objects.values(), *watching.latest)
+        yield from (*watching.__defaults__[0], *self.told(None))
+
+
+def watching(layer, inputs, outputs, kept=[]):  # noqa: B006
+    kept.append(outputs)
+
+
+def closed_over():
+    last, every = None, ()
+
+    def tell(h):
+        nonlocal last, every
+        if h is not None:
+            last, every = h, (*every, h)
+        return [last, *every]
+
+    return tell
+
+
+def test_nothing_that_code_keeps_is_a_trace():
+    net, x = Keeps(), torch.randn(6, 4, dtype=torch.float64)
+    curvd.export(net, (x,))
+    assert len(list(net.kept())) >= 13
+    assert not any(isinstance(t, FakeTensor) or t.is_meta for t in net.kept())
+
+
+class Made(nn.Module):
+    """Draws at random what it needs on its first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.noise = nn.Linear(4, 5).double(), None
+
+    def forward(self, x):
+        if self.noise is None:
+            self.noise = torch.randn(5, dtype=x.dtype)
+            self.scale = nn.Parameter(torch.randn(5, dtype=x.dtype))
+            self.last = nn.Linear(5, 3).double()
+        return self.last(torch.tanh(self.first(x) + self.noise) * self.scale)
+
+
+def test_what_a_first_call_draws_is_the_module_s_afterwards():
+    net, x = Made(), torch.randn(6, 4, dtype=torch.float64)
+    model = curvd.export(net, (x,))
+    assert set(model.parameters) == {n for n, _ in net.named_parameters()}
+    tensors = [model.state[t.names[0]] for t in model.graph.tensors]
+    found = evaluate(model.graph, (x,), tensors)[0]
+    torch.testing.assert_close(found, net(x), rtol=1e-12, atol=0)
+
+
+class Dropping(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3))
+        self.double()
+
+    def forward(self, x):
+        return super().forward(x) * (2.0 if self.training else 1.0)
+
+
+def test_a_mode_is_that_of_all_layers():
+    net, x = Dropping().train(), torch.randn(6, 4, dtype=torch.float64)
+    with pytest.raises(curvd.InvalidGraph, match="random"):
+        curvd.export(net, (x,))
+    model = curvd.export(net, (x,), mode="eval")
+    assert all(layer.training for layer in net.modules())
+    tensors = [model.state[t.names[0]] for t in model.graph.tensors]
+    found = evaluate(model.graph, (x,), tensors)[0]
+    torch.testing.assert_close(found, net.eval()(x), rtol=1e-12, atol=0)
+
+
+class Narrow(nn.Linear):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x).sin()
+
+
+def test_autocast_that_is_off_changes_nothing():
+    net, x = Narrow(4, 3).double(), torch.randn(6, 4, dtype=torch.float64)
+    model = curvd.export(net, (x,))
+    tensors = [model.state[t.names[0]] for t in model.graph.tensors]
+    found = evaluate(model.graph, (x,), tensors)[0]
+    torch.testing.assert_close(found, net(x), rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_a_module_of_a_trace_is_refused_with_a_remedy():
+    traced = torch.jit.trace(nn.Linear(4, 3), torch.randn(2, 4))
+    with pytest.raises(curvd.InvalidSpec, match="traced from"):
+        curvd.export(traced, (torch.randn(6, 4),))

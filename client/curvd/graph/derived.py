@@ -34,13 +34,11 @@ from curvd.errors import InvalidGraph
 from curvd.graph.decompose import table
 from curvd.graph.manifest import Inputs
 from curvd.graph.plain import NORMS
-from curvd.graph.unfilled import called, unfilled
+from curvd.graph.unfilled import unfilled
 
 SIZES = (5, 7, 11, 2, 509)
 """Batch sizes that are traced: two make an affine function, the others check it, and find
 code that takes another way for small or large ones."""
-_CHEAP = 1 << 28
-"""Batch size times elements of parameters and inputs, up to which a module is called first."""
 aten = torch.ops.aten
 _DATA: Any = Tensor.data
 _DETACHING = frozenset({Tensor.detach, torch.detach, _DATA.__get__})
@@ -89,10 +87,6 @@ def derived(wrapper: nn.Module, rows: Inputs) -> Program:
     Raises:
         InvalidGraph: If they depend on the batch size in another way.
     """
-    elements = sum(t.numel() for t in (*rows.leaves, *wrapper.parameters()))
-    for size in SIZES:
-        if size * elements <= _CHEAP:
-            called(wrapper, rows.taken([0] * size))
     with unfilled(wrapper):
         traces = [_trace(wrapper, rows, size) for size in SIZES]
     _open_batch(traces)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import TopLevelTracedModule
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -38,6 +39,12 @@ def check_module(module: Any) -> None:
     Raises:
         InvalidSpec: With what to pass instead.
     """
+    if isinstance(module, TopLevelTracedModule):
+        msg = (
+            "module was made by torch.jit.trace, whose code has the sizes of its example: "
+            "pass the module that it was traced from"
+        )
+        raise InvalidSpec(msg, module=type(module).__name__)
     if isinstance(module, nn.Module):
         return
     remedy = "pass the nn.Module that has the parameters"

@@ -18,13 +18,14 @@ _SHOWN = 5
 
 @contextlib.contextmanager
 def in_mode(module: nn.Module, mode: Mode | None) -> Iterator[None]:
-    """Hold normalisation layers in a mode, and leave them as they were.
+    """Hold layers in a mode, and leave them as they were.
 
     Args:
         module: The module whose layers are looked at.
-        mode: Whether they use the running statistics or the mini-batch's; where some
-            layers train and others are frozen in evaluation mode, these keep the running
-            ones. None: the running ones, which all layers must be set to already.
+        mode: Evaluation, of all layers; or that normalisation uses the mini-batch's
+            statistics, where layers that are frozen in evaluation mode beside others
+            that train keep the running ones. None: as they are, which must be the
+            running ones.
 
     Raises:
         InvalidSpec: If a layer depends on a mode that nobody chose.
@@ -50,12 +51,12 @@ def in_mode(module: nn.Module, mode: Mode | None) -> Iterator[None]:
                 "call module.eval() for the running statistics, or say "
                 "mode='batch_statistics' for those of the mini-batches",
             )
-    before = {layer: layer.training for layer in layers.values()}
+    before = {layer: layer.training for layer in module.modules()}
     frozen = {m for m in before if isinstance(m, _BatchNorm) and not m.training}
     if all(m in frozen for m in before if isinstance(m, _BatchNorm)):
         frozen = set()  # the whole module is in evaluation mode: nobody froze a layer
-    for layer in layers.values():
-        if mode is Mode.EVAL and _has_running(layer):
+    for layer in before:
+        if mode is Mode.EVAL:
             layer.training = False
         elif mode is Mode.BATCH_STATISTICS and isinstance(layer, _BatchNorm):
             layer.training = layer not in frozen

@@ -10,7 +10,6 @@ calls is what counts.
 from __future__ import annotations
 
 import hashlib
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from curvd.graph.forms import key_of, recalled, remember
 from curvd.graph.manifest import Inputs
 from curvd.graph.quiet import quiet
 from curvd.graph.unchecked import unchecked
-from curvd.graph.unfilled import take_back, unfilled
+from curvd.graph.unfilled import Traces, unfilled
 from curvd.graph.unmoved import Unsure, unmoved
 
 SIZES = (3, 10_007)
@@ -67,7 +66,7 @@ def structure(
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
         return None
     digests: list[bytes] = []
-    made: list[weakref.ref[Tensor]] = []
+    traces = Traces()
     try:
         known = repr(list(_tensors(wrapper, rows))).encode()
         generators = torch.random.fork_rng(devices=[])
@@ -77,17 +76,17 @@ def structure(
             plain_checkpoints(),
             quiet(),
             generators,
-            unfilled(wrapper),
+            unfilled(wrapper) as traces,
         ):
             calls = _CALLS
             for size in sizes:  # whose calls are as many, or it loops over data points
                 digest = hashlib.blake2b(known, digest_size=32)
                 with unmoved(wrapper):
-                    calls = _run(wrapper, rows, size, calls, digest.update, made)
+                    calls = _run(wrapper, rows, size, calls, digest.update)
                 digests.append(digest.digest())
     except Exception:  # of the module's own code, on tensors that it was not made for
         digests = []
-    return None if take_back(made) or not digests else tuple(digests)
+    return None if traces.found or not digests else tuple(digests)
 
 
 def _tensors(wrapper: nn.Module, rows: Inputs) -> Iterator[Any]:
@@ -119,7 +118,6 @@ def _run(
     size: int,
     most: int,
     note: Callable[[bytes], None],
-    made: list[weakref.ref[Tensor]],
 ) -> int:
     """Run a module without memory, and note what it calls.
 
@@ -129,12 +127,11 @@ def _run(
         size: How many data points it is given.
         most: Calls of operators that it may make.
         note: Takes each line.
-        made: Takes the tensors without memory that it was given or made.
 
     Returns:
         How many calls it made.
     """
-    recorder = _Recorder(most, note, made)
+    recorder = _Recorder(most, note)
     state = {}
     for name, tensor, _ in _named(wrapper):
         state[name] = recorder.stand_in(tensor)
@@ -187,18 +184,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         most: How many.
         note: Takes each line.
-        made: Takes what has no memory.
     """
 
-    def __init__(
-        self,
-        most: int,
-        note: Callable[[bytes], None],
-        made: list[weakref.ref[Tensor]],
-    ) -> None:
+    def __init__(self, most: int, note: Callable[[bytes], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls = 0
-        self._most, self._note, self._made = most, note, made
+        self._most, self._note = most, note
         self._memory: dict[int, tuple[int, Any]] = {}
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}
         self._own: set[int] = set()
@@ -210,7 +201,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def known(self, tensor: Tensor) -> Tensor:
         """Number the memory of a tensor, if it has no number yet."""
-        self._made.append(weakref.ref(tensor))
         storage = tensor.untyped_storage()
         # note: held, so that no other memory gets its address.
         self._memory.setdefault(storage._cdata, (len(self._memory), storage))

@@ -157,12 +157,15 @@ class Translator:
         return self._operator(node, target)
 
     def _region(self, node: fx.Node, target: Any) -> Any:
-        """Inline a region with or without gradients; refuse every other one."""
+        """Inline a region with or without gradients, or without autocast; refuse others."""
         name, where = target.name(), self._tape.where
         if name == "wrap_with_set_grad_enabled":
             enabled, body, *arguments = (self._look_up(a) for a in node.args)
             return self._inlined(body, arguments, detach=not enabled)
         if name == "wrap_with_autocast":
+            _, _, enabled, _, body, *arguments = (self._look_up(a) for a in node.args)
+            if not enabled:
+                return self._inlined(body, arguments, detach=False)
             advice = "export without torch.autocast; the session has a dtype"
         else:
             advice = "write it with torch.where, so that every step runs for all data"

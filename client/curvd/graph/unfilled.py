@@ -1,25 +1,24 @@
-"""Caches of the caller's code, which no run here may fill with tensors that have no values.
+"""Places of the caller's code that no run here may fill with tensors that have no values.
 
-Code that computes something once, a table of positions, a mask, keeps it: in an attribute, in
-an object of its own, in a global, by ``functools.lru_cache``. A trace runs that code on tensors
-without values. Left in such a place, one of them would be what the caller's module returns, or
-fails on, ever after.
+Code that computes something once, a table of positions, a mask, keeps it; code that is watched
+keeps what it saw. Both do so in attributes, in objects of their own, in globals, in what a
+function closes over, by ``functools.lru_cache``. A trace runs that code on tensors without
+values. Left in such a place, one of them would be what the caller's module returns, or fails
+on, ever after.
 
 So a module is called once as its owner calls it before it is run in any other way: then what
-it keeps is there, with values (`called`). What it keeps for one batch size only is taken away
-again where a trace has put it: from what the module holds (`unfilled`), and from wherever else
-(`take_back`).
+it keeps is there, with values (`called`). And whatever its code can reach by name is looked
+through after each trace (`unfilled`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import types
-import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,19 +32,23 @@ from curvd.graph.quiet import quiet
 
 _DICTS = (dict, OrderedDict, defaultdict)
 _LISTS = (list, deque)
-_OPAQUE = (
-    nn.Module,
-    Tensor,
-    type,
-    types.ModuleType,
+_HELD = (*_DICTS, *_LISTS, set)
+_OPAQUE = (nn.Module, Tensor, torch.dtype, torch.device)
+"""What is not looked into; a module's layers are looked at one by one."""
+_CODE: tuple[type, ...] = (
     types.FunctionType,
     types.MethodType,
-    types.BuiltinFunctionType,
+    functools.partial,
+    staticmethod,
+    classmethod,
+    property,
+    functools.cached_property,
 )
-"""What is not looked into; a module's layers are looked at one by one."""
-_PARTS = 10_000
-"""Attributes and elements that are looked at; whoever holds more holds data or a trainer."""
 _LRU = type(functools.lru_cache(None)(len))
+_TORCHS = ("torch", "builtins", "typing", "functools", "collections", "curvd")
+"""Packages whose own names are not the caller's."""
+_PARTS = 10_000
+"""Attributes, names and elements that are looked at; who has more holds data, or a trainer."""
 _MISSING = object()
 
 
@@ -79,107 +82,257 @@ def called(wrapper: nn.Module, rows: Inputs) -> None:
                     now[name] = value
 
 
+@dataclass
+class Traces:
+    """What `unfilled` has found."""
+
+    found: bool = False
+    """Whether the run left something behind."""
+
+
 @contextlib.contextmanager
-def unfilled(wrapper: nn.Module) -> Iterator[None]:
-    """Take back what a trace leaves without values in what a module holds.
+def unfilled(wrapper: nn.Module) -> Iterator[Traces]:
+    """Take back what a trace leaves without values where the code of a module can reach.
 
     Nothing else is touched: a training may go on beside this.
 
     Args:
         wrapper: The module, with its layers.
+
+    Yields:
+        Whether there was anything; known afterwards.
     """
-    held = list(_containers(wrapper))
+    places, traces = list(_places(wrapper)), Traces()
     try:
-        yield
+        yield traces
     finally:
-        for container, before in held:
-            _empty(container, before)
-
-
-def take_back(made: Sequence[weakref.ref[Tensor]]) -> bool:
-    """Take tensors without values out of wherever they were put.
-
-    Args:
-        made: All that a run made. It has ended, and holds none of them.
-
-    Returns:
-        Whether there were any.
-    """
-    left = [tensor for known in made if (tensor := known()) is not None]
-    if not left:
-        return False
-    lost = set(map(id, left))
-    for holder in gc.get_referrers(*left):
-        if isinstance(holder, _LRU):
-            holder.cache_clear()
-        elif isinstance(holder, _DICTS):
-            for name in [k for k, v in holder.items() if id(v) in lost]:
-                del holder[name]
-        elif isinstance(holder, _LISTS) and holder is not left:
-            kept = [item for item in holder if id(item) not in lost]
-            holder.clear()
-            holder.extend(kept)
-        elif not isinstance(holder, _OPAQUE):
-            attributes = _state_of(holder) or {}
-            for name in [k for k, v in attributes.items() if id(v) in lost]:
-                delattr(holder, name)
-    return True
+        for place in places:
+            traces.found |= place.clean()
 
 
 def has_no_values(item: Any) -> bool:
     """Tell what only a trace makes."""
+    if isinstance(item, tuple | list):
+        return any(map(has_no_values, item))
     if not isinstance(item, Tensor):
         return False
     return isinstance(item, FakeTensor) or item.device.type == "meta"
 
 
-def _containers(wrapper: nn.Module) -> Iterator[tuple[Any, Any]]:
-    """List what can hold tensors, from the module inwards, and copies."""
-    known: dict[int, Any] = {id(vars(m)): vars(m) for m in wrapper.modules()}
-    ahead: deque[Any] = deque(known.values())
-    left = _PARTS
-    while ahead:
-        container = ahead.popleft()
-        left -= len(container)
-        if left < 0:
-            return
-        is_dict = isinstance(container, _DICTS)
-        yield container, dict(container) if is_dict else list(container)
-        for part in container.values() if is_dict else container:
-            inner = part if isinstance(part, _DICTS + _LISTS) else _state_of(part)
-            if inner is not None and id(inner) not in known:
-                known[id(inner)] = inner
-                ahead.append(inner)
+class _Names:
+    """Some names of a namespace: attributes, keys, globals."""
 
+    def __init__(self, space: Any, names: Iterable[Any] | None = None) -> None:
+        self._space, self._all = space, names is None
+        self._before = {n: space[n] for n in (space if names is None else names)}
 
-def _state_of(item: Any) -> dict[str, Any] | None:
-    """Find the attributes of an object of the caller's own."""
-    held = None
-    if not isinstance(item, _OPAQUE):
-        with contextlib.suppress(Exception):  # of a proxy that stands for nothing yet
-            held = item.__dict__
-    return held if type(held) is dict else None
-
-
-def _empty(container: Any, before: Any) -> None:
-    """Restore the places of a container that hold tensors without values now, or copies.
-
-    torch.export puts copies of containers in place of those that a module holds.
-    """
-    if isinstance(container, _DICTS):
-        for name, item in list(container.items()):
-            was = before.get(name, _MISSING)
-            if was is item:
+    def clean(self) -> bool:
+        """Restore what has no values now, and what torch.export put copies of in place."""
+        found = False
+        for name in list(self._space if self._all else self._before):
+            item, was = self._space.get(name), self._before.get(name, _MISSING)
+            if was is item or not (has_no_values(item) or _is_copy(item, was)):
                 continue
-            if has_no_values(item) and was is _MISSING:
-                del container[name]
-            elif has_no_values(item) or _is_copy(item, was):
-                container[name] = was
-    elif any(map(has_no_values, container)):
-        known = set(map(id, before))
-        kept = [i for i in container if not has_no_values(i) or id(i) in known]
-        container.clear()
-        container.extend(kept)
+            found |= has_no_values(item)
+            if was is _MISSING:
+                del self._space[name]
+            else:
+                self._space[name] = was
+        return found
+
+
+class _Elements:
+    """A list, a deque or a set."""
+
+    def __init__(self, held: Any) -> None:
+        self._held, self._before = held, list(held)
+
+    def clean(self) -> bool:
+        """Take out what has no values."""
+        known = set(map(id, self._before))
+        lost = [i for i in self._held if has_no_values(i) and id(i) not in known]
+        if lost:
+            kept = [i for i in self._held if not has_no_values(i) or id(i) in known]
+            self._held.clear()
+            getattr(self._held, "update" if isinstance(self._held, set) else "extend")(
+                kept
+            )
+        return bool(lost)
+
+
+class _Cell:
+    """A variable that functions close over."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self._cell, self._before = cell, cell.cell_contents
+
+    def clean(self) -> bool:
+        """Restore it."""
+        found = has_no_values(self._cell.cell_contents)
+        found = found and self._cell.cell_contents is not self._before
+        if found:
+            self._cell.cell_contents = self._before
+        return found
+
+
+class _Slots:
+    """The attributes of an object that has no dictionary."""
+
+    def __init__(self, item: Any, names: Iterable[str]) -> None:
+        self._item = item
+        self._before = {n: getattr(item, n, _MISSING) for n in names}
+
+    def clean(self) -> bool:
+        """Restore them."""
+        found = False
+        for name, was in self._before.items():
+            now = getattr(self._item, name, _MISSING)
+            if now is not was and has_no_values(now):
+                found = True
+                if was is _MISSING:
+                    delattr(self._item, name)
+                else:
+                    setattr(self._item, name, was)
+        return found
+
+
+class _Remembered:
+    """A function's results, of which nothing can be said but how many there are."""
+
+    def __init__(self, function: Any) -> None:
+        self._function, self._before = function, function.cache_info().misses
+
+    def clean(self) -> bool:
+        """Forget them, if there are more than before."""
+        found: bool = self._function.cache_info().misses != self._before
+        if found:
+            self._function.cache_clear()
+        return found
+
+
+_Place = _Names | _Elements | _Cell | _Slots | _Remembered
+
+
+def _places(wrapper: nn.Module) -> Iterator[_Place]:
+    """List where the code of a module can keep something, from the module inwards."""
+    known: dict[int, Any] = {}
+    ahead: deque[Any] = deque()
+
+    def meet(items: Iterable[Any]) -> None:
+        for item in items:
+            if id(item) not in known and not isinstance(item, _OPAQUE):
+                known[id(item)] = item
+                ahead.append(item)
+
+    layers = list(wrapper.modules())
+    meet(vars(layer) for layer in layers)
+    kinds = {kind for layer in layers for kind in type(layer).__mro__}
+    methods: dict[str, list[Any]] = {}
+    for kind in kinds:
+        if not _is_of_torch(kind):
+            for name, value in vars(kind).items():
+                if isinstance(value, (*_CODE, _LRU)):
+                    methods.setdefault(name, []).append(value)
+                else:
+                    meet([value])
+    meet(methods.get("forward", ()))
+    left = _PARTS
+    while ahead and left > 0:
+        left -= 1
+        item = ahead.popleft()
+        with contextlib.suppress(Exception):  # of objects that only look like one
+            if isinstance(item, _HELD):
+                left -= len(item)
+                if left > 0:
+                    yield _Names(item) if isinstance(item, _DICTS) else _Elements(item)
+                    meet(item.values() if isinstance(item, _DICTS) else item)
+            elif isinstance(item, _LRU):
+                yield _Remembered(item)
+                meet([item.__wrapped__])
+            elif isinstance(item, tuple):
+                left -= len(item)
+                meet(item if left > 0 else ())
+            elif isinstance(item, _CODE):
+                yield from _of_code(item, meet, methods)
+            elif _is_callers(item):
+                meet([vars(item)] if hasattr(item, "__dict__") else ())
+                slots = [
+                    name
+                    for kind in type(item).__mro__
+                    for name in _names(vars(kind).get("__slots__", ()))
+                ]
+                if slots:
+                    yield _Slots(item, slots)
+                    meet(getattr(item, name, None) for name in slots)
+
+
+def _of_code(
+    item: Any, meet: Any, methods: Mapping[str, list[Any]]
+) -> Iterator[_Place]:
+    """List where a function can keep something: variables, defaults, names, attributes.
+
+    Args:
+        item: The function, or what stands for it.
+        meet: Takes what is to be looked at next.
+        methods: Those of the layers, by name; the ones that it names are looked at, too.
+    """
+    function = item
+    while not isinstance(function, types.FunctionType):
+        if isinstance(function, functools.partial):
+            meet([function.args, function.keywords])
+        following = (
+            getattr(function, name, None) for name in ("__func__", "func", "fget")
+        )
+        function = next((f for f in following if f is not None), None)
+        if function is None:
+            return
+    if _is_of_torch(function):
+        return
+    meet([function.__dict__, function.__defaults__, function.__kwdefaults__])
+    for cell in function.__closure__ or ():
+        yield _Cell(cell)
+        meet([cell.cell_contents])
+    space, names = function.__globals__, _names_in(function.__code__)
+    meet(method for name in names for method in methods.get(name, ()))
+    own = [name for name in names if name in space]
+    yield _Names(space, own)
+    for name in own:
+        value = space[name]
+        if isinstance(value, types.ModuleType):
+            if not _is_of_torch(value):
+                there = [n for n in names if n in vars(value)]
+                yield _Names(vars(value), there)
+                meet(vars(value)[n] for n in there)
+        elif not isinstance(value, type):
+            meet([value])
+        elif not _is_of_torch(value):
+            meet(vars(value).values())
+
+
+def _names_in(code: types.CodeType) -> dict[str, None]:
+    """List the names that a function's code uses, and that of functions in it."""
+    found = dict.fromkeys(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= _names_in(constant)
+    return found
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _is_callers(item: Any) -> bool:
+    """Tell whether an object may hold what the caller put there."""
+    if isinstance(item, type | types.ModuleType):
+        return False
+    return type(item).__module__.partition(".")[0] not in ("torch", "builtins", "curvd")
+
+
+def _is_of_torch(item: Any) -> bool:
+    """Tell whether a class, a function or a module of Python is torch's, or Python's own."""
+    name = item.__name__ if isinstance(item, types.ModuleType) else item.__module__
+    return str(name).partition(".")[0] in _TORCHS
 
 
 def _is_copy(item: Any, was: Any) -> bool:
@@ -192,6 +345,6 @@ def _is_copy(item: Any, was: Any) -> bool:
 
 
 def _parts(container: Any) -> list[Any]:
-    if isinstance(container, _DICTS):
+    if isinstance(container, Mapping):
         return [*container, *container.values()]
     return list(container)
