@@ -266,6 +266,19 @@ def test_a_closed_client_says_so(connect, target):
         client.server_info()
 
 
+@pytest.mark.parametrize("target", [None, "", 50551, b"localhost:1"])
+def test_what_names_no_server_is_refused_at_once(connect, target):
+    with pytest.raises(curvd.InvalidSpec, match="'host:port' or 'unix:/path', got"):
+        connect(target)
+
+
+def test_a_session_in_place_of_its_id_is_refused(client, session):
+    with pytest.raises(curvd.InvalidSpec, match=r"got a \w*Session: pass session\.id"):
+        client.session(getattr(session, "inner", session))
+    with pytest.raises(curvd.InvalidSpec, match="a string, got a NoneType"):
+        client.session(None)
+
+
 def test_wrong_vectors_are_refused_before_a_byte_is_sent(session, service):
     before = len(service.calls)
     H = session.hessian()
@@ -275,8 +288,14 @@ def test_wrong_vectors_are_refused_before_a_byte_is_sent(session, service):
         H.matvec(np.ones((P, 2)))
     with pytest.raises(curvd.InvalidVector, match="matmat needs a column axis"):
         H.matmat(np.ones(P))
-    with pytest.raises(curvd.InvalidSpec, match="columns must be at least 1"):
+    with pytest.raises(curvd.InvalidSpec, match="columns must be a whole number"):
         list(H.iter_matmat(np.ones((P, 2)), columns=0))
+    for wrong in (2.5, "2", None, True):
+        with pytest.raises(curvd.InvalidSpec, match=f"whole number.*got {wrong!r}"):
+            list(H.iter_matmat(np.ones((P, 2)), columns=wrong))
+    blocks = list(H.iter_matmat(np.ones((P, 3)), columns=np.int64(2)))
+    assert [block.shape for block in blocks] == [(P, 2), (P, 1)]
+    before = len(service.calls)
     with pytest.raises(curvd.InvalidSpec, match="block_sizes sum to 3"):
         session.hessian(block_sizes=[1, 2])
     with pytest.raises(curvd.InvalidSpec, match="unknown layout 'tree'"):

@@ -155,6 +155,12 @@ def test_scales_shifts_and_names_stay_one_operator_of_the_server(tanh_session):
     assert (H + tanh_session.ggn()).terms[1].spec.kind is curvd.OperatorKind.GGN
 
 
+def test_a_tuple_of_one_key_is_that_key(tanh_session):
+    H = tanh_session.hessian()
+    assert H[("3.*",)].shape == H["3.*"].shape == (18, 43)
+    assert H[[1, 2],].shape == (2, 43)
+
+
 def test_a_sum_takes_every_layout_and_says_where_it_is_from(tanh_session):
     H, G = tanh_session.hessian(), tanh_session.ggn()
     total = H + G
@@ -324,6 +330,36 @@ REFUSED = {
         lambda s: s.hessian()[:3, 1:4] + s.ggn()[:3, :3],
         curvd.InvalidSpec,
         "same rows and columns",
+    ),
+    "three axes": (
+        lambda s: s.hessian()[[1], [2], [3]],
+        curvd.InvalidSpec,
+        "rows and columns, got 3 axes",
+    ),
+    "no rows": (
+        lambda s: s.hessian()[np.array([], int)],
+        curvd.InvalidSpec,
+        "chosen by an empty list",
+    ),
+    "it times NaN": (
+        lambda s: float("nan") * s.hessian(),
+        curvd.InvalidSpec,
+        "finite numbers, got nan",
+    ),
+    "an infinite shift": (
+        lambda s: s.hessian()[:3, :3] * np.float64("inf"),
+        curvd.InvalidSpec,
+        "finite numbers, got inf",
+    ),
+    "it over nothing": (
+        lambda s: s.hessian() / 0,
+        curvd.InvalidSpec,
+        "divided by numbers other than 0",
+    ),
+    "a submatrix over nothing": (
+        lambda s: s.hessian()[:3, :4] / 0.0,
+        curvd.InvalidSpec,
+        "divided by numbers other than 0",
     ),
     "a walk over rows": (lambda s: list(s.hessian()), TypeError, "not iterable"),
 }

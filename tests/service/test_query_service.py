@@ -208,6 +208,9 @@ def test_indefinite_systems_are_reported(session, dense):
             "must be positive",
         ),
         (lambda H: H.logdet(damping=float("inf")), "damping must be finite"),
+        (lambda H: H.solve(np.ones(57), dampings="ab"), "numbers in a list, got 'ab'"),
+        (lambda H: H.solve(np.ones(57), dampings=[None]), r"in a list, got \[None\]"),
+        (lambda H: H.solve(curvd.Probe()), "a Probe is an operand of products alone"),
         (lambda H: H.trace(time_limit_s=0.0), "time_limit_s must be more than 0"),
     ],
 )

@@ -159,6 +159,12 @@ def test_a_wrong_element_type_comes_with_its_remedy(dtype, session, text):
 @pytest.mark.parametrize(
     ("value", "text"),
     [
+        (lambda torch: np.ones(P) + 0j, r"takes float64: multiply \.real and \.imag"),
+        (
+            lambda torch: torch.ones(P) + 0j,
+            r"takes float64: multiply \.real and \.imag",
+        ),
+        (lambda torch: np.array(["a"] * P), "takes float64: pass an array of numbers"),
         (lambda torch: np.ma.masked_array(np.ones(P), mask=True), r"masked: .*filled"),
         (lambda torch: torch.empty(P, device="meta"), "on the meta device"),
         (lambda torch: torch.eye(P).to_sparse()[0], r"sparse: pass \.to_dense"),

@@ -14,6 +14,7 @@ from curvd._calls.tensor_stream import OWN_TYPE
 from curvd.contract import (
     OperatorSpec,
     ParameterLayout,
+    Probe,
     QueryOptions,
     SessionInfo,
     StoredVector,
@@ -21,6 +22,7 @@ from curvd.contract import (
     most_products,
     query_messages,
 )
+from curvd.errors import InvalidVector
 from curvd.tensors import Operand, operand, vector_dtype
 from curvd.v1 import query_service_pb2 as query_pb
 
@@ -59,6 +61,12 @@ class Queries:
 
     def operand(self, value: Any, layout: ParameterLayout | None = None) -> Operand:
         """Check an operand against the operator's layout, or another, and type."""
+        if isinstance(value, Probe):
+            msg = (
+                "a Probe is an operand of products alone: pass its values, from "
+                "curvd.tensors.probes, or store a product, H.multiply(probe, store='b')"
+            )
+            raise InvalidVector(msg)
         return operand(value, layout or self.session.layout, self.session.dtype)
 
     def stored(self, name: str, shape: tuple[int, ...], answer: Answer) -> StoredVector:

@@ -123,6 +123,11 @@ def share_session(
 
 def get_session(session_id: str) -> Unary[SessionInfo]:
     """Describe a session."""
+    if not isinstance(session_id, str):
+        kind = type(session_id).__name__
+        remedy = ": pass session.id" if hasattr(session_id, "id") else ""
+        msg = f"a session is found by its id, a string, got a {kind}{remedy}"
+        raise InvalidSpec(msg, type=kind)
     request = session_pb.GetSessionRequest(session_id=session_id)
     return Unary(RPCS["GetSession"], request, _session)
 

@@ -35,6 +35,7 @@ from curvd.exported import ExportedModel, prepare
 from curvd.parameters import exportable
 from curvd.remote import (
     ClientStages,
+    checked,
     configured,
     opening,
     shown,
@@ -76,7 +77,7 @@ class AsyncClient:
     """
 
     def __init__(self, target: str, config: ClientConfig) -> None:
-        self._connection = AsyncConnection(target, config)
+        self._connection = AsyncConnection(checked(target), config)
 
     async def register_model(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from curvd.remote.algebra import Algebra, Identity, Indices, dense_bytes
 from curvd.remote.asking import AsyncAsks
-from curvd.remote.client import Client, configured, connect
+from curvd.remote.client import Client, checked, configured, connect
 from curvd.remote.factored import Functions
 from curvd.remote.ggn_queries import GgnQueries
 from curvd.remote.jacobian import AsyncJacobian, Jacobian
@@ -48,6 +48,7 @@ __all__ = [
     "SessionBase",
     "Submatrix",
     "check_drawable",
+    "checked",
     "configured",
     "connect",
     "dense_bytes",

@@ -8,6 +8,7 @@ What remains is a sum, whose terms multiply side by side, or rows and columns by
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NoReturn, TypeVar
@@ -51,8 +52,8 @@ class Identity:
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Identity:
-        number = number_of(other)
-        return NotImplemented if number is None else Identity(self.factor / number)
+        number = reciprocal_of(other)
+        return NotImplemented if number is None else Identity(self.factor * number)
 
     def __neg__(self) -> Identity:
         return Identity(-self.factor)
@@ -101,8 +102,8 @@ class Algebra(Generic[O, S, B]):
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> O | S:
-        number = number_of(other)
-        return NotImplemented if number is None else self * (1.0 / number)
+        number = reciprocal_of(other)
+        return NotImplemented if number is None else self * number
 
     def __neg__(self) -> O | S:
         return self * -1.0
@@ -151,7 +152,14 @@ class Algebra(Generic[O, S, B]):
         Raises:
             InvalidSpec: If there are no such parameters or indices.
         """
-        rows, columns = key if isinstance(key, tuple) else (key, slice(None))
+        axes = key if isinstance(key, tuple) else (key,)
+        if not 1 <= len(axes) <= 2:
+            msg = (
+                f"an operator has rows and columns, got {len(axes)} axes: for several names "
+                "or indices write a list, H[[…]]"
+            )
+            raise InvalidSpec(msg, axes=len(axes))
+        rows, columns = (*axes, slice(None))[:2]
         names = [_names(part, self.layout) for part in (rows, columns)]
         whole: Any = self
         # Of the parameters alone, these have other blocks than the whole one.
@@ -278,10 +286,11 @@ def number_of(value: Any) -> float | None:
         The number; None if it is none.
 
     Raises:
+        InvalidSpec: If it is not finite.
         InvalidVector: If it is an array of several.
     """
     if isinstance(value, numbers.Real):
-        return float(value)
+        return _finite(float(value))
     array = to_numpy(value)
     if array is None:
         return None
@@ -291,7 +300,37 @@ def number_of(value: Any) -> float | None:
             "H @ x for a product"
         )
         raise InvalidVector(msg, shape=array.shape)
-    return float(array)
+    return _finite(float(array))
+
+
+def _finite(number: float) -> float:
+    """Refuse what makes no operator."""
+    if not math.isfinite(number):
+        msg = f"operators are scaled and shifted by finite numbers, got {number}"
+        raise InvalidSpec(msg, number=number)
+    return number
+
+
+def reciprocal_of(value: Any) -> float | None:
+    """Read what an operator is divided by.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        One over the number; None if it is none.
+
+    Raises:
+        InvalidSpec: If it is zero, or not finite.
+        InvalidVector: If it is an array of several.
+    """
+    number = number_of(value)
+    if number is None:
+        return None
+    if number == 0:
+        msg = "operators are divided by numbers other than 0"
+        raise InvalidSpec(msg, number=number)
+    return _finite(1.0 / number)
 
 
 def dense_bytes(shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
@@ -364,7 +403,10 @@ def _indices(part: Any, layout: ParameterLayout) -> Indices:
         return every[part]
     held = to_numpy(part)
     array = np.asarray(part) if held is None else held
-    if array.ndim != 1 or array.dtype.kind not in "iub" or not len(array):
+    if array.ndim == 1 and not len(array):
+        msg = "no rows or columns of an operator are chosen by an empty list: give one"
+        raise InvalidSpec(msg)
+    if array.ndim != 1 or array.dtype.kind not in "iub":
         msg = (
             "rows and columns of an operator are names of parameters, slices, masks or "
             f"lists of indices, got {part!r}: for one entry write H[[i], [j]]"

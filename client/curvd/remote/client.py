@@ -30,6 +30,7 @@ from curvd.contract import (
     SessionInfo,
     Tier,
 )
+from curvd.errors import InvalidSpec
 from curvd.exported import ExportedModel, prepare
 from curvd.parameters import exportable
 from curvd.remote.progress import ClientStages, opening, shown
@@ -65,6 +66,27 @@ def connect(
         True
     """
     return Client(target, configured(config, token, tls, deadline_s))
+
+
+def checked(target: str) -> str:
+    """Refuse what names no server.
+
+    Args:
+        target: As for `connect`.
+
+    Returns:
+        The same.
+
+    Raises:
+        InvalidSpec: If it is no string, or empty.
+    """
+    if not isinstance(target, str) or not target:
+        msg = (
+            "target names a server, 'host:port' or 'unix:/path', got "
+            f"{target!r:.80}: is a variable of the environment not set?"
+        )
+        raise InvalidSpec(msg, target=target)
+    return target
 
 
 def configured(
@@ -114,7 +136,7 @@ class Client:
     """
 
     def __init__(self, target: str, config: ClientConfig) -> None:
-        self._connection = Connection(target, config)
+        self._connection = Connection(checked(target), config)
 
     def register_model(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -154,10 +155,11 @@ class OperatorBase:
         return result
 
     def _blocks(self, value: T, columns: int) -> TensorStream[T]:
-        if columns < 1:
-            msg = f"columns must be at least 1, got {columns}"
+        whole = isinstance(columns, numbers.Integral) and not isinstance(columns, bool)
+        if not whole or columns < 1:
+            msg = f"columns must be a whole number, at least 1, got {columns!r}"
             raise InvalidSpec(msg, columns=columns)
-        return self._product(value, columns=True, block=columns)
+        return self._product(value, columns=True, block=int(columns))
 
 
 class RemoteOperator(

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curvd.errors import InvalidSpec, InvalidVector
-from curvd.remote.algebra import Identity, Indices, dense_bytes, number_of
+from curvd.remote.algebra import (
+    Identity,
+    Indices,
+    dense_bytes,
+    number_of,
+    reciprocal_of,
+)
 from curvd.remote.torch_names import AsyncMultiplies, Multiplies
 from curvd.tensors import to_numpy
 
@@ -67,8 +73,8 @@ class SubmatrixBase:
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Any:
-        number = number_of(other)
-        return NotImplemented if number is None else self * (1.0 / number)
+        number = reciprocal_of(other)
+        return NotImplemented if number is None else self * number
 
     def __neg__(self) -> Any:
         return self * -1.0

@@ -262,14 +262,17 @@ def _checked_type(part: Any, label: str, dtype: Dtype) -> Array:
     # A bfloat16 tensor has become float32, which only a bfloat16 session may accept.
     exact = given != "bfloat16" or dtype is Dtype.BFLOAT16
     if array.dtype.newbyteorder("=") != wanted or not exact:
-        remedy = (
-            f".astype(np.{wanted})"
-            if isinstance(part, np.ndarray)
-            else f".to(torch.{wanted})"
-        )
+        if array.dtype.kind == "c":
+            remedy = "multiply .real and .imag by themselves"
+        elif array.dtype.kind not in "biuf":
+            remedy = "pass an array of numbers"
+        elif isinstance(part, np.ndarray):
+            remedy = f"pass it with .astype(np.{wanted})"
+        else:
+            remedy = f"pass it with .to(torch.{wanted})"
         msg = (
             f"{label} is {given}, but the session computes in {dtype.name.lower()} and "
-            f"takes {wanted}: pass it with {remedy}"
+            f"takes {wanted}: {remedy}"
         )
         raise InvalidVector(msg, given=given, expected=wanted)
     return array

@@ -69,8 +69,8 @@ def _absolute_error(help: str = "Standard error at which to stop") -> Any:
     return setting(0.0, f"{help}; 0: never.", least=0)
 
 
-def _samples() -> Any:
-    return setting(100, "Products at most.", least=1, most=100_000)
+def _samples(more: str = "") -> Any:
+    return setting(100, f"Products at most{more}.", least=1, most=100_000)
 
 
 def _damping() -> Any:
@@ -89,7 +89,9 @@ class TraceOptions(QueryOptions):
     )
     relative_error: float = _relative_error()
     absolute_error: float = _absolute_error()
-    samples: int = _samples()
+    samples: int = _samples(
+        ", but 4 of ``exchangeable`` and 2 of ``hutch++`` in any case"
+    )
     seed: int = seed_setting()
 
 
@@ -104,7 +106,7 @@ class DiagonalOptions(QueryOptions):
         "Stop when the norm of the errors is so small, relative to the diagonal's"
     )
     absolute_error: float = _absolute_error("The same, absolute")
-    samples: int = _samples()
+    samples: int = _samples(", but 4 of ``exchangeable`` in any case")
     seed: int = seed_setting()
 
 

@@ -83,10 +83,15 @@ class Solution(Result):
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Sketch(Result):
-    """Approximate eigenvalues, from below, of vectors that the session stores."""
+    """Approximate eigenvalues, from below, of vectors that the session stores.
+
+    They are those of the operator without its scale and damping: of G, for a sketch of
+    ``3 * G + 0.2 * I`` or of ``2 * I - G``, as systems and determinants of every scale and
+    damping are preconditioned with it. ``eigsh(store=)`` has those of the operator itself.
+    """
 
     values: Floats
-    """[r], largest first."""
+    """[r], largest first, without scale and damping."""
     stored: StoredVector
     """The vectors with their values: a preconditioner, at any damping and version."""
 
@@ -223,7 +228,13 @@ def _dampings(options: SolveOptions) -> list[float]:
     if isinstance(options.dampings, (int, float)):
         msg = f"dampings are several in a list, got {options.dampings}: say damping= for one"
         raise InvalidSpec(msg, dampings=options.dampings)
-    dampings = [float(damping) for damping in options.dampings]
+    try:
+        if isinstance(options.dampings, str):
+            raise TypeError
+        dampings = [float(damping) for damping in options.dampings]
+    except (TypeError, ValueError):
+        msg = f"dampings are numbers in a list, got {options.dampings!r:.80}"
+        raise InvalidSpec(msg, dampings=options.dampings) from None
     if not dampings or options.damping:
         msg = (
             f"dampings must be at least one, in place of damping, got {dampings} beside "
