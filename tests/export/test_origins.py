@@ -227,3 +227,33 @@ def test_a_session_is_pickled_without_its_module(live_target):
                 found, expected = other.gradient()[1], session.gradient()[1]
             np.testing.assert_array_equal(found, expected)
             assert other.id == session.id
+
+
+class Rotated(nn.Module):
+    """Turns pairs of features by complex numbers that it holds."""
+
+    def __init__(self, *, persistent):
+        super().__init__()
+        self.a = nn.Linear(4, 4).double()
+        turns = torch.polar(torch.ones(2), torch.tensor([0.3, 1.1])).to(
+            torch.complex128
+        )
+        self.register_buffer("turns", turns, persistent=persistent)
+
+    def forward(self, x):
+        pairs = torch.view_as_complex(self.a(x).unflatten(1, (2, 2)))
+        return torch.view_as_real(pairs * self.turns).flatten(1)[:, :3]
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("give", [lambda m: m, lambda m: m.state_dict()])
+def test_complex_buffers_travel_with_an_update(client, persistent, give):
+    module = seeded(lambda: Rotated(persistent=persistent))
+    with client.session_for(module, LOSS, (X, Y), batch_size=3) as session:
+        with torch.no_grad():
+            module.a.weight.mul_(1.5)
+            if persistent:
+                module.turns.mul_(1j)
+        session.update_parameters(give(module))
+        value, _ = session.gradient()
+    assert value == pytest.approx(LOSS(module(X), Y).item(), rel=1e-12)

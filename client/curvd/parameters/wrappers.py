@@ -82,15 +82,28 @@ def state_of(value: Any, origin: Origin | None = None) -> Any:
         InvalidSpec: If a module has changed in what is a constant of the session.
     """
     if isinstance(value, Mapping):
-        return _without_count(value)
+        return _of_pairs(_without_count(value))
     torch = loaded("torch")
     if torch is None or not isinstance(value, torch.nn.Module):
         return value
     inner = unwrapped(value)
     if origin is not None and not _is_sharded(inner):
-        return origin.state(inner)
-    state: Mapping[str, Any] = inner.state_dict()
-    return state
+        return _of_pairs(origin.state(inner))
+    return _of_pairs(inner.state_dict())
+
+
+def _of_pairs(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Write complex tensors as pairs of real numbers, [..., 2], as an export does."""
+    torch = loaded("torch")
+    turning = [
+        name
+        for name, value in state.items()
+        if torch is not None and isinstance(value, torch.Tensor) and value.is_complex()
+    ]
+    if not turning:
+        return state
+    real = {name: torch.view_as_real(state[name].resolve_conj()) for name in turning}
+    return {**state, **real}
 
 
 def _is_sharded(module: Any) -> bool:
