@@ -157,7 +157,8 @@ def export(
     """
     _need_torch()
     from curvd.graph.data import tensors_of
-    from curvd.graph.fitting import check_module, check_surroundings, explained
+    from curvd.graph.fitting import check_module, check_surroundings
+    from curvd.graph.misfits import explained
     from curvd.graph.prepare import prove_module
     from curvd.graph.twins import apart
 
@@ -184,7 +185,7 @@ def _captured(
     targets: Any = None,
 ) -> ExportedModel:
     from curvd.graph.capture import capture
-    from curvd.graph.fitting import explained
+    from curvd.graph.misfits import explained
 
     chosen = None if mode is None else member(Mode, mode, "mode")
     with explained(module, inputs, chosen, targets):
@@ -292,9 +293,9 @@ def prepare(
         check_loss,
         check_module,
         check_surroundings,
-        explained,
     )
     from curvd.graph.losses import recognised
+    from curvd.graph.misfits import explained
     from curvd.graph.origins import Origin
     from curvd.graph.own_loss import own_loss
     from curvd.graph.packing import OfSeveral, is_several, packed
