@@ -87,7 +87,8 @@ class Sketch(Result):
 
     They are those of the operator without its scale and damping: of G, for a sketch of
     ``3 * G + 0.2 * I`` or of ``2 * I - G``, as systems and determinants of every scale and
-    damping are preconditioned with it. ``eigsh(store=)`` has those of the operator itself.
+    damping are preconditioned with it. ``eigsh`` reports those of the operator itself, and
+    stores these.
     """
 
     values: Floats
