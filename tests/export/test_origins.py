@@ -183,7 +183,9 @@ def test_what_calls_the_module_itself_may_be_among_it(client):
         module.train().calls += 1
         assert session.update_parameters(module) == 2
         module.factor = lambda _: 2 * module.by_another_name(X[:1]).mean()
-        with pytest.raises(curvd.InvalidSpec, match="factor was <function>"):
+        with pytest.raises(
+            curvd.InvalidSpec, match="factor is <function> as before, but another"
+        ):
             session.update_parameters(module)
         assert module.training
 

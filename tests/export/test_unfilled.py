@@ -4,6 +4,7 @@ import contextlib
 import functools
 import threading
 import types
+import weakref
 from collections import UserDict, deque
 
 import pytest
@@ -376,3 +377,68 @@ def test_a_module_of_a_trace_is_refused_with_a_remedy():
     traced = torch.jit.trace(nn.Linear(4, 3), torch.randn(2, 4))
     with pytest.raises(curvd.InvalidSpec, match="traced from"):
         curvd.export(traced, (torch.randn(6, 4),))
+
+
+class Gate(nn.Module):
+    """A layer that writes to its parent, which it knows in one way or another."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.layer, self.write = nn.Linear(4, 3).double(), write
+
+    def forward(self, x):
+        self.write(self.layer(x).sigmoid())
+        return x
+
+
+class Gated(nn.Module):
+    def __init__(self, knows):
+        super().__init__()
+        self.layer, self.gate = nn.Linear(4, 3).double(), torch.ones(1, 3).double()
+        self.child = Gate(knows(self))
+
+    def set(self, gate):
+        self.gate = gate
+
+    def forward(self, x):
+        return self.layer(self.child(x)) * self.gate
+
+
+def by_list(parent):
+    held = [parent]
+    return lambda gate: setattr(held[0], "gate", gate)
+
+
+def by_weakref(parent):
+    held = weakref.ref(parent)
+    return lambda gate: setattr(held(), "gate", gate)
+
+
+def by_global(parent):
+    global PARENT
+    PARENT = parent
+    return lambda gate: setattr(PARENT, "gate", gate)
+
+
+@pytest.mark.parametrize(
+    "knows",
+    [
+        by_list,
+        by_weakref,
+        by_global,
+        lambda parent: parent.set,
+        lambda parent: functools.partial(setattr, parent, "gate"),
+        lambda parent: types.MethodType(Gated.set, parent),
+    ],
+)
+def test_what_a_layer_writes_to_its_parent_is_read_there(knows):
+    net, x = Gated(knows), torch.randn(6, 4, dtype=torch.float64)
+    try:
+        model = curvd.export(net, (x,))
+    except curvd.GradientMismatch:  # a copy of such a function writes to the original
+        assert knows in {by_list, by_weakref, by_global}
+        return
+    tensors = [model.state[t.names[0]] for t in model.graph.tensors]
+    assert len(tensors) == 4
+    found = evaluate(model.graph, (x,), tensors)[0]
+    torch.testing.assert_close(found, net(x), rtol=1e-12, atol=0)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from curvd.errors import CurvdError, InvalidSpec
 from curvd.graph.manifest import CONSTANTS
 from curvd.graph.twins import twin_of
+from curvd.graph.unfilled import reaches_itself
 from curvd.v1 import graph_pb2 as graph_pb
 
 Traced = tuple[graph_pb.Graph, Mapping[str, Tensor]]
@@ -192,15 +193,13 @@ class Origin:
 
     def _does_the_same(self, module: nn.Module, *, prove: bool) -> bool:
         try:
-            graph, tensors = self._traced(twin_of(module, self._training), prove)
-        except (
-            CurvdError
-        ):  # what it holds, a bound method, say, calls the module itself
-            try:
+            if reaches_itself(module):  # what it writes there, a twin would not read
                 with _in_modes(module, self._training):
                     graph, tensors = self._traced(module, prove)
-            except CurvdError:
-                return False
+            else:
+                graph, tensors = self._traced(twin_of(module, self._training), prove)
+        except CurvdError:
+            return False
         constants = _constants(tensors)
         return (
             _without_roles(graph) == _without_roles(self._graph)
@@ -211,7 +210,7 @@ class Origin:
 
 def _refusal(changed: Mapping[str, tuple[Any, Any]]) -> InvalidSpec:
     shown = ", ".join(
-        f"{name} was {_said(old)} and is {_said(new)}"
+        f"{name} {_changed(_said(old), _said(new))}"
         for name, (old, new) in list(changed.items())[:_SHOWN]
     )
     more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
@@ -221,6 +220,12 @@ def _refusal(changed: Mapping[str, tuple[Any, Any]]) -> InvalidSpec:
         "moves in training a buffer (register_buffer), which travels with an update"
     )
     return InvalidSpec(msg, attributes=", ".join(changed))
+
+
+def _changed(old: str, new: str) -> str:
+    return (
+        f"was {old} and is {new}" if old != new else f"is {new} as before, but another"
+    )
 
 
 def _said(value: Any) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ _TORCHS = ("torch", "builtins", "typing", "functools", "collections", "curvd")
 """Packages whose own names are not the caller's."""
 _PARTS = 10_000
 """Attributes, names and elements that are looked at; who has more holds data, or a trainer."""
+_TOO_MANY = -1
+"""In place of a module's identity: not all was looked at."""
 _MISSING = object()
 
 
@@ -210,21 +213,49 @@ class _Remembered:
         return found
 
 
+def reaches_itself(module: nn.Module) -> bool:
+    """Tell whether the code of a module can reach the module, or a layer, by another way.
+
+    Other ways than from a layer to its children: a parent in a list, a bound method, a global.
+
+    Args:
+        module: The module.
+
+    Returns:
+        Whether it can, or there is too much to look at.
+    """
+    met: set[int] = set()
+    for _ in _places(module, met):
+        pass
+    own = {*map(id, module.modules()), _TOO_MANY}
+    return not own.isdisjoint(met)
+
+
 _Place = _Names | _Elements | _Cell | _Slots | _Remembered
 
 
-def _places(wrapper: nn.Module) -> Iterator[_Place]:
-    """List where the code of a module can keep something, from the module inwards."""
-    known: dict[int, Any] = {}
+def _places(wrapper: nn.Module, met: set[int] | None = None) -> Iterator[_Place]:
+    """List where the code of a module can keep something, from the module inwards.
+
+    Args:
+        wrapper: The module.
+        met: Takes the identities of modules that are reached, but as children.
+
+    Yields:
+        The places.
+    """
+    layers = list(wrapper.modules())
+    known: dict[int, Any] = {id(m._modules): m._modules for m in layers}
     ahead: deque[Any] = deque()
 
     def meet(items: Iterable[Any]) -> None:
         for item in items:
+            if met is not None and isinstance(item, nn.Module):
+                met.add(id(item))
             if id(item) not in known and not isinstance(item, _OPAQUE):
                 known[id(item)] = item
                 ahead.append(item)
 
-    layers = list(wrapper.modules())
     meet(vars(layer) for layer in layers)
     kinds = {kind for layer in layers for kind in type(layer).__mro__}
     methods: dict[str, list[Any]] = {}
@@ -252,6 +283,8 @@ def _places(wrapper: nn.Module) -> Iterator[_Place]:
             elif isinstance(item, tuple):
                 left -= len(item)
                 meet(item if left > 0 else ())
+            elif isinstance(item, weakref.ref):
+                meet([item()])
             elif isinstance(item, _CODE):
                 yield from _of_code(item, meet, methods)
             elif _is_callers(item):
@@ -264,6 +297,8 @@ def _places(wrapper: nn.Module) -> Iterator[_Place]:
                 if slots:
                     yield _Slots(item, slots)
                     meet(getattr(item, name, None) for name in slots)
+    if ahead and met is not None:
+        met.add(_TOO_MANY)
 
 
 def _of_code(
@@ -280,6 +315,8 @@ def _of_code(
     while not isinstance(function, types.FunctionType):
         if isinstance(function, functools.partial):
             meet([function.args, function.keywords])
+        if isinstance(function, types.MethodType):
+            meet([function.__self__])
         following = (
             getattr(function, name, None) for name in ("__func__", "func", "fget")
         )
