@@ -201,3 +201,37 @@ def test_losses_of_single_data_points_are_exported(loss, targets):
         seeded(Net), loss, (X, targets), None, None, batch_size=4, check=True
     )
     assert found.loss.name is curvd.LossName.CUSTOM or loss is F.huber_loss
+
+
+def _first(h):
+    return torch.cat([h[:1] * 2, h[1:]])
+
+
+def _even(h):
+    weights = torch.ones(h.shape[0], 1)
+    weights[::2] = 3.0
+    return h * weights
+
+
+POSITIONS = {
+    "counted": lambda h: h * torch.arange(1, h.shape[0] + 1)[:, None],
+    "the first": _first,
+    "every other": _even,
+    "from a table": lambda h: h + torch.linspace(0.5, 2, 1000)[: h.shape[0], None],
+    "backwards": lambda h: h.flip(0),
+}
+
+
+@pytest.mark.parametrize("between", POSITIONS.values(), ids=POSITIONS)
+@pytest.mark.parametrize("mode", [None, "batch_statistics"])
+def test_rows_that_depend_on_their_place_in_a_mini_batch_are_refused(between, mode):
+    net = seeded(lambda: Net(lambda h: between(h.tanh())))
+    with pytest.raises(
+        curvd.InvalidSpec, match=r"which row of the mini-batch|other data"
+    ):
+        curvd.export(net, X, mode=mode)
+
+
+def test_positions_within_a_data_point_are_exported():
+    net = seeded(lambda: Net(lambda h: h * torch.arange(1.0, h.shape[1] + 1)))
+    assert curvd.export(net, X).graph.nodes

@@ -136,6 +136,46 @@ def check_module(
                 raise _joined_rows(company, error)
 
 
+def check_positions(
+    graph: graph_pb.Graph, leaves: Sequence[Tensor], given: Sequence[Tensor]
+) -> None:
+    """Refuse a module of whose output a row depends on which row of the mini-batch it is.
+
+    Args:
+        graph: What was exported.
+        leaves: Inputs of a few data points, [B, ...] each.
+        given: Values of the graph's tensors.
+
+    Raises:
+        InvalidSpec: If data points that change places are others.
+    """
+    run = Evaluator(graph)
+    whole = _rows(run, given, leaves)
+    for places in (_turned, _backwards) if whole is not None else ():
+        order = places(len(leaves[0]))
+        found = _rows(run, given, [leaf[order] for leaf in leaves])
+        if whole is None or found is None or len(found) != len(order):
+            continue
+        pairs = zip(found, whole[order], strict=True)
+        error = max(_off(row, want, whole) for row, want in pairs)
+        if error:
+            msg = (
+                "a row of the module's output depends on which row of the mini-batch it "
+                f"is: data points that change places change {shown_size(error)}. "
+                "Curvature would depend on the batch size: take positions within a data "
+                "point (x.shape[1], not x.shape[0]), with the batch axis first"
+            )
+            raise InvalidSpec(msg, difference=error)
+
+
+def _turned(count: int) -> list[int]:
+    return [*range(1, count), 0]
+
+
+def _backwards(count: int) -> list[int]:
+    return [*range(count)][::-1]
+
+
 def _change(
     run: Evaluator,
     tensors: Sequence[Tensor],

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from curvd.errors import InvalidSpec
-from curvd.graph.companions import check_module
+from curvd.graph.companions import check_module, check_positions
 from curvd.graph.compared import differing, shown_size, size_of
 from curvd.graph.eager import Run, multiplied, runs, widened
 from curvd.graph.evaluate import Evaluator, types_in
@@ -107,6 +107,7 @@ def prove(
         digits = run.narrowest
         proof.compare(outputs, objective, rows.targets)
         run.narrowest = digits  # the loss may have had fewer
+        proof.check_places()
         if not mixes:
             proof.check_rows()
         proof.check_strangers()
@@ -257,6 +258,10 @@ class _Proof:
             )
             raise InvalidSpec(msg, difference=wrong["rows"])
         check_module(self.graph, self.rows.leaves, self._given()[0])
+
+    def check_places(self) -> None:
+        """Refuse a row of the output that depends on its place among the others."""
+        check_positions(self.graph, self.rows.leaves, self._given()[0])
 
     def check_strangers(self) -> None:
         """Refuse tensors that train, but are no parameters: no update moves them."""
