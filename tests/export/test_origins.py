@@ -33,8 +33,12 @@ class Schedule:
 class Net(nn.Module):
     """A layer whose result is multiplied by a number that is kept in one way or another."""
 
+    __slots__ = ("slotted",)
+    of_class = 1.0
+
     def __init__(self, factor=lambda m: 1.0):
         super().__init__()
+        self.slotted = 1.0
         self.a, self.drop, self.factor = nn.Linear(4, 3), nn.Dropout(0.5), factor
         self.register_buffer("k", torch.tensor(1.0), persistent=False)
         self.plain, self.number, self.on = torch.tensor(1.0), 1.0, False
@@ -104,6 +108,16 @@ MOVED = {
         lambda m: m.a.register_forward_hook(lambda m, x, z: 2 * z),
         r"a\._forward_hooks",
     ),
+    "class's number": (
+        lambda m: m.of_class,
+        lambda m: setattr(type(m), "of_class", 3.0),  # put back by the test
+        r"of_class was 1\.0 and is 3\.0",
+    ),
+    "slot": (
+        lambda m: m.slotted,
+        lambda m: setattr(m, "slotted", 3.0),
+        r"slotted was 1\.0 and is 3\.0",
+    ),
     "hook on a gradient": (
         lambda m: 1.0,
         lambda m: m.a.weight.register_hook(lambda g: 2 * g),
@@ -126,8 +140,9 @@ MOVED = {
 
 @pytest.mark.parametrize(("factor", "move", "match"), MOVED.values(), ids=MOVED)
 def test_what_is_a_constant_of_the_graph_and_moves_is_refused(
-    client, factor, move, match
+    client, factor, move, match, monkeypatch
 ):
+    monkeypatch.setattr(Net, "of_class", 1.0)
     module = net(factor)
     with client.session_for(module, LOSS, (X, Y), batch_size=3) as session:
         session.update_parameters(module)
@@ -139,6 +154,15 @@ def test_what_is_a_constant_of_the_graph_and_moves_is_refused(
             ):
                 one.update_parameters(module)
         assert session.refresh().version == 3
+
+
+def test_layers_that_are_tied_afterwards_are_a_change(client):
+    module = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)))
+    with client.session_for(module, LOSS, (X, Y), batch_size=3) as session:
+        session.update_parameters(module)
+        module[2].weight = module[0].weight
+        with pytest.raises(curvd.InvalidSpec, match="tied was"):
+            session.update_parameters(module)
 
 
 def test_hooks_that_only_look_on_are_let_through(client):

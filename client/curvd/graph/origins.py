@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from curvd.errors import CurvdError, InvalidSpec
 from curvd.graph.manifest import CONSTANTS
-from curvd.graph.twins import twin_of
+from curvd.graph.twins import in_slots, twin_of
 from curvd.graph.unfilled import reaches_itself
 from curvd.v1 import graph_pb2 as graph_pb
 
@@ -63,7 +63,10 @@ class _Layer:
     It keeps nothing alive that is not the caller's plain value.
     """
 
-    __slots__ = ("_children", "_layer", "_mutable", "_plain", "_size", "_tensors")
+    __slots__ = (
+        *("_children", "_class", "_layer", "_mutable", "_parameters", "_plain"),
+        *("_size", "_tensors"),
+    )
 
     def __init__(self, layer: nn.Module) -> None:
         held = vars(layer)
@@ -74,6 +77,8 @@ class _Layer:
         self._mutable = [(n, _noted(v)) for n, v in own.items() if not _is_plain(v)]
         self._mutable += [(n, _hooks(held[n])) for n in _HOOKS if held[n]]
         self._tensors = _gradient_hooks(layer)
+        self._class = [(name, _noted(value)) for name, value in _of_class(layer)]
+        self._parameters = tuple(map(id, held["_parameters"].values()))
 
     def is_of(self, module: nn.Module) -> bool:
         """Tell whether this is of a module."""
@@ -99,6 +104,13 @@ class _Layer:
         return (
             len(held) == self._size
             and _same(self._tensors, _gradient_hooks(layer))
+            and self._parameters == tuple(map(id, held["_parameters"].values()))
+            and all(
+                _same(noted, _noted(now))
+                for (_, noted), (_, now) in zip(
+                    self._class, _of_class(layer), strict=False
+                )
+            )
             and hooks == sum(name in _HOOKS for name, _ in self._mutable)
             and self._children == tuple(map(id, held["_modules"].values()))
         )
@@ -251,7 +263,30 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
                 found[prefix + name] = _hooks(held[name])
         for name, registered in _gradient_hooks(layer).items():
             found[prefix + name] = registered
+        for name, value in _of_class(layer):
+            found[prefix + name] = value if type(value) in _ATOMS else _noted(value)
+    found["tied"] = [names for names in _names_of_each(module) if len(names) > 1]
     return found
+
+
+def _of_class(layer: nn.Module) -> Iterator[tuple[str, Any]]:
+    """List what a layer has by its class: values in slots, numbers, and its ``forward``."""
+    yield "forward of its class", type(layer).forward
+    yield from in_slots(layer)
+    for kind in type(layer).__mro__:
+        if kind.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        for name, value in list(vars(kind).items()):
+            if type(value) in _ATOMS and not name.startswith("__"):
+                yield name, value
+
+
+def _names_of_each(module: nn.Module) -> list[list[str]]:
+    """List the names of each parameter."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
 
 
 def _noted(value: Any, depth: int = _DEPTH) -> Any:

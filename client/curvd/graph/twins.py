@@ -6,7 +6,7 @@ layers. Its owner may be training it meanwhile, in another thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -32,6 +32,8 @@ def twin_of(module: nn.Module, training: Mapping[str, bool] | None = None) -> nn
         if id(layer) not in twins:
             twin: nn.Module = object.__new__(layer.__class__)
             vars(twin).update(vars(layer))
+            for name, value in in_slots(layer):
+                object.__setattr__(twin, name, value)
             twins[id(layer)] = twin
             for name in ("_parameters", "_buffers"):
                 vars(twin)[name] = dict(vars(layer)[name])
@@ -43,6 +45,22 @@ def twin_of(module: nn.Module, training: Mapping[str, bool] | None = None) -> nn
     for name, layer in whole.named_modules():
         layer.training = (training or {}).get(name, layer.training)
     return whole
+
+
+def in_slots(layer: nn.Module) -> Iterator[tuple[str, Any]]:
+    """List what a layer holds in slots of its classes, by name.
+
+    Args:
+        layer: The layer.
+
+    Yields:
+        Name and value, of those that have one.
+    """
+    for kind in type(layer).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if not name.startswith("__") and hasattr(layer, name):
+                yield name, getattr(layer, name)
 
 
 def apart(module: nn.Module, work: Callable[[nn.Module], T]) -> T:
