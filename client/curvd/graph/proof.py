@@ -107,9 +107,9 @@ def prove(
         digits = run.narrowest
         proof.compare(outputs, objective, rows.targets)
         run.narrowest = digits  # the loss may have had fewer
-        proof.check_places()
         if not mixes:
             proof.check_rows()
+        proof.check_places()
         proof.check_strangers()
         proof.compare_batches(batches, objective)
         if run.movable:
