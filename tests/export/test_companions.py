@@ -223,13 +223,12 @@ POSITIONS = {
 
 
 @pytest.mark.parametrize("between", POSITIONS.values(), ids=POSITIONS)
-@pytest.mark.parametrize("mode", [None, "batch_statistics"])
-def test_rows_that_depend_on_their_place_in_a_mini_batch_are_refused(between, mode):
+def test_rows_that_depend_on_their_place_in_a_mini_batch_are_refused(between):
     net = seeded(lambda: Net(lambda h: between(h.tanh())))
     with pytest.raises(
         curvd.InvalidSpec, match=r"which row of the mini-batch|other data"
     ):
-        curvd.export(net, X, mode=mode)
+        curvd.export(net, X)
 
 
 def test_positions_within_a_data_point_are_exported():

@@ -109,7 +109,7 @@ def prove(
         run.narrowest = digits  # the loss may have had fewer
         if not mixes:
             proof.check_rows()
-        proof.check_places()
+            proof.check_places()
         proof.check_strangers()
         proof.compare_batches(batches, objective)
         if run.movable:
