@@ -34,6 +34,12 @@ def test_other_targets_are_refused_with_the_usual_port(target):
         curvd.connect(target)
 
 
+@pytest.mark.parametrize("target", ["", None, 50551])
+def test_what_names_no_server_is_refused(target):
+    with pytest.raises(curvd.InvalidSpec, match=r"target names a server.*got"):
+        curvd.connect(target)
+
+
 def test_local_is_what_cannot_leave_the_machine():
     local = [
         "unix:/s",
