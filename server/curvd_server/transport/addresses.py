@@ -14,6 +14,8 @@ from pathlib import Path
 from curvd.errors import InvalidSpec
 
 _BACKLOG = 128
+_TRIES = 8
+"""To find a port that is free at all addresses of a name, where any will do."""
 _NOT_OURS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 """Errors of addresses that are another machine's, or of a protocol that is not there;
 of several addresses of one name, such are left out."""
@@ -35,15 +37,23 @@ async def bound(listen: str, setting: str = "") -> list[socket.socket]:
     Raises:
         InvalidSpec: If the address cannot be had.
     """
-    try:
-        return await _bound(listen)
-    except OSError as error:
-        where = f"{setting} {listen}" if setting else listen
-        msg = (
-            f"cannot listen on {where}: the address is taken, or not of this "
-            f"machine ({error.strerror or error})"
-        )
-        raise InvalidSpec(msg, listen=listen) from error
+    for left in reversed(range(_TRIES if listen.endswith(":0") else 1)):
+        try:
+            return await _bound(listen)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and left:
+                continue  # a port that is free at ::1 may be taken at 127.0.0.1
+            raise _taken(listen, setting, error) from error
+    raise AssertionError
+
+
+def _taken(listen: str, setting: str, error: OSError) -> InvalidSpec:
+    where = f"{setting} {listen}" if setting else listen
+    msg = (
+        f"cannot listen on {where}: the address is taken, or not of this "
+        f"machine ({error.strerror or error})"
+    )
+    return InvalidSpec(msg, listen=listen)
 
 
 async def _bound(listen: str) -> list[socket.socket]:
