@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from curvd.errors import CurvdError, InvalidSpec
 from curvd.graph.manifest import CONSTANTS
+from curvd.graph.places import reaches_itself
 from curvd.graph.twins import in_slots, twin_of
-from curvd.graph.unfilled import reaches_itself
 from curvd.v1 import graph_pb2 as graph_pb
 
 Traced = tuple[graph_pb.Graph, Mapping[str, Tensor]]

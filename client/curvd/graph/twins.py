@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from curvd.graph.unfilled import reaches_itself
+from curvd.graph.places import reaches_itself
 
 T = TypeVar("T")
 
