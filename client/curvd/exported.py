@@ -157,9 +157,10 @@ def export(
     """
     _need_torch()
     from curvd.graph.data import tensors_of
-    from curvd.graph.fitting import check_module, check_surroundings
+    from curvd.graph.fitting import check_module
     from curvd.graph.misfits import explained
     from curvd.graph.prepare import prove_module
+    from curvd.graph.surroundings import check_surroundings
     from curvd.graph.twins import apart
 
     check_surroundings()
@@ -249,8 +250,8 @@ def export_loss(
         msg = f"unknown normaliser {normaliser!r}; known: points, sum, counted"
         raise InvalidSpec(msg, normaliser=normaliser)
     _need_torch()
-    from curvd.graph.fitting import check_surroundings
     from curvd.graph.losses import capture_loss
+    from curvd.graph.surroundings import check_surroundings
 
     check_surroundings()
     return capture_loss(loss, outputs, targets, normaliser, check=check)
@@ -292,7 +293,6 @@ def prepare(
         check_lengths,
         check_loss,
         check_module,
-        check_surroundings,
     )
     from curvd.graph.losses import recognised
     from curvd.graph.misfits import explained
@@ -300,6 +300,7 @@ def prepare(
     from curvd.graph.own_loss import own_loss
     from curvd.graph.packing import OfSeveral, is_several, packed
     from curvd.graph.prepare import example_outputs, leaves_of, prove_module
+    from curvd.graph.surroundings import check_surroundings
     from curvd.graph.twins import apart
 
     check_surroundings()

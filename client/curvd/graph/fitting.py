@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.jit._trace import TopLevelTracedModule
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from curvd.contract import LossName, LossSpec
 from curvd.errors import InvalidSpec
@@ -57,38 +56,6 @@ def check_module(module: Any) -> None:
         remedy = "a state has no forward: pass the nn.Module that it is loaded into"
     msg = f"module must be an nn.Module, got {what}; {remedy}"
     raise InvalidSpec(msg, module=type(module).__name__)
-
-
-def check_surroundings() -> None:
-    """Refuse states of torch that change what operators compute, unseen by a trace.
-
-    Raises:
-        InvalidSpec: With the block to leave.
-    """
-    for kind in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(kind):
-            msg = (
-                f"torch.autocast is on for {kind}, and a session computes in one type: "
-                "leave its block, or put this call under torch.autocast(enabled=False)"
-            )
-            raise InvalidSpec(msg, autocast=kind)
-    modes = _get_current_dispatch_mode_stack()
-    if modes:
-        what = type(modes[-1]).__name__
-        msg = (
-            f"{what} is in force, which may change what operators return, and which no "
-            "server has: leave its block"
-        )
-        raise InvalidSpec(msg, mode=what)
-    if torch.is_inference_mode_enabled():
-        msg = "torch.inference_mode is on, where nothing has a derivative: leave its block"
-        raise InvalidSpec(msg, mode="inference_mode")
-    if torch.get_default_device().type == "meta":
-        msg = (
-            "torch's default device is meta, where tensors have no values: call "
-            "torch.set_default_device(None) before"
-        )
-        raise InvalidSpec(msg, device="meta")
 
 
 def check_loss(loss: Any) -> None:

@@ -76,7 +76,6 @@ def apart(module: nn.Module, work: Callable[[nn.Module], T]) -> T:
 
     Returns:
         What it returned.
-
     """
     if reaches_itself(module):
         return work(module)
