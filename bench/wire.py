@@ -57,6 +57,7 @@ class Identity:
     )
 
     shares = False
+    waits = False
 
     def apply(self, columns, *, counts=(), cancelled):
         return columns

@@ -19,6 +19,7 @@ class Gated:
     """An operator that multiplies by two, when it is let."""
 
     shares = True
+    waits = False
 
     def __init__(self, order=None):
         self.runs, self.requests, self.order = [], [], order
@@ -270,6 +271,7 @@ class Quick:
     """An operator that multiplies by two, and says on which thread."""
 
     shares = True
+    waits = False
 
     def __init__(self):
         self.threads, self.inside = [], lambda: None
@@ -284,7 +286,7 @@ def known_to_be_quick(batcher):
     operator = Quick()
     result(batcher.multiply(operator, columns(1)))
     idle(batcher)
-    batcher._paces.slowest_s[operator] = 0.0  # the machine may have been busy
+    batcher._paces.count(operator, 1, 0.0, complete=True)  # the machine may be busy
     return operator
 
 
@@ -303,13 +305,21 @@ def test_a_short_product_of_a_lone_caller_wakes_nobody(batcher):
     assert operator.threads[0] is not threading.current_thread()
     statistics = batcher.statistics()
     assert (statistics.runs, statistics.requests, statistics.columns) == (2, 2, 3)
-    assert batcher._paces.slowest_s[operator] > 0  # what it took counts
-    assert [*batcher._paces._quickest[operator]] == [1]  # but not here as the quickest
+    # What it took counts, also as the quickest of so many columns.
+    assert batcher._paces.slowest_s[operator] > 0
+    assert [*batcher._paces._quickest[operator]] == [1, 2]
 
 
 def test_what_is_not_known_to_be_short_belongs_in_the_queue(batcher):
     operator = Quick()
     idle(batcher)
+    assert batcher.multiply_now(operator, columns(1)) is None
+
+
+def test_what_others_compute_belongs_in_the_queue(batcher):
+    """They may fall silent, and the caller's thread is that of all calls."""
+    operator = known_to_be_quick(batcher)
+    operator.waits = True
     assert batcher.multiply_now(operator, columns(1)) is None
 
 

@@ -14,6 +14,7 @@ class Doubles:
     """Multiplies by two and notes it."""
 
     shares = True
+    waits = False
 
     def __init__(self, log):
         self.log = log

@@ -165,8 +165,10 @@ class Batcher:
 
         Returns:
             The result [K, P]; None if the device is busy, or the product not known to
-            be short: then it belongs in the queue.
+            be short, or others would be waited for: then it belongs in the queue.
         """
+        if operator.waits:
+            return None
         caller = calling()
         with self._lock:
             idle = self._asleep and not self._closed
@@ -178,12 +180,13 @@ class Batcher:
             self._asleep, self._borrowed = False, True
             self._presence.came(caller.name)
             self._requests += 1
-        start_s = time.monotonic()
+        start_s, complete = time.monotonic(), False
         try:
             value = operator.apply(columns, cancelled=lambda: self._closed)
+            complete = True
         finally:
             seconds = time.monotonic() - start_s
-            self._count(operator, len(columns), seconds, products=1, complete=False)
+            self._count(operator, len(columns), seconds, products=1, complete=complete)
             with self._lock:
                 if caller.name:  # else nobody is told apart, and shares are nobody's
                     expected = self._presence.expected()

@@ -29,6 +29,8 @@ class FactoredOperator:
     """Nothing was timed."""
     shares = False
     """Columns together would round otherwise than alone."""
+    waits = False
+    """Its products are made by the thread that asks."""
 
     def __init__(self, operator: KroneckerOperator) -> None:
         self.operator = operator

@@ -66,6 +66,10 @@ class Operator(Protocol):
         """Whether columns together cost less than one after the other."""
 
     @property
+    def waits(self) -> bool:
+        """Whether products wait for other processes, which may fall silent."""
+
+    @property
     def size(self) -> int:
         """P, the length of the vectors that it multiplies."""
 

@@ -24,6 +24,10 @@ class Multiplies(Protocol):
     def shares(self) -> bool:
         """Whether columns together cost less than one after the other."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether products wait for other processes, which may fall silent."""
+
     def apply(
         self, columns: Columns, *, counts: Sequence[int] = (), cancelled: Poll
     ) -> Columns:

@@ -28,6 +28,9 @@ class TorchOperator:
         report: How it is computed; by default as it says now.
     """
 
+    waits = False
+    """Its products are made by the thread that asks."""
+
     def __init__(self, operator: Operator, report: PlanReport | None = None) -> None:
         self._operator = operator
         # Asked here, on the device's thread, because it may measure.

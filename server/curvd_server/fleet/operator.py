@@ -43,6 +43,9 @@ class FleetOperator:
         mixes: Whether columns of several requests go through together.
     """
 
+    waits = True
+    """Its products are made by the workers."""
+
     def __init__(
         self,
         problem: FleetProblem,
