@@ -158,6 +158,7 @@ def export(
     _need_torch()
     from curvd.graph.data import tensors_of
     from curvd.graph.fitting import check_module
+    from curvd.graph.itself import check_itself
     from curvd.graph.misfits import explained
     from curvd.graph.prepare import prove_module
     from curvd.graph.surroundings import check_surroundings
@@ -175,7 +176,11 @@ def export(
                 prove_module(module, inputs, output, model.mode, graph, state)
         return model
 
-    return apart(module, made)
+    model = apart(module, made)
+    if check:
+        chosen = _chosen(mode)
+        check_itself(module, inputs, output, chosen, model.graph, model.state)
+    return model
 
 
 def _captured(
@@ -188,7 +193,7 @@ def _captured(
     from curvd.graph.capture import capture
     from curvd.graph.misfits import explained
 
-    chosen = None if mode is None else member(Mode, mode, "mode")
+    chosen = _chosen(mode)
     with explained(module, inputs, chosen, targets):
         graph, state, needed = capture(module, inputs, output, chosen)
     parameters = tuple(
@@ -197,6 +202,10 @@ def _captured(
         if tensor.role == graph_pb.GRAPH_TENSOR_ROLE_PARAMETER
     )
     return ExportedModel(graph, state, needed, parameters)
+
+
+def _chosen(mode: Mode | str | None) -> Mode | None:
+    return None if mode is None else member(Mode, mode, "mode")
 
 
 @_one_at_a_time
@@ -294,6 +303,7 @@ def prepare(
         check_loss,
         check_module,
     )
+    from curvd.graph.itself import check_itself
     from curvd.graph.losses import recognised
     from curvd.graph.misfits import explained
     from curvd.graph.origins import Origin
@@ -345,6 +355,9 @@ def prepare(
         return model, spec, aims
 
     model, spec, targets = apart(module, made)
+    if check:
+        chosen = _chosen(mode)
+        check_itself(module, inputs, output, chosen, model.graph, model.state)
     target = next(n for n in ("target", "targets", "y_target") if n not in model.inputs)
     leaves = dict(zip(model.inputs, leaves_of(inputs), strict=True))
     dtype = Dtype(model.graph.dtype)

@@ -59,7 +59,8 @@ class Evaluator:
     def __init__(self, graph: graph_pb.Graph) -> None:
         self._own = (graph.dtype, COMPLEX[graph.dtype])
         self._outputs = list(graph.outputs)
-        self._nodes: list[tuple[str, list[Any], dict[str, Any]]] = []
+        self._nodes: list[tuple[Callable[..., Any], bool, list[Any], dict[str, Any]]]
+        self._nodes = []
         for node in graph.nodes:
             positional: list[Any] = []
             named: dict[str, Any] = {}
@@ -68,7 +69,7 @@ class Evaluator:
                     named[argument.name] = _read(argument)
                 else:
                     positional.append(_read(argument))
-            self._nodes.append((node.operator, positional, named))
+            self._nodes.append((*_found(node.operator), positional, named))
 
     def __call__(
         self, inputs: Sequence[Tensor], tensors: Sequence[Tensor]
@@ -80,16 +81,18 @@ class Evaluator:
         values: list[Any] = [*inputs, *tensors]
 
         def filled(item: Any) -> Any:
-            if type(item) is _Value:
+            kind = type(item)
+            if kind is _Value:
                 return values[item.index]
-            if type(item) is list:
+            if kind is list:
                 return [filled(part) for part in item]
-            return self._type(item.name, session) if type(item) is _Type else item
+            return self._type(item.name, session) if kind is _Type else item
 
-        for operator, positional, named in self._nodes:
+        for function, makes_tensors, positional, named in self._nodes:
             options = {name: filled(item) for name, item in named.items()}
-            arguments = [filled(item) for item in positional]
-            values.append(_apply(operator, arguments, options, device))
+            if makes_tensors:
+                options["device"] = device
+            values.append(function(*map(filled, positional), **options))
         return [values[index] for index in self._outputs]
 
     def _type(self, name: str, session: torch.dtype) -> torch.dtype:
@@ -166,22 +169,13 @@ def constant(described: graph_pb.GraphTensor) -> Tensor:
     return raw.reshape(tuple(described.shape))
 
 
-def _apply(
-    operator: str, positional: list[Any], named: dict[str, Any], device: torch.device
-) -> Any:
+@functools.lru_cache(maxsize=1024)
+def _found(operator: str) -> tuple[Callable[..., Any], bool]:
+    """Look an operator up, and say whether it makes tensors of numbers alone."""
     namespace, name, *overload = operator.split(".")
     if namespace == "sym":
-        return _SIZES[name](*positional)
-    function, makes_tensors = _found(name, overload[0])
-    if makes_tensors:
-        named["device"] = device
-    return function(*positional, **named)
-
-
-@functools.lru_cache(maxsize=1024)
-def _found(name: str, overload: str) -> tuple[Callable[..., Any], bool]:
-    """Look an operator up, and say whether it makes tensors of numbers alone."""
-    function = getattr(getattr(torch.ops.aten, name), overload)
+        return _SIZES[name], False
+    function = getattr(getattr(torch.ops.aten, name), overload[0])
     kinds = {a.name: str(a.type) for a in function._schema.arguments}
     makes = "device" in kinds and not any("Tensor" in kind for kind in kinds.values())
     return function, makes

@@ -24,6 +24,8 @@ _LISTS = (list, deque)
 _HELD = (*_DICTS, *_LISTS, set)
 _OPAQUE = (nn.Module, Tensor, torch.dtype, torch.device)
 """What is not looked into; a module's layers are looked at one by one."""
+_PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))
+"""What holds nothing, as most of what is met does."""
 _CODE: tuple[type, ...] = (
     types.FunctionType,
     types.MethodType,
@@ -180,6 +182,8 @@ def places(wrapper: nn.Module, met: set[int] | None = None) -> Iterator[Place]:
 
     def meet(items: Iterable[Any]) -> None:
         for item in items:
+            if type(item) in _PLAIN:
+                continue
             if met is not None and isinstance(item, nn.Module):
                 met.add(id(item))
             if id(item) not in known and not isinstance(item, _OPAQUE):
@@ -279,13 +283,14 @@ def _of_code(
             meet(vars(value).values())
 
 
-def _names_in(code: types.CodeType) -> dict[str, None]:
+@functools.lru_cache(4096)
+def _names_in(code: types.CodeType) -> tuple[str, ...]:
     """List the names that a function's code uses, and that of functions in it."""
     found = dict.fromkeys(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            found |= _names_in(constant)
-    return found
+            found.update(dict.fromkeys(_names_in(constant)))
+    return (*found,)
 
 
 def _names(slots: Any) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from curvd.graph.checkpoints import plain_checkpoints
@@ -27,7 +27,7 @@ from curvd.graph.places import places
 from curvd.graph.quiet import quiet
 
 
-def called(wrapper: nn.Module, rows: Inputs) -> None:
+def called(wrapper: nn.Module, rows: Inputs) -> Tensor | None:
     """Call a module as its owner does, so that it keeps what it computes once.
 
     What had a value before has it afterwards: running statistics, counters, the random
@@ -35,10 +35,13 @@ def called(wrapper: nn.Module, rows: Inputs) -> None:
 
     Args:
         wrapper: Calls the module.
-        rows: What with. If it fails on them, others say so.
+        rows: What with.
+
+    Returns:
+        What it returned; None: it fails, which others say, or is not to be called yet.
     """
     if any(map(is_lazy, (*wrapper.parameters(), *wrapper.buffers()))):
-        return  # its first call is its owner's
+        return None  # its first call is its owner's
     held = [(vars(layer), dict(vars(layer))) for layer in wrapper.modules()]
     state = {name: buffer.clone() for name, buffer in wrapper.named_buffers()}
     devices = {t.device.index for t in rows.leaves if t.device.type == "cuda"}
@@ -47,9 +50,10 @@ def called(wrapper: nn.Module, rows: Inputs) -> None:
     try:
         # note: a forward that differentiates needs gradients to be on.
         with torch.enable_grad(), random, plain_checkpoints(), quiet():
-            torch.func.functional_call(wrapper, state, arguments)
+            result = torch.func.functional_call(wrapper, state, arguments)
+            return result.detach() if isinstance(result, Tensor) else None
     except Exception:  # of the module's own code
-        return
+        return None
     finally:
         for now, before in held:
             for name, value in before.items():
