@@ -22,9 +22,10 @@ from curvd_server.engine.objective.objective import Problem
 from curvd_server.engine.operators import linearize
 from curvd_server.engine.tuning.plan import Plan
 from curvd_server.engine.verification import patterns, size, verify
+from curvd_server.engine.verification.agreement import disagreements
 from curvd_server.engine.verification.determinism import check_objective
 from curvd_server.engine.verification.projected import ProjectedReference
-from curvd_server.engine.verification.verify import HELD, Reference, disagreements
+from curvd_server.engine.verification.verify import HELD, Reference
 from curvd_server.models import builders
 
 LAYERS, WIDTH = 4, 512

@@ -12,7 +12,7 @@ from curvd.contract.specs import DatasetSpec, LossSpec, OperatorSpec  # noqa: E4
 from curvd_server.engine.objective.objective import Problem  # noqa: E402
 from curvd_server.engine.operators import linearize  # noqa: E402
 from curvd_server.engine.tuning import plan  # noqa: E402
-from curvd_server.engine.verification import verify  # noqa: E402
+from curvd_server.engine.verification import agreement, verify  # noqa: E402
 from curvd_server.models import builders  # noqa: E402
 
 
@@ -40,7 +40,9 @@ def one_block_per_tensor(problem):
 def test_the_linear_program_agrees_with_double_backward_in_every_block(problem):
     spec = one_block_per_tensor(problem)
     assert (
-        verify.disagreements(problem, spec, "program", "double_backward", batched=False)
+        agreement.disagreements(
+            problem, spec, "program", "double_backward", batched=False
+        )
         == ()
     )
 

@@ -53,7 +53,7 @@ from curvd_server.linalg import (
     solve,
     solve_dampings,
 )
-from curvd_server.service import influence, jacobians, laplace
+from curvd_server.service import influence, jacobians, laplace, marginal_likelihood
 from curvd_server.service import query_validation as check
 from curvd_server.service.handlers import method_name
 from curvd_server.service.query_call import QueryCall, to_numpy
@@ -268,7 +268,7 @@ class QueryService:
         async with self._open(
             "MarginalLikelihood", request.query, options, send
         ) as call:
-            await laplace.marginal_likelihood(call, request, options)
+            await marginal_likelihood.compute(call, request, options)
 
     async def _answer(
         self, rpc: str, definition: Definition[Any, Any, Any], request: Any, send: Send

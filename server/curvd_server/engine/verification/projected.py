@@ -34,12 +34,9 @@ from curvd_server.engine.objective import (
     on_host,
     rows_of,
 )
-from curvd_server.engine.operators import (
-    MODES,
-    Linearisation,
-    block_ranges,
-)
+from curvd_server.engine.operators import MODES, Linearisation, block_ranges
 from curvd_server.engine.program import Emits
+from curvd_server.engine.verification.comparison import relative
 from curvd_server.engine.verification.determinism import check_repeatable
 from curvd_server.engine.verification.layerwise import LayerwiseDifferences
 from curvd_server.engine.verification.patterns import (
@@ -53,7 +50,6 @@ from curvd_server.engine.verification.verify import (
     STEPS,
     TOLERANCE,
     Evidence,
-    relative,
     tried,
 )
 from curvd_server.system import advance, enter_stage, yield_point

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from curvd.contract import OperatorSpec, Stage
 from curvd.errors import InvalidSpec, OutOfMemory
-from curvd_server.engine.objective import Batch, Problem, distance, norm, on_host
-from curvd_server.engine.operators import MODES, Linearisation, block_ranges
-from curvd_server.engine.program import Rows
+from curvd_server.engine.objective import Problem, distance, norm
+from curvd_server.engine.operators import Linearisation, block_ranges
+from curvd_server.engine.verification.comparison import linearised, product, relative
 from curvd_server.engine.verification.determinism import check_objective
 from curvd_server.engine.verification.finite_differences import (
     Direction,
@@ -36,7 +36,7 @@ from curvd_server.engine.verification.finite_differences import (
     filled,
     scale_of,
 )
-from curvd_server.system import advance, enter_stage, is_out_of_memory, yield_point
+from curvd_server.system import advance, enter_stage, is_out_of_memory
 
 STEPS = (1e-6, 1e-5, 1e-7, 1e-8, 1e-9, 1e-4)
 """Step widths relative to the parameters' scale, the usually best first."""
@@ -51,8 +51,6 @@ small, as a confident classifier's, nearer to zero: it is formulas that are comp
 ROUNDING = 1e-7
 """Size of products, relative to those of cotangents of one, of which differences of gradients
 have no four digits in float64: their rounding is 2e-16 over a step of 1e-4."""
-AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.5}
-"""How far two correct modes may differ in a session's own precision."""
 KEPT_BYTES = 64 << 20
 """Difference quotients up to here are kept for the next mode."""
 HELD = 3
@@ -191,7 +189,7 @@ class Reference:
         """Examine a mode at parameters that are so many times the session's."""
         differences = self._differences(shrink)
         small = differences.problem
-        linear = _linearised(mode, small, self._spec, small.data[0])
+        linear = linearised(mode, small, self._spec, small.data[0])
         crossed = [
             name
             for block in self._probed_blocks()
@@ -230,7 +228,7 @@ class Reference:
                 torch.stack(pair)
                 for pair in zip(v.tensors(like), w.tensors(like), strict=True)
             ]
-            both = _product(linear, stacked, whole, batched=True)
+            both = product(linear, stacked, whole, batched=True)
             del stacked
             first, second = (
                 filled([r if r is None else r[k] for r in both], like) for k in (0, 1)
@@ -238,9 +236,9 @@ class Reference:
             right = v.dot(second)
         else:
             right = v.dot(
-                filled(_product(linear, w.tensors(like), whole, batched=False), like)
+                filled(product(linear, w.tensors(like), whole, batched=False), like)
             )
-            rows = _product(linear, v.tensors(like), whole, batched=False)
+            rows = product(linear, v.tensors(like), whole, batched=False)
             first = filled(rows, like)
         left = w.dot(first)
         squares = sum(s**2 * p.numel() for s, p in zip(w.scales, like, strict=True))
@@ -295,10 +293,10 @@ class Reference:
         for index, tangent in enumerate(tangents):
             if index not in block:
                 tangent.zero_()
-        full = _product(linear, tangents, range(len(like)), batched=False)
+        full = product(linear, tangents, range(len(like)), batched=False)
         want = filled(full[cut], like[cut])
         del full
-        got = filled(_product(linear, tangents[cut], block, batched=False), like[cut])
+        got = filled(product(linear, tangents[cut], block, batched=False), like[cut])
         names = self._problem.layout.names[cut]
         gaps = self._gaps(got, want)
         return [n for n, gap in zip(names, gaps, strict=True) if not gap <= TOLERANCE]
@@ -324,117 +322,6 @@ def tried(examine: Callable[[], Evidence]) -> Evidence:
         said = f"{error}".split("\n")[0][:300]
         short = is_out_of_memory(error)
         return Evidence(math.inf, math.inf, (), said, out_of_memory=short)
-
-
-def disagreements(
-    problem: Problem, spec: OperatorSpec, mode: str, reference: str, *, batched: bool
-) -> tuple[str, ...]:
-    """Compare two modes in the session's own precision, shapes and blocks.
-
-    The excerpt is small and in float64; a mode whose work depends on the shape of the
-    mini-batch, or on the block, is also held against another one here.
-
-    Args:
-        problem: The objective.
-        spec: The operator.
-        mode: Name in `MODES` of the mode in question.
-        reference: Of one that reproduced the truth.
-        batched: Whether to examine the vectorised product.
-
-    Returns:
-        Names of the parameters whose rows disagree on some mini-batch.
-    """
-    tolerance = AGREEMENT[problem.dtype]
-    generator = torch.Generator().manual_seed(4)
-    tangents = [
-        torch.randn(p.shape, generator=generator).mul_(scale_of(p)).to(p)
-        for p in problem.parameters
-    ]
-    names, blocks = problem.layout.names, block_ranges(spec, len(tangents))
-    wrong: list[str] = []
-    batches = _one_of_each_shape(problem)
-    enter_stage(Stage.VERIFYING, f"{mode} beside {reference}", total=len(batches))
-    for batch in batches:
-        ours, theirs = (_linearised(m, problem, spec, batch) for m in (mode, reference))
-        gaps = _disagreement(
-            ours, theirs, blocks, tangents, floor=tolerance, batched=batched
-        )
-        wrong += [n for n, gap in zip(names, gaps, strict=True) if not gap <= tolerance]
-        advance()
-    return tuple(dict.fromkeys(wrong))
-
-
-def _disagreement(
-    ours: Linearisation,
-    theirs: Linearisation,
-    blocks: Sequence[range],
-    tangents: Sequence[Tensor],
-    *,
-    floor: float,
-    batched: bool,
-) -> list[float]:
-    """Compare the rows of two linearisations, block by block."""
-    gaps, norms = list[float](), list[float]()
-    for block in blocks:
-        inside = tangents[block.start : block.stop]
-        want = filled(_product(theirs, inside, block, batched=False), inside)
-        got = filled(_second_of(ours, inside, block, batched=batched), inside)
-        gaps += map(distance, got, want)
-        norms += map(norm, want)
-        del want, got  # before the next block's
-    return relative(gaps, norms, floor=floor)
-
-
-def _linearised(
-    mode: str, problem: Problem, spec: OperatorSpec, batch: Batch
-) -> Linearisation:
-    """Linearise in a step of its own."""
-    yield_point()
-    return MODES[mode](problem, spec, batch)
-
-
-def _product(
-    linear: Linearisation, tangents: Sequence[Tensor], block: range, *, batched: bool
-) -> Rows:
-    """Multiply in a step of its own."""
-    yield_point()
-    return linear.product(tangents, block, batched=batched)
-
-
-def _second_of(
-    linear: Linearisation, tangents: Sequence[Tensor], block: range, *, batched: bool
-) -> Rows:
-    """Multiply tangents, or two columns of them, and take the second's rows."""
-    if not batched:
-        return _product(linear, tangents, block, batched=False)
-    twice = [torch.stack((t, t)) for t in tangents]
-    rows = _product(linear, twice, block, batched=True)
-    return [r if r is None else r[1] for r in rows]
-
-
-def _one_of_each_shape(problem: Problem) -> list[Batch]:
-    shapes = {
-        tuple(t.shape for t in (*batch.inputs, batch.targets)): index
-        for index, batch in enumerate(on_host(problem.data))
-    }
-    return [problem.data[index] for index in shapes.values()]
-
-
-def relative(
-    distances: Sequence[float], norms: Sequence[float], *, floor: float = 1e-6
-) -> list[float]:
-    """Divide errors by norms; rows far below the largest may be rounding.
-
-    Args:
-        distances: Norms of the errors.
-        norms: Of the rows.
-        floor: How far below all rows together one may lie.
-
-    Returns:
-        Relative errors.
-    """
-    least = floor * math.hypot(*norms) + 1e-300
-    return [d / (n + least) for d, n in zip(distances, norms, strict=True)]
 
 
 def whole_bytes(problem: Problem) -> int:
