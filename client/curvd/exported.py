@@ -166,19 +166,18 @@ def export(
 
     check_surroundings()
     check_module(module)
-    inputs = tensors_of(inputs, module)
+    inputs, chosen = tensors_of(inputs, module), _chosen(mode)
 
     def made(module: nn.Module) -> ExportedModel:
-        model = _captured(module, inputs, output, mode)
+        model = _captured(module, inputs, output, chosen)
         if check:
             graph, state = model.graph, model.state
-            with explained(module, inputs, model.mode):
-                prove_module(module, inputs, output, model.mode, graph, state)
+            with explained(module, inputs, chosen):
+                prove_module(module, inputs, output, chosen, graph, state)
         return model
 
     model = apart(module, made)
     if check:
-        chosen = _chosen(mode)
         check_itself(module, inputs, output, chosen, model.graph, model.state)
     return model
 
@@ -187,15 +186,14 @@ def _captured(
     module: nn.Module,
     inputs: Any,
     output: Output,
-    mode: Mode | str | None,
+    mode: Mode | None,
     targets: Any = None,
 ) -> ExportedModel:
     from curvd.graph.capture import capture
     from curvd.graph.misfits import explained
 
-    chosen = _chosen(mode)
-    with explained(module, inputs, chosen, targets):
-        graph, state, needed = capture(module, inputs, output, chosen)
+    with explained(module, inputs, mode, targets):
+        graph, state, needed = capture(module, inputs, output, mode)
     parameters = tuple(
         tensor.names[0]
         for tensor in graph.tensors
@@ -304,6 +302,7 @@ def prepare(
         check_module,
     )
     from curvd.graph.itself import check_itself
+    from curvd.graph.loss_origin import LossOrigin
     from curvd.graph.losses import recognised
     from curvd.graph.misfits import explained
     from curvd.graph.origins import Origin
@@ -331,32 +330,34 @@ def prepare(
         msg = f"batch_size must be a whole number, at least 1, got {size!r}"
         raise InvalidSpec(msg, batch_size=size)
     check_lengths(leaves_of(inputs), targets)
-    origin = Origin(module, _like(inputs, output, mode))
+    chosen = _chosen(mode)
+    origin = Origin(module, _like(inputs, output, chosen))
 
     def made(module: nn.Module) -> tuple[ExportedModel, LossSpec, Any]:
-        model = _captured(module, inputs, output, mode, targets)
+        model = _captured(module, inputs, output, chosen, targets)
         if model.graph.dtype not in (d.value for d in Dtype):
             msg = f"no session computes in {model.graph.dtype}: export module.float()"
             raise InvalidSpec(msg, dtype=model.graph.dtype)
         spec, known, aims = loss, None, targets
         if loss is None:
-            spec, aims = own_loss(module, inputs, targets, output, model.mode)
+            spec, aims = own_loss(module, inputs, targets, output, chosen)
         elif is_own:
-            with explained(module, inputs, model.mode, targets):
-                outputs = example_outputs(module, inputs, output, model.mode)
+            with explained(module, inputs, chosen, targets):
+                outputs = example_outputs(module, inputs, output, chosen)
             applied = loss
-            if is_several(output):
+            several = is_several(output)
+            origin.loss = LossOrigin(loss, outputs, targets, is_several=several)
+            if several:
                 applied, outputs = OfSeveral(loss, outputs), packed(outputs)
             spec = recognised(applied, outputs, targets, model=module, check=check)
             known = applied, spec, targets
         if check:
             graph, state = model.graph, model.state
-            prove_module(module, inputs, output, model.mode, graph, state, known, size)
+            prove_module(module, inputs, output, chosen, graph, state, known, size)
         return model, spec, aims
 
     model, spec, targets = apart(module, made)
     if check:
-        chosen = _chosen(mode)
         check_itself(module, inputs, output, chosen, model.graph, model.state)
     target = next(n for n in ("target", "targets", "y_target") if n not in model.inputs)
     leaves = dict(zip(model.inputs, leaves_of(inputs), strict=True))
@@ -367,7 +368,7 @@ def prepare(
 
 
 def _like(
-    inputs: Any, output: Output, mode: Mode | str | None
+    inputs: Any, output: Output, mode: Mode | None
 ) -> Callable[[nn.Module, bool], Traced]:
     """Make what exports a module again, with the same examples."""
     from curvd.graph.examples import few
@@ -380,7 +381,7 @@ def _like(
         model = _captured(module, examples, output, mode)
         graph, state = model.graph, model.state
         if prove:
-            prove_module(module, examples, output, model.mode, graph, state)
+            prove_module(module, examples, output, mode, graph, state)
         return graph, state
 
     return traced

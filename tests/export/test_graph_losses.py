@@ -378,6 +378,39 @@ def test_as_many_positions_as_classes_are_read_as_torch_reads_them(
             client.session_for(net, "nll", (x, y), batch_size=4, check=False).gradient()
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(weight=torch.tensor([0.5, 2.0, 3.0])),
+        nn.CrossEntropyLoss(ignore_index=1, label_smoothing=0.1),
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]), ignore_index=-1),
+        nn.CrossEntropyLoss(),
+        nn.NLLLoss(weight=torch.tensor([0.5, 2.0, 3.0]).double(), ignore_index=0),
+        functools.partial(F.cross_entropy, ignore_index=2, reduction="sum"),
+    ],
+    ids=["weights", "ignored", "both", "ignored by default", "nll", "sum"],
+)
+def test_as_many_positions_as_classes_are_counted_as_torch_counts_them(
+    live_target, loss
+):
+    """Means that are divided by weights, or by the number of targets that count."""
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(9, 4, generator=generator).double()
+    y = torch.randint(0, 3, (9, 3), generator=generator)
+    y[4:6, 1] = getattr(loss, "ignore_index", 0)
+    if getattr(loss, "weight", None) is not None:
+        loss = loss.double()
+    net = LogSquares()
+    right = loss(net(x), y)
+    gradients = torch.autograd.grad(right, list(net.parameters()))
+    with curvd.connect(live_target) as client:
+        session = client.session_for(net, loss, (x, y), batch_size=4)
+        value, gradient = session.gradient()
+    assert value == pytest.approx(float(right.detach()), rel=1e-12)
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    np.testing.assert_allclose(gradient, flat, rtol=1e-9, atol=1e-14)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_huber_loss_of_delta_one_is_the_smooth_l1_loss_by_name(reduction):
     outputs, targets = torch.randn(6, 2), 3 * torch.randn(6, 2)

@@ -12,6 +12,7 @@ from support.differences import draw, labels, seeded  # noqa: E402
 from torch import nn  # noqa: E402
 
 import curvd  # noqa: E402
+from curvd.graph.evaluate import evaluate  # noqa: E402
 
 N = 7
 X, Y = draw(N, 4), labels(3, N)
@@ -380,3 +381,100 @@ def test_an_index_out_of_range_is_a_refusal(client):
             client.session_for(module, nn.MSELoss(), (x, X), batch_size=3)
         assert not isinstance(refusal.value, curvd.Internal)
         x[row] = 0
+
+
+class Cached(nn.Module):
+    """Computes something from a parameter at its first call only."""
+
+    def __init__(self):
+        super().__init__()
+        self.root, self.layer = nn.Parameter(torch.rand(4, 4)), nn.Linear(4, 2)
+        self.kept = {}
+
+    def forward(self, x):
+        if "exp" not in self.kept:
+            self.kept["exp"] = self.root.exp()
+        return self.layer(x @ self.kept["exp"])
+
+
+def test_what_was_computed_from_a_parameter_before_is_said_to_be_so():
+    with pytest.raises(
+        curvd.errors.GradientMismatch, match="a cache that an earlier call filled"
+    ):
+        curvd.export(Cached().double().eval(), torch.rand(6, 4).double())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_of_torchs_own_backward_is_no_other_gradient(seed):
+    """That of matrix_exp puts the gradient into one matrix with the parameter."""
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.w = nn.Linear(4, 3), nn.Parameter(0.1 * torch.randn(3, 3))
+
+        def forward(self, x):
+            return self.layer(x) @ torch.matrix_exp(self.w)
+
+    torch.manual_seed(seed)
+    module, x = Turned().double().eval(), torch.randn(12, 4).double()
+    curvd.export(module, x)
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class TrainsOtherwise(nn.Module):
+    """Does something only while it trains."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.first, self.last, self.act = nn.Linear(4, 5), nn.Linear(5, 2), act
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        if self.training:
+            h = self.act(h)
+        return self.last(h)
+
+
+def halved(h):
+    if h.requires_grad:
+        h.register_hook(lambda gradient: gradient / 2)
+    return h
+
+
+@pytest.mark.parametrize("act", [halved, Reversed.apply], ids=["hook", "function"])
+def test_gradients_of_its_own_while_it_trains_are_refused(act):
+    module, x = TrainsOtherwise(act).double().train(), torch.rand(8, 4).double()
+    with pytest.raises(curvd.errors.GradientMismatch, match=r"first\.weight"):
+        curvd.export(module, x)
+    with pytest.raises(curvd.errors.GradientMismatch, match=r"first\.weight"):
+        data = x, x[:, :2]
+        curvd.exported.prepare(
+            module, nn.MSELoss(), data, None, None, batch_size=4, check=True
+        )
+    curvd.export(module.eval(), x)
+    curvd.export(module.train(), x, mode="eval")
+    assert module.training
+
+
+def test_a_module_that_computes_something_else_while_it_trains_is_taken_as_it_is():
+    module, x = (
+        TrainsOtherwise(lambda h: 2 * h).double().train(),
+        torch.rand(8, 4).double(),
+    )
+    for training, mode in ((True, None), (False, None), (True, "eval")):
+        module.train(training)
+        exported = curvd.export(module, x, mode=mode)
+        tensors = [exported.state[t.names[0]] for t in exported.graph.tensors]
+        module.train(training and mode is None)
+        want = module(x)
+        assert torch.allclose(evaluate(exported.graph, [x], tensors)[0], want)

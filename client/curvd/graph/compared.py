@@ -13,6 +13,7 @@ def differing(
     pairs: Mapping[str, tuple[Tensor, Tensor]],
     narrowest: torch.dtype,
     least: float = 0.0,
+    power: float = 0.5,
 ) -> dict[str, float]:
     """Find what differs by more than rounding.
 
@@ -21,6 +22,7 @@ def differing(
         narrowest: The type with the fewest digits that went into it.
         least: The size that they have elsewhere; where they vanish, because a function
             saturates, rounding is judged by it.
+        power: Of that type's precision, which their relative errors may reach.
 
     Returns:
         Relative errors of those that differ; none if something is not finite, which is
@@ -36,7 +38,7 @@ def differing(
     for name, (got, want) in wide.items():
         off = math.inf if got.shape != want.shape else float((got - want).norm())
         size = float(want.norm())
-        if not off <= math.sqrt(eps) * size + 100 * eps * scale:
+        if not off <= eps**power * size + 100 * eps * scale:
             wrong[name] = off / size if size else math.inf
     return wrong if math.isfinite(total) else {}
 

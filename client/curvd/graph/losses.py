@@ -56,6 +56,8 @@ _OPERATORS: Mapping[LossName, Any] = {
 }
 """What they compute, beneath torch's modules and functions: those may have hooks, or others
 in their place."""
+_IGNORED = -100
+"""The class that torch leaves out if nothing else is said."""
 _REDUCTIONS = {Reduction.MEAN: 1, Reduction.SUM: 2}
 """As the operators count them."""
 
@@ -203,9 +205,14 @@ def recognised(
             )
             raise InvalidSpec(msg, outputs=outputs.shape, targets=targets.shape)
         return named
+    counts = named is not None and _counts_targets(named, targets)
+    if named is not None and counts:
+        loss = _counted(named)
     captured = functools.partial(
         capture_loss, loss, outputs, targets, model=model, check=check
     )
+    if counts:
+        return captured("counted")
     z, y = spread(outputs, targets)
     tried(lambda z, y: check_held(loss, model, z, y, {}), z, y)
     if isinstance(tried(loss, z, y), tuple | list):
@@ -235,13 +242,16 @@ def recognised(
     raise InvalidSpec(msg)
 
 
-def evaluated(spec: LossSpec, outputs: Tensor, targets: Tensor) -> Tensor:
+def evaluated(
+    spec: LossSpec, outputs: Tensor, targets: Tensor, *, divided: bool = False
+) -> Tensor:
     """Compute what a loss returns for a mini-batch, from its specification alone.
 
     Args:
         spec: The spec, from `recognised`.
         outputs: The outputs of the model, [B, ...].
         targets: [B, ...].
+        divided: Whether a sum is divided by what the loss counts beside it.
 
     Returns:
         The scalar that the caller's loss returns; of a pair, the sum.
@@ -251,6 +261,8 @@ def evaluated(spec: LossSpec, outputs: Tensor, targets: Tensor) -> Tensor:
         constants = [constant(t) for t in graph.tensors]
         wide = [t.to(outputs) if t.is_floating_point() else t for t in constants]
         total, *weight = evaluate(graph, (outputs, targets), wide)
+        if weight and divided:
+            return total / weight[0]
         is_sum = bool(weight) or spec.reduction is Reduction.SUM
         return total if is_sum else total / outputs.shape[0]
     if spec.shift:
@@ -267,7 +279,7 @@ def evaluated(spec: LossSpec, outputs: Tensor, targets: Tensor) -> Tensor:
         ignored = spec.ignore_index
         options |= {
             "weight": weights,
-            "ignore_index": -100 if ignored is None else ignored,
+            "ignore_index": _IGNORED if ignored is None else ignored,
         }
     if spec.name is LossName.CROSS_ENTROPY:
         options["label_smoothing"] = spec.label_smoothing
@@ -303,11 +315,11 @@ def _named(loss: Any) -> LossSpec | None:
         weights = loss.pos_weight
     if weights is not None and weights.dim() != 1:
         return None
-    ignored = getattr(loss, "ignore_index", -100)
+    ignored = getattr(loss, "ignore_index", _IGNORED)
     return LossSpec(
         name=_NAMES[kind],
         reduction=loss.reduction,
-        ignore_index=None if ignored == -100 else ignored,
+        ignore_index=None if ignored == _IGNORED else ignored,
         class_weights=None if weights is None else tuple(weights.tolist()),
         label_smoothing=getattr(loss, "label_smoothing", 0.0),
         beta=getattr(loss, "beta", 1.0),
@@ -323,6 +335,33 @@ def _is_ambiguous(spec: LossSpec, outputs: Tensor, targets: Tensor) -> bool:
         and outputs.dim() > 2
         and outputs.shape[1:-1] == outputs.shape[2:] == rest
     )
+
+
+def _counts_targets(spec: LossSpec, targets: Tensor) -> bool:
+    """Tell whether a mean over classes is divided by something else than their number."""
+    if spec.reduction is Reduction.SUM:
+        return False
+    weighted = spec.class_weights is not None or spec.ignore_index is not None
+    return weighted or bool((targets == _IGNORED).any())
+
+
+def _counted(spec: LossSpec) -> Loss:
+    """Write such a mean as a sum, and what it is divided by; classes as torch wants them."""
+    ignored = _IGNORED if spec.ignore_index is None else spec.ignore_index
+    options: dict[str, Any] = {"ignore_index": ignored, "reduction": 2}
+    if spec.name is LossName.CROSS_ENTROPY:
+        options["label_smoothing"] = spec.label_smoothing
+
+    def loss(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        kept, weights = targets != ignored, None
+        count = kept.to(outputs.dtype)
+        if spec.class_weights is not None:
+            weights = torch.tensor(spec.class_weights, dtype=torch.float64).to(outputs)
+            count = count * weights[torch.where(kept, targets, 0)]
+        total = _OPERATORS[spec.name](outputs, targets, weight=weights, **options)
+        return total, count.sum()
+
+    return loss
 
 
 def _broadcast(outputs: Tensor, targets: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from curvd.errors import GradientMismatch
@@ -46,9 +47,13 @@ def mismatch(
     names = sorted(wrong, key=lambda name: -wrong[name])
     sizes = ", ".join(f"{n} {shown_size(wrong[n])}" for n in names[:NAMED])
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    causes, remedies = zip(
-        *_reasons(seen, functions, forward="the output" in wrong), strict=True
+    given = _reasons(
+        seen,
+        functions,
+        forward="the output" in wrong,
+        missing=math.inf in wrong.values(),
     )
+    causes, remedies = zip(*given, strict=True)
     msg = (
         "what .backward() computes is not the derivative of what was exported: "
         f"{sizes}{more}{where}. Seen in the module: {'; '.join(causes)}. A server "
@@ -60,7 +65,7 @@ def mismatch(
 
 
 def _reasons(
-    seen: Seen, functions: Sequence[str], *, forward: bool
+    seen: Seen, functions: Sequence[str], *, forward: bool, missing: bool
 ) -> Iterator[tuple[str, str]]:
     """Name what may be the cause, and what to do about each.
 
@@ -68,6 +73,7 @@ def _reasons(
         seen: What was seen.
         functions: Those with a backward of their own.
         forward: Whether the outputs differ already.
+        missing: Whether what is exported has no gradient where the module has one.
     """
     for name in functions:
         yield (
@@ -93,6 +99,13 @@ def _reasons(
             "something beside inputs, parameters and buffers, or does other things for "
             "other batch sizes",
             "make that a buffer or an input, or do the same for every size",
+        )
+    elif missing:
+        yield (
+            "neither a function with a backward of its own nor a hook, but what is exported "
+            "does not depend on the parameter, so forward uses something that was "
+            "computed from it before and kept (a cache that an earlier call filled)",
+            "compute it in each forward, or no update would move it",
         )
     else:
         yield (

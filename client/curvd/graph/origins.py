@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from curvd.errors import CurvdError, InvalidSpec
+from curvd.graph.loss_origin import LossOrigin
 from curvd.graph.manifest import CONSTANTS
 from curvd.graph.places import reaches_itself
 from curvd.graph.twins import in_slots, twin_of
@@ -153,6 +154,8 @@ class Origin:
         self._training = {n: m.training for n, m in module.named_modules()}
         self._traced = traced
         self._graph, self._constants = graph_pb.Graph(), dict[str, Tensor]()
+        self.loss: LossOrigin | None = None
+        """The loss as it was, if it is the caller's own."""
 
     def exported(self, graph: graph_pb.Graph, tensors: Mapping[str, Tensor]) -> Origin:
         """Note what was exported.
@@ -177,9 +180,12 @@ class Origin:
             Its state dict, and the buffers of the graph that it leaves out.
 
         Raises:
-            InvalidSpec: If an attribute has changed that the graph holds as a constant.
+            InvalidSpec: If an attribute has changed that the graph holds as a constant, or
+                the loss.
         """
         self._check(module)
+        if self.loss is not None:
+            self.loss.check()
         state: dict[str, Any] = dict(module.state_dict())
         names = {name for tensor in self._graph.tensors for name in tensor.names}
         for name, buffer in module.named_buffers(remove_duplicate=False):

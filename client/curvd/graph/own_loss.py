@@ -38,7 +38,7 @@ _SPECS: Mapping[str, tuple[LossSpec, Callable[[Tensor], Tensor]]] = {
 
 
 def own_loss(
-    module: nn.Module, inputs: Any, labels: Tensor, output: Output, mode: Mode
+    module: nn.Module, inputs: Any, labels: Tensor, output: Output, mode: Mode | None
 ) -> tuple[LossSpec, Tensor]:
     """Find the loss that a module computes itself.
 

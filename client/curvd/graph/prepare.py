@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,14 +31,16 @@ _TELLING = (8, 64)
 """Fewest and most of them."""
 
 
-def example_outputs(module: nn.Module, inputs: Any, output: Output, mode: Mode) -> Any:
+def example_outputs(
+    module: nn.Module, inputs: Any, output: Output, mode: Mode | None
+) -> Any:
     """Run a module on a few data points and leave its buffers alone.
 
     Args:
         module: The model.
         inputs: The inputs, as for `curvd.export`.
         output: Which of its results.
-        mode: Whose statistics BatchNorm uses.
+        mode: Whose statistics BatchNorm uses; None: as it is.
 
     Returns:
         Its outputs, [B, ...]; several as they are, or in a tuple.
@@ -74,11 +76,35 @@ class _Picked(nn.Module):
         return self.chosen.picked(args, kwargs)
 
 
+class _Losses:
+    """A caller's loss beside what a server makes of it.
+
+    Args:
+        own: The caller's.
+        spec: The server's.
+    """
+
+    def __init__(self, own: Callable[[Tensor, Tensor], Any], spec: LossSpec) -> None:
+        self._own, self._spec, self._is_pair = own, spec, False
+
+    def eager(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Compute the caller's; of a pair, the sum."""
+        result = self._own(outputs, targets)
+        self._is_pair = isinstance(result, tuple | list)
+        total: Tensor = result[0] if self._is_pair else result
+        return total
+
+    def exported(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Compute the server's, as the caller's was at last: a mean may be counted."""
+        divided = not self._is_pair
+        return evaluated(self._spec, outputs, targets, divided=divided)
+
+
 def prove_module(
     module: nn.Module,
     inputs: Any,
     output: Output,
-    mode: Mode,
+    mode: Mode | None,
     graph: graph_pb.Graph,
     tensors: Mapping[str, Tensor],
     loss: tuple[Any, LossSpec, Tensor] | None = None,
@@ -90,7 +116,7 @@ def prove_module(
         module: The model.
         inputs: The inputs, as for `curvd.export`.
         output: Which of its results.
-        mode: In which it was exported.
+        mode: Which was chosen for the export; None: as it is.
         graph: What was exported.
         tensors: Its tensors by name.
         loss: The caller's, what a server makes of it, and all targets.
@@ -103,14 +129,9 @@ def prove_module(
     objective = targets = None
     if loss is not None:
         own, spec, targets = loss
-
-        def eager(outputs: Tensor, targets: Tensor) -> Tensor:
-            result = own(outputs, targets)
-            total: Tensor = result[0] if isinstance(result, tuple | list) else result
-            return total
-
+        both = _Losses(own, spec)
         types = types_in(graph_pb.Graph.FromString(spec.graph or b""))
-        objective = Objective(eager, lambda z, y: evaluated(spec, z, y), types)
+        objective = Objective(both.eager, both.exported, types)
     rows = Batch(inputs_of(module.forward, sampled(inputs)), sampled(targets))
     wrapper, whole = Chosen(module, output), inputs_of(module.forward, inputs)
     batches = _batches(whole, targets, batch_size)
