@@ -411,6 +411,47 @@ def test_as_many_positions_as_classes_are_counted_as_torch_counts_them(
     np.testing.assert_allclose(gradient, flat, rtol=1e-9, atol=1e-14)
 
 
+def margin_targets(loss):
+    """Classes; or labels up to the first -1, then anything."""
+    if isinstance(loss, nn.MultiLabelMarginLoss):
+        return torch.tensor([
+            [0, 2, -1],
+            [1, -1, 0],
+            [2, 1, 0],
+            [-1, 0, 1],
+            [0, -1, -1],
+        ])
+    return torch.tensor([0, 2, 1, 1, 0])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.MultiMarginLoss(),
+        nn.MultiMarginLoss(p=2, margin=0.7),
+        nn.MultiMarginLoss(p=2, weight=torch.tensor([0.5, 2.0, 3.0]).double()),
+        nn.MultiMarginLoss(reduction="sum"),
+        nn.MultiLabelMarginLoss(),
+        nn.MultiLabelMarginLoss(reduction="sum"),
+    ],
+    ids=repr,
+)
+def test_margin_losses_have_the_hessian_of_their_formula(client, module, loss):
+    """Torch's kernels have no second derivative."""
+    x, y = draw(5, 4), margin_targets(loss)
+    right = loss(module(x), y)
+    gradients = torch.autograd.grad(right, list(module.parameters()))
+    session = client.session_for(module, loss, (x, y), batch_size=3)
+    value, gradient = session.gradient()
+    assert value == pytest.approx(float(right.detach()), rel=1e-12)
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    np.testing.assert_allclose(gradient, flat, rtol=1e-9, atol=1e-14)
+    found = session.hessian().to_dense()
+    want = dense(module, loss, x, y)
+    assert relative(found, want) <= 1e-5
+    session.delete()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_huber_loss_of_delta_one_is_the_smooth_l1_loss_by_name(reduction):
     outputs, targets = torch.randn(6, 2), 3 * torch.randn(6, 2)

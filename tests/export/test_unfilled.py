@@ -5,7 +5,7 @@ import functools
 import threading
 import types
 import weakref
-from collections import UserDict, deque
+from collections import OrderedDict, UserDict, defaultdict, deque
 
 import pytest
 import torch
@@ -200,6 +200,50 @@ def test_containers_of_a_module_stay_the_same_objects():
         a is b
         for a, b in zip(shared, (net.by_rows, net.box, net.box.tables), strict=True)
     )
+
+
+class Bound(nn.Module):
+    """Keeps one of its own methods, so that its code reaches the module by another way."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.layer, self.held = nn.Linear(4, 2), held
+        self.way = self.called
+
+    def called(self, x):
+        return self.layer(x)
+
+    def forward(self, x):
+        return self.way(x)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"a": {"n": 0}},
+        [[1, 2], [3]],
+        [{"lr": 0.1, "rows": [torch.ones(2)]}],
+        (1, [2]),
+        {"a": ([], {"b": ()})},
+        OrderedDict(a=[1], b=defaultdict(list, c=[2])),
+        deque([[1]]),
+        {"a": torch.ones(2), "b": [0.1, float("nan"), 10**30]},
+    ],
+    ids=repr,
+)
+def test_containers_in_one_another_stay_the_same_objects(held):
+    def objects(item):
+        yield id(item)
+        if isinstance(item, dict):
+            item = list(item.values())
+        if isinstance(item, list | tuple | deque):
+            for part in item:
+                yield from objects(part)
+
+    module, before = Bound(held), [*objects(held)]
+    curvd.export(module.eval(), torch.rand(6, 4))
+    assert module.held is held
+    assert [*objects(module.held)] == before
 
 
 def test_another_thread_s_changes_are_left_alone():

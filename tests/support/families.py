@@ -377,7 +377,16 @@ def _mask_of_another(x: Tensor) -> Tensor:
     return y
 
 
+def _unpacked(x: Tensor) -> Tensor:
+    """Scale by numbers of four bits, two in a byte."""
+    packed = torch.tensor([[0x4A, 0x1F], [0x83, 0x77]], dtype=torch.uint8)
+    low, high = packed & 15, packed >> 4
+    more = (packed << torch.tensor([1, 2], dtype=torch.uint8)) >> 1
+    return x * torch.cat((low, high, more), 1).to(x.dtype).sum(0)[:4] / 8
+
+
 INDEXING = (
+    between("packed_bits", _unpacked),
     between("mask_assignment", lambda x: _masked(x, 0.0)),
     between(
         "mask_assignment_inf", lambda x: torch.softmax(_masked(x, float("-inf")), -1)

@@ -40,6 +40,8 @@ _TORCHS = ("torch", "builtins", "typing", "functools", "collections", "curvd")
 """Packages whose own names are not the caller's."""
 _PARTS = 10_000
 """Attributes, names and elements that are looked at; who has more holds data, or a trainer."""
+_DEPTH = 20
+"""Of containers in one another, of which torch.export puts copies in place."""
 _TOO_MANY = -1
 """In place of a module's identity: not all was looked at."""
 _MISSING = object()
@@ -310,12 +312,17 @@ def _is_of_torch(item: Any) -> bool:
     return str(name).partition(".")[0] in _TORCHS
 
 
-def _is_copy(item: Any, was: Any) -> bool:
-    """Tell whether a container holds the very objects that another does."""
-    if type(item) is not type(was) or not isinstance(item, _DICTS + _LISTS):
+def _is_copy(item: Any, was: Any, depth: int = _DEPTH) -> bool:
+    """Tell whether containers in one another hold the very objects that others do."""
+    if type(item) is not type(was) or not isinstance(item, (*_DICTS, *_LISTS, tuple)):
         return False
-    return len(item) == len(was) and all(
-        a is b for a, b in zip(_parts(item), _parts(was), strict=True)
+    return (
+        depth > 0
+        and len(item) == len(was)
+        and all(
+            a is b or _is_copy(a, b, depth - 1)
+            for a, b in zip(_parts(item), _parts(was), strict=True)
+        )
     )
 
 

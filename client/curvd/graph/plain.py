@@ -3,7 +3,7 @@
 Each function takes what the operator of that name takes. Differences to torch's own
 ways: they exist for sizes that are not known yet, and can be differentiated twice in
 both modes (``cholesky_inverse`` and ``triangular_solve`` are wrong in forward mode,
-``_cdist_backward`` and ``_embedding_bag_backward`` have no derivative).
+``_cdist_backward``, ``_embedding_bag_backward`` and the margin losses have none).
 """
 
 from __future__ import annotations
@@ -95,6 +95,41 @@ def hardsigmoid(x: Tensor) -> Tensor:
     clamped = (x + 3).clamp(0, 6)
     sloped = clamped * _SIXTH
     return sloped + (clamped / 6 - sloped).detach()
+
+
+def multi_margin_loss(
+    x: Tensor,
+    target: Tensor,
+    p: float = 1,
+    margin: float = 1,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+) -> Tensor:
+    """Sum ``max(0, margin - x[y] + x[i])^p / C`` over all classes i but y."""
+    rows, index = x.reshape(-1, x.shape[-1]), target.reshape(-1, 1)
+    short = (margin - rows.gather(1, index) + rows).clamp(min=0)
+    loss = short if p == 1 else short.square()
+    if weight is not None:
+        loss = loss * weight[index]
+    loss = loss.scatter(1, index, 0.0).sum(1) / x.shape[-1]
+    return _reduced(loss.reshape(target.shape), reduction)
+
+
+def multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
+    """Sum ``max(0, 1 - x[y] + x[i]) / C`` over labels y, up to the first -1, and others i."""
+    rows, labels = x.reshape(-1, x.shape[-1]), target.reshape(-1, x.shape[-1])
+    kept = (labels >= 0).to(labels.dtype).cumprod(1) > 0
+    index = torch.where(kept, labels, 0)
+    classes = torch.arange(x.shape[-1], device=x.device)
+    is_label = ((index.unsqueeze(2) == classes) & kept.unsqueeze(2)).any(1)
+    short = (1 - rows.gather(1, index).unsqueeze(2) + rows.unsqueeze(1)).clamp(min=0)
+    counts = kept.unsqueeze(2) & ~is_label.unsqueeze(1)
+    loss = torch.where(counts, short, 0.0).sum((1, 2)) / x.shape[-1]
+    return _reduced(loss.reshape(target.shape[:-1]), reduction)
+
+
+def _reduced(loss: Tensor, reduction: int) -> Tensor:
+    return loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
 
 
 def embedding_bag(
@@ -199,6 +234,8 @@ PLAIN: Mapping[Any, Callable[..., Any]] = {
     aten.matrix_power.default: matrix_power,
     aten.tensordot.default: tensordot,
     aten.hardsigmoid.default: hardsigmoid,
+    aten.multi_margin_loss.default: multi_margin_loss,
+    aten.multilabel_margin_loss.default: multilabel_margin_loss,
     aten.embedding_bag.default: embedding_bag,
     aten.embedding_bag.padding_idx: embedding_bag,
     aten._embedding_bag.default: embedding_bag,

@@ -31,6 +31,8 @@ _DROPOUT = frozenset(
     dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout
     """.split()
 )
+_SHAPELESS = frozenset({"nonzero", "masked_select", "unique", "_unique2", "item"})
+"""What depends on values is the shape of the result; ``where`` of a condition alone is one, too."""
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _EVAL = "call module.eval() before exporting: a Hessian needs a function without chance"
 _REDUCTIONS = {0: None, 1: "aten.mean.default", 2: "aten.sum.default"}
@@ -62,7 +64,7 @@ def refuse(tape: Tape, operator: str, arguments: Arguments) -> None:
         why = "with scale_grad_by_freq=True has no second derivative: leave it out"
     elif name in ("as_strided", "set", "resize"):
         why = "reaches behind a tensor's memory: use slices and reshape"
-    elif name in ("nonzero", "masked_select", "unique", "_unique2", "item"):
+    elif name in _SHAPELESS or operator == "aten.where.default":
         why = "makes shapes or numbers from values: use torch.where with masks"
     elif (
         name == "repeat_interleave"
@@ -201,6 +203,17 @@ def _embedding(tape: Tape, a: Arguments) -> Value | None:
     )
 
 
+def _shift(name: str) -> Callable[[Tape, Arguments], Value]:
+    """Name the operator of Python's ``<<`` or ``>>``; by a number it has another overload."""
+
+    def emitted(tape: Tape, a: Arguments) -> Value:
+        scalar = not isinstance(a["other"], Value)
+        overload = "Tensor_Scalar" if scalar else "Tensor"
+        return tape.emit(f"aten.{name}.{overload}", a["self"], a["other"])
+
+    return emitted
+
+
 _REWRITES: Mapping[str, Callable[[Tape, Arguments], Value | None]] = {
     "aten.scalar_tensor.default": _scalar_tensor,
     "aten.rrelu.default": _rrelu,
@@ -221,6 +234,14 @@ _REWRITES: Mapping[str, Callable[[Tape, Arguments], Value | None]] = {
         if a["dtype"] is None
         else _to_dtype(tape, a)
     ),
+    **{
+        f"aten.{dunder}.{overload}": _shift(name)
+        for dunder, name in (
+            ("__lshift__", "bitwise_left_shift"),
+            ("__rshift__", "bitwise_right_shift"),
+        )
+        for overload in ("Scalar", "Tensor")
+    },
     "aten.instance_norm.default": _instance_norm,
     "aten.lift_fresh_copy.default": lambda tape, a: tape.emit(
         "aten.clone.default", a["self"]
