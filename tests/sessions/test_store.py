@@ -193,6 +193,33 @@ async def test_the_longest_unused_operator_makes_room(tmp_path):
         assert all(operator.closed for operator in server.device.operators)
 
 
+async def use(server, session_id, spec):
+    """Have an operator, and let go of it."""
+    async with server.sessions.lease(session_id, operator=spec):
+        pass
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3, 9, 10, 16])
+async def test_as_many_operators_stay_built_as_there_is_room_for(tmp_path, capacity):
+    specs = [OperatorSpec(kind=OperatorKind.GGN, seed=seed) for seed in range(10)]
+    with middle(tmp_path, operators=capacity) as server:
+        info = await server.sessions.create(server.new(build_later=True))
+        kept = []  # the longest unused first
+        built = 0
+        for spec in [*specs, *specs, specs[3], specs[9], *specs[:4], *specs]:
+            if spec in kept:
+                kept.remove(spec)
+            else:
+                built += 1
+            kept = [*kept, spec][-capacity:]
+            await use(server, info.id, spec)
+            found = [spec for spec, _ in server.sessions.get(info.id).operators]
+            assert found == kept
+            assert len(server.device.built) == built
+        await asyncio.wrap_future(server.batcher.run(lambda cancelled: None))
+        assert [o.closed for o in server.device.operators].count(False) == len(kept)
+
+
 async def test_an_update_makes_the_next_version(server):
     info = await server.sessions.create(server.new())
     made = await server.sessions.update(info.id, values(server, b=np.full(3, 2.0)))

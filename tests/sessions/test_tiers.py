@@ -56,6 +56,20 @@ async def test_the_last_tier_takes_over_when_the_device_is_idle(server):
     assert (await lease_of(server, info.id)).report.tier is Tier.FINAL
 
 
+async def test_a_better_plan_does_not_make_an_operator_used(tmp_path):
+    third = OperatorSpec(kind=OperatorKind.EMPIRICAL_FISHER)
+    with middle(tmp_path, operators=2) as server:
+        server.device.has_tiers = True
+        info = await server.sessions.create(server.new(operators=(HESSIAN, GGN)))
+        await lease_of(server, info.id, HESSIAN)  # GGN is the longest unused now,
+        server.device.improving.set()  # and has its last tier last
+        for spec in (HESSIAN, GGN):
+            await until(lambda spec=spec: tier_of(server, info.id, spec) is Tier.FINAL)
+        await lease_of(server, info.id, third)
+        found = [spec for spec, _ in server.sessions.get(info.id).operators]
+        assert found == [HESSIAN, third]
+
+
 async def test_a_call_under_way_keeps_the_tier_that_it_began_with(server):
     info = await server.sessions.create(server.new())
     async with server.sessions.lease(info.id, operator=HESSIAN) as lease:

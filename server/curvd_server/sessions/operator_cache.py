@@ -152,7 +152,8 @@ class OperatorCache:
                 building = _heard(ongoing, self._staying(self._building(spec)))
                 nbytes = self._verified_bytes(spec)
                 built = CachedOperator(await self._run(building, nbytes))
-            oldest = list(self._built)[: len(self._built) + 1 - self._capacity]
+            excess = max(0, len(self._built) + 1 - self._capacity)
+            oldest = list(self._built)[:excess]
             self._stop_improving(oldest)
             self._retire(oldest)
         self._built[spec] = built
@@ -365,9 +366,9 @@ class OperatorCache:
         if self.problem is not problem:
             made = self.problem.move(made)
         before, after = self._built[spec], CachedOperator(made)
-        before.successor = after
-        self._retire([spec])
-        self._built[spec] = after
+        before.successor, before.retired = after, True
+        self._built[spec] = after  # as long unused as it was
+        self._close_unused([before])
         logger().info(
             takes_over,
             operator=str(spec.kind),
