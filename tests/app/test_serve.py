@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -151,11 +152,93 @@ def test_an_unknown_setting_in_a_file_is_named(served, file):
     assert "lisen" in result.output
 
 
-@pytest.mark.parametrize("text", ['data-dir = ["a", "b"]', "[device]\nname = 'cpu'"])
-def test_a_setting_of_one_value_takes_no_list_and_no_table(served, file, text):
+ODD = (
+    *("3", "-1", "1.5", "nan", "inf", "true", '""', '"x"', '"a\\u0000b"', "[]", "[1]"),
+    *('["a"]', '[["a"]]', "{}", "{a = 1}", '{a = "b"}', "{a = {b = 2}}", "07:32:00"),
+    *("1979-05-27T07:32:00Z", "9" * 400),
+)
+KEYS = [*sorted({o.name for o in cli.options()}), "builders", "libraries"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_file_says_of_a_wrong_value_what_is_right(served, file, key):
+    for value in ODD:
+        result = run("serve", "--config", file(f"{key} = {value}"))
+        if result.exit_code == 0:
+            continue
+        assert isinstance(result.exception, SystemExit), (value, result.exc_info)
+        text = " ".join(result.output.split())
+        assert "Error: " in text
+        names = {key, key.removesuffix("s"), key.replace("libraries", "library")}
+        texts = text.replace("-", "_")
+        assert any(name in texts for name in names), text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("builders = 3", "builders must be a table NAME = "),
+        ('builders = "x"', "builders must be a table NAME = "),
+        ("[builders]\na = 3", "builders must be a table NAME = "),
+        ("libraries = 3", "libraries must be a list of strings, got 3"),
+        ('data-dir = ["a", "b"]', "data-dir must be one value, got "),
+        ("[device]\nname = 'cpu'", "device must be one value, got "),
+        ("data-dir = 3", "data-dir must be a string without NUL, got 3"),
+        ("insecure = 1", "insecure must be true or false, got 1"),
+        ("threads = true", "threads must be a number, got True"),
+        ("threads = 1.5", "'1.5' is not a valid integer"),
+        ("threads = inf", "'inf' is not a valid integer"),
+        ("stall_s = 07:32:00", "stall_s must be a number, got "),
+        ("drain-s = 1\ndrain_s = 2", "sets drain_s twice"),
+        ('builder = ["a=m:f"]\n[builders]\nb = "m:g"', "sets builder twice"),
+        ("config = 'other'", "sets what does not exist: 'config'"),
+        ("a = " + "[" * 10_000, "nests tables or lists too deeply"),
+    ],
+)
+def test_a_mistake_in_a_file_is_a_usage_error(served, file, text, message):
     result = run("serve", "--config", file(text))
+    assert result.exit_code == 2, result.exc_info
+    assert message in " ".join(result.output.split())
+    assert served == []
+
+
+@pytest.mark.parametrize(
+    "option",
+    [o for o in cli.options() if o.type is not bool and o.name != "token"],
+    ids=lambda o: o.flag,
+)
+def test_a_value_of_a_file_is_judged_as_that_of_the_flag(served, file, option):
+    values = ["3", "1GiB", "x", "a=m:f", "timm:*", "", str(file("x"))]
+    if "int" in str(option.type) or "float" in str(option.type):
+        values += [3, 1.5, 20_000.0, 10**12]
+    for value in values:
+        flagged = run("serve", option.flag, value)
+        text = f'"{value}"' if isinstance(value, str) else f"{value}"
+        text = f"[{text}]" if option.is_repeated else text
+        filed = run("serve", "--config", file(f"{option.name} = {text}", "toml"))
+        assert filed.exit_code == flagged.exit_code, (filed.output, flagged.output)
+        assert served[::2] == served[1::2]
+
+
+def test_a_token_in_a_file_is_not_printed(served, file):
+    result = run("serve", "--config", file("token = 271828"))
     assert result.exit_code == 2
-    assert "must be one value, got" in result.output
+    assert "token must be a string" in " ".join(result.output.split())
+    assert "271828" not in result.output
+
+
+def test_a_file_that_cannot_be_read_is_named(served, tmp_path):
+    place = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(place))
+        result = run("serve", "--config", place)
+    assert result.exit_code == 2, result.exc_info
+    assert f"cannot read '{place}'" in "".join(result.output.splitlines())
+    place = tmp_path / "bytes"
+    place.write_bytes(b"\xff\xfe")
+    result = run("serve", "--config", place)
+    assert result.exit_code == 2
+    assert "is no TOML: 'utf-8' codec can't decode byte 0xff" in result.output
 
 
 def test_an_error_of_ours_is_one_line(served):

@@ -89,6 +89,15 @@ def test_a_file_that_may_not_be_read_is_named_with_the_user_who_may_not(
     assert "chown" in said and "secret" not in said
 
 
+def test_a_token_file_that_is_no_text_is_named(tmp_path):
+    place = tmp_path / "token"
+    place.write_bytes(b"\xff\xfe")
+    result = run("info", "127.0.0.1:1", "--token-file", place)
+    assert result.exit_code == 2, result.exc_info
+    said = " ".join(result.output.split())
+    assert "cannot read --token-file" in said and "invalid start byte" in said
+
+
 def test_a_token_for_another_machine_needs_tls():
     result = run("health", "gpu-7:1", env={"CURVD_TOKEN": "secret"})
     assert result.exit_code == 1

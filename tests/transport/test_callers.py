@@ -365,3 +365,11 @@ def test_a_running_server_reads_its_tokens_again_at_a_signal(tmp_path):
         assert server.wait() == 0
     for token in (old, new):
         assert token not in (tmp_path / "log").read_text()
+
+
+def test_a_token_is_not_added_to_what_is_no_text(tmp_path):
+    path = tmp_path / "picture"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InvalidSpec, match="is no file of tokens: it is no UTF-8"):
+        append(path, line_of("ann", new_token()))
+    assert path.read_bytes() == b"\xff\xfe"

@@ -307,7 +307,14 @@ def _token(token: str | None, file: Path | None) -> str | None:
     if token is not None and file is not None:
         msg = "give --token or --token-file, not both"
         raise click.UsageError(msg)
-    return token if file is None else file.read_text().strip()
+    if file is None:
+        return token
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        problem = getattr(error, "strerror", None) or str(error)
+        msg = f"cannot read --token-file {str(file)!r}: {problem}"
+        raise click.UsageError(msg) from error
 
 
 def _server_lines(info: ServerInfo) -> list[str]:

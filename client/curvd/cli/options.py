@@ -1,10 +1,9 @@
-"""Options of the command line: from flags, the environment, or a TOML file."""
+"""Options of the command line: from flags or the environment."""
 
 from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -150,42 +149,6 @@ def connection_options(command: F) -> F:
     ):
         command = decorate(command)
     return command
-
-
-def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
-    """Make a TOML file the defaults of a command's options.
-
-    Args:
-        ctx: The command's context.
-        param: The option that names the file.
-        path: The file.
-
-    Raises:
-        click.BadParameter: If it is not TOML or names an option that does not exist.
-    """
-    if path is None:
-        return
-    try:
-        settings = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        msg = f"{path}: {error}"
-        raise click.BadParameter(msg, ctx, param) from error
-    settings = {name.replace("-", "_"): value for name, value in settings.items()}
-    if "builders" in settings:
-        pairs = settings.pop("builders").items()
-        settings["builder"] = [f"{name}={place}" for name, place in pairs]
-    if "libraries" in settings:
-        settings["library"] = settings.pop("libraries")
-    known = {p.name for p in ctx.command.params} - {param.name}
-    if unknown := sorted(settings.keys() - known):
-        msg = f"{path} sets what does not exist: {', '.join(unknown)}"
-        raise click.BadParameter(msg, ctx, param)
-    for option in ctx.command.params:
-        value = settings.get(option.name or "")
-        if isinstance(value, list | dict) and not getattr(option, "multiple", False):
-            msg = f"{path}: {option.name} must be one value, got {value!r}"
-            raise click.BadParameter(msg, ctx, param)
-    ctx.default_map = {**(ctx.default_map or {}), **settings}
 
 
 def check_folder(flag: str, file: Path) -> None:

@@ -1,7 +1,7 @@
 """``curvd serve`` and ``curvd token``; an option for each setting, and the documents' table.
 
-`preflight` judges a configuration before torch is imported. Nothing imports this but the
-client's command line, which starts it.
+`preflight` judges a configuration before torch is imported, and `config_file` reads options of a
+TOML file. Nothing imports this but the client's command line, which starts it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from curvd.cli.options import (
     Size,
     json_option,
     option,
-    read_config,
     token_options,
 )
 from curvd.contract import Setting, settings_of
 from curvd.tensors import tune_allocator
 from curvd_server.cli import preflight
+from curvd_server.cli.config_file import read_config
 from curvd_server.config import LimitsConfig, ServerConfig, TlsConfig
 from curvd_server.system import ROLES
 from curvd_server.transport import ConnectionLimits, token_file

@@ -188,7 +188,7 @@ def append(path: Path, line: str) -> None:
         line: The line.
 
     Raises:
-        InvalidSpec: If the file cannot be written.
+        InvalidSpec: If the file cannot be written, or is no text.
     """
     try:
         with open(path, "a+", encoding="utf-8", opener=_private) as file:
@@ -196,6 +196,9 @@ def append(path: Path, line: str) -> None:
             text = file.read()
             whole = "" if not text or text.endswith("\n") else "\n"
             file.write(f"{whole}{line}\n")
+    except UnicodeDecodeError as error:
+        msg = f"{str(path)!r} is no file of tokens: it is no UTF-8 ({error.reason})"
+        raise InvalidSpec(msg, file=path) from error
     except OSError as error:
         msg = f"cannot write to {str(path)!r}: {error.strerror}"
         raise InvalidSpec(msg, file=path) from error
