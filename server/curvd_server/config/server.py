@@ -160,8 +160,9 @@ class ServerConfig:
     )
     compile_after_s: float = setting(
         60.0,
-        "Seconds that an operator must have computed before native code is made for it, "
-        "in the background and if there is a C++ compiler; 0: never.",
+        "Seconds that an operator that takes columns one by one, in one block, must have "
+        "computed before native code is made for it, in the background and if there is a C++ "
+        "compiler; 0: never.",
         least=0,
     )
     limits: LimitsConfig = field(default_factory=LimitsConfig)

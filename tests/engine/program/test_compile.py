@@ -6,6 +6,7 @@ import gc
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from support.reference import columns, error, problem_of
 from support.zoo import ANIMALS
 
 from curvd.contract.specs import OperatorSpec
+from curvd.errors import ResourceExhausted
 from curvd_server.engine.building import build
 from curvd_server.engine.operators.linearize import program
 from curvd_server.engine.program import compile
@@ -202,6 +204,121 @@ def test_what_is_used_little_is_not_compiled(eager, tmp_path):
     patient.wait()
     patient.close()
     assert tasks[0].kernel.native is not None
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Counts how often a program is written."""
+    seen = []
+
+    def counted(graph, arguments):
+        seen.append(graph)
+        return describe(graph, arguments)
+
+    monkeypatch.setattr(compile, "describe", counted)
+    return seen
+
+
+def test_a_program_is_written_once_however_many_products_there_are(
+    eager, tmp_path, written
+):
+    patient = Compiler(tmp_path, after_s=60.0)
+    linear, tasks = tasks_of(problem_of(ZOO["gelu"]), "ggn")
+    assert len(tasks) == 2
+    for product in range(100):
+        patient.consider(tasks, spent_s=0.01 * product)
+    assert len(written) == 2
+    # What another session had made meanwhile is found nevertheless.
+    for task in tasks:
+        eager(task.kernel.module.forward)
+        text = describe(task.kernel.module.graph, task.arguments())
+        package = tmp_path / f"{compile._key(text)}.pt2"
+        package.write_text("")
+        patient.consider([task], spent_s=1.0)
+        patient.wait()
+        assert task.kernel.native is not None
+    assert linear is not None
+    patient.close()
+
+
+def test_a_program_that_a_quota_puts_off_is_not_written(compiler, monkeypatch, written):
+    def full(name, count):
+        raise ResourceExhausted("enough for now")
+
+    monkeypatch.setattr(compiler._quotas, "take", full)
+    linear, tasks = tasks_of(problem_of(ZOO["gelu"]))
+    for _ in range(100):
+        compiler.consider(tasks, spent_s=1.0)
+    assert linear is not None
+    assert written == []
+
+
+def test_code_that_came_too_late_for_a_version_serves_the_next(
+    eager, compiler, monkeypatch
+):
+    """Compiling takes longer than the steps between which a net is trained."""
+    problem = problem_of(ZOO["gelu"])
+    spec = OperatorSpec()
+    held = [program(problem, spec, problem.data[0])]
+    (task,) = held[0].tasks(range(len(problem.parameters)))
+    eager(task.kernel.module.forward)
+    made = []
+
+    def make(self, text, package):
+        held.clear()  # the next version has come
+        gc.collect()
+        made.append(package)
+        package.write_text(text)
+        compile._seal(package).write_text(compile._digest(package))
+
+    monkeypatch.setattr(Compiler, "_make", make)
+    compiler.consider([task], spent_s=1.0)
+    compiler.wait()
+    assert task.kernel.native is None
+    moved = problem.with_parameters({})
+    linear = program(moved, spec, moved.data[0])
+    (again,) = linear.tasks(range(len(moved.parameters)))
+    assert again.kernel is task.kernel
+    compiler.consider([again], spent_s=1.0)
+    compiler.wait()
+    assert again.kernel.native is not None
+    assert len(made) == 1
+
+
+def test_any_failure_is_said(eager, compiler, caplog):
+    linear, tasks = tasks_of(problem_of(ZOO["gelu"]))
+
+    def native(*arguments):
+        raise LookupError("no such symbol")
+
+    eager(native)
+    with caplog.at_level("INFO"):
+        compiler.consider(tasks, spent_s=1.0)
+        compiler.wait()
+    assert linear is not None
+    assert "not compiled" in caplog.text and "no such symbol" in caplog.text
+
+
+def test_a_server_that_stops_does_not_complain_that_it_ended_the_compiler(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(compile, "_CHILD", "import time; time.sleep(600)")
+    stopped = Compiler(tmp_path, after_s=0.0)
+    linear, tasks = tasks_of(problem_of(ZOO["gelu"]))
+    begun = threading.Event()
+    wait = Compiler._wait
+
+    def waits(self, child):
+        begun.set()
+        wait(self, child)
+
+    monkeypatch.setattr(Compiler, "_wait", waits)
+    with caplog.at_level("INFO"):
+        stopped.consider(tasks, spent_s=1.0)
+        assert begun.wait(60)
+        stopped.close()
+    assert linear is not None
+    assert "not compiled" not in caplog.text
 
 
 def test_a_child_that_dies_is_reported(compiler, tmp_path):

@@ -113,10 +113,17 @@ class Compiler:
         self._asked: weakref.WeakSet[fx.GraphModule] = weakref.WeakSet()
         # Those that a quota has put off, and the log has told so.
         self._put_off: weakref.WeakSet[fx.GraphModule] = weakref.WeakSet()
+        # Where their code would be, for so many threads: writing a program takes as long as
+        # a small net's product.
+        self._packages: weakref.WeakKeyDictionary[fx.GraphModule, tuple[int, Path]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._closed = threading.Event()
 
     def consider(self, tasks: Sequence[CompileTask], spent_s: float) -> None:
         """Compile kernels that were used enough, or that were compiled before.
+
+        It is called after every product.
 
         Args:
             tasks: All kernels of an operator.
@@ -126,22 +133,38 @@ class Compiler:
             module = task.kernel.module
             if module in self._asked or task.kernel.native is not None:
                 continue
-            arguments = task.arguments()
-            if arguments is None:
-                continue
-            try:
-                text = describe(module.graph, arguments)
-            except TypeError as error:
-                self._asked.add(module)
-                logger().info("not compiled", reason=str(error))
-                continue
-            package = self._folder / f"{_key(text)}.pt2"
-            if spent_s >= self.after_s or package.exists():
-                self._submit(task, text, package)
+            if spent_s >= self.after_s or self._is_made(task):
+                self._submit(task)
 
-    def _submit(self, task: CompileTask, text: str, package: Path) -> None:
+    def _is_made(self, task: CompileTask) -> bool:
+        """Tell whether a kernel's code is on disk; its program is written only once."""
+        module, threads = task.kernel.module, torch.get_num_threads()
+        known = self._packages.get(module)
+        if known is None or known[0] != threads:
+            text = self._described(task)
+            if text is None:
+                return False
+            known = self._packages[module] = threads, self._package(text)
+        return known[1].exists()
+
+    def _described(self, task: CompileTask) -> str | None:
+        """Write a kernel's program; None if that cannot be, or if its session has gone."""
+        arguments = task.arguments()
+        if arguments is None:
+            return None
+        try:
+            return describe(task.kernel.module.graph, arguments)
+        except TypeError as error:
+            self._asked.add(task.kernel.module)
+            logger().info("not compiled", reason=str(error))
+            return None
+
+    def _package(self, text: str) -> Path:
+        return self._folder / f"{_key(text)}.pt2"
+
+    def _submit(self, task: CompileTask) -> None:
         """Have code made in its turn, within its caller's quota; else it is asked later."""
-        module = task.kernel.module
+        module, give = task.kernel.module, self._quotas.give
         try:
             owner = self._quotas.take(COMPILE_JOBS, 1)
         except ResourceExhausted as error:
@@ -150,9 +173,12 @@ class Compiler:
                 log = logger().bind(**error.metadata)
                 log.warning("not compiled yet", error=str(error))
             return
+        text = self._described(task)
+        if text is None:
+            give(COMPILE_JOBS, 1, owner)
+            return
         self._asked.add(module)
-        job = self._thread.submit(self._work, task, text, package)
-        give = self._quotas.give
+        job = self._thread.submit(self._work, task, text, self._package(text))
         job.add_done_callback(lambda job: give(COMPILE_JOBS, 1, owner))
 
     def wait(self) -> None:
@@ -179,21 +205,29 @@ class Compiler:
                 log.info("compiled", package=package.name, seconds=seconds)
             if self._closed.is_set():
                 return
-            native = torch._inductor.aoti_load_package(str(package))
             arguments = task.arguments()
-            if arguments is not None and _is_better(task.kernel, native, arguments):
+            if arguments is None:
+                # Its operator has other parameters by now, or another plan: what shares the
+                # kernel asks again, and finds the package.
+                self._asked.discard(task.kernel.module)
+                log.info("native code waits for another product", package=package.name)
+                return
+            native = torch._inductor.aoti_load_package(str(package))
+            if _is_better(task.kernel, native, arguments):
                 task.kernel.native = _aligned(native)
                 log.info("native code took over", package=package.name)
-        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        except Exception as error:
             # The program goes on as it is: nobody waits for native code.
-            log.warning("not compiled", reason=str(error)[-2000:])
+            if not self._closed.is_set():  # which ends the compiler
+                reason = str(error)[-2000:] or type(error).__name__
+                log.warning("not compiled", reason=reason)
 
     def _make(self, text: str, package: Path) -> None:
         """Let a child compile; what it leaves half done is not found again."""
         with tempfile.TemporaryDirectory(dir=self._folder) as name:
             source, target = Path(name, "program.json"), Path(name, "made.pt2")
             source.write_text(text)
-            command = [sys.executable, "-c", _CHILD]
+            command = [sys.executable, "-W", "ignore", "-c", _CHILD]
             command += [str(source), str(target), str(_NICENESS)]
             output = Path(name, "output.txt")
             with output.open("wb") as sink:
@@ -315,6 +349,7 @@ def _is_better(kernel: Kernel, native: Native, arguments: list[Tensor]) -> bool:
             if w is None and g is None:
                 continue
             if w is None or g is None:
+                logger().warning("native code is wrong", gap=None)
                 return False
             gap = float((g.double() - w.double()).norm())
             if not gap <= AGREEMENT[w.dtype] * float(w.double().norm()) + 1e-300:
