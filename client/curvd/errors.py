@@ -198,7 +198,7 @@ class NotDeterministic(FailedPrecondition):
 
 
 class NotFinite(FailedPrecondition):
-    """A product is NaN or infinite: the operator is not defined there, or overflows."""
+    """A gradient or product is NaN or infinite: it is not defined there, or overflows."""
 
 
 class ScaleOutOfRange(FailedPrecondition):

@@ -18,7 +18,14 @@ from curvd.tensors import Pool
 from curvd_server.device.factored import FactoredOperator, SharedFactors
 from curvd_server.device.torch_operator import TorchOperator
 from curvd_server.device.translated import translated
-from curvd_server.engine import Compiler, Memory, Problem, building, check_gradient
+from curvd_server.engine import (
+    Compiler,
+    Memory,
+    Problem,
+    building,
+    check_gradient,
+    finite_gradient,
+)
 from curvd_server.engine.data_points import Points
 from curvd_server.system import Poll
 
@@ -82,7 +89,7 @@ class TorchProblem:
     def gradient(self, *, cancelled: Poll) -> tuple[float, NDArray[Any]]:
         """Compute the loss and its gradient [P]."""
         with translated():
-            loss, gradient = self._problem.gradient(cancelled=cancelled)
+            loss, gradient = finite_gradient(self._problem, cancelled=cancelled)
             return loss, gradient.cpu().numpy()
 
     def check(self, *, cancelled: Poll) -> None:

@@ -8,6 +8,7 @@ graphs; knows no network, no storage and no session.
 from __future__ import annotations
 
 from curvd_server.engine.choose_again import choose_again, is_in_doubt
+from curvd_server.engine.finite import check_finite_gradient, finite_gradient
 from curvd_server.engine.objective import (
     Cut,
     Problem,
@@ -25,8 +26,10 @@ __all__ = [
     "Memory",
     "Problem",
     "check_batch_axis",
+    "check_finite_gradient",
     "check_gradient",
     "choose_again",
+    "finite_gradient",
     "is_in_doubt",
     "use_differentiable_attention",
     "use_threads",

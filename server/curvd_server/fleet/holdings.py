@@ -17,7 +17,7 @@ from curvd.tensors import Pool
 from curvd_server.device.torch_device import TorchDevice
 from curvd_server.device.torch_problem import as_tensors
 from curvd_server.device.translated import translated
-from curvd_server.engine import Problem, check_gradient, parts
+from curvd_server.engine import Problem, check_gradient, finite_gradient, parts
 from curvd_server.engine.operator import Operator
 from curvd_server.fleet import messages
 from curvd_server.fleet.connection import Array
@@ -240,7 +240,7 @@ class Holdings:
         self, m: messages.Gradient, arrays: list[Array], cancelled: Poll
     ) -> Said:
         here = self._problem(m.problem).parts.values()
-        pairs = [part.gradient(cancelled=cancelled) for part in here]
+        pairs = [finite_gradient(part, cancelled=cancelled) for part in here]
         losses = tuple(loss for loss, _ in pairs)
         return messages.Gradients(losses=losses), [
             row.cpu().numpy() for _, row in pairs

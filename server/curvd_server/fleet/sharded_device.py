@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from curvd.contract import (
     DatasetSpec,
@@ -25,7 +26,7 @@ from curvd.contract import (
 from curvd_server.device.factored import FactoredOperator
 from curvd_server.device.protocols import Array
 from curvd_server.device.torch_device import TorchDevice
-from curvd_server.engine import Memory
+from curvd_server.engine import Memory, check_finite_gradient
 from curvd_server.fleet import messages
 from curvd_server.fleet.device import FleetDevice
 from curvd_server.fleet.fleet import Fleet
@@ -130,7 +131,9 @@ class ShardedProblem(FleetProblem):
         ]
         slices = Slices(self.layout, len(step.ranks))
         rows = {rank: frame.arrays[0][None] for rank, frame in frames.items()}
-        return sum(losses), slices.whole(rows)[0]
+        loss, gradient = sum(losses), slices.whole(rows)[0]
+        check_finite_gradient(loss, torch.from_numpy(gradient))
+        return loss, gradient
 
     def check(self, *, cancelled: Poll) -> None:
         """Compute a gradient of all data, and find out whether it is that of the loss."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from curvd.contract.enums import Dtype
 from curvd.contract.specs import OperatorSpec
-from curvd.errors import CurvatureUnverified, NotDeterministic, OutOfMemory
+from curvd.errors import CurvatureUnverified, NotDeterministic, NotFinite, OutOfMemory
 from curvd_server.engine import check_gradient, parts
 from curvd_server.engine.building import build
 from curvd_server.engine.operators import MODES, linearize
@@ -225,7 +225,7 @@ def test_parameters_that_are_not_finite_are_refused(large):
     problem = problem_of(ZOO["gelu"])
     bad = torch.full(problem.layout.shapes[0], torch.nan)
     broken = problem.with_parameters({problem.layout.names[0]: bad})
-    with pytest.raises(NotDeterministic, match="loss is not finite"):
+    with pytest.raises(NotFinite, match="loss is not finite"):
         build(broken, HESSIAN, budget_bytes=HUGE)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from curvd.contract.enums import Dtype
 from curvd.contract.specs import DatasetSpec, LossSpec, OperatorSpec
-from curvd.errors import InvalidSpec, NotDeterministic, OutOfMemory
+from curvd.errors import InvalidSpec, NotDeterministic, NotFinite, OutOfMemory
 from curvd_server.engine.building import build
 from curvd_server.engine.objective.objective import Problem
 from curvd_server.engine.operators import linearize
@@ -148,7 +148,7 @@ def test_parameters_that_are_not_finite_are_refused():
     problem = problem_of(GELU)
     bad = torch.full(problem.layout.shapes[0], torch.nan)
     broken = problem.with_parameters({problem.layout.names[0]: bad})
-    with pytest.raises(NotDeterministic, match="loss is not finite"):
+    with pytest.raises(NotFinite, match="the loss is NaN or infinite in rows 0 to"):
         build(broken, OperatorSpec(), budget_bytes=HUGE)
 
 

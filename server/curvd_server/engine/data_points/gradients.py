@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from curvd_server.engine.finite import check_finite
 from curvd_server.engine.objective import Batch, Problem, rows_of
 from curvd_server.linalg import lengths
 from curvd_server.system import is_out_of_memory
@@ -34,11 +35,18 @@ class Gradients:
         """Whether torch's vectorised gradients are right; None: not known yet."""
 
     def __call__(self, batch: Batch) -> Sequence[Tensor]:
-        """Differentiate each data point's loss: per parameter [b, *shape]."""
+        """Differentiate each data point's loss: per parameter [b, *shape].
+
+        Raises:
+            NotFinite: If a number is NaN or infinite.
+        """
         if self.vectorised is None:
             self.vectorised = self._agrees(batch)
-        if self.vectorised:
-            return self._together(batch)
+        found = self._together(batch) if self.vectorised else self._alone(batch)
+        check_finite(self._problem, batch, "the gradient of a data point", found)
+        return found
+
+    def _alone(self, batch: Batch) -> Sequence[Tensor]:
         points = (rows_of(batch, slice(n, n + 1)) for n in range(len(batch.targets)))
         alone = zip(*(self._gradient(point) for point in points), strict=True)
         return [torch.stack(rows) for rows in alone]

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from curvd.contract import JacobianOf
-from curvd.errors import CurvatureUnverified
+from curvd.errors import CurvatureUnverified, NotFinite
 from curvd_server.engine.data_points.gradients import Gradients
+from curvd_server.engine.finite import check_finite
 from curvd_server.engine.objective import (
     Batch,
     Problem,
@@ -121,7 +122,13 @@ class Jacobian:
             if self._of is JacobianOf.LOSSES:
                 plans = {**plans, "rows": by_rows}
             return self._choose(direction, plans, batch, operand)
-        return self._chosen[direction](batch, operand)
+        return self._finite(batch, self._chosen[direction](batch, operand))
+
+    def _finite(self, batch: Batch, product: Tensor) -> Tensor:
+        check_finite(
+            self._problem, batch, f"a product of the {self._of} Jacobian", [product]
+        )
+        return product
 
     def _choose(
         self,
@@ -142,6 +149,9 @@ class Jacobian:
                 ):
                     continue
                 seconds, product = _timed(plan, batch, operand)
+                self._finite(batch, product)
+            except NotFinite:
+                raise
             except Exception as error:
                 if is_out_of_memory(error) and name != "rows":
                     raise

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvd_server.engine.finite import check_finite
 from curvd_server.engine.objective import Batch, Problem, rows_of
 from curvd_server.linalg import lengths
 from curvd_server.system import is_out_of_memory
@@ -38,11 +39,16 @@ class OutputRows:
 
         Returns:
             Outputs [b, *outputs], and gradients [b, C, P] in the type of results.
+
+        Raises:
+            NotFinite: If a number is NaN or infinite.
         """
         if self.vectorised is None:
             self.vectorised = self._agrees(batch)
         outputs = self._outputs(batch)
         rows = self._together(batch) if self.vectorised else self._alone(batch, outputs)
+        what = "an output of a data point, or its gradient,"
+        check_finite(self._problem, batch, what, [outputs, rows])
         return outputs, rows
 
     def _outputs(self, batch: Batch) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from curvd.contract import FactorBlock, FactorBlockKind, Mode
 from curvd.errors import CurvatureUnverified, InvalidSpec
+from curvd_server.engine.finite import check_finite
 from curvd_server.engine.kronecker import weights
 from curvd_server.engine.kronecker.rows import Rows, pulled
 from curvd_server.engine.kronecker.sites import Site, Sites
@@ -118,6 +119,7 @@ def read(problem: Problem, *, reduce: bool) -> Reading:
     Raises:
         InvalidSpec: If a data point's loss depends on others.
         CurvatureUnverified: If the traced model is not the model.
+        NotFinite: If a gradient is NaN or infinite.
     """
     if problem.mode is Mode.BATCH_STATISTICS:
         msg = (
@@ -133,6 +135,7 @@ def read(problem: Problem, *, reduce: bool) -> Reading:
     for name, index in sites.other:
         findings.note(parameters_of(small, index), f"consumed by {name}")
     cotangent, truth = _truth(small, batch)
+    check_finite(problem, batch, "the gradient of a data point", [truth])
     trailing, ours = _from_sites(small, batch, sites, cotangent, findings)
     gaps = _gaps(small, ours, truth)
     own = {i for site in sites.linear for i in parameters_of(small, site.index)}

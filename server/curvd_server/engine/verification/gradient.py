@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from curvd.contract import OperatorSpec
 from curvd.errors import CurvatureUnverified
+from curvd_server.engine.finite import finite_gradient
 from curvd_server.engine.objective import Problem
 from curvd_server.engine.verification.size import reference_of
 from curvd_server.engine.verification.verify import TOLERANCE
@@ -29,6 +30,7 @@ def check_gradient(problem: Problem, cancelled: Callable[[], bool]) -> None:
 
     Raises:
         CurvatureUnverified: If central differences of the loss are something else.
+        NotFinite: If the loss is NaN or infinite.
     """
     reference = reference_of(problem, OperatorSpec())
     reference.check_gradients(cancelled)
@@ -36,6 +38,8 @@ def check_gradient(problem: Problem, cancelled: Callable[[], bool]) -> None:
     gap = abs(difference - slope)
     if gap <= _STRAY * max(abs(difference), abs(slope)) or gap < 1e-9:
         return
+    if not math.isfinite(difference):
+        finite_gradient(problem, cancelled=cancelled)
     if math.isnan(slope):
         msg = (
             "the gradient is NaN where the loss is a number: a derivative is not defined at "

@@ -98,7 +98,8 @@ class ProjectedReference:
         """Evaluate loss and gradient twice on the first mini-batch.
 
         Raises:
-            NotDeterministic: If two evaluations differ, or are not finite.
+            NotDeterministic: If two evaluations differ.
+            NotFinite: If they are NaN, or the gradient is infinite.
         """
         batch = self._problem.data[0]
         first = self._gradient(batch)
