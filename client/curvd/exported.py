@@ -176,10 +176,10 @@ def export(
                 prove_module(module, inputs, output, chosen, graph, state)
         return model
 
-    model = apart(module, made)
-    if check:
-        check_itself(module, inputs, output, chosen, model.graph, model.state)
-    return model
+    def compare(module: nn.Module, twin: nn.Module) -> None:
+        check_itself(module, twin, inputs, output, chosen)
+
+    return apart(module, made, compare if check else None)
 
 
 def _captured(
@@ -356,9 +356,10 @@ def prepare(
             prove_module(module, inputs, output, chosen, graph, state, known, size)
         return model, spec, aims
 
-    model, spec, targets = apart(module, made)
-    if check:
-        check_itself(module, inputs, output, chosen, model.graph, model.state)
+    def compare(module: nn.Module, twin: nn.Module) -> None:
+        check_itself(module, twin, inputs, output, chosen)
+
+    model, spec, targets = apart(module, made, compare if check else None)
     target = next(n for n in ("target", "targets", "y_target") if n not in model.inputs)
     leaves = dict(zip(model.inputs, leaves_of(inputs), strict=True))
     dtype = Dtype(model.graph.dtype)

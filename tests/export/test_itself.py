@@ -8,8 +8,14 @@ from torch import nn
 
 import curvd
 from curvd.errors import GradientMismatch
+from curvd.graph import itself, unfilled
 
 X = torch.linspace(-1, 1, 32).reshape(8, 4)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    Registered.factors.clear()  # an identity may come again
 
 
 class Registered(nn.Module):
@@ -64,10 +70,79 @@ def test_a_module_that_knows_itself_by_identity_is_refused(make, mode):
         )
 
 
+class Scaled(Registered):
+    """Scales its gradient alone, by what it finds under its own identity."""
+
+    def forward(self, x):
+        h = self.layer(x)
+        if id(self) in Registered.factors and h.requires_grad:
+            h.register_hook(lambda gradient: gradient / 2)
+        return torch.tanh(h)
+
+
+def test_a_gradient_that_is_looked_up_by_identity_is_refused():
+    module = Scaled().eval()
+    with pytest.raises(GradientMismatch, match=r"the gradient of layer\.(weight|bias)"):
+        curvd.export(module, X)
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_parameters_that_move_meanwhile_are_said_to(monkeypatch):
+    module = nn.Linear(4, 2)
+
+    def beside_a_step(wrapper, rows):
+        result = unfilled.called(wrapper, rows)
+        with torch.no_grad():
+            module.bias += 1
+        return result
+
+    monkeypatch.setattr(itself, "called", beside_a_step)
+    with pytest.raises(GradientMismatch, match=r"parameters moved while.*deepcopy"):
+        curvd.export(module, X)
+
+
+def test_sparse_gradients_and_frozen_layers_are_compared_too():
+    module = nn.Sequential(
+        nn.Embedding(9, 3, sparse=True), nn.Flatten(), nn.Linear(6, 2)
+    )
+    module[2].requires_grad_(False)
+    curvd.export(module.double().eval(), torch.tensor([[1, 2], [3, 4], [5, 8], [0, 7]]))
+
+
 def test_it_is_refused_as_it_trains():
     """Layers in training mode that do the same in both."""
     with pytest.raises(GradientMismatch, match="by the very object"):
         curvd.export(Registered(), X)
+
+
+class Magnifying(nn.Module):
+    """Magnifies rounding until nothing of it is left."""
+
+    def __init__(self, core):
+        super().__init__()
+        self.core, self.head = core, nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.core(x)
+        h = torch.sigmoid(h[0] if isinstance(h, tuple) else h)
+        for _ in range(20):
+            h = 3.99 * h * (1 - h)
+        return self.head(h[:, -1])
+
+
+@pytest.mark.parametrize(
+    "core",
+    [
+        lambda: nn.GRU(8, 8, 2, batch_first=True),
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2
+        ),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
+    ],
+)
+def test_rounding_that_is_magnified_is_no_difference(core):
+    torch.manual_seed(1)
+    curvd.export(Magnifying(core()).eval(), torch.randn(12, 6, 8))
 
 
 def test_what_it_returned_at_first_is_what_it_returns_afterwards():

@@ -165,6 +165,26 @@ def test_layers_that_are_tied_afterwards_are_a_change(client):
             session.update_parameters(module)
 
 
+@pytest.mark.parametrize(
+    ("remove", "name"),
+    [
+        (lambda m: setattr(m[0], "bias", None), "0.bias"),
+        (lambda m: setattr(m[1], "weight", None), "1.weight"),
+        (lambda m: setattr(m[1], "running_mean", None), "1.running_mean"),
+    ],
+)
+def test_a_tensor_that_is_gone_is_a_change(client, remove, name):
+    """A module is whole, so that a missing name is no update of the others."""
+    module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double().eval()
+    with client.session_for(module, LOSS, (X, Y), batch_size=3) as session:
+        session.update_parameters(module)
+        remove(module)
+        with pytest.raises(
+            curvd.InvalidSpec, match=f"{name} was there and is not there"
+        ):
+            session.update_parameters(module)
+
+
 def test_hooks_that_only_look_on_are_let_through(client):
     module, seen = net(lambda m: 1.0), []
     with client.session_for(module, LOSS, (X, Y), batch_size=3) as session:

@@ -102,7 +102,34 @@ def _regular(a: Tensor) -> Tensor:
     return a + 2 * torch.eye(a.shape[-1], dtype=a.dtype)
 
 
+def _number(*shape: int) -> Tensor:
+    return (
+        torch.linspace(-1, 1, torch.Size(shape).numel()).double().reshape(shape).sin()
+    )
+
+
 LINEAR_ALGEBRA = (
+    between(
+        "einsum_of_three",
+        lambda x: torch.einsum(
+            "bi,ir,ro->bo", x, _number(4, 8).to(x), _number(8, 3).to(x)
+        ),
+    ),
+    between(
+        "einsum_of_four",
+        lambda x: torch.einsum(
+            "bi,ir,jr,bj->br", x, _number(4, 2).to(x), _number(4, 2).to(x), x
+        ),
+    ),
+    between(
+        "multi_dot",
+        lambda x: torch.linalg.multi_dot([
+            x,
+            _number(4, 30).to(x),
+            _number(30, 2).to(x),
+        ]),
+    ),
+    between("cdist_to_few", lambda x: torch.exp(-torch.cdist(x, _number(5, 4).to(x)))),
     between("mT", lambda a: a @ a.mT, (3, 2)),
     between("mH", lambda a: a @ a.mH, (3, 2)),
     between("H", lambda a: a.flatten(1).H.H, (3, 2)),

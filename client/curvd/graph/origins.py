@@ -44,7 +44,7 @@ _ELEMENTS = 1 << 20
 """Of a tensor that is copied; one that has more is known by its place and its version."""
 _SHOWN = 5
 """Attributes that a message names."""
-_MISSING = object()
+_MISSING, _THERE = object(), object()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -191,6 +191,12 @@ class Origin:
         for name, buffer in module.named_buffers(remove_duplicate=False):
             if name in names:
                 state.setdefault(name, buffer.detach())
+        own = (
+            t.names for t in self._graph.tensors if t.names[0] not in self._constants
+        )
+        gone = [tied[0] for tied in own if not any(name in state for name in tied)]
+        if gone:
+            raise _refusal({name: (_THERE, _MISSING) for name in gone})
         return state
 
     def _check(self, module: nn.Module) -> None:
@@ -247,8 +253,8 @@ def _changed(old: str, new: str) -> str:
 
 
 def _said(value: Any) -> str:
-    if value is _MISSING:
-        return "not there"
+    if value is _MISSING or value is _THERE:
+        return "not there" if value is _MISSING else "there"
     if isinstance(value, Tensor) and value.numel() > 1:
         return f"a tensor of shape {list(value.shape)}"
     return repr(value.tolist() if isinstance(value, Tensor) else value)[:60]

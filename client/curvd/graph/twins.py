@@ -63,7 +63,11 @@ def in_slots(layer: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield name, getattr(layer, name)
 
 
-def apart(module: nn.Module, work: Callable[[nn.Module], T]) -> T:
+def apart(
+    module: nn.Module,
+    work: Callable[[nn.Module], T],
+    compare: Callable[[nn.Module, nn.Module], None] | None = None,
+) -> T:
     """Do something that changes a module for a while to a twin of it.
 
     What a first call makes, a layer, a buffer, a table, is the module's afterwards, as after
@@ -73,6 +77,7 @@ def apart(module: nn.Module, work: Callable[[nn.Module], T]) -> T:
         module: The module.
         work: Takes the twin; the module itself, if its code can reach that: a layer that
             writes to its parent, say, does not write to the twin.
+        compare: Takes the module and another twin afterwards, if there was one.
 
     Returns:
         What it returned.
@@ -90,6 +95,8 @@ def apart(module: nn.Module, work: Callable[[nn.Module], T]) -> T:
         for kind in ("_parameters", "_buffers", "_modules"):
             _hand_over(other[kind], layer[kind])
         _hand_over(other, layer)
+    if compare is not None:
+        compare(module, twin_of(module))
     return result
 
 

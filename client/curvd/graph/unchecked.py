@@ -1,14 +1,16 @@
-"""Checks of values that torch's own code makes are passed over while it is traced.
+"""Choices and checks that torch's own code makes are left out while it is traced.
 
 A traced tensor has no values. What is checked holds for the user's data when the module
-itself runs on it.
+itself runs on it. And what is chosen by sizes, an order of contraction, a kernel from 26 rows
+on, would be the choice of one batch size, where any is right.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +26,18 @@ from curvd.graph.sources import source_here
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
-    """Let distributions, transformers and Gaussian losses trust what they are given."""
+    """Let distributions, transformers and Gaussian losses trust what they are given.
+
+    Products of several factors are made from the left, and distances in one way.
+    """
     validated = Distribution._validate_args
     detect, fast = transformer._detect_is_causal_mask, torch.backends.mha
-    fused = fast.get_fastpath_enabled()
+    fused, order = fast.get_fastpath_enabled(), torch.backends.opt_einsum
+    ordered = order.enabled
     Distribution.set_default_validate_args(False)
     transformer._detect_is_causal_mask = _is_causal
     fast.set_fastpath_enabled(False)  # the fused layers have no derivative
+    order.enabled = False
     try:
         with _Unchecked():
             yield
@@ -38,6 +45,7 @@ def unchecked() -> Iterator[None]:
         Distribution.set_default_validate_args(validated)
         transformer._detect_is_causal_mask = detect
         fast.set_fastpath_enabled(fused)
+        order.enabled = ordered
 
 
 def _is_causal(mask: Any, is_causal: bool | None = None, size: Any = None) -> bool:
@@ -54,6 +62,10 @@ class _Unchecked(TorchFunctionMode):
         """Call a function of torch, or what it computes without its checks."""
         if func is F.gaussian_nll_loss:
             func = _gaussian_nll_loss
+        elif func is torch.cdist:
+            func = _cdist
+        elif func in (torch.linalg.multi_dot, torch.chain_matmul):
+            func = _multi_dot if func is torch.linalg.multi_dot else _chain_matmul
         elif getattr(func, "__name__", "") == "_pack_padded_sequence":
             source = source_here()
             msg = (
@@ -62,6 +74,28 @@ class _Unchecked(TorchFunctionMode):
             )
             raise InvalidGraph(msg, source=source)
         return func(*args, **(kwargs or {}))
+
+
+def _cdist(
+    x1: Tensor,
+    x2: Tensor,
+    p: float = 2.0,
+    compute_mode: str = "use_mm_for_euclid_dist_if_necessary",
+) -> Tensor:
+    """Compute distances in one way, not in another from 26 rows on."""
+    if compute_mode.endswith("if_necessary"):
+        compute_mode = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(x1, x2, p, compute_mode)
+
+
+def _multi_dot(tensors: Sequence[Tensor], *, out: None = None) -> Tensor:
+    """Multiply from the left, not in the order that takes the fewest operations."""
+    return functools.reduce(torch.matmul, tensors)
+
+
+def _chain_matmul(*tensors: Tensor, out: None = None) -> Tensor:
+    """Do the same."""
+    return _multi_dot(tensors)
 
 
 def _gaussian_nll_loss(

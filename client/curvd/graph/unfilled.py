@@ -51,7 +51,7 @@ def called(wrapper: nn.Module, rows: Inputs) -> Tensor | None:
         # note: a forward that differentiates needs gradients to be on.
         with torch.enable_grad(), random, plain_checkpoints(), quiet():
             result = torch.func.functional_call(wrapper, state, arguments)
-            return result.detach() if isinstance(result, Tensor) else None
+            return result if isinstance(result, Tensor) else None
     except Exception:  # of the module's own code
         return None
     finally:
