@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from support.differences import draw, labels, seeded  # noqa: E402
 from torch import nn  # noqa: E402
 
 import curvd  # noqa: E402
+from curvd.graph import twins  # noqa: E402
 
 N = 7
 X, Y, LOSS = draw(N, 4), labels(3, N), nn.CrossEntropyLoss()
@@ -303,3 +305,66 @@ def test_complex_buffers_travel_with_an_update(client, persistent, give):
         session.update_parameters(give(module))
         value, _ = session.gradient()
     assert value == pytest.approx(LOSS(module(X), Y).item(), rel=1e-12)
+
+
+class Bound(nn.Module):
+    """Keeps one of its own methods, counts, and lies under itself in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.steps = nn.Linear(4, 3), 0
+        self.way, self.held = self.called, [self]
+
+    def called(self, x):
+        self.steps += 1
+        return self.layer(x)
+
+    def forward(self, x):
+        return self.way(x)
+
+
+def test_a_training_goes_on_beside_updates_of_a_module_that_reaches_itself(client):
+    """Each update exports it again, because it counts."""
+    module = Bound().double().eval()
+    inside, parameters = module.held, list(module.parameters())
+    optimiser = torch.optim.SGD(parameters, lr=0.01)
+    errors, over = [], threading.Event()
+
+    def train():
+        while not over.is_set():
+            try:
+                optimiser.zero_grad()
+                LOSS(module(X), Y).backward()
+                optimiser.step()
+            except Exception as error:
+                errors.append(error)
+
+    with client.session_for(module, LOSS, (X, Y), batch_size=3) as session:
+        trainer = threading.Thread(target=train)
+        trainer.start()
+        try:
+            for _ in range(8):
+                session.update_parameters(module)
+        finally:
+            over.set()
+            trainer.join(60)
+        session.update_parameters(module)
+        value, _ = session.gradient()
+    assert value == pytest.approx(float(LOSS(module(X), Y).detach()), rel=1e-12)
+    assert not errors
+    assert module.held is inside and module.way.__self__ is module
+    assert all(a is b for a, b in zip(module.parameters(), parameters, strict=True))
+
+
+def test_a_twin_s_own_parameters_have_memory_and_ties_and_no_gradients():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module[1].weight = module[0].weight
+    module[1].bias.requires_grad_(False)
+    module(torch.rand(2, 4)).sum().backward()
+    twin = twins.without_gradients(twins.twin_apart(module))
+    assert twin[0].weight is twin[1].weight
+    for mine, theirs in zip(module.parameters(), twin.parameters(), strict=True):
+        assert mine is not theirs and theirs.grad is None
+        assert mine.data_ptr() == theirs.data_ptr()
+        assert mine.requires_grad == theirs.requires_grad
+    assert module[0].weight.grad is not None

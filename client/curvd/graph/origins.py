@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from curvd.errors import CurvdError, InvalidSpec
 from curvd.graph.loss_origin import LossOrigin
 from curvd.graph.manifest import CONSTANTS
-from curvd.graph.places import reaches_itself
-from curvd.graph.twins import in_slots, twin_of
+from curvd.graph.twins import in_slots, twin_apart, without_gradients
 from curvd.v1 import graph_pb2 as graph_pb
 
 Traced = tuple[graph_pb.Graph, Mapping[str, Tensor]]
@@ -217,11 +216,13 @@ class Origin:
 
     def _does_the_same(self, module: nn.Module, *, prove: bool) -> bool:
         try:
-            if reaches_itself(module):  # what it writes there, a twin would not read
+            twin = twin_apart(module, self._training)
+            if twin is not None:
+                given = twin if prove else without_gradients(twin)  # hooks are theirs
+                graph, tensors = self._traced(given, prove)
+            else:
                 with _in_modes(module, self._training):
                     graph, tensors = self._traced(module, prove)
-            else:
-                graph, tensors = self._traced(twin_of(module, self._training), prove)
         except CurvdError:
             return False
         constants = _constants(tensors)

@@ -147,22 +147,23 @@ class _Remembered:
         return found
 
 
-def reaches_itself(module: nn.Module) -> bool:
-    """Tell whether the code of a module can reach the module, or a layer, by another way.
-
-    Other ways than from a layer to its children: a parent in a list, a bound method, a global.
+def reaches(module: nn.Module, other: nn.Module) -> bool | None:
+    """Tell whether the code of a module can reach another one, or a layer of it.
 
     Args:
-        module: The module.
+        module: Whose code it is.
+        other: What may be reached; if it is the same, by another way than from a layer to its
+            children: a parent in a list, a bound method, a global.
 
     Returns:
-        Whether it can, or there is too much to look at.
+        Whether it can; None: as far as one looked it cannot, and there is more.
     """
     met: set[int] = set()
     for _ in places(module, met):
         pass
-    own = {*map(id, module.modules()), _TOO_MANY}
-    return not own.isdisjoint(met)
+    if not met.isdisjoint(map(id, other.modules())):
+        return True
+    return None if _TOO_MANY in met else False
 
 
 Place = _Names | _Elements | _Cell | _Slots | _Remembered

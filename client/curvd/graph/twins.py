@@ -6,12 +6,14 @@ layers. Its owner may be training it meanwhile, in another thread.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from itertools import chain
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from curvd.graph.places import reaches_itself
+from curvd.graph.places import reaches
 
 T = TypeVar("T")
 
@@ -63,6 +65,68 @@ def in_slots(layer: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield name, getattr(layer, name)
 
 
+def twin_apart(
+    module: nn.Module, training: Mapping[str, bool] | None = None
+) -> nn.Module | None:
+    """Make a twin whose code does not reach the module.
+
+    Where it would by another way than from a layer to its children, a bound method or a
+    parent in a list, all is copied that leads there, and only tensors stay the same.
+
+    Args:
+        module: The module; it is not touched.
+        training: Modes of layers by name; the others keep theirs.
+
+    Returns:
+        The other; None: there is none, because a global leads to the module, or something
+        cannot be copied.
+    """
+    try:
+        is_reached = reaches(module, module)
+        if is_reached is False:
+            return twin_of(module, training)
+        twin = _copied(module)
+        if is_reached and reaches(twin, module):
+            return None
+    except Exception:  # of classes that are not made, or not copied, in this way
+        return None
+    for name, layer in twin.named_modules():
+        layer.training = (training or {}).get(name, layer.training)
+    return twin
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """Copy a module and what it holds, with the same tensors."""
+    held = (
+        value
+        for layer in module.modules()
+        for value in (*vars(layer).values(), *layer._parameters.values())
+    )
+    tensors = chain(held, module.buffers())
+    kept = {id(t): t for t in tensors if isinstance(t, Tensor)}
+    return copy.deepcopy(module, dict[int, Any](kept))
+
+
+def without_gradients(twin: nn.Module) -> nn.Module:
+    """Give a twin parameters of its own, of the same memory.
+
+    A trace reads ``.grad``, and torch does not survive that another thread frees it then.
+
+    Args:
+        twin: From `twin_apart`.
+
+    Returns:
+        The same.
+    """
+    own: dict[int, nn.Parameter] = {}
+    for layer in twin.modules():
+        for name, parameter in layer._parameters.items():
+            if parameter is not None:
+                alike = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                layer._parameters[name] = own.setdefault(id(parameter), alike)
+    return twin
+
+
 def apart(
     module: nn.Module,
     work: Callable[[nn.Module], T],
@@ -75,20 +139,17 @@ def apart(
 
     Args:
         module: The module.
-        work: Takes the twin; the module itself, if its code can reach that: a layer that
-            writes to its parent, say, does not write to the twin.
-        compare: Takes the module and another twin afterwards, if there was one.
+        work: Takes the twin; the module itself, if its code can reach that from every twin: a
+            layer that writes to its parent, say, does not write to the twin.
+        compare: Takes the module and the twin afterwards, if there was one.
 
     Returns:
         What it returned.
     """
-    if reaches_itself(module):
+    twin = twin_apart(module)
+    if twin is None:
         return work(module)
     names = [name for name, _ in module.named_modules()]
-    try:
-        twin = twin_of(module)
-    except Exception:  # of classes that are not made in this way
-        return work(module)
     result = work(twin)
     for name in names:
         layer, other = vars(module.get_submodule(name)), vars(twin.get_submodule(name))
@@ -96,7 +157,7 @@ def apart(
             _hand_over(other[kind], layer[kind])
         _hand_over(other, layer)
     if compare is not None:
-        compare(module, twin_of(module))
+        compare(module, twin)
     return result
 
 
