@@ -57,7 +57,7 @@ class Identity:
     )
 
     shares = False
-    waits = False
+    is_remote = False
 
     def apply(self, columns, *, counts=(), cancelled):
         return columns

@@ -19,7 +19,7 @@ class Gated:
     """An operator that multiplies by two, when it is let."""
 
     shares = True
-    waits = False
+    is_remote = False
 
     def __init__(self, order=None):
         self.runs, self.requests, self.order = [], [], order
@@ -271,7 +271,7 @@ class Quick:
     """An operator that multiplies by two, and says on which thread."""
 
     shares = True
-    waits = False
+    is_remote = False
 
     def __init__(self):
         self.threads, self.inside = [], lambda: None
@@ -319,7 +319,7 @@ def test_what_is_not_known_to_be_short_belongs_in_the_queue(batcher):
 def test_what_others_compute_belongs_in_the_queue(batcher):
     """They may fall silent, and the caller's thread is that of all calls."""
     operator = known_to_be_quick(batcher)
-    operator.waits = True
+    operator.is_remote = True
     assert batcher.multiply_now(operator, columns(1)) is None
 
 

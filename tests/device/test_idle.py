@@ -4,17 +4,18 @@ import threading
 
 import numpy as np
 import pytest
+from support.callers import calls_as
 
 from curvd_server.device import turns
 from curvd_server.device.batcher import Batcher
-from curvd_server.system import alone, yield_point
+from curvd_server.system import Identity, alone, yield_point
 
 
 class Doubles:
     """Multiplies by two and notes it."""
 
     shares = True
-    waits = False
+    is_remote = False
 
     def __init__(self, log):
         self.log = log
@@ -142,6 +143,30 @@ def test_short_products_stay_on_their_callers_threads_meanwhile(batcher, clock):
     assert not ticket.done()
     clock[0] += 0.02
     assert result(ticket) == "done"
+
+
+@pytest.mark.parametrize("ends", ["runs", "is cancelled"])
+def test_a_caller_whose_idle_work_waits_is_away_all_the_same(batcher, clock, ends):
+    """Who asks again at once is expected, and his short products stay on his thread."""
+    ann = Identity("ann")
+    with calls_as(ann):
+        ticket = batcher.run_when_idle(steps([], opened(1)), due=never)
+        for _ in range(3):
+            clock[0] += 1e-3
+            result(batcher.multiply(Doubles([]), V))
+    presence = batcher._presence
+    with batcher._lock:
+        assert presence._callers["ann"].requests == 0
+        assert "ann" in presence.expected()
+    if ends == "runs":
+        clock[0] += 0.02
+        assert result(ticket) == "done"
+    else:
+        ticket.cancel()
+        with calls_as(ann):
+            result(batcher.multiply(Doubles([]), V))
+    with batcher._lock:
+        assert presence._callers["ann"].requests == 0
 
 
 def test_a_server_that_stops_ends_it(batcher):

@@ -65,7 +65,7 @@ class FakeOperator:
         self.seen = []
 
     shares = True
-    waits = False
+    is_remote = False
 
     def apply(self, columns, *, counts=(), cancelled):
         self.seen.append(len(columns))

@@ -167,7 +167,7 @@ class Batcher:
             The result [K, P]; None if the device is busy, or the product not known to
             be short, or others would be waited for: then it belongs in the queue.
         """
-        if operator.waits:
+        if operator.is_remote:
             return None
         caller = calling()
         with self._lock:
@@ -300,7 +300,8 @@ class Batcher:
             if self._closed:
                 raise _shutting_down()
             self._lanes.add(key, operator, ticket)
-            self._presence.came(ticket.caller.name)
+            if ticket.waits is None:  # else the caller waits for nothing
+                self._presence.came(ticket.caller.name)
             self._requests += 1
             asleep, self._asleep = self._asleep, False
         if asleep:
@@ -365,7 +366,8 @@ class Batcher:
     def _drop(self, ticket: Ticket[Any]) -> None:
         """Take note that a request was cancelled before its run; the lock is held."""
         self._cancelled += 1
-        self._presence.ended(ticket.caller.name)
+        if ticket.waits is None:
+            self._presence.ended(ticket.caller.name)
 
     def _advance(self, run: Run) -> bool:
         """Let a run take its turn; return whether it has ended."""
@@ -428,7 +430,8 @@ class Batcher:
         """Take note of an end before anybody is told, who may ask again at once."""
         with self._lock:
             for ticket in run.tickets:
-                self._presence.ended(ticket.caller.name)
+                if ticket.waits is None:
+                    self._presence.ended(ticket.caller.name)
 
     def _count(
         self,

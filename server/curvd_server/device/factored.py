@@ -29,7 +29,7 @@ class FactoredOperator:
     """Nothing was timed."""
     shares = False
     """Columns together would round otherwise than alone."""
-    waits = False
+    is_remote = False
     """Its products are made by the thread that asks."""
 
     def __init__(self, operator: KroneckerOperator) -> None:

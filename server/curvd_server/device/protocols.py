@@ -66,8 +66,8 @@ class Operator(Protocol):
         """Whether columns together cost less than one after the other."""
 
     @property
-    def waits(self) -> bool:
-        """Whether products wait for other processes, which may fall silent."""
+    def is_remote(self) -> bool:
+        """Whether other processes make its products, which may fall silent."""
 
     @property
     def size(self) -> int:

@@ -25,8 +25,8 @@ class Multiplies(Protocol):
         """Whether columns together cost less than one after the other."""
 
     @property
-    def waits(self) -> bool:
-        """Whether products wait for other processes, which may fall silent."""
+    def is_remote(self) -> bool:
+        """Whether other processes make its products, which may fall silent."""
 
     def apply(
         self, columns: Columns, *, counts: Sequence[int] = (), cancelled: Poll

@@ -28,7 +28,7 @@ class TorchOperator:
         report: How it is computed; by default as it says now.
     """
 
-    waits = False
+    is_remote = False
     """Its products are made by the thread that asks."""
 
     def __init__(self, operator: Operator, report: PlanReport | None = None) -> None:

@@ -43,7 +43,7 @@ class FleetOperator:
         mixes: Whether columns of several requests go through together.
     """
 
-    waits = True
+    is_remote = True
     """Its products are made by the workers."""
 
     def __init__(
