@@ -13,10 +13,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -41,6 +44,8 @@ from curvd_server.models import BUILDERS
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 480
 TESTS_S = 200
+COMPILE_S = 180
+"""Longest that native code of one small net may take; beyond it something is wrong."""
 WIDTHS = {"activation": "tanh", "widths": [64, 64, 64, 64, 10]}
 ROWS, BATCH = 512, 128
 GIB = 2**30
@@ -228,11 +233,21 @@ def compiled(bench: Bench) -> Iterator[Row]:
         try:
             operator = bench.operator(problem, "program", compiler=compiler)
             eager = bench.milliseconds(lambda: operator.apply(v))
-            compiler.wait()
+            waiter = threading.Thread(target=compiler.wait, daemon=True)
+            waiter.start()
+            waiter.join(COMPILE_S)
             took = bench.milliseconds(lambda: operator.apply(v))
             gap, is_native = bench.error(operator.apply(v)), operator.is_compiled
+            is_made = any(Path(folder, "compiled").glob("*.pt2"))
         finally:
             compiler.close()
+    if not is_made:
+        found = shutil.which(os.environ.get("CXX", "g++"))
+        if found is None:
+            raise NotRun("there is no C++ compiler (g++, or what CXX says)")
+        why = f"not made within {COMPILE_S} s" if waiter.is_alive() else "failed"
+        yield Row("compiled against eager", f"native code by {found}: {why}", ok=False)
+        return
     what = "native code" if is_native else "native code not faster, not taken"
     value = f"{what}: {took:.3f} ms, {eager:.3f} ms eager, error {gap:.1e}"
     yield Row("compiled against eager", value, gap < ERRORS[Dtype.FLOAT32])
@@ -266,7 +281,8 @@ def _precision(bench: Bench, dtype: Dtype, name: str, allowed: float) -> Row:
 
 def wire_to_device(bench: Bench) -> Iterator[Row]:
     """From a client's array to the device and back, beside the product alone."""
-    device = "cuda:0" if bench.on_gpu else "cpu"
+    index = bench.device.index or 0
+    device = f"cuda:{index}" if bench.on_gpu else "cpu"
     arrays = {name: a.numpy() for name, a in bench.arrays.items()}
     with tempfile.TemporaryDirectory() as folder:
         config = ServerConfig(
@@ -359,8 +375,15 @@ def main() -> int:
     parser.add_argument("--device", default=here)
     parser.add_argument("--json", type=Path, default=Path("gpu-check.json"))
     arguments = parser.parse_args()
+    if not arguments.json.absolute().parent.is_dir():
+        parser.error(f"--json {arguments.json}: there is no such folder")
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).partition("\n")[0]
+        parser.error(f"--device {arguments.device} is not to be had here: {first}")
     bench, start = Bench(arguments.device), time.monotonic()
-    name = torch.cuda.get_device_name() if bench.on_gpu else "CPU"
+    name = torch.cuda.get_device_name(bench.device) if bench.on_gpu else "CPU"
     print(f"curvd on {name}, torch {torch.__version__}", flush=True)
     rows = []
     for row in rows_of(bench, start + LIMIT_S):
