@@ -159,7 +159,7 @@ def export(
     from curvd.graph.data import tensors_of
     from curvd.graph.fitting import check_module
     from curvd.graph.itself import check_itself
-    from curvd.graph.misfits import explained
+    from curvd.graph.misfits import explained, of_one_type
     from curvd.graph.prepare import prove_module
     from curvd.graph.surroundings import check_surroundings
     from curvd.graph.twins import apart
@@ -169,11 +169,12 @@ def export(
     inputs, chosen = tensors_of(inputs, module), _chosen(mode)
 
     def made(module: nn.Module) -> ExportedModel:
-        model = _captured(module, inputs, output, chosen)
-        if check:
-            graph, state = model.graph, model.state
-            with explained(module, inputs, chosen):
-                prove_module(module, inputs, output, chosen, graph, state)
+        with of_one_type(module):
+            model = _captured(module, inputs, output, chosen)
+            if check:
+                graph, state = model.graph, model.state
+                with explained(module, inputs, chosen):
+                    prove_module(module, inputs, output, chosen, graph, state)
         return model
 
     def compare(module: nn.Module, twin: nn.Module) -> None:
@@ -304,7 +305,7 @@ def prepare(
     from curvd.graph.itself import check_itself
     from curvd.graph.loss_origin import LossOrigin
     from curvd.graph.losses import recognised
-    from curvd.graph.misfits import explained
+    from curvd.graph.misfits import explained, of_one_type
     from curvd.graph.origins import Origin
     from curvd.graph.own_loss import own_loss
     from curvd.graph.packing import OfSeveral, is_several, packed
@@ -334,7 +335,8 @@ def prepare(
     origin = Origin(module, _like(inputs, output, chosen))
 
     def made(module: nn.Module) -> tuple[ExportedModel, LossSpec, Any]:
-        model = _captured(module, inputs, output, chosen, targets)
+        with of_one_type(module):
+            model = _captured(module, inputs, output, chosen, targets)
         if model.graph.dtype not in (d.value for d in Dtype):
             msg = f"no session computes in {model.graph.dtype}: export module.float()"
             raise InvalidSpec(msg, dtype=model.graph.dtype)
@@ -353,7 +355,8 @@ def prepare(
             known = applied, spec, targets
         if check:
             graph, state = model.graph, model.state
-            prove_module(module, inputs, output, chosen, graph, state, known, size)
+            with of_one_type(module):
+                prove_module(module, inputs, output, chosen, graph, state, known, size)
         return model, spec, aims
 
     def compare(module: nn.Module, twin: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from curvd.contract import Mode
-from curvd.errors import CurvdError, InvalidGraph, InvalidSpec
+from curvd.errors import CurvdError, GradientMismatch, InvalidGraph, InvalidSpec
 from curvd.graph.examples import few
 from curvd.graph.fitting import kind_of
 from curvd.graph.manifest import inputs_of
@@ -53,6 +53,37 @@ def explained(
         if better is None:
             raise
         raise better from error
+
+
+@contextlib.contextmanager
+def of_one_type(module: nn.Module) -> Iterator[None]:
+    """Say of a module that fails, and has parameters of several types, that this is why.
+
+    Args:
+        module: The model.
+
+    Raises:
+        InvalidGraph: If it has.
+    """
+    try:
+        yield
+    except (InvalidGraph, GradientMismatch, RuntimeError) as error:
+        first: dict[torch.dtype, str] = {}
+        for name, parameter in module.named_parameters():
+            if parameter.is_floating_point():
+                first.setdefault(parameter.dtype, name)
+        if len(first) < 2:
+            raise
+        said = ", ".join(
+            f"{str(t).removeprefix('torch.')} as {name}" for t, name in first.items()
+        )
+        why = str(error).strip().partition("\n")[0][:200]
+        msg = (
+            f"the module's parameters have several types ({said}), and a session computes in "
+            "one, in which this module is another function or none: give all of them one "
+            f"type, as module.float() does, and leave casts out of forward ({why})"
+        )
+        raise InvalidGraph(msg, types=len(first)) from error
 
 
 def misfit(
@@ -135,7 +166,7 @@ def _failing(
     state = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
         rows = inputs_of(module.forward, few(inputs))
-        with in_mode(module, mode or Mode.EVAL), _noted(module, entered):
+        with in_mode(module, mode), _noted(module, entered):
             arguments = rows.args, dict(rows.kwargs)
             torch.func.functional_call(module, state, *arguments)
     except CurvdError:
