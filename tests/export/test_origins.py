@@ -368,3 +368,21 @@ def test_a_twin_s_own_parameters_have_memory_and_ties_and_no_gradients():
         assert mine.data_ptr() == theirs.data_ptr()
         assert mine.requires_grad == theirs.requires_grad
     assert module[0].weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        lambda: {"data": [torch.zeros(1 << 20) for _ in range(8)]},
+        lambda: {"data": [[float(k)] for k in range(30_000)]},
+        lambda: {"data": np.zeros(1 << 22)},
+    ],
+)
+def test_what_a_module_holds_beside_its_tensors_is_not_copied_if_it_is_much(held):
+    """A trainer with its optimisers, say; the module itself is exported then."""
+    module = Bound()
+    assert twins.twin_apart(module) is not None
+    module.trainer = held()
+    assert twins.twin_apart(module) is None
+    curvd.export(module.double().eval(), X)
+    assert module.held[0] is module

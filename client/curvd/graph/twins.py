@@ -7,7 +7,9 @@ layers. Its owner may be training it meanwhile, in another thread.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from curvd.graph.places import reaches
 
 T = TypeVar("T")
+_OBJECTS, _BYTES = 20_000, 16 << 20
+"""Most that is copied with a module, beside its tensors: who has more holds data, or a trainer."""
 
 
 def twin_of(module: nn.Module, training: Mapping[str, bool] | None = None) -> nn.Module:
@@ -96,7 +100,11 @@ def twin_apart(
 
 
 def _copied(module: nn.Module) -> nn.Module:
-    """Copy a module and what it holds, with the same tensors."""
+    """Copy a module and what it holds, with the same tensors.
+
+    Raises:
+        ValueError: If it holds too much: data, or a trainer with its optimisers.
+    """
     held = (
         value
         for layer in module.modules()
@@ -104,7 +112,35 @@ def _copied(module: nn.Module) -> nn.Module:
     )
     tensors = chain(held, module.buffers())
     kept = {id(t): t for t in tensors if isinstance(t, Tensor)}
+    left_objects, left_bytes = _OBJECTS, _BYTES
+    known, ahead = {*kept}, deque[Any]([module])
+    while ahead:
+        item = ahead.pop()
+        if id(item) in known:
+            continue
+        known.add(id(item))
+        left_objects -= 1
+        left_bytes -= getattr(item, "nbytes", 0)
+        if left_objects < 0 or left_bytes < 0:
+            msg = "what the module holds is not to be copied"
+            raise ValueError(msg)
+        ahead.extend(_parts(item))
     return copy.deepcopy(module, dict[int, Any](kept))
+
+
+def _parts(item: Any) -> Iterable[Any]:
+    """List what is copied with an object, as far as that has parts."""
+    if isinstance(item, str | bytes | int | float | type | types.ModuleType):
+        return ()
+    if isinstance(item, types.FunctionType | types.BuiltinFunctionType):
+        return ()  # these are never copied
+    if isinstance(item, Mapping):
+        return (*item.keys(), *item.values())
+    if isinstance(item, list | tuple | set | frozenset | deque):
+        return item
+    if isinstance(item, types.MethodType):
+        return (item.__self__,)
+    return (*getattr(item, "__dict__", {}).values(),)
 
 
 def without_gradients(twin: nn.Module) -> nn.Module:
