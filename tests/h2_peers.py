@@ -9,6 +9,7 @@ import h2.connection
 import h2.events
 import h2.settings
 
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 FIELDS = [
     (":method", "POST"),
     (":scheme", "http"),
@@ -38,7 +39,8 @@ class Peer:
         # In force when the other side has acknowledged it: until then it may send more.
         first_window = h2.settings.SettingCodes.INITIAL_WINDOW_SIZE
         self.connection.update_settings({first_window: window})
-        self._waiting = {}
+        self._waiting, self._came = {}, b""
+        self._preface = 0 if client else len(PREFACE)
         self.flush()
 
     def flush(self):
@@ -70,24 +72,37 @@ class Peer:
         self.flush()
 
     def events(self):
-        """What the other side does, until it is gone; data is acknowledged at once."""
+        """What the other side does, until it is gone; data is acknowledged at once.
+
+        h2 takes no window below zero, as it may be when a smaller one is acknowledged behind
+        data. So each frame is looked at for itself, and the windows are widened by what came.
+        """
         with contextlib.suppress(ConnectionError):
             while came := self.sock.recv(1 << 16):
-                for event in self.connection.receive_data(came):
-                    if isinstance(event, h2.events.DataReceived):
-                        self.connection.acknowledge_received_data(
-                            event.flow_controlled_length, event.stream_id
-                        )
-                    elif isinstance(event, h2.events.SettingsAcknowledged):
-                        self._widen()
-                    yield event
+                for frame in self._frames(came):
+                    for event in self.connection.receive_data(frame):
+                        if isinstance(event, h2.events.DataReceived):
+                            self._widen(event)
+                        yield event
                 self._move()
 
-    def _widen(self):
-        """Let streams go on that sent more than the new window, which h2 forgets to."""
-        for number, stream in self.connection.streams.items():
-            if stream.open:
-                self.connection.increment_flow_control_window(1 << 16, number)
+    def _frames(self, came):
+        """Cut what came into frames; a part of one is kept for later."""
+        self._came += came
+        while len(self._came) >= 9:
+            size = self._preface or 9 + int.from_bytes(self._came[:3], "big")
+            if len(self._came) < size:
+                return
+            frame, self._came, self._preface = self._came[:size], self._came[size:], 0
+            yield frame
+
+    def _widen(self, event):
+        """Take back what data took off the windows."""
+        size = event.flow_controlled_length
+        if size:
+            self.connection.increment_flow_control_window(size)
+            if event.stream_ended is None:
+                self.connection.increment_flow_control_window(size, event.stream_id)
 
 
 class Client(Peer):
