@@ -24,8 +24,6 @@ _POINTS = 16
 """Targets that are kept, from all over the data, with as many outputs."""
 _ELEMENTS = 1 << 18
 """Of these outputs; of data points that have more each, nothing is kept."""
-
-
 _VALUES = (type(None), bool, int, float, str, Tensor, list, tuple, dict)
 """What a function may close over and is held all the same."""
 
@@ -101,7 +99,7 @@ class LossOrigin:
 
 
 def _held(loss: Any) -> Callable[[], Any]:
-    """Refer to a loss without keeping a module alive; it may be gone at once."""
+    """Refer to a loss without keeping a module alive; of some there is nothing to refer to."""
     if isinstance(loss, types.FunctionType) and not _reaches_a_module(loss):
         return lambda: loss  # nobody else may hold a lambda
     try:

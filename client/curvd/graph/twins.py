@@ -149,7 +149,7 @@ def without_gradients(twin: nn.Module) -> nn.Module:
     A trace reads ``.grad``, and torch does not survive that another thread frees it then.
 
     Args:
-        twin: From `twin_apart`.
+        twin: From `twin_apart`; hooks of its parameters stay behind.
 
     Returns:
         The same.
