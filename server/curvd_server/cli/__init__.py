@@ -163,14 +163,17 @@ def _with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def silence_grpcio() -> None:
-    """Begin anew with grpcio's own log turned off, unless somebody has set it.
+    """Begin anew with grpcio's own log and fork handlers turned off, unless they are set.
 
-    It repeats what strangers say, 100 MB in a second if they like, and reads this variable
-    only when it is imported, which `import curvd` does. A process whose own command line is
-    another one, and calls the command as a function, is left alone.
+    The log repeats what strangers say, 100 MB in a second if they like. The handlers end
+    one forked child in some hundreds, such as a worker of a data loader of a builder's.
+    Both variables are read only when grpcio is imported, which `import curvd` does. A
+    process whose own command line is another one, and calls the command as a function, is
+    left alone.
     """
     if sys.argv[1:2] == ["serve"] and "GRPC_VERBOSITY" not in os.environ:
         os.environ["GRPC_VERBOSITY"] = "NONE"
+        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
