@@ -20,6 +20,7 @@ from curvd.graph.garbage import full_collections
 from curvd.v1 import graph_pb2 as graph_pb
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from curvd.graph.origins import Origin, Traced
@@ -274,6 +275,7 @@ def prepare(
     mode: Mode | str | None,
     *,
     batch_size: int | None,
+    dtype: Dtype | None = None,
     check: bool,
 ) -> Prepared:
     """Export all that a session of a module needs.
@@ -285,6 +287,7 @@ def prepare(
         output: Which of the module's results the loss takes.
         mode: The mode, as for `export`.
         batch_size: The batch size of the session; None: that of the data.
+        dtype: What the session is to compute in; None: the module's type.
         check: Whether to prove that the graphs are module and loss.
 
     Returns:
@@ -292,7 +295,8 @@ def prepare(
 
     Raises:
         InvalidSpec: If `data` has no targets or no batch size, if module, loss and data
-            do not fit one another, or the module is in half precision.
+            do not fit one another, the module is in half precision, or has parameters that
+            `dtype` does not hold.
         ModuleNotFoundError: If torch is not installed.
     """
     _need_torch()
@@ -302,10 +306,11 @@ def prepare(
         check_loss,
         check_module,
     )
-    from curvd.graph.itself import check_itself
+    from curvd.graph.itself import check_itself, wide_copy
     from curvd.graph.loss_origin import LossOrigin
     from curvd.graph.losses import recognised
-    from curvd.graph.misfits import explained, of_one_type
+    from curvd.graph.misfits import explained
+    from curvd.graph.mixed import common, widened
     from curvd.graph.origins import Origin
     from curvd.graph.own_loss import own_loss
     from curvd.graph.packing import OfSeveral, is_several, packed
@@ -318,8 +323,9 @@ def prepare(
     is_own = not isinstance(loss, str | Mapping | LossSpec | None)
     if is_own:
         check_loss(loss)
-    held = opened(data, module)
-    inputs, targets = held.inputs, held.targets
+    wide = common(module, dtype)
+    held = opened(data, module, wide)
+    inputs, targets = widened((held.inputs, held.targets), wide)
     size = batch_size if batch_size is not None else held.batch_size
     if size is None:
         msg = (
@@ -332,14 +338,13 @@ def prepare(
         raise InvalidSpec(msg, batch_size=size)
     check_lengths(leaves_of(inputs), targets)
     chosen = _chosen(mode)
-    origin = Origin(module, _like(inputs, output, chosen))
+    origin = Origin(module, _like(inputs, output, chosen, wide))
 
     def made(module: nn.Module) -> tuple[ExportedModel, LossSpec, Any]:
-        with of_one_type(module):
-            model = _captured(module, inputs, output, chosen, targets)
-        if model.graph.dtype not in (d.value for d in Dtype):
-            msg = f"no session computes in {model.graph.dtype}: export module.float()"
-            raise InvalidSpec(msg, dtype=model.graph.dtype)
+        if wide is not None:
+            compared = held.inputs if check else None
+            module = wide_copy(module, wide, inputs, output, chosen, compared)
+        model = _captured(module, inputs, output, chosen, targets)
         spec, known, aims = loss, None, targets
         if loss is None:
             spec, aims = own_loss(module, inputs, targets, output, chosen)
@@ -355,33 +360,35 @@ def prepare(
             known = applied, spec, targets
         if check:
             graph, state = model.graph, model.state
-            with of_one_type(module):
-                prove_module(module, inputs, output, chosen, graph, state, known, size)
+            prove_module(module, inputs, output, chosen, graph, state, known, size)
         return model, spec, aims
 
     def compare(module: nn.Module, twin: nn.Module) -> None:
-        check_itself(module, twin, inputs, output, chosen)
+        check_itself(module, twin, held.inputs, output, chosen)
 
     model, spec, targets = apart(module, made, compare if check else None)
     target = next(n for n in ("target", "targets", "y_target") if n not in model.inputs)
     leaves = dict(zip(model.inputs, leaves_of(inputs), strict=True))
-    dtype = Dtype(model.graph.dtype)
     origin.exported(model.graph, model.state)
+    kind = dtype or member(Dtype, model.graph.dtype, "dtype")
     data = {**leaves, target: targets}
-    return Prepared(model, data, target, spec, dtype, size, origin)
+    return Prepared(model, data, target, spec, kind, size, origin)
 
 
 def _like(
-    inputs: Any, output: Output, mode: Mode | None
+    inputs: Any, output: Output, mode: Mode | None, wide: torch.dtype | None
 ) -> Callable[[nn.Module, bool], Traced]:
     """Make what exports a module again, with the same examples."""
     from curvd.graph.examples import few
+    from curvd.graph.mixed import in_one_type
     from curvd.graph.prepare import prove_module
 
     examples = few(inputs)
 
     @_one_at_a_time
     def traced(module: nn.Module, prove: bool) -> Traced:
+        if wide is not None:
+            module = in_one_type(module, wide)
         model = _captured(module, examples, output, mode)
         graph, state = model.graph, model.state
         if prove:

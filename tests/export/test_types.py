@@ -1,5 +1,8 @@
-"""Parameters of several types: exported where that is one function, else refused as such."""
+"""Parameters of several types: computed in one that is named, else refused as such."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -26,7 +29,7 @@ def test_a_body_in_half_precision_and_a_whole_head_are_refused_as_such(prepared)
     module = Headed(torch.bfloat16, torch.float32).eval()
     with pytest.raises(
         curvd.CurvdError,
-        match=r"several types \(bfloat16 as body\.w.*module\.float\(\)",
+        match=r"several types \(bfloat16 as body\.w.*dtype='float32'",
     ):
         if prepared:
             data = X, X[:, :2]
@@ -42,3 +45,144 @@ def test_other_refusals_of_modules_of_one_type_stay_what_they_are():
     with pytest.raises(curvd.CurvdError) as refusal:
         curvd.export(module, X)
     assert "several types" not in str(refusal.value)
+
+
+class Adapted(nn.Module):
+    """A layer that is frozen in a narrow type, with an adapter of low rank beside it."""
+
+    def __init__(self, inputs, outputs, body):
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs).to(body).requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(2, inputs) / 2)
+        self.up = nn.Parameter(torch.randn(outputs, 2) / 2)
+
+    def forward(self, x):
+        own = self.base(x.to(self.base.weight.dtype))
+        beside = x.to(self.down.dtype) @ self.down.T @ self.up.T
+        return own + beside.to(own.dtype)
+
+
+class Tuned(nn.Module):
+    """Two such layers, and a head that trains as a whole."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.first, self.second = Adapted(4, 5, body), Adapted(5, 3, body)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        h = self.second(torch.tanh(self.first(x)))
+        return self.head(h.to(self.head.weight.dtype))
+
+
+TARGETS = torch.tensor([0, 1] * 4)
+
+
+def hessian(module, names):
+    """By torch's own double backward, on a copy in float64."""
+    wide = copy.deepcopy(module).double()
+    parameters = dict(wide.named_parameters())
+
+    def loss(flat):
+        parts = flat.split([parameters[n].numel() for n in names])
+        values = {
+            n: p.view_as(parameters[n]) for n, p in zip(names, parts, strict=True)
+        }
+        outputs = torch.func.functional_call(wide, values, (X.double(),))
+        return nn.functional.cross_entropy(outputs, TARGETS)
+
+    flat = torch.cat([parameters[n].detach().flatten() for n in names])
+    return torch.autograd.functional.hessian(loss, flat).numpy()
+
+
+@pytest.mark.parametrize(
+    ("module", "arrays"),
+    [
+        (lambda: Tuned(torch.bfloat16), False),
+        (lambda: Tuned(torch.float16), False),
+        (lambda: Tuned(torch.bfloat16).to(torch.float16), True),
+        (lambda: Tuned(torch.bfloat16), True),
+    ],
+    ids=["bfloat16", "float16", "all float16", "arrays"],
+)
+def test_a_named_type_that_holds_all_of_them_computes_the_same_function(
+    live_target, module, arrays
+):
+    torch.manual_seed(3)
+    net = module().eval()
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    inputs = X.numpy() if arrays else X
+    with curvd.connect(live_target) as client:
+        session = client.session_for(
+            net,
+            nn.CrossEntropyLoss(),
+            (inputs, TARGETS),
+            batch_size=4,
+            dtype=torch.float64,
+        )
+        names = session.layout.names
+        assert not any("base" in name for name in names)
+        for _ in range(2):
+            found = session.hessian() @ np.eye(session.layout.size)
+            want = hessian(net, names)
+            assert np.linalg.norm(found - want) < 1e-12 * np.linalg.norm(want)
+            assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+            assert {p.dtype for p in net.parameters()} == {
+                p.dtype for p in before.values()
+            }
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter.add_(0.1 * torch.ones_like(parameter))
+            before = {n: p.detach().clone() for n, p in net.named_parameters()}
+            session.update_parameters(net)
+
+
+def named(module, dtype):
+    curvd.exported.prepare(
+        module,
+        nn.CrossEntropyLoss(),
+        (X, TARGETS),
+        None,
+        None,
+        batch_size=4,
+        dtype=dtype,
+        check=True,
+    )
+
+
+def test_a_type_that_would_round_is_refused():
+    with pytest.raises(
+        curvd.InvalidSpec, match=r"BF16 would round .* float32 as first\.down"
+    ):
+        named(Tuned(torch.bfloat16).eval(), curvd.Dtype.BFLOAT16)
+    with pytest.raises(curvd.InvalidSpec, match="a type that no session has"):
+        named(Tuned(torch.float16).half().eval(), None)
+
+
+def test_code_that_asks_for_its_types_is_another_function():
+    class Asking(Tuned):
+        def forward(self, x):
+            sign = -1 if self.first.base.weight.dtype == torch.bfloat16 else 1
+            return sign * super().forward(x)
+
+    with pytest.raises(
+        curvd.GradientMismatch, match="in float32 the module is another"
+    ):
+        named(Asking(torch.bfloat16).eval(), curvd.Dtype.FLOAT32)
+
+
+def test_hooks_on_gradients_are_not_lost_with_the_type():
+    net = Tuned(torch.bfloat16).eval()
+    net.head.bfloat16()
+    net.head.weight.register_hook(lambda gradient: 0.97 * gradient)
+    with pytest.raises(curvd.GradientMismatch, match=r"head\.weight"):
+        named(net, curvd.Dtype.FLOAT32)
+
+
+def test_a_module_that_cannot_be_copied_is_refused_as_such():
+    class Kept(Tuned):
+        def __deepcopy__(self, memo):
+            raise TypeError("one of a kind")
+
+    with pytest.raises(curvd.InvalidGraph, match=r"several types is copied.*of a kind"):
+        named(Kept(torch.bfloat16).eval(), curvd.Dtype.FLOAT32)

@@ -77,7 +77,7 @@ def create_session(
         model_id=model if isinstance(model, str) else model.id,
         dataset_id=dataset if isinstance(dataset, str) else dataset.id,
         loss=convert.loss_to_proto(chosen),
-        dtype=convert_enums.dtype_to_proto(_dtype(dtype)),
+        dtype=convert_enums.dtype_to_proto(enums.element_type(dtype)),
         mode=convert_enums.mode_to_proto(enums.member(enums.Mode, mode, "mode")),
         operators=[convert.operator_to_proto(_operator(o)) for o in operators or ()],
         params=[params] if isinstance(params, str) else params,
@@ -243,10 +243,3 @@ def _from_keywords(
     except TypeError as error:
         msg = f"loss {dict(keywords)!r}: {error}"
         raise InvalidSpec(msg) from None
-
-
-def _dtype(value: Any) -> enums.Dtype:
-    # "F32", "float32", np.float32, np.dtype("float32") and torch.float32 are one thing.
-    name = str(getattr(value, "__name__", value)).removeprefix("torch.")
-    named = enums.Dtype.__members__.get(name.upper(), name)
-    return enums.member(enums.Dtype, named, "dtype")

@@ -28,6 +28,7 @@ from curvd.contract.enums import (
     WeightSharing,
     Which,
     Work,
+    element_type,
     member,
 )
 from curvd.contract.graph_ops import COMPLEX, MAX_INLINE_BYTES
@@ -186,6 +187,7 @@ __all__ = [
     "check_patterns",
     "check_settings",
     "choices_of",
+    "element_type",
     "left_s",
     "member",
     "most_products",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from types import EllipsisType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from curvd.errors import InvalidSpec
 
@@ -273,3 +273,20 @@ def member(kind: type[E], value: str, what: str) -> E:
         known = ", ".join(member.value for member in kind)
         msg = f"unknown {what} {value!r}; known: {known}"
         raise InvalidSpec(msg, value=value) from None
+
+
+def element_type(value: Any) -> Dtype:
+    """Find the element type that a caller names in any library's way.
+
+    Args:
+        value: ``"F32"``, ``"float32"``, ``np.float32``, ``np.dtype("float32")`` or
+            ``torch.float32``, which are one thing.
+
+    Returns:
+        The type.
+
+    Raises:
+        InvalidSpec: If no session computes in it.
+    """
+    name = str(getattr(value, "__name__", value)).removeprefix("torch.")
+    return member(Dtype, Dtype.__members__.get(name.upper(), name), "dtype")

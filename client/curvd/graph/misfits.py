@@ -21,6 +21,7 @@ from curvd.errors import CurvdError, GradientMismatch, InvalidGraph, InvalidSpec
 from curvd.graph.examples import few
 from curvd.graph.fitting import kind_of
 from curvd.graph.manifest import inputs_of
+from curvd.graph.mixed import said, types_of
 from curvd.graph.statistics import in_mode
 
 _OF_INPUTS = (RuntimeError, IndexError, TypeError, ValueError)
@@ -68,22 +69,16 @@ def of_one_type(module: nn.Module) -> Iterator[None]:
     try:
         yield
     except (InvalidGraph, GradientMismatch, RuntimeError) as error:
-        first: dict[torch.dtype, str] = {}
-        for name, parameter in module.named_parameters():
-            if parameter.is_floating_point():
-                first.setdefault(parameter.dtype, name)
-        if len(first) < 2:
+        types = types_of(module)
+        if len(types) < 2:
             raise
-        said = ", ".join(
-            f"{str(t).removeprefix('torch.')} as {name}" for t, name in first.items()
-        )
         why = str(error).strip().partition("\n")[0][:200]
         msg = (
-            f"the module's parameters have several types ({said}), and a session computes in "
-            "one, in which this module is another function or none: give all of them one "
-            f"type, as module.float() does, and leave casts out of forward ({why})"
+            f"the module's parameters have several types ({said(types)}), and a graph has "
+            "one: give all of them one, as copy.deepcopy(module).float() does, and leave "
+            f"casts out of forward ({why}). session_for(…, dtype='float32') does it by itself"
         )
-        raise InvalidGraph(msg, types=len(first)) from error
+        raise InvalidGraph(msg, types=len(types)) from error
 
 
 def misfit(

@@ -29,6 +29,7 @@ from curvd.contract import (
     ServerInfo,
     SessionInfo,
     Tier,
+    element_type,
 )
 from curvd.errors import InvalidSpec
 from curvd.exported import ExportedModel, prepare
@@ -355,7 +356,9 @@ class Client:
             output: Which of the module's results the loss takes, by name or index. A
                 list of them: the loss takes a tuple; ``...``: all that the module
                 returns, as it returns it. None: see `curvd.export`.
-            dtype: What to compute in; None: the module's type.
+            dtype: What to compute in; None: the module's type. A module whose parameters
+                have several types, or one that no session has, such as float16, needs it:
+                the session computes the module's function of the same parameters in it.
             mode: Whose statistics BatchNorm uses; see `curvd.export`.
             check: Whether to prove that what is exported has the module's and the
                 loss's values and gradients; see `curvd.export`.
@@ -388,6 +391,7 @@ class Client:
                 output,
                 mode,
                 batch_size=batch_size,
+                dtype=None if dtype is None else element_type(dtype),
                 check=check,
             )
             dataset = self.register_dataset(
@@ -404,7 +408,7 @@ class Client:
                 model,
                 dataset,
                 loss=ready.loss,
-                dtype=ready.dtype if dtype is None else dtype,
+                dtype=ready.dtype,
                 mode=ready.model.mode,
                 progress=observe or False,
                 **{"operators": None, **options},
