@@ -5,7 +5,6 @@ Imports `curvd_server.engine.objective`; knows nothing of plans and of truth.
 
 from __future__ import annotations
 
-from curvd_server.engine.program.compile import Compiler, CompileTask
 from curvd_server.engine.program.interruptible import Interruptible
 from curvd_server.engine.program.linear_program import (
     Compilable,
@@ -17,6 +16,7 @@ from curvd_server.engine.program.linear_program import (
     hessian_program,
     jacobian_program,
 )
+from curvd_server.engine.program.native import Compiler, CompileTask
 from curvd_server.engine.program.replay import ReplayedProgram
 from curvd_server.engine.program.trace import trace_outputs
 

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from curvd_server.engine.objective import Batch, OutputMetric, Problem
-from curvd_server.engine.program.compile import CompileTask, Kernel
 from curvd_server.engine.program.constants import DerivedConstants
 from curvd_server.engine.program.fuse import fuse
 from curvd_server.engine.program.interpreter import emitted
+from curvd_server.engine.program.native import CompileTask, Kernel
 from curvd_server.engine.program.restrict import without_zeros
 from curvd_server.engine.program.simplify import addends, simplify
 from curvd_server.engine.program.trace import LinearGraph, evaluate, split, trace

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import shutil
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -18,11 +16,13 @@ from curvd.contract.specs import OperatorSpec
 from curvd.errors import ResourceExhausted
 from curvd_server.engine.building import build
 from curvd_server.engine.operators.linearize import program
-from curvd_server.engine.program import compile
-from curvd_server.engine.program.compile import Compiler, describe, rebuild
+from curvd_server.engine.program.native import Compiler, comparison
+from curvd_server.engine.program.native.packages import Packages
+from curvd_server.engine.program.native.writing import describe
 from curvd_server.engine.tuning.plan import Plan
 
 HUGE = 2**30
+ASKING = "curvd_server.engine.program.native.compiler"
 ZOO = {a.name: a for a in ANIMALS}
 
 
@@ -49,29 +49,9 @@ def eager(monkeypatch):
         monkeypatch.setattr(
             torch._inductor, "aoti_load_package", lambda path: native, raising=False
         )
-        monkeypatch.setattr(compile, "WORTH", np.inf)
+        monkeypatch.setattr(comparison, "WORTH", np.inf)
 
     return use
-
-
-@pytest.mark.parametrize("animal", ANIMALS, ids=lambda a: a.name)
-def test_a_program_survives_being_written(animal):
-    """What the child reads is what this process runs, to the bit."""
-    problem = problem_of(animal)
-    for kind in ("hessian", "ggn"):
-        _, tasks = tasks_of(problem, kind)
-        for task in tasks:
-            arguments = task.arguments()
-            text = describe(task.kernel.module.graph, arguments)
-            module, examples = rebuild(text)
-            assert [(t.shape, t.stride(), t.dtype) for t in examples] == [
-                (t.shape, t.stride(), t.dtype) for t in arguments
-            ]
-            with torch.no_grad():
-                want = task.kernel.module(*arguments)
-                got = module(*arguments)
-            for a, b in zip(want, got, strict=True):
-                assert (a is None and b is None) or torch.equal(a, b)
 
 
 def test_right_code_is_used_and_the_report_says_so(eager, compiler):
@@ -120,7 +100,7 @@ def test_slower_code_is_not_used(eager, compiler, monkeypatch):
     problem = problem_of(ZOO["gelu"])
     linear, tasks = tasks_of(problem)
     eager(tasks[0].kernel.module.forward)
-    monkeypatch.setattr(compile, "WORTH", 0.0)
+    monkeypatch.setattr(comparison, "WORTH", 0.0)
     compiler.consider(tasks, spent_s=1.0)
     compiler.wait()
     assert linear is not None
@@ -151,9 +131,9 @@ def test_other_work_on_the_machine_does_not_keep_native_code_out(
 
     monkeypatch.setattr(tasks[0].kernel.module, "forward", program)
     eager(native)
-    monkeypatch.setattr(compile, "WORTH", 0.97)
-    monkeypatch.setattr(compile.time, "thread_time", lambda: computed_s)
-    monkeypatch.setattr(compile.time, "perf_counter", lambda: passed_s)
+    monkeypatch.setattr(comparison, "WORTH", 0.97)
+    monkeypatch.setattr(comparison.time, "thread_time", lambda: computed_s)
+    monkeypatch.setattr(comparison.time, "perf_counter", lambda: passed_s)
     compiler.consider(tasks, spent_s=1.0)
     compiler.wait()
     assert linear is not None
@@ -199,7 +179,7 @@ def test_what_is_used_little_is_not_compiled(eager, tmp_path):
     assert linear is not None
     # ... unless it was compiled before: by an earlier process, for example.
     text = describe(tasks[0].kernel.module.graph, tasks[0].arguments())
-    (tmp_path / f"{compile._key(text)}.pt2").write_text("")
+    Packages(tmp_path).path(text).write_text("")
     patient.consider(tasks, spent_s=0.0)
     patient.wait()
     patient.close()
@@ -215,7 +195,7 @@ def written(monkeypatch):
         seen.append(graph)
         return describe(graph, arguments)
 
-    monkeypatch.setattr(compile, "describe", counted)
+    monkeypatch.setattr(f"{ASKING}.describe", counted)
     return seen
 
 
@@ -232,7 +212,7 @@ def test_a_program_is_written_once_however_many_products_there_are(
     for task in tasks:
         eager(task.kernel.module.forward)
         text = describe(task.kernel.module.graph, task.arguments())
-        package = tmp_path / f"{compile._key(text)}.pt2"
+        package = Packages(tmp_path).path(text)
         package.write_text("")
         patient.consider([task], spent_s=1.0)
         patient.wait()
@@ -254,7 +234,7 @@ def test_a_program_that_a_quota_puts_off_is_not_written(compiler, monkeypatch, w
 
 
 def test_code_that_came_too_late_for_a_version_serves_the_next(
-    eager, compiler, monkeypatch
+    eager, compiler, monkeypatch, tmp_path
 ):
     """Compiling takes longer than the steps between which a net is trained."""
     problem = problem_of(ZOO["gelu"])
@@ -268,8 +248,9 @@ def test_code_that_came_too_late_for_a_version_serves_the_next(
         held.clear()  # the next version has come
         gc.collect()
         made.append(package)
-        package.write_text(text)
-        compile._seal(package).write_text(compile._digest(package))
+        code = tmp_path / "made"
+        code.write_text(text)
+        self._packages.keep(code, package)
 
     monkeypatch.setattr(Compiler, "_make", make)
     compiler.consider([task], spent_s=1.0)
@@ -302,7 +283,7 @@ def test_any_failure_is_said(eager, compiler, caplog):
 def test_a_server_that_stops_does_not_complain_that_it_ended_the_compiler(
     tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(compile, "_CHILD", "import time; time.sleep(600)")
+    monkeypatch.setattr(f"{ASKING}._CHILD", "import time; time.sleep(600)")
     stopped = Compiler(tmp_path, after_s=0.0)
     linear, tasks = tasks_of(problem_of(ZOO["gelu"]))
     begun = threading.Event()
@@ -327,25 +308,11 @@ def test_a_child_that_dies_is_reported(compiler, tmp_path):
     assert not list(tmp_path.glob("*.pt2"))
 
 
-def test_a_child_is_limited_by_what_it_computes_not_by_the_wall():
-    """The limit holds for compilers that it starts, too."""
-    code = (
-        "import subprocess; from curvd_server.engine.program import compile as c\n"
-        "try: c.main('/no/such/program', '', '0')\n"
-        "except OSError: pass\n"
-        "subprocess.run(['sh', '-c', 'ulimit -t'])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == [str(compile._CPU_S)]
-
-
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_a_real_compiler_makes_code_that_agrees(compiler, monkeypatch):
     """The whole way, on a net that is small enough to wait for."""
-    monkeypatch.setattr(compile, "_NICENESS", 0)  # also on a busy machine
-    monkeypatch.setattr(compile, "WORTH", np.inf)
+    monkeypatch.setattr(f"{ASKING}._NICENESS", 0)  # also on a busy machine
+    monkeypatch.setattr(comparison, "WORTH", np.inf)
     linear, tasks = tasks_of(problem_of(ZOO["gelu"]))
     compiler.consider(tasks, spent_s=1.0)
     compiler.wait()
@@ -356,22 +323,3 @@ def test_a_real_compiler_makes_code_that_agrees(compiler, monkeypatch):
         for got, want in zip(native(*arguments), forward(*arguments), strict=True):
             assert error(got, want) < 1e-12
     assert linear is not None
-
-
-def test_code_that_rotted_is_not_run_but_made_again(tmp_path):
-    package = tmp_path / "code.pt2"
-    assert not compile._is_sound(package)
-    package.write_bytes(b"code")
-    assert not compile._is_sound(package)  # of an older server, without a seal
-    compile._seal(package).write_text(compile._digest(package))
-    assert compile._is_sound(package)
-    package.write_bytes(b"cod\x64")
-    assert not compile._is_sound(package)
-
-
-def test_what_a_killed_server_left_half_compiled_is_removed(tmp_path):
-    (tmp_path / "tmpabc").mkdir()
-    (tmp_path / "tmpabc" / "made.pt2").touch()
-    (tmp_path / "kept.pt2").touch()
-    Compiler(tmp_path, 60.0).close()
-    assert [path.name for path in tmp_path.iterdir()] == ["kept.pt2"]
