@@ -20,9 +20,9 @@ from curvd.graph.garbage import full_collections
 from curvd.v1 import graph_pb2 as graph_pb
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
+    from curvd.graph.mixed import Types
     from curvd.graph.origins import Origin, Traced
 
 P = ParamSpec("P")
@@ -190,12 +190,15 @@ def _captured(
     output: Output,
     mode: Mode | None,
     targets: Any = None,
+    types: Types | None = None,
 ) -> ExportedModel:
     from curvd.graph.capture import capture
     from curvd.graph.misfits import explained
 
     with explained(module, inputs, mode, targets):
         graph, state, needed = capture(module, inputs, output, mode)
+    if types is not None:
+        graph, state = types.graph(graph, state)
     parameters = tuple(
         tensor.names[0]
         for tensor in graph.tensors
@@ -306,11 +309,11 @@ def prepare(
         check_loss,
         check_module,
     )
-    from curvd.graph.itself import check_itself, wide_copy
+    from curvd.graph.itself import check_itself
     from curvd.graph.loss_origin import LossOrigin
     from curvd.graph.losses import recognised
     from curvd.graph.misfits import explained
-    from curvd.graph.mixed import common, widened
+    from curvd.graph.mixed import mixed
     from curvd.graph.origins import Origin
     from curvd.graph.own_loss import own_loss
     from curvd.graph.packing import OfSeveral, is_several, packed
@@ -323,9 +326,9 @@ def prepare(
     is_own = not isinstance(loss, str | Mapping | LossSpec | None)
     if is_own:
         check_loss(loss)
-    wide = common(module, dtype)
-    held = opened(data, module, wide)
-    inputs, targets = widened((held.inputs, held.targets), wide)
+    types = mixed(module, dtype)
+    held = opened(data, module)
+    inputs, targets = held.inputs, held.targets
     size = batch_size if batch_size is not None else held.batch_size
     if size is None:
         msg = (
@@ -338,13 +341,10 @@ def prepare(
         raise InvalidSpec(msg, batch_size=size)
     check_lengths(leaves_of(inputs), targets)
     chosen = _chosen(mode)
-    origin = Origin(module, _like(inputs, output, chosen, wide))
+    origin = Origin(module, _like(inputs, output, chosen, types))
 
     def made(module: nn.Module) -> tuple[ExportedModel, LossSpec, Any]:
-        if wide is not None:
-            compared = held.inputs if check else None
-            module = wide_copy(module, wide, inputs, output, chosen, compared)
-        model = _captured(module, inputs, output, chosen, targets)
+        model = _captured(module, inputs, output, chosen, targets, types)
         spec, known, aims = loss, None, targets
         if loss is None:
             spec, aims = own_loss(module, inputs, targets, output, chosen)
@@ -360,11 +360,13 @@ def prepare(
             known = applied, spec, targets
         if check:
             graph, state = model.graph, model.state
-            prove_module(module, inputs, output, chosen, graph, state, known, size)
+            prove_module(
+                module, inputs, output, chosen, graph, state, known, size, types
+            )
         return model, spec, aims
 
     def compare(module: nn.Module, twin: nn.Module) -> None:
-        check_itself(module, twin, held.inputs, output, chosen)
+        check_itself(module, twin, inputs, output, chosen)
 
     model, spec, targets = apart(module, made, compare if check else None)
     target = next(n for n in ("target", "targets", "y_target") if n not in model.inputs)
@@ -372,27 +374,26 @@ def prepare(
     origin.exported(model.graph, model.state)
     kind = dtype or member(Dtype, model.graph.dtype, "dtype")
     data = {**leaves, target: targets}
+    if types is not None:
+        data = types.values(data)
     return Prepared(model, data, target, spec, kind, size, origin)
 
 
 def _like(
-    inputs: Any, output: Output, mode: Mode | None, wide: torch.dtype | None
+    inputs: Any, output: Output, mode: Mode | None, types: Types | None
 ) -> Callable[[nn.Module, bool], Traced]:
     """Make what exports a module again, with the same examples."""
     from curvd.graph.examples import few
-    from curvd.graph.mixed import in_one_type
     from curvd.graph.prepare import prove_module
 
     examples = few(inputs)
 
     @_one_at_a_time
     def traced(module: nn.Module, prove: bool) -> Traced:
-        if wide is not None:
-            module = in_one_type(module, wide)
-        model = _captured(module, examples, output, mode)
+        model = _captured(module, examples, output, mode, types=types)
         graph, state = model.graph, model.state
         if prove:
-            prove_module(module, examples, output, mode, graph, state)
+            prove_module(module, examples, output, mode, graph, state, types=types)
         return graph, state
 
     return traced

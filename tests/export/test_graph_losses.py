@@ -287,10 +287,11 @@ def test_a_session_of_a_module_takes_what_other_sessions_take(client, module):
 
 def test_half_precision_needs_a_dtype(client):
     module, x = nn.Linear(4, 3).half(), torch.randn(N, 4).half()
-    with pytest.raises(curvd.InvalidSpec, match=r"F16: export module\.float\(\)"):
-        client.session_for(
-            module, nn.CrossEntropyLoss(), (x, labels(3, N)), batch_size=4
-        )
+    data, loss = (x, labels(3, N)), nn.CrossEntropyLoss()
+    with pytest.raises(curvd.InvalidSpec, match=r"float16 as weight.*dtype='float32'"):
+        client.session_for(module, loss, data, batch_size=4)
+    session = client.session_for(module, loss, data, batch_size=4, dtype="float32")
+    assert session.info.dtype is curvd.Dtype.FLOAT32
 
 
 async def test_one_awaited_call_makes_a_session(live_target, module):

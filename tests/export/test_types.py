@@ -78,8 +78,11 @@ class Tuned(nn.Module):
 TARGETS = torch.tensor([0, 1] * 4)
 
 
-def hessian(module, names):
-    """By torch's own double backward, on a copy in float64."""
+def hessian(module, names, rounded=False):
+    """By torch's own double backward, on a copy in float64.
+
+    Arrays take the type of the first parameter.
+    """
     wide = copy.deepcopy(module).double()
     parameters = dict(wide.named_parameters())
 
@@ -88,7 +91,8 @@ def hessian(module, names):
         values = {
             n: p.view_as(parameters[n]) for n, p in zip(names, parts, strict=True)
         }
-        outputs = torch.func.functional_call(wide, values, (X.double(),))
+        given = X.to(next(module.parameters()).dtype) if rounded else X
+        outputs = torch.func.functional_call(wide, values, (given.double(),))
         return nn.functional.cross_entropy(outputs, TARGETS)
 
     flat = torch.cat([parameters[n].detach().flatten() for n in names])
@@ -124,7 +128,7 @@ def test_a_named_type_that_holds_all_of_them_computes_the_same_function(
         assert not any("base" in name for name in names)
         for _ in range(2):
             found = session.hessian() @ np.eye(session.layout.size)
-            want = hessian(net, names)
+            want = hessian(net, names, arrays)
             assert np.linalg.norm(found - want) < 1e-12 * np.linalg.norm(want)
             assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
             assert {p.dtype for p in net.parameters()} == {
@@ -137,11 +141,11 @@ def test_a_named_type_that_holds_all_of_them_computes_the_same_function(
             session.update_parameters(net)
 
 
-def named(module, dtype):
+def named(module, dtype, inputs=X):
     curvd.exported.prepare(
         module,
         nn.CrossEntropyLoss(),
-        (X, TARGETS),
+        (inputs, TARGETS),
         None,
         None,
         batch_size=4,
@@ -159,30 +163,139 @@ def test_a_type_that_would_round_is_refused():
         named(Tuned(torch.float16).half().eval(), None)
 
 
-def test_code_that_asks_for_its_types_is_another_function():
+def test_code_that_asks_for_its_types_is_refused():
+    """The server's types are others."""
+
     class Asking(Tuned):
         def forward(self, x):
             sign = -1 if self.first.base.weight.dtype == torch.bfloat16 else 1
             return sign * super().forward(x)
 
-    with pytest.raises(
-        curvd.GradientMismatch, match="in float32 the module is another"
-    ):
+    with pytest.raises(curvd.GradientMismatch, match="other batch sizes or types"):
         named(Asking(torch.bfloat16).eval(), curvd.Dtype.FLOAT32)
 
 
-def test_hooks_on_gradients_are_not_lost_with_the_type():
+@pytest.mark.parametrize("kind", ["gradient", "accumulated"])
+def test_hooks_on_gradients_are_refused_as_in_one_type(kind):
+    def doubled(parameter):
+        parameter.grad.mul_(2)
+
     net = Tuned(torch.bfloat16).eval()
     net.head.bfloat16()
-    net.head.weight.register_hook(lambda gradient: 0.97 * gradient)
+    if kind == "gradient":
+        net.head.weight.register_hook(lambda gradient: 2 * gradient)
+    else:
+        net.head.weight.register_post_accumulate_grad_hook(doubled)
     with pytest.raises(curvd.GradientMismatch, match=r"head\.weight"):
         named(net, curvd.Dtype.FLOAT32)
 
 
-def test_a_module_that_cannot_be_copied_is_refused_as_such():
-    class Kept(Tuned):
-        def __deepcopy__(self, memo):
-            raise TypeError("one of a kind")
+class Scaled(nn.Module):
+    """A hook that closes over a buffer, in the type of the body."""
 
-    with pytest.raises(curvd.InvalidGraph, match=r"several types is copied.*of a kind"):
-        named(Kept(torch.bfloat16).eval(), curvd.Dtype.FLOAT32)
+    def __init__(self, cast):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5).bfloat16(), nn.Linear(5, 2)
+        self.register_buffer("scale", torch.full((5,), 0.5, dtype=torch.bfloat16))
+        scale = self.scale
+        self.body.register_forward_hook(lambda layer, given, made: made * scale)
+        self.cast = cast
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x.to(torch.bfloat16)))
+        return self.head(h.float() if self.cast else h.to(self.head.weight.dtype))
+
+
+def gradient(module, x, loss):
+    """Of the module's own function, without its casts."""
+    wide = copy.deepcopy(module).double()
+    h = nn.functional.linear(x.double(), wide.body.weight, wide.body.bias)
+    h = torch.tanh(h * module.scale.double())
+    outputs = nn.functional.linear(h, wide.head.weight, wide.head.bias)
+    total = loss(outputs)
+    rows = torch.autograd.grad(total, list(wide.parameters()))
+    return total.item(), torch.cat([row.flatten() for row in rows]).numpy()
+
+
+@pytest.mark.parametrize("cast", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_casts_hooks_and_closures_are_those_of_the_module(live_target, cast, dtype):
+    torch.manual_seed(5)
+    net, weight = Scaled(cast).eval(), torch.tensor([0.3, 1.7])
+    loss = nn.CrossEntropyLoss(weight)
+    near = 1e-12 if dtype == "float64" else 1e-6
+    wide = lambda outputs: nn.functional.cross_entropy(  # noqa: E731
+        outputs, TARGETS, weight.double()
+    )
+    x = X.bfloat16()
+    with curvd.connect(live_target) as client:
+        session = client.session_for(net, loss, (x, TARGETS), batch_size=4, dtype=dtype)
+        for _ in range(2):
+            value, found = session.gradient()
+            want, expected = gradient(net, x, wide)
+            assert abs(value - want) < near * abs(want)
+            assert np.linalg.norm(found - expected) < near * np.linalg.norm(expected)
+            net.scale.mul_(1.5)
+            session.update_parameters(net)
+
+
+def test_an_attribute_of_a_parameter_is_not_lost_in_silence():
+    class Gained(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * getattr(self.weight, "gain", 1.0)
+
+    net = Gained(4, 2).eval()
+    net.weight.no_decay = True  # nothing depends on it
+    named(net, None)
+    net.weight.gain = 1.5
+    with pytest.raises(curvd.GradientMismatch, match="attribute of a parameter"):
+        named(net, None)
+
+    class Plain(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * self.weight.gain
+
+    net = Plain(4, 2).eval()
+    net.weight.gain = 1.5
+    with pytest.raises(curvd.InvalidGraph, match="attribute 'gain' of a parameter"):
+        named(net, None)
+
+
+class Normed(nn.Linear):
+    def forward(self, x):
+        h = super().forward(x)
+        return h / (h.norm(dim=-1, keepdim=True) + torch.finfo(h.dtype).eps)
+
+
+def test_code_that_asks_for_the_precision_of_its_type_is_compared_in_that(live_target):
+    torch.manual_seed(7)
+    net = Normed(4, 2).eval()
+    total = nn.functional.cross_entropy(net(X), TARGETS)
+    rows = torch.autograd.grad(total, list(net.parameters()))
+    want = torch.cat([row.flatten() for row in rows]).numpy()
+    with curvd.connect(live_target) as client:
+        data = X, TARGETS
+        session = client.session_for(net, nn.CrossEntropyLoss(), data, batch_size=4)
+        value, found = session.gradient()
+    assert abs(value - total.item()) < 1e-6
+    assert np.linalg.norm(found - want) < 1e-6 * np.linalg.norm(want)
+
+
+def test_a_small_difference_is_one_in_the_type_of_the_module():
+    """It is none of rounding: float64 has both, and so has the module itself."""
+
+    class Nearly(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * (1 + 8e-6)
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            return Nearly.apply(super().forward(x))
+
+    with pytest.raises(curvd.GradientMismatch, match="Nearly"):
+        named(Net(4, 2).double().eval(), None, X.double())

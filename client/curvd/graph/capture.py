@@ -413,6 +413,12 @@ def _refusal(error: Exception, what: str) -> InvalidGraph:
             "makes an array of numpy from a tensor, which has no derivative: write it "
             "with torch's operators"
         )
+    elif "'FakeTensor' object has no attribute" in text:
+        name = text.partition("no attribute ")[2].split("\n")[0]
+        why = (
+            f"reads an attribute {name} of a parameter, buffer or input: make it an attribute "
+            "of the layer"
+        )
     elif "ninitialized parameter" in text:
         why = "has lazy layers that know no shape yet: call it once before exporting"
     elif any(said in f"{type(error).__name__} {text}".lower() for said in _VALUES):

@@ -40,9 +40,7 @@ class Data:
     """That of the mini-batches that the data came in; None: it came whole."""
 
 
-def opened(
-    data: Any, module: nn.Module | None, dtype: torch.dtype | None = None
-) -> Data:
+def opened(data: Any, module: nn.Module | None) -> Data:
     """Read data in whatever way it is held.
 
     Args:
@@ -50,7 +48,6 @@ def opened(
             Dataset or an iterable of such, whose last entry is the target.
         module: The model: arrays that are no tensors become its type. None: they keep
             their own.
-        dtype: That arrays become in place of the module's type.
 
     Returns:
         The data as tensors.
@@ -59,7 +56,7 @@ def opened(
         InvalidSpec: If it is none of these, has no numbers, or its mini-batches do not
             fit together.
     """
-    dtype = dtype or _type_of(module)
+    dtype = _type_of(module)
     if isinstance(data, TensorDataset):
         return _whole(data.tensors, dtype)
     if isinstance(data, Dataset):

@@ -113,14 +113,17 @@ def _dense(gradient: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def runs(
-    wrapper: nn.Module, rows: Inputs, dtype: torch.dtype, types: Set[torch.dtype]
+    wrapper: nn.Module,
+    rows: Inputs,
+    kinds: Sequence[torch.dtype],
+    types: Set[torch.dtype],
 ) -> Iterator[tuple[Run, Tensor]]:
     """Find a way to run a module, and run it once.
 
     Args:
         wrapper: Calls the module; returns one tensor.
         rows: What with.
-        dtype: The module's floating point type.
+        kinds: What a copy may compute in, best first; the last is the module's type.
         types: Those that the graph computes in.
 
     Yields:
@@ -129,10 +132,10 @@ def runs(
     Raises:
         InvalidGraph: If it cannot be run.
     """
-    own = {id(p) for p in wrapper.parameters()}
+    own, dtype = {id(p) for p in wrapper.parameters()}, kinds[-1]
     with _undisturbed(rows), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for kind in dict.fromkeys((torch.float64, dtype)):
+        for kind in dict.fromkeys(kinds):
             found = _copied(wrapper, rows, kind, dtype, types)
             # A function that holds the module itself does not run on its copy.
             if found is not None and not own & {id(t) for t in leaves(found[1])}:
@@ -170,7 +173,7 @@ def _copied(
     try:
         twin: Any = copy.deepcopy(wrapper)
         twin._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
-        _take_hooks(wrapper, twin)
+        _take_along(wrapper, twin)
         wide = widened(rows, dtype)
         run = Run(twin, wide, dtype, own, True, dtype, types)
         with watched(twin) as run.seen:
@@ -179,10 +182,14 @@ def _copied(
         return None
 
 
-def _take_hooks(wrapper: nn.Module, twin: nn.Module) -> None:
-    """Give the parameters of a copy the hooks of their models, which copying drops."""
+def _take_along(wrapper: nn.Module, twin: nn.Module) -> None:
+    """Give the tensors of a copy what copying drops: their models' hooks and attributes."""
+    others = dict(twin.named_buffers(remove_duplicate=False))
+    for name, buffer in wrapper.named_buffers(remove_duplicate=False):
+        vars(others[name]).update(vars(buffer))
     copies = dict(twin.named_parameters(remove_duplicate=False))
     for name, parameter in wrapper.named_parameters(remove_duplicate=False):
+        vars(copies[name]).update(vars(parameter))
         for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
             if getattr(parameter, hooks, None):
                 setattr(copies[name], hooks, getattr(parameter, hooks))

@@ -21,7 +21,6 @@ from curvd.graph.capture import Chosen
 from curvd.graph.compared import differing, shown_size
 from curvd.graph.examples import sampled
 from curvd.graph.manifest import Inputs, inputs_of
-from curvd.graph.mixed import in_one_type, types_of
 from curvd.graph.unfilled import called
 
 _OUTPUT = "the output"
@@ -47,7 +46,8 @@ def check_itself(
     Raises:
         GradientMismatch: If they differ, or parameters move meanwhile.
     """
-    if _is_run_otherwise(module, mode):
+    is_other = mode is Mode.EVAL and any(m.training for m in module.modules())
+    if is_other or mode is Mode.BATCH_STATISTICS:
         return
     versions = [p._version for p in module.parameters()]
     rows = inputs_of(module.forward, sampled(inputs))
@@ -58,57 +58,6 @@ def check_itself(
         again = _computed(Chosen(module, output), rows)
         if moved or not _differing(own, again):  # else it does not agree with itself
             raise _refusal(wrong, moved=moved)
-
-
-def wide_copy(
-    module: nn.Module,
-    dtype: torch.dtype,
-    inputs: Any,
-    output: Output,
-    mode: Mode | None,
-    compared: Any,
-) -> nn.Module:
-    """Copy a module of several types into one, and see that it is the same function.
-
-    What its code asks of its types it is answered otherwise in the copy.
-
-    Args:
-        module: The model; it is run once before, for what a first call makes.
-        dtype: Holds all of its parameters.
-        inputs: The inputs in that type.
-        output: Which of its results.
-        mode: The mode that was chosen; None: as it is.
-        compared: The inputs as they were given; None: nothing is compared.
-
-    Returns:
-        The copy.
-
-    Raises:
-        GradientMismatch: If it differs by more than the module's own rounding.
-    """
-    given = inputs if compared is None else compared
-    own = _computed(Chosen(module, output), inputs_of(module.forward, sampled(given)))
-    wide = in_one_type(module, dtype)
-    if compared is None or _is_run_otherwise(module, mode):
-        return wide
-    other = _computed(Chosen(wide, output), inputs_of(wide.forward, sampled(inputs)))
-    narrowest = max(types_of(module), key=lambda t: torch.finfo(t).eps)
-    if wrong := _differing(own, other, narrowest):
-        largest = max(wrong, key=lambda name: wrong[name])
-        msg = (
-            f"in {str(dtype).removeprefix('torch.')} the module is another function, "
-            f"{'' if largest == _OUTPUT else 'by the gradient of '}{largest} "
-            f"{shown_size(wrong[largest])}: its code asks for the types of its tensors, or "
-            f"{str(narrowest).removeprefix('torch.')} leaves too few digits"
-        )
-        raise GradientMismatch(msg, parameters=", ".join(wrong), largest=wrong[largest])
-    return wide
-
-
-def _is_run_otherwise(module: nn.Module, mode: Mode | None) -> bool:
-    """Tell whether its owner has the module in another mode than was chosen."""
-    is_other = mode is Mode.EVAL and any(m.training for m in module.modules())
-    return is_other or mode is Mode.BATCH_STATISTICS
 
 
 def _computed(wrapper: nn.Module, rows: Inputs) -> dict[str, Tensor]:
@@ -143,15 +92,12 @@ def _computed(wrapper: nn.Module, rows: Inputs) -> dict[str, Tensor]:
     return found
 
 
-def _differing(
-    one: dict[str, Tensor],
-    other: dict[str, Tensor],
-    digits: torch.dtype = torch.float32,
-) -> dict[str, float]:
+def _differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
     """Compare outputs, and gradients together, far above rounding."""
     both = {name: (one[name], other[name]) for name in one if name in other}
     outputs = {name: pair for name, pair in both.items() if name == _OUTPUT}
     gradients = {name: pair for name, pair in both.items() if name != _OUTPUT}
+    digits = torch.float32
     return differing(outputs, digits) | differing(gradients, digits)
 
 

@@ -96,9 +96,10 @@ def _reasons(
     if forward:
         yield (
             "neither a hook nor a backward of its own, so its forward depends on "
-            "something beside inputs, parameters and buffers, or does other things for "
-            "other batch sizes",
-            "make that a buffer or an input, or do the same for every size",
+            "something beside inputs and the numbers of parameters and buffers (an "
+            "attribute of a parameter, say), or does other things for other batch sizes or "
+            "types",
+            "make that a buffer or an input, or do the same for every size and type",
         )
     elif missing:
         yield (

@@ -1,13 +1,16 @@
 """Modules whose parameters have several types, computed in one.
 
 A large model is trained with its body in bfloat16, and adapters or a head in float32. A
-session computes in one type. Wide enough, that holds every parameter exactly, and what it
-computes is the module's function without the roundings between its parts.
+session computes in one type. One that holds every parameter exactly gives the module's
+function without the roundings between its parts; so a graph of such a module says that one
+type wherever the module has one of its own.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +18,66 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from curvd.contract import Dtype
-from curvd.errors import InvalidGraph, InvalidSpec
+from curvd.errors import InvalidSpec
+from curvd.graph.tape import DTYPE_NAMES
+from curvd.v1 import graph_pb2 as graph_pb
 
 _SESSIONS = {
     Dtype.FLOAT32: torch.float32,
     Dtype.FLOAT64: torch.float64,
     Dtype.BFLOAT16: torch.bfloat16,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Types:
+    """The floating point types of a module's parameters, and one that holds them all."""
+
+    own: frozenset[torch.dtype]
+    common: torch.dtype
+
+    def graph(
+        self, graph: graph_pb.Graph, tensors: Mapping[str, Tensor]
+    ) -> tuple[graph_pb.Graph, Mapping[str, Tensor]]:
+        """Write a graph anew, so that the common type stands for each of the module's.
+
+        Casts from one of them to another do nothing there.
+
+        Args:
+            graph: As it was traced; it is changed.
+            tensors: Its tensors by name.
+
+        Returns:
+            Both.
+        """
+        said = {DTYPE_NAMES[t]: DTYPE_NAMES[self.common] for t in self.own}
+        graph.dtype = said.get(graph.dtype, graph.dtype)
+        for tensor in graph.tensors:
+            tensor.dtype = said.get(tensor.dtype, tensor.dtype)
+        for given in graph.inputs:
+            given.dtype = said.get(given.dtype, given.dtype)
+        for node in graph.nodes:
+            for argument in node.arguments:
+                for literal in (argument.literal, *argument.literals.items):
+                    if literal.dtype in said:
+                        literal.dtype = said[literal.dtype]
+        return graph, {name: self.values(held) for name, held in tensors.items()}
+
+    def values(self, held: Any) -> Any:
+        """Convert what is in one of the module's types.
+
+        Args:
+            held: Tensors, in whatever they are held.
+
+        Returns:
+            The same with other tensors.
+        """
+
+        def converted(tensor: Tensor) -> Tensor:
+            narrow = tensor.dtype in self.own
+            return tensor.detach().to(self.common) if narrow else tensor
+
+        return pytree.tree_map_only(Tensor, converted, held)
 
 
 def types_of(module: nn.Module) -> dict[torch.dtype, str]:
@@ -40,22 +96,22 @@ def types_of(module: nn.Module) -> dict[torch.dtype, str]:
     return first
 
 
-def said(types: dict[torch.dtype, str]) -> str:
+def said(types: Mapping[torch.dtype, str]) -> str:
     """Name types with a parameter of each, for a message."""
     return ", ".join(
         f"{str(t).removeprefix('torch.')} as {name}" for t, name in types.items()
     )
 
 
-def common(module: nn.Module, dtype: Dtype | None) -> torch.dtype | None:
-    """Find the type in which a module is to be computed that has several.
+def mixed(module: nn.Module, dtype: Dtype | None) -> Types | None:
+    """Find the types of a module that is to be computed in another.
 
     Args:
         module: The model.
-        dtype: What the caller chose.
+        dtype: What the caller chose for the session.
 
     Returns:
-        That as torch's; None if the module has one type, and a session has that, too.
+        Its types; None if it has one, and a session has that, too.
 
     Raises:
         InvalidSpec: If nobody chose, or the chosen type does not hold the parameters.
@@ -70,74 +126,17 @@ def common(module: nn.Module, dtype: Dtype | None) -> torch.dtype | None:
             "computes in one: name it, dtype='float32' or 'float64'"
         )
         raise InvalidSpec(msg, types=len(types))
+    common = functools.reduce(torch.promote_types, types)
+    if common not in _SESSIONS.values():
+        common = torch.float32
     chosen = _SESSIONS[dtype]
-    rounded = {t: n for t, n in types.items() if not _holds(chosen, t)}
+    rounded = {
+        t: n for t, n in types.items() if torch.promote_types(t, chosen) != chosen
+    }
     if rounded:
         msg = (
             f"dtype {dtype.value} would round the module's parameters of type "
             f"{said(rounded)}: name one that holds all of them, such as F32"
         )
         raise InvalidSpec(msg, dtype=dtype)
-    return chosen
-
-
-def in_one_type(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Copy a module with all that is floating point in one type.
-
-    Args:
-        module: The model; it is not touched.
-        dtype: Wide enough for its parameters.
-
-    Returns:
-        The copy; parameters and buffers that need no conversion are the same.
-
-    Raises:
-        InvalidGraph: If it cannot be copied.
-    """
-    alike: dict[int, Any] = {}
-    for parameter in module.parameters():
-        alike[id(parameter)] = _converted(parameter, dtype)
-    for buffer in module.buffers():
-        alike[id(buffer)] = _converted(buffer, dtype)
-    try:
-        return copy.deepcopy(module, alike)
-    except Exception as error:  # of the module's own code
-        why = str(error).strip().partition("\n")[0][:200]
-        msg = (
-            "a module of several types is copied to be computed in one, and copy.deepcopy "
-            f"fails on this one ({type(error).__name__}: {why})"
-        )
-        raise InvalidGraph(msg) from error
-
-
-def widened(tensors: Any, dtype: torch.dtype | None) -> Any:
-    """Convert the inputs and targets that are floating point, and fit.
-
-    Args:
-        tensors: In whatever they are held.
-        dtype: What holds the parameters; None: nothing is converted.
-
-    Returns:
-        The same with other tensors; those that would be rounded stay as they are.
-    """
-    if dtype is None:
-        return tensors
-    return pytree.tree_map_only(Tensor, lambda t: _converted(t, dtype), tensors)
-
-
-def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """Tell whether each number of a type is one of another."""
-    return torch.promote_types(wide, narrow) == wide
-
-
-def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not tensor.is_floating_point() or not _holds(dtype, tensor.dtype):
-        return tensor
-    if tensor.dtype == dtype:
-        return tensor
-    wide = tensor.detach().to(dtype)
-    if isinstance(tensor, nn.Parameter):
-        wide = nn.Parameter(wide, tensor.requires_grad)
-        for hook in (tensor._backward_hooks or {}).values():
-            wide.register_hook(hook)  # type: ignore[no-untyped-call]
-    return wide
+    return Types(frozenset(types), common)

@@ -69,6 +69,8 @@ def own_loss(
             "`loss` when it is called with labels="
         )
         raise InvalidSpec(msg)
+    # Some compute their loss in float32, of outputs that are not.
+    wide = outputs.to(total.dtype) if outputs.is_floating_point() else outputs
     trained = {n: p for n, p in twin.named_parameters() if p.requires_grad}
     want = _gradients(total, trained)
     for spec, taken in _SPECS.values():
@@ -76,7 +78,7 @@ def own_loss(
             targets = taken(few)
             if not spec.name.has_classes and outputs.shape != targets.shape:
                 continue  # torch would combine every output with every target
-            found = evaluated(spec, outputs, targets)
+            found = evaluated(spec, wide, targets)
         except (RuntimeError, ValueError, IndexError):  # of shapes and types
             continue
         if not differing({"loss": (found, total)}, total.dtype):

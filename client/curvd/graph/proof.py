@@ -28,6 +28,7 @@ from curvd.graph.eager import Run, multiplied, runs, widened
 from curvd.graph.evaluate import Evaluator, types_in
 from curvd.graph.manifest import Inputs
 from curvd.graph.mismatches import NAMED, cut_off, mismatch
+from curvd.graph.mixed import Types
 from curvd.graph.seen import functions_in
 from curvd.v1 import graph_pb2 as graph_pb
 
@@ -79,6 +80,8 @@ def prove(
     *,
     batches: Iterable[Batch] = (),
     mixes: bool = False,
+    types: Types | None = None,
+    in_own_type: bool = False,
 ) -> None:
     """Compare a module with its graph.
 
@@ -91,6 +94,8 @@ def prove(
         batches: Others, of the sizes that a session has; first those that are always
             compared.
         mixes: Whether a row of the output may depend on other data points.
+        types: Those of the module, for which the graph has another.
+        in_own_type: Whether the module is compared in its own type, not in float64.
 
     Raises:
         GradientMismatch: If outputs, loss or gradients differ.
@@ -98,10 +103,12 @@ def prove(
         InvalidSpec: If it mixes data points, or trains what is no parameter.
     """
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
-    types = types_in(graph)
+    counted = types_in(graph) | (frozenset() if types is None else types.own)
     points = rows.inputs
-    with runs(wrapper, points, dtype or torch.float32, types) as (run, outputs):
-        proof = _Proof(run, graph, tensors)
+    own = dtype or torch.float32
+    kinds = (own,) if in_own_type else (torch.float64, own)
+    with runs(wrapper, points, kinds, counted) as (run, outputs):
+        proof = _Proof(run, graph, tensors, types)
         if not any(p.requires_grad for p in wrapper.parameters()):
             proof.check_outputs(outputs, proof.exported(), "")
             return
@@ -131,12 +138,17 @@ class _Proof:
         run: The module.
         graph: What was exported.
         tensors: Its tensors by name.
+        types: Those of the module, for which the graph has another.
     """
 
     def __init__(
-        self, run: Run, graph: graph_pb.Graph, tensors: Mapping[str, Tensor]
+        self,
+        run: Run,
+        graph: graph_pb.Graph,
+        tensors: Mapping[str, Tensor],
+        types: Types | None,
     ) -> None:
-        self.run, self.graph, self.tensors = run, graph, tensors
+        self.run, self.graph, self.tensors, self._types = run, graph, tensors, types
         self._evaluate = Evaluator(graph)
         self._homes = [_home(run.module, t.names[0]) for t in graph.tensors]
         self.functions: list[str] = []
@@ -157,7 +169,14 @@ class _Proof:
         """
         given, trained = self._given()
         with torch.enable_grad():
-            return self._evaluate(self.run.inputs.leaves, given)[0], trained
+            return self._evaluate(self._leaves(self.run.inputs), given)[0], trained
+
+    def _leaves(self, inputs: Inputs) -> Sequence[Tensor]:
+        """List inputs as the graph takes them."""
+        if self._types is None or self.run.movable:
+            return inputs.leaves  # of a copy, which is in one type itself
+        found: tuple[Tensor, ...] = self._types.values(inputs.leaves)
+        return found
 
     def _given(self) -> tuple[list[Tensor], dict[str, Tensor]]:
         """List the graph's tensors at the module's parameters, and those that train."""
@@ -260,11 +279,11 @@ class _Proof:
                 "mode='batch_statistics' if mini-batches are what you mean"
             )
             raise InvalidSpec(msg, difference=wrong["rows"])
-        check_module(self.graph, self.rows.leaves, self._given()[0])
+        check_module(self.graph, self._leaves(self.rows), self._given()[0])
 
     def check_places(self) -> None:
         """Refuse a row of the output that depends on its place among the others."""
-        check_positions(self.graph, self.rows.leaves, self._given()[0])
+        check_positions(self.graph, self._leaves(self.rows), self._given()[0])
 
     def check_strangers(self) -> None:
         """Refuse tensors that train, but are no parameters: no update moves them."""
