@@ -209,10 +209,10 @@ async def running(
             partial_bytes=limits.partial_bytes,
             partial_s=limits.partial_s,
             memory=memory,
-            senders=catalogue.senders(),
+            referrers=catalogue.referrers,
             quotas=quotas,
         )
-        blobs.collect(catalogue.referenced())
+        blobs.collect()
         batcher = Batcher(
             run_columns=limits.run_columns,
             run_bytes=limits.block_bytes,
@@ -276,7 +276,7 @@ async def running(
         target = await stack.enter_async_context(
             serving(config, services, callers, quotas, tally, tracing)
         )
-        sweeper = asyncio.create_task(_expire(sessions, curvature, blobs, catalogue))
+        sweeper = asyncio.create_task(_expire(sessions, curvature, blobs))
         stack.callback(sweeper.cancel)
         yield Running(target, batcher, sessions, callers, quotas, metrics)
 
@@ -390,7 +390,6 @@ async def _expire(
     sessions: SessionStore,
     curvature: CurvatureService,
     blobs: BlobStore,
-    catalogue: Catalogue,
 ) -> None:
     for second in itertools.count():
         await asyncio.sleep(_SWEEP_S)
@@ -404,10 +403,7 @@ async def _expire(
                 await asyncio.to_thread(trim_allocator)
             if second % _SWEEP_BLOBS == 0:
                 await asyncio.to_thread(
-                    blobs.sweep,
-                    catalogue.referenced,
-                    now_s=time.time(),
-                    monotonic_s=time.monotonic(),
+                    blobs.sweep, now_s=time.time(), monotonic_s=time.monotonic()
                 )
         except Exception:
             logs.logger().exception("defect", task="expire")

@@ -222,6 +222,36 @@ def test_a_digest_proves_nothing(serving):
         assert again.data_points == his.data_points
 
 
+def test_who_has_deleted_what_he_sent_is_told_the_same_whoever_else_has_it(
+    serving, tmp_path
+):
+    ask = session_pb.RegisterModelHeader(
+        builder="mlp", config_json=CONFIG, state=raw.upload(STATE)
+    )
+    first = session_pb.RegisterModelRequest(header=ask)
+    file = tmp_path / "data" / "blobs" / ask.state.digest
+
+    def register(channel):
+        return raw.register_model(channel, "mlp", CONFIG, STATE).model.id
+
+    def delete(channel, model):
+        asked = session_pb.DeleteModelRequest(model_id=model)
+        raw.call(channel, "DeleteModel", asked)
+
+    with serving() as channels:
+        answers = []
+        for others in ((), ("alice",), ("alice", "carol")):
+            theirs = [(name, register(channels[name])) for name in others]
+            delete(channels["bob"], register(channels["bob"]))
+            answers.append(raw.call(channels["bob"], "RegisterModel", [first]))
+            assert file.exists() == bool(others)
+            for name, model in theirs:
+                delete(channels[name], model)
+            assert not file.exists()
+    assert answers[1:] == answers[:1] * 2
+    assert answers[0].upload_needed.committed_bytes == 0
+
+
 def test_parameters_of_somebody_else_are_not_taken_by_their_digest(serving):
     with serving() as channels:
         mine, his = Requests(channels["alice"]), Requests(channels["bob"])

@@ -9,7 +9,7 @@ import raw
 from support.callers import calls_as
 from support.quotas import refused, served, written
 
-from curvd.errors import InvalidSpec, LimitExceeded, Overloaded
+from curvd.errors import InvalidSpec, LimitExceeded, Overloaded, StateMismatch
 from curvd.v1 import curvature_service_pb2 as curvature_pb
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.device import Batcher
@@ -87,6 +87,21 @@ def test_disk(serving):
         go = session_pb.DeleteModelRequest(model_id=model)
         raw.call(channels["ann"], "DeleteModel", go)
         raw.register_model(channels["ann"], "two", "{}", state)
+
+
+def test_an_update_that_does_not_fit_leaves_nothing_on_the_disk(serving, tmp_path):
+    blobs = tmp_path / "data" / "blobs"
+    with serving("") as channels:
+        session = raw.fake_session(channels["ann"]).id
+        before = {path.name for path in blobs.iterdir()}
+        values = raw.file_of({"a": np.ones(7)})
+        header = session_pb.UpdateParametersHeader(
+            session_id=session, values=raw.upload(values)
+        )
+        first = session_pb.UpdateParametersRequest(header=header)
+        with pytest.raises(StateMismatch):
+            raw.call(channels["ann"], "UpdateParameters", [first, memoryview(values)])
+        assert {path.name for path in blobs.iterdir()} == before
 
 
 def test_uploads(serving):

@@ -29,8 +29,14 @@ ARRAYS = {"x": np.arange(6.0).reshape(2, 3), "n": np.arange(3)}
 
 
 @pytest.fixture
-def blobs(tmp_path):
-    return BlobStore(tmp_path / "blobs")
+def needed():
+    """What refers to blobs: digest -> names of owners."""
+    return {}
+
+
+@pytest.fixture
+def blobs(tmp_path, needed):
+    return BlobStore(tmp_path / "blobs", referrers=lambda digest: needed)
 
 
 def test_a_blob_comes_back_as_views_of_one_snapshot(blobs):
@@ -151,20 +157,26 @@ def test_a_blob_that_was_damaged_is_moved_aside_and_can_come_again(
 ):
     needed_by = ["model m", "session s"]
     folder = tmp_path / "blobs"
-    blobs = BlobStore(folder, needed_by=lambda digest: needed_by)
+    refer = {}
+    options = {
+        "needed_by": lambda digest: needed_by,
+        "referrers": lambda digest: refer,
+    }
+    blobs = BlobStore(folder, **options)
     digest, other = put(blobs, ARRAYS), put(blobs, {"x": np.zeros(1)})
     assert blobs.open(digest).total_bytes
     damaged(folder / digest, how)
     if restart:
-        blobs = BlobStore(folder, needed_by=lambda digest: needed_by)
+        blobs = BlobStore(folder, **options)
     with pytest.raises(
         DataLoss, match=r"lost what model m; session s needs.*upload the same content"
     ) as caught:
         blobs.open(digest)
     assert caught.value.metadata["digest"] == digest
     assert (folder / f"{digest}.damaged").exists()
+    refer[other] = {""}
     for monotonic_s in (0, 1e6):
-        blobs.sweep(lambda: {other}, now_s=1e12, monotonic_s=monotonic_s)
+        blobs.sweep(now_s=1e12, monotonic_s=monotonic_s)
     assert (folder / f"{digest}.damaged").exists()
     assert not blobs.has(digest)
     assert blobs.open(other).arrays["x"] == 0  # nothing else is lost
@@ -329,15 +341,18 @@ def test_a_blob_that_is_not_there_is_not_found(blobs):
         blobs.open("0" * 64)
 
 
-def test_a_blob_goes_when_nothing_needs_it_and_stays_when_held(blobs):
+def test_a_blob_goes_when_nothing_needs_it_and_stays_when_held(blobs, needed):
     digest = put(blobs, ARRAYS)
-    blobs.release(digest, lambda: {digest})
+    needed[digest] = {""}
+    blobs.release(digest)
     assert blobs.has(digest)
+    del needed[digest]
     with blobs.held(digest):
-        blobs.release(digest, set)
-    assert blobs.has(digest)
-    mapped = blobs.open(digest).arrays["x"]
-    blobs.release(digest, set)
+        blobs.release(digest)
+        blobs.sweep(now_s=0, monotonic_s=0)
+        assert blobs.has(digest)
+        mapped = blobs.open(digest).arrays["x"]
+    blobs.sweep(now_s=0, monotonic_s=0)
     assert not blobs.has(digest)
     np.testing.assert_array_equal(mapped, ARRAYS["x"])
 
@@ -349,17 +364,16 @@ def names(blobs):
     return sorted(path.name for path in blobs._directory.iterdir())
 
 
-def test_a_sweep_removes_what_is_old_and_not_needed(blobs, tmp_path):
+def test_a_sweep_removes_what_is_old_and_not_needed(blobs, needed, tmp_path):
     kept, dropped = put(blobs, ARRAYS), put(blobs, {"x": np.zeros(1)})
+    needed[kept] = {""}
     part = tmp_path / "blobs" / ("1" * 64 + ".part")
     part.touch()
     now_s = part.stat().st_mtime
     for hours in (0, 1, 12):
-        blobs.sweep(
-            lambda: {kept}, now_s=now_s + hours * HOUR_S, monotonic_s=hours * HOUR_S
-        )
+        blobs.sweep(now_s=now_s + hours * HOUR_S, monotonic_s=hours * HOUR_S)
         assert len(names(blobs)) == 3
-    blobs.sweep(lambda: {kept}, now_s=now_s + DAY_S + 9, monotonic_s=DAY_S)
+    blobs.sweep(now_s=now_s + DAY_S + 9, monotonic_s=DAY_S)
     assert names(blobs) == [kept]
     assert not blobs.has(dropped)
 
@@ -370,11 +384,11 @@ def test_a_step_of_the_clock_removes_no_upload(blobs, tmp_path, step_s):
     with blobs.upload(digest, offset=0, total_bytes=len(data)) as upload:
         upload.write(memoryview(data)[:100])
     now_s = (tmp_path / "blobs" / f"{digest}.part").stat().st_mtime
-    blobs.sweep(set, now_s=now_s + step_s, monotonic_s=0)
-    blobs.sweep(set, now_s=now_s + step_s + 60, monotonic_s=60)
+    blobs.sweep(now_s=now_s + step_s, monotonic_s=0)
+    blobs.sweep(now_s=now_s + step_s + 60, monotonic_s=60)
     assert blobs.committed_bytes(digest) == 100
-    blobs.sweep(set, now_s=now_s - step_s, monotonic_s=61)  # and back
-    blobs.sweep(set, now_s=now_s - step_s + DAY_S + 9, monotonic_s=DAY_S + 61)
+    blobs.sweep(now_s=now_s - step_s, monotonic_s=61)  # and back
+    blobs.sweep(now_s=now_s - step_s + DAY_S + 9, monotonic_s=DAY_S + 61)
     assert blobs.committed_bytes(digest) == 0
 
 
@@ -383,7 +397,7 @@ def test_a_sweep_leaves_what_is_held_or_under_way(blobs):
     with blobs.held(held), blobs.upload("1" * 64, offset=0, total_bytes=10) as upload:
         upload.write(memoryview(b"x"))
         for monotonic_s in (0, DAY_S):
-            blobs.sweep(set, now_s=1e12, monotonic_s=monotonic_s)
+            blobs.sweep(now_s=1e12, monotonic_s=monotonic_s)
         assert len(names(blobs)) == 2
 
 

@@ -85,7 +85,7 @@ def contents(folder):
         stored, lost = catalogue.sessions()
         assert not lost
         found = catalogue.model("m"), stored, catalogue.version_of("s", "u")
-        return *found, catalogue.plans.get("key", ""), catalogue.referenced()
+        return *found, catalogue.plans.get("key", ""), catalogue.referrers()
     finally:
         catalogue.close()
 
@@ -193,7 +193,7 @@ def test_a_row_that_both_files_have_lost_is_named_and_the_others_are_there(folde
     with pytest.raises(DataLoss, match=r"lost model 'm'.*register the same content"):
         catalogue.model("m")
     assert catalogue.plans.get("key", "none") == "none"
-    assert "1" * 64 in catalogue.referenced()
+    assert "1" * 64 in catalogue.referrers()
     catalogue.add_model(model())
     assert catalogue.model("m") == model()
     catalogue.delete_session("s")

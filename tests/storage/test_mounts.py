@@ -141,8 +141,8 @@ def test_a_mounted_file_is_a_blob_that_is_never_copied_to_disk_or_removed(
     mounts.digest("d")
     assert blobs.has(digest)
     np.testing.assert_array_equal(blobs.open(digest).arrays["x"], DATA["x"])
-    blobs.release(digest, set)
-    blobs.sweep(set, now_s=1e12, monotonic_s=1e6)
+    blobs.release(digest)
+    blobs.sweep(now_s=1e12, monotonic_s=1e6)
     assert blobs.has(digest)
     assert not list((tmp_path / "blobs").iterdir())
 

@@ -244,7 +244,9 @@ class Middle:
         self.catalogue = Catalogue(directory / "catalogue.sqlite")
         total = self.limits.memory_bytes or 1 << 40
         self.memory = HostMemory(total)
-        self.blobs = BlobStore(directory / "blobs", memory=self.memory)
+        self.blobs = BlobStore(
+            directory / "blobs", memory=self.memory, referrers=self.catalogue.referrers
+        )
         self.device = FakeDevice()
         self.registry = Registry(self.catalogue, self.blobs, two_tensors)
         self.batcher = Batcher(

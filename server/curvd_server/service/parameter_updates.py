@@ -15,7 +15,13 @@ from collections.abc import AsyncIterator, Iterable
 import structlog
 
 from curvd.contract import Part
-from curvd.errors import CurvdError, FailedPrecondition, InvalidSpec
+from curvd.errors import (
+    CurvdError,
+    FailedPrecondition,
+    InvalidSpec,
+    InvalidTensors,
+    StateMismatch,
+)
 from curvd.v1 import session_service_pb2 as session_pb
 from curvd_server.config import LimitsConfig
 from curvd_server.service import uploads
@@ -74,16 +80,28 @@ class ParameterUpdates:
         elif made is None and header.HasField("checkpoint"):
             made = await self._read(header, update)
         elif made is None:
-            with self._blobs.held(update.digest):
-                if not await uploads.receive(
-                    header.values, chunks, self._blobs, self._limits
-                ):
-                    return self._needed(header)
-                made = await self._sessions.update(header.session_id, update)
+            made = await self._received(header, chunks, update)
+            if made is None:
+                return self._needed(header)
         version = session_pb.ParameterVersion(
             version=made.version, parameters_digest=made.parameters_digest
         )
         return session_pb.UpdateParametersResponse(version=version)
+
+    async def _received(
+        self, header: session_pb.UpdateParametersHeader, chunks: Chunks, update: Update
+    ) -> StoredVersion | None:
+        """Receive values and commit them; None if not all of them have come."""
+        try:
+            with self._blobs.held(update.digest):
+                if await uploads.receive(
+                    header.values, chunks, self._blobs, self._limits
+                ):
+                    return await self._sessions.update(header.session_id, update)
+                return None
+        except (InvalidSpec, InvalidTensors, StateMismatch):  # of no use, then or later
+            await asyncio.to_thread(self._registry.release, update.digest)
+            raise
 
     async def _keep(
         self, header: session_pb.UpdateParametersHeader, chunks: Chunks

@@ -134,9 +134,7 @@ class Deletions:
             await asyncio.to_thread(self._catalogue.delete, f"{kind}s", name)
         finally:
             self._going.discard(name)
-        await asyncio.to_thread(
-            self._blobs.release, found.digest, self._catalogue.referenced, owner
-        )
+        await asyncio.to_thread(self._blobs.release, found.digest, owner)
 
     def _check_unused(self, kind: str, name: str) -> None:
         users = [s for s in self._sessions() if name in (s.model_id, s.dataset_id)]

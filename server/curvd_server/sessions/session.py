@@ -417,6 +417,7 @@ class Session:
             for session, new in zip(there, infos, strict=True):
                 session.stored = replace(session.stored, info=new, sources=sources)
                 moves.get(session.id, _nothing)()
+            dependencies.blobs.hand_over(update.digest, stored.info.owner)
             await self._release(leaving)
 
         await to_the_end(commit())
@@ -445,12 +446,9 @@ class Session:
             await asyncio.to_thread(blobs.mark_leaving, digest, owner)
 
     async def _release(self, digests: set[str]) -> None:
-        blobs = self._dependencies.blobs
-        referenced = self._dependencies.catalogue.referenced
+        blobs, owner = self._dependencies.blobs, self.stored.info.owner
         for digest in digests:
-            await asyncio.to_thread(
-                blobs.release, digest, referenced, self.stored.info.owner
-            )
+            await asyncio.to_thread(blobs.release, digest, owner)
 
     def _vectors_of(self, name: str) -> Vectors:
         """Find what one caller stores; each sees only his own."""

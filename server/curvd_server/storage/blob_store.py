@@ -4,10 +4,10 @@
 Two uploads of the same bytes by one caller help each other: what one of them has written,
 the other need not. Methods block on the disk; call them off the event loop.
 
-A digest proves nothing, the bytes do. A blob is there for whoever has sent all of it, and
-for nobody else: others have to send it, too, into a file of their own
-(``<digest>.<caller>.part``), and what lies on the disk once cannot be told from what does
-not lie there at all.
+A digest proves nothing, the bytes do. A blob is there for whoever has sent all of it, as long
+as something of his needs it (`claims`), and for nobody else: others have to send it, too, into
+a file of their own (``<digest>.<caller>.part``), and what lies on the disk once cannot be told
+from what does not lie there at all.
 
 Disks forget. A blob is hashed when it is first used after a start, and again whenever
 its file was touched, before anything depends on it. One that has another digest is
@@ -25,8 +25,8 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -40,6 +40,7 @@ from curvd.errors import (
 )
 from curvd.tensors import safetensors_header
 from curvd_server.storage.blobs import Blob, check_digest, read_header
+from curvd_server.storage.claims import Claims
 from curvd_server.storage.mounts import Mounts
 from curvd_server.storage.partial_upload import Partial, Upload, make_room
 from curvd_server.storage.snapshots import Snapshot, Stamp, digest_of
@@ -60,6 +61,11 @@ clock may have been set meanwhile."""
 _DAMAGED, _LEAVING = ".damaged", ".leaving"
 
 
+def _nothing(digest: str | None = None) -> Mapping[str, set[str]]:
+    """Say that nothing refers to any blob."""
+    return {}
+
+
 class BlobStore:
     """The blobs of one data directory.
 
@@ -70,7 +76,10 @@ class BlobStore:
         partial_bytes: Disk of all uploads that are not complete.
         partial_s: How long one is kept that nobody goes on with, or refers to.
         memory: The memory of the host, which open blobs share with others; None: no limit.
-        senders: Who has sent which blob, as far as that is known from before.
+        referrers: Tells who owns what refers to blobs (digest -> names of owners), to one of
+            a digest or to any: who has sent those that are there from before, and what must
+            stay. It is asked while nobody can begin to hold a blob, so that no new reference
+            is missed.
         quotas: What single callers may have on the disk.
     """
 
@@ -83,13 +92,12 @@ class BlobStore:
         partial_bytes: int = 128 << 30,
         partial_s: float = 24 * 3600.0,
         memory: HostMemory | None = None,
-        senders: Mapping[str, set[str]] | None = None,
+        referrers: Callable[[str | None], Mapping[str, set[str]]] = _nothing,
         quotas: Quotas | None = None,
     ) -> None:
         self._quotas = quotas or Quotas()
-        self._senders = {
-            digest: set(names) for digest, names in (senders or {}).items()
-        }
+        self._referrers = referrers
+        self._claims = Claims(referrers(None), time.time())
         self._memory = memory or HostMemory()
         self._partial_bytes, self._partial_s = partial_bytes, partial_s
         # When this process began to see that nobody uses a file.
@@ -109,7 +117,6 @@ class BlobStore:
             weakref.WeakValueDictionary()
         )
         self._partials: dict[str, Partial] = {}
-        self._held: Counter[str] = Counter()
 
     def has(self, digest: str) -> bool:
         """Tell whether a blob is there for the caller, without a look at its bytes."""
@@ -193,13 +200,14 @@ class BlobStore:
         Yields:
             Nothing.
         """
+        name = calling().name
         with self._lock:
-            self._held[digest] += 1
+            self._claims.hold(digest, name)
         try:
             yield
         finally:
             with self._lock:
-                self._held[digest] -= 1
+                self._claims.let_go(digest, name)
 
     @contextlib.contextmanager
     def upload(self, digest: str, *, offset: int, total_bytes: int) -> Iterator[Upload]:
@@ -299,6 +307,19 @@ class BlobStore:
                 writer.write(piece)
             assert writer.finish()
 
+    def hand_over(self, digest: str, owner: str) -> None:
+        """Note whose a blob has become that the caller has sent.
+
+        Args:
+            digest: The digest of the blob.
+            owner: Who owns what refers to it now; his claim ends by `release`.
+        """
+        name = calling().name
+        if owner != name:
+            with self._lock:
+                self._claims.add(digest, owner, time.time())
+                self._claims.put_off(digest, name)
+
     def mark_leaving(self, digest: str, owner: str) -> None:
         """Note on the disk that what needs a blob is about to go, before it does.
 
@@ -307,19 +328,16 @@ class BlobStore:
             owner: Who needed it until now.
         """
         with self._lock:
-            if self._senders.get(digest, set()) - {owner}:
+            if self._claims.of_blob(digest).keys() - {owner}:
                 return  # it stays for others
         # On a disk that is full there may be no room for a note, and there must be a way
         # to make some: then it is a file that nothing needs, which `sweep` finds.
         with contextlib.suppress(OSError):
             self._path(digest, _LEAVING).touch(mode=0o600)
 
-    def collect(self, needed: set[str]) -> None:
-        """Remove what a deletion has left that was cut off; before anybody calls.
-
-        Args:
-            needed: The digests to keep.
-        """
+    def collect(self) -> None:
+        """Remove what a deletion has left that was cut off; before anybody calls."""
+        needed = self._referrers(None)
         for note in self._directory.glob(f"*{_LEAVING}"):
             if note.stem not in needed:
                 with contextlib.suppress(InvalidSpec):  # a file that is not ours
@@ -327,57 +345,79 @@ class BlobStore:
                     logger().info("collected", blob=note.stem)
             note.unlink(missing_ok=True)
 
-    def release(
-        self, digest: str, needed: Callable[[], set[str]], owner: str | None = None
-    ) -> None:
-        """Remove a blob that nothing needs any more, if nobody but the caller has sent it.
+    def release(self, digest: str, owner: str | None = None) -> None:
+        """Take a blob from somebody none of whose things needs it any more.
+
+        With the last claim to it the file goes; one that somebody holds, at a later `sweep`.
 
         Args:
-            digest: The digest of the blob. One that is held goes at a later `sweep`.
-            needed: Finds the digests to keep. It is asked while nobody can begin to
-                hold the blob, so that a new reference is never missed.
+            digest: The digest of the blob.
             owner: Who needed it until now; None: the caller.
         """
         if owner is None and not self._was_sent(digest):
             return
+        name = calling().name if owner is None else owner
         with self._lock:
-            senders = self._senders.get(digest, set())
-            others = senders - {calling().name if owner is None else owner}
-            if not others and not self._held[digest] and digest not in needed():
-                self._path(digest).unlink(missing_ok=True)
-                self._senders.pop(digest, None)
+            needed_by = self._referrers(digest).get(digest, set())
+            if name not in needed_by:
+                if not self._claims.is_held(digest, name):
+                    self._claims.drop(digest, name)
+                if digest in self._claims.held():
+                    self._claims.put_off(digest, name)
+                elif not needed_by:
+                    self._remove_unclaimed(digest)
             self._path(digest, _LEAVING).unlink(missing_ok=True)
 
-    def sweep(
-        self, needed: Callable[[], set[str]], *, now_s: float, monotonic_s: float
-    ) -> None:
+    def sweep(self, *, now_s: float, monotonic_s: float) -> None:
         """Remove what nothing refers to and nobody goes on with; now and then.
 
         Args:
-            needed: Finds the digests to keep, as for `release`.
             now_s: Seconds since the epoch.
             monotonic_s: Seconds that nobody can set.
         """
         with self._lock:
-            held = set(+self._held)
-            used = needed() | self._partials.keys() | held
-            watched = self._watched
-            self._watched = {}
-            for path in self._directory.iterdir():
-                if path.stem in used or path.suffix == _DAMAGED:
-                    continue
-                if path.name.partition(".")[0] in held:
-                    continue
-                idle_s = now_s - path.lstat().st_mtime
-                if idle_s < 0:  # the clock was set back
-                    os.utime(path, (now_s, now_s))
-                since_s = watched.get(path.name, monotonic_s)
+            held, needed = self._claims.held(), self._referrers(None)
+            for digest, name in self._claims.due():
+                if name not in needed.get(digest, ()):
+                    self._claims.drop(digest, name)
+                    if digest not in needed:
+                        self._remove_unclaimed(digest)
+            used = needed.keys() | self._partials.keys() | held
+            watched, self._watched = self._watched, {}
+
+            def is_over(name: str, since_s: float) -> bool:
+                """Tell whether something is old, and was watched long enough as well."""
+                first_s = watched.get(name, monotonic_s)
                 patience_s = min(self._partial_s, _WATCHED_S)
-                if idle_s > self._partial_s and monotonic_s - since_s >= patience_s:
+                over = now_s - since_s > self._partial_s
+                if over and monotonic_s - first_s >= patience_s:
+                    return True
+                self._watched[name] = first_s
+                return False
+
+            for path in self._directory.iterdir():
+                if path.suffix == _DAMAGED or path.name.partition(".")[0] in held:
+                    continue
+                claims = self._claims.of_blob(path.name)
+                for name in claims.keys() - needed.get(path.name, set()):
+                    if claims[name] > now_s:  # the clock was set back
+                        self._claims.add(path.name, name, now_s)
+                    elif is_over(f"{path.name} {name}", claims[name]):
+                        self._claims.drop(path.name, name)
+                if path.stem in used:
+                    continue
+                since_s = path.lstat().st_mtime
+                if since_s > now_s:
+                    os.utime(path, (now_s, now_s))
+                    since_s = now_s
+                if is_over(path.name, since_s) and not self._claims.of_blob(path.name):
                     path.unlink()
-                    self._senders.pop(path.name, None)
-                else:
-                    self._watched[path.name] = since_s
+
+    def _remove_unclaimed(self, digest: str) -> None:
+        """Remove a blob that nothing refers to, unless somebody has a claim to it."""
+        if not self._claims.of_blob(digest):
+            self._path(digest).unlink(missing_ok=True)
+            self._sound.pop(digest, None)
 
     def _find(self, digest: str) -> Path:
         path = self._path(digest)
@@ -430,6 +470,7 @@ class BlobStore:
         """Keep a file whose bytes were hashed as they came, unless it lies here already."""
         digest = path.name
         with self._lock:
+            sent_s = part.stat().st_mtime
             try:
                 known = self._is_known(digest, Stamp.of(path.stat()))
             except OSError:  # nothing, or what rot has made of it
@@ -439,7 +480,7 @@ class BlobStore:
             else:
                 part.rename(path)
                 self._sound[digest] = Stamp.of(path.stat())
-            self._senders.setdefault(digest, set()).add(calling().name)
+            self._claims.add(digest, calling().name, sent_s)
 
     def _check_quota(self, path: Path, total_bytes: int) -> None:
         """Refuse an upload that the caller has no quota for."""
@@ -450,7 +491,7 @@ class BlobStore:
         whose = path.suffixes[0]
         parts = [p for p in self._directory.glob(f"*{whose}.part") if p != path]
         self._quotas.check(UPLOADS, len(parts), 1)
-        own = [self._path(d) for d, names in self._senders.items() if name in names]
+        own = [self._path(digest) for digest in self._claims.of_caller(name)]
         held = 0
         for file in (*parts, *own):
             with contextlib.suppress(FileNotFoundError):
@@ -462,8 +503,7 @@ class BlobStore:
 
     def _was_sent(self, digest: str) -> bool:
         """Tell whether the caller has sent all bytes of a blob, or need not have."""
-        name = calling().name
-        return not name or name in self._senders.get(digest, ())
+        return self._claims.has(digest, calling().name)
 
     def _part(self, digest: str) -> Path:
         """Find the place of what the caller has sent of a blob."""

@@ -268,17 +268,26 @@ class Catalogue:
         assert table in ("models", "datasets")
         self._db.free((f"DELETE FROM {table} WHERE id = ?", (name,)))
 
-    def referenced(self) -> set[str]:
-        """Collect the digests of all blobs that something needs."""
-        digests = {
-            str(row["digest"])
-            for table in ("models", "datasets")
-            for row, _ in self._db.rows(table)
-        }
+    def referrers(self, digest: str | None = None) -> dict[str, set[str]]:
+        """Tell who owns what refers to blobs.
+
+        Args:
+            digest: Only of this blob; None: of all.
+
+        Returns:
+            Digest -> names of owners; empty: who has none, or whose record was damaged.
+        """
+        found: dict[str, set[str]] = {}
+        only = {} if digest is None else {"digest": digest}
+        for table in ("models", "datasets"):
+            for row, _ in self._db.rows(table, **only):
+                found.setdefault(str(row["digest"]), set()).add(owner_of(table, row)[0])
         for row, _ in self._db.rows("sessions"):
             # As text: what cannot be read may need them, too.
-            digests.update(re.findall(r"[0-9a-f]{64}", row["sources"]))
-        return digests
+            sources = set(re.findall(r"[0-9a-f]{64}", row["sources"]))
+            for one in sources if digest is None else sources & {digest}:
+                found.setdefault(one, set()).add(owner_of("sessions", row)[0])
+        return found
 
     def needed_by(self, digest: str) -> list[str]:
         """Name what a blob is needed by, for whoever has to be told that it is lost.
@@ -307,21 +316,6 @@ class Catalogue:
             for kind, name, owner, shared_with in holdings
             if not caller.name or caller.sees(owner, shared_with)
         ]
-
-    def senders(self) -> dict[str, set[str]]:
-        """Find out who has sent which blob: who owns what it became.
-
-        Returns:
-            Digest -> names of owners; empty: those who have none.
-        """
-        found: dict[str, set[str]] = {}
-        for table in ("models", "datasets"):
-            for row, _ in self._db.rows(table):
-                found.setdefault(str(row["digest"]), set()).add(owner_of(table, row)[0])
-        for session in self.sessions()[0]:
-            for digest in session.sources.values():
-                found.setdefault(digest, set()).add(session.info.owner)
-        return found
 
     def _with_blob(
         self, table: str, digest: str

@@ -74,10 +74,17 @@ class StoredVersion:
 
 
 def owner_of(table: str, row: Row) -> tuple[str, tuple[str, ...]]:
-    """Read whose a model or dataset is, and whom it is shared with; damaged: nobody's."""
-    kind = session_pb.Model if table == "models" else session_pb.Dataset
+    """Read whose a row's thing is, and whom it is shared with; damaged: nobody's."""
+    kinds: Mapping[
+        str, type[session_pb.Model | session_pb.Dataset | session_pb.Session]
+    ]
+    kinds = {
+        "models": session_pb.Model,
+        "datasets": session_pb.Dataset,
+        "sessions": session_pb.Session,
+    }
     try:
-        record = kind.FromString(row["record"])
+        record = kinds[table].FromString(row["record"])
     except UNREADABLE:
         return "", ()
     return record.owner, tuple(record.shared_with)

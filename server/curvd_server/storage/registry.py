@@ -235,7 +235,7 @@ class Registry:
 
     def release(self, digest: str) -> None:
         """Remove a blob that came to nothing, unless something else needs it."""
-        self._blobs.release(digest, self._catalogue.referenced)
+        self._blobs.release(digest)
 
 
 def model_spec(
