@@ -8,6 +8,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from curvd.http2 import Code, Stream, tune
 from curvd_server.system import logger
@@ -164,11 +165,10 @@ class Front:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _take(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._allowance.turn()
             try:
-                sock, address = await loop.sock_accept(listener)
+                sock, address = await _accepted(listener)
             except OSError as error:  # for example no file descriptors are left
                 self._drops.add("accept", "unknown", error=str(error))
                 await asyncio.sleep(_PAUSE_S)
@@ -185,6 +185,15 @@ class Front:
             return
         self._visits.add(visit)
         visit.task = asyncio.create_task(self._serve(visit))
+        # Not at the end of the task: one that is cancelled at once never begins.
+        visit.task.add_done_callback(lambda task: self._leave(visit))
+
+    def _leave(self, visit: _Visit) -> None:
+        visit.sock.close()
+        self._admission.leave(visit)
+        self._visits.discard(visit)
+        if visit.dropped is not None:
+            self._drops.add(visit.dropped, visit.peer)
 
     async def _serve(self, visit: _Visit) -> None:
         try:
@@ -198,12 +207,6 @@ class Front:
             self._drops.add("handshake", visit.peer, error=str(error))
         except OSError as error:  # the other side left
             logger().debug("left", peer=visit.peer, error=str(error))
-        finally:
-            visit.sock.close()
-            self._admission.leave(visit)
-            self._visits.discard(visit)
-            if visit.dropped is not None:
-                self._drops.add(visit.dropped, visit.peer)
 
     async def _greeted(self, visit: _Visit) -> bool:
         """Find out who calls, and encrypt what we answer ourselves."""
@@ -261,3 +264,20 @@ class Front:
                     visit.send_away(reason)
             self._drops.summarise()
             self._drops.report(self._admission.usage)
+
+
+async def _accepted(listener: socket.socket) -> tuple[socket.socket, Any]:
+    """Take the next connection; whoever is cancelled meanwhile has taken none.
+
+    ``loop.sock_accept`` may have, and loses it.
+    """
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    while True:
+        with contextlib.suppress(BlockingIOError, InterruptedError):
+            return listener.accept()
+        ready.clear()
+        loop.add_reader(listener, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_reader(listener)
