@@ -124,6 +124,54 @@ def test_llama_with_a_padding_row(client):
     check_language_model(client, module, fixed=[("model.embed_tokens.weight", 0)])
 
 
+class Adapted(nn.Module):
+    """A layer in its own type, with an adapter of low rank in float32 beside it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        own = self.base(x)
+        return own + self.up(self.down(x.to(self.down.weight.dtype))).to(own.dtype)
+
+
+def test_adapters_in_float32_of_a_llama_in_bfloat16(client):
+    config, transformers = language_model(
+        "Llama",
+        hidden_size=4,
+        intermediate_size=6,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=8,
+    )
+
+    def tuned():
+        module = transformers.LlamaForCausalLM(config).bfloat16().requires_grad_(False)
+        for layer in module.model.layers:
+            layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
+            layer.self_attn.v_proj = Adapted(layer.self_attn.v_proj)
+        return module.eval()
+
+    module = seeded(tuned)
+    data = {"input_ids": TEXT, "labels": TEXT}
+    session = client.session_for(module, None, data, batch_size=BATCH, dtype="float64")
+    names = [n for n, p in module.named_parameters() if p.requires_grad]
+    assert list(session.layout.names) == names and len(names) == 8
+    v = np.random.default_rng(0).standard_normal(session.layout.size)
+    got = session.hessian() @ v
+
+    with InFloat64():
+        inputs, targets = {"input_ids": TEXT}, TEXT[:, 1:]
+        pick = lambda result: result.logits[:, :-1]  # noqa: E731
+        want = difference(module.double(), inputs, targets, v, pick, 1e-5)
+    assert relative(got, want) <= 1e-6
+    session.delete()
+
+
 def test_bert_classifies_masked_text(client):
     config, transformers = language_model(
         "Bert",

@@ -50,17 +50,17 @@ class Types:
         Returns:
             Both.
         """
-        said = {DTYPE_NAMES[t]: DTYPE_NAMES[self.common] for t in self.own}
-        graph.dtype = said.get(graph.dtype, graph.dtype)
+        names = {DTYPE_NAMES[t]: DTYPE_NAMES[self.common] for t in self.own}
+        graph.dtype = names.get(graph.dtype, graph.dtype)
         for tensor in graph.tensors:
-            tensor.dtype = said.get(tensor.dtype, tensor.dtype)
+            tensor.dtype = names.get(tensor.dtype, tensor.dtype)
         for given in graph.inputs:
-            given.dtype = said.get(given.dtype, given.dtype)
+            given.dtype = names.get(given.dtype, given.dtype)
         for node in graph.nodes:
             for argument in node.arguments:
                 for literal in (argument.literal, *argument.literals.items):
-                    if literal.dtype in said:
-                        literal.dtype = said[literal.dtype]
+                    if literal.dtype in names:
+                        literal.dtype = names[literal.dtype]
         return graph, {name: self.values(held) for name, held in tensors.items()}
 
     def values(self, held: Any) -> Any:
