@@ -299,3 +299,38 @@ def test_a_small_difference_is_one_in_the_type_of_the_module():
 
     with pytest.raises(curvd.GradientMismatch, match="Nearly"):
         named(Net(4, 2).double().eval(), None, X.double())
+
+
+class Two(nn.Module):
+    def __init__(self, body, head):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5).to(body), nn.Linear(5, 2).to(head)
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x.to(self.body.weight.dtype)))
+        return self.head(h.to(self.head.weight.dtype))
+
+
+TYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("body", TYPES)
+@pytest.mark.parametrize("head", TYPES)
+def test_a_loss_whose_backward_mixes_no_types(live_target, body, head):
+    """``huber_loss`` takes two types forward, and fails on the way back."""
+    torch.manual_seed(2)
+    module, targets = Two(body, head).eval(), torch.randn(8, 2)
+
+    def loss(outputs, targets):
+        return nn.functional.huber_loss(outputs.float(), targets, delta=0.3)
+
+    wide = copy.deepcopy(module).double()
+    total = nn.functional.huber_loss(wide(X.double()), targets.double(), delta=0.3)
+    rows = torch.autograd.grad(total, list(wide.parameters()))
+    want = torch.cat([row.flatten() for row in rows]).numpy()
+    with curvd.connect(live_target) as client:
+        data = X, targets
+        session = client.session_for(module, loss, data, batch_size=4, dtype="float64")
+        value, found = session.gradient()
+    assert abs(value - total.item()) < 1e-7
+    assert np.linalg.norm(found - want) < 1e-7 * np.linalg.norm(want)

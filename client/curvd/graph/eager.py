@@ -58,17 +58,41 @@ class Run:
 
     def loss(
         self,
-        eager: Callable[[Tensor], Tensor],
+        eager: Callable[[Tensor, Tensor], Tensor],
         outputs: Tensor,
+        targets: Tensor,
         types: Set[torch.dtype],
     ) -> Tensor:
-        """Apply a loss; one that insists on the module's own type gets that."""
-        digits = Digits(self.narrowest, self.types | types)
-        with torch.enable_grad(), digits:
+        """Apply a loss; one that insists on the module's own type, or its caller's, gets that.
+
+        Args:
+            eager: The loss.
+            outputs: Of the module.
+            targets: As the caller has them.
+            types: Those that count beside the graph's.
+
+        Returns:
+            One number.
+        """
+        own = outputs.to(self.own)
+        ways = (
+            (outputs, alike(targets, outputs)),
+            (own, alike(targets, own)),
+            (own, targets),
+        )
+        for last, (z, y) in zip((False, False, True), ways, strict=True):
+            fewest = max((self.narrowest, z.dtype), key=lambda t: torch.finfo(t).eps)
+            digits = Digits(fewest, self.types | types)
             try:
-                result = eager(outputs)
-            except RuntimeError:  # of two types that it does not mix
-                result = eager(outputs.to(self.own))
+                with torch.enable_grad(), digits:
+                    result = eager(z, y)
+                mixed = z is not outputs or digits.narrowest is not z.dtype
+                if mixed and result.requires_grad:
+                    torch.autograd.grad(result, z, retain_graph=True)
+                break
+            except RuntimeError:  # of two types that it does not mix, there or back
+                if last:
+                    raise
         self.narrowest = digits.narrowest
         return result
 
@@ -151,6 +175,11 @@ def runs(
                 what = f"fails when it is called with {len(rows.leaves[0])} data points"
                 raise failure(what, error) from error
             yield run, outputs
+
+
+def alike(targets: Tensor, outputs: Tensor) -> Tensor:
+    """Give targets that are numbers the type of the outputs."""
+    return targets.to(outputs.dtype) if targets.is_floating_point() else targets
 
 
 def failure(what: str, error: Exception) -> InvalidGraph:

@@ -76,15 +76,19 @@ def _of_loss(
     targets: Tensor,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], torch.dtype]:
     """Differentiate a loss and its graph by the outputs, in float64 where it can."""
-    types = types_in(graph)
-    for dtype in dict.fromkeys((torch.float64, outputs.dtype)):
-        leaf, y = _wide(outputs, dtype).requires_grad_(), _wide(targets, dtype)
+    types, own = types_in(graph), outputs.dtype
+    wide = torch.float64
+    ways = [(wide, _wide(targets, wide)), (own, _wide(targets, own))]
+    ways.append((own, targets))  # as the caller has both
+    for last, (dtype, y) in zip((False, False, True), ways, strict=True):
+        leaf = _wide(outputs, dtype).requires_grad_()
         digits = Digits(dtype, types)
         try:
             with torch.enable_grad(), digits:
                 total, *weight = wrapper((leaf, y), {})
+            slope = _slope(total, leaf)  # torch's own may insist on one type, too
         except Exception:
-            if dtype is outputs.dtype:
+            if last:
                 raise
             continue
         if not total.requires_grad:
@@ -95,7 +99,7 @@ def _of_loss(
             want, *counted = evaluate(graph, (other, y), given)
         pairs = {
             "its value": (total, want),
-            "its gradient": (_slope(total, leaf), _slope(want, other)),
+            "its gradient": (slope, _slope(want, other)),
         }
         if weight:
             pairs["its weight"] = weight[0], counted[0]

@@ -130,13 +130,17 @@ def mixed(module: nn.Module, dtype: Dtype | None) -> Types | None:
     if common not in _SESSIONS.values():
         common = torch.float32
     chosen = _SESSIONS[dtype]
-    rounded = {
-        t: n for t, n in types.items() if torch.promote_types(t, chosen) != chosen
-    }
+    rounded = {t: n for t, n in types.items() if not _holds(chosen, t)}
     if rounded:
         msg = (
             f"dtype {dtype.value} would round the module's parameters of type "
-            f"{said(rounded)}: name one that holds all of them, such as F32"
+            f"{said(rounded)}: name one that holds all of them, "
+            f"{' or '.join(d.value for d, t in _SESSIONS.items() if _holds(t, common))}"
         )
         raise InvalidSpec(msg, dtype=dtype)
     return Types(frozenset(types), common)
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Tell whether each number of a type is one of another."""
+    return torch.promote_types(wide, narrow) == wide

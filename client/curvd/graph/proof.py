@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from curvd.errors import InvalidSpec
 from curvd.graph.companions import check_module, check_positions
 from curvd.graph.compared import differing, shown_size, size_of
-from curvd.graph.eager import Run, multiplied, runs, widened
+from curvd.graph.eager import Run, alike, multiplied, runs, widened
 from curvd.graph.evaluate import Evaluator, types_in
 from curvd.graph.manifest import Inputs
 from curvd.graph.mismatches import NAMED, cut_off, mismatch
@@ -239,13 +239,9 @@ class _Proof:
         where: str,
     ) -> tuple[Tensor, Tensor] | None:
         """Compute both losses and compare them; None if they are not finite."""
-
-        def eager(z: Tensor) -> Tensor:
-            return objective.eager(z, _alike(targets, z))
-
-        loss = self.run.loss(eager, outputs, objective.types)
+        loss = self.run.loss(objective.eager, outputs, targets, objective.types)
         with torch.enable_grad():
-            expected = objective.exported(found, _alike(targets, found))
+            expected = objective.exported(found, alike(targets, found))
         if not torch.isfinite(expected):
             return None
         self._check({"the loss": (loss, expected)}, where)
@@ -442,11 +438,6 @@ def _home(wrapper: nn.Module, name: str) -> tuple[nn.Module | None, str]:
         return wrapper.get_submodule(path), leaf
     except AttributeError:
         return None, leaf
-
-
-def _alike(targets: Tensor, outputs: Tensor) -> Tensor:
-    """Give targets that are numbers the type of the outputs."""
-    return targets.to(outputs.dtype) if targets.is_floating_point() else targets
 
 
 def _pulled(
