@@ -121,10 +121,16 @@ class Classifier(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
-def test_a_trainer_of_transformers_logs_curvature_at_its_steps(live_target, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    from curvd.watching.transformers import WatchCallback
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+@pytest.mark.parametrize("part", ["net", "all"])
+def test_a_trainer_of_transformers_logs_curvature_at_its_steps(
+    live_target, tmp_path, part, precision
+):
+    """In mixed precision, too, where accelerate puts autocast around the model."""
+    with aside_if_broken():
+        transformers = pytest.importorskip("transformers")
+        pytest.importorskip("accelerate")
+        from curvd.watching.transformers import WatchCallback
 
     shown = {}
 
@@ -151,10 +157,12 @@ def test_a_trainer_of_transformers_logs_curvature_at_its_steps(live_target, tmp_
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
+        **precision,
     )
+    watched, output = (model.net, None) if part == "net" else (model, "logits")
     with curvd.connect(live_target) as client:
         session = client.session_for(
-            model.net, nn.CrossEntropyLoss(), (x, y), batch_size=48
+            watched, nn.CrossEntropyLoss(), (x, y), batch_size=48, output=output
         )
         callback = WatchCallback(session, every=6, metrics=METRICS)
         trainer = transformers.Trainer(
@@ -173,6 +181,42 @@ def test_a_trainer_of_transformers_logs_curvature_at_its_steps(live_target, tmp_
     exact = sharpness(model.net, x, y)
     assert found[-1]["curvature/sharpness"] == pytest.approx(exact, rel=2e-3)
     assert "curvature/sharpness" in shown
+
+
+def test_a_training_goes_on_without_a_watch_that_cannot_begin(
+    live_target, tmp_path, caplog
+):
+    with aside_if_broken():
+        transformers = pytest.importorskip("transformers")
+        pytest.importorskip("accelerate")
+        from curvd.watching.transformers import WatchCallback
+    x, y = points()
+    model, other = Classifier(), nn.Linear(4, 3)
+    dataset = [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    with curvd.connect(live_target) as client:
+        session = client.session_for(
+            other, nn.CrossEntropyLoss(), (x, y), batch_size=48
+        )
+        for wrong in ({"metrics": "bend"}, {"every": 0}):
+            with pytest.raises(curvd.InvalidSpec):
+                WatchCallback(session, **wrong)
+        callback = WatchCallback(session)
+        trainer = transformers.Trainer(
+            model=model, args=arguments, train_dataset=dataset, callbacks=[callback]
+        )
+        with caplog.at_level(logging.WARNING, logger="curvd"):
+            trainer.train()
+    assert trainer.state.global_step == 2 and callback.watch is None
+    assert f"the watch of session {session.id}: its beginning failed" in caplog.text
+    assert "not the module of the session" in caplog.text
 
 
 @pytest.mark.parametrize(

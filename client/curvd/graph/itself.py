@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from curvd.contract import Mode, Output
 from curvd.errors import GradientMismatch
+from curvd.graph.autocasts import alone
 from curvd.graph.capture import Chosen
 from curvd.graph.compared import differing, shown_size
 from curvd.graph.examples import sampled
@@ -51,11 +52,13 @@ def check_itself(
         return
     versions = [p._version for p in module.parameters()]
     rows = inputs_of(module.forward, sampled(inputs))
-    own, other = (_computed(Chosen(m, output), rows) for m in (module, twin))
+    with alone(module):
+        own, other = (_computed(Chosen(m, output), rows) for m in (module, twin))
     wrong = _differing(own, other)
     if wrong:
         moved = versions != [p._version for p in module.parameters()]
-        again = _computed(Chosen(module, output), rows)
+        with alone(module):
+            again = _computed(Chosen(module, output), rows)
         if moved or not _differing(own, again):  # else it does not agree with itself
             raise _refusal(wrong, moved=moved)
 

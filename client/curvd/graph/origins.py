@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from curvd.errors import CurvdError, InvalidSpec
+from curvd.graph.autocasts import attributes_of
 from curvd.graph.loss_origin import LossOrigin
 from curvd.graph.manifest import CONSTANTS
 from curvd.graph.twins import in_slots, twin_apart, without_gradients
@@ -267,7 +268,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     for place, layer in module.named_modules():
         prefix = f"{place}." if place else ""
         found[f"{prefix}__class__"] = _Other(type(layer), id(type(layer)))
-        held = vars(layer)
+        held = attributes_of(layer)
         for name, value in held.items():
             if name not in _TORCHS:
                 found[prefix + name] = value if type(value) in _ATOMS else _noted(value)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from curvd.graph.autocasts import attributes_of, without_autocast
 from curvd.graph.places import reaches
 
 T = TypeVar("T")
@@ -23,7 +24,7 @@ _OBJECTS, _BYTES = 20_000, 16 << 20
 
 
 def twin_of(module: nn.Module, training: Mapping[str, bool] | None = None) -> nn.Module:
-    """Make a module of the same tensors, attributes and hooks.
+    """Make a module of the same tensors, attributes and hooks, without autocast around it.
 
     Args:
         module: The module; it is not touched.
@@ -37,7 +38,7 @@ def twin_of(module: nn.Module, training: Mapping[str, bool] | None = None) -> nn
     def copied(layer: nn.Module) -> nn.Module:
         if id(layer) not in twins:
             twin: nn.Module = object.__new__(layer.__class__)
-            vars(twin).update(vars(layer))
+            vars(twin).update(attributes_of(layer))
             for name, value in in_slots(layer):
                 object.__setattr__(twin, name, value)
             twins[id(layer)] = twin
@@ -86,10 +87,11 @@ def twin_apart(
         cannot be copied.
     """
     try:
-        is_reached = reaches(module, module)
+        twin = twin_of(module, training)
+        is_reached = reaches(twin, module)
         if is_reached is False:
-            return twin_of(module, training)
-        twin = _copied(module)
+            return twin
+        twin = without_autocast(_copied(module))
         if is_reached and reaches(twin, module):
             return None
     except Exception:  # of classes that are not made, or not copied, in this way

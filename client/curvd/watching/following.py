@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from curvd.remote import Session
-from curvd.watching.metrics import Metrics
+from curvd.watching.metrics import Metrics, chosen
 from curvd.watching.outlets import Outlets
 from curvd.watching.reading import Reading
-from curvd.watching.watch import Watch, watch
+from curvd.watching.troubles import Troubles
+from curvd.watching.watch import Watch, check, watch
 
 PREFIX = "curvature/"
 """Of the names that trainers log."""
@@ -18,31 +19,44 @@ PREFIX = "curvature/"
 class Follower:
     """A watch that a trainer begins, steps and ends.
 
+    What the caller gave is looked at here, before the training begins; after that nothing that
+    fails ends the training.
+
     Args:
         session: See `watch`.
         every: See `watch`.
         metrics: See `watch`.
         to: See `watch`.
+
+    Raises:
+        InvalidSpec: If the session is none, or `every` or a metric.
     """
 
     def __init__(
         self, session: Session, every: int, metrics: Metrics, to: Outlets
     ) -> None:
+        check(session, every)
+        chosen(metrics)
         self._session = session
         self._options = {"every": every, "metrics": metrics, "to": to}
         self._told = 0
         self.watch: Watch | None = None
-        """The watch, once the training has begun."""
+        """The watch, once the training has begun; None, too, if it could not begin."""
 
     def begin(self, module: Any) -> None:
-        """Follow a module from now on.
+        """Follow a module from now on; that it cannot be done is logged.
 
         Args:
             module: The module, which may contain the session's.
         """
-        self._told = 0
-        # The trainer counts: its steps are what its logs are about.
-        self.watch = watch(self._session, module, optimizer=(), **self._options)
+        self._told, self.watch = 0, None
+        try:
+            # The trainer counts: its steps are what its logs are about.
+            self.watch = watch(self._session, module, optimizer=(), **self._options)
+        except Exception as error:
+            # Whatever it is, it is no reason for a training to end.
+            troubles = Troubles(f"the watch of session {self._session.id}")
+            troubles.add("its beginning", error, ends=True)
 
     def step(self, number: int) -> Sequence[Reading]:
         """Say that a step was made.

@@ -39,6 +39,10 @@ class WatchCallback(Callback):
         metrics: What is asked for.
         to: Where readings go besides.
 
+    Raises:
+        InvalidSpec: If an argument is none of these. What fails later, a module that is not the
+            session's, say, is logged, and the training goes on.
+
     Examples:
         >>> from curvd.watching.lightning import WatchCallback
         >>> callback = WatchCallback(session, every=20, metrics=("sharpness", "loss"))
@@ -58,7 +62,7 @@ class WatchCallback(Callback):
 
     @property
     def watch(self) -> Watch | None:
-        """The watch, once the training has begun."""
+        """The watch, once the training has begun; None, too, if it could not begin."""
         return self._follower.watch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

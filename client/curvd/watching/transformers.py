@@ -40,6 +40,10 @@ class WatchCallback(TrainerCallback):
         metrics: What is asked for.
         to: Where readings go besides.
 
+    Raises:
+        InvalidSpec: If an argument is none of these. What fails later, a module that is not the
+            session's, say, is logged, and the training goes on.
+
     Examples:
         >>> from curvd.watching.transformers import WatchCallback
         >>> callback = WatchCallback(session, every=20, metrics=("sharpness", "loss"))
@@ -60,7 +64,7 @@ class WatchCallback(TrainerCallback):
 
     @property
     def watch(self) -> Watch | None:
-        """The watch, once the training has begun."""
+        """The watch, once the training has begun; None, too, if it could not begin."""
         return self._follower.watch
 
     def on_train_begin(

@@ -116,7 +116,7 @@ class Watch:
         to: Outlets,
         optimizer: Optimizers | None,
     ) -> None:
-        _check(session, every)
+        check(session, every)
         self._every, self._metrics = every, chosen(metrics)
         state = followed(module, session.layout, session._origin)
         self._handover = Handover(Snapshot(state))
@@ -319,7 +319,16 @@ class Watch:
         self._handover.close()
 
 
-def _check(session: Session, every: int) -> None:
+def check(session: Session, every: int) -> None:
+    """Refuse what no watch can follow.
+
+    Args:
+        session: See `watch`.
+        every: See `watch`.
+
+    Raises:
+        InvalidSpec: If the session is of no client, or there are no steps between snapshots.
+    """
     if not isinstance(session, Session):
         what = type(session).__name__
         msg = f"a watch needs a session of a client of curvd.connect, got a {what}"
