@@ -177,6 +177,8 @@ class QueryRun:
         except concurrent.futures.CancelledError:
             msg = "the query was given up"
             raise Cancelled(msg) from None
+        finally:
+            self._ticket = None  # its job knows what calls this
         self._queue_s += done.queue_s
         self._compute_s += done.compute_s
         self.chunk_s = done.compute_s
@@ -186,10 +188,20 @@ class QueryRun:
         """Take note of columns that were multiplied, for the statistics of the server."""
         self._batcher.count_query(columns)
 
+    def close(self) -> None:
+        """Let go of the session: what the query is about knows the run that computes it.
+
+        In such a circle the session's data would stay until a full collection of garbage.
+        """
+        self.subject = _Nothing()
+        self._leased = self._now = None
+        self._latest = lambda: None
+
     def _give_up(self) -> None:
         self._given_up = True
-        if self._ticket is not None:
-            self._ticket.cancel()
+        ticket = self._ticket
+        if ticket is not None:
+            ticket.cancel()
 
     def expired(self) -> bool:
         """Tell whether its time is up.

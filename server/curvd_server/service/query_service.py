@@ -321,22 +321,23 @@ class QueryService:
                 time_limit_s=options.time_limit_s,
                 lease=lease,
             )
-            run.subject = subject_of(run, lease, spec, options.max_products)
-            info = lease.info
-            run.ongoing = Ongoing(
-                Work.QUERY,
-                name,
-                session=lambda: (info.id, info.name),
-                activities=self._sessions.activities,
-            )
-            most = most_products(name, options, info.data_points)
-            run.ongoing.enter(Stage.MULTIPLYING, total=most)
-            with run.ongoing, contextlib.ExitStack() as stack:
-                call = QueryCall(
-                    name, lease, spec, run, self._batcher, self._limits, stack, send
+            with contextlib.closing(run):
+                run.subject = subject_of(run, lease, spec, options.max_products)
+                info = lease.info
+                run.ongoing = Ongoing(
+                    Work.QUERY,
+                    name,
+                    session=lambda: (info.id, info.name),
+                    activities=self._sessions.activities,
                 )
-                await call.begin()
-                yield call
+                most = most_products(name, options, info.data_points)
+                run.ongoing.enter(Stage.MULTIPLYING, total=most)
+                with run.ongoing, contextlib.ExitStack() as stack:
+                    call = QueryCall(
+                        name, lease, spec, run, self._batcher, self._limits, stack, send
+                    )
+                    await call.begin()
+                    yield call
 
 
 def _systems(

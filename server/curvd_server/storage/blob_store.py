@@ -36,6 +36,7 @@ from curvd.errors import (
     DataLoss,
     FailedPrecondition,
     InvalidSpec,
+    LimitExceeded,
     NotFound,
 )
 from curvd.tensors import safetensors_header
@@ -50,6 +51,7 @@ from curvd_server.system import (
     Quotas,
     calling,
     logger,
+    look_before_refusing,
     told,
 )
 from curvd_server.system.quotas import DISK_BYTES, UPLOADS
@@ -457,7 +459,12 @@ class BlobStore:
     def _snapshot(self, path: Path, *, digest: bool) -> Snapshot:
         """Copy a file, as long as the host has memory for it."""
         size, give = path.stat().st_size, self._memory.give
-        self._memory.take(SNAPSHOTS, size)
+        try:
+            self._memory.take(SNAPSHOTS, size)
+        except LimitExceeded:
+            if not look_before_refusing():
+                raise
+            self._memory.take(SNAPSHOTS, size)
         try:
             snapshot = Snapshot(path, digest=digest)
         except BaseException:

@@ -28,6 +28,7 @@ from curvd_server.system.faults import FREE_SOME, is_out_of_memory, released, to
 from curvd_server.system.garbage import (
     collect_if_due,
     look_at_all,
+    look_before_refusing,
     none_while_building,
 )
 from curvd_server.system.host_memory import (
@@ -91,6 +92,7 @@ __all__ = [
     "is_shared",
     "logger",
     "look_at_all",
+    "look_before_refusing",
     "none_while_building",
     "released",
     "together",

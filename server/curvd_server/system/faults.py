@@ -101,7 +101,8 @@ def released(error: E) -> E:
     Returns:
         The same.
     """
-    if error.__traceback__ is not None and not isinstance(error, CurvdError):
+    is_defect = isinstance(error, Exception) and not isinstance(error, CurvdError)
+    if error.__traceback__ is not None and is_defect:
         error.add_note("".join(traceback.format_exception(error)))
     link: BaseException | None = error
     while link is not None:

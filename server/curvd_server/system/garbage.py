@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import threading
+import time
 from collections.abc import Iterator
 
 _NEVER = 2**31 - 1
@@ -20,6 +22,9 @@ set aside. Looking at less takes a moment."""
 _lock = threading.Lock()
 _under_way: list[Aside] = []
 _usual = gc.get_threshold()
+_PAUSE_S = 10.0
+"""Between looks for garbage before somebody is refused."""
+_looked_s = -math.inf
 
 
 class Aside:
@@ -70,6 +75,27 @@ def collect_if_due() -> None:
 
 def look_at_all() -> None:
     """Collect what was set aside and is not used any more; the rest stays aside."""
+    is_some_aside = gc.get_freeze_count() > 0
     gc.unfreeze()
     gc.collect()
-    gc.freeze()
+    if is_some_aside:
+        gc.freeze()
+
+
+def look_before_refusing() -> bool:
+    """Collect garbage before somebody is refused memory, which may lie in it.
+
+    As it holds up everybody, whoever asks for too much again and again has it happen once
+    in ten seconds.
+
+    Returns:
+        Whether it was done.
+    """
+    global _looked_s
+    now_s = time.monotonic()
+    with _lock:
+        if now_s - _looked_s < _PAUSE_S:
+            return False
+        _looked_s = now_s
+    look_at_all()
+    return True

@@ -125,25 +125,30 @@ class Gate:
                 await self._refusals.pace(calling().name, context.time_remaining())
             with self._quotas.held(CALLS, 1):
                 return await answer()
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             code = "CANCELLED"
+            faults.released(error)
             raise
         except CurvdError as error:
             code = error.code
+            faults.released(error)
             if isinstance(error, ResourceExhausted):
                 await self._refusals.pace(calling().name, context.time_remaining())
             await abort(context, error)
         except Exception as error:
             if context.done():  # the client left, and a read or write noticed first
                 code = "CANCELLED"
+                faults.released(error)
                 raise asyncio.CancelledError from error
             shortage = faults.typed(error)
             if shortage is not None:
                 code = shortage.code
                 self._log.error("shortage", rpc=rpc.name, error=repr(error)[:500])
+                faults.released(error)
                 await abort(context, shortage)
             code = Internal.code
             self._log.exception("defect", rpc=rpc.name)
+            faults.released(error)
             msg = (
                 f"{type(error).__name__} in {rpc.name}: a defect of curvd; the server's "
                 "log has the details"

@@ -59,7 +59,6 @@ class Jacobian:
     def __init__(self, problem: Problem, of: JacobianOf) -> None:
         self._problem, self._of = problem, of
         self._gradients = Gradients(problem)
-        self._chosen: dict[str, Product] = {}
         self.plans: dict[str, str] = {}
         """By direction, ``push`` or ``pull``, the plan that was the fastest."""
 
@@ -93,9 +92,8 @@ class Jacobian:
             CurvatureUnverified: If no plan agrees with plain autograd.
         """
         plans = {"vectorised": self._reverse_together, "reverse": self._reverse}
-        if W.shape[1] == 1:
-            del plans["vectorised"]
-        return self._best("pull", plans, self._times_rows, batch, W)
+        unfit = ["vectorised"] if W.shape[1] == 1 else []
+        return self._best("pull", plans, self._times_rows, batch, W, unfit)
 
     def rows(self, batch: Batch) -> Tensor:
         """Compute the gradients of some data points' losses: [b, P]."""
@@ -117,12 +115,14 @@ class Jacobian:
         by_rows: Product,
         batch: Batch,
         operand: Tensor,
+        unfit: Sequence[str] = (),
     ) -> Tensor:
-        if direction not in self._chosen:
-            if self._of is JacobianOf.LOSSES:
-                plans = {**plans, "rows": by_rows}
-            return self._choose(direction, plans, batch, operand)
-        return self._finite(batch, self._chosen[direction](batch, operand))
+        if self._of is JacobianOf.LOSSES:
+            plans = {**plans, "rows": by_rows}
+        if direction not in self.plans:
+            fit = {name: plan for name, plan in plans.items() if name not in unfit}
+            return self._choose(direction, fit, batch, operand)
+        return self._finite(batch, plans[self.plans[direction]](batch, operand))
 
     def _finite(self, batch: Batch, product: Tensor) -> Tensor:
         check_finite(
@@ -168,7 +168,7 @@ class Jacobian:
             )
             raise CurvatureUnverified(msg, plans=", ".join(plans))
         name = min(found, key=lambda name: found[name][0])
-        self._chosen[direction], self.plans[direction] = plans[name], name
+        self.plans[direction] = name
         return found[name][1]
 
     def _is_hopeless(
