@@ -110,7 +110,8 @@ class Running:
     """``host:port`` where Prometheus may scrape; empty: nowhere."""
 
     def reload(self) -> None:
-        """Read the files of tokens, of an issuer's keys and of quotas again."""
+        """Read the files of tokens, of an issuer's keys and of quotas again, if any."""
+        logs.logger().info("asked to read files again")
         self.callers.reload()
         self.quotas.reload()
 
@@ -373,12 +374,14 @@ async def _serve(config: ServerConfig) -> None:
     logs.report_unhandled(loop)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    asked = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, asked.set)
     with torchs_folder(config.data_dir):
         async with running(config) as server:
             gc.freeze()  # with what the device imported
-            files = (config.tokens, config.issuer, config.quotas)
-            if any(file is not None for file in files):
-                loop.add_signal_handler(signal.SIGHUP, server.reload)
+            loop.add_signal_handler(signal.SIGHUP, server.reload)
+            if asked.is_set():  # while it started, and some were read already
+                server.reload()
             print(f"curvd serves at {server.target}", flush=True)  # noqa: T201
             await stop.wait()
             under_way = server.sessions.activities.under_way

@@ -367,6 +367,28 @@ def test_a_running_server_reads_its_tokens_again_at_a_signal(tmp_path):
         assert token not in (tmp_path / "log").read_text()
 
 
+def test_a_server_that_has_nothing_to_read_again_goes_on_at_the_signal(tmp_path):
+    words = ["serve", "--listen", "127.0.0.1:0", "--data-dir", tmp_path / "data"]
+    program = (
+        "import os, signal\n"
+        "from curvd_server.cli import preflight\n"
+        "check = preflight.check\n"
+        "def early(config):\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    check(config)\n"
+        "preflight.check = early\n"
+        "from curvd.cli.commands import main; main()"
+    )
+    with Forked(program, *words, stderr=tmp_path / "log") as server:
+        target = server.stdout.readline().split()[-1]
+        with curvd.connect(target) as client:
+            for _ in range(3):
+                server.send_signal(signal.SIGHUP)
+                client.server_info()
+        server.terminate()
+        assert server.wait() == 0
+
+
 def test_a_token_is_not_added_to_what_is_no_text(tmp_path):
     path = tmp_path / "picture"
     path.write_bytes(b"\xff\xfe")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -190,6 +191,8 @@ def silence_grpcio() -> None:
 @_with_settings
 def serve(**given: Any) -> None:
     """Run a server until SIGTERM or Ctrl-C."""
+    # Who asks for files to be read again must not end what has not read them yet.
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
     silence_grpcio()
     tune_allocator()
     config = configured(given)
