@@ -15,10 +15,12 @@ from curvd.contract.rpcs import RPCS
 from curvd.errors import (
     CurvdError,
     DatasetNotFound,
+    InvalidSpec,
     ModelNotFound,
     PermissionDenied,
     RequestIdReused,
     SessionNotFound,
+    Unauthenticated,
     VectorNotFound,
 )
 from curvd.v1 import curvature_service_pb2 as curvature_pb
@@ -285,6 +287,34 @@ def test_wrong_bytes_under_a_digest_spoil_nobodys_upload(serving):
             channels["alice"], "RegisterModel", [*rest, memoryview(STATE)[half:]]
         )
         assert made.model.owner == "alice"
+
+
+def test_a_call_that_brings_two_tokens_is_nobodys(serving):
+    tokens = [("authorization", f"Bearer {TOKENS[name]}") for name in ("alice", "bob")]
+    with serving() as channels:
+        ask = session_pb.ListModelsRequest()
+        plain = channels["alice"]._channels
+        with pytest.raises(Unauthenticated, match="one header authorization, got 2"):
+            raw.call(plain, "ListModels", ask, metadata=tokens)
+        raw.call(plain, "ListModels", ask, metadata=tokens[:1])
+
+
+def test_what_is_shared_is_withdrawn_by_sharing_it_with_oneself(serving):
+    with serving() as channels:
+
+        def share(*names):
+            return raw.register_model(
+                channels["alice"], "mlp", CONFIG, STATE, share_with=names
+            ).model
+
+        model = share("bob")
+        assert [m.id for m in registered(channels["bob"])[0]] == [model.id]
+        assert share().shared_with == ["bob"]  # none: as before
+        share("alice")
+        assert registered(channels["bob"])[0] == []
+        for everybody in ("*", "@*"):
+            with pytest.raises(InvalidSpec, match="none means everybody"):
+                share(everybody)
 
 
 def test_a_request_id_is_its_callers_own(serving):

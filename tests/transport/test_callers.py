@@ -150,6 +150,17 @@ def test_a_token_that_is_over_says_so(tmp_path):
         callers.admit(f"Bearer {token}")
 
 
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "bEARER "])
+def test_the_scheme_has_no_case(tmp_path, scheme):
+    """RFC 9110, 11.1, and one blank or several behind it, RFC 6750, 2.1."""
+    token = new_token()
+    named = TokenFile(written(tmp_path / "t", line_of("ann", token)))
+    for callers in (Callers(tokens=named), Callers(token)):
+        callers.admit(f"{scheme} {token}")
+        with pytest.raises(Unauthenticated):
+            callers.admit(f"{scheme}{token}" if scheme[-1] != " " else f"x {token}")
+
+
 @pytest.mark.parametrize("given", ["", "Bearer", "Bearer ", "Basic x", b"\xff", "x"])
 def test_what_is_no_token_is_refused(tmp_path, given):
     empty = written(tmp_path / "t", line_of("ann", new_token()))

@@ -73,10 +73,10 @@ def check_share(names: Collection[str]) -> tuple[str, ...]:
     """
     for name in names:
         bare = name.removeprefix(GROUP_MARK)
-        if not bare or not bare.isprintable() or bare[0] == GROUP_MARK:
+        if not bare or not bare.isprintable() or bare[0] in (GROUP_MARK, "*"):
             msg = (
                 "share_with takes names of callers, and groups behind one "
-                f"{GROUP_MARK!r}, got {name[:80]!r}"
+                f"{GROUP_MARK!r}; none means everybody; got {name[:80]!r}"
             )
             raise InvalidSpec(msg, share_with=name[:80])
     return tuple(names)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # of an extra, which few have
 
 _ADMITTED: ContextVar[Identity | None] = ContextVar("admitted", default=None)
 """Whose token the call under way has brought; None: none was needed until now."""
-_SCHEME = "Bearer "
+_SCHEME = b"bearer"
 _ALTERNATIVES, _COMMON = "x509_subject_alternative_name", "x509_common_name"
 """What grpcio calls the names of a certificate."""
 
@@ -41,7 +41,7 @@ class Callers:
         certificates: bool = False,
         issuer: Issuer | None = None,
     ) -> None:
-        self._expected = None if token is None else (_SCHEME + token).encode()
+        self._expected = None if token is None else token.encode().lstrip(b" ")
         self._tokens, self._certificates = tokens, certificates
         self._issuer = issuer
 
@@ -76,13 +76,15 @@ class Callers:
         _ADMITTED.set(None)
         given = _as_bytes(authorization)
         if self._expected is not None:
-            if not hmac.compare_digest(given, self._expected):
+            if not hmac.compare_digest(_token_in(given), self._expected):
                 msg = "this server needs a token: send authorization: Bearer <token>"
                 raise Unauthenticated(msg)
         elif self._issuer is not None:
-            _ADMITTED.set(self._issuer.identity(_token_in(given)))
+            _ADMITTED.set(
+                self._issuer.identity(_token_in(given).decode(errors="replace"))
+            )
         elif self._tokens is not None and (given or not self._certificates):
-            entry = self._tokens.token(_token_in(given))
+            entry = self._tokens.token(_token_in(given).decode(errors="replace"))
             if entry is None:
                 msg = (
                     "this server needs a token that it knows: send authorization: "
@@ -180,9 +182,10 @@ def authentication_of(certificate: Mapping[str, Any]) -> dict[str, Sequence[byte
     }
 
 
-def _token_in(authorization: bytes) -> str:
-    text = authorization.decode(errors="replace")
-    return text.removeprefix(_SCHEME) if text.startswith(_SCHEME) else ""
+def _token_in(authorization: bytes) -> bytes:
+    """Find the token behind its scheme, which has no case (RFC 9110, 11.1)."""
+    scheme, _, token = authorization.partition(b" ")
+    return token.lstrip(b" ") if scheme.lower() == _SCHEME else b""
 
 
 def _as_bytes(value: str | bytes) -> bytes:

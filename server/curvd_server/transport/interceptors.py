@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
@@ -216,10 +216,10 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         Returns:
             The method, or one that refuses.
         """
-        metadata = dict(handler_call_details.invocation_metadata or ())
         if str(handler_call_details.method) not in _OPEN:
             try:
-                self._callers.admit(metadata.get("authorization", ""))
+                metadata = handler_call_details.invocation_metadata or ()
+                self._callers.admit(_one("authorization", metadata))
             except Unauthenticated as error:
                 return self._refusal(error)
         return await continuation(handler_call_details)
@@ -232,6 +232,19 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
             await abort(context, error)
 
         return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _one(name: str, metadata: Iterable[tuple[str, str | bytes]]) -> str | bytes:
+    """Find the only value of a header; empty if it has none.
+
+    Raises:
+        Unauthenticated: If there are several: nobody can tell which one is meant.
+    """
+    found = [value for key, value in metadata if key == name]
+    if len(found) > 1:
+        msg = f"a call brings one header {name}, got {len(found)}"
+        raise Unauthenticated(msg)
+    return found[0] if found else ""
 
 
 async def abort(

@@ -234,12 +234,11 @@ class Issuer:
         held = set(_words(_claim(claims, config.roles)))
         roles = {r for r, values in config.role_values.items() if held & set(values)}
         try:
-            groups = [check_name(g) for g in _words(_claim(claims, config.groups))]
-            return Identity(
-                check_name(name), frozenset({USER, *roles}), frozenset(groups)
-            )
+            check_name(name)
         except ValueError:
             raise _refused(Why.CLAIMS) from None
+        groups = filter(_is_name, _words(_claim(claims, config.groups)))
+        return Identity(name, frozenset({USER, *roles}), frozenset(groups))
 
 
 def read(path: Path) -> IssuerConfig:
@@ -279,7 +278,11 @@ def read(path: Path) -> IssuerConfig:
         msg = f"{path} lacks {missing[0]}: who issues tokens, for whom, with which keys"
         raise InvalidSpec(msg, file=path)
     for name, value in found.items():
-        if not isinstance(value, kinds[name]) or value in ("", [], True, False):
+        if (
+            not isinstance(value, kinds[name])
+            or isinstance(value, bool)
+            or value in ("", [])
+        ):
             msg = f"{name} in {path} cannot be {value!r}"
             raise InvalidSpec(msg, file=path)
     bad = [a for a in found["algorithms"] if a not in _KINDS]
@@ -372,6 +375,15 @@ def _words(value: Any) -> list[str]:
     if isinstance(value, str):
         return value.split()
     return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
+
+
+def _is_name(group: str) -> bool:
+    """Tell whether a thing can be shared with a group; others give nobody anything."""
+    try:
+        check_name(group)
+    except ValueError:
+        return False
+    return True
 
 
 def _are_texts(value: object) -> bool:
