@@ -1,6 +1,7 @@
 """What moves in training beside the state dict: it travels, or the update is refused."""
 
 import asyncio
+import copy
 import dataclasses
 import pickle
 import threading
@@ -386,3 +387,92 @@ def test_what_a_module_holds_beside_its_tensors_is_not_copied_if_it_is_much(held
     assert twins.twin_apart(module) is None
     curvd.export(module.double().eval(), X)
     assert module.held[0] is module
+
+
+class Converted(nn.Module):
+    """Recurrent weights, statistics, a tie, and what trainers set: a number and a type."""
+
+    def __init__(self):
+        super().__init__()
+        self.r, self.norm = nn.LSTM(4, 4, batch_first=True), nn.BatchNorm1d(4)
+        self.o, self.tied = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.tied.weight = self.o.weight
+        self.register_buffer("k", torch.tensor(1.3), persistent=False)
+        self.calls, self.kind, self.reads = 0, torch.float32, False
+
+    def forward(self, x):
+        h = self.norm(self.r(x[:, None])[0][:, -1])
+        h = h.to(self.kind).to(x.dtype) if self.reads else h
+        return self.tied(torch.tanh(self.o(h))) * self.k.to(self.o.weight.dtype)
+
+
+@pytest.fixture(params=["a twin", "itself"])
+def _exported(request, monkeypatch):
+    """Have modules exported anew as twins, or themselves, as those that hold much are."""
+    if request.param == "itself":
+        monkeypatch.setattr(twins, "_OBJECTS", 0)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_module_that_its_trainer_converts_is_followed(client, _exported, dtype):
+    """Its attributes move, too; values are those that it has now."""
+    x, y = X.float(), labels(4, N)
+    module = seeded(Converted).float().eval()
+    if _exported == "itself":
+        module.held = [module]
+    with client.session_for(module, LOSS, (x, y), batch_size=3) as session:
+        with torch.no_grad():
+            module.o.weight.mul_(1.1)
+            module.norm.running_mean.add_(0.3)
+            module.k.fill_(1.7)
+        module.to(dtype).calls, module.kind = 1, dtype
+        there = dict(module.named_parameters())
+        session.update_parameters(module)
+        value, row = session.gradient()
+        wide = copy.deepcopy(module).double()
+        loss = LOSS(wide(x.double()), y)
+        rows = torch.autograd.grad(loss, list(wide.parameters()))
+        assert value == pytest.approx(loss.item(), rel=1e-6)
+        expected = nn.utils.parameters_to_vector(rows)
+        np.testing.assert_allclose(row, expected, rtol=1e-4, atol=1e-6)
+    assert all(there[n] is p for n, p in module.named_parameters())
+    flat = zip(module.r._flat_weights, module.r.parameters(), strict=True)
+    assert all(a is b for a, b in flat)
+    assert module.k.dtype == dtype
+
+
+def read_kind(module):
+    module.kind = torch.bfloat16
+
+
+def hook(module):
+    module.o.weight.register_hook(lambda g: g)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [(read_kind, r"kind was torch\.float32 and is torch\.bfloat16"), (hook, "hooks")],
+)
+def test_a_refused_module_of_another_type_is_said_to_be_that(client, change, match):
+    x, y = X.float(), labels(4, N)
+    module = seeded(Converted).float().eval()
+    module.reads = True
+    with client.session_for(module, LOSS, (x, y), batch_size=3) as session:
+        change(module.to(torch.bfloat16))
+        types = "torch.float32 and is torch.bfloat16"
+        with pytest.raises(
+            curvd.InvalidSpec, match=rf"the type of r\.\S+ was {types}.*{match}"
+        ):
+            session.update_parameters(module)
+
+
+def test_what_changed_in_a_dictionary_is_named(client):
+    module = net(lambda m: m.held["k"][0])
+    module.held |= {f"other {i}": i for i in range(50)}
+    with client.session_for(module, LOSS, (X, Y), batch_size=3) as session:
+        module.held["k"] = [3.0]
+        with pytest.raises(
+            curvd.InvalidSpec, match=r"held\['k'\] was \[1\.0\] and is \[3\.0\]\. The"
+        ):
+            session.update_parameters(module)

@@ -47,7 +47,12 @@ def sharpness(module, x, y):
 METRICS = ("sharpness", "loss")
 
 
-def test_a_lightning_trainer_logs_curvature_at_its_steps(live_target, tmp_path):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("part", ["model", "all"])
+def test_a_lightning_trainer_logs_curvature_at_its_steps(
+    live_target, tmp_path, part, precision
+):
+    """Also where it converts the module, and sets attributes of it."""
     if importlib.util.find_spec("lightning") is None:
         pytest.skip("lightning is not installed: pip install '.[lightning]'")
     with aside_if_broken():
@@ -59,27 +64,33 @@ def test_a_lightning_trainer_logs_curvature_at_its_steps(live_target, tmp_path):
             super().__init__()
             self.model = model
 
+        def forward(self, x):
+            return self.model(x)
+
         def training_step(self, batch, index):
             callback.watch.wait()  # so small a net trains faster than it is sent
-            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     x, y = points()
     model = net()
+    training = Training(model)
     loader = torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(x, y), batch_size=16
     )
     logger = lightning.loggers.CSVLogger(tmp_path)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with curvd.connect(live_target) as client:
+        watched = model if part == "model" else training
         session = client.session_for(
-            model, nn.CrossEntropyLoss(), (x, y), batch_size=48
+            watched, nn.CrossEntropyLoss(), (x, y), batch_size=48
         )
         callback = WatchCallback(session, every=6, metrics=METRICS)
         trainer = lightning.Trainer(
             accelerator="cpu",
+            precision=precision,
             max_steps=12,
             accumulate_grad_batches=2,
             logger=logger,
@@ -89,7 +100,7 @@ def test_a_lightning_trainer_logs_curvature_at_its_steps(live_target, tmp_path):
             enable_model_summary=False,
             default_root_dir=tmp_path,
         )
-        trainer.fit(Training(model), loader)
+        trainer.fit(training, loader)
     assert trainer.global_step == 12 and callback.watch.closed
     assert callback.watch.errors == 0
     path = tmp_path / "lightning_logs/version_0/metrics.csv"
@@ -99,8 +110,9 @@ def test_a_lightning_trainer_logs_curvature_at_its_steps(live_target, tmp_path):
         if row["curvature/sharpness"]
     ]
     assert [row["step"] for row in rows] == ["6", "12"]
+    model.double()
     with torch.no_grad():
-        loss = float(nn.functional.cross_entropy(model(x), y))
+        loss = float(nn.functional.cross_entropy(model(x.double()), y))
     assert float(rows[-1]["curvature/loss"]) == pytest.approx(loss, rel=1e-5)
     exact = sharpness(model, x, y)
     assert float(rows[-1]["curvature/sharpness"]) == pytest.approx(exact, rel=2e-3)

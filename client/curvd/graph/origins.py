@@ -23,7 +23,13 @@ from curvd.errors import CurvdError, InvalidSpec
 from curvd.graph.autocasts import attributes_of
 from curvd.graph.loss_origin import LossOrigin
 from curvd.graph.manifest import CONSTANTS
-from curvd.graph.twins import in_slots, twin_apart, without_gradients
+from curvd.graph.twins import (
+    in_slots,
+    in_types,
+    twin_apart,
+    types_of,
+    without_gradients,
+)
 from curvd.v1 import graph_pb2 as graph_pb
 
 Traced = tuple[graph_pb.Graph, Mapping[str, Tensor]]
@@ -37,7 +43,17 @@ _HOOKS = (
 )
 _GRADIENT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 """Of parameters: no graph shows what they do, so that gradients are compared."""
-_ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None)})
+_ATOMS = frozenset({
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+})
 _DEPTH = 4
 """Of containers in containers that are looked into."""
 _ELEMENTS = 1 << 20
@@ -152,6 +168,7 @@ class Origin:
         self._seen = _attributes(module)
         self._layers: list[_Layer] = []
         self._training = {n: m.training for n, m in module.named_modules()}
+        self._types = types_of(module)
         self._traced = traced
         self._graph, self._constants = graph_pb.Graph(), dict[str, Tensor]()
         self.loss: LossOrigin | None = None
@@ -211,19 +228,22 @@ class Origin:
         }
         hooked = any(name.endswith(_HOOKS + _GRADIENT_HOOKS) for name in changed)
         if changed and not self._does_the_same(module, prove=hooked):
-            raise _refusal(changed)
+            raise _refusal(_other_types(self._types, types_of(module)) | changed)
         self._seen = now
         self._layers = [_Layer(layer) for layer in module.modules()]
 
     def _does_the_same(self, module: nn.Module, *, prove: bool) -> bool:
+        if prove and self._types != types_of(module):
+            return False  # hooks are of parameters, and these would be others
+        twin = twin_apart(module, self._training)
+        given, modes = module, _in_modes(module, self._training)
+        if twin is not None:
+            given = twin if prove else without_gradients(twin)  # hooks are theirs
+            modes = _in_modes(twin, {})
         try:
-            twin = twin_apart(module, self._training)
-            if twin is not None:
-                given = twin if prove else without_gradients(twin)  # hooks are theirs
+            # A trainer may convert a module; the session computes in the type that it had.
+            with modes, in_types(given, self._types):
                 graph, tensors = self._traced(given, prove)
-            else:
-                with _in_modes(module, self._training):
-                    graph, tensors = self._traced(module, prove)
         except CurvdError:
             return False
         constants = _constants(tensors)
@@ -235,17 +255,40 @@ class Origin:
 
 
 def _refusal(changed: Mapping[str, tuple[Any, Any]]) -> InvalidSpec:
+    parts = [one for name, pair in changed.items() for one in _parts(name, *pair)]
     shown = ", ".join(
         f"{name} {_changed(_said(old), _said(new))}"
-        for name, (old, new) in list(changed.items())[:_SHOWN]
+        for name, old, new in parts[:_SHOWN]
     )
-    more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    more = f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
     msg = (
         f"the module has changed in what no update moves: {shown}{more}. The session's graph "
         "has them as constants: make a new session (session_for), or make a number that "
         "moves in training a buffer (register_buffer), which travels with an update"
     )
     return InvalidSpec(msg, attributes=", ".join(changed))
+
+
+def _parts(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """List what of an attribute has changed: items of a dictionary, or the whole."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        yield name, old, new
+        return
+    for key in {**old, **new}:
+        was, now = old.get(key, _MISSING), new.get(key, _MISSING)
+        if not _same(was, now):
+            yield from _parts(f"{name}[{key!r}]", was, now)
+
+
+def _other_types(
+    old: Mapping[str, torch.dtype], new: Mapping[str, torch.dtype]
+) -> dict[str, tuple[Any, Any]]:
+    """Name a tensor of each type that has become another."""
+    found: dict[tuple[Any, Any], str] = {}
+    for name, was in old.items():
+        if new.get(name, was) != was:
+            found.setdefault((was, new[name]), name)
+    return {f"the type of {name}": pair for pair, name in found.items()}
 
 
 def _changed(old: str, new: str) -> str:

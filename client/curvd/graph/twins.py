@@ -6,6 +6,7 @@ layers. Its owner may be training it meanwhile, in another thread.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import types
 from collections import deque
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from itertools import chain
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from curvd.graph.autocasts import attributes_of, without_autocast
@@ -163,6 +165,48 @@ def without_gradients(twin: nn.Module) -> nn.Module:
                 alike = nn.Parameter(parameter.detach(), parameter.requires_grad)
                 layer._parameters[name] = own.setdefault(id(parameter), alike)
     return twin
+
+
+@contextlib.contextmanager
+def in_types(module: nn.Module, types: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Give a module's tensors other types for a while.
+
+    Args:
+        module: The module; the tensors that have other types are its own again afterwards.
+        types: Floating point types of parameters and buffers, by name.
+
+    Yields:
+        Nothing.
+    """
+    homes: dict[str, list[dict[str, Any]]] = {
+        f"{place}." if place else "": [layer._parameters, layer._buffers]
+        for place, layer in module.named_modules(remove_duplicate=False)
+    }
+    before = [(held, dict(held)) for pair in homes.values() for held in pair]
+    made: dict[int, Tensor] = {}
+    try:
+        for prefix, pair in homes.items():
+            for held in pair:
+                for name, tensor in held.items():
+                    kind = types.get(prefix + name)
+                    if tensor is not None and kind not in (None, tensor.dtype):
+                        other = made.get(id(tensor), tensor.detach().to(kind))
+                        if isinstance(tensor, nn.Parameter) and id(tensor) not in made:
+                            other = nn.Parameter(other, tensor.requires_grad)
+                        held[name] = made[id(tensor)] = other
+        yield
+    finally:
+        for held, was in before:
+            held.update(was)
+
+
+def types_of(module: nn.Module) -> dict[str, torch.dtype]:
+    """List the types of a module's parameters and buffers that are floating point, by name."""
+    tensors = chain(
+        module.named_parameters(remove_duplicate=False),
+        module.named_buffers(remove_duplicate=False),
+    )
+    return {name: t.dtype for name, t in tensors if t.is_floating_point()}
 
 
 def apart(
