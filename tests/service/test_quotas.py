@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -104,24 +105,79 @@ def test_an_update_that_does_not_fit_leaves_nothing_on_the_disk(serving, tmp_pat
         assert {path.name for path in blobs.iterdir()} == before
 
 
-def test_uploads(serving):
-    def begin(channel, value):
-        state = raw.file_of({"a": np.full(2, value), "b": np.ones(3)})
-        header = session_pb.RegisterModelHeader(
-            builder="two", config_json="{}", state=raw.upload(state)
-        )
-        first = session_pb.RegisterModelRequest(header=header)
-        return raw.call(channel, "RegisterModel", [first, memoryview(state)[:30]])
+def begun(value):
+    """The first part of a request to register a model, and the bytes of its state."""
+    state = raw.file_of({"a": np.full(2, value), "b": np.ones(3)})
+    header = session_pb.RegisterModelHeader(
+        builder="two", config_json="{}", state=raw.upload(state)
+    )
+    return session_pb.RegisterModelRequest(header=header), memoryview(state)
 
+
+def begin(channel, value):
+    """Send some bytes of a model, and break off; tell how many had arrived before."""
+    first, state = begun(value)
+    asked = raw.call(channel, "RegisterModel", [first]).upload_needed.committed_bytes
+    raw.call(channel, "RegisterModel", [first, state[:30]])
+    return asked
+
+
+def parts(folder):
+    return len(list((folder / "data" / "blobs").glob("*.part")))
+
+
+def until(holds):
+    end_s = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
+def test_uploads(serving, tmp_path):
+    """Those that are being sent count; those that broke off make room."""
     with serving("[callers.ann]\nuploads = 2\n") as channels:
-        for value in (1.0, 2.0, 1.0):
+        sent = [begun(value) for value in (1.0, 2.0)]
+        feeds = [raw.Feed(first, state[:30]) for first, state in sent]
+        calls = [
+            threading.Thread(
+                target=raw.call, args=(channels["ann"], "RegisterModel", feed)
+            )
+            for feed in feeds
+        ]
+        for call in calls:
+            call.start()
+        try:
+            until(lambda: parts(tmp_path) == 2)
+            refused(LimitExceeded, "uploads", 2, lambda: begin(channels["ann"], 3.0))
+            for value in range(5):
+                begin(channels["ben"], value)
+        finally:
+            for feed, (_, state) in zip(feeds, sent, strict=True):
+                feed.add(state[30:60])
+                feed.end()
+            for call in calls:
+                call.join(60)
+        # The client is gone, and the bytes perhaps with it.
+        assert parts(tmp_path) == 7
+        assert [begin(channels["ann"], v) for v in (3.0, 4.0, 3.0)] == [0, 0, 30]
+        assert parts(tmp_path) == 7
+        raw.register_model(channels["ann"], "two", "{}", sent[1][1].tobytes())
+
+
+def test_disk_of_uploads_that_broke_off_makes_room_the_oldest_first(serving, tmp_path):
+    size = len(begun(0.0)[1])
+    limit = 2 * size + 40
+    with serving(f"[callers.ann]\ndisk_bytes = {limit}\n") as channels:
+        for value in (1.0, 2.0):
             begin(channels["ann"], value)
-        refused(LimitExceeded, "uploads", 2, lambda: begin(channels["ann"], 3.0))
-        for value in range(5):
-            begin(channels["ben"], value)
-        state = raw.file_of({"a": np.full(2, 1.0), "b": np.ones(3)})
-        raw.register_model(channels["ann"], "two", "{}", state)
-        begin(channels["ann"], 3.0)
+        for value in (3.0, 4.0):
+            state = begun(value)[1].tobytes()
+            raw.register_model(channels["ann"], "two", "{}", state)
+        assert parts(tmp_path) == 1
+        # What cannot be had even so drives out nothing.
+        act = lambda: begin(channels["ann"], 5.0)  # noqa: E731
+        refused(LimitExceeded, "disk_bytes", limit, act)
+        assert parts(tmp_path) == 1
 
 
 def test_columns_under_way(tmp_path):

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from support.callers import calls_as
 from support.fake_device import file_of, middle, put
+from support.quotas import written
 
 from curvd.contract.specs import ModelSpec
+from curvd.errors import LimitExceeded
 from curvd_server.sessions import Update
+from curvd_server.storage import blob_store
 from curvd_server.storage.blob_store import BlobStore
-from curvd_server.system import Identity
+from curvd_server.system import Identity, Quotas
 
 CALLERS = {name: Identity(name) for name in ("ann", "ben", "eve")}
 STATES = [{"a": np.full(2, float(n)), "b": np.ones(3)} for n in range(3)]
@@ -194,6 +197,25 @@ def test_what_a_caller_takes_from_himself_while_he_holds_it_stays_so_long(tmp_pa
     store.blobs.sweep(now_s=0, monotonic_s=0)
     assert not store.finds("eve", digest)
     assert store.finds("ann", digest)
+
+
+def test_what_was_sent_for_nothing_makes_room_for_what_its_sender_sends(
+    tmp_path, monkeypatch
+):
+    size = len(file_of(STATES[0])[0])
+    file = written(tmp_path / "q", f"[callers.ann]\ndisk_bytes = {size + 10}\n")
+    store = Store(tmp_path, quotas=Quotas(file))
+    first = store.put("ann", "eve", state=0)
+    with pytest.raises(LimitExceeded):  # it may be a part that is about to be committed
+        store.put("ann", state=1)
+    monkeypatch.setattr(blob_store, "_ABANDONED_S", -1.0)
+    second = store.put("ann", state=1)
+    assert [store.finds("ann", digest) for digest in (first, second)] == [False, True]
+    assert store.finds("eve", first)
+    store.needed[second] = {"ann"}
+    with pytest.raises(LimitExceeded):
+        store.put("ann", state=2)
+    assert store.finds("ann", second)
 
 
 def test_what_an_operator_sends_for_a_session_without_owner_goes_with_it(tmp_path):

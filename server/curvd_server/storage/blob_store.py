@@ -60,7 +60,9 @@ _WATCHED_S = 3600.0
 """How long this process must have seen that nobody uses a file before it is removed: the
 clock may have been set meanwhile."""
 
-_DAMAGED, _LEAVING = ".damaged", ".leaving"
+_ABANDONED_S = 600.0
+"""After which what a caller has sent, and nothing needs, makes room for what he sends."""
+_DAMAGED, _LEAVING, _PART = ".damaged", ".leaving", ".part"
 
 
 def _nothing(digest: str | None = None) -> Mapping[str, set[str]]:
@@ -232,7 +234,7 @@ class BlobStore:
         with self._lock:
             partial = self._partials.get(path.stem)
             if partial is None:
-                self._check_quota(path, total_bytes)
+                self._give_up(self._check_quota(path, total_bytes))
                 busy = {p.path: p.announced for p in self._partials.values()}
                 self._make_directory()  # somebody may have removed it
                 with told():
@@ -489,24 +491,68 @@ class BlobStore:
                 self._sound[digest] = Stamp.of(path.stat())
             self._claims.add(digest, calling().name, sent_s)
 
-    def _check_quota(self, path: Path, total_bytes: int) -> None:
-        """Refuse an upload that the caller has no quota for."""
-        name = calling().name
+    def _check_quota(self, path: Path, total_bytes: int) -> list[Path]:
+        """Refuse an upload that the caller has no quota for.
+
+        Args:
+            path: Where it goes.
+            total_bytes: Its size.
+
+        Returns:
+            What of his makes room for it, the oldest first: uploads that nobody is sending,
+            and what was complete long ago and nothing needs.
+
+        Raises:
+            LimitExceeded: If even without those there is no room.
+        """
         quota = self._quotas.of(calling())
         if quota.disk_bytes is None and quota.uploads is None:
-            return
-        whose = path.suffixes[0]
-        parts = [p for p in self._directory.glob(f"*{whose}.part") if p != path]
-        self._quotas.check(UPLOADS, len(parts), 1)
-        own = [self._path(digest) for digest in self._claims.of_caller(name)]
-        held = 0
-        for file in (*parts, *own):
+            return []
+        sizes: dict[Path, int] = {}
+        idle: list[tuple[float, Path]] = []
+        for part in self._directory.glob(f"*{path.suffixes[0]}.part"):
+            partial = self._partials.get(part.stem)
             with contextlib.suppress(FileNotFoundError):
-                held += file.stat().st_size
-        # What is under way will have all that was announced.
-        under_way = [self._partials[p.stem] for p in parts if p.stem in self._partials]
-        held += sum(max(0, p.announced - p.size) for p in under_way)
+                status = part.stat()
+                sizes[part] = status.st_size
+                if partial is None:
+                    idle.append((status.st_mtime, part))
+                else:  # it will have all that was announced
+                    sizes[part] = max(status.st_size, partial.announced)
+        sizes.pop(path, None)
+        uploads = len(sizes)
+        needed, now_s = self._referrers(None), time.time()
+        for digest, sent_s in self._claims.of_caller(calling().name).items():
+            with contextlib.suppress(FileNotFoundError):
+                sizes[self._path(digest)] = self._path(digest).stat().st_size
+                is_needed = calling().name in needed.get(digest, ())
+                if not is_needed and now_s - sent_s > _ABANDONED_S:
+                    idle.append((sent_s, self._path(digest)))
+        going, held = [], sum(sizes.values())
+        for _, file in sorted(idle):
+            over = (
+                quota.disk_bytes is not None and held + total_bytes > quota.disk_bytes
+            )
+            many = quota.uploads is not None and uploads >= quota.uploads
+            is_part = file.suffix == _PART
+            if file == path or file.name.partition(".")[0] in self._claims.held():
+                continue  # somebody is about to go on with it
+            if over or (many and is_part):
+                going.append(file)
+                held, uploads = held - sizes[file], uploads - is_part
+        self._quotas.check(UPLOADS, uploads, 1)
         self._quotas.check(DISK_BYTES, held, total_bytes)
+        return going
+
+    def _give_up(self, files: Iterable[Path]) -> None:
+        """Remove uploads of the caller's, and take from him what is complete."""
+        for file in files:
+            if file.suffix == _PART:
+                file.unlink(missing_ok=True)
+            else:
+                self._claims.drop(file.name, calling().name)
+                if file.name not in self._referrers(file.name):
+                    self._remove_unclaimed(file.name)
 
     def _was_sent(self, digest: str) -> bool:
         """Tell whether the caller has sent all bytes of a blob, or need not have."""
