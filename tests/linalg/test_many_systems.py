@@ -1,5 +1,7 @@
 """Block CG, sketches and what they precondition: against dense float64 algebra."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -174,6 +176,76 @@ def test_negative_curvature_is_reported_of_the_columns_that_met_it():
     )
     assert found.curvatures[0] == pytest.approx(-1)
     assert min(found.curvatures[1:]) > 0
+
+
+def with_outlier(top: float, dtype: torch.dtype) -> torch.Tensor:
+    """A bulk of eigenvalues from 1 to 2, and one far above it."""
+    values = torch.linspace(1, 2, 60, dtype=torch.float64)
+    values[0] = top
+    basis = torch.linalg.qr(normal(60, 60, seed=1))[0]
+    A = (basis * values) @ basis.T
+    return ((A + A.T) / 2).to(dtype)
+
+
+OUTLIERS = [
+    *[(torch.float32, top) for top in (1e3, 1e4, 1e5)],
+    *[(torch.float64, top) for top in (1e3, 1e7, 1e10)],
+]
+
+
+@pytest.mark.parametrize("columns", [2, 4, 8])
+@pytest.mark.parametrize(("dtype", "top"), OUTLIERS)
+def test_an_eigenvalue_far_above_the_others_does_not_blow_a_block_up(
+    dtype, top, columns
+):
+    """What rounding hides of it grows in the directions, unless they are made anew."""
+    A = with_outlier(top, dtype)
+    # The accuracy that products of this rounding allow.
+    tolerance = max(1e-6, 0.45 * top * torch.finfo(dtype).eps)
+    exact_inverse = torch.linalg.inv(A.double())
+    for seed in range(6):
+        B = normal(columns, 60, seed=seed)
+        B[-1] = B[-1] @ A.double()
+        B = B.to(dtype)
+        alone = drain(solve(map_of(A), B, tolerance=tolerance, block=1))
+        found = drain(solve(map_of(A), B, tolerance=tolerance))
+        assert found.stopped is Stop.CONVERGED
+        assert found.products <= 1.2 * alone.products
+        true = residuals(A.double(), 0.0, B.double(), found.solution.double())
+        assert float(true.max()) <= 1.1 * tolerance
+        # The smallest eigenvalue is about one: errors are no larger than residuals.
+        error = found.solution.double() - B.double() @ exact_inverse
+        assert (error.norm(dim=1) <= 1.2 * tolerance * B.double().norm(dim=1)).all()
+
+
+@pytest.mark.parametrize(("dtype", "top"), OUTLIERS)
+def test_nor_does_it_at_several_dampings(dtype, top):
+    A, dampings = with_outlier(top, dtype), (1e-3, 1.0)
+    tolerance = max(1e-6, 0.45 * top * torch.finfo(dtype).eps)
+    for seed in range(6):
+        B = normal(4, 60, seed=seed).to(dtype)
+        found = drain(solve_dampings(map_of(A), B, dampings, tolerance=tolerance))
+        for one, damping in zip(found, dampings, strict=True):
+            assert one.stopped is Stop.CONVERGED
+            true = residuals(A.double(), damping, B.double(), one.solution.double())
+            assert float(true.max()) <= 1.1 * tolerance
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-5])
+@pytest.mark.parametrize("top", [1e5, 1e7, 1e10])
+def test_what_rounding_does_not_let_be_solved_ends_with_finite_solutions(
+    top, tolerance
+):
+    A = with_outlier(top, torch.float32)
+    for seed in range(6):
+        B = normal(4, 60, seed=seed + 10)
+        B[-1] = B[-1] @ A.double()
+        products = map_of(A, limit=5000)
+        found = drain(solve(products, B.float(), tolerance=tolerance))
+        assert found.stopped is not Stop.PRODUCTS
+        assert torch.isfinite(found.solution).all()
+        assert all(map(math.isfinite, found.relative_residuals))
+        assert products.done < 1000
 
 
 def singular(rank: int, values: str, dtype: torch.dtype) -> torch.Tensor:

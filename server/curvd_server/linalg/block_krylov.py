@@ -6,6 +6,12 @@ dependent make C singular and nothing else. Directions that rounding cannot tell
 are dropped (Ji & Li, BIT 57, 2017: breakdown-free). A column that has converged leaves the
 block; what the others' directions owe to it is kept, so that they stay conjugate (Nikishin
 & Yeremin, SIAM J. Matrix Anal. Appl. 16, 1995).
+
+A step takes for granted that directions S of residuals ``C' Q`` have ``S Q' = I``. An
+eigenvalue far above all others undoes that: what rounding has left of it in the products of
+one step grows as the residuals shrink, and steps that do not see it lengthen it without end.
+So `lost` measures the identity after every step, and a block that has lost it begins anew with
+its residuals, whose first step removes what had grown.
 """
 
 from __future__ import annotations
@@ -23,6 +29,8 @@ _GRAM = 16
 _WELL = 1e-3
 """Gram matrices conditioned better than this make orthonormal rows in one pass."""
 _PASSES = 4
+_LOST = 0.3
+"""Share of a residual by which a step may misjudge it; healthy blocks stay far below."""
 _LONG = 4
 """Without rounding P directions are enough; after so many times P it has won."""
 
@@ -63,6 +71,25 @@ def factors(space: Space, W: Tensor, Z: Tensor) -> tuple[Tensor, Tensor, Tensor]
         if not len(scale) or values[used][0] > _WELL * top:
             break
     return W, Z, turn
+
+
+def lost(space: Space, S: Tensor, Q: Tensor, C: Tensor) -> bool:
+    """Tell whether rounding has taken directions apart from the residuals they are made of.
+
+    Only the combinations that residuals consist of count: a block that has exhausted its
+    space holds others, which are nothing but rounding.
+
+    Args:
+        space: Where they live.
+        S: [r, P] Directions, ``S Q' = I`` without rounding.
+        Q: [r, P].
+        C: [r, k] The residuals are ``C' Q``.
+
+    Returns:
+        Whether the next step would be that of other residuals.
+    """
+    error = space.cross(Q, S) @ C - C
+    return bool((error.norm(dim=0) > _LOST * C.norm(dim=0)).any())
 
 
 def block_cg(system: System, R: Tensor, limits: Tensor) -> Query[Steps]:
@@ -124,6 +151,8 @@ class _Block:
         self._C = self.length.new_zeros(0, 0)
         """[r, active] The residuals of the active columns are ``C' Q``."""
         self._left = _Left(self._space, self.S, self.S)
+        self._restarted: Tensor | None = None
+        """[k] Lengths where the block has last begun anew."""
         self._begin()
 
     def step(self) -> None:
@@ -143,6 +172,8 @@ class _Block:
         self.S = self._space.add(Z, carry, S)
         self._retire(carry, S, T)
         self.S = self._left.conjugate(self.S)
+        if len(self.active) and lost(self._space, self.S, self._Q, self._C):
+            self._begin_anew()
 
     def found(self, iterations: int, stopped: Stop | None) -> Steps:
         """Sum up, in the scale of the right-hand sides."""
@@ -162,6 +193,14 @@ class _Block:
         W = self._R[self.active]
         self._Q, self.S, self._C = factors(self._space, W, self._inverse(W))
         self._left = _Left(self._space, self.S[:0], self.S[:0])
+
+    def _begin_anew(self) -> None:
+        """Begin with the residuals as they are, or end if the last time has not helped."""
+        before, self._restarted = self._restarted, self.length.clone()
+        if before is None or (self.length < before / 2)[self.active].any():
+            self._begin()
+        else:
+            self.active = self.active[:0]
 
     def _inverse(self, W: Tensor) -> Tensor:
         return W if self._system.inverse is None else self._system.inverse(W)

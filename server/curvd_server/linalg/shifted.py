@@ -19,7 +19,7 @@ from torch import Tensor
 
 from curvd.contract import Stop
 from curvd_server.linalg.base import Products, Progress, Query
-from curvd_server.linalg.block_krylov import factors
+from curvd_server.linalg.block_krylov import factors, lost
 from curvd_server.linalg.linear_systems import (
     SolveResult,
     check_regular,
@@ -32,6 +32,8 @@ T = TypeVar("T")
 
 _LONG = 4
 """See `block_krylov`: more directions than so many times P have been won by rounding."""
+_GROWN = 10
+"""Residuals of CG may grow on the way, but what has grown by so much is looked at."""
 
 
 def solve_dampings(
@@ -153,11 +155,15 @@ def _together(
         S, before = space.add(Q, carry, S), form
         for system in open_:
             system.look(carry @ before)
+        grown = [system.rest for system in open_ if system.has_grown]
+        apart = bool(grown) and lost(space, S, Q, torch.cat(grown, 1))
         yield Progress(
             iteration=steps,
             products=products.done,
             residuals=tuple(s.length for s in systems),
         )
+        if apart:  # as above; each begins anew with its residuals
+            break
     return torch.stack([s.X * sizes for s in systems]), steps
 
 
@@ -174,9 +180,17 @@ class _Shifted:
     def __init__(self, space: Space, shift: float, Q: Tensor, C: Tensor) -> None:
         self._space, self._shift, self._y = space, shift, C
         self._S, self._pull = Q, C.new_zeros(len(C), len(C))
+        self.rest = C
+        """[r, K] Minus its residuals, in the latest block."""
         self.X = C.T.to(Q.dtype) @ torch.zeros_like(Q)
         self.length = float(C.norm(dim=0).amax()) if C.numel() else 0.0
         """Largest residual norm of the columns, by the recurrence."""
+        self._least = self.length
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether its residuals have been much smaller."""
+        return self.length > _GROWN * self._least
 
     def step(self, diagonal: Tensor, below: Tensor | None, Q: Tensor) -> None:
         """Factorise one block more, and move along its directions.
@@ -200,5 +214,6 @@ class _Shifted:
 
     def look(self, beside: Tensor) -> None:
         """Compute what is left of the residuals: ``beside`` is minus T's next block."""
-        rest = beside @ self._pull @ self._y
+        rest = self.rest = beside @ self._pull @ self._y
         self.length = float(rest.norm(dim=0).amax()) if rest.numel() else 0.0
+        self._least = min(self._least, self.length)
