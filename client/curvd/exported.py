@@ -160,6 +160,7 @@ def export(
     from curvd.graph.data import tensors_of
     from curvd.graph.fitting import check_module
     from curvd.graph.itself import check_itself
+    from curvd.graph.manifest import check_closures
     from curvd.graph.misfits import explained, of_one_type
     from curvd.graph.prepare import prove_module
     from curvd.graph.surroundings import check_surroundings
@@ -172,7 +173,9 @@ def export(
     def made(module: nn.Module) -> ExportedModel:
         with of_one_type(module):
             model = _captured(module, inputs, output, chosen)
-            if check:
+            if not check:
+                check_closures(model.graph)
+            else:
                 graph, state = model.graph, model.state
                 with explained(module, inputs, chosen):
                     prove_module(module, inputs, output, chosen, graph, state)
@@ -312,6 +315,7 @@ def prepare(
     from curvd.graph.itself import check_itself
     from curvd.graph.loss_origin import LossOrigin
     from curvd.graph.losses import recognised
+    from curvd.graph.manifest import check_closures
     from curvd.graph.misfits import explained
     from curvd.graph.mixed import mixed
     from curvd.graph.origins import Origin
@@ -358,7 +362,9 @@ def prepare(
                 applied, outputs = OfSeveral(loss, outputs), packed(outputs)
             spec = recognised(applied, outputs, targets, model=module, check=check)
             known = applied, spec, targets
-        if check:
+        if not check:
+            check_closures(model.graph)
+        else:
             graph, state = model.graph, model.state
             prove_module(
                 module, inputs, output, chosen, graph, state, known, size, types

@@ -334,3 +334,63 @@ def test_a_loss_whose_backward_mixes_no_types(live_target, body, head):
         value, found = session.gradient()
     assert abs(value - total.item()) < 1e-7
     assert np.linalg.norm(found - want) < 1e-7 * np.linalg.norm(want)
+
+
+class Reached(nn.Module):
+    """A hook or a patched ``forward`` reaches parameters by the names of a function."""
+
+    def __init__(self, kind, *, trains):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5).to(kind), nn.Linear(5, 2)
+        self.scale = nn.Parameter(torch.rand(5).add(0.5).to(kind), requires_grad=trains)
+        self.down = nn.Parameter(torch.randn(2, 4), requires_grad=trains)
+        self.up = nn.Parameter(torch.randn(5, 2), requires_grad=trains)
+        scale, down, up, forward = self.scale, self.down, self.up, self.body.forward
+        self.body.register_forward_hook(lambda layer, given, made: made * scale)
+        self.body.forward = lambda x: (
+            forward(x) + (x.float() @ down.T @ up.T).to(x.dtype)
+        )
+
+    def forward(self, x):
+        h = self.body(x.to(self.body.weight.dtype))
+        return self.head(torch.tanh(h).float())
+
+    def whole(self, x):
+        """The same, with its parameters as they are, in float64."""
+        own = {n: p.detach().double() for n, p in self.named_parameters()}
+        for name, parameter in self.named_parameters():
+            own[name].requires_grad_(parameter.requires_grad)
+        h = nn.functional.linear(x, own["body.weight"], own["body.bias"])
+        h = torch.tanh((h + x @ own["down"].T @ own["up"].T) * own["scale"])
+        return nn.functional.linear(h, own["head.weight"], own["head.bias"]), own
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+def test_parameters_that_closures_reach_follow_updates(live_target, kind, trains):
+    torch.manual_seed(11)
+    net, x = Reached(kind, trains=trains).eval(), X.to(kind)
+    with curvd.connect(live_target) as client:
+        data, loss = (x, TARGETS), nn.CrossEntropyLoss()
+        session = client.session_for(net, loss, data, batch_size=4, dtype="float64")
+        for _ in range(2):
+            outputs, own = net.whole(x.double())
+            total = nn.functional.cross_entropy(outputs, TARGETS)
+            trained = [own[name] for name in session.layout.names]
+            rows = torch.autograd.grad(total, trained)
+            want = torch.cat([row.flatten() for row in rows]).numpy()
+            value, found = session.gradient()
+            assert abs(value - total.item()) < 1e-12
+            assert np.linalg.norm(found - want) < 1e-12 * np.linalg.norm(want)
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter.mul_(1.25)
+            session.update_parameters(net)
+
+
+def test_a_closure_over_a_parameter_that_is_not_compared_is_refused():
+    """It may be over `detach()` of it, and only gradients tell."""
+    net = Reached(torch.float32, trains=True).eval()
+    curvd.export(net, X)
+    with pytest.raises(curvd.InvalidGraph, match=r"'scale' and '.*' share memory"):
+        curvd.export(net, X, check=False)

@@ -44,6 +44,8 @@ class Run:
     """Those whose digits count; see `Digits`."""
     seen: Seen = field(default_factory=lambda: Seen([]))
     """What may make gradients of its own."""
+    operands: Set[int] = frozenset()
+    """Identities of what operators took when it was run last."""
     strangers: list[Tensor] = field(default_factory=list)
     """What the last gradients reached beside parameters, buffers and inputs."""
 
@@ -53,7 +55,7 @@ class Run:
         with torch.enable_grad(), digits:
             args = (self.inputs.args, dict(self.inputs.kwargs))
             result: Tensor = self.module(*args)
-        self.narrowest = digits.narrowest
+        self.narrowest, self.operands = digits.narrowest, digits.operands
         return result
 
     def loss(
@@ -162,7 +164,7 @@ def runs(
         for kind in dict.fromkeys(kinds):
             found = _copied(wrapper, rows, kind, dtype, types)
             # A function that holds the module itself does not run on its copy.
-            if found is not None and not own & {id(t) for t in leaves(found[1])}:
+            if found is not None and not own & found[0].operands:
                 if found[1].requires_grad:
                     yield found
                     return
@@ -278,6 +280,8 @@ class Digits(Looking):  # type: ignore[no-untyped-call]
     def __init__(self, narrowest: torch.dtype, types: Set[torch.dtype]) -> None:
         super().__init__()
         self.narrowest, self._types = narrowest, types
+        self.operands: set[int] = set()
+        """Identities of all that operators took."""
 
     def look(
         self,
@@ -286,7 +290,8 @@ class Digits(Looking):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any],
         result: Any,
     ) -> Any:
-        """Note its type, if it has fewer digits."""
+        """Note what it took, and its type, if it has fewer digits."""
+        self.operands.update(map(id, args))
         for leaf in floating(result):
             if leaf.dtype in self._types:
                 if torch.finfo(leaf.dtype).eps > torch.finfo(self.narrowest).eps:

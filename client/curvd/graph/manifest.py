@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,9 @@ def manifest(module: nn.Module, constants: Mapping[str, Tensor]) -> Manifest:
         tensors[id(parameter)] = parameter
         names.setdefault(id(parameter), []).append(name)
     others = dict(module.named_buffers(remove_duplicate=False))
-    others |= {f"{CONSTANTS}.{name}": t for name, t in constants.items()}
+    own = {_place(p): p for p in module.parameters()}
+    # A parameter that code closes over is traced as a constant of the same memory.
+    others |= {f"{CONSTANTS}.{n}": own.get(_place(t), t) for n, t in constants.items()}
     for name, buffer in others.items():
         roles.setdefault(id(buffer), graph_pb.GRAPH_TENSOR_ROLE_BUFFER)
         tensors[id(buffer)] = buffer
@@ -91,21 +93,57 @@ def check_memory(module: nn.Module, constants: Mapping[str, Tensor]) -> None:
         InvalidGraph: With both names. Training would move both, and a server one.
     """
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    others = {**trained, **dict(module.named_buffers()), **constants}
-    others = {n: t for n, t in others.items() if isinstance(t, Tensor)}  # no generators
+    given = {
+        n: t for n, t in constants.items() if isinstance(t, Tensor)
+    }  # no generators
+    own = {_place(p) for p in trained.values()}
+    given = {
+        n: t for n, t in given.items() if _place(t) not in own
+    }  # itself; see `manifest`
+    others = {**trained, **dict(module.named_buffers()), **given}
     at = collections.defaultdict(list)
     for name, parameter in trained.items():
         at[parameter.untyped_storage().data_ptr()].append(name)
     for other, tensor in others.items():
         for name in at[tensor.untyped_storage().data_ptr()]:
             if trained[name] is not tensor and _overlap(trained[name], tensor):
-                msg = (
-                    f"parameter {name!r} and {other.removeprefix('module.')!r} share "
-                    "memory, but are two tensors: "
-                    "training moves both, and a server only one. Use the parameter itself "
-                    "in both places (layer.weight = other.weight ties them), or clone() it"
-                )
-                raise InvalidGraph(msg, parameter=name, other=other)
+                raise _two_tensors(name, other.removeprefix("module."))
+
+
+def check_closures(graph: graph_pb.Graph, among: Collection[str] | None = None) -> None:
+    """Refuse parameters that code closes over, perhaps by another tensor of their memory.
+
+    Nothing but their gradients tells whether that is `detach()` of it.
+
+    Args:
+        graph: Of a module that was not compared with it, or is not the same.
+        among: Names of parameters that are looked at; None: all.
+
+    Raises:
+        InvalidGraph: With both names.
+    """
+    for tensor in graph.tensors:
+        if tensor.role == graph_pb.GRAPH_TENSOR_ROLE_PARAMETER:
+            for name in tensor.names:
+                if name.startswith(f"{CONSTANTS}."):
+                    raise _two_tensors(
+                        tensor.names[0], name.removeprefix(f"{CONSTANTS}.")
+                    )
+
+
+def _two_tensors(name: str, other: str) -> InvalidGraph:
+    msg = (
+        f"parameter {name!r} and {other!r} share memory, but are two tensors: "
+        "training moves both, and a server only one. Use the parameter itself "
+        "in both places (layer.weight = other.weight ties them), or clone() it"
+    )
+    return InvalidGraph(msg, parameter=name, other=other)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Say where a tensor's elements lie, and how they are read."""
+    start = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    return (*start, tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

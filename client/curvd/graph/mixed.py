@@ -36,6 +36,11 @@ class Types:
     own: frozenset[torch.dtype]
     common: torch.dtype
 
+    @property
+    def narrowest(self) -> torch.dtype:
+        """That of the module's with the fewest digits."""
+        return max(self.own, key=lambda t: torch.finfo(t).eps)
+
     def graph(
         self, graph: graph_pb.Graph, tensors: Mapping[str, Tensor]
     ) -> tuple[graph_pb.Graph, Mapping[str, Tensor]]:

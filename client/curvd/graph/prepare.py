@@ -17,7 +17,7 @@ from curvd.graph.eager import failure
 from curvd.graph.evaluate import types_in
 from curvd.graph.examples import PROOF_ROWS, few, sampled, scattered, telling
 from curvd.graph.losses import evaluated
-from curvd.graph.manifest import Inputs, inputs_of
+from curvd.graph.manifest import Inputs, check_closures, inputs_of
 from curvd.graph.mixed import Types
 from curvd.graph.packing import detached
 from curvd.graph.proof import Batch, Objective, prove
@@ -159,6 +159,7 @@ def prove_module(
         try:
             compare(in_own_type=False)
         except GradientMismatch as error:
+            check_closures(graph, error.metadata.get("parameters", "").split(", "))
             # A module that asks for the precision of its type gets another answer in float64.
             if float(error.metadata.get("largest", "inf")) > _ROUNDING:
                 raise

@@ -108,6 +108,8 @@ def prove(
     own = dtype or torch.float32
     kinds = (own,) if in_own_type else (torch.float64, own)
     with runs(wrapper, points, kinds, counted) as (run, outputs):
+        if types is not None and not run.movable:
+            run.narrowest = types.narrowest
         proof = _Proof(run, graph, tensors, types)
         if not any(p.requires_grad for p in wrapper.parameters()):
             proof.check_outputs(outputs, proof.exported(), "")
