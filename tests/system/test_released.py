@@ -1,5 +1,6 @@
 """An error that is kept holds nothing that was worked with, and a defect says where."""
 
+import asyncio
 import gc
 import traceback
 import weakref
@@ -47,3 +48,64 @@ def test_a_defect_says_where_it_was():
     said = "".join(traceback.format_exception(error))
     assert "in worked" in said
     assert "raise KeyError" in said
+
+
+def test_links_that_from_none_hides_are_released_too():
+    data = Data()
+
+    def worked(data):
+        try:
+            raise KeyError("hidden")
+        except KeyError:
+            raise Cancelled("why") from None
+
+    gc.disable()
+    try:
+        try:
+            worked(data)
+        except Cancelled as error:
+            kept, seen = released(error), weakref.ref(data)
+        del data
+        assert seen() is None and isinstance(kept.__context__, KeyError)
+    finally:
+        gc.enable()
+
+
+def test_another_who_waited_for_the_same_goes_on():
+    ended = []
+
+    async def waits(failed, go_on):
+        try:
+            await failed
+        finally:
+            await go_on.wait()
+            ended.append("in peace")
+
+    async def both():
+        failed, go_on = asyncio.get_running_loop().create_future(), asyncio.Event()
+        first = asyncio.ensure_future(waits(failed, go_on))
+        failed.set_exception(RuntimeError("why"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        released(failed.exception())
+        assert not ended
+        go_on.set()
+        with pytest.raises(RuntimeError, match="why"):
+            await asyncio.wait_for(first, 60)
+
+    asyncio.run(both())
+    assert ended == ["in peace"]
+
+
+def test_an_error_that_is_released_on_its_way_is_told_once():
+    error, _ = caught(RuntimeError)
+
+    def further():
+        raise error
+
+    try:
+        further()
+    except RuntimeError as again:
+        released(again)
+    said = "".join(traceback.format_exception(error))
+    assert said.count("raise KeyError") == 1 and "in further" in said

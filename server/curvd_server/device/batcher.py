@@ -366,6 +366,7 @@ class Batcher:
     def _drop(self, ticket: Ticket[Any]) -> None:
         """Take note that a request was cancelled before its run; the lock is held."""
         self._cancelled += 1
+        ticket.let_go()
         if ticket.waits is None:
             self._presence.ended(ticket.caller.name)
 
@@ -430,6 +431,7 @@ class Batcher:
         """Take note of an end before anybody is told, who may ask again at once."""
         with self._lock:
             for ticket in run.tickets:
+                ticket.let_go()
                 if ticket.waits is None:
                     self._presence.ended(ticket.caller.name)
 
@@ -459,6 +461,7 @@ class Batcher:
                     pass
                 lane.tickets.extend(lane.run.tickets)
             for ticket in lane.tickets:
+                ticket.let_go()
                 if ticket.running() or ticket.set_running_or_notify_cancel():
                     ticket.set_exception(_shutting_down())
         self._lanes.clear()

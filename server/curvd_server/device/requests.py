@@ -80,6 +80,10 @@ class Ticket(Future[Done[T]]):
         """Columns that it multiplies; 0 if it is no product."""
         return 0 if self.columns is None else len(self.columns)
 
+    def let_go(self) -> None:
+        """Forget the job, which holds what it works with; the answer stays."""
+        self.job = None
+
     def cancel(self) -> bool:
         """Give up. A run stops at the next mini-batch if all its members have."""
         self.abandoned = True

@@ -178,7 +178,8 @@ class QueryRun:
             msg = "the query was given up"
             raise Cancelled(msg) from None
         finally:
-            self._ticket = None  # its job knows what calls this
+            self._ticket = None
+            del ticket  # the error that it keeps came through here
         self._queue_s += done.queue_s
         self._compute_s += done.compute_s
         self.chunk_s = done.compute_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import traceback
 from collections.abc import Iterator
 from typing import TypeVar
@@ -11,6 +12,8 @@ from typing import TypeVar
 from curvd.errors import CurvdError, DiskFull, FailedPrecondition, OutOfMemory
 
 E = TypeVar("E", bound=BaseException)
+
+_GIVES_WAY = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 FREE_SOME = (
     "have the server's operator free some space in its data directory, then try again; "
@@ -91,9 +94,9 @@ def released(error: E) -> E:
     """Let go of the frames through which an error came.
 
     Whoever keeps an error, such as a future, is often held by one of these frames, or by one
-    that called it; in such a circle all that they worked with, a session's data say, would
-    stay until a full collection of garbage, which may be far away. Where one of ours came
-    from is no news; where a defect was stays with it as text, which logs print.
+    that called it or waited; in such a circle all that they worked with, a session's data
+    say, would stay until a full collection of garbage, which may be far away. Where one of
+    ours came from is no news; where a defect was stays with it as text, which logs print.
 
     Args:
         error: Was caught by the caller, who keeps it.
@@ -103,10 +106,24 @@ def released(error: E) -> E:
     """
     is_defect = isinstance(error, Exception) and not isinstance(error, CurvdError)
     if error.__traceback__ is not None and is_defect:
-        error.add_note("".join(traceback.format_exception(error)))
-    link: BaseException | None = error
-    while link is not None:
-        traceback.clear_frames(link.__traceback__)
+        # What was released before has said all but the way since.
+        before = bool(getattr(error, "__notes__", ()))
+        way = traceback.format_tb(error.__traceback__)
+        error.add_note("".join(way if before else traceback.format_exception(error)))
+    links: list[BaseException | None] = [error]
+    seen = set[int]()
+    while links:
+        link = links.pop()
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        for frame, _ in traceback.walk_tb(link.__traceback__):
+            # One that gave way may go on, if several wait for what failed; up to Python
+            # 3.12 clearing it would end it.
+            if not frame.f_code.co_flags & _GIVES_WAY:
+                with contextlib.suppress(RuntimeError):  # it runs: whoever calls this
+                    frame.clear()
         link.__traceback__ = None
-        link = link.__cause__ or link.__context__
+        # `raise … from None` hides a context, but keeps it.
+        links += [link.__cause__, link.__context__]
     return error
