@@ -7,11 +7,14 @@ import raw
 import torch
 from click.testing import CliRunner
 from support.small_net import data, module, open_session
+from torch import nn
 from torch.nn import functional as F
 
 import curvd
 from curvd.cli.commands import main
 from curvd.v1 import query_service_pb2 as query_pb
+from curvd_server.app import serve_in_thread
+from curvd_server.config import LimitsConfig, ServerConfig
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,34 @@ def test_norms_and_those_of_parameters_are_exact(session, parts):
     assert found.converged and found.products == len(parts)
     assert (found.version, found.info.plan) == (1, None)
     assert session.gradient_norms().parameter_norms is None
+
+
+def test_a_small_host_goes_through_fewer_rows_at_once(tmp_path):
+    net = nn.Sequential(nn.Linear(60, 40), nn.Tanh(), nn.Linear(40, 2)).double()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 60, generator=generator).double()
+    y = torch.randint(2, (300,), generator=generator)
+    size = sum(p.numel() for p in net.parameters())
+    limits = LimitsConfig(
+        memory_bytes=60 * 8 * size
+    )  # 2 vectors for each of 256 rows: no
+    config = ServerConfig(
+        listen="127.0.0.1:0",
+        data_dir=tmp_path,
+        drain_s=0.0,
+        compile_after_s=0,
+        limits=limits,
+    )
+    with serve_in_thread(config) as target, curvd.connect(target) as client:
+        with client.session_for(
+            net, nn.CrossEntropyLoss(), (x, y), batch_size=150
+        ) as own:
+            found = own.gradient_norms().norms
+    for n in (0, 149, 150, 299):
+        loss = F.cross_entropy(net(x[n : n + 1]), y[n : n + 1])
+        grads = torch.autograd.grad(loss, list(net.parameters()))
+        norm = torch.cat([g.reshape(-1) for g in grads]).norm()
+        assert found[n] == pytest.approx(float(norm), rel=1e-10)
 
 
 def test_their_mean_square_is_the_trace_of_the_empirical_fisher(session):

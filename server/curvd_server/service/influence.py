@@ -101,7 +101,7 @@ async def _products(
     spec, share = call.spec, options.part / call.data_points
     assert spec is not None
     plain = dataclasses.replace(spec, scale=1.0, damping=0.0)
-    budget = min(call.lease.info.budget_bytes, call.limits.pending_bytes // 8)
+    budget = min(call.lease.info.budget_bytes, call.room_bytes)
     budget = math.ceil(share * budget)
     call.reserve_bytes(budget)
 

@@ -28,6 +28,7 @@ from curvd_server.service.query_run import Cost, QueryRun
 from curvd_server.service.streams import Send
 from curvd_server.service.validation import check_finite, vector_dtype
 from curvd_server.sessions import Lease, Vector
+from curvd_server.system import default_bytes
 
 R = TypeVar("R")
 
@@ -148,10 +149,16 @@ class QueryCall:
         """Compute the memory of so many vectors."""
         return count * self.size * vector_dtype(self.lease.info.dtype).itemsize
 
+    @property
+    def room_bytes(self) -> int:
+        """Memory that one query takes where it may choose, also of a small host's."""
+        memory_bytes = self.limits.memory_bytes or default_bytes()
+        return min(self.limits.pending_bytes, memory_bytes) // 8
+
     def fitting(self, each: int, most: int) -> int:
         """Count what takes so many vectors each and may be in memory together."""
         # It is as much "under way" as the operands of a MatMat.
-        fits = self.limits.pending_bytes // 8 // max(1, self.vectors_bytes(each))
+        fits = self.room_bytes // max(1, self.vectors_bytes(each))
         return max(1, min(fits, most))
 
     def krylov_block(self, steps: int, samples: int) -> int:
