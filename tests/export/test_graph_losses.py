@@ -239,6 +239,95 @@ def test_an_unknown_loss_is_exported_as_what_it_is():
         recognised(lambda z, y: (z - y).norm(), draw(N, 3), draw(N, 3, seed=2))
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e-20, 1e-30, 1e-100, 1e30])
+def test_a_loss_of_any_size_is_a_mean_a_sum_or_counted(size):
+    """Whether its factor or its targets are so small."""
+    from curvd.graph.losses import recognised
+
+    z, y = draw(N, 3), draw(N, 3, seed=2).abs()
+    ways = {
+        "points": lambda z, y: size * log_cosh(z, y),
+        "sum": lambda z, y: size * log_cosh(z, y) * z.numel(),
+        "counted": lambda z, y: (size * (y * z.square()).sum(), size * y.sum()),
+    }
+    for normaliser, loss in ways.items():
+        found = recognised(loss, z, y)
+        is_sum = found.reduction is Reduction.SUM
+        assert is_sum == (normaliser == "sum")
+        with pytest.raises(curvd.InvalidSpec, match=r"another normaliser|returns"):
+            wrong = "points" if normaliser == "sum" else "sum"
+            curvd.export_loss(loss, z, y, normaliser=wrong)
+    weighed = recognised(lambda z, y: (y * z.square()).mean(), z, size * y)
+    assert weighed.reduction is Reduction.MEAN
+    with pytest.raises(curvd.InvalidSpec, match=r"neither a mean nor a sum.*weight"):
+        recognised(lambda z, y: size * (z - y).norm(), z, y)
+    joined = lambda z, y: size * (log_cosh(z, y) + 1e-6 * z.mean().square())  # noqa: E731
+    with pytest.raises(curvd.InvalidSpec, match=r"neither a mean nor a sum.*weight"):
+        recognised(joined, z, y)
+
+
+def hinge(z, y):
+    """Vanish where each output is beyond its target by one."""
+    return torch.relu(1 - z * y.sign()).mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1.0, 1e-20])
+def test_a_loss_that_vanishes_at_the_outputs_is_looked_at_elsewhere(size, dtype):
+    from curvd.graph.losses import recognised
+
+    y = draw(N, 3).to(dtype)
+    z = 10 * y.sign() + y
+    mean = recognised(lambda z, y: size * hinge(z, y), z, y)
+    total = recognised(lambda z, y: size * hinge(z, y) * z.numel(), z, y)
+    assert (mean.reduction, total.reduction) == (Reduction.MEAN, Reduction.SUM)
+    with pytest.raises(curvd.InvalidSpec, match="neither a mean nor a sum"):
+        recognised(lambda z, y: torch.relu(1 - (z * y.sign()).mean()).square(), z, y)
+
+
+def test_a_saturated_loss_is_no_other_for_its_rounding():
+    """What is left of it is the difference of large numbers."""
+    from curvd.graph.losses import recognised
+
+    y = labels(3, N)
+    z = 40.0 * nn.functional.one_hot(y, 3).double() + 0.1 * draw(N, 3)
+    for size in (1.0, 1e-20):
+        own = lambda z, y: (  # noqa: E731
+            size * (z.logsumexp(1) - z.gather(1, y[:, None])[:, 0]).mean()  # noqa: B023
+        )
+        assert recognised(own, z, y).reduction is Reduction.MEAN
+
+
+def test_one_data_point_tells_a_mean_from_a_sum():
+    from curvd.graph.losses import recognised
+
+    z, y = draw(1, 3), draw(1, 3, seed=2)
+    mean = recognised(log_cosh, z, y)
+    total = recognised(lambda z, y: log_cosh(z, y) * z.numel(), z, y)
+    assert (mean.reduction, total.reduction) == (Reduction.MEAN, Reduction.SUM)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-30])
+def test_a_session_of_a_small_loss_has_its_curvature(client, size):
+    module, x, y = nn.Linear(4, 3).double(), draw(N, 4), draw(N, 3, seed=2)
+    loss = lambda z, y: size * log_cosh(z, y)  # noqa: E731
+    parameters = list(module.parameters())
+    v = draw(sum(p.numel() for p in parameters), seed=3)
+    with client.session_for(module, loss, (x, y), batch_size=4) as session:
+        value, row = session.gradient()
+        product = session.hessian() @ v.numpy()
+    total = loss(module(x), y)
+    rows = torch.autograd.grad(total, parameters, create_graph=True)
+    flat = nn.utils.parameters_to_vector(rows)
+    second = torch.autograd.grad(flat @ v, parameters)
+    assert value == pytest.approx(float(total.detach()), rel=1e-10)
+    scale = float(flat.detach().abs().max())
+    np.testing.assert_allclose(row, flat.detach(), rtol=1e-9, atol=1e-12 * scale)
+    want = torch.cat([part.reshape(-1) for part in second])
+    scale = float(want.abs().max())
+    np.testing.assert_allclose(product, want, rtol=1e-9, atol=1e-12 * scale)
+
+
 @pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 3, 2)])
 def test_outputs_that_are_nan_are_named(shape):
     from curvd.graph.losses import recognised

@@ -220,18 +220,20 @@ def recognised(
     choices: tuple[Normaliser, ...] = ("points", "sum")
     wrappers = {n: _Summed(loss, n) for n in choices}
     fitting = [n for n, wrapper in wrappers.items() if is_additive(wrapper, z, y)]
-    if len(fitting) == 1:
-        return captured(fitting[0])
-    if (lost := z.isnan().reshape(len(z), -1).any(1)).any():
+    if len(fitting) != 1 and (lost := z.isnan().reshape(len(z), -1).any(1)).any():
         msg = (
             f"the module's outputs are NaN at data point {int(lost.nonzero()[0])} of the "
             "example, so no loss is a number there: look for 0/0, a row that is masked "
             "whole, or a logarithm of what is negative, or leave such data points out"
         )
         raise InvalidSpec(msg)
+    if len(fitting) > 1:
+        fitting = [n for n in fitting if is_additive(wrappers[n], z, y, elsewhere=True)]
+    if len(fitting) == 1:
+        return captured(fitting[0])
     what = "neither a mean nor a sum"
     if fitting:
-        what = "both a mean and a sum (there is one data point, or it is zero on all)"
+        what = "both a mean and a sum (it is zero, or no number, at these outputs and others)"
     msg = (
         f"on the example the loss is {what} over data points{_broadcast(z, y)}: let it "
         "return (sum, "
