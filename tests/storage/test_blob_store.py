@@ -21,7 +21,7 @@ from curvd.errors import (
     NotFound,
     Unavailable,
 )
-from curvd_server.storage import blob_store, partial_upload
+from curvd_server.storage import partial_upload, sound_files
 from curvd_server.storage.blob_store import BlobStore
 from curvd_server.system import Identity
 
@@ -190,12 +190,12 @@ def test_a_blob_is_hashed_at_its_first_use_after_a_start_only(
     digest = put(blobs, ARRAYS)
     asked = []
 
-    class Watched(blob_store.Snapshot):
+    class Watched(sound_files.Snapshot):
         def __init__(self, path, *, digest):
             asked.append(digest)
             super().__init__(path, digest=digest)
 
-    monkeypatch.setattr(blob_store, "Snapshot", Watched)
+    monkeypatch.setattr(sound_files, "Snapshot", Watched)
     blobs.open(digest)
     restarted = BlobStore(tmp_path / "blobs")
     restarted.open(digest)
@@ -212,7 +212,7 @@ def test_a_blob_that_the_disk_cannot_read_is_damaged(blobs, tmp_path, monkeypatc
         digest = put(blobs, ARRAYS)
         os.utime(tmp_path / "blobs" / digest, (1, 1))
         with monkeypatch.context() as patch:
-            patch.setattr(blob_store, name, refuse)
+            patch.setattr(sound_files, name, refuse)
             if name == "Snapshot":
                 with pytest.raises(
                     DataLoss, match="cannot be read; the file was moved"
@@ -246,7 +246,7 @@ def test_a_blob_that_the_server_may_not_read_stays_where_it_is(
 def test_those_who_have_a_blob_open_share_its_memory(blobs, monkeypatch):
     digest = put(blobs, ARRAYS)
     first = blobs.open(digest)
-    monkeypatch.setattr(blob_store, "Snapshot", None)
+    monkeypatch.setattr(sound_files, "Snapshot", None)
     second = blobs.open(digest)
     first.arrays["x"][:] = 0
     np.testing.assert_array_equal(second.arrays["x"], ARRAYS["x"])

@@ -9,10 +9,6 @@ as something of his needs it (`claims`), and for nobody else: others have to sen
 a file of their own (``<digest>.<caller>.part``), and what lies on the disk once cannot be told
 from what does not lie there at all.
 
-Disks forget. A blob is hashed when it is first used after a start, and again whenever
-its file was touched, before anything depends on it. One that has another digest is
-moved aside, to ``<digest>.damaged``, so that the same content can be uploaded again.
-
 A record goes before its blob does. In between ``<digest>.leaving`` says so, so that a server
 that was killed there finds what it has left when it starts.
 """
@@ -20,38 +16,28 @@ that was killed there finds what it has left when it starts.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
-import shutil
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn
 
 from curvd.errors import (
-    CurvdError,
-    DataLoss,
-    FailedPrecondition,
     InvalidSpec,
-    LimitExceeded,
-    NotFound,
 )
 from curvd.tensors import safetensors_header
-from curvd_server.storage.blobs import Blob, check_digest, read_header
+from curvd_server.storage.blobs import Blob, read_header
 from curvd_server.storage.claims import Claims
 from curvd_server.storage.mounts import Mounts
 from curvd_server.storage.partial_upload import Partial, Upload, make_room
-from curvd_server.storage.snapshots import Snapshot, Stamp, digest_of
+from curvd_server.storage.snapshots import Stamp
+from curvd_server.storage.sound_files import DAMAGED, SoundFiles
 from curvd_server.system import (
-    SNAPSHOTS,
     HostMemory,
     Quotas,
     calling,
     logger,
-    look_before_refusing,
     told,
 )
 from curvd_server.system.quotas import DISK_BYTES, UPLOADS
@@ -62,7 +48,7 @@ clock may have been set meanwhile."""
 
 _ABANDONED_S = 600.0
 """After which what a caller has sent, and nothing needs, makes room for what he sends."""
-_DAMAGED, _LEAVING, _PART = ".damaged", ".leaving", ".part"
+_LEAVING, _PART = ".leaving", ".part"
 
 
 def _nothing(digest: str | None = None) -> Mapping[str, set[str]]:
@@ -102,31 +88,20 @@ class BlobStore:
         self._quotas = quotas or Quotas()
         self._referrers = referrers
         self._claims = Claims(referrers(None), time.time())
-        self._memory = memory or HostMemory()
         self._partial_bytes, self._partial_s = partial_bytes, partial_s
         # When this process began to see that nobody uses a file.
         self._watched: dict[str, float] = {}
         self._directory = directory
-        self._mounts = mounts
-        self._needed_by = needed_by
+        self._files = SoundFiles(directory, mounts, needed_by, memory or HostMemory())
         self._make_directory()
         self._lock = threading.Lock()
-        # What the file of a blob looked like when its bytes had the digest.
-        self._sound: dict[str, Stamp] = {}
-        self._snapshots: weakref.WeakValueDictionary[str, Snapshot] = (
-            weakref.WeakValueDictionary()
-        )
-        # Of those who read a blob now: the second waits for what the first brings.
-        self._reading: weakref.WeakValueDictionary[str, _Turn] = (
-            weakref.WeakValueDictionary()
-        )
         self._partials: dict[str, Partial] = {}
 
     def has(self, digest: str) -> bool:
         """Tell whether a blob is there for the caller, without a look at its bytes."""
         if self._was_sent(digest) and self._path(digest).exists():
             return True
-        return self._mounts is not None and self._mounts.holds(digest)
+        return self._files.is_mounted(digest)
 
     def is_sound(self, digest: str) -> bool:
         """Tell whether a blob is there for the caller, undamaged; if not, it is welcome.
@@ -140,23 +115,9 @@ class BlobStore:
         Raises:
             FailedPrecondition: If the server may not read it.
         """
-        mounted = self._mounts is not None and self._mounts.holds(digest)
-        if not mounted and not self._was_sent(digest):
+        if not self._files.is_mounted(digest) and not self._was_sent(digest):
             return False
-        try:
-            path = self._find(digest)
-            with self._turn(digest):
-                if not self._is_known(digest, Stamp.of(path.stat())):
-                    with self._readable(digest, path):
-                        found, stamp = digest_of(path)
-                    self._judge(digest, path, found, stamp)
-        except (CurvdError, FileNotFoundError) as error:
-            if isinstance(error, FailedPrecondition) and self._path(digest).exists():
-                raise  # it is ours, and an upload could not help
-            if not isinstance(error, NotFound):
-                logger().warning("unsound", blob=digest, error=str(error))
-            return False
-        return True
+        return self._files.is_sound(digest)
 
     def committed_bytes(self, digest: str) -> int:
         """Tell from where an upload of the caller's goes on."""
@@ -177,7 +138,7 @@ class BlobStore:
             digest: The digest of the blob.
         """
         try:
-            return self._find(digest).stat().st_size
+            return self._files.find(digest).stat().st_size
         except OSError:
             return 0
 
@@ -275,15 +236,7 @@ class BlobStore:
             InvalidTensors: If it is no safetensors file.
             LimitExceeded: If its header is too large.
         """
-        path = self._find(digest)
-        with self._turn(digest):
-            snapshot = self._snapshots.get(digest)
-            try:
-                if snapshot is None or snapshot.stamp != Stamp.of(path.stat()):
-                    snapshot = self._read(digest, path)
-            except FileNotFoundError:
-                raise self._missing(digest) from None
-            self._snapshots[digest] = snapshot
+        snapshot = self._files.snapshot(digest)
         data = snapshot.view()
         header, start = read_header(data)
         arrays = {n: tensor.view(data[start:]) for n, tensor in header.items()}
@@ -400,7 +353,7 @@ class BlobStore:
                 return False
 
             for path in self._directory.iterdir():
-                if path.suffix == _DAMAGED or path.name.partition(".")[0] in held:
+                if path.suffix == DAMAGED or path.name.partition(".")[0] in held:
                     continue
                 claims = self._claims.of_blob(path.name)
                 for name in claims.keys() - needed.get(path.name, set()):
@@ -421,59 +374,7 @@ class BlobStore:
         """Remove a blob that nothing refers to, unless somebody has a claim to it."""
         if not self._claims.of_blob(digest):
             self._path(digest).unlink(missing_ok=True)
-            self._sound.pop(digest, None)
-
-    def _find(self, digest: str) -> Path:
-        path = self._path(digest)
-        if not path.exists():
-            found = None if self._mounts is None else self._mounts.path(digest)
-            if found is None:
-                raise self._missing(digest)
-            path = found
-        return path
-
-    def _read(self, digest: str, path: Path) -> Snapshot:
-        with self._readable(digest, path):
-            known = self._is_known(digest, Stamp.of(path.stat()))
-            snapshot = self._snapshot(path, digest=not known)
-        if snapshot.digest is not None:
-            self._judge(digest, path, snapshot.digest, snapshot.stamp)
-        elif not self._is_known(digest, snapshot.stamp):
-            return self._read(digest, path)  # it was touched since we looked
-        return snapshot
-
-    @contextlib.contextmanager
-    def _readable(self, digest: str, path: Path) -> Iterator[None]:
-        """Take what the disk cannot read for damaged, and say what the rights forbid."""
-        try:
-            yield
-        except PermissionError as error:
-            msg = (
-                f"the server may not read {path.name} in {path.parent}: {error.strerror}; "
-                "its operator has to give it the right, then try again"
-            )
-            raise FailedPrecondition(msg, digest=digest) from error
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            self._refuse(digest, path, "cannot be read")
-
-    def _snapshot(self, path: Path, *, digest: bool) -> Snapshot:
-        """Copy a file, as long as the host has memory for it."""
-        size, give = path.stat().st_size, self._memory.give
-        try:
-            self._memory.take(SNAPSHOTS, size)
-        except LimitExceeded:
-            if not look_before_refusing():
-                raise
-            self._memory.take(SNAPSHOTS, size)
-        try:
-            snapshot = Snapshot(path, digest=digest)
-        except BaseException:
-            give(SNAPSHOTS, size)
-            raise
-        weakref.finalize(snapshot, give, SNAPSHOTS, size).atexit = False
-        return snapshot
+            self._files.forget(digest)
 
     def _arrived(self, part: Path, path: Path) -> None:
         """Keep a file whose bytes were hashed as they came, unless it lies here already."""
@@ -481,14 +382,14 @@ class BlobStore:
         with self._lock:
             sent_s = part.stat().st_mtime
             try:
-                known = self._is_known(digest, Stamp.of(path.stat()))
+                known = self._files.is_known(digest, Stamp.of(path.stat()))
             except OSError:  # nothing, or what rot has made of it
                 known = False
             if known:
                 part.unlink()
             else:
                 part.rename(path)
-                self._sound[digest] = Stamp.of(path.stat())
+                self._files.note(digest, Stamp.of(path.stat()))
             self._claims.add(digest, calling().name, sent_s)
 
     def _check_quota(self, path: Path, total_bytes: int) -> list[Path]:
@@ -568,59 +469,5 @@ class BlobStore:
         with told():
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def _is_known(self, digest: str, stamp: Stamp) -> bool:
-        return self._sound.get(digest) == stamp
-
-    def _judge(self, digest: str, path: Path, found: str, stamp: Stamp) -> None:
-        """Take note that bytes have their digest, or refuse them."""
-        if found != digest:
-            self._refuse(digest, path, f"has SHA-256 {found} now")
-        self._sound[digest] = stamp
-
-    def _refuse(self, digest: str, path: Path, why: str) -> NoReturn:
-        """Move a damaged blob aside, and say what is lost."""
-        self._sound.pop(digest, None)
-        if path.parent != self._directory:
-            assert self._mounts is not None
-            raise self._mounts.changed(digest)
-        aside = path.with_suffix(_DAMAGED)
-        with told():
-            if aside.is_dir() or path.is_dir():  # the one cannot take the other's place
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.unlink(missing_ok=True)
-            path.replace(aside)
-        error = self._lost(digest, f"{why}; the file was moved aside to {aside.name}")
-        logger().error("damaged", blob=digest, error=str(error))
-        raise error
-
-    def _missing(self, digest: str) -> CurvdError:
-        if self._needed_by(digest):
-            return self._lost(digest, "is not in the data directory any more")
-        msg = f"blob {digest} is not on this server"
-        return NotFound(msg, digest=digest)
-
-    def _lost(self, digest: str, why: str) -> DataLoss:
-        needed_by = self._needed_by(digest)
-        what = f"what {'; '.join(needed_by[:8])} needs" if needed_by else "an upload"
-        msg = (
-            f"the server's disk has lost {what}: blob {digest} {why}. Register or upload "
-            "the same content again, and whatever needs it works again"
-        )
-        return DataLoss(msg, digest=digest, lost="; ".join(needed_by))
-
-    @contextlib.contextmanager
-    def _turn(self, digest: str) -> Iterator[None]:
-        with self._lock:
-            turn = self._reading.setdefault(digest, _Turn())
-        with turn.lock:
-            yield
-
     def _path(self, digest: str, suffix: str = "") -> Path:
-        return self._directory / (check_digest(digest) + suffix)
-
-
-class _Turn:
-    """Whoever holds its lock reads a blob."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
+        return self._files.path(digest, suffix)
