@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from support.reference import columns, flat, problem_of
@@ -9,7 +11,7 @@ from support.zoo import ANIMALS, REFUSED, Animal
 from torch import Tensor, nn
 
 from curvd.contract.enums import Dtype
-from curvd.contract.specs import OperatorSpec
+from curvd.contract.specs import LossSpec, OperatorSpec
 from curvd.errors import CurvatureUnverified, NotDeterministic, NotFinite, OutOfMemory
 from curvd_server.engine import check_gradient, parts
 from curvd_server.engine.building import build
@@ -37,8 +39,8 @@ def test_a_right_mode_is_accepted_far_below_the_tolerance(animal: Animal):
     assert evidence.ok
     assert evidence.difference_gap < 1e-6
     assert evidence.symmetry_gap < 1e-9
-    difference, slope = reference.slopes()
-    assert difference == pytest.approx(slope, rel=1e-6)
+    slopes = reference.slopes()
+    assert slopes.difference == pytest.approx(slopes.gradient, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher", "empirical_fisher"])
@@ -237,6 +239,46 @@ class _StraightThrough(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = self.layer(x)
         return z + (z.sign() - z).detach()
+
+
+class _Offset(nn.Module):
+    """A loss's size beside its slope, as targets far beyond all outputs make it."""
+
+    def __init__(self, module: nn.Module, offset: float) -> None:
+        super().__init__()
+        self.module = module
+        self.register_buffer("offset", torch.tensor(offset, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x) + self.offset.to(x.dtype)
+
+
+def _far(module: Callable[[], nn.Module], offset: float):
+    """Have targets of zero and outputs that far away, which to `mse` is the same."""
+    made = Animal("far", lambda: _Offset(module(), offset), loss=LossSpec(name="mse"))
+    return problem_of(made)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("offset", [1e3, 1e8, 1e10, 1e13, 1e15])
+def test_a_loss_that_is_large_beside_its_slope_is_compared_over_wider_steps(
+    share: float, offset: float, monkeypatch: pytest.MonkeyPatch
+):
+    """And where no step has digits, that is what is said; a wrong gradient is never taken."""
+    monkeypatch.setattr(size, "SHARE", share)
+    net = lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))  # noqa: E731
+    wrong = _far(_StraightThrough, offset)
+    if offset < 1e11:
+        check_gradient(_far(net, offset), lambda: False)
+        said = "not that of the loss" if offset < 1e9 else "not that of|rounding"
+        with pytest.raises(CurvatureUnverified, match=said):
+            check_gradient(wrong, lambda: False)
+        return
+    for problem in (_far(net, offset), wrong):
+        with pytest.raises(
+            CurvatureUnverified, match=r"rounding of float64.*deviation"
+        ):
+            check_gradient(problem, lambda: False)
 
 
 def test_a_gradient_that_is_not_the_losss_is_refused(large):

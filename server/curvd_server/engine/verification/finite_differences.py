@@ -216,14 +216,14 @@ class FiniteDifferences:
             self._add_gradient(leaves, rows_of(whole, cut), -1.0)
         return [norm(row) for row in _gradients(leaves)], norms
 
-    def slopes(self, step: float) -> tuple[float, float]:
-        """Give the loss's slope along the direction twice.
+    def slopes(self, step: float) -> tuple[float, float, float]:
+        """Give what the loss's slope along the direction is made of, in two ways.
 
         Args:
             step: Width of the central difference.
 
         Returns:
-            The central difference of the loss, and the gradient's share of the direction.
+            The loss ahead and behind, and the gradient's share of the direction.
         """
         batch = self.problem.data[0]
         ends = []
@@ -238,7 +238,7 @@ class FiniteDifferences:
         self._add_gradient(leaves, batch, 1.0)
         share = self._direction.dot(_gradients(leaves))
         ahead, behind, share = self.problem.model.company.total([*ends, share])
-        return (ahead - behind) / (2 * step), share
+        return ahead, behind, share
 
     def _move(self, step: float) -> None:
         if self._centre:

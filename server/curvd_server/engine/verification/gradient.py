@@ -16,6 +16,8 @@ _NAMED = 5
 """Places that a message names."""
 _STRAY = 10 * TOLERANCE
 """How far two slopes may part; a gradient of something else is off by a tenth or more."""
+_LOST = 10
+"""Times its rounding, up to which a difference says nothing: a loss is a sum of many terms."""
 
 
 def check_gradient(problem: Problem, cancelled: Callable[[], bool]) -> None:
@@ -29,12 +31,14 @@ def check_gradient(problem: Problem, cancelled: Callable[[], bool]) -> None:
         cancelled: Polled between mini-batches.
 
     Raises:
-        CurvatureUnverified: If central differences of the loss are something else.
+        CurvatureUnverified: If central differences of the loss are something else, or none
+            can be had, because the loss is too large beside its slope.
         NotFinite: If the loss is NaN or infinite.
     """
     reference = reference_of(problem, OperatorSpec())
     reference.check_gradients(cancelled)
-    difference, slope = reference.slopes()
+    found = reference.slopes()
+    difference, slope = found.difference, found.gradient
     gap = abs(difference - slope)
     if gap <= _STRAY * max(abs(difference), abs(slope)) or gap < 1e-9:
         return
@@ -48,6 +52,16 @@ def check_gradient(problem: Problem, cancelled: Callable[[], bool]) -> None:
             "the argument away from there before: torch.sqrt(torch.where(h > 0, h, 1.0))"
         )
         raise CurvatureUnverified(msg, difference=difference)
+    if gap <= _LOST * found.rounding:
+        msg = (
+            f"the gradient cannot be compared with the loss: along a random direction it "
+            f"says {slope:.3g}, and differences of the loss, which is {found.loss:.3g}, are lost "
+            "in the rounding of float64. Targets far beyond all outputs do that: subtract "
+            "their mean and divide by their standard deviation (or multiply the outputs)"
+        )
+        raise CurvatureUnverified(
+            msg, slope=slope, loss=found.loss, rounding=found.rounding
+        )
     cut_off: Sequence[str] = getattr(problem.model.skeleton, "cut_off", ())
     msg = (
         f"the gradient is not that of the loss: along a random direction it says {slope:.3g}, "

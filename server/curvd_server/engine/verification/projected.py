@@ -50,6 +50,8 @@ from curvd_server.engine.verification.verify import (
     STEPS,
     TOLERANCE,
     Evidence,
+    Slopes,
+    slopes,
     tried,
 )
 from curvd_server.system import advance, enter_stage, yield_point
@@ -123,7 +125,7 @@ class ProjectedReference:
             self._gradient(batch)
 
     @exact_allocator()
-    def slopes(self) -> tuple[float, float]:
+    def slopes(self) -> Slopes:
         """Give the loss's slope along a direction twice; see `Reference.slopes`."""
 
         def along(index: int, row: Tensor) -> Tensor:
@@ -134,15 +136,7 @@ class ProjectedReference:
             self._problem, piece, self._point, self._v, along
         )
         share = float(sum(differences.gradient(0.0)[1]))
-        best = math.inf
-        for step in STEPS:
-            ahead, behind = differences.loss(step), differences.loss(-step)
-            found = (ahead - behind) / (2 * step)
-            if not abs(found - share) >= abs(best - share):
-                best = found
-            if abs(best - share) <= TOLERANCE * max(abs(best), abs(share)):
-                break
-        return best, share
+        return slopes(lambda h: (differences.loss(h), differences.loss(-h), share))
 
     @exact_allocator()
     def examine(self, mode: str) -> Evidence:

@@ -17,6 +17,7 @@ difference quotient is accumulated where backward passes leave the gradient.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -45,6 +46,9 @@ EXCELLENT, TOLERANCE = 1e-7, 1e-4
 
 A correct mode reaches 1e-9; the wrong ones known to us are off by 1e-2 and more.
 """
+WIDER = (1e-3, 1e-2, 0.1)
+"""Steps for a loss that is so large beside its slope that differences over the others are lost
+in its rounding."""
 SHRUNK = (1.0, 0.1, 0.01)
 """Where modes are compared: at the session's parameters, and where products there are too
 small, as a confident classifier's, nearer to zero: it is formulas that are compared."""
@@ -60,6 +64,20 @@ The parameters themselves; and a direction and its product, or a product and the
 difference quotient that it is compared with. Vectorised products, which are chosen for
 small models only, need three more.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Slopes:
+    """A loss's slope along a direction, twice."""
+
+    difference: float
+    """By central differences of the loss."""
+    gradient: float
+    """The gradient's share of the direction."""
+    loss: float
+    """The loss itself."""
+    rounding: float
+    """What its rounding is of a difference, over the widest of `STEPS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,22 +160,9 @@ class Reference:
         except (ValueError, InvalidSpec):  # of statistics that one data point has not
             return False
 
-    def slopes(self) -> tuple[float, float]:
-        """Give the loss's slope along a random direction twice, as alike as they get.
-
-        Returns:
-            The central difference of the loss, and what the gradient says.
-        """
-        differences = self._differences()
-        best, gap = (math.inf, 0.0), math.inf
-        for step in STEPS:
-            pair = differences.slopes(step)
-            found = abs(pair[0] - pair[1]) / max(*map(abs, pair), 1e-300)
-            if not found >= gap:
-                best, gap = pair, found
-            if gap <= TOLERANCE:
-                break
-        return best
+    def slopes(self) -> Slopes:
+        """Give the loss's slope along a random direction twice, as alike as they get."""
+        return slopes(self._differences().slopes)
 
     def _differences(self, shrink: float = 1.0) -> FiniteDifferences:
         return FiniteDifferences(
@@ -305,6 +310,32 @@ class Reference:
         """Relative error per parameter."""
         found = self._company.norms([*map(distance, got, want), *map(norm, want)])
         return relative(found[: len(got)], found[len(got) :])
+
+
+def slopes(at: Callable[[float], tuple[float, float, float]]) -> Slopes:
+    """Choose the step at which the difference of a loss is most like its gradient.
+
+    Args:
+        at: Takes a step; returns the loss ahead and behind, and the gradient's share.
+
+    Returns:
+        What was found there.
+    """
+    best, gap, rounding = Slopes(math.inf, 0.0, math.nan, math.inf), math.inf, math.inf
+    for step in (*STEPS, *WIDER):
+        is_wide = step in WIDER
+        if is_wide and not rounding > TOLERANCE * abs(best.gradient):
+            break
+        ahead, behind, share = at(step)
+        loss, difference = (ahead + behind) / 2, (ahead - behind) / (2 * step)
+        found = abs(difference - share) / max(abs(difference), abs(share), 1e-300)
+        if not is_wide:
+            rounding = min(rounding, sys.float_info.epsilon * abs(loss) / step)
+        if not found >= gap and (not is_wide or found <= 10 * TOLERANCE):
+            best, gap = Slopes(difference, share, loss, rounding), found
+        if gap <= TOLERANCE:
+            break
+    return replace(best, rounding=rounding)
 
 
 def tried(examine: Callable[[], Evidence]) -> Evidence:
