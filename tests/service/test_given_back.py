@@ -21,7 +21,7 @@ import curvd
 from curvd.contract.rpcs import RPCS
 from curvd.errors import Cancelled, CurvdError, LimitExceeded, SessionNotFound
 from curvd.v1 import session_service_pb2 as session_pb
-from curvd_server.storage import blob_store
+from curvd_server.storage import sound_files
 from curvd_server.storage.blob_store import BlobStore
 from curvd_server.storage.snapshots import Snapshot
 from curvd_server.system import HostMemory, garbage
@@ -43,7 +43,7 @@ def held(monkeypatch):
             super().__init__(*args, **options)
             alive.add(self)
 
-    monkeypatch.setattr(blob_store, "Snapshot", Watched)
+    monkeypatch.setattr(sound_files, "Snapshot", Watched)
     gc.collect()
     gc.disable()
     try:
