@@ -113,6 +113,46 @@ def test_diagonals(estimator, spectrum):
     assert float((errors.abs() <= stated).double().mean()) >= LEAST
 
 
+def on_coordinates(rank, tail):
+    """Of low rank along few coordinates, where signs of a few probes often coincide."""
+    values = torch.full((SIZE,), tail, dtype=torch.float64)
+    values[:rank] = 1.0 + torch.arange(rank)
+    return torch.diag(values)
+
+
+@pytest.mark.parametrize("tail", [0.0, 1e-3])
+@pytest.mark.parametrize("rank", [2, 5])
+@pytest.mark.parametrize("samples", [5, 8, 14])
+@pytest.mark.parametrize("estimator", [Estimator.HUTCHPP, Estimator.EXCHANGEABLE])
+def test_few_probes_are_not_certain_of_a_map_on_few_coordinates(
+    estimator, samples, rank, tail
+):
+    A, target = on_coordinates(rank, tail), Target(samples=samples)
+    found = [
+        drain(trace(products_of(A), estimator=estimator, target=target, seed=s))
+        for s in range(100)
+    ]
+    assert covered(found, float(A.trace())) >= 0.9
+    # Where they miss it, they do so by little.
+    widths = [f.half_width + 1e-9 for f in found]
+    errors = [abs(f.value - float(A.trace())) for f in found]
+    assert max(e / w for e, w in zip(errors, widths, strict=True)) < 10
+
+
+@pytest.mark.parametrize("samples", [5, 8, 14])
+@pytest.mark.parametrize("rank", [2, 5, SIZE])
+def test_nor_are_they_of_its_diagonal(rank, samples):
+    A, target = on_coordinates(rank, 0.0), Target(samples=samples)
+    if rank == SIZE:
+        A = torch.eye(SIZE, dtype=A.dtype)
+    inside = []
+    for seed in range(60):
+        found = drain(diagonal(products_of(A), target=target, seed=seed))
+        stated = found.quantile * found.standard_errors + 1e-12
+        inside.append(((found.values - A.diagonal()).abs() <= stated)[:rank])
+    assert float(torch.cat(inside).double().mean()) >= 0.9
+
+
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("samples", [16, 50])
 def test_frobenius_norms(spectrum, samples):

@@ -12,7 +12,7 @@ from curvd.contract import DiagonalOptions, Distribution, Estimator, Stop
 from curvd.errors import InvalidSpec
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.definition import Definition, Room
-from curvd_server.linalg.intervals import student_975
+from curvd_server.linalg.intervals import few, student_975
 from curvd_server.linalg.sampling import LEAST_SAMPLES, Target, vectors_of
 from curvd_server.linalg.sketch import Sketch
 from curvd_server.linalg.space import Space
@@ -36,7 +36,7 @@ class DiagonalResult:
         """The 95 % interval of an element in standard errors to either side."""
         if not self.standard_errors.isfinite().all():
             return math.inf
-        return student_975(max(1, self.samples - 1))
+        return few(self.samples) * student_975(max(1, self.samples - 1))
 
     @property
     def relative_error(self) -> float:
@@ -149,7 +149,7 @@ def xdiag(
     Returns:
         The diagonal.
     """
-    sketch = Sketch(products, seed)
+    sketch = Sketch(products, seed, signs=True)
     moments = _Moments(products)
     stopped = Stop.CONVERGED
     while products.done + 2 <= max(target.samples, 4) and not sketch.complete:
@@ -170,6 +170,9 @@ def xdiag(
 def _exchanged(products: Products, sketch: Sketch) -> _Moments:
     moments = _Moments(products)
     moments.inflation = _SHARED
+    # Two probes make two estimates that agree by symmetry.
+    moments.needed = 3
+    moments.least = sketch.missed
     whole = (sketch.q * sketch.z).sum(0)
     s = sketch.leave_one_out()
     # (I - ss')Q'y for y = QR's i-th column; s is orthogonal to all other columns of R.
@@ -202,6 +205,10 @@ class _Moments:
         self._square = products.space.empty().zero_()
         self._exact_error: Tensor | None = None
         self.count = 0
+        self.needed = 2
+        """Samples below which their spread says nothing."""
+        self.least: Tensor | None = None
+        """[own] Errors are no smaller: what samples miss that agree by coincidence."""
         self.inflation = 1.0
         """What standard errors are multiplied by, for samples that are correlated."""
 
@@ -217,10 +224,11 @@ class _Moments:
     def errors(self) -> Tensor:
         if self._exact_error is not None:
             return self._exact_error
-        if self.count < 2:
+        if self.count < self.needed:
             return torch.full_like(self._mean, math.inf)
         variance = self._square / (self.count * (self.count - 1))
-        return self.inflation * variance.clamp_min(0).sqrt()
+        found = self.inflation * variance.clamp_min(0).sqrt()
+        return found if self.least is None else torch.maximum(found, self.least.abs())
 
     def reached(self, target: Target) -> bool:
         error = float(self._norms(self.errors()))

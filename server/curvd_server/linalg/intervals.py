@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+_SHOWN = 12
+"""So many samples show how skewed their distribution is."""
 _WIDEST = 4.0
 """No correction for skewness makes an interval wider than so many times."""
 
@@ -52,6 +54,22 @@ def widened(mean: Mean, least: float) -> Mean:
     return Mean(
         mean.value, max(mean.standard_error, least), max(mean.half_width, least)
     )
+
+
+def few(samples: int) -> float:
+    """Widen intervals of few quadratic forms of random vectors.
+
+    Where one eigenvalue rules they are chi-squared with one degree of freedom, the most skewed
+    that there are, and three to nine of them do not show how skewed. By so much the intervals of
+    `uncertainty` must be wider to hold that mean 95 % of the time (from 20000 simulations each).
+
+    Args:
+        samples: How many there are.
+
+    Returns:
+        The factor: 1 from twelve samples on, which show it.
+    """
+    return 1 + 11 / samples**2 if 0 < samples < _SHOWN else 1.0
 
 
 def uncertainty(samples: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvd.contract import Distribution, Estimator, Stop
 from curvd_server.linalg.base import Products, Progress, Query
-from curvd_server.linalg.intervals import Mean, mean_of
+from curvd_server.linalg.intervals import Mean, few, mean_of
 
 LEAST_SAMPLES = 10
 """Below this many samples a standard error is too rough to stop on."""
@@ -101,11 +101,11 @@ def sample_mean(
     target: Target,
     seed: int,
     block: int,
-    project: Callable[[Tensor], Tensor] = lambda probe: probe,
+    draw: Callable[[range], Tensor] | None = None,
     shift: float = 0.0,
     first: int = 0,
 ) -> Query[Estimate]:
-    """Average a function of Rademacher probes and their products.
+    """Average a function of probes and their products.
 
     Args:
         products: The map A.
@@ -113,7 +113,7 @@ def sample_mean(
         target: When to stop; with no tolerance, after `target.samples`.
         seed: The seed of the probes.
         block: Probes multiplied together.
-        project: Applied to the probes before they are multiplied.
+        draw: Makes the probes of some indices; None: Rademacher ones.
         shift: Added to the mean.
         first: Index of the first probe.
 
@@ -134,8 +134,10 @@ def sample_mean(
             stopped = reason
             break
         indices = range(first + len(values), first + len(values) + wanted)
-        W = products.space.probes(Distribution.RADEMACHER, seed, indices)
-        W = project(W)
+        if draw is None:
+            W = products.space.probes(Distribution.RADEMACHER, seed, indices)
+        else:
+            W = draw(indices)
         values += sample(W, products(W))
         mean = mean_of(values, products.rounding)
         yield Progress(
@@ -155,7 +157,7 @@ def sample_mean(
     return Estimate(
         value=mean.value + shift,
         standard_error=mean.standard_error,
-        half_width=mean.half_width,
+        half_width=mean.half_width * few(len(values)),
         samples=len(values),
         products=products.done,
         stopped=stopped,

@@ -25,15 +25,20 @@ class Sketch:
     Args:
         products: The map A.
         seed: The seed of the probes.
+        signs: Whether elements of probes are signs, as diagonals need them; else probes are
+            random directions.
     """
 
-    def __init__(self, products: Products, seed: int) -> None:
+    def __init__(self, products: Products, seed: int, *, signs: bool = False) -> None:
+        self._signs = signs
         self._products, self._space, self._seed = products, products.space, seed
         self.w, self.y, self.q, self.z = (self._space.empty(0) for _ in range(4))
         """[k, P] each, columns first."""
         self.r = torch.empty(0, 0, dtype=torch.float64)
         """[k, k], upper triangular. A row of Q, of Z and of R is zero where a probe's
         product adds nothing to Q."""
+        self.missed: Tensor | None = None
+        """[own] What Q misses of the product of a normal probe, if probes coincide."""
         self.complete = False
         """Whether Q spans the range of the map, so that ``tr(Q'AQ)`` is the trace."""
 
@@ -54,9 +59,11 @@ class Sketch:
             columns: How many.
         """
         products, old = self._products, self.count
-        W = products.space.probes(
-            Distribution.RADEMACHER, self._seed, range(old, old + columns)
-        )
+        indices = range(old, old + columns)
+        if self._signs:
+            W = self._space.probes(Distribution.RADEMACHER, self._seed, indices)
+        else:
+            W = self._space.directions(self._seed, indices)
         Y = products(W)
         Q, r = self._orthonormal(Y)
         Z = torch.zeros_like(Q)
@@ -94,6 +101,7 @@ class Sketch:
             length = self._space.norms(image)
             _, left = self._space.orthogonalise(self.q, image)
             self.complete = bool(left <= self._tiny * length)
+            self.missed = None if self.complete else image
 
     def without(self, V: Tensor) -> Tensor:
         """Project onto the complement of Q.

@@ -10,6 +10,7 @@ eigenvectors of a small matrix, are told to the group before vectors are combine
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -112,6 +113,21 @@ class Space:
             device=self.device,
             part=self._own,
         )
+
+    def directions(self, seed: int, indices: Sequence[int]) -> Tensor:
+        """Make random vectors of length ``sqrt(P)``, all directions alike.
+
+        Signs coincide on few coordinates, as long as there are few of them; these never do.
+
+        Args:
+            seed: In [0, 2^63).
+            indices: Which normal probes of the seed's sequence to scale; K of them.
+
+        Returns:
+            [K, own].
+        """
+        V = self.probes(Distribution.NORMAL, seed, indices)
+        return V.mul_((math.sqrt(self.size) / self.norms(V))[:, None].to(V))
 
     def units(self, rows: range) -> Tensor:
         """Make unit vectors.

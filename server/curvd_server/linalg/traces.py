@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from curvd.contract import Estimator, Stop, TraceOptions
 from curvd_server.linalg.base import Products, Progress, Query
 from curvd_server.linalg.definition import Definition, Room
-from curvd_server.linalg.intervals import Mean, mean_of, student_975
+from curvd_server.linalg.intervals import Mean, few, mean_of, student_975
 from curvd_server.linalg.sampling import (
     LEAST_SAMPLES,
     Estimate,
@@ -86,7 +87,8 @@ def hutchpp(
     ``tr(A) = tr(Q'AQ) + tr((I - QQ')A(I - QQ'))``, with Q an orthonormal basis of
     ``AS`` for a sketch S. The first term is exact, the second is sampled; its sample
     variance is the error estimate. A sketch takes two products and a sample one, so
-    thirds of ``target.samples`` go to each.
+    thirds of ``target.samples`` go to each. Probes are random directions: signs coincide
+    on the few coordinates that a map may touch, and few samples would agree on a wrong trace.
 
     Args:
         products: The map A.
@@ -121,17 +123,21 @@ def hutchpp(
         absolute=target.absolute,
         samples=max(2, target.samples - used),
     )
-    return (
-        yield from sample_mean(
-            products,
-            lambda W, AW: products.space.dots(W, AW).tolist(),
-            target=rest,
-            seed=seed,
-            block=block,
-            project=sketch.without,
-            shift=sketch.exact_trace(),
-            first=sketch.count,
-        )
+    found = yield from sample_mean(
+        products,
+        lambda W, AW: products.space.dots(W, AW).tolist(),
+        target=rest,
+        seed=seed,
+        block=block,
+        draw=lambda indices: sketch.without(products.space.directions(seed, indices)),
+        shift=sketch.exact_trace(),
+        first=sketch.count,
+    )
+    # The exact term has been rounded, however well the samples agree.
+    return replace(
+        found,
+        standard_error=max(found.standard_error, sketch.rounding),
+        half_width=max(found.half_width, sketch.rounding),
     )
 
 
@@ -141,7 +147,8 @@ def xtrace(
     """Use every probe for both terms (Epperly, Tropp & Webber, SIMAX 45, 2024).
 
     For each probe, the sketch of all others gives the exact term and the probe itself
-    samples the remainder; the mean over probes is the estimate.
+    samples the remainder; the mean over probes is the estimate. Probes are random
+    directions, see `hutchpp`.
 
     The estimates of the probes share a sketch. Let V_r be the part of the variance that
     interactions of r probes cause (Hoeffding's decomposition). The spread of the
@@ -175,8 +182,10 @@ def xtrace(
         values = sketch.exchanged_traces()
         spread = mean_of(values)
         jackknife = sketch.jackknife_error(spread.value)
-        error = math.sqrt(spread.standard_error * jackknife)
-        width = error * student_975(max(1, len(values) - 1))
+        # Of one or two probes nothing is known, whatever they agree on.
+        known = math.isfinite(jackknife)
+        error = math.sqrt(spread.standard_error * jackknife) if known else math.inf
+        width = error * few(len(values)) * student_975(max(1, len(values) - 1))
         mean = Mean(spread.value, error, width)
         if sketch.complete:
             mean = _exact(sketch)
