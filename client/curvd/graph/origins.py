@@ -11,20 +11,24 @@ counter of steps, say, nothing depends on it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from curvd.errors import CurvdError, InvalidSpec
-from curvd.graph.autocasts import attributes_of
+from curvd.graph.attributes import (
+    GRADIENT_HOOKS,
+    HOOKS,
+    MISSING,
+    NotedLayer,
+    attributes,
+    same,
+)
 from curvd.graph.loss_origin import LossOrigin
 from curvd.graph.manifest import CONSTANTS
 from curvd.graph.twins import (
-    in_slots,
     in_types,
     twin_apart,
     types_of,
@@ -33,124 +37,9 @@ from curvd.graph.twins import (
 from curvd.v1 import graph_pb2 as graph_pb
 
 Traced = tuple[graph_pb.Graph, Mapping[str, Tensor]]
-_TORCHS = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
-"""Attributes that torch looks after itself."""
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-_GRADIENT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-"""Of parameters: no graph shows what they do, so that gradients are compared."""
-_ATOMS = frozenset({
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    torch.dtype,
-    torch.device,
-})
-_DEPTH = 4
-"""Of containers in containers that are looked into."""
-_ELEMENTS = 1 << 20
-"""Of a tensor that is copied; one that has more is known by its place and its version."""
 _SHOWN = 5
 """Attributes that a message names."""
-_MISSING, _THERE = object(), object()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Other:
-    """What has no value to compare: the same only if it is the same object."""
-
-    kind: type
-    identity: int
-
-    def __repr__(self) -> str:
-        return f"<{self.kind.__name__}>"
-
-
-class _Layer:
-    """One layer as it was, by identity where that is enough: the quick look.
-
-    It keeps nothing alive that is not the caller's plain value.
-    """
-
-    __slots__ = (
-        *("_children", "_class", "_layer", "_mutable", "_parameters", "_plain"),
-        *("_size", "_tensors"),
-    )
-
-    def __init__(self, layer: nn.Module) -> None:
-        held = vars(layer)
-        own = {n: v for n, v in held.items() if n not in _TORCHS}
-        self._layer, self._size = weakref.ref(layer), len(held)
-        self._children = tuple(map(id, held["_modules"].values()))
-        self._plain = [(n, v) for n, v in own.items() if _is_plain(v)]
-        self._mutable = [(n, _noted(v)) for n, v in own.items() if not _is_plain(v)]
-        self._mutable += [(n, _hooks(held[n])) for n in _HOOKS if held[n]]
-        self._tensors = _gradient_hooks(layer)
-        self._class = [(name, _noted(value)) for name, value in _of_class(layer)]
-        self._parameters = tuple(map(id, held["_parameters"].values()))
-
-    def is_of(self, module: nn.Module) -> bool:
-        """Tell whether this is of a module."""
-        return self._layer() is module
-
-    def is_as_before(self) -> bool:
-        """Tell whether nothing has changed; where that takes longer to say, it has."""
-        layer = self._layer()
-        if layer is None:
-            return False
-        held = vars(layer)
-        for name, value in self._plain:
-            if held.get(name, _MISSING) is not value:
-                return False
-        for name, noted in self._mutable:
-            if name in _HOOKS:
-                now = _hooks(held[name])
-            else:
-                now = _noted(held.get(name, _MISSING))
-            if not _same(noted, now):
-                return False
-        hooks = sum(bool(held[name]) for name in _HOOKS)
-        return (
-            len(held) == self._size
-            and _same(self._tensors, _gradient_hooks(layer))
-            and self._parameters == tuple(map(id, held["_parameters"].values()))
-            and all(
-                _same(noted, _noted(now))
-                for (_, noted), (_, now) in zip(
-                    self._class, _of_class(layer), strict=False
-                )
-            )
-            and hooks == sum(name in _HOOKS for name, _ in self._mutable)
-            and self._children == tuple(map(id, held["_modules"].values()))
-        )
-
-
-def _is_plain(value: Any) -> bool:
-    """Tell what cannot change without becoming another object."""
-    kind = type(value)
-    return kind in _ATOMS or (kind is tuple and all(type(v) in _ATOMS for v in value))
-
-
-def _hooks(registered: Mapping[Any, Any]) -> list[Any]:
-    return [_noted(hook) for hook in registered.values()]
-
-
-def _gradient_hooks(layer: nn.Module) -> dict[str, list[Any]]:
-    """List the hooks on the gradients of a layer's own parameters."""
-    return {
-        f"{name}.{kind}": _hooks(registered)
-        for name, parameter in layer._parameters.items()
-        for kind in _GRADIENT_HOOKS
-        if parameter is not None and (registered := getattr(parameter, kind, None))
-    }
+_THERE = object()
 
 
 class Origin:
@@ -165,8 +54,8 @@ class Origin:
     def __init__(
         self, module: nn.Module, traced: Callable[[nn.Module, bool], Traced]
     ) -> None:
-        self._seen = _attributes(module)
-        self._layers: list[_Layer] = []
+        self._seen = attributes(module)
+        self._layers: list[NotedLayer] = []
         self._training = {n: m.training for n, m in module.named_modules()}
         self._types = types_of(module)
         self._traced = traced
@@ -213,24 +102,24 @@ class Origin:
         )
         gone = [tied[0] for tied in own if not any(name in state for name in tied)]
         if gone:
-            raise _refusal({name: (_THERE, _MISSING) for name in gone})
+            raise _refusal({name: (_THERE, MISSING) for name in gone})
         return state
 
     def _check(self, module: nn.Module) -> None:
         known = bool(self._layers) and self._layers[0].is_of(module)
-        if known and all(map(_Layer.is_as_before, self._layers)):
+        if known and all(map(NotedLayer.is_as_before, self._layers)):
             return
-        now = _attributes(module)
+        now = attributes(module)
         changed = {
-            name: (self._seen.get(name, _MISSING), now.get(name, _MISSING))
+            name: (self._seen.get(name, MISSING), now.get(name, MISSING))
             for name in {**self._seen, **now}
-            if not _same(self._seen.get(name, _MISSING), now.get(name, _MISSING))
+            if not same(self._seen.get(name, MISSING), now.get(name, MISSING))
         }
-        hooked = any(name.endswith(_HOOKS + _GRADIENT_HOOKS) for name in changed)
+        hooked = any(name.endswith(HOOKS + GRADIENT_HOOKS) for name in changed)
         if changed and not self._does_the_same(module, prove=hooked):
             raise _refusal(_other_types(self._types, types_of(module)) | changed)
         self._seen = now
-        self._layers = [_Layer(layer) for layer in module.modules()]
+        self._layers = [NotedLayer(layer) for layer in module.modules()]
 
     def _does_the_same(self, module: nn.Module, *, prove: bool) -> bool:
         if prove and self._types != types_of(module):
@@ -250,7 +139,7 @@ class Origin:
         return (
             _without_roles(graph) == _without_roles(self._graph)
             and list(constants) == list(self._constants)
-            and all(_same(constants[n], t) for n, t in self._constants.items())
+            and all(same(constants[n], t) for n, t in self._constants.items())
         )
 
 
@@ -275,8 +164,8 @@ def _parts(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
         yield name, old, new
         return
     for key in {**old, **new}:
-        was, now = old.get(key, _MISSING), new.get(key, _MISSING)
-        if not _same(was, now):
+        was, now = old.get(key, MISSING), new.get(key, MISSING)
+        if not same(was, now):
             yield from _parts(f"{name}[{key!r}]", was, now)
 
 
@@ -298,97 +187,11 @@ def _changed(old: str, new: str) -> str:
 
 
 def _said(value: Any) -> str:
-    if value is _MISSING or value is _THERE:
-        return "not there" if value is _MISSING else "there"
+    if value is MISSING or value is _THERE:
+        return "not there" if value is MISSING else "there"
     if isinstance(value, Tensor) and value.numel() > 1:
         return f"a tensor of shape {list(value.shape)}"
     return repr(value.tolist() if isinstance(value, Tensor) else value)[:60]
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """List what a module and its layers hold beside tensors of the state dict."""
-    found: dict[str, Any] = {}
-    for place, layer in module.named_modules():
-        prefix = f"{place}." if place else ""
-        found[f"{prefix}__class__"] = _Other(type(layer), id(type(layer)))
-        held = attributes_of(layer)
-        for name, value in held.items():
-            if name not in _TORCHS:
-                found[prefix + name] = value if type(value) in _ATOMS else _noted(value)
-        for name in _HOOKS:
-            if held[name]:
-                found[prefix + name] = _hooks(held[name])
-        for name, registered in _gradient_hooks(layer).items():
-            found[prefix + name] = registered
-        for name, value in _of_class(layer):
-            found[prefix + name] = value if type(value) in _ATOMS else _noted(value)
-    found["tied"] = [names for names in _names_of_each(module) if len(names) > 1]
-    return found
-
-
-def _of_class(layer: nn.Module) -> Iterator[tuple[str, Any]]:
-    """List what a layer has by its class: values in slots, numbers, and its ``forward``."""
-    yield "forward of its class", type(layer).forward
-    yield from in_slots(layer)
-    for kind in type(layer).__mro__:
-        if kind.__module__.partition(".")[0] in ("torch", "builtins"):
-            continue
-        for name, value in list(vars(kind).items()):
-            if type(value) in _ATOMS and not name.startswith("__"):
-                yield name, value
-
-
-def _names_of_each(module: nn.Module) -> list[list[str]]:
-    """List the names of each parameter."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return list(names.values())
-
-
-def _noted(value: Any, depth: int = _DEPTH) -> Any:
-    """Note a value so that a change of it in place shows."""
-    if type(value) in _ATOMS:
-        return value
-    if isinstance(value, Tensor):
-        if value.numel() <= _ELEMENTS:
-            return value.detach().clone()
-        return (value.data_ptr(), value._version, tuple(value.shape))
-    if depth:
-        if isinstance(value, list | tuple):
-            return [_noted(item, depth - 1) for item in value]
-        if isinstance(value, Mapping):
-            return {k: _noted(v, depth - 1) for k, v in value.items()}
-        if isinstance(value, Collection) and isinstance(value, set | frozenset):
-            return frozenset(v for v in value if type(v) in _ATOMS)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {k: _noted(v, depth - 1) for k, v in _fields(value)}
-    if type(value).__module__ == "numpy":
-        return value.copy() if hasattr(value, "copy") else value
-    return _Other(type(value), id(value))
-
-
-def _fields(value: Any) -> Iterator[tuple[str, Any]]:
-    for field in dataclasses.fields(value):
-        yield field.name, getattr(value, field.name, None)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Compare what was noted."""
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, Tensor):
-        alike = a.shape == b.shape and a.dtype == b.dtype
-        return alike and bool(torch.equal(a.cpu(), b.cpu()))
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(v, b[k]) for k, v in a.items())
-    if type(a).__module__ == "numpy":
-        return bool(a.shape == b.shape and a.dtype == b.dtype and (a == b).all())
-    return bool(a == b) or (a != a and b != b)
 
 
 def _constants(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
