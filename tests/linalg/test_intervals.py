@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from curvd.contract.enums import Distribution, Estimator
+from curvd.contract.enums import Distribution, Estimator, Stop
 from curvd_server.linalg import space
 from curvd_server.linalg.base import Products, drain
 from curvd_server.linalg.density import spectral_density
@@ -226,6 +226,25 @@ def test_what_the_steps_leave_open_is_in_the_interval(name, rotated, damping):
     shifted = drain(few)
     error = 2 * student_975(3) * shifted.standard_errors[0] + 1e-9 * abs(exact)
     assert shifted.exact or abs(shifted.values[0] - exact) <= error
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+def test_a_damping_that_makes_a_map_singular_does_not_pass_for_converged(steps):
+    signs = torch.ones(60, dtype=torch.float64)
+    signs[::2] = -1
+    A = torch.diag(signs)
+    for seed in range(8):
+        target = Target(samples=4)
+        found = drain(
+            logdet(products_of(A), damping=1.0, steps=steps, target=target, seed=seed)
+        )
+        assert found.stopped in (Stop.STAGNATED, Stop.NEGATIVE_CURVATURE)
+        exact = float((signs + 1000).log().sum())
+        damped = drain(
+            logdet(products_of(A), damping=1e3, steps=steps, target=target, seed=seed)
+        )
+        assert damped.stopped is Stop.CONVERGED
+        assert abs(damped.value - exact) <= damped.half_width < 0.1
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8, 20, 32])

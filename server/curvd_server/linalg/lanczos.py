@@ -66,7 +66,12 @@ class Quadrature:
         size = len(self.nodes)
         end = np.zeros(size)
         end[-1] = self.residual**2
-        delta = np.linalg.solve(self.tridiagonal - node * np.eye(size), end)
+        try:
+            delta = np.linalg.solve(self.tridiagonal - node * np.eye(size), end)
+        except np.linalg.LinAlgError:
+            # The smallest Ritz value is the node, but for rounding: go below that.
+            node -= 4 * np.finfo(np.float64).eps * float(np.abs(self.nodes).max())
+            delta = np.linalg.solve(self.tridiagonal - node * np.eye(size), end)
         extended = np.zeros((size + 1, size + 1))
         extended[:-1, :-1] = self.tridiagonal
         extended[-1, -2] = extended[-2, -1] = self.residual

@@ -139,7 +139,7 @@ def _estimate(
             break
     if (
         stopped is Stop.CONVERGED
-        and damping <= 0
+        and (damping <= 0 or at is None)
         and logs.may_be_singular(products.size)
     ):
         stopped = Stop.STAGNATED
@@ -187,12 +187,17 @@ class Logarithms:
             found: Their quadratures; no node plus shift is negative or zero.
         """
         self._quadratures += found
-        if self._is_definite and min(float(q.nodes[0]) for q in found) < 0:
+        known = self._shift * (1 - math.sqrt(self._eps))
+        if self._is_definite and any(
+            q.nodes[0] < 0 or _below(q) >= known for q in found
+        ):
             self._is_definite, self._bounds, self._null = False, [], []
         for q in self._quadratures[len(self._bounds) :]:
             largest = float(q.nodes[-1]) + self._shift
             hidden = _HIDDEN * self._eps * largest
-            least = self._shift if self._is_definite else self._eps * largest
+            least = self._eps * largest
+            if self._is_definite:
+                least = self._shift - _below(q)
             low, high = q.of_logarithms(self._shift, least)
             # Where products were rounded, eigenvalues are so much smaller or larger.
             shifted = q.nodes + self._shift
@@ -239,6 +244,14 @@ class Logarithms:
         gap = size * math.fsum(high - low for low, high in self._bounds) / 2
         gap /= len(self._bounds)
         return Mean(mean.value, mean.standard_error + gap, mean.half_width + gap)
+
+
+def _below(q: Quadrature) -> float:
+    """Tell how far below zero eigenvalues may be where no Ritz value is.
+
+    One step shows no sign: what it leaves open may be on either side.
+    """
+    return abs(float(q.nodes[0])) + q.residual if len(q.nodes) == 1 else 0.0
 
 
 def _of_eigenvalues(products: Products, eigenvalues: Tensor) -> LogDetResult:

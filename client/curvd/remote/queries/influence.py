@@ -93,6 +93,8 @@ class Influence(Result):
             return
         count, worst = len(self.residuals), np.nanmax(self.relative_residuals)
         yield f"{count} queries, relative residual at most {worst:.1e}"
+        if len(begun) < count:
+            yield f"{count - len(begun)} of them not begun: their scores are NaN"
         if self.scores is None and self.indices is None:
             order = np.argsort(-self.self_influence, kind="stable")  # NaN at its end
             for query in order[: min(_SHOWN, len(begun))]:

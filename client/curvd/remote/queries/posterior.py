@@ -86,6 +86,8 @@ class Predictive(Result):
         yield f"{len(self.mean)} inputs, deviations {low:.3e} to {high:.3e}, median {middle:.3e}"
         worst = np.nanmax(self.relative_residuals)
         yield f"relative residual at most {worst:.1e}"
+        if not self._begun.all():
+            yield f"{(~self._begun).sum()} of them not begun: their values are NaN"
 
     def plot(self, axes: Axes | None = None, *, targets: Any = None) -> Axes:
         """Draw how well calibrated probabilities are, or the deviations.
@@ -176,6 +178,9 @@ class PosteriorSamples(Result):
             return
         worst = np.nanmax(self.relative_residuals)
         yield f"{len(self.relative_residuals)} draws, relative residual at most {worst:.1e}"
+        missing = int(np.isnan(self.relative_residuals).sum())
+        if missing:
+            yield f"{missing} of them not begun: they are NaN"
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw the norms of the draws.
