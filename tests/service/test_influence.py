@@ -293,6 +293,7 @@ def test_a_query_that_runs_out_says_which_scores_are_missing(session):
     begun = np.isfinite(found.residuals)
     assert begun[:4].all() and not begun[-4:].any()
     np.testing.assert_array_equal(np.isfinite(found.scores).all(1), begun)
+    assert f"{(~begun).sum()} of them not begun" in str(found)
     late = session.influence(time_limit_s=1e-9, block=4, top=2, **EXACT)
     assert late.info.stopped is curvd.Stop.TIME and (late.indices[-1] == -1).all()
 
