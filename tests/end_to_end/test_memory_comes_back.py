@@ -191,3 +191,27 @@ def test_after_queries_that_failed(query, served, parts, hold):
         QUERIES[query](session)
     session.delete()
     check_free(client, parts)
+
+
+class Operand(np.ndarray):
+    """An array that can be referred to weakly."""
+
+
+@pytest.mark.parametrize("columns", [1, 3000])
+def test_the_operand_of_a_product_that_failed_is_its_callers_alone(served, columns):
+    """No circle of its error's frames keeps it."""
+    _, client, model, data = served
+    session = client.create_session(model, data, loss="cross_entropy", dtype="F64")
+    operator = session.hessian()
+    session.delete()
+    held = np.ones((operator.shape[0], columns)).view(Operand)
+    seen = weakref.ref(held)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(curvd.SessionNotFound):
+            operator @ held
+        del held
+        assert seen() is None
+    finally:
+        gc.enable()

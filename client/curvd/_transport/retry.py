@@ -77,18 +77,21 @@ class RetryPolicy:
         Raises:
             CurvdError: The error itself, if another attempt is of no use.
         """
-        if not (recovers or is_worth_a_retry(error)):
-            raise error
-        if self._failing_since is None:
-            self._failing_since = self._clock()
-        state = self._state = self._state or self._begun()
-        state.set_exception((type(error), error, error.__traceback__))
         try:
-            pause: Any = state.retry_object.iter(state)
+            if not (recovers or is_worth_a_retry(error)):
+                raise error
+            if self._failing_since is None:
+                self._failing_since = self._clock()
+            state = self._state = self._state or self._begun()
+            state.set_exception((type(error), error, error.__traceback__))
+            try:
+                pause: Any = state.retry_object.iter(state)
+            finally:
+                # The error refers to the frames of the call, and so to its result.
+                state.prepare_for_next_attempt()
+            return float(pause)
         finally:
-            # The error refers to the frames of the call, and so to its result.
-            state.prepare_for_next_attempt()
-        return float(pause)
+            del error  # this frame is one of them
 
     def _begun(self) -> tenacity.RetryCallState:
         retrying = tenacity.Retrying(

@@ -107,10 +107,13 @@ class _Turns:
         A step that fails does not say that it has ended, so stacks are looked at.
         """
         frames = sys._current_frames()
-        inside = {t for t, frame in frames.items() if self._steps_in(frame)}
-        self._let_in &= inside
-        may_write = self._let_in | (inside - self._met)
-        return any(t not in mine and not _copies(frames[t]) for t in may_write)
+        try:
+            inside = {t for t, frame in frames.items() if self._steps_in(frame)}
+            self._let_in &= inside
+            may_write = self._let_in | (inside - self._met)
+            return any(t not in mine and not _copies(frames[t]) for t in may_write)
+        finally:
+            frames.clear()  # this one is among them
 
     def _steps_in(self, frame: FrameType | None) -> int:
         return sum(code is self._step for code in _codes(frame))
