@@ -31,7 +31,7 @@ from curvd.graph.manifest import CONSTANTS
 from curvd.graph.twins import (
     in_types,
     twin_apart,
-    types_of,
+    types_by_name,
     without_gradients,
 )
 from curvd.v1 import graph_pb2 as graph_pb
@@ -57,7 +57,7 @@ class Origin:
         self._seen = attributes(module)
         self._layers: list[NotedLayer] = []
         self._training = {n: m.training for n, m in module.named_modules()}
-        self._types = types_of(module)
+        self._types = types_by_name(module)
         self._traced = traced
         self._graph, self._constants = graph_pb.Graph(), dict[str, Tensor]()
         self.loss: LossOrigin | None = None
@@ -117,12 +117,12 @@ class Origin:
         }
         hooked = any(name.endswith(HOOKS + GRADIENT_HOOKS) for name in changed)
         if changed and not self._does_the_same(module, prove=hooked):
-            raise _refusal(_other_types(self._types, types_of(module)) | changed)
+            raise _refusal(_other_types(self._types, types_by_name(module)) | changed)
         self._seen = now
         self._layers = [NotedLayer(layer) for layer in module.modules()]
 
     def _does_the_same(self, module: nn.Module, *, prove: bool) -> bool:
-        if prove and self._types != types_of(module):
+        if prove and self._types != types_by_name(module):
             return False  # hooks are of parameters, and these would be others
         twin = twin_apart(module, self._training)
         given, modes = module, _in_modes(module, self._training)

@@ -200,7 +200,7 @@ def in_types(module: nn.Module, types: Mapping[str, torch.dtype]) -> Iterator[No
             held.update(was)
 
 
-def types_of(module: nn.Module) -> dict[str, torch.dtype]:
+def types_by_name(module: nn.Module) -> dict[str, torch.dtype]:
     """List the types of a module's parameters and buffers that are floating point, by name."""
     tensors = chain(
         module.named_parameters(remove_duplicate=False),
