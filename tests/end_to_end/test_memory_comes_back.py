@@ -131,6 +131,13 @@ def created(client, model, data, **more):
     return client.create_session(model, data, loss="cross_entropy", dtype="F64", **more)
 
 
+def asked(client, model, data, query):
+    """Open a session, and ask it once."""
+    session = created(client, model, data)
+    QUERIES[query](session)
+    return session
+
+
 def check_free(client, parts):
     """Wait until nothing is held, which the end of a call may take a moment longer for."""
     end_s = time.monotonic() + LONGEST_S
@@ -171,8 +178,7 @@ def test_under_queries_that_go_on(query, served, parts, hold):
 @pytest.mark.parametrize("query", QUERIES)
 def test_after_queries_whose_client_left(query, served, parts, hold):
     target, client, model, data = served
-    session = created(client, model, data)
-    QUERIES[query](session)
+    session = asked(client, model, data, query)
     hold.arm()
     with curvd.connect(target, deadline_s=0.3) as hasty:
         with pytest.raises(DeadlineExceeded):
@@ -184,8 +190,7 @@ def test_after_queries_whose_client_left(query, served, parts, hold):
 @pytest.mark.parametrize("query", QUERIES)
 def test_after_queries_that_failed(query, served, parts, hold):
     _, client, model, data = served
-    session = created(client, model, data)
-    QUERIES[query](session)
+    session = asked(client, model, data, query)
     hold.arm(fails=True)
     with pytest.raises(Internal, match=r"ZeroDivisionError"):
         QUERIES[query](session)

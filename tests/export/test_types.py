@@ -394,3 +394,10 @@ def test_a_closure_over_a_parameter_that_is_not_compared_is_refused():
     curvd.export(net, X)
     with pytest.raises(curvd.InvalidGraph, match=r"'scale' and '.*' share memory"):
         curvd.export(net, X, check=False)
+
+
+def test_what_is_wrong_elsewhere_is_not_laid_to_a_closure():
+    net = Reached(torch.float32, trains=True).eval()
+    net.head.weight.register_hook(lambda gradient: 2 * gradient)
+    with pytest.raises(curvd.GradientMismatch, match=r"head\.weight"):
+        curvd.export(net, X)

@@ -93,13 +93,12 @@ def check_memory(module: nn.Module, constants: Mapping[str, Tensor]) -> None:
         InvalidGraph: With both names. Training would move both, and a server one.
     """
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    given = {
-        n: t for n, t in constants.items() if isinstance(t, Tensor)
-    }  # no generators
     own = {_place(p) for p in trained.values()}
-    given = {
-        n: t for n, t in given.items() if _place(t) not in own
-    }  # itself; see `manifest`
+    given = {  # without generators, and without parameters themselves; see `manifest`
+        n: t
+        for n, t in constants.items()
+        if isinstance(t, Tensor) and _place(t) not in own
+    }
     others = {**trained, **dict(module.named_buffers()), **given}
     at = collections.defaultdict(list)
     for name, parameter in trained.items():
@@ -122,13 +121,14 @@ def check_closures(graph: graph_pb.Graph, among: Collection[str] | None = None) 
     Raises:
         InvalidGraph: With both names.
     """
+    prefix = f"{CONSTANTS}."
     for tensor in graph.tensors:
-        if tensor.role == graph_pb.GRAPH_TENSOR_ROLE_PARAMETER:
-            for name in tensor.names:
-                if name.startswith(f"{CONSTANTS}."):
-                    raise _two_tensors(
-                        tensor.names[0], name.removeprefix(f"{CONSTANTS}.")
-                    )
+        own, *others = tensor.names
+        if tensor.role != graph_pb.GRAPH_TENSOR_ROLE_PARAMETER:
+            continue
+        reached = [name for name in others if name.startswith(prefix)]
+        if reached and (among is None or own in among):
+            raise _two_tensors(own, reached[0].removeprefix(prefix))
 
 
 def _two_tensors(name: str, other: str) -> InvalidGraph:
